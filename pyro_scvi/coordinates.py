@@ -1,0 +1,86 @@
+"""The latents of a cell as one unconstrained vector, and the model's log joint density there."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_scvi.distributions import Law
+from pyro_scvi.importance import LogJoint
+from pyro_scvi.model import SCVI
+
+
+class Coordinates:
+    """Unconstrained coordinates u of a cell's latents: z through the bijection to its support, then log l.
+
+    ``size`` is their number, ``n_z`` how many of them make z.
+    """
+
+    def __init__(self, model: SCVI) -> None:
+        with pyro.get_param_store().scope(), pyro.poutine.block():
+            prior = model.prior()
+        mixture = isinstance(prior, dist.MixtureSameFamily)
+        self.support = prior.component_distribution.support if mixture else prior.support
+        self.real, self.to_z = is_real(self.support), biject_to(self.support)
+        self.n_z = self.to_z.inverse_shape(torch.Size([model.n_latent]))[-1]
+        self.has_library = model.library.latent
+        self.size = self.n_z + int(self.has_library)
+
+    def sites(self, u: Tensor) -> dict[str, Tensor]:
+        """Sites z (..., cells, 1, latents) and l (..., cells, 1) at u (..., cells, size)."""
+        sites = {"z": self.to_z(u[..., None, : self.n_z])}
+        return sites | {"l": u[..., self.n_z :].exp()} if self.has_library else sites
+
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """Log of |d(z, l) / du|, (..., cells)."""
+        z, log_l = u[..., : self.n_z], u[..., self.n_z :]
+        total = log_l.sum(-1)  # dl / d log l = l
+        if self.real:
+            return total
+        return total + self.to_z.log_abs_det_jacobian(z, self.to_z(z)).reshape(*total.shape, -1).sum(-1)
+
+    def law(self, base: Law, *steps: Any) -> Law:
+        """The law of z when ``base``, through ``steps``, is the law of its unconstrained coordinates."""
+        return pushed(base, self.support, *steps)
+
+
+def is_real(support: Any) -> bool:
+    """Whether a support is all of the real line or space, where coordinates need no transform."""
+    return getattr(support, "base_constraint", support) is constraints.real
+
+
+def pushed(base: Law, support: Any, *steps: Any) -> Law:
+    """The law of ``base`` through ``steps`` and onto ``support``; ``base`` itself where nothing is to be done."""
+    steps = steps if is_real(support) else (*steps, biject_to(support))
+    return dist.TransformedDistribution(base, list(steps)) if steps else base
+
+
+def cell_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
+    """Sum over genes of the log densities of the named sites of a scored trace, (..., cells)."""
+    terms = {name: trace.nodes[name]["log_prob"] for name in names}
+    sums = [term.sum(-1) if name == "x" else term.squeeze(-1) for name, term in terms.items()]
+    return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
+
+
+def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
+    """The marginalised program's trace with the latents in ``sites`` and its log densities."""
+    with pyro.get_param_store().scope():
+        trace = pyro.poutine.trace(pyro.poutine.condition(model, data=sites)).get_trace(x, gamma)
+        trace.compute_log_prob()
+    return trace
+
+
+def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:
+    """Log p(x, z, l) in coordinates u (samples, cells, size), nats, (samples, cells), at given global latents."""
+    coordinates = Coordinates(model)
+    names = ("z", "l", "x") if coordinates.has_library else ("z", "x")
+
+    def density(u: Tensor) -> Tensor:
+        trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
+        return cell_terms(trace, *names) + coordinates.log_abs_det(u)
+
+    return density

@@ -1,0 +1,163 @@
+"""Count matrices: one canonical form for whatever a caller holds, with its sums and selections."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from pyro_scvi.errors import DataError
+
+Counts = np.ndarray | sparse.csr_array
+
+_SCAN_SIZE = 2**22  # entries per block: the scan's temporaries stay at a few MB whatever the matrix
+
+
+def canonical(matrix: Any, source: str) -> Counts:
+    """Bring a matrix to row-major form without densifying it and without changing the caller's object.
+
+    Parameters
+    ----------
+    matrix
+        Counts, (cells, genes): NumPy, any SciPy sparse format, torch, a backed AnnData matrix or a DataFrame.
+    source
+        What to call the matrix in errors, such as ``"X"``.
+
+    Returns
+    -------
+    csr_array or ndarray
+        (cells, genes), counts. Sparse input gives CSR, duplicates summed, int32 indices where they fit;
+        dense input gives a C-ordered array. The data are shared with the input where no conversion is needed.
+
+    Raises
+    ------
+    DataError
+        If the matrix is missing, boolean, not numeric, not two-dimensional, without cells or without genes.
+    """
+    if matrix is None:
+        raise DataError(f"{source} is None: there are no counts to read.")
+    matrix = _in_memory(matrix)
+    if not sparse.issparse(matrix):
+        matrix = _dense(matrix, source)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise DataError(
+            f"{source} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}."
+        )
+    if matrix.dtype.kind not in "iuf":
+        raise DataError(f"{source} must hold counts; its values are of type {matrix.dtype}. Pass integer counts.")
+    # float16 overflows in comparisons with large numbers, and SciPy converts no sparse matrix of it
+    return _row_major(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix, source)
+
+
+def cell_totals(counts: Counts) -> np.ndarray:
+    """Total count per cell, (cells,), float64; no converted copy of the matrix is made."""
+    if isinstance(counts, np.ndarray):
+        return counts.sum(axis=1, dtype=np.float64)
+    totals = np.zeros(counts.shape[0])
+    filled = np.flatnonzero(np.diff(counts.indptr))
+    if filled.size:
+        totals[filled] = np.add.reduceat(counts.data, counts.indptr[filled], dtype=np.float64)
+    return totals
+
+
+def expressed_genes(counts: Counts) -> np.ndarray:
+    """Which genes have a count in any cell: (genes,), bool."""
+    if isinstance(counts, np.ndarray):
+        return np.asarray(counts.any(axis=0))
+    seen = np.zeros(counts.shape[1], dtype=bool)
+    for start, values in blocks(counts.data):
+        seen[counts.indices[start : start + values.size][values != 0]] = True
+    return seen
+
+
+def n_nonzero(counts: Counts) -> int:
+    """Count the entries that are not zero."""
+    return sum(int(np.count_nonzero(values)) for _, values in blocks(stored_values(counts)))
+
+
+def select_genes(counts: Counts, positions: np.ndarray) -> Counts:
+    """Reorder and select genes; a position of -1 gives a gene of zeros.
+
+    Parameters
+    ----------
+    counts
+        (cells, genes).
+    positions
+        (new genes,): for each new gene its old position, or -1.
+    """
+    if np.array_equal(positions, np.arange(counts.shape[1])):
+        return counts
+    found = np.flatnonzero(positions >= 0)
+    shape = (counts.shape[0], positions.size)
+    chosen = counts[:, positions[found]]
+    if isinstance(chosen, np.ndarray):
+        filled = np.zeros(shape, dtype=counts.dtype)
+        filled[:, found] = chosen
+        return filled
+    return sparse.csr_array((chosen.data, found.astype(np.int32)[chosen.indices], chosen.indptr), shape=shape)
+
+
+def narrow(counts: Counts) -> Counts:
+    """Change 64-bit and other unusual types to float32; counts in smaller ones are returned as they are."""
+    kind, size = counts.dtype.kind, counts.dtype.itemsize
+    if counts.dtype.isnative and (
+        (kind == "f" and size == 4) or kind == "i" and size <= 4 or kind == "u" and size <= 2
+    ):
+        return counts
+    return counts.astype(np.float32)
+
+
+def stored_values(counts: Counts) -> np.ndarray:
+    """All values that are stored, one-dimensional: for a sparse matrix, those that may be other than zero."""
+    return counts.reshape(-1) if isinstance(counts, np.ndarray) else counts.data
+
+
+def blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield consecutive blocks of a long array, each with the position of its first value."""
+    for start in range(0, values.size, _SCAN_SIZE):
+        yield start, values[start : start + _SCAN_SIZE]
+
+
+def _in_memory(matrix: Any) -> Any:
+    if isinstance(matrix, torch.Tensor):
+        return _from_torch(matrix)
+    if hasattr(matrix, "to_memory"):  # sparse matrix of a backed AnnData
+        return matrix.to_memory()
+    return matrix
+
+
+def _from_torch(tensor: torch.Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
+    if tensor.layout == torch.strided:
+        return tensor.numpy()
+    entries = tensor.to_sparse_coo().coalesce()
+    return sparse.coo_array((entries.values().numpy(), tuple(entries.indices().numpy())), shape=tuple(entries.shape))
+
+
+def _dense(matrix: Any, source: str) -> np.ndarray:
+    if np.ma.isMaskedArray(matrix):
+        raise DataError(f"{source} is a masked array; fill or drop the masked entries first.")
+    try:
+        return np.asarray(matrix)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{source} is no matrix that NumPy can read: {type(matrix).__name__}.") from error
+
+
+def _row_major(matrix: Any, source: str) -> Counts:
+    if isinstance(matrix, np.ndarray):
+        return np.ascontiguousarray(matrix)
+    rows = matrix.tocsr()
+    # SciPy keeps mixed index types, and then converts all of them at every row selection: 100 times slower.
+    index = np.int32 if max(rows.nnz, *rows.shape) <= np.iinfo(np.int32).max else np.int64
+    parts = (rows.data, rows.indices.astype(index, copy=False), rows.indptr.astype(index, copy=False))
+    try:
+        counts = sparse.csr_array(parts, shape=rows.shape)
+        counts.check_format(full_check=True)
+    except ValueError as error:
+        raise DataError(f"{source} is a broken sparse matrix: {error}.") from error
+    if not counts.has_canonical_format:
+        counts = counts.astype(np.float64)  # a copy, in which small integer types cannot overflow
+        counts.sum_duplicates()
+    return counts

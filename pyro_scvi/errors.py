@@ -1,0 +1,28 @@
+"""The package's errors: each also is the built-in exception that a caller would catch."""
+
+
+class PyroScviError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class DataError(PyroScviError, ValueError):
+    """Counts or annotations that no count model can take: negative, missing, not integers, empty."""
+
+
+class SchemaError(PyroScviError, KeyError):
+    """Genes, categories or columns that do not match what a model was fitted on."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would print the repr
+
+
+class ModelError(PyroScviError, ValueError):
+    """Parts of a model or guide that do not fit together."""
+
+
+class FitError(PyroScviError, RuntimeError):
+    """Training that could not go on."""
+
+
+class StoreError(PyroScviError, OSError):
+    """A saved fit that cannot be written, read or trusted."""

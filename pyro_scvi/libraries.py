@@ -1,0 +1,92 @@
+"""Library size: how many molecules of a cell were seen, and how it enters the mean of the counts."""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_scvi.parts import Part
+
+
+class NoLibrary(Part):
+    """log mu = head: depth is one more thing that z may say (Lopez et al. 2017)."""
+
+    latent = False
+
+    def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
+        """No library size."""
+        return None
+
+    def log_mean(self, eta: Tensor, log_library: Tensor | None) -> Tensor:
+        """Log mean count: the head itself, (..., cells, genes)."""
+        return eta
+
+    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+        """Nothing to take from the data."""
+
+
+class LatentLibrary(Part):
+    r"""A latent size per cell, site ``l``: log mu = log l + log softmax(head) (Lopez et al. 2018).
+
+    .. math:: l_n \sim LogNormal(loc_b, scale_b^2)
+
+    for the batch b of the cell, counts per cell. ``loc`` and ``scale`` are constants: numbers, one per batch, or None:
+    the mean and standard deviation of the training cells' log totals, taken when a fit starts.
+    """
+
+    latent = True
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        loc: float | list[float] | None = None,
+        scale: float | list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.fixed = loc is not None and scale is not None
+        self.register_buffer("loc", torch.as_tensor(math.log(1000.0) if loc is None else loc).float().reshape(-1))
+        self.register_buffer("scale", torch.as_tensor(1.0 if scale is None else scale).float().reshape(-1))
+
+    def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
+        """Sample l at every cell; log l (..., cells, 1)."""
+        return pyro.sample("l", dist.LogNormal(*self._law(gamma))).log()
+
+    def log_mean(self, eta: Tensor, log_library: Any) -> Tensor:
+        """Log mean count: the library size shared out over the genes, (..., cells, genes)."""
+        return log_library + torch.log_softmax(eta, -1)
+
+    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+        """Take loc and scale from the totals (cells,) of the training cells, unless they were given."""
+        if not self.fixed:
+            log_totals = totals.clamp(min=1).log()
+            self.loc.copy_(log_totals.mean())
+            self.scale.copy_(log_totals.std(correction=0).clamp(min=0.05))
+
+    def _law(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self.loc) == 1:
+            ones = gamma.new_ones(len(gamma), 1)
+            return self.loc * ones, self.scale * ones
+        batch = gamma[:, : len(self.loc)]  # one-hot
+        return (batch @ self.loc)[:, None], (batch @ self.scale)[:, None]
+
+
+class ObservedLibrary(LatentLibrary):
+    """log mu = log(total of the cell) + log softmax(head): conditions on the total, which evidence must be charged for.
+
+    Where x is not observed, the total is drawn from LogNormal(loc, scale^2).
+    """
+
+    latent = False
+
+    def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
+        """Log total count of every cell, (cells, 1)."""
+        if x is None:
+            return dist.LogNormal(*self._law(gamma)).sample().log()
+        return x.sum(-1, keepdim=True).clamp(min=1).log()
+
+
+Library = NoLibrary | LatentLibrary

@@ -1,0 +1,197 @@
+"""Likelihoods p(x | z): the marginal law of x, the laws of w, y, h behind it, and their exact conditionals given x."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_scvi.distributions import Law, NegativeBinomial, ZeroInflated
+from pyro_scvi.errors import ModelError
+from pyro_scvi.parts import Part
+
+Theta = dict[str, Tensor]
+
+_NEVER = -1e3  # a logit whose sigmoid is 0 in every precision, and whose gradient is finite
+
+
+class PerCellAndGene(Part):
+    """Inverse dispersion r_ng as one more head of the decoder (Lopez et al. 2017)."""
+
+    heads = ("log_inverse_dispersion",)
+
+    def forward(self, eta: Theta, gamma: Tensor) -> Tensor:
+        """Log r, (..., cells, genes)."""
+        return eta["log_inverse_dispersion"]
+
+
+class PerGene(Part):
+    """One inverse dispersion r_g per gene, a parameter."""
+
+    heads = ()
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
+
+    def forward(self, eta: Theta, gamma: Tensor) -> Tensor:
+        """Log r, (genes,)."""
+        return self.log_inverse_dispersion
+
+
+class PerGeneAndBatch(Part):
+    """One inverse dispersion r_gb per gene and batch; the first ``n_batches`` columns of gamma are the batch."""
+
+    heads = ()
+
+    def __init__(self, n_genes: int, n_batches: int) -> None:
+        super().__init__()
+        self.n_batches = n_batches
+        self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_batches, n_genes))
+
+    def forward(self, eta: Theta, gamma: Tensor) -> Tensor:
+        """Log r, (cells, genes)."""
+        if gamma.shape[-1] < self.n_batches:
+            raise ModelError(
+                f"PerGeneAndBatch expects {self.n_batches} batch columns in gamma, got {gamma.shape[-1]} columns; "
+                "make the Cells with batch="
+            )
+        return gamma[..., : self.n_batches] @ self.log_inverse_dispersion
+
+
+Dispersion = PerCellAndGene | PerGene | PerGeneAndBatch
+
+
+class Likelihood(Part):
+    """A law of counts given the decoder's heads.
+
+    A new likelihood names its ``heads`` and returns its ``marginal``; that is enough to fit and to compare it. One
+    with a Gamma rate or technical zeros also inherits the explicit program and the exact conditionals, which read
+    ``log_inverse_dispersion`` and ``gate_logits`` in theta (Lopez et al. 2017, Sec. 1).
+    """
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the decoder's heads; ``log_mean`` is the one that the library size scales."""
+        raise NotImplementedError
+
+    def theta(self, eta: Theta, gamma: Tensor) -> Theta:
+        """The law's parameters from the heads, each broadcastable to (..., cells, genes)."""
+        return eta
+
+    def marginal(self, *args: Any, **theta: Any) -> Law:
+        """The law of x with w, y and h integrated out, batch shape (..., cells, genes)."""
+        raise NotImplementedError
+
+    def rate(self, log_mean: Tensor, **theta: Tensor) -> dist.Gamma | None:
+        """The law of w, or None where w = mu exactly."""
+        r = theta.get("log_inverse_dispersion")
+        return None if r is None else NegativeBinomial(log_mean, r).rate
+
+    def technical_zero_logits(self, log_mean: Tensor, **theta: Tensor) -> Tensor | None:
+        """Log odds of h = 1 given x = 0, or None where no zero is technical."""
+        gate = theta.get("gate_logits")
+        if gate is None:
+            return None
+        r = theta.get("log_inverse_dispersion")
+        counts = dist.Poisson(log_mean.exp()) if r is None else NegativeBinomial(log_mean, r)
+        return gate - counts.log_prob(torch.zeros_like(log_mean))
+
+    def generate(self, x: Tensor | None, theta: Theta) -> Tensor:
+        """The explicit program: sites w, h (where there is one), y and x.
+
+        w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
+        """
+        law, gate = self.rate(**theta), theta.get("gate_logits")
+        w = pyro.deterministic("w", theta["log_mean"].exp()) if law is None else pyro.sample("w", law)
+        y = pyro.sample("y", dist.Poisson(w))
+        seen = y
+        if gate is not None:
+            h = pyro.sample("h", dist.Bernoulli(logits=gate))
+            seen = y * (1 - h)
+        return pyro.sample("x", dist.Delta(seen), obs=x)
+
+    def explain(self, x: Tensor, theta: Theta) -> None:
+        """Sample the explicit sites from their exact conditional given x and z, as a guide (Gamma-Poisson conjugacy).
+
+        h ~ Bernoulli(rho 1[x = 0]); w ~ Gamma(r + x (1 - h), r / mu + 1 - h); y = x if h = 0, else Poisson(w).
+        """
+        logits = self.technical_zero_logits(**theta)
+        h: Tensor | float = 0.0
+        if logits is not None:
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _NEVER)))
+        law = self.rate(**theta)
+        w = theta["log_mean"].exp() if law is None else pyro.sample("w", _updated(law, x, h))
+        y = dist.Delta(x.expand(w.shape))
+        if logits is not None:
+            y = dist.MaskedMixture(h == 1, y, dist.Poisson(w))
+        pyro.sample("y", y)
+
+
+def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
+    return dist.Gamma(law.concentration + x * (1 - h), law.rate + 1 - h)
+
+
+class Poisson(Likelihood):
+    """x ~ Poisson(mu): w = mu, no technical zeros."""
+
+    heads = ("log_mean",)
+
+    def marginal(self, log_mean: Tensor) -> Law:
+        """Poisson(mu)."""
+        return dist.Poisson(log_mean.exp())
+
+
+class ZIP(Likelihood):
+    """Poisson counts with technical zeros: w = mu."""
+
+    heads = ("log_mean", "gate_logits")
+
+    def marginal(self, log_mean: Tensor, gate_logits: Tensor) -> Law:
+        """Zero-inflated Poisson(mu)."""
+        return ZeroInflated(dist.Poisson(log_mean.exp()), gate_logits)
+
+
+class GammaPoisson(Likelihood):
+    """What NB and ZINB share: w ~ Gamma(r, r / mu), y ~ Poisson(w).
+
+    Parameters
+    ----------
+    dispersion
+        Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
+        :class:`PerGeneAndBatch`.
+    """
+
+    zero_heads: tuple[str, ...] = ()
+
+    def __init__(self, dispersion: Dispersion | None = None) -> None:
+        super().__init__()
+        self.dispersion = PerCellAndGene() if dispersion is None else dispersion
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """log_mean, log_inverse_dispersion where it is a head, gate_logits where zeros may be technical."""
+        return ("log_mean", *self.dispersion.heads, *self.zero_heads)
+
+    def theta(self, eta: Theta, gamma: Tensor) -> Theta:
+        """The heads and log r."""
+        return {**eta, "log_inverse_dispersion": self.dispersion(eta, gamma)}
+
+
+class NB(GammaPoisson):
+    """x = y: negative binomial counts without technical zeros."""
+
+    def marginal(self, log_mean: Tensor, log_inverse_dispersion: Tensor) -> Law:
+        """NegativeBinomial(mu, r)."""
+        return NegativeBinomial(log_mean, log_inverse_dispersion)
+
+
+class ZINB(GammaPoisson):
+    """The paper's likelihood: negative binomial counts with technical zeros (Lopez et al. 2017, Sec. 1)."""
+
+    zero_heads = ("gate_logits",)
+
+    def marginal(self, log_mean: Tensor, log_inverse_dispersion: Tensor, gate_logits: Tensor) -> Law:
+        """Zero-inflated NegativeBinomial(mu, r)."""
+        return ZeroInflated(NegativeBinomial(log_mean, log_inverse_dispersion), gate_logits)

@@ -1,0 +1,149 @@
+"""scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
+
+from collections.abc import Callable
+
+import pyro
+import torch
+from torch import BoolTensor, Tensor, nn
+
+from pyro_scvi.distributions import Law
+from pyro_scvi.errors import ModelError
+from pyro_scvi.libraries import LatentLibrary, Library
+from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
+from pyro_scvi.networks import BatchNorm, Decoder, Norm
+from pyro_scvi.parts import Part
+from pyro_scvi.priors import StandardNormal
+from pyro_scvi.seeding import seeded
+from pyro_scvi.weights import RandomWeights
+
+
+class SCVI(Part):
+    r"""The law of counts x (cells, genes) given constants gamma (cells, covariates).
+
+    .. math::
+
+        z_n \sim p(z), \quad w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng}), \quad y_{ng} \sim Poisson(w_{ng}), \quad
+        h_{ng} \sim Bernoulli(\pi_{ng}), \quad x_{ng} = y_{ng} (1 - h_{ng})
+
+    with (mu, r) = f_w(z_n, gamma_n) and logit pi = f_h(z_n, gamma_n), mu in counts.
+
+    Parameters
+    ----------
+    n_genes, n_latent, n_covariates
+        Sizes of x, z and gamma.
+    prior
+        p(z): a callable that returns a distribution with event shape (latents,); None: StandardNormal.
+    likelihood
+        p(x | z); None: ZINB with an inverse dispersion per cell and gene.
+    library
+        Library size; None: LatentLibrary. NoLibrary is the paper's.
+    n_hidden, n_layers, dropout, norm, initial_sd, seed
+        The decoder's hidden layers, and the seed of the initial weights.
+    weight_priors
+        Parameter name pattern -> prior on it, see :mod:`pyro_scvi.weights`.
+
+    Raises
+    ------
+    ModelError
+        If the prior's event shape is not (n_latent,), or a weight prior names no parameter.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int = 10,
+        n_covariates: int = 0,
+        *,
+        prior: Callable[[], Law] | None = None,
+        likelihood: Likelihood | None = None,
+        library: Library | None = None,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        dropout: float = 0.0,
+        norm: Norm | None = BatchNorm(),
+        initial_sd: float | None = None,
+        weight_priors: dict[str, nn.Module] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.n_genes, self.n_latent, self.n_covariates = n_genes, n_latent, n_covariates
+        self.prior = StandardNormal(n_latent) if prior is None else prior
+        self.likelihood = ZINB() if likelihood is None else likelihood
+        self.library = LatentLibrary() if library is None else library
+        with seeded(seed):
+            self.decoder = Decoder(
+                n_latent,
+                n_genes,
+                self.likelihood.heads,
+                n_covariates=n_covariates,
+                n_hidden=n_hidden,
+                n_layers=n_layers,
+                dropout=dropout,
+                norm=norm,
+                initial_sd=initial_sd,
+            )
+        self.weights = RandomWeights(self, weight_priors or {})
+        with pyro.get_param_store().scope(), pyro.poutine.block():
+            shape = tuple(self.prior().event_shape)
+        if shape != (n_latent,):
+            raise ModelError(f"the prior must have event shape ({n_latent},), got {shape}; is to_event(1) missing?")
+
+    def forward(
+        self,
+        x: Tensor | None,
+        gamma: Tensor | None = None,
+        *,
+        marginal: bool = True,
+        mask: BoolTensor | bool = True,
+        index: Tensor | None = None,
+        n_cells: int | None = None,
+    ) -> Tensor:
+        """Sample or score cells: sites z, x and, with a latent library, l; with ``marginal=False`` also w, y and h.
+
+        Parameters
+        ----------
+        x
+            Counts (cells, genes), or None to draw them.
+        gamma
+            Covariates (cells, covariates); may be left out where the model has none and x is given.
+        marginal
+            Whether w, y and h are integrated out (Sec. 2).
+        mask
+            Which entries (cells, genes) count in the likelihood.
+        index, n_cells
+            Rows of this minibatch among all cells and how many those are: cell terms then weigh n_cells / len(index).
+        """
+        pyro.module(self.pyro_name, self)
+        gamma = constants(self, x, gamma)
+        with self.weights.drawn_into(self):
+            with cells_plate(gamma, index, n_cells):
+                z = pyro.sample("z", self.prior())  # (cells, 1, latents)
+                theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
+                with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
+                    if marginal:
+                        return pyro.sample("x", self.likelihood.marginal(**theta), obs=x)
+                    return self.likelihood.generate(x, theta)
+
+    def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
+        """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
+        eta = self.decoder(z.squeeze(-2), gamma)
+        return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
+
+
+def cells_plate(gamma: Tensor, index: Tensor | None, n_cells: int | None) -> pyro.plate:
+    """The plate over cells, the same in model and guide."""
+    rows = torch.arange(len(gamma), device=gamma.device) if index is None else index
+    return pyro.plate("cells", n_cells or len(gamma), subsample=rows, dim=-2)
+
+
+def constants(model: SCVI, x: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """The covariates (cells, covariates), checked against the model."""
+    if gamma is None:
+        if x is None or model.n_covariates:
+            raise ModelError(f"the model needs gamma of shape (cells, {model.n_covariates}) beside x")
+        return x.new_zeros(len(x), 0)
+    if gamma.shape[-1] != model.n_covariates:
+        raise ModelError(f"gamma must have {model.n_covariates} columns, got {gamma.shape[-1]}")
+    if x is not None and x.shape[-1] != model.n_genes:
+        raise ModelError(f"x must have {model.n_genes} genes, got {x.shape[-1]}")
+    return gamma

@@ -1,0 +1,42 @@
+"""Part: a torch module that remembers how it was made, so that it prints, saves and loads without pickle."""
+
+import inspect
+from itertools import count
+from typing import Any
+
+from torch import nn
+
+_serial = count()
+
+
+class Part(nn.Module):
+    """Base of every swappable piece: priors, likelihoods, dispersions, libraries, networks, models, guides.
+
+    ``arguments`` holds what the constructor was called with. ``pyro_name`` is unique in the session, also for
+    copies: Pyro's parameter store is global, and two models under one name would silently share parameters.
+    """
+
+    arguments: dict[str, Any]
+    pyro_name: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Part":
+        """Remember the arguments before the constructor runs."""
+        self = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        bound.arguments.pop("self", None)
+        object.__setattr__(self, "arguments", dict(bound.arguments))
+        object.__setattr__(self, "pyro_name", f"{cls.__name__}_{next(_serial)}")
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        object.__setattr__(self, "pyro_name", f"{type(self).__name__}_{next(_serial)}")
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={_brief(value)}" for key, value in self.arguments.items() if value is not None)
+        return f"{type(self).__name__}({shown})"
+
+
+def _brief(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"<{'x'.join(map(str, shape))}>" if shape is not None and len(shape) else repr(value)

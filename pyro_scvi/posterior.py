@@ -1,0 +1,111 @@
+"""What a fitted model says of cells: embeddings, and the evaluation mode that every verb shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_scvi.cells import Cells
+from pyro_scvi.coordinates import cell_terms, log_joint, scored
+from pyro_scvi.errors import SchemaError
+from pyro_scvi.guides import Guide
+from pyro_scvi.importance import refine
+from pyro_scvi.minibatches import Minibatches
+from pyro_scvi.model import SCVI
+from pyro_scvi.seeding import seeded
+
+if TYPE_CHECKING:
+    from pyro_scvi.fit import Fit
+
+
+@contextmanager
+def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradients, an own seed and an own parameter store; everything is put back afterwards."""
+    modes = [(module, module.training) for part in (model, guide) for module in part.modules()]
+    model.eval()
+    guide.eval()
+    try:
+        with seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def minibatches(fit: Fit, cells: Cells) -> Minibatches:
+    """The cells on the fit's device, after a check that their genes and covariates are the model's."""
+    fitted, given = fit.schema, cells.schema
+    if fitted.gene_names != given.gene_names:
+        same = len(set(fitted.gene_names) & set(given.gene_names))
+        raise SchemaError(
+            f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
+            "fit, or in another order; make them with Cells.from_anndata(adata, schema=fit.schema)"
+        )
+    if (fitted.batches, fitted.covariates, fitted.means, fitted.sds) != (
+        given.batches,
+        given.covariates,
+        given.means,
+        given.sds,
+    ):
+        raise SchemaError(
+            f"the fit has batches {fitted.batches} and covariates {fitted.covariates}, the cells have {given.batches} "
+            f"and {given.covariates}, or other scales; make them with Cells.from_anndata(adata, schema=fit.schema)"
+        )
+    return Minibatches(cells, fit.device, fit.dtype)
+
+
+def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
+    """Posterior mean of z under the guide, E_q[z | x].
+
+    Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
+    the nearest fitted cell where the guide is not amortised.
+
+    Returns
+    -------
+    ndarray (cells, latents)
+
+    Raises
+    ------
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
+    """
+    with evaluating(fit.model, fit.guide, seed):
+        return np.concatenate(
+            [_mean(fit.guide, x, gamma).cpu().numpy() for x, gamma in minibatches(fit, cells).in_order(batch_size)]
+        )
+
+
+def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
+    if not guide.amortised:
+        loc, _ = refined(guide, x, gamma)
+        return guide.coordinates.sites(loc)["z"].squeeze(-2)
+    law = guide.z_law(guide.encode(x, gamma, None))
+    mean = law.sample((200,)).mean(0) if isinstance(law, dist.TransformedDistribution) else law.mean
+    return mean.squeeze(-2)
+
+
+@torch.enable_grad()
+def refined(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int = 100) -> tuple[Tensor, Tensor]:
+    """Location and scale (cells, size) of a diagonal normal, raised from the guide's start by gradient steps."""
+    density = log_joint(guide.model, x, gamma, guide.weights.medians())
+    loc, scale = guide.start(x, gamma)
+    return refine(density, loc.detach(), scale.detach(), steps=steps)
+
+
+def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
+    """Log weight log p(x, z, l) - log q(z, l | x) of draws from the guide, and its part log q - log p of the latents.
+
+    Each (samples, cells), nats; the mean of the first is the ELBO, of the second the KL divergence.
+    """
+    model = guide.model
+    sites, log_q = guide.draw(x, gamma, samples)
+    trace = scored(model, x, gamma, {**guide.weights.medians(), **sites})
+    gap = log_q - cell_terms(trace, *sites)
+    return cell_terms(trace, "x") - gap, gap

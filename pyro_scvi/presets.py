@@ -1,0 +1,74 @@
+"""Named configurations: a model and the options of its fit, each made of the same parts as any other."""
+
+from typing import Any
+
+import numpy as np
+
+from pyro_scvi.cells import Cells
+from pyro_scvi.guides import DiagonalNormal, Guide
+from pyro_scvi.libraries import LatentLibrary, NoLibrary
+from pyro_scvi.likelihoods import ZINB, PerGene
+from pyro_scvi.model import SCVI
+from pyro_scvi.networks import BatchNorm
+from pyro_scvi.schedules import Constant, Weight
+
+Preset = tuple[SCVI, dict[str, Any]]
+
+
+def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
+    """The model and training of Lopez et al. 2017, as their code of that week had them.
+
+    No library size, mean exp(head), inverse dispersion per cell and gene, raw counts into the encoder, two hidden
+    layers of 128, dropout 0.1, batch normalisation momentum 0.01, truncated normal weights of sd 0.01, Adam at 0.005
+    with epsilon 0.01, 150 epochs of batches of 128, no KL warm-up.
+    """
+    hidden: dict[str, Any] = {
+        "n_hidden": 128,
+        "n_layers": 2,
+        "dropout": 0.1,
+        "norm": BatchNorm(0.01),
+        "initial_sd": 0.01,
+        "seed": seed,
+    }
+    model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=ZINB(), library=NoLibrary(), **hidden)
+    guide = DiagonalNormal(model, log_input=False, **hidden)
+    return model, _options(guide, epochs=150, learning_rate=Constant(0.005), seed=seed)
+
+
+def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
+    """The configuration of Lopez et al. 2018 for the cortex data (their setting for clustering: KL weight 0).
+
+    Latent library size with the totals' law, mean l softmax(head), inverse dispersion per gene, log counts into the
+    encoder, one hidden layer of 128, dropout 0.1, Adam at 0.0004 with epsilon 0.01, 250 epochs.
+    """
+    hidden: dict[str, Any] = {
+        "n_hidden": 128,
+        "n_layers": 1,
+        "norm": BatchNorm(0.01),
+        "initial_sd": 0.01,
+        "seed": seed,
+    }
+    likelihood, library = ZINB(PerGene(cells.n_genes)), LatentLibrary(*_law_of_totals(cells))
+    model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=likelihood, library=library, **hidden)
+    guide = DiagonalNormal(model, dropout=0.1, **hidden)
+    return model, _options(guide, epochs=250, learning_rate=Constant(4e-4), seed=seed) | {"kl_weight": Weight(0.0)}
+
+
+def _law_of_totals(cells: Cells) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the log totals, per batch."""
+    log_totals = np.log(np.maximum(cells.totals, 1))
+    batches = cells.covariates[:, : cells.n_batches].T > 0 if cells.n_batches else [np.ones(cells.n_cells, bool)]
+    groups = [log_totals[batch] for batch in batches]
+    return [float(group.mean()) for group in groups], [float(group.std()) for group in groups]
+
+
+def _options(guide: Guide, *, epochs: int, learning_rate: Constant, seed: int) -> dict[str, Any]:
+    return {
+        "guide": guide,
+        "epochs": epochs,
+        "batch_size": 128,
+        "learning_rate": learning_rate,
+        "eps": 0.01,
+        "seed": seed,
+        "data_start": False,
+    }

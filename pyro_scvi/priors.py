@@ -1,0 +1,217 @@
+"""Priors p(z): each is a callable without arguments that returns a Pyro distribution with event shape (latents,).
+
+Any other callable of that kind serves as well; a module may hold parameters, which are then learned with the model.
+"""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints, transforms
+from pyro.nn import AutoRegressiveNN
+from torch import Tensor, nn
+
+from pyro_scvi.distributions import Law
+from pyro_scvi.errors import ModelError
+from pyro_scvi.networks import Encoder, LayerNorm
+from pyro_scvi.parts import Part
+from pyro_scvi.seeding import seeded
+
+
+class Prior(Part):
+    """A prior on ``n_latent`` latents; ``learned`` says that its own shape is fitted to the data."""
+
+    learned = False
+    zeros: Tensor
+
+    def __init__(self, n_latent: int) -> None:
+        super().__init__()
+        if n_latent < 1:
+            raise ModelError(f"a prior needs n_latent >= 1, got {n_latent}")
+        self.n_latent = n_latent
+        self.register_buffer("zeros", torch.zeros(n_latent), persistent=False)  # carries device and dtype
+
+    def forward(self) -> Law:
+        """The distribution of z, event shape (latents,)."""
+        raise NotImplementedError
+
+
+class StandardNormal(Prior):
+    """z ~ Normal(0, I) (Lopez et al. 2017, Sec. 1)."""
+
+    def forward(self) -> Law:
+        """Normal(0, 1) on every latent."""
+        return dist.Normal(self.zeros, 1.0).to_event(1)
+
+
+class ARDNormal(Prior):
+    """z_k ~ Normal(0, s_k^2) with learned s_k: latents that are not needed shrink (automatic relevance)."""
+
+    learned = True
+
+    def __init__(self, n_latent: int) -> None:
+        super().__init__(n_latent)
+        self.log_scale = nn.Parameter(torch.zeros(n_latent))
+
+    def forward(self) -> Law:
+        """Normal(0, s_k) on latent k."""
+        return dist.Normal(self.zeros, self.log_scale.exp()).to_event(1)
+
+
+class StudentT(Prior):
+    """z_k ~ StudentT(df), heavier tails than the normal: outlying cells are not pulled in."""
+
+    def __init__(self, n_latent: int, df: float = 4.0) -> None:
+        super().__init__(n_latent)
+        if not df > 0:
+            raise ModelError(f"StudentT needs df > 0, got {df}")
+        self.df = df
+
+    def forward(self) -> Law:
+        """StudentT(df, 0, 1) on every latent."""
+        return dist.StudentT(self.zeros + self.df, self.zeros, 1.0).to_event(1)
+
+
+class Laplace(Prior):
+    """z_k ~ Laplace(0, 1): mass at zero and heavy tails, sparse codes."""
+
+    def forward(self) -> Law:
+        """Laplace(0, 1) on every latent."""
+        return dist.Laplace(self.zeros, 1.0).to_event(1)
+
+
+class GaussianMixture(Prior):
+    """z ~ sum_c pi_c Normal(m_c, diag(s_c^2)) with learned weights, means and scales."""
+
+    learned = True
+
+    def __init__(self, n_latent: int, components: int = 8, *, seed: int = 0) -> None:
+        super().__init__(n_latent)
+        _check_components(components)
+        with seeded(seed):
+            self.loc = nn.Parameter(torch.randn(components, n_latent))
+        self.log_scale = nn.Parameter(torch.zeros(components, n_latent))
+        self.logits = nn.Parameter(torch.zeros(components))
+
+    def forward(self) -> Law:
+        """A mixture of diagonal normals."""
+        return _mixture(self.logits, self.loc, self.log_scale)
+
+
+class VampPrior(Prior):
+    """z ~ sum_c pi_c q(z | u_c): the aggregate posterior at learned pseudo-cells u_c (Tomczak and Welling 2018).
+
+    The guide shares this prior's ``encoder``, so that q(z | u_c) is the guide's own law. Layer normalisation, because
+    pseudo-cells passing through batch statistics would make training and evaluation differ.
+
+    Parameters
+    ----------
+    n_genes, n_latent
+        As in the model.
+    components
+        Number of pseudo-cells.
+    pseudo_cells
+        Start of u, counts (components, genes), for example some training cells; by default small random counts.
+    """
+
+    learned = True
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        components: int = 50,
+        *,
+        pseudo_cells: Tensor | None = None,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(n_latent)
+        _check_components(components)
+        with seeded(seed):
+            self.encoder = Encoder(n_genes, n_latent, n_hidden=n_hidden, n_layers=n_layers, norm=LayerNorm())
+            start = torch.rand(components, n_genes) if pseudo_cells is None else torch.as_tensor(pseudo_cells).float()
+        if start.shape != (components, n_genes):
+            raise ModelError(f"pseudo_cells must have shape {(components, n_genes)}, got {tuple(start.shape)}")
+        self.log_counts = nn.Parameter(start.clamp(min=0.01).log())
+        self.logits = nn.Parameter(torch.zeros(components))
+
+    def forward(self) -> Law:
+        """A mixture of the guide's normals at the pseudo-cells."""
+        encoded = self.encoder(self.log_counts.exp(), self.log_counts.new_zeros(len(self.log_counts), 0))
+        return _mixture(self.logits, encoded.loc, encoded.log_scale)
+
+
+class Flow(Prior):
+    """z = T(e), e ~ Normal(0, I), with T learned masked autoregressive layers (Papamakarios et al. 2017).
+
+    The density of a given z costs one pass; drawing z costs one pass per latent.
+    """
+
+    learned = True
+
+    def __init__(self, n_latent: int, layers: int = 2, n_hidden: int = 32, *, seed: int = 0) -> None:
+        super().__init__(n_latent)
+        if n_latent < 2:
+            raise ModelError("Flow needs n_latent >= 2; take GaussianMixture for one latent")
+        with seeded(seed):
+            self.layers = nn.ModuleList(
+                transforms.AffineAutoregressive(AutoRegressiveNN(n_latent, [n_hidden]), stable=True)
+                for _ in range(layers)
+            )
+
+    def forward(self) -> Law:
+        """The pushed-forward normal."""
+        order = torch.arange(self.n_latent - 1, -1, -1, device=self.zeros.device)
+        steps: list[Any] = []
+        for layer in self.layers:
+            steps += [layer.inv, transforms.Permute(order)]
+        return dist.TransformedDistribution(dist.Normal(self.zeros, 1.0).to_event(1), steps)
+
+
+class LogisticNormal(Prior):
+    """z on the simplex: a normal of n_latent - 1 dimensions through stick breaking (proportions of topics)."""
+
+    def __init__(self, n_latent: int, scale: float = 1.0) -> None:
+        super().__init__(n_latent)
+        if n_latent < 2:
+            raise ModelError("LogisticNormal needs n_latent >= 2: one proportion is always 1")
+        self.scale = scale
+
+    def forward(self) -> Law:
+        """LogisticNormal(0, scale) with n_latent proportions."""
+        base = dist.Normal(self.zeros[1:], self.scale).to_event(1)
+        return dist.TransformedDistribution(base, [transforms.StickBreakingTransform()])
+
+
+class Dirichlet(Prior):
+    """z ~ Dirichlet(concentration, ..., concentration), proportions that sum to one."""
+
+    def __init__(self, n_latent: int, concentration: float = 1.0) -> None:
+        super().__init__(n_latent)
+        if n_latent < 2 or not concentration > 0:
+            raise ModelError(f"Dirichlet needs n_latent >= 2 and concentration > 0, got {n_latent} and {concentration}")
+        self.concentration = concentration
+
+    def forward(self) -> Law:
+        """The symmetric Dirichlet."""
+        return dist.Dirichlet(self.zeros + self.concentration)
+
+
+class Flat(Prior):
+    """No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point."""
+
+    def forward(self) -> Law:
+        """A density of 1 everywhere, which cannot be sampled."""
+        return dist.ImproperUniform(constraints.real_vector, (), self.zeros.shape)
+
+
+def _mixture(logits: Tensor, loc: Tensor, log_scale: Tensor) -> Law:
+    components = dist.Normal(loc, log_scale.exp()).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+
+
+def _check_components(components: int) -> None:
+    if components < 1:
+        raise ModelError(f"a mixture needs components >= 1, got {components}")

@@ -1,0 +1,113 @@
+"""Reading: from an AnnData or a bare matrix to validated counts, covariates and schema."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from pyro_scvi.annotations import quoted
+from pyro_scvi.counts import Counts, canonical, cell_totals, expressed_genes, select_genes
+from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.schema import Schema
+from pyro_scvi.validation import check_counts
+
+
+class Table(NamedTuple):
+    """Counts with the names of their rows and columns, not validated yet."""
+
+    counts: Counts  # (cells, genes)
+    genes: pd.Index
+    obs: pd.DataFrame  # one row per cell, indexed by cell name
+    source: str  # what errors call the counts
+    hint: str  # where raw counts may be found instead
+    layer: str | None
+
+
+def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
+    """Take the counts of ``X`` or of a layer."""
+    if not isinstance(adata, AnnData):
+        raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
+    layers = ", ".join(map(repr, adata.layers.keys())) or "none"
+    if layer is not None and layer not in adata.layers:
+        raise SchemaError(f"there is no layer {layer!r}; the layers are: {layers}.")
+    hint = f"Pass layer= with raw counts (layers: {layers})."
+    if layer is None and adata.X is None:
+        raise DataError(f"X is None: there are no counts to read. {hint}")
+    matrix, source = (adata.X, "X") if layer is None else (adata.layers[layer], f"layer {layer!r}")
+    return Table(canonical(matrix, source), pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+
+
+def table_of_matrix(
+    matrix: Any, gene_names: Sequence[str] | None, cell_names: Sequence[str] | None, obs: pd.DataFrame | None
+) -> Table:
+    """Take a bare matrix; names that are not given are numbered."""
+    counts = canonical(matrix, "counts")
+    n_cells, n_genes = counts.shape
+    genes = pd.Index(_checked_names(gene_names, "gene", n_genes))
+    obs = pd.DataFrame(index=pd.Index(_checked_names(cell_names, "cell", n_cells))) if obs is None else obs.copy()
+    if len(obs) != n_cells:
+        raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.")
+    if cell_names is not None:
+        obs.index = pd.Index(_checked_names(cell_names, "cell", n_cells))
+    return Table(counts, genes, obs, "counts", "Pass the raw counts.", None)
+
+
+def read(
+    table: Table,
+    batch: str | None,
+    covariates: Sequence[str],
+    schema: Schema | None,
+    fill_missing_genes: bool,
+    allow_non_integer: bool,
+) -> tuple[Counts, np.ndarray, Schema]:
+    """Validate a table and match it with a schema, or learn one.
+
+    Returns
+    -------
+    counts
+        (cells, genes), genes in the order of the schema.
+    covariates
+        (cells, covariates), float32.
+    schema
+        The one given, or learnt.
+    """
+    _check_names(table)
+    counts, genes, learning = table.counts, table.genes, schema is None
+    if schema is None:
+        schema = Schema.learn(genes, table.obs, table.layer, batch, covariates)
+    else:
+        schema.check_columns(batch, covariates)
+        counts = select_genes(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
+        genes = pd.Index(schema.gene_names)
+    counts = check_counts(counts, genes, table.obs.index, table.source, table.hint, allow_non_integer=allow_non_integer)
+    _warn_of_zeros("cells", table.obs.index[cell_totals(counts) == 0])
+    if learning:  # a gene that some query happens to lack teaches the model nothing wrong
+        _warn_of_zeros("genes", genes[~expressed_genes(counts)])
+    return counts, schema.encode(table.obs), schema
+
+
+def _check_names(table: Table) -> None:
+    doubled = table.genes[table.genes.duplicated()].unique()
+    if len(doubled):
+        raise DataError(
+            f"gene names must be unique; {quoted(doubled)} occur more than once (adata.var_names_make_unique())."
+        )
+    doubled = table.obs.index[table.obs.index.duplicated()].unique()
+    if len(doubled):
+        warnings.warn(f"cell names occur more than once: {quoted(doubled)}.", UserWarning, stacklevel=4)
+
+
+def _warn_of_zeros(kind: str, names: pd.Index) -> None:
+    if len(names):
+        warnings.warn(f"{len(names)} {kind} have no counts: {quoted(names)}.", UserWarning, stacklevel=4)
+
+
+def _checked_names(names: Sequence[str] | None, kind: str, n: int) -> list[str]:
+    if names is None:
+        return [f"{kind}_{i}" for i in range(n)]
+    if len(names) != n:
+        raise DataError(f"there are {len(names)} {kind} names for {n} {kind}s.")
+    return [str(name) for name in names]

@@ -1,0 +1,63 @@
+"""Schedules of the learning rate and of the KL weight, as objects that a fit is given."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_scvi.errors import FitError
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Learning rate up to ``peak`` over the first 30 % of all steps, then down to nearly nothing (Smith 2018)."""
+
+    peak: float = 1e-2
+
+    def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        """Attach to an optimiser that will make ``steps`` steps."""
+        return torch.optim.lr_scheduler.OneCycleLR(optimiser, self.peak, total_steps=max(steps, 2))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same learning rate throughout."""
+
+    rate: float = 1e-3
+
+    def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        """Attach to an optimiser."""
+        for group in optimiser.param_groups:
+            group["lr"] = self.rate
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0, total_iters=0)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A KL weight of ``value`` throughout: 1 is the evidence bound, 0 leaves the prior of z out of training."""
+
+    value: float = 1.0
+
+    def at(self, epoch: int, epochs: int) -> float:
+        """Weight in ``epoch`` of ``epochs``."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A KL weight that grows linearly from 1 / ``epochs`` to 1 over the first ``epochs`` epochs."""
+
+    epochs: int
+
+    def at(self, epoch: int, epochs: int) -> float:
+        """Weight in ``epoch`` of ``epochs``; raises FitError if the warm-up would not end inside the run."""
+        if self.epochs >= epochs:
+            raise FitError(
+                f"a KL warm-up of {self.epochs} epochs does not end inside a run of {epochs}: the evidence bound would "
+                "never be optimised; shorten the warm-up or train longer"
+            )
+        return min(1.0, (epoch + 1) / self.epochs)
+
+
+LearningRate = OneCycle | Constant
+KLWeight = Weight | WarmUp

@@ -1,0 +1,109 @@
+"""Validation: a full scan of a count matrix for values that are no counts."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from pyro_scvi.counts import Counts, blocks, narrow, stored_values
+from pyro_scvi.errors import DataError
+
+LARGEST_USUAL_COUNT = 1e6
+"""A single entry above this is hardly ever a molecule count: it is warned about."""
+
+LARGEST_EXACT_COUNT = 2**24
+"""Above this, float32 no longer holds every integer."""
+
+
+def check_counts(
+    counts: Counts,
+    genes: Sequence[str] | pd.Index,
+    cells: pd.Index,
+    source: str,
+    hint: str,
+    *,
+    allow_non_integer: bool = False,
+) -> Counts:
+    """Scan every entry, and return the matrix in a type that becomes float32 without loss.
+
+    Parameters
+    ----------
+    counts
+        (cells, genes), as :func:`canonical` gives it.
+    genes, cells
+        Names for messages.
+    source, hint
+        What the matrix is called, and where raw counts might be found instead.
+    allow_non_integer
+        Accept finite non-negative values that are no integers.
+
+    Returns
+    -------
+    csr_array or ndarray
+        (cells, genes); float32 or an integer type of at most 32 bits.
+
+    Raises
+    ------
+    DataError
+        At a NaN, infinite, negative, non-integer or too large entry; names its cell and gene.
+
+    Warns
+    -----
+    UserWarning
+        At an entry above ``LARGEST_USUAL_COUNT``.
+    """
+    for rule in _rules(allow_non_integer):
+        position = _first(counts, rule.breaks)
+        if position is not None:
+            entry = _describe(counts, position, genes, cells)
+            raise DataError(rule.message.format(source=source, entry=entry, hint=hint))
+    position = _first(counts, lambda values: values > LARGEST_USUAL_COUNT)
+    if position is not None:
+        entry = _describe(counts, position, genes, cells)
+        warnings.warn(f"{source} has an implausibly large count: {entry}.", UserWarning, stacklevel=4)
+    return narrow(counts)
+
+
+class _Rule(NamedTuple):
+    breaks: Callable[[np.ndarray], np.ndarray]  # values -> bool of the same shape
+    message: str
+
+
+def _rules(allow_non_integer: bool) -> list[_Rule]:
+    rules = [
+        _Rule(lambda values: ~np.isfinite(values), "{source} must hold finite counts; {entry}."),
+        _Rule(
+            lambda values: values < 0,
+            "{source} must hold counts of 0 or more; {entry}. Are the values scaled? {hint}",
+        ),
+        _Rule(
+            lambda values: values > LARGEST_EXACT_COUNT,
+            f"{{source}} must hold counts up to {LARGEST_EXACT_COUNT}, which float32 keeps exactly; {{entry}}.",
+        ),
+    ]
+    if not allow_non_integer:
+        message = (
+            "{source} must hold raw integer counts; {entry}. Are the values normalised or logarithms? {hint} "
+            "To go on with these values, pass allow_non_integer=True."
+        )
+        rules.append(_Rule(lambda values: np.rint(values) != values, message))
+    return rules
+
+
+def _first(counts: Counts, breaks: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """Position, among the stored values, of the first that breaks a rule."""
+    for start, values in blocks(stored_values(counts)):
+        broken = breaks(values)
+        if broken.any():
+            return start + int(broken.argmax())
+    return None
+
+
+def _describe(counts: Counts, position: int, genes: Sequence[str] | pd.Index, cells: pd.Index) -> str:
+    if isinstance(counts, np.ndarray):
+        cell, gene = divmod(position, counts.shape[1])
+    else:
+        cell, gene = int(np.searchsorted(counts.indptr, position, side="right")) - 1, counts.indices[position]
+    return f"cell {str(cells[cell])!r}, gene {str(genes[gene])!r} holds {stored_values(counts)[position]:g}"

@@ -1,0 +1,127 @@
+"""Priors on weights and dispersions: parameters of a model turned into global latent variables by name."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_scvi.errors import ModelError
+from pyro_scvi.parts import Part
+
+
+class NormalWeights(Part):
+    """weight ~ Normal(0, scale^2)."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, name: str, like: Tensor) -> Tensor:
+        """Sample site ``name`` with the shape, device and dtype of ``like``."""
+        return pyro.sample(name, dist.Normal(torch.zeros_like(like), self.scale).to_event(like.dim()))
+
+
+class ARDWeights(Part):
+    """weight_ij ~ Normal(0, s_j^2), s_j ~ HalfCauchy(scale): whole inputs j (latents, hidden units) switch off."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, name: str, like: Tensor) -> Tensor:
+        """Sample sites ``name.scale`` and ``name``."""
+        ones = torch.ones_like(like[0] if like.dim() > 1 else like)
+        s = pyro.sample(f"{name}.scale", dist.HalfCauchy(self.scale * ones).to_event(ones.dim()))
+        return pyro.sample(name, dist.Normal(torch.zeros_like(like), s.expand(like.shape)).to_event(like.dim()))
+
+
+class HorseshoeWeights(Part):
+    """weight_ij = t l_ij e_ij, t ~ HalfCauchy(scale), l_ij ~ HalfCauchy(1), e_ij ~ Normal(0, 1).
+
+    Carvalho, Polson and Scott 2010, non-centred: most weights near zero, few free.
+    """
+
+    def __init__(self, scale: float = 0.1) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, name: str, like: Tensor) -> Tensor:
+        """Sample sites ``name.global``, ``name.local`` and ``name.raw``."""
+        t = pyro.sample(f"{name}.global", dist.HalfCauchy(self.scale * like.new_ones(())))
+        local = pyro.sample(f"{name}.local", dist.HalfCauchy(torch.ones_like(like)).to_event(like.dim()))
+        raw = pyro.sample(f"{name}.raw", dist.Normal(torch.zeros_like(like), 1.0).to_event(like.dim()))
+        return t * local * raw
+
+
+class HierarchicalWeights(Part):
+    """weight_i ~ Normal(m, s^2), m ~ Normal(0, scale^2), s ~ HalfNormal(scale): log dispersions borrow strength."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, name: str, like: Tensor) -> Tensor:
+        """Sample sites ``name.mean``, ``name.sd`` and ``name``."""
+        m = pyro.sample(f"{name}.mean", dist.Normal(like.new_zeros(()), self.scale))
+        s = pyro.sample(f"{name}.sd", dist.HalfNormal(self.scale * like.new_ones(())))
+        return pyro.sample(name, dist.Normal(m.expand(like.shape), s).to_event(like.dim()))
+
+
+class RandomWeights(nn.Module):
+    """Takes parameters out of ``model`` by name pattern and puts a prior in the place of each.
+
+    Parameters
+    ----------
+    model
+        The module whose parameters are meant.
+    priors
+        Name pattern (as in ``fnmatch``) -> prior, for example ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
+    """
+
+    def __init__(self, model: nn.Module, priors: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.priors = nn.ModuleList(priors.values())
+        self.prior_of: dict[str, int] = {}
+        for index, pattern in enumerate(priors):
+            names = [name for name, _ in model.named_parameters() if fnmatchcase(name, pattern)]
+            if not names:
+                known = ", ".join(name for name, _ in model.named_parameters())
+                raise ModelError(f"no parameter is called {pattern!r}; the model has {known}")
+            for name in names:
+                owner, leaf = _owner(model, name)
+                start = getattr(owner, leaf).detach()
+                delattr(owner, leaf)
+                self.register_buffer(_slot(name), start, persistent=False)
+                self.prior_of[name] = index
+
+    @contextmanager
+    def drawn_into(self, model: nn.Module) -> Iterator[None]:
+        """Sample every global latent once and let ``model`` compute with it inside the block."""
+        places = []
+        try:
+            for name, index in self.prior_of.items():
+                owner, leaf = _owner(model, name)
+                owner.__dict__[leaf] = self.priors[index](name, getattr(self, _slot(name)))
+                places.append((owner, leaf))
+            yield
+        finally:
+            for owner, leaf in places:
+                del owner.__dict__[leaf]
+
+    def start_of(self, site: str, value: Tensor) -> Tensor:
+        """Where a guide may start the (unconstrained) latent of a site: the parameter's initial value, or zero."""
+        name = site.removesuffix(".raw")
+        return getattr(self, _slot(name)).clone() if name in self.prior_of else torch.zeros_like(value)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _slot(name: str) -> str:
+    return name.replace(".", "__")

@@ -1,0 +1,72 @@
+"""Shared state and data: every test starts from one seed, one thread, validation on and an empty parameter store."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+
+from pyro_scvi.cells import Cells
+
+DATA = Path(os.environ.get("PYRO_SCVI_DATA", Path(__file__).parents[1] / "../shared/data"))
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    with pyro.validation_enabled(True):
+        yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture
+def data_path():
+    """Path of a file of the shared data folder; skips the test where it is not there."""
+
+    def path(name):
+        if not (DATA / name).is_file():
+            pytest.skip(f"{name} is not in {DATA}; set PYRO_SCVI_DATA to the folder that holds it")
+        return DATA / name
+
+    return path
+
+
+def simulated_counts(n_cells=60, n_genes=20, seed=0):
+    """Two groups of cells of unequal depth, overdispersed counts, a fifth of them lost."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(n_cells) % 2
+    profile = rng.gamma(1.0, 3.0, size=(2, n_genes)) + 0.3
+    depth = rng.lognormal(0.0, 0.3, size=(n_cells, 1))
+    counts = rng.poisson(depth * profile[group] * rng.gamma(2.0, 0.5, size=(n_cells, n_genes)))
+    counts *= rng.random(counts.shape) > 0.2
+    counts[:, 0] += 1  # no cell without counts
+    counts[0] += 1  # no gene without counts
+    return counts
+
+
+@pytest.fixture(scope="session")
+def cells():
+    """60 cells x 20 genes without covariates."""
+    return Cells.from_counts(simulated_counts())
+
+
+@pytest.fixture(scope="session")
+def batched_cells():
+    """60 cells x 20 genes with a batch of two levels and one continuous covariate."""
+    counts = simulated_counts()
+    obs = pd.DataFrame({"donor": np.where(np.arange(60) % 3 == 0, "a", "b"), "age": np.linspace(20.0, 50.0, 60)})
+    return Cells.from_counts(counts, obs=obs, batch="donor", covariates=["age"])
+
+
+@pytest.fixture
+def float64():
+    """Default dtype float64 for one test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

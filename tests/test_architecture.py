@@ -1,0 +1,116 @@
+"""Which room imports which, what is public, and what no file may do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pyro_scvi as ps
+
+PACKAGE = Path(ps.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Modules of this package that a file imports, outside TYPE_CHECKING blocks."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and (node.module or "").startswith("pyro_scvi"):
+            own = node.module.removeprefix("pyro_scvi").removeprefix(".")
+            names |= {own} if own else {alias.name for alias in node.names}
+    return names
+
+
+def reachable(room):
+    seen, waiting = set(), [room]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += imported(PACKAGE / f"{name}.py")
+    return seen - {room}
+
+
+def test_the_law_knows_nothing_of_data_fitting_or_tables():
+    allowed = {
+        "distributions",
+        "errors",
+        "libraries",
+        "likelihoods",
+        "networks",
+        "parts",
+        "priors",
+        "seeding",
+        "weights",
+    }
+    assert reachable("model") == allowed
+    assert "anndata" not in (PACKAGE / "model.py").read_text()
+
+
+def test_the_model_reads_in_one_sitting():
+    assert len((PACKAGE / "model.py").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize(
+    ("room", "never"),
+    [
+        ("distributions", {"likelihoods", "networks", "model"}),
+        ("cells", {"model", "guides", "fit", "posterior"}),
+        ("guides", {"fit", "cells", "posterior", "evidence"}),
+        ("fit", {"evidence", "plots", "cli"}),
+        ("posterior", {"fit", "plots", "cli"}),
+        ("evidence", {"fit", "plots", "cli"}),
+    ],
+)
+def test_imports_only_move_forward(room, never):
+    assert not reachable(room) & never
+
+
+def test_public_names():
+    assert sorted(ps.__all__) == [
+        "Cells",
+        "Fit",
+        "SCVI",
+        "Schema",
+        "datasets",
+        "embed",
+        "evidence",
+        "fit",
+        "guides",
+        "libraries",
+        "likelihoods",
+        "load",
+        "networks",
+        "plots",
+        "presets",
+        "priors",
+        "schedules",
+        "weights",
+    ]
+    assert all(hasattr(ps, name) for name in ps.__all__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_assert_print_or_pickle(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("print", "pickle.load", "pickle.loads", "torch.load", "eval", "exec")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_variants_are_objects_not_strings(path):
+    """No option of a fit or a model is told apart by comparing it with a word."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name):
+            words = [c for c in node.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+            named = node.left.id in ("prior", "likelihood", "library", "dispersion", "guide", "sampler", "norm", "elbo")
+            assert not (words and named), f"{path.name}:{node.lineno}"

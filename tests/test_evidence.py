@@ -1,0 +1,117 @@
+import math
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from numpy.polynomial.hermite_e import hermegauss
+
+import pyro_scvi as ps
+from pyro_scvi.errors import ModelError
+
+PRIORS = {
+    "normal": lambda: ps.priors.StandardNormal(1),
+    "student-t": lambda: ps.priors.StudentT(1, df=3.0),
+    "mixture": lambda: ps.priors.GaussianMixture(1, components=3, seed=1),
+}
+
+
+def one_latent_fit(prior, library=None, dtype=torch.float64):
+    generator = np.random.default_rng(0)
+    cells = ps.Cells.from_counts(generator.poisson(generator.gamma(1.0, 2.0, size=(40, 12))))
+    model = ps.SCVI(12, 1, prior=prior, library=library or ps.libraries.NoLibrary(), n_hidden=8, norm=None)
+    return ps.fit(model, cells, epochs=20, validation=0, progress=False, dtype=dtype, device="cpu"), cells
+
+
+def quadrature(fit, cells, points=4001, width=40.0):
+    """Log p(x) by the trapezoidal rule over one latent."""
+    x, gamma = (tensor.double() for tensor in cells[:])
+    z = torch.linspace(-width, width, points, dtype=torch.float64)
+    theta = fit.model.decode(z[:, None, None, None].expand(-1, len(x), 1, 1), None, gamma)
+    log_joint = (
+        fit.model.likelihood.marginal(**theta).log_prob(x).sum(-1) + fit.model.prior().log_prob(z[:, None])[:, None]
+    )
+    return (log_joint.logsumexp(0) + math.log(2 * width / (points - 1))).detach().numpy()
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
+def test_evidence_matches_quadrature(prior):
+    fit, cells = one_latent_fit(prior())
+    table = ps.evidence(fit, cells, samples=2000)
+    error = (table.log_evidence - quadrature(fit, cells)) / table.se
+    # 40 cells: the largest of as many standard normals exceeds 4 with probability 0.003.
+    assert error.abs().max() < 4
+    assert (error**2).mean() < 2.2
+    assert table.se.max() < 0.1
+
+
+def test_evidence_with_a_latent_library_matches_quadrature():
+    fit, cells = one_latent_fit(ps.priors.StandardNormal(1), ps.libraries.LatentLibrary())
+    table = ps.evidence(fit, cells, samples=2000)
+    x, gamma = (tensor.double() for tensor in cells[:])
+    z = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    nodes, weights = hermegauss(60)
+    log_l = fit.model.library.loc.double() + fit.model.library.scale.double() * torch.as_tensor(nodes)
+    weight = torch.as_tensor(weights).log() - 0.5 * math.log(2 * math.pi)
+    rows = []
+    for z_value in z:
+        at = z_value.expand(60, len(x), 1, 1)
+        theta = fit.model.decode(at, log_l[:, None, None].expand(-1, len(x), 1), gamma)
+        log_p = fit.model.likelihood.marginal(**theta).log_prob(x).sum(-1)
+        rows.append((log_p + weight[:, None]).logsumexp(0) + fit.model.prior().log_prob(z_value[None]))
+    expected = (torch.stack(rows).logsumexp(0) + math.log(16 / 200)).detach().numpy()
+    assert ((table.log_evidence - expected).abs() / table.se).max() < 4.5
+
+
+def test_the_amortised_bound_is_a_bound_and_the_evidence_tightens_it():
+    fit, cells = one_latent_fit(ps.priors.StandardNormal(1))
+    table = ps.evidence(fit, cells, samples=500)
+    assert (table.amortised_bound < table.log_evidence + 0.5).all()
+    assert table.log_evidence.mean() > table.amortised_bound.mean()
+
+
+def test_evidence_on_the_simplex_counts_the_jacobian():
+    """A Dirichlet(1, 1) prior is uniform on [0, 1], so that quadrature over the first proportion is exact."""
+    generator = np.random.default_rng(1)
+    cells = ps.Cells.from_counts(generator.poisson(3.0, size=(30, 10)))
+    model = ps.SCVI(10, 2, prior=ps.priors.Dirichlet(2), library=ps.libraries.NoLibrary(), n_hidden=8, norm=None)
+    fit = ps.fit(model, cells, epochs=10, validation=0, progress=False, dtype=torch.float64, device="cpu")
+    table = ps.evidence(fit, cells, samples=2000)
+    x, gamma = (tensor.double() for tensor in cells[:])
+    first = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    z = torch.stack([first, 1 - first], -1)[:, None, None].expand(-1, len(x), 1, 2)
+    log_p = model.likelihood.marginal(**model.decode(z, None, gamma)).log_prob(x).sum(-1)
+    expected = (log_p.logsumexp(0) - math.log(2000)).detach().numpy()
+    assert ((table.log_evidence - expected).abs() / table.se).max() < 4
+
+
+def test_evidence_of_a_flat_prior_is_refused():
+    cells = ps.Cells.from_counts(np.random.default_rng(0).poisson(2.0, size=(20, 6)))
+    model = ps.SCVI(6, 2, prior=ps.priors.Flat(2), n_hidden=8)
+    fit = ps.fit(model, cells, ps.guides.Point(model), epochs=2, progress=False)
+    with pytest.raises(ModelError, match="Flat"):
+        ps.evidence(fit, cells)
+
+
+def test_evidence_is_reproducible_names_cells_and_leaves_the_model_as_it_was():
+    fit, cells = one_latent_fit(ps.priors.StandardNormal(1))
+    fit.model.train()
+    before = torch.get_rng_state()
+    first, second = (ps.evidence(fit, cells, samples=100, seed=2) for _ in range(2))
+    assert first.equals(second)
+    assert fit.model.training
+    assert torch.equal(before, torch.get_rng_state())
+    assert list(first.index) == list(cells.cell_names)
+    assert not ps.evidence(fit, cells, samples=100, seed=3).log_evidence.equals(first.log_evidence)
+
+
+def test_what_cannot_be_vouched_for_is_said():
+    fit, cells = one_latent_fit(ps.priors.StandardNormal(1))
+    with pytest.warns(UserWarning, match="k-hat"):
+        ps.evidence(fit, cells, samples=10)  # too few draws for a tail
+
+
+def test_a_user_prior_is_integrated_too():
+    fit, cells = one_latent_fit(lambda: dist.Normal(torch.zeros(1, dtype=torch.float64) + 1.0, 0.5).to_event(1))
+    table = ps.evidence(fit, cells, samples=1000)
+    assert ((table.log_evidence - quadrature(fit, cells, width=12)).abs() / table.se).max() < 4

@@ -1,0 +1,230 @@
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.errors import FitError, ModelError, SchemaError
+from pyro_scvi.fit import default_epochs
+
+
+def small_model(cells, **options):
+    return ps.SCVI(cells.n_genes, 3, cells.n_covariates, n_hidden=16, n_layers=1, **options)
+
+
+def small_fit(cells, model=None, **options):
+    return ps.fit(model or small_model(cells), cells, **{"epochs": 4, "progress": False, "device": "cpu"} | options)
+
+
+def parameters(fit):
+    return [p.detach().clone() for part in (fit.model, fit.guide) for p in part.parameters()]
+
+
+def test_training_lowers_the_loss_and_says_so(cells):
+    fit = small_fit(cells, epochs=30, batch_size=16)
+    assert fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0] - 3
+    assert fit.history.held_out_loss.iloc[-1] < fit.history.held_out_loss.iloc[0]
+    assert list(fit.history.columns) == ["train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds"]
+    assert list(fit.history.index) == list(range(1, 31))
+    assert not fit.model.training
+    assert not fit.guide.training
+    assert "30 epochs" in repr(fit)
+    assert "nats per cell" in repr(fit)
+
+
+def test_one_seed_gives_one_fit_and_the_global_state_is_untouched(cells):
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = small_fit(cells), small_fit(cells)
+    other = small_fit(cells, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(second), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(other), strict=True))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert not pyro.get_param_store().keys()
+
+
+def test_the_loss_is_the_bound_in_nats_per_cell(cells):
+    """One step of the whole data, no learning: the reported loss is Pyro's own ELBO divided by the cells."""
+    model = small_model(cells, norm=None)
+    guide = ps.guides.DiagonalNormal(model, n_hidden=16, norm=None)
+    fit = small_fit(
+        cells, model, guide=guide, epochs=1, batch_size=60, validation=0, learning_rate=ps.schedules.Constant(0.0)
+    )
+    losses = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        losses.append(pyro.infer.TraceMeanField_ELBO().loss(model, guide, *cells[:]) / len(cells))
+    assert fit.history.train_loss.iloc[0] == pytest.approx(np.mean(losses), abs=5 * np.std(losses))
+    assert np.std(losses) < 0.5
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 129])
+def test_every_cell_trains_whatever_the_batches(n_cells):
+    cells = ps.Cells.from_counts(np.random.default_rng(0).poisson(3.0, size=(n_cells, 7)) + 1)
+    fit = small_fit(cells, batch_size=128, validation=0, epochs=2)
+    assert np.isfinite(ps.embed(fit, cells)).all()
+    assert np.isfinite(fit.history.train_loss).all()
+
+
+def test_batches_of_one_cell(cells):
+    assert np.isfinite(small_fit(cells, batch_size=1, epochs=1).history.train_loss).all()
+
+
+def test_shuffled_minibatches_visit_every_cell_once_in_even_batches(cells):
+    from pyro_scvi.minibatches import Minibatches
+
+    batches = list(Minibatches(cells, torch.device("cpu")).shuffled(16))
+    assert sorted(torch.cat(batches).tolist()) == list(range(60))
+    assert {len(batch) for batch in batches} == {15}
+
+
+def test_cells_too_many_to_be_resident_are_read_by_row(cells, monkeypatch):
+    resident = small_fit(cells)
+    monkeypatch.setattr("pyro_scvi.minibatches.RESIDENT_BYTES", 0)
+    streamed = small_fit(cells)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(resident), parameters(streamed), strict=True))
+
+
+def test_covariates_reach_decoder_and_by_choice_encoder(batched_cells):
+    model = small_model(batched_cells)
+    fit = small_fit(batched_cells, model, guide=ps.guides.DiagonalNormal(model, encode_covariates=True))
+    swapped = batched_cells.with_batch("a")
+    assert not np.allclose(ps.embed(fit, batched_cells), ps.embed(fit, swapped))
+    fit = small_fit(batched_cells)
+    np.testing.assert_array_equal(ps.embed(fit, batched_cells), ps.embed(fit, swapped))
+    x, gamma = batched_cells[:]
+    z = torch.zeros(60, 1, 3)
+    log_l = torch.zeros(60, 1)
+    differ = fit.model.decode(z, log_l, gamma)["log_mean"] - fit.model.decode(z, log_l, swapped[:][1])["log_mean"]
+    assert differ.abs().max() > 1e-3
+
+
+def test_float64_is_possible(cells):
+    fit = small_fit(cells, dtype=torch.float64)
+    assert fit.dtype == torch.float64
+    assert ps.embed(fit, cells).dtype == np.float64
+
+
+@pytest.mark.parametrize("elbo", [pyro.infer.Trace_ELBO(), pyro.infer.RenyiELBO(0.5, num_particles=2)])
+def test_any_elbo_trains(cells, elbo):
+    fit = small_fit(cells, elbo=elbo, epochs=15)
+    assert fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0]
+
+
+def test_kl_weight_zero_lets_z_say_more_and_the_history_stays_untempered(cells):
+    free, bound = (small_fit(cells, kl_weight=ps.schedules.Weight(w), epochs=60) for w in (0.0, 1.0))
+    assert free.history.kl.iloc[-1] > 2 * bound.history.kl.iloc[-1]
+    untempered = free.history.train_loss.iloc[-5:].mean()
+    assert untempered == pytest.approx(free.history.held_out_loss.iloc[-5:].mean(), rel=0.35)
+    assert untempered > bound.history.train_loss.iloc[-5:].mean()
+
+
+def test_a_warm_up_must_end_inside_the_run(cells):
+    fit = small_fit(cells, kl_weight=ps.schedules.WarmUp(3), epochs=4)
+    assert fit.history.kl_weight.tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    with pytest.raises(FitError, match="does not end inside"):
+        small_fit(cells, kl_weight=ps.schedules.WarmUp(4), epochs=4)
+
+
+def test_early_stopping_returns_to_the_best_epoch(cells):
+    train, held_out = cells.split(held_out=0.3, seed=0)
+    fit = small_fit(
+        train, validation=held_out, patience=3, epochs=300, learning_rate=ps.schedules.Constant(0.03), batch_size=16
+    )
+    losses = fit.history.held_out_loss
+    assert len(losses) < 300
+    assert losses.idxmin() == len(losses) - 3
+
+
+def test_a_diverging_run_is_an_error(cells):
+    with pytest.raises(FitError, match="learning"):
+        small_fit(cells, learning_rate=ps.schedules.Constant(1e30), epochs=5)
+
+
+def test_a_parameter_without_a_gradient_is_an_error(cells):
+    model = small_model(cells)
+    model.stray = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ModelError, match="stray"):
+        small_fit(cells, model)
+
+
+def test_a_latent_of_the_prior_that_the_guide_lacks_is_an_error(cells):
+    def prior():
+        tau = pyro.sample("tau", pyro.distributions.Gamma(1.0, 1.0))
+        return pyro.distributions.Normal(torch.zeros(3), tau).to_event(1)
+
+    with pytest.raises(ModelError, match="tau"):
+        small_fit(cells, small_model(cells, prior=prior))
+
+
+def test_a_prior_with_pyro_param_is_an_error(cells):
+    def prior():
+        return pyro.distributions.Normal(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1)
+
+    with pytest.raises(ModelError, match="loc"):
+        small_fit(cells, small_model(cells, prior=prior))
+
+
+def test_a_prior_that_learns_is_learned(cells):
+    class Shifted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self):
+            return pyro.distributions.Normal(self.loc, 1.0).to_event(1)
+
+    prior = Shifted()
+    small_fit(cells, small_model(cells, prior=prior))
+    assert prior.loc.abs().min() > 0
+
+
+def test_data_start_takes_depth_and_means_from_the_cells(cells):
+    model = small_model(cells)
+    small_fit(cells, model, epochs=1, learning_rate=ps.schedules.Constant(0.0), validation=0)
+    log_totals = np.log(cells.totals)
+    assert float(model.library.loc) == pytest.approx(log_totals.mean(), rel=1e-5)
+    assert float(model.library.scale) == pytest.approx(log_totals.std(), rel=1e-5)
+    bias = model.decoder.heads["log_mean"].bias.detach().numpy()
+    np.testing.assert_allclose(bias, np.log(cells.counts.mean(0) + 1 / 60), rtol=1e-5)
+
+
+def test_default_epochs_fall_with_the_square_root():
+    assert default_epochs(2500) == 60
+    assert default_epochs(10_000) == 30
+    assert default_epochs(1_300_000) == 8
+    assert default_epochs(10) == 200
+
+
+def test_embed_refuses_other_genes_and_batches(cells, batched_cells):
+    fit = small_fit(cells)
+    other = ps.Cells.from_counts(cells.counts[:, ::-1], gene_names=list(cells.gene_names[::-1]))
+    with pytest.raises(SchemaError, match="schema=fit.schema"):
+        ps.embed(fit, other)
+    with pytest.raises(SchemaError, match="batches"):
+        ps.embed(fit, batched_cells)
+
+
+def test_per_cell_parameters_recover_the_cells_they_were_fitted_on(cells):
+    """Refined embeddings of the fitted cells lie where the free parameters put them."""
+    model = small_model(cells)
+    guide = ps.guides.PerCell(model, cells.n_cells)
+    fit = small_fit(cells, model, guide=guide, epochs=150, validation=0, batch_size=60)
+    free = guide.loc.detach().numpy()[:, :3]
+    found = ps.embed(fit, cells)
+    correlations = [np.corrcoef(free[:, k], found[:, k])[0, 1] for k in range(3)]
+    assert np.mean(correlations) > 0.8
+    assert math.isnan(fit.history.held_out_loss.iloc[-1])
+
+
+def test_moving_a_fit_there_and_back_changes_nothing(cells):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    fit = small_fit(cells)
+    before = ps.evidence(fit, cells, samples=200)
+    on_device = ps.evidence(fit.to("cuda"), cells, samples=200)
+    after = ps.evidence(fit.to("cpu"), cells, samples=200)
+    assert after.log_evidence.equals(before.log_evidence)
+    assert ((on_device.log_evidence - before.log_evidence).abs() < 5 * (before.se + on_device.se)).all()

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from pyro_scvi.networks import BatchNorm, Decoder, Encoder, LayerNorm
+
+NORMS = [BatchNorm(), LayerNorm(), None]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3)])
+def test_any_leading_dimensions(norm, lead):
+    decoder = Decoder(3, 11, ("log_mean", "gate_logits"), n_covariates=2, n_hidden=8, norm=norm).eval()
+    z, gamma = torch.randn(*lead, 5, 3), torch.randn(5, 2)
+    heads = decoder(z, gamma)
+    assert {head.shape for head in heads.values()} == {(*lead, 5, 11)}
+    assert list(heads) == ["log_mean", "gate_logits"]
+    flat = decoder(z.reshape(-1, 5, 3)[-1], gamma)["log_mean"]
+    torch.testing.assert_close(heads["log_mean"].reshape(-1, 5, 11)[-1], flat)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_single_cell_in_training(norm):
+    decoder = Decoder(3, 4, ("log_mean",), n_hidden=8, norm=norm).train()
+    assert torch.isfinite(decoder(torch.randn(1, 3), torch.zeros(1, 0))["log_mean"]).all()
+
+
+def test_batch_statistics_pool_samples_and_cells():
+    decoder = Decoder(3, 4, ("log_mean",), n_hidden=8, n_layers=1).train()
+    z, gamma = torch.randn(6, 5, 3), torch.zeros(5, 0)
+    torch.testing.assert_close(decoder(z, gamma)["log_mean"].flatten(0, 1), decoder(z.flatten(0, 1), gamma)["log_mean"])
+
+
+def test_covariates_matter_and_log_input_too():
+    encoder = Encoder(6, 2, n_covariates=1, n_hidden=8).eval()
+    x = torch.poisson(torch.full((4, 6), 3.0))
+    one, two = encoder(x, torch.zeros(4, 1)), encoder(x, torch.ones(4, 1))
+    assert not torch.allclose(one.loc, two.loc)
+    raw = Encoder(6, 2, log_input=False, n_hidden=8).eval()
+    raw.load_state_dict(logged_state := Encoder(6, 2, n_hidden=8).eval().state_dict())
+    logged = Encoder(6, 2, n_hidden=8).eval()
+    logged.load_state_dict(logged_state)
+    none = torch.zeros(4, 0)
+    torch.testing.assert_close(raw(torch.log1p(x), none).loc, logged(x, none).loc)
+
+
+def test_initial_sd():
+    decoder = Decoder(3, 400, ("log_mean",), n_hidden=50, initial_sd=0.01)
+    weights = decoder.heads["log_mean"].weight.detach()
+    assert weights.abs().max() <= 0.02
+    assert float(weights.std()) == pytest.approx(0.0088, rel=0.05)  # a normal truncated at two standard deviations
+    assert not decoder.heads["log_mean"].bias.any()
