@@ -1,32 +1,62 @@
 """scVI as a Pyro program: read it, change it, fit it, sample its posterior."""
 
-from pyro_scvi import datasets, guides, libraries, likelihoods, networks, presets, priors, schedules, weights
+from pyro_scvi import (
+    datasets,
+    differential,
+    guides,
+    imputation,
+    libraries,
+    likelihoods,
+    networks,
+    plots,
+    presets,
+    priors,
+    schedules,
+    weights,
+)
 from pyro_scvi.cells import Cells
+from pyro_scvi.comparison import compare
+from pyro_scvi.differential import differential_expression
 from pyro_scvi.evidence import evidence
 from pyro_scvi.fit import Fit, fit
+from pyro_scvi.imputation import impute, technical_zero_probability
 from pyro_scvi.model import SCVI
 from pyro_scvi.posterior import embed
+from pyro_scvi.samplers import HMC, Amortized, Importance, Refined
+from pyro_scvi.sampling import sample_posterior
 from pyro_scvi.schema import Schema
 from pyro_scvi.store import load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HMC",
     "SCVI",
+    "Amortized",
     "Cells",
     "Fit",
+    "Importance",
+    "Refined",
     "Schema",
+    "compare",
     "datasets",
+    "differential",
+    "differential_expression",
     "embed",
     "evidence",
     "fit",
     "guides",
+    "imputation",
+    "impute",
     "libraries",
     "likelihoods",
     "load",
     "networks",
+    "plots",
     "presets",
     "priors",
+    "sample_posterior",
     "schedules",
+    "technical_zero_probability",
     "weights",
 ]

@@ -1,6 +1,5 @@
 """Cells: validated counts with their covariates and annotations, and the boundary to AnnData."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from anndata import AnnData
 
 from pyro_scvi.counts import Counts, cell_totals, n_nonzero
+from pyro_scvi.display import table
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.indexing import CellIndex, number_held_out, positions
 from pyro_scvi.reading import read, table_of_anndata, table_of_matrix
@@ -244,8 +244,4 @@ class Cells:
         return "Cells(" + "; ".join(f"{name}: {fact}" for name, fact in self._facts().items()) + ")"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(fact)}</td></tr>"
-            for name, fact in self._facts().items()
-        )
-        return f"<table><caption>Cells</caption>{rows}</table>"
+        return table("Cells", self._facts())

@@ -11,6 +11,7 @@ from torch.distributions import biject_to
 
 from pyro_scvi.distributions import Law
 from pyro_scvi.importance import LogJoint
+from pyro_scvi.likelihoods import Theta
 from pyro_scvi.model import SCVI
 
 
@@ -72,6 +73,12 @@ def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> p
         trace = pyro.poutine.trace(pyro.poutine.condition(model, data=sites)).get_trace(x, gamma)
         trace.compute_log_prob()
     return trace
+
+
+def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
+    """The likelihood's parameters (..., cells, genes) at the local and global latents in ``sites``."""
+    with pyro.poutine.block(), pyro.poutine.condition(data=sites), model.weights.drawn_into(model):
+        return model.decode(sites["z"], model.library(x, gamma), gamma)
 
 
 def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:

@@ -14,7 +14,7 @@ from pyro_scvi.coordinates import log_joint
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import adaptive_importance
-from pyro_scvi.posterior import bound_terms, evaluating, minibatches
+from pyro_scvi.posterior import bound_terms, draws_at_once, evaluating, minibatches
 from pyro_scvi.priors import Flat
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def evidence(
 
     The guide only starts the proposal: per cell it is refined by ``steps`` gradient steps, given the full covariance
     of a Laplace step, and adapted in ``rounds`` rounds of weighted Student-t draws; a cell whose k-hat stays above 0.7
-    gets twice the steps and rounds. The amortised q itself is no proposal to compare models by: on real cells its
+    gets twice the steps and rounds. The amortized q itself is no proposal to compare models by: on real cells its
     k-hat is above 0.7 nearly everywhere.
     Global latents (weights, dispersions with a prior) are held at the guide's medians.
 
@@ -47,7 +47,7 @@ def evidence(
     -------
     DataFrame by cell
         ``log_evidence`` (nats per cell), its standard error ``se``, ``ess`` (of ``samples`` draws), ``khat``, and
-        ``amortised_bound``, the guide's ELBO by 100 draws (NaN where the guide has no density for the cell).
+        ``amortized_bound``, the guide's ELBO by 100 draws (NaN where the guide has no density for the cell).
 
     Raises
     ------
@@ -69,7 +69,7 @@ def evidence(
     return table
 
 
-COLUMNS = ("log_evidence", "se", "ess", "khat", "amortised_bound")
+COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 KHAT = COLUMNS.index("khat")
 
 
@@ -87,23 +87,15 @@ def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, effort: _Effort, seed: int
     density = log_joint(guide.model, x, gamma, guide.weights.medians())
     loc, scale = guide.start(x, gamma)
     with torch.enable_grad():
-        found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=_block(x))
-    columns = (found.log_evidence, found.se, found.ess, found.khat, _amortised_bound(guide, x, gamma))
+        found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=draws_at_once(x))
+    columns = (found.log_evidence, found.se, found.ess, found.khat, _amortized_bound(guide, x, gamma))
     return torch.stack([column.double().cpu() for column in columns], -1)
 
 
-def _amortised_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
-    if not (guide.amortised and guide.stochastic):
+def _amortized_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
+    if not (guide.amortized and guide.stochastic):
         return torch.full_like(x[:, 0], torch.nan)
-    samples = 100
-    return torch.cat(
-        [bound_terms(guide, x, gamma, len(part))[0] for part in torch.arange(samples).split(_block(x))]
-    ).mean(0)
-
-
-def _block(x: Tensor, megabytes: int = 24) -> int:
-    """How many draws of (cells, genes) at once keep one tensor within a few tens of megabytes."""
-    return max(1, megabytes * 2**20 // (x.numel() * x.element_size()))
+    return bound_terms(guide, x, gamma, 100)[0].mean(0)
 
 
 def _warn_of(table: pd.DataFrame) -> None:

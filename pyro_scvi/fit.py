@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import FitError
+from pyro_scvi.display import curve, table
+from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.minibatches import Minibatches, resolve_device
@@ -46,12 +47,12 @@ class Fit:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.model.parameters()).device
+        return next(self.guide.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' precision."""
-        return next(self.model.parameters()).dtype
+        return next(self.guide.parameters()).dtype
 
     def to(self, device: str | torch.device) -> "Fit":
         """Move model and guide in place; returns the fit."""
@@ -66,12 +67,22 @@ class Fit:
         save(self, path)
 
     def __repr__(self) -> str:
-        last = self.history.iloc[-1]
-        return (
-            f"Fit of {self.model!r}\n  by {type(self.guide).__name__}, {len(self.history)} epochs, "
-            f"{self.history.seconds.sum():.1f} s on {self.device}\n  train loss {last.train_loss:.2f}, held-out loss "
-            f"{last.held_out_loss:.2f}, KL {last.kl:.2f} nats per cell"
-        )
+        return "Fit\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        return table("Fit", self._facts(), curve(self.history.train_loss.tolist()))
+
+    def _facts(self) -> dict[str, str]:
+        last, seconds = self.history.iloc[-1], self.history.seconds.sum()
+        return {
+            "model": repr(self.model),
+            "guide": type(self.guide).__name__,
+            "training": f"{len(self.history)} epochs of {self.settings['n_cells']} cells, {seconds:.1f} s",
+            "device": str(self.device),
+            "train loss": f"{last.train_loss:.2f} nats per cell",
+            "held-out loss": f"{self.history.held_out_loss.min():.2f} nats per cell in the best epoch",
+            "KL": f"{last.kl:.2f} nats per cell",
+        }
 
 
 def fit(
@@ -106,7 +117,7 @@ def fit(
     guide
         q(z | x); None: DiagonalNormal(model, seed=seed).
     epochs
-        Passes through the cells; None: 60 for 2,500 cells, fewer for more (see :func:`default_epochs`).
+        Passes through the cells; None: 60 up to 2,500 cells, fewer for more (see :func:`default_epochs`).
     batch_size
         Cells per step.
     seed
@@ -114,9 +125,10 @@ def fit(
     device
         "auto" takes CUDA, else MPS, else the CPU.
     validation
-        Cells held out to watch the bound: a share or number of ``cells``, or Cells of their own; 0 for none.
+        Cells held out to watch the bound: a share or number of ``cells``, or Cells of their own; 0 for none. The
+        state of the epoch with the best held-out bound is what the fit returns, so judge it on yet other cells.
     patience
-        Stop when the held-out bound has not improved for so many epochs and go back to the best; None: never stop.
+        Stop when the held-out bound has not improved for so many epochs; None: never.
     learning_rate, eps
         Schedule and epsilon of the Adam optimiser.
     kl_weight
@@ -135,8 +147,10 @@ def fit(
     FitError
         If the loss is not finite, or a KL warm-up does not end inside the run.
     """
-    train, held_out = _split(cells, validation, seed)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
+    if guide.model is not model:
+        raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
+    train, held_out = _split(cells, validation, seed) if guide.amortized else (cells, None)
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
     kl_weight.at(0, epochs)
     if data_start:
@@ -148,7 +162,7 @@ def fit(
         model,
         guide,
         Minibatches(train, place, dtype),
-        None if held_out is None or not guide.amortised else Minibatches(held_out, place, dtype),
+        None if held_out is None else Minibatches(held_out, place, dtype),
         TraceMeanField_ELBO() if elbo is None else elbo,
     )
     with seeded(seed), pyro.get_param_store().scope():
@@ -158,8 +172,8 @@ def fit(
 
 
 def default_epochs(n_cells: int) -> int:
-    """60 epochs at 2,500 cells, with the square root of the cells fewer or more, within 8 and 200."""
-    return int(min(200, max(8, round(60 * math.sqrt(2500 / n_cells)))))
+    """60 epochs up to 2,500 cells, fewer with the square root of more cells, but at least 8."""
+    return max(8, min(60, round(60 * math.sqrt(2500 / n_cells))))
 
 
 def start_from_data(model: SCVI, cells: Cells) -> None:
@@ -210,7 +224,7 @@ class _Run:
                 }
                 row["train_loss"] = self.epoch(optimiser, schedule, tempered, batch_size, first=epoch == 0)
                 row["held_out_loss"], row["kl"] = self.evaluate(self.held_out or self.train_cells, epoch)
-                if self.guide.amortised:
+                if self.guide.amortized:
                     _require_finite(row["held_out_loss"], f"after epoch {epoch + 1}", schedule)
                 if self.held_out is None:
                     row["held_out_loss"] = math.nan
@@ -253,7 +267,7 @@ class _Run:
         with evaluating(self.model, self.guide, seed):
             for rows in torch.arange(min(most, cells.cells.n_cells), device=cells.device).split(512):
                 x, gamma = cells.rows(rows)
-                if not self.guide.amortised:
+                if not self.guide.amortized:
                     return math.nan, math.nan
                 log_weight, gap = bound_terms(self.guide, x, gamma)
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
@@ -273,7 +287,7 @@ HISTORY = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "s
 
 
 class _Best:
-    """The best held-out state so far, when there is a patience to run out."""
+    """The best held-out state so far, and how long ago it was."""
 
     def __init__(self, patience: int | None) -> None:
         self.patience, self.loss, self.waited = patience, math.inf, 0
@@ -281,13 +295,13 @@ class _Best:
 
     def stops(self, loss: float, *parts: torch.nn.Module) -> bool:
         """Note this epoch's held-out loss; whether patience has run out."""
-        if self.patience is None or math.isnan(loss):
+        if math.isnan(loss):
             return False
         self.waited += 1
         if loss < self.loss:
             self.loss, self.waited = loss, 0
             self.states = tuple({k: v.clone() for k, v in part.state_dict().items()} for part in parts)
-        return self.waited >= self.patience
+        return self.patience is not None and self.waited >= self.patience
 
     def restore(self, *parts: torch.nn.Module) -> None:
         """Put the best state back."""

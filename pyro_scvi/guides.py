@@ -10,12 +10,13 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import BoolTensor, Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_scvi.coordinates import Coordinates, log_joint, pushed
+from pyro_scvi.coordinates import Coordinates, log_joint, pushed, theta_at
 from pyro_scvi.distributions import Law
 from pyro_scvi.errors import ModelError
-from pyro_scvi.model import SCVI, cells_plate, constants
+from pyro_scvi.model import SCVI
 from pyro_scvi.networks import BatchNorm, Encoder, Norm, initialise
 from pyro_scvi.parts import Part
+from pyro_scvi.plates import cells_plate, constants
 from pyro_scvi.priors import Flat
 from pyro_scvi.seeding import seeded
 
@@ -24,11 +25,11 @@ class Guide(Part):
     """q(z, l | x) with the arguments and site names of :class:`~pyro_scvi.model.SCVI`.
 
     A guide says how it encodes cells and gives the laws :meth:`z_law` and :meth:`l_law`, and :meth:`start`, a normal
-    from which a cell's posterior can be refined. ``amortised`` says whether it can encode cells it has not seen,
+    from which a cell's posterior can be refined. ``amortized`` says whether it can encode cells it has not seen,
     ``stochastic`` whether q has a density.
     """
 
-    amortised = True
+    amortized = True
     stochastic = True
 
     def __init__(self, model: SCVI) -> None:
@@ -66,7 +67,7 @@ class Guide(Part):
             if self.coordinates.has_library:
                 drawn["l"] = pyro.sample("l", self.l_law(code, drawn["z"]))
             if not marginal:
-                theta = self._theta(x, gamma, drawn)
+                theta = theta_at(self.model, x, gamma, drawn)
                 with pyro.plate("genes", self.model.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
                     self.model.likelihood.explain(x, theta)
         return drawn
@@ -99,11 +100,6 @@ class Guide(Part):
             log_q = log_q + law.log_prob(sites["l"])
         return sites, log_q.squeeze(-1)
 
-    def _theta(self, x: Tensor, gamma: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        model = self.model
-        with pyro.poutine.block(), pyro.poutine.condition(data=drawn), model.weights.drawn_into(model):
-            return model.decode(drawn["z"], model.library(x, gamma), gamma)
-
 
 class Code(NamedTuple):
     """Hidden units (cells, n_hidden) and normals in unconstrained coordinates: z (cells, n_z), log l (cells, 1)."""
@@ -115,7 +111,7 @@ class Code(NamedTuple):
     l_scale: Tensor
 
 
-class AmortisedGuide(Guide):
+class AmortizedGuide(Guide):
     """A guide whose locations and scales come from an encoder network (Lopez et al. 2017, Sec. 2).
 
     Parameters
@@ -205,11 +201,11 @@ class AmortisedGuide(Guide):
         return torch.cat([code.loc, code.l_loc], -1), torch.cat([code.scale, code.l_scale], -1)
 
 
-class DiagonalNormal(AmortisedGuide):
+class DiagonalNormal(AmortizedGuide):
     """q(z | x) = Normal(m(x), diag(s(x)^2)) and q(l | x) = LogNormal: the paper's guide (Sec. 2)."""
 
 
-class FullRankNormal(AmortisedGuide):
+class FullRankNormal(AmortizedGuide):
     """q(z, log l | x) = Normal(m(x), L(x) L(x)'): every covariance between the latents of a cell."""
 
     def build(self) -> None:
@@ -251,7 +247,7 @@ class FullRankNormal(AmortisedGuide):
         return self.joined(code._replace(scale=tril.square().sum(-1).sqrt(), l_scale=l_scale))
 
 
-class InverseAutoregressiveFlow(AmortisedGuide):
+class InverseAutoregressiveFlow(AmortizedGuide):
     """q(z | x): the diagonal normal through autoregressive layers that see the cell (Kingma et al. 2016)."""
 
     n_flows = 2
@@ -286,7 +282,7 @@ class InverseAutoregressiveFlow(AmortisedGuide):
         return self.joined(code._replace(loc=u.mean(0), scale=u.std(0)))
 
 
-class Point(AmortisedGuide):
+class Point(AmortizedGuide):
     """z (and l) at one point per cell, the encoder's output: the paper's Section 3.3.
 
     With the prior Flat this is its autoencoder, "z_n as an unknown parameter"; with a fixed prior it is the MAP.
@@ -322,7 +318,7 @@ class PerCell(Guide):
     Knows only the ``n_cells`` cells it is fitted on, by row; other cells are refined from the nearest of those.
     """
 
-    amortised = False
+    amortized = False
 
     def __init__(self, model: SCVI, n_cells: int, *, seed: int = 0) -> None:
         super().__init__(model)

@@ -68,7 +68,7 @@ class LatentLibrary(Part):
 
     def _law(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         if len(self.loc) == 1:
-            ones = gamma.new_ones(len(gamma), 1)
+            ones = self.loc.new_ones(len(gamma), 1)
             return self.loc * ones, self.scale * ones
         batch = gamma[:, : len(self.loc)]  # one-hot
         return (batch @ self.loc)[:, None], (batch @ self.scale)[:, None]

@@ -128,6 +128,27 @@ class Likelihood(Part):
             y = dist.MaskedMixture(h == 1, y, dist.Poisson(w))
         pyro.sample("y", y)
 
+    @torch.no_grad()
+    def explained(self, x: Tensor, theta: Theta) -> Theta:
+        """One draw of w, y and h (..., cells, genes) from their exact conditional; w = mu and h = 0 where constant."""
+        nodes: dict[str, Any] = pyro.poutine.trace(self.explain).get_trace(x, theta).nodes
+        drawn: Theta = {name: nodes[name]["value"] for name in ("w", "y", "h") if name in nodes}
+        constant = {"w": theta["log_mean"].exp(), "h": torch.zeros_like(drawn["y"])}
+        return constant | drawn
+
+    def expected_rate(self, x: Tensor, theta: Theta) -> Tensor:
+        """E[w | x, z], counts (..., cells, genes).
+
+        (r + x) / (r / mu + 1) where x > 0 or no zero is technical; at a zero that is technical with probability rho,
+        rho mu + (1 - rho) r mu / (r + mu).
+        """
+        mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
+        seen = mean if law is None else (law.concentration + x) / (law.rate + 1)
+        if logits is None:
+            return seen
+        rho = torch.sigmoid(logits) * (x == 0)
+        return rho * mean + (1 - rho) * seen
+
 
 def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
     return dist.Gamma(law.concentration + x * (1 - h), law.rate + 1 - h)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pyro
-import torch
 from torch import BoolTensor, Tensor, nn
 
 from pyro_scvi.distributions import Law
@@ -12,6 +11,7 @@ from pyro_scvi.libraries import LatentLibrary, Library
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
 from pyro_scvi.networks import BatchNorm, Decoder, Norm
 from pyro_scvi.parts import Part
+from pyro_scvi.plates import cells_plate, constants
 from pyro_scvi.priors import StandardNormal
 from pyro_scvi.seeding import seeded
 from pyro_scvi.weights import RandomWeights
@@ -128,22 +128,3 @@ class SCVI(Part):
         """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
         eta = self.decoder(z.squeeze(-2), gamma)
         return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
-
-
-def cells_plate(gamma: Tensor, index: Tensor | None, n_cells: int | None) -> pyro.plate:
-    """The plate over cells, the same in model and guide."""
-    rows = torch.arange(len(gamma), device=gamma.device) if index is None else index
-    return pyro.plate("cells", n_cells or len(gamma), subsample=rows, dim=-2)
-
-
-def constants(model: SCVI, x: Tensor | None, gamma: Tensor | None) -> Tensor:
-    """The covariates (cells, covariates), checked against the model."""
-    if gamma is None:
-        if x is None or model.n_covariates:
-            raise ModelError(f"the model needs gamma of shape (cells, {model.n_covariates}) beside x")
-        return x.new_zeros(len(x), 0)
-    if gamma.shape[-1] != model.n_covariates:
-        raise ModelError(f"gamma must have {model.n_covariates} columns, got {gamma.shape[-1]}")
-    if x is not None and x.shape[-1] != model.n_genes:
-        raise ModelError(f"x must have {model.n_genes} genes, got {x.shape[-1]}")
-    return gamma

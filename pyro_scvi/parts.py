@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from pyro_scvi.display import table
+
 _serial = count()
 
 
@@ -35,6 +37,11 @@ class Part(nn.Module):
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={_brief(value)}" for key, value in self.arguments.items() if value is not None)
         return f"{type(self).__name__}({shown})"
+
+    def _repr_html_(self) -> str:
+        facts = {key: _brief(value) for key, value in self.arguments.items() if value is not None}
+        learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
 
 
 def _brief(value: Any) -> str:

@@ -65,7 +65,7 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     """Posterior mean of z under the guide, E_q[z | x].
 
     Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
-    the nearest fitted cell where the guide is not amortised.
+    the nearest fitted cell where the guide is not amortized.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
 
 
 def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
-    if not guide.amortised:
+    if not guide.amortized:
         loc, _ = refined(guide, x, gamma)
         return guide.coordinates.sites(loc)["z"].squeeze(-2)
     law = guide.z_law(guide.encode(x, gamma, None))
@@ -104,8 +104,21 @@ def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tup
 
     Each (samples, cells), nats; the mean of the first is the ELBO, of the second the KL divergence.
     """
-    model = guide.model
     sites, log_q = guide.draw(x, gamma, samples)
-    trace = scored(model, x, gamma, {**guide.weights.medians(), **sites})
-    gap = log_q - cell_terms(trace, *sites)
-    return cell_terms(trace, "x") - gap, gap
+    return weigh(guide, x, gamma, sites, log_q)
+
+
+def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Log p(x, z, l) - log q of given draws (samples, cells, ...), and its part log q - log p of the latents."""
+    fixed, size, terms = guide.weights.medians(), draws_at_once(x), []
+    for start in range(0, len(log_q), size):
+        part = {name: value[start : start + size] for name, value in sites.items()}
+        trace = scored(guide.model, x, gamma, {**fixed, **part})
+        terms.append(torch.stack([cell_terms(trace, "x"), cell_terms(trace, *sites)]))
+    of_x, of_latents = torch.cat(terms, 1)
+    return of_x + of_latents - log_q, log_q - of_latents
+
+
+def draws_at_once(x: Tensor, megabytes: int = 24) -> int:
+    """How many draws of (cells, genes) at once keep one tensor within a few tens of megabytes."""
+    return max(1, megabytes * 2**20 // (x.numel() * x.element_size()))

@@ -71,4 +71,5 @@ def _options(guide: Guide, *, epochs: int, learning_rate: Constant, seed: int) -
         "eps": 0.01,
         "seed": seed,
         "data_start": False,
+        "validation": 0,
     }

@@ -63,11 +63,11 @@ def test_evidence_with_a_latent_library_matches_quadrature():
     assert ((table.log_evidence - expected).abs() / table.se).max() < 4.5
 
 
-def test_the_amortised_bound_is_a_bound_and_the_evidence_tightens_it():
+def test_the_amortized_bound_is_a_bound_and_the_evidence_tightens_it():
     fit, cells = one_latent_fit(ps.priors.StandardNormal(1))
     table = ps.evidence(fit, cells, samples=500)
-    assert (table.amortised_bound < table.log_evidence + 0.5).all()
-    assert table.log_evidence.mean() > table.amortised_bound.mean()
+    assert (table.amortized_bound < table.log_evidence + 0.5).all()
+    assert table.log_evidence.mean() > table.amortized_bound.mean()
 
 
 def test_evidence_on_the_simplex_counts_the_jacobian():

@@ -128,7 +128,7 @@ def test_a_warm_up_must_end_inside_the_run(cells):
         small_fit(cells, kl_weight=ps.schedules.WarmUp(4), epochs=4)
 
 
-def test_early_stopping_returns_to_the_best_epoch(cells):
+def test_early_stopping_waits_for_patience_after_the_best_epoch(cells):
     train, held_out = cells.split(held_out=0.3, seed=0)
     fit = small_fit(
         train, validation=held_out, patience=3, epochs=300, learning_rate=ps.schedules.Constant(0.03), batch_size=16
@@ -195,7 +195,7 @@ def test_default_epochs_fall_with_the_square_root():
     assert default_epochs(2500) == 60
     assert default_epochs(10_000) == 30
     assert default_epochs(1_300_000) == 8
-    assert default_epochs(10) == 200
+    assert default_epochs(10) == 60
 
 
 def test_embed_refuses_other_genes_and_batches(cells, batched_cells):

@@ -1,0 +1,129 @@
+"""Imputation: what a gene's expression is where the count says zero, and which zeros are technical (Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_scvi.cells import Cells
+from pyro_scvi.errors import ModelError
+from pyro_scvi.likelihoods import Likelihood, Theta
+from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.samplers import Amortized, Draws, Sampler
+from pyro_scvi.sampling import decoded
+
+if TYPE_CHECKING:
+    from pyro_scvi.fit import Fit
+
+Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
+
+
+def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
+    """E[w | x, z], counts: the rate given what was seen."""
+    return likelihood.expected_rate(x, theta)
+
+
+def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
+    """mu, counts: the mean of y given z alone, the paper's authors' choice."""
+    return theta["log_mean"].exp().expand(torch.broadcast_shapes(x.shape, theta["log_mean"].shape))
+
+
+def impute(
+    fit: Fit,
+    cells: Cells,
+    *,
+    quantity: Quantity = expression,
+    quantiles: Sequence[float] = (),
+    batches: Sequence[str] = (),
+    samples: int = 25,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Posterior mean of the expression of every gene in every cell, or its posterior quantiles.
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and any cells of its schema.
+    quantity
+        ``imputation.expression`` (default) or ``imputation.mean_given_no_dropout``; averaged over draws of z and l.
+    quantiles
+        Instead of the mean, these quantiles of draws of w given x.
+    batches
+        What the cells would look like in these batches: z as inferred in their own batch, decoded in each of these,
+        and averaged over them. Counts of another batch were not observed, so ``quantity`` must then be
+        ``mean_given_no_dropout``.
+    samples, sampler, seed, batch_size
+        As in ``sample_posterior``.
+
+    Returns
+    -------
+    ndarray
+        (cells, genes), or (quantiles, cells, genes); counts.
+
+    Raises
+    ------
+    ModelError
+        If batches are given with another quantity or with quantiles.
+    """
+    if batches and (quantiles or quantity is not mean_given_no_dropout):
+        raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
+    swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
+    parts, done = [], 0
+    with evaluating(fit.model, fit.guide, seed):
+        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+            found = sampler.draw(fit.guide, x, gamma, samples)
+            constants = [other[done : done + len(x)].to(gamma) for other in swapped] or [gamma]
+            done += len(x)
+            if quantiles:
+                parts.append(_quantiles(fit, x, gamma, found, quantiles))
+            else:
+                means = [_mean(fit, x, constant, found, quantity) for constant in constants]
+                parts.append(torch.stack(means).mean(0))
+    return torch.cat([part.cpu() for part in parts], -2).numpy()
+
+
+def technical_zero_probability(
+    fit: Fit,
+    cells: Cells,
+    *,
+    samples: int = 25,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """P(h = 1 | x): the posterior probability that a zero is technical, averaged over draws of z; 0 where x > 0.
+
+    Returns
+    -------
+    ndarray (cells, genes)
+
+    Raises
+    ------
+    ModelError
+        If the likelihood has no technical zeros.
+    """
+    with evaluating(fit.model, fit.guide, seed):
+        parts = []
+        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+            logits = fit.model.likelihood.technical_zero_logits(
+                **decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
+            )
+            if logits is None:
+                raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
+            parts.append((torch.sigmoid(logits).mean(0) * (x == 0)).cpu())
+    return torch.cat(parts).numpy()
+
+
+def _mean(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantity: Quantity) -> Tensor:
+    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, found)).mean(0)
+
+
+def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantiles: Sequence[float]) -> Tensor:
+    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, found))["w"]
+    return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)

@@ -1,0 +1,410 @@
+"""Figures: the loss of a fit, an embedding in two dimensions, and the explicit program as a plate diagram."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from matplotlib import colormaps
+from matplotlib.colors import to_rgba
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from pyro.infer.inspect import get_model_relations
+from torch import Tensor
+
+from pyro_scvi.errors import DataError
+from pyro_scvi.fit import Fit
+from pyro_scvi.guides import GlobalNormal
+from pyro_scvi.model import SCVI
+from pyro_scvi.posterior import evaluating
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+UMAP, PCA = "UMAP", "PCA"
+TRAIN, HELD_OUT = "#31688e", "#d1603d"
+INK, SHADE, MISSING = "#1a1a1a", "#c9ced6", "#c4c4c4"
+
+
+def loss(fit: Fit, ax: Axes | None = None) -> Axes:
+    """Draw the loss of training and held-out cells, in nats per cell, against the epoch.
+
+    The first epochs, far above the rest, may lie outside the axes.
+    """
+    ax = _axes(ax, (6.0, 3.8))
+    history = fit.history
+    lines = {"training cells": ("train_loss", TRAIN), "held-out cells": ("held_out_loss", HELD_OUT)}
+    shown = {label: (history[column], colour) for label, (column, colour) in lines.items()}
+    shown = {label: line for label, line in shown.items() if line[0].notna().any()}
+    for label, (values, colour) in shown.items():
+        ax.plot(history.index, values, color=colour, label=label, marker="." if len(history) < 10 else "")
+    settled = np.concatenate([values.iloc[len(values) // 10 :] for values, _ in shown.values()])
+    low, high = np.nanmin(settled), np.nanmax(settled)
+    if high > low:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("loss, nats per cell")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax
+
+
+class Projection(NamedTuple):
+    """Cells in two dimensions, (cells, 2), and the method that put them there."""
+
+    coordinates: np.ndarray
+    method: str
+
+
+def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
+    """Two dimensions of an embedding (cells, latents): itself if it has two, else UMAP, else principal components.
+
+    Principal components where scanpy is not installed, or where there are fewer cells than two neighbourhoods.
+    The global random states are left as they were.
+
+    Raises
+    ------
+    DataError
+        If the embedding is not a finite matrix.
+    """
+    latent = np.asarray(latent)
+    if latent.ndim != 2 or not latent.size or not np.isfinite(latent).all():
+        raise DataError(f"an embedding must be a finite matrix (cells, latents), got shape {latent.shape}")
+    if latent.shape[1] == 2:
+        return Projection(latent, "latent")
+    coordinates = _umap(latent, seed) if len(latent) >= 30 else None
+    return Projection(_pca(latent), PCA) if coordinates is None else Projection(coordinates, UMAP)
+
+
+def embedding(
+    latent: np.ndarray | Projection,
+    labels: Sequence[Any] | np.ndarray | pd.Series | None = None,
+    *,
+    ax: Axes | None = None,
+    seed: int = 0,
+) -> Axes:
+    """Draw cells in two dimensions, coloured by labels.
+
+    Parameters
+    ----------
+    latent
+        (cells, latents), or what :func:`project` made of it.
+    labels
+        (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey.
+    ax
+        Axes to draw into; None: those of a new pyplot figure.
+    seed
+        Of UMAP and of the order in which points are drawn.
+
+    Raises
+    ------
+    DataError
+        If there is not one label per cell.
+    """
+    points, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
+    values = None if labels is None else pd.Series(labels).reset_index(drop=True)
+    if values is not None and len(values) != len(points):
+        raise DataError(f"labels must have one value for each of the {len(points)} cells, got {len(values)}")
+    ax = _axes(ax, (6.4, 4.4))
+    # A fixed random order: no category lies on top of another because it comes later.
+    order = np.random.default_rng(seed).permutation(len(points))
+    size = float(np.clip(12000 / len(points), 2, 40))
+    style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85, "rasterized": True}
+    if values is not None and pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        drawn = ax.scatter(points[order, 0], points[order, 1], c=values.to_numpy(float)[order], cmap="viridis", **style)
+        ax.figure.colorbar(drawn, ax=ax, label=str(values.name or ""), shrink=0.8)
+    else:
+        colours, legend = _categories(values, len(points))
+        ax.scatter(points[order, 0], points[order, 1], c=colours[order], **style)
+        _legend(ax, legend)
+    for axis, number in ((ax.xaxis, 1), (ax.yaxis, 2)):
+        axis.set_label_text(f"{method} {number}")
+        axis.set_ticks([])
+    ax.set_aspect("equal", "datalim")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) -> Axes:
+    """Draw the explicit program of a model as a plate diagram (Lopez et al. 2017, Fig. 1).
+
+    Read off the program itself: circles are random variables, shaded if observed, double if they follow
+    deterministically; the square holds the covariates; an arrow says that one depends on the other. Global latents
+    (weights and dispersions with a prior) are gathered in one circle theta outside the plates.
+
+    Parameters
+    ----------
+    model
+        The model; it is left as it was.
+    ax
+        Axes to draw into; None: those of a new pyplot figure.
+    n_cells
+        Size of the plate of cells, which a model does not know.
+    """
+    sites = _relations(model)
+    places = _layout(sites)
+    boxes = _boxes(sites, places, {"cells": n_cells, "genes": model.n_genes})
+    corners = np.array([box.corners for box in boxes] + [(*(place - 0.6), *(place + 0.6)) for place in places.values()])
+    low, high = corners[:, :2].min(0) - 0.15, corners[:, 2:].max(0) + 0.15
+    high[0] += 0.62 * NOTE * max((len(note) for notes in sites.notes.values() for note in notes[:4]), default=0)
+    ax = _axes(ax, tuple(high - low))
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    ax.set_axis_off()
+    ax.figure.canvas.figure.draw_without_rendering()  # a layout engine only now says how large the axes are
+    area = ax.get_window_extent()
+    unit = 72 / ax.figure.dpi * min(area.width / (high - low)[0], area.height / (high - low)[1])  # points
+    for box in boxes:
+        _draw_plate(ax, box, unit)
+    for name, parents in sites.parents.items():
+        for parent in parents:
+            _draw_edge(ax, f"edge:{parent}->{name}", _Node(sites, places, parent), _Node(sites, places, name), unit)
+    for name in places:
+        _draw_node(ax, _Node(sites, places, name), unit)
+    return ax
+
+
+RADIUS, STEP, DROP, NOTE = 0.36, 1.5, 1.3, 0.12
+_LETTERS = {"l": r"\ell", "gamma": r"\gamma", "theta": r"\theta"}
+_SUBSCRIPTS = {"cells": "n", "genes": "g"}
+
+
+class _Sites(NamedTuple):
+    """What the program holds: parents of every site, and which are constants, observed, deterministic, in a plate."""
+
+    parents: dict[str, list[str]]
+    constants: set[str]
+    observed: set[str]
+    deterministic: set[str]
+    plates: dict[str, list[str]]
+    notes: dict[str, list[str]]
+
+
+class _Box(NamedTuple):
+    name: str
+    label: str
+    corners: np.ndarray  # left, bottom, right, top
+
+
+def _relations(model: SCVI) -> _Sites:
+    """The sites of the explicit program for two cells, as provenance tracking finds them."""
+    device = next(chain(model.parameters(), model.buffers())).device  # all weights may be latent
+    x = torch.ones(2, model.n_genes, device=device)
+    z = torch.full((2, 1, model.n_latent), 1 / model.n_latent, device=device)
+
+    def explicit(gamma: Tensor) -> None:
+        if model.n_covariates:
+            gamma = pyro.deterministic("gamma", gamma, event_dim=2)
+        model(x, gamma, marginal=False)
+
+    # Given values, for an improper prior cannot be sampled, and weights drawn from wide priors overflow the rates. This
+    # z is legal on the real line and on the simplex.
+    values = {"z": z, **GlobalNormal(model).medians()}
+    with pyro.poutine.trace() as given:
+        for name, value in values.items():
+            pyro.sample(name, dist.Delta(value))
+    with evaluating(model, model, 0):  # type: ignore[arg-type]  # any module has modes to put back
+        found = get_model_relations(
+            pyro.poutine.replay(explicit, trace=given.trace),
+            (torch.zeros(2, model.n_covariates, device=device),),
+            include_deterministic=True,
+        )
+    return _sites(found)
+
+
+def _sites(found: Mapping[str, Any]) -> _Sites:
+    """Sort the sites: gamma is a constant of the cells, whatever is in no plate becomes theta."""
+    parents = dict(found["sample_sample"])
+    constants = {"gamma"} & parents.keys()
+    plates = {name: list(sites) for name, sites in found["plate_sample"].items()}
+    plates["cells"] = [*plates["cells"][:1], *constants, *plates["cells"][1:]]
+    inside = {name for sites in plates.values() for name in sites}
+    outside = [name for name in parents if name not in inside]
+    merged = {name: [p for p in parents[name] if p not in outside] for name in parents if name in inside}
+    if outside:
+        for name in merged:
+            merged[name] += ["theta"] * any(parent in outside for parent in parents[name])
+        merged["theta"] = []
+    deterministic = {name for name, law in found["sample_dist"].items() if law == "Deterministic"} - constants
+    observed = set(found["observed"]) - deterministic - constants
+    return _Sites(merged, constants, observed, deterministic, plates, {"theta": outside} if outside else {})
+
+
+def _layout(sites: _Sites) -> dict[str, np.ndarray]:
+    """Centres (2,): sites of cells in the first row, those of genes below by how far they are from them."""
+    genes = sites.plates["genes"]
+    first = [name for name in sites.plates["cells"] if name not in genes]
+    places = {name: np.array([x, 0.0]) for name, x in zip(first, _spread(len(first)), strict=True)}
+    depths: dict[str, int] = {}
+    for name in genes:  # in the order of the program, parents first
+        depths[name] = 1 + max((depths[parent] for parent in sites.parents[name] if parent in depths), default=-1)
+    for depth in range(max(depths.values()) + 1):
+        row = [name for name in reversed(genes) if depths[name] == depth]  # h left of w, so that l stands above w
+        above = [places[parent][0] for name in row for parent in sites.parents[name] if parent in genes]
+        centre = float(np.mean(above)) if above else 0.0
+        for name, x in zip(row, _spread(len(row)), strict=True):
+            places[name] = np.array([centre + x, -1.35 * DROP - depth * DROP])
+    if "theta" in sites.parents:
+        places["theta"] = np.array([max(place[0] for place in places.values()) + 1.9, -0.45 * DROP])
+    return places
+
+
+def _spread(n: int) -> np.ndarray:
+    return STEP * (np.arange(n) - (n - 1) / 2)
+
+
+def _boxes(sites: _Sites, places: Mapping[str, np.ndarray], sizes: Mapping[str, int | None]) -> list[_Box]:
+    """The plates, outermost first, each around its sites and inner plates, with a strip for its label below."""
+    boxes: list[_Box] = []
+    for name, members in sorted(sites.plates.items(), key=lambda plate: len(plate[1])):
+        centres = [places[member] for member in members]
+        corners = [np.array([*(centre - 0.62), *(centre + 0.62)]) for centre in centres]
+        corners += [box.corners + (-0.28, 0, 0.28, 0) for box in boxes if set(sites.plates[box.name]) <= set(members)]
+        left, bottom = np.min(corners, 0)[:2]
+        right, top = np.max(corners, 0)[2:]
+        label = name if sizes[name] is None else f"{sizes[name]:,} {name}"
+        missing = max(0, 0.3 + 0.11 * len(label) - (right - left)) / 2
+        boxes.append(_Box(name, label, np.array([left - missing, bottom - 0.34, right + missing, top])))
+    return boxes[::-1]
+
+
+class _Node:
+    """A site on the canvas."""
+
+    def __init__(self, sites: _Sites, places: Mapping[str, np.ndarray], name: str) -> None:
+        self.name, self.centre = name, places[name]
+        self.constant, self.observed = name in sites.constants, name in sites.observed
+        self.deterministic, self.notes = name in sites.deterministic, sites.notes.get(name, [])
+        plates = [letter for plate, letter in _SUBSCRIPTS.items() if name in sites.plates[plate]]
+        letter = _LETTERS.get(name, name if len(name) == 1 else rf"\mathrm{{{name}}}")
+        self.label = rf"${letter}_{{{''.join(plates)}}}$" if plates else f"${letter}$"
+
+    def border(self, direction: np.ndarray) -> np.ndarray:
+        """The point of the outline in a direction (2,) of length 1."""
+        reach = 0.8 * RADIUS / np.abs(direction).max() if self.constant else RADIUS
+        return self.centre + reach * direction
+
+
+def _draw_node(ax: Axes, node: _Node, unit: float) -> None:
+    fill = SHADE if node.observed else "white"
+    style: dict[str, Any] = {"facecolor": fill, "edgecolor": INK, "linewidth": 0.02 * unit, "zorder": 3}
+    half = 0.8 * RADIUS
+    outline: Patch = Circle(tuple(node.centre), RADIUS, **style)
+    if node.constant:
+        outline = Rectangle(tuple(node.centre - half), 2 * half, 2 * half, **style)
+    outline.set_gid(f"node:{node.name}")
+    ax.add_patch(outline)
+    if node.deterministic:
+        ax.add_patch(Circle(tuple(node.centre), 0.86 * RADIUS, **{**style, "linewidth": 0.012 * unit}))
+    text: dict[str, Any] = {"color": INK, "zorder": 4, "math_fontfamily": "cm"}
+    x, y = node.centre
+    ax.text(x, y, node.label, ha="center", va="center_baseline", fontsize=0.33 * unit, **text)
+    if node.notes:
+        lines = [*node.notes[:4], *[f"and {len(node.notes) - 4} more"] * (len(node.notes) > 4)]
+        ax.text(x + RADIUS + 0.12, y, "\n".join(lines), va="center", fontsize=NOTE * unit, linespacing=1.5, **text)
+
+
+def _draw_edge(ax: Axes, gid: str, start: _Node, end: _Node, unit: float) -> None:
+    direction = (end.centre - start.centre) / math.dist(end.centre, start.centre)
+    arrow = FancyArrowPatch(
+        tuple(start.border(direction)),
+        tuple(end.border(-direction)),
+        arrowstyle="-|>,head_length=0.45,head_width=0.22",
+        mutation_scale=0.32 * unit,
+        shrinkA=0,
+        shrinkB=0,
+        linewidth=0.02 * unit,
+        color=INK,
+        joinstyle="miter",
+        zorder=2,
+    )
+    arrow.set_gid(gid)
+    ax.add_patch(arrow)
+
+
+def _draw_plate(ax: Axes, box: _Box, unit: float) -> None:
+    left, bottom, right, top = box.corners
+    style = "round,pad=0,rounding_size=0.16"
+    frame = FancyBboxPatch((left, bottom), right - left, top - bottom, style, fill=False)
+    frame.set(gid=f"plate:{box.name}", edgecolor=INK, linewidth=0.018 * unit, zorder=1)
+    ax.add_patch(frame)
+    ax.text(right - 0.14, bottom + 0.13, box.label, ha="right", va="baseline", fontsize=0.17 * unit, color=INK)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot  # only here: pyplot keeps global state and chooses a backend
+
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:
+    """UMAP of scanpy, None without it."""
+    try:
+        import scanpy
+    except ImportError:
+        return None
+    table = AnnData(latent.astype(np.float32))
+    with warnings.catch_warnings(), _random_state_kept():
+        warnings.filterwarnings("ignore", message="n_jobs value .* overridden", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
+        scanpy.pp.neighbors(table, use_rep="X", random_state=seed)
+        scanpy.tl.umap(table, random_state=seed)
+    return table.obsm["X_umap"]
+
+
+def _pca(latent: np.ndarray) -> np.ndarray:
+    """Scores on the first two principal components, the second 0 if there is but one."""
+    centred = latent - latent.mean(0)
+    u, s, vt = np.linalg.svd(centred, full_matrices=False)
+    signs = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # fixes what the decomposition leaves open
+    scores = (u * s * signs)[:, :2]
+    return np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
+
+
+def _categories(values: pd.Series | None, n: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Colours (cells, 4), and the colour of every category for the legend."""
+    if values is None:
+        return np.tile(to_rgba(TRAIN), (n, 1)), {}
+    codes, names = pd.factorize(values.astype("category").cat.remove_unused_categories(), sort=True)
+    if len(names) <= 20:
+        palette = colormaps["tab10" if len(names) <= 10 else "tab20"](np.arange(len(names)))
+    else:
+        palette = colormaps["turbo"](np.linspace(0, 1, len(names)))
+    colours = np.vstack([palette, to_rgba(MISSING)])[codes]  # code -1: missing
+    legend = dict(zip(map(str, names), palette, strict=True))
+    return colours, legend | ({"missing": to_rgba(MISSING)} if (codes < 0).any() else {})
+
+
+def _legend(ax: Axes, colours: Mapping[str, Any]) -> None:
+    """Beside the points, never on them."""
+    if colours:
+        dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in colours.items()]
+        columns = math.ceil(len(dots) / 20)
+        ax.legend(
+            handles=dots, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns, fontsize="small"
+        )
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global generators of numpy and Python back after code that may draw from them."""
+    ours, theirs = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(ours)  # noqa: NPY002
+        random.setstate(theirs)

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+import pyro_scvi as ps
+from pyro_scvi.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def table_and_parts():
+    rng = np.random.default_rng(0)
+    counts = rng.negative_binomial(0.7, 0.1, size=(160, 15)) + (np.arange(15) == 0)
+    train, test = ps.Cells.from_counts(counts).split(held_out=40, seed=0)
+
+    def fitted(likelihood, seed):
+        model = ps.SCVI(15, 2, likelihood=likelihood, n_hidden=8, n_layers=1, seed=seed)
+        return ps.fit(model, train, epochs=40, validation=0, seed=seed, progress=False)
+
+    fits = {
+        "poisson": fitted(ps.likelihoods.Poisson(), 0),
+        "nb": [fitted(ps.likelihoods.NB(ps.likelihoods.PerGene(15)), seed) for seed in range(2)],
+    }
+    return ps.compare(fits, test, samples=200), fits, test
+
+
+def test_the_law_that_made_the_data_wins(table_and_parts):
+    table, _, _ = table_and_parts
+    assert list(table.index) == ["nb", "poisson"]
+    assert table.difference["nb"] == 0
+    assert table.difference["poisson"] < -5 * table.difference_se["poisson"]
+    assert table.difference_se["poisson"] < np.hypot(*table.se)
+
+
+def test_the_columns_are_what_they_say(table_and_parts):
+    table, fits, test = table_and_parts
+    single = ps.evidence(fits["poisson"], test, samples=200)
+    assert table.log_evidence["poisson"] == pytest.approx(single.log_evidence.mean())
+    assert table.se["poisson"] == pytest.approx(single.log_evidence.sem())
+    refits = [ps.evidence(fit, test, samples=200).log_evidence.mean() for fit in fits["nb"]]
+    assert table.log_evidence["nb"] == pytest.approx(np.mean(refits))
+    assert table.refit_sd["nb"] == pytest.approx(np.std(refits, ddof=1))
+    assert np.isnan(table.refit_sd["poisson"])
+    assert table.bound_gap["poisson"] == pytest.approx((single.log_evidence - single.amortized_bound).mean())
+    assert list(table.fits) == [2, 1]
+    assert table.parameters["poisson"] == sum(p.numel() for p in fits["poisson"].model.parameters())
+
+
+def test_no_fit_is_an_error(table_and_parts):
+    with pytest.raises(ModelError, match="at least one"):
+        ps.compare({}, table_and_parts[2])
