@@ -126,7 +126,8 @@ def fit(
         "auto" takes CUDA, else MPS, else the CPU.
     validation
         Cells held out to watch the bound: a share or number of ``cells``, or Cells of their own; 0 for none. The
-        state of the epoch with the best held-out bound is what the fit returns, so judge it on yet other cells.
+        state of the epoch with the best held-out bound (under the last ``kl_weight``) is what the fit returns, so
+        judge it on yet other cells. A guide that is not amortized trains on all cells and watches none.
     patience
         Stop when the held-out bound has not improved for so many epochs; None: never.
     learning_rate, eps
@@ -145,13 +146,15 @@ def fit(
     ModelError
         If model and guide do not fit together, or a parameter takes no part in the loss.
     FitError
-        If the loss is not finite, or a KL warm-up does not end inside the run.
+        If the loss is not finite, a KL warm-up does not end inside the run, or epochs or batch_size is below 1.
     """
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
     if guide.model is not model:
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
     train, held_out = _split(cells, validation, seed) if guide.amortized else (cells, None)
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
+    if epochs < 1 or batch_size < 1:
+        raise FitError(f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}")
     kl_weight.at(0, epochs)
     if data_start:
         start_from_data(model, train)
@@ -211,7 +214,7 @@ class _Run:
         steps = math.ceil(self.train_cells.cells.n_cells / batch_size) * epochs
         schedule = learning_rate(optimiser, steps)
         rows: list[dict[str, float]] = []
-        best = _Best(patience)
+        best, lasting = _Best(patience), kl_weight.at(epochs - 1, epochs)
         with warnings.catch_warnings(), tqdm(total=epochs, disable=not progress, unit="epoch") as bar:
             # Pyro warns of a loss that is NaN; here that is an error, which says more.
             warnings.filterwarnings("ignore", "Encountered NaN")
@@ -231,7 +234,8 @@ class _Run:
                 rows.append(row | {"seconds": time.perf_counter() - started})
                 bar.set_postfix_str(f"train {row['train_loss']:.1f}, held out {row['held_out_loss']:.1f} nats per cell")
                 bar.update()
-                if best.stops(row["held_out_loss"], self.model, self.guide):
+                # Judged by what is trained for: without the prior of z where its weight ends at 0.
+                if best.stops(row["held_out_loss"] - (1 - lasting) * row["kl"], self.model, self.guide):
                     _log.info("stopped after epoch %d: no better held-out bound for %d epochs", epoch + 1, patience)
                     break
         best.restore(self.model, self.guide)
@@ -253,8 +257,9 @@ class _Run:
                 check_gradients(self.model, self.guide)
             value = loss / n_cells * len(rows) + tempered.missing()
             _require_finite(value, f"in step {step + 1} of an epoch", schedule)
-            gradients = [p.grad for group in optimiser.param_groups for p in group["params"]]
-            torch._foreach_div_(gradients, n_cells)  # nats per cell, the unit that Adam's eps is meant in
+            for parameter in optimiser.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= n_cells  # nats per cell, the unit that Adam's eps is meant in
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
@@ -263,13 +268,12 @@ class _Run:
 
     def evaluate(self, cells: Minibatches, seed: int, most: int = 2048) -> tuple[float, float]:
         """Negative bound and KL in nats per cell, by one draw for each of at most ``most`` cells."""
+        if not self.guide.amortized:
+            return math.nan, math.nan
         sums, n = [0.0, 0.0], 0
         with evaluating(self.model, self.guide, seed):
             for rows in torch.arange(min(most, cells.cells.n_cells), device=cells.device).split(512):
-                x, gamma = cells.rows(rows)
-                if not self.guide.amortized:
-                    return math.nan, math.nan
-                log_weight, gap = bound_terms(self.guide, x, gamma)
+                log_weight, gap = bound_terms(self.guide, *cells.rows(rows))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
                 n += len(rows)
         return sums[0] / n, sums[1] / n

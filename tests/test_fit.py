@@ -8,6 +8,7 @@ import torch
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.fit import default_epochs
+from pyro_scvi.posterior import bound_terms
 
 
 def small_model(cells, **options):
@@ -136,6 +137,32 @@ def test_early_stopping_waits_for_patience_after_the_best_epoch(cells):
     losses = fit.history.held_out_loss
     assert len(losses) < 300
     assert losses.idxmin() == len(losses) - 3
+
+
+def test_the_best_epoch_is_kept_under_the_weight_that_was_trained_for(cells):
+    """Overtrained on 30 cells: the kept state's bound is that of the best epoch, not that of the last."""
+    train, held_out = cells.split(held_out=0.5, seed=0)
+    fit = small_fit(train, validation=held_out, epochs=120, batch_size=8, learning_rate=ps.schedules.Constant(0.02))
+    losses = fit.history.held_out_loss
+    assert losses.iloc[-1] > losses.min() + 1
+    x, gamma = held_out[:]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        kept = -float(bound_terms(fit.guide, x, gamma, 50)[0].mean())
+    assert kept == pytest.approx(losses.min(), abs=1.5)
+    free = small_fit(train, validation=held_out, epochs=40, batch_size=8, kl_weight=ps.schedules.Weight(0.0))
+    assert (free.history.held_out_loss - free.history.kl).idxmin() > free.history.held_out_loss.idxmin()
+
+
+@pytest.mark.parametrize("option", [{"epochs": 0}, {"batch_size": 0}])
+def test_runs_of_nothing_are_refused(cells, option):
+    with pytest.raises(FitError, match="1 or more"):
+        small_fit(cells, **option)
+
+
+def test_a_guide_of_another_model_is_refused(cells):
+    with pytest.raises(ModelError, match="another model"):
+        small_fit(cells, small_model(cells), guide=ps.guides.DiagonalNormal(small_model(cells)))
 
 
 def test_a_diverging_run_is_an_error(cells):
