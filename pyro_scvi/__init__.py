@@ -1,6 +1,7 @@
 """scVI as a Pyro program: read it, change it, fit it, sample its posterior."""
 
 from pyro_scvi import (
+    criticism,
     datasets,
     differential,
     guides,
@@ -16,6 +17,7 @@ from pyro_scvi import (
 )
 from pyro_scvi.cells import Cells
 from pyro_scvi.comparison import compare
+from pyro_scvi.criticism import check_predictions, posterior_predictive, prior_predictive
 from pyro_scvi.differential import differential_expression
 from pyro_scvi.evidence import evidence
 from pyro_scvi.fit import Fit, fit
@@ -38,7 +40,9 @@ __all__ = [
     "Importance",
     "Refined",
     "Schema",
+    "check_predictions",
     "compare",
+    "criticism",
     "datasets",
     "differential",
     "differential_expression",
@@ -53,7 +57,9 @@ __all__ = [
     "load",
     "networks",
     "plots",
+    "posterior_predictive",
     "presets",
+    "prior_predictive",
     "priors",
     "sample_posterior",
     "schedules",

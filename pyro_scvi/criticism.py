@@ -1,0 +1,122 @@
+"""Predictive draws, and checks of what a fitted model would have produced against what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_scvi.cells import Cells
+from pyro_scvi.errors import ModelError
+from pyro_scvi.model import SCVI
+from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.samplers import Amortized, Sampler
+from pyro_scvi.sampling import decoded
+from pyro_scvi.seeding import seeded
+
+if TYPE_CHECKING:
+    from pyro_scvi.fit import Fit
+
+
+def prior_predictive(model: SCVI, n_cells: int, *, gamma: Tensor | None = None, seed: int = 0) -> np.ndarray:
+    """Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
+
+    ``gamma`` (cells, covariates) is needed where the model has covariates.
+
+    Raises
+    ------
+    ModelError
+        If covariates are missing, or the prior (Flat) cannot be drawn from.
+    """
+    if gamma is None and model.n_covariates:
+        raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    gamma = torch.zeros(n_cells, 0) if gamma is None else gamma
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with seeded(seed), pyro.get_param_store().scope(), torch.no_grad():
+            return model(None, gamma.to(device)).cpu().numpy()
+    except NotImplementedError as error:
+        raise ModelError(f"the prior {model.prior!r} cannot be drawn from: {error}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def posterior_predictive(
+    fit: Fit,
+    cells: Cells,
+    samples: int = 10,
+    *,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> xr.DataArray:
+    """Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene)."""
+    with evaluating(fit.model, fit.guide, seed):
+        parts = [replicas.cpu().numpy() for _, replicas in _replicated(fit, cells, samples, sampler, batch_size)]
+    coordinates = {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
+    return xr.DataArray(np.concatenate(parts, 1), coords=coordinates, dims=("sample", "cell", "gene"), name="x")
+
+
+class Checks(NamedTuple):
+    """Posterior predictive checks of every gene and every cell, see :func:`check_predictions`."""
+
+    genes: pd.DataFrame
+    cells: pd.DataFrame
+
+
+def check_predictions(
+    fit: Fit,
+    cells: Cells,
+    *,
+    samples: int = 50,
+    interval: float = 0.9,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Checks:
+    """Compare data with replicas: zero fraction, mean and variance of every gene, total of every cell.
+
+    Columns are (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of
+    ``interval`` over replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
+    """
+    batches, totals = list[Tensor](), list[Tensor]()
+    with evaluating(fit.model, fit.guide, seed):
+        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+            both = torch.cat([x[None], replicas]).double()  # the data is the first of 1 + samples
+            batches.append(torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]))
+            totals.append(both.sum(-1))
+    zeros, mean, square = torch.stack(batches).sum(0) / cells.n_cells
+    of_genes = {"zero_fraction": zeros, "mean": mean, "variance": square - mean.square()}
+    genes = {name: _banded(value.cpu().numpy(), interval) for name, value in of_genes.items()}
+    of_cells = {"total": _banded(torch.cat(totals, 1).cpu().numpy(), interval)}
+    return Checks(_framed(genes, cells.gene_names, "gene"), _framed(of_cells, cells.cell_names, "cell"))
+
+
+def _replicated(
+    fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        theta = decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
+        law = fit.model.likelihood.marginal(**theta)
+        yield x, law.expand((samples, *x.shape)).sample()
+
+
+def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:
+    observed, replicas = values[0], values[1:]
+    low, median, high = np.quantile(replicas, [(1 - interval) / 2, 0.5, (1 + interval) / 2], axis=0)
+    p = (replicas > observed).mean(0) + 0.5 * (replicas == observed).mean(0)
+    return {"observed": observed, "low": low, "median": median, "high": high, "p": p}
+
+
+def _framed(statistics: dict[str, dict[str, np.ndarray]], names: pd.Index, axis: str) -> pd.DataFrame:
+    columns = {(name, part): value for name, parts in statistics.items() for part, value in parts.items()}
+    return pd.DataFrame(columns, index=pd.Index(names, name=axis))

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A model with counts drawn from itself: what is checked is then true."""
+    model = ps.SCVI(12, 2, n_hidden=16, n_layers=1, library=ps.libraries.LatentLibrary(5.0, 0.3), norm=None)
+    with torch.no_grad():
+        model.decoder.heads["log_mean"].weight.mul_(6)
+    drawn = ps.prior_predictive(model, 420, seed=1)
+    cells = ps.Cells.from_counts(drawn[drawn.sum(1) > 0][:400])
+    fit = ps.fit(model, cells, epochs=60, validation=0, data_start=False, progress=False)
+    return fit, cells
+
+
+def test_prior_draws_are_counts_of_the_asked_shape_and_reproducible(fitted):
+    fit, _ = fitted
+    state = torch.get_rng_state()
+    first, again, other = (ps.prior_predictive(fit.model, 30, seed=seed) for seed in (0, 0, 1))
+    assert first.shape == (30, 12)
+    assert (first >= 0).all()
+    assert (first == np.round(first)).all()
+    assert (first == again).all()
+    assert not (first == other).all()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_prior_draws_follow_the_library():
+    """log l ~ N(4, .3^2), so that the mean total of 4,000 cells is exp(4.045)."""
+    model = ps.SCVI(12, 2, likelihood=ps.likelihoods.NB(), library=ps.libraries.LatentLibrary(4.0, 0.3), n_hidden=8)
+    totals = ps.prior_predictive(model, 4000).astype(float).sum(1)
+    assert totals.mean() == pytest.approx(np.exp(4.045), abs=5 * float(totals.std()) / 4000**0.5)
+
+
+def test_prior_draws_need_covariates_and_a_density(batched_cells):
+    model = ps.SCVI(20, 2, 3)
+    with pytest.raises(ModelError, match="3 covariates"):
+        ps.prior_predictive(model, 5)
+    assert ps.prior_predictive(model, 60, gamma=batched_cells[:][1]).shape == (60, 20)
+    with pytest.raises(ModelError, match="Flat"):
+        ps.prior_predictive(ps.SCVI(20, 2, prior=ps.priors.Flat(2)), 5)
+
+
+def test_posterior_draws_resemble_their_cells(fitted):
+    fit, cells = fitted
+    draws = ps.posterior_predictive(fit, cells, 20, seed=3)
+    assert draws.dims == ("sample", "cell", "gene")
+    assert draws.shape == (20, 400, 12)
+    assert list(draws.cell.values) == list(cells.cell_names)
+    # Replicas know their cell: its depth comes back, that of its neighbour does not.
+    totals = draws.sum("gene").mean("sample").values
+    own, other = (np.corrcoef(totals, np.roll(cells.totals, shift))[0, 1] for shift in (0, 1))
+    assert own > 5 / 400**0.5  # five standard errors of a correlation that is not there
+    assert abs(other) < 5 / 400**0.5
+    assert np.array_equal(draws, ps.posterior_predictive(fit, cells, 20, seed=3))
+
+
+def test_checks_of_a_true_model_pass_and_of_a_false_one_fail(fitted):
+    fit, cells = fitted
+    genes, by_cell = ps.check_predictions(fit, cells, samples=100)
+    inside = (genes["mean"].observed >= genes["mean"].low) & (genes["mean"].observed <= genes["mean"].high)
+    assert inside.sum() >= 9  # of 12 at 90 %
+    assert by_cell["total"].p.between(0.02, 0.98).mean() > 0.95
+    poisson = ps.SCVI(12, 2, likelihood=ps.likelihoods.Poisson(), n_hidden=4, n_layers=1)
+    wrong = ps.fit(poisson, cells, epochs=30, validation=0, progress=False)
+    poor, _ = ps.check_predictions(wrong, cells, samples=100)
+    observed, high = poor["variance"].observed, poor["variance"].high
+    assert (observed > high).sum() >= 9  # overdispersion that a Poisson law cannot make
+
+
+def test_statistics_are_those_of_the_data(fitted):
+    fit, cells = fitted
+    genes, by_cell = ps.check_predictions(fit, cells, samples=5, batch_size=33)
+    x = np.asarray(cells.counts, dtype=float)
+    np.testing.assert_allclose(genes["zero_fraction"].observed, (x == 0).mean(0))
+    np.testing.assert_allclose(genes["mean"].observed, x.mean(0))
+    np.testing.assert_allclose(genes["variance"].observed, x.var(0), rtol=1e-9)
+    np.testing.assert_allclose(by_cell["total"].observed, x.sum(1))
