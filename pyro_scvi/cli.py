@@ -208,7 +208,7 @@ def fit(
 ) -> None:
     """Fit a model to the raw counts of FILE.h5ad; open DIR/index.html afterwards.
 
-    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where scanpy is installed, its
+    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed, its
     UMAP in obsm["X_umap"].
     """
     law = likelihood or likelihoods.ZINB
@@ -248,11 +248,11 @@ def analyse(space: Workspace, adata: AnnData, cells: Cells, build: Build, job: J
     judged = test.split(EVIDENCE_CELLS, job.seed)[1] if test.n_cells > EVIDENCE_CELLS else test
     typer.echo(f"evidence of {judged.n_cells:,} held-out cells")
     table = evidence(fitted, judged, seed=job.seed)
+    fitted.save(space.folder / "fit")
     projection = plots.project(latent, seed=job.seed)
     settings = _settings(fitted, job)
     _annotate(adata, latent, projection, settings)
     adata.write_h5ad(space.folder / job.table)
-    fitted.save(space.folder / "fit")
     labels = None if job.labels is None else adata.obs[job.labels]
     pictures = _draw(space.folder, fitted, projection, labels, cells.n_cells)
     rows = [*_sizes(fitted, train, test), *_quality(fitted, table), *_silhouette(latent, labels, job.seed)]

@@ -51,7 +51,7 @@ class Coordinates:
 
 def is_real(support: Any) -> bool:
     """Whether a support is all of the real line or space, where coordinates need no transform."""
-    return getattr(support, "base_constraint", support) is constraints.real
+    return isinstance(getattr(support, "base_constraint", support), type(constraints.real))  # copies are not identical
 
 
 def pushed(base: Law, support: Any, *steps: Any) -> Law:

@@ -74,9 +74,9 @@ class NegativeBinomial(TorchDistribution):
         value = value.to(self.log_mean.dtype)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         value = value.expand(shape[max(0, len(shape) - 2) :]) if value.dim() <= 2 else value.expand(shape)
-        return _NegativeBinomialLogProb.apply(
-            value, self.log_mean.expand(shape), self.log_inverse_dispersion.expand(shape)
-        )
+        # exp(60) is past every count; near exp(88) float32 ends and values and gradients would be NaN.
+        log_mean, log_r = self.log_mean.clamp(-60, 60), self.log_inverse_dispersion.clamp(-60, 60)
+        return _NegativeBinomialLogProb.apply(value, log_mean.expand(shape), log_r.expand(shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.display import curve, table
-from pyro_scvi.errors import FitError, ModelError
+from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.minibatches import Minibatches, resolve_device
@@ -137,7 +137,7 @@ def fit(
     elbo
         Any Pyro ELBO; None: TraceMeanField_ELBO.
     data_start
-        Start the genes' means and the library's law at the data's.
+        Start the genes' means and the library's law at the data's, unless the model was trained before.
     progress
         Whether to show a progress bar.
 
@@ -156,7 +156,8 @@ def fit(
     if epochs < 1 or batch_size < 1:
         raise FitError(f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}")
     kl_weight.at(0, epochs)
-    if data_start:
+    _check_cells(model, cells, held_out)
+    if data_start and not model.trained:
         start_from_data(model, train)
     place = resolve_device(device)
     model.to(place, dtype)
@@ -171,7 +172,18 @@ def fit(
     with seeded(seed), pyro.get_param_store().scope():
         history = run.train(epochs, batch_size, learning_rate, eps, kl_weight, patience, progress)
     settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "n_cells": train.n_cells}
+    model.trained = True
     return Fit(model.eval(), guide.eval(), history, cells.schema, settings)
+
+
+def _check_cells(model: SCVI, cells: Cells, held_out: Cells | None) -> None:
+    if (cells.n_genes, cells.n_covariates) != (model.n_genes, model.n_covariates):
+        raise ModelError(
+            f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
+            f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
+        )
+    if held_out is not None and held_out.schema != cells.schema:
+        raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
 
 
 def default_epochs(n_cells: int) -> int:
@@ -250,7 +262,7 @@ class _Run:
             x, gamma = self.train_cells.rows(rows)
             checked = first and step == 0
             if checked:
-                check_sites(self.model, self.guide, x, gamma)
+                check_sites(self.model, self.guide, x, gamma, index=rows, n_cells=n_cells)
             with tempered, pyro.validation_enabled(checked):
                 loss = self.elbo.loss_and_grads(self.model, self.guide, x, gamma, index=rows, n_cells=n_cells)
             if checked:

@@ -31,7 +31,8 @@ class TemperedZ(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] == "z" and self.weight != 1:
             with torch.no_grad():
-                self.log_densities.append(msg["fn"].log_prob(msg["value"]).sum())
+                log_density = msg["fn"].log_prob(msg["value"])  # (particles, cells, 1) or (cells, 1)
+                self.log_densities.append(log_density.mean() * log_density.shape[-2])
 
     def missing(self) -> float:
         """What the weight took from the loss of this step, nats over its cells; empties the memory."""
@@ -42,7 +43,7 @@ class TemperedZ(Messenger):
         return (1 - self.weight) * float(sum(log_q) - sum(log_p)) / len(log_q)
 
 
-def check_sites(model: SCVI, guide: Guide, x: Tensor, gamma: Tensor) -> None:
+def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
     """Refuse latents on one side only and parameters that no optimiser would see.
 
     Raises
@@ -51,8 +52,8 @@ def check_sites(model: SCVI, guide: Guide, x: Tensor, gamma: Tensor) -> None:
         Naming the site or the parameter.
     """
     with pyro.get_param_store().scope():
-        guided = pyro.poutine.trace(guide).get_trace(x, gamma)
-        modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(x, gamma)
+        guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+        modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
     in_guide, in_model = _latents(guided), _latents(modelled)
     if missing := in_model - in_guide:
         raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")

@@ -118,7 +118,7 @@ def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tenso
     difference = gradient[:latents] - gradient[latents:]  # (step along k, cells, latents)
     # In units of the scale, where the matrix is well conditioned: S H S with S = diag(scale).
     curvature = -difference.permute(1, 0, 2) / (2 * step[:, :, None]) * scale[:, :, None] * scale[:, None, :]
-    curvature = (curvature + curvature.mT).double() / 2
+    curvature = (curvature + curvature.mT).double().nan_to_num(0.0, 0.0, 0.0) / 2
     values, vectors = torch.linalg.eigh(curvature)
     covariance = (vectors / values.clamp(min=0.1)[:, None, :]) @ vectors.mT
     return scale[:, :, None] * torch.linalg.cholesky(covariance).to(loc.dtype)
@@ -129,12 +129,13 @@ def weighted_draws(log_joint: LogJoint, proposal: Proposal, samples: int, block:
     """Draws (samples, cells, latents) from the proposal and their float64 log weights (samples, cells)."""
     draws = proposal.sample(samples)
     log_density = torch.cat([log_joint(part) for part in draws.split(block)])
-    return draws, (log_density - proposal.log_prob(draws)).double()
+    log_weights = (log_density - proposal.log_prob(draws)).double()
+    return draws, log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)  # beyond what the numbers can hold
 
 
 def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
     """The proposal with mean and covariance of the weighted draws, shrunk to the old one where few draws count."""
-    weights = log_weights.softmax(0)  # (samples, cells)
+    weights = log_weights.softmax(0).nan_to_num(1 / len(log_weights))  # (samples, cells); NaN if none has weight
     ess = 1 / weights.square().sum(0)
     kept = (draws.shape[-1] / (draws.shape[-1] + ess))[:, None]  # share of the old proposal
     u, old = draws.double(), proposal.loc.double()

@@ -27,6 +27,10 @@ class NoLibrary(Part):
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
         """Nothing to take from the data."""
 
+    def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """Zero, (cells,): the total is part of what the model explains."""
+        return torch.zeros_like(x[:, 0])
+
 
 class LatentLibrary(Part):
     r"""A latent size per cell, site ``l``: log mu = log l + log softmax(head) (Lopez et al. 2018).
@@ -66,6 +70,10 @@ class LatentLibrary(Part):
             self.loc.copy_(log_totals.mean())
             self.scale.copy_(log_totals.std(correction=0).clamp(min=0.05))
 
+    def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """Zero, (cells,): the total is part of what the model explains."""
+        return torch.zeros_like(x[:, 0])
+
     def _law(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         if len(self.loc) == 1:
             ones = self.loc.new_ones(len(gamma), 1)
@@ -87,6 +95,11 @@ class ObservedLibrary(LatentLibrary):
         if x is None:
             return dist.LogNormal(*self._law(gamma)).sample().log()
         return x.sum(-1, keepdim=True).clamp(min=1).log()
+
+    def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """Log probability of the cells' totals (cells,), the law's density over a bin of one count."""
+        total = x.sum(-1, keepdim=True).clamp(min=1)
+        return dist.LogNormal(*self._law(gamma)).log_prob(total).squeeze(-1)
 
 
 Library = NoLibrary | LatentLibrary

@@ -66,10 +66,13 @@ Dispersion = PerCellAndGene | PerGene | PerGeneAndBatch
 class Likelihood(Part):
     """A law of counts given the decoder's heads.
 
-    A new likelihood names its ``heads`` and returns its ``marginal``; that is enough to fit and to compare it. One
-    with a Gamma rate or technical zeros also inherits the explicit program and the exact conditionals, which read
+    A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``; that is enough to fit
+    and to compare it. One that is a Poisson law of a fixed or Gamma rate, with or without technical zeros, may set
+    ``explicit`` and then has the explicit program and the exact conditionals too, which read
     ``log_inverse_dispersion`` and ``gate_logits`` in theta (Lopez et al. 2017, Sec. 1).
     """
+
+    explicit = False
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -103,6 +106,7 @@ class Likelihood(Part):
 
         w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
         """
+        self._require_explicit()
         law, gate = self.rate(**theta), theta.get("gate_logits")
         w = pyro.deterministic("w", theta["log_mean"].exp()) if law is None else pyro.sample("w", law)
         y = pyro.sample("y", dist.Poisson(w))
@@ -117,6 +121,7 @@ class Likelihood(Part):
 
         h ~ Bernoulli(rho 1[x = 0]); w ~ Gamma(r + x (1 - h), r / mu + 1 - h); y = x if h = 0, else Poisson(w).
         """
+        self._require_explicit()
         logits = self.technical_zero_logits(**theta)
         h: Tensor | float = 0.0
         if logits is not None:
@@ -142,12 +147,20 @@ class Likelihood(Part):
         (r + x) / (r / mu + 1) where x > 0 or no zero is technical; at a zero that is technical with probability rho,
         rho mu + (1 - rho) r mu / (r + mu).
         """
+        self._require_explicit()
         mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
         seen = mean if law is None else (law.concentration + x) / (law.rate + 1)
         if logits is None:
             return seen
         rho = torch.sigmoid(logits) * (x == 0)
         return rho * mean + (1 - rho) * seen
+
+    def _require_explicit(self) -> None:
+        if not self.explicit:
+            raise ModelError(
+                f"{type(self).__name__} says nothing of w, y and h: only its marginal law of x is known. If it is a "
+                "Poisson law of a fixed or Gamma rate, set explicit = True"
+            )
 
 
 def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
@@ -157,6 +170,7 @@ def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
 class Poisson(Likelihood):
     """x ~ Poisson(mu): w = mu, no technical zeros."""
 
+    explicit = True
     heads = ("log_mean",)
 
     def marginal(self, log_mean: Tensor) -> Law:
@@ -167,6 +181,7 @@ class Poisson(Likelihood):
 class ZIP(Likelihood):
     """Poisson counts with technical zeros: w = mu."""
 
+    explicit = True
     heads = ("log_mean", "gate_logits")
 
     def marginal(self, log_mean: Tensor, gate_logits: Tensor) -> Law:
@@ -184,6 +199,7 @@ class GammaPoisson(Likelihood):
         :class:`PerGeneAndBatch`.
     """
 
+    explicit = True
     zero_heads: tuple[str, ...] = ()
 
     def __init__(self, dispersion: Dispersion | None = None) -> None:

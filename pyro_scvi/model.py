@@ -67,6 +67,7 @@ class SCVI(Part):
     ) -> None:
         super().__init__()
         self.n_genes, self.n_latent, self.n_covariates = n_genes, n_latent, n_covariates
+        self.trained = False  # set by the first fit
         self.prior = StandardNormal(n_latent) if prior is None else prior
         self.likelihood = ZINB() if likelihood is None else likelihood
         self.library = LatentLibrary() if library is None else library

@@ -25,8 +25,7 @@ class Part(nn.Module):
         """Remember the arguments before the constructor runs."""
         self = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        bound.arguments.pop("self", None)
-        object.__setattr__(self, "arguments", dict(bound.arguments))
+        object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))  # all but the object itself
         object.__setattr__(self, "pyro_name", f"{cls.__name__}_{next(_serial)}")
         return self
 
@@ -34,12 +33,23 @@ class Part(nn.Module):
         super().__setstate__(state)
         object.__setattr__(self, "pyro_name", f"{type(self).__name__}_{next(_serial)}")
 
+    def makeup(self) -> dict[str, Any]:
+        """The constructor's arguments, with the parts that are held now where they were exchanged or left out."""
+        made = {}
+        for key, parameter in inspect.signature(type(self)).parameters.items():
+            given, held = self.arguments.get(key, parameter.default), self._modules.get(key)
+            if held is not None and (given is None or isinstance(given, nn.Module)):
+                made[key] = held
+            elif key in self.arguments:
+                made[key] = given
+        return made
+
     def __repr__(self) -> str:
-        shown = ", ".join(f"{key}={_brief(value)}" for key, value in self.arguments.items() if value is not None)
+        shown = ", ".join(f"{key}={_brief(value)}" for key, value in self.makeup().items() if value is not None)
         return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
-        facts = {key: _brief(value) for key, value in self.arguments.items() if value is not None}
+        facts = {key: _brief(value) for key, value in self.makeup().items() if value is not None}
         learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
 

@@ -15,7 +15,6 @@ import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
@@ -72,7 +71,8 @@ class Projection(NamedTuple):
 def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
     """Two dimensions of an embedding (cells, latents): itself if it has two, else UMAP, else principal components.
 
-    Principal components where scanpy is not installed, or where there are fewer cells than two neighbourhoods.
+    Principal components where umap-learn (scanpy brings it) is missing or fails, or where there are fewer cells than
+    two neighbourhoods.
     The global random states are left as they were.
 
     Raises
@@ -352,18 +352,23 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:
-    """UMAP of scanpy, None without it."""
+    """UMAP as umap-learn makes it, which scanpy brings along; None without it, or where it fails.
+
+    Not through scanpy.pp.neighbors: with scipy 1.17 scanpy 1.11 raises there from 8,192 cells on.
+    """
     try:
-        import scanpy
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
+            import umap
     except ImportError:
         return None
-    table = AnnData(latent.astype(np.float32))
-    with warnings.catch_warnings(), _random_state_kept():
-        warnings.filterwarnings("ignore", message="n_jobs value .* overridden", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
-        scanpy.pp.neighbors(table, use_rep="X", random_state=seed)
-        scanpy.tl.umap(table, random_state=seed)
-    return table.obsm["X_umap"]
+    try:
+        with warnings.catch_warnings(), _random_state_kept():
+            warnings.simplefilter("ignore")  # of its own dependencies' versions; nothing that a user could mend
+            return umap.UMAP(n_neighbors=15, min_dist=0.5, random_state=seed, n_jobs=1).fit_transform(latent)
+    except Exception as error:  # a picture must not cost a fit
+        warnings.warn(f"UMAP failed ({error}); the picture shows principal components instead", stacklevel=3)
+        return None
 
 
 def _pca(latent: np.ndarray) -> np.ndarray:

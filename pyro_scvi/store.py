@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -36,9 +37,11 @@ def save(fit: Fit, path: str | Path) -> None:
     StoreError
         If the directory holds something else than a save, or cannot be written.
     """
-    target = Path(path)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / CONFIG).exists())):
-        raise StoreError(f"{target} exists and is no saved fit; choose another path, nothing was overwritten")
+    target = Path(path).expanduser()
+    if target.exists() and not _replaceable(target):
+        raise StoreError(
+            f"{target} holds something else than a saved fit; nothing was overwritten, choose another path"
+        )
     config = {
         "format": FORMAT,
         "model": describe(fit.model, fit.model),
@@ -78,7 +81,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     StoreError
         If the save is missing, broken or of another format, or holds a part that must be passed.
     """
-    source = Path(path)
+    source = Path(path).expanduser()
     try:
         config = json.loads((source / CONFIG).read_bytes())
         tensors = load_tensors((source / WEIGHTS).read_bytes())
@@ -90,14 +93,14 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
         raise StoreError(f"{source / CONFIG} is not of format {FORMAT}, the one that this version reads")
     try:
         return _rebuilt(config, tensors, model, guide)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StoreError(f"the save {source} does not fit together: {error}") from error
 
 
 def describe(value: Any, model: SCVI) -> Any:
     """JSON for a part: its class's name and its constructor's arguments; the model itself where a guide names it."""
     if isinstance(value, Part):
-        arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.arguments.items()}
+        arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.makeup().items()}
         return (
             {"part": type(value).__name__, "arguments": arguments}
             if type(value) in _own()
@@ -106,8 +109,10 @@ def describe(value: Any, model: SCVI) -> Any:
     if dataclasses.is_dataclass(value) and type(value) in _own():
         arguments = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"part": type(value).__name__, "arguments": arguments}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         return {"tensor": value.tolist()}
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, dict):
         return {"mapping": {k: describe(v, model) for k, v in value.items()}}
     if isinstance(value, list | tuple):
@@ -143,7 +148,7 @@ def _rebuilt(config: dict[str, Any], tensors: dict[str, Tensor], model: SCVI | N
     guide = build(config["guide"], model) if guide is None else guide
     history = pd.DataFrame(config["history"]).set_index("epoch").astype(float)
     made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, Schema.from_dict(config["schema"]))
-    made.settings = config["settings"]
+    made.settings, model.trained = config["settings"], True
     expected = _state(made)
     if expected.keys() != tensors.keys():
         raise StoreError(f"its weights differ from the model's: {sorted(expected.keys() ^ tensors.keys())}")
@@ -158,6 +163,19 @@ def _rebuilt(config: dict[str, Any], tensors: dict[str, Tensor], model: SCVI | N
 def _state(fit: Fit) -> dict[str, Tensor]:
     pair = {"model": fit.model, "guide": fit.guide}
     return {f"{side}.{name}": value for side, part in pair.items() for name, value in part.state_dict().items()}
+
+
+def _replaceable(target: Path) -> bool:
+    """Whether a path is an empty directory or holds a save and nothing else."""
+    if not target.is_dir():
+        return False
+    names = {item.name for item in target.iterdir()}
+    if not names:
+        return True
+    try:
+        return names == {CONFIG, WEIGHTS} and "format" in json.loads((target / CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _columns(table: pd.DataFrame) -> dict[str, list[float | None]]:

@@ -11,6 +11,8 @@ import torch
 
 from pyro_scvi.cells import Cells
 
+torch.set_num_threads(1)  # also for fixtures that outlive a test
+
 DATA = Path(os.environ.get("PYRO_SCVI_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 

@@ -46,16 +46,16 @@ def one_line(result):
 
 
 @pytest.fixture(scope="module")
-def without_scanpy():
+def without_umap():
     with pytest.MonkeyPatch.context() as patch:
         torch.set_num_threads(1)
-        patch.setitem(sys.modules, "scanpy", None)
+        patch.setitem(sys.modules, "umap", None)
         yield patch
 
 
 @pytest.fixture(scope="module")
-def demo(without_scanpy, tmp_path_factory):
-    without_scanpy.setattr(cli.datasets, "pbmc68k_reduced", make_adata)
+def demo(without_umap, tmp_path_factory):
+    without_umap.setattr(cli.datasets, "pbmc68k_reduced", make_adata)
     out = tmp_path_factory.mktemp("demo") / "new" / "out"
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     result = run("demo", "--out", out, "--epochs", 3, "--seed", 5, "--no-progress")
@@ -147,7 +147,7 @@ def test_demo_evidence_on_the_page_is_that_of_the_held_out_cells(demo):
     assert shown in (demo / "index.html").read_text(encoding="utf-8")
 
 
-def test_demo_adds_umap_where_it_is_made(without_scanpy, demo, tmp_path):
+def test_demo_adds_umap_where_it_is_made(without_umap, demo, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli.plots, "_umap", lambda latent, seed: latent[:, :2])
         result = run("demo", "--out", tmp_path, "--epochs", 1, "--no-progress")
@@ -157,7 +157,7 @@ def test_demo_adds_umap_where_it_is_made(without_scanpy, demo, tmp_path):
     assert (tmp_path / "umap.png").is_file()
 
 
-def test_fit_takes_the_options_and_never_writes_its_input(without_scanpy, source, tmp_path):
+def test_fit_takes_the_options_and_never_writes_its_input(without_umap, source, tmp_path):
     before = hashlib.sha256(source.read_bytes()).digest()
     options = "--layer raw --batch donor --covariates age --labels bulk_labels --epochs 2 --batch-size 20 --seed 3"
     parts = "--n-latent 3 --prior student-t --likelihood nb --dispersion gene-batch --library none --guide full-rank"
@@ -183,7 +183,7 @@ def test_fit_takes_the_options_and_never_writes_its_input(without_scanpy, source
     Checker(text)
 
 
-def test_fit_without_options(without_scanpy, tmp_path):
+def test_fit_without_options(without_umap, tmp_path):
     adata = make_adata()
     adata.X.data[adata.X.indptr[3] : adata.X.indptr[4]] = 0
     adata.write_h5ad(tmp_path / "plain.h5ad")
@@ -226,7 +226,7 @@ def test_a_folder_that_is_not_empty_is_refused(demo):
     assert (demo / "index.html").read_bytes() == page
 
 
-def test_force_replaces_own_files_only(without_scanpy, source, tmp_path):
+def test_force_replaces_own_files_only(without_umap, source, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "index.html").write_text("old")
     command = ("fit", source, "--out", tmp_path, "--layer", "raw", "--no-progress", "--force", "--epochs")

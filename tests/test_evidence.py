@@ -85,6 +85,34 @@ def test_evidence_on_the_simplex_counts_the_jacobian():
     assert ((table.log_evidence - expected).abs() / table.se).max() < 4
 
 
+def test_an_observed_library_is_charged_for_the_total():
+    fit, cells = one_latent_fit(ps.priors.StandardNormal(1), ps.libraries.ObservedLibrary(3.0, 0.5))
+    x, gamma = (tensor.double() for tensor in cells[:])
+    z = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+    at = z[:, None, None, None].expand(-1, len(x), 1, 1)
+    theta = fit.model.decode(at, x.sum(-1, keepdim=True).log(), gamma)
+    log_p = fit.model.likelihood.marginal(**theta).log_prob(x).sum(-1) + fit.model.prior().log_prob(z[:, None])[:, None]
+    conditional = (log_p.logsumexp(0) + math.log(24 / 2000)).detach().numpy()
+    log_total = np.log(cells.totals)
+    charge = -log_total - 0.5 * ((log_total - 3) / 0.5) ** 2 - math.log(0.5) - 0.5 * math.log(2 * math.pi)
+    table = ps.evidence(fit, cells, samples=1000)
+    assert ((table.log_evidence - conditional - charge).abs() / table.se).max() < 4.5
+
+
+@pytest.mark.filterwarnings("ignore:k-hat")
+@pytest.mark.parametrize(
+    "law", [lambda o: dist.HalfNormal(o), lambda o: dist.Gamma(2 * o, o), lambda o: dist.Exponential(o)]
+)
+def test_priors_on_the_half_line_have_finite_evidence(law, cells):
+    model = ps.SCVI(20, 3, prior=lambda: law(torch.ones(3)).to_event(1), n_hidden=8)
+    with torch.no_grad():
+        for head in model.decoder.heads.values():
+            head.weight.mul_(30)  # parameters beyond what float32 can hold, a few standard deviations out
+    fit = ps.fit(model, cells, epochs=2, progress=False, learning_rate=ps.schedules.Constant(1e-4))
+    table = ps.evidence(fit, cells, samples=100)
+    assert np.isfinite(table[["log_evidence", "se", "ess"]]).all(axis=None)
+
+
 def test_evidence_of_a_flat_prior_is_refused():
     cells = ps.Cells.from_counts(np.random.default_rng(0).poisson(2.0, size=(20, 6)))
     model = ps.SCVI(6, 2, prior=ps.priors.Flat(2), n_hidden=8)

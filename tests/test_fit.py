@@ -160,6 +160,44 @@ def test_runs_of_nothing_are_refused(cells, option):
         small_fit(cells, **option)
 
 
+def test_per_cell_parameters_train_in_minibatches(cells):
+    model = small_model(cells)
+    fit = small_fit(cells, model, guide=ps.guides.PerCell(model, cells.n_cells), batch_size=16, epochs=20)
+    assert fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0]
+
+
+def test_fitting_again_goes_on_from_where_the_model_is(cells):
+    fit = small_fit(cells, epochs=30)
+    bias = fit.model.decoder.heads["log_mean"].bias.detach().clone()
+    small_fit(cells, fit.model, guide=fit.guide, epochs=1, learning_rate=ps.schedules.Constant(0.0))
+    assert torch.equal(fit.model.decoder.heads["log_mean"].bias, bias)
+
+
+def test_the_untempered_loss_does_not_depend_on_how_particles_are_laid_out(cells):
+    losses = []
+    for vectorised in (False, True):
+        elbo = pyro.infer.Trace_ELBO(
+            num_particles=200, vectorize_particles=vectorised, max_plate_nesting=2 if vectorised else float("inf")
+        )
+        fit = small_fit(
+            cells,
+            elbo=elbo,
+            epochs=1,
+            validation=0,
+            kl_weight=ps.schedules.Weight(0.0),
+            learning_rate=ps.schedules.Constant(0.0),
+        )
+        losses.append(fit.history.train_loss.iloc[0])
+    assert losses[0] == pytest.approx(losses[1], abs=1.0)
+
+
+def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
+    with pytest.raises(ModelError, match="20 and 3"):
+        small_fit(batched_cells, small_model(cells))
+    with pytest.raises(SchemaError, match="validation"):
+        small_fit(cells, validation=batched_cells)
+
+
 def test_a_guide_of_another_model_is_refused(cells):
     with pytest.raises(ModelError, match="another model"):
         small_fit(cells, small_model(cells), guide=ps.guides.DiagonalNormal(small_model(cells)))

@@ -210,6 +210,7 @@ class SharedGate(Likelihood):
     """One probability of technical zeros for all genes, a parameter of the likelihood."""
 
     heads = ("log_mean",)
+    explicit = True
 
     def __init__(self):
         super().__init__()

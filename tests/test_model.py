@@ -298,3 +298,24 @@ def test_guides_need_counts():
     guide = ps.guides.DiagonalNormal(ps.SCVI(7, 3, n_hidden=8), n_hidden=8)
     with pytest.raises(ModelError, match="a law given x"):
         guide(None, torch.zeros(5, 0))
+
+
+def test_a_likelihood_that_knows_only_its_marginal_has_no_explicit_program():
+    class Geometric(ps.likelihoods.Likelihood):
+        heads = ("log_mean",)
+
+        def marginal(self, log_mean):
+            return dist.Geometric(logits=-log_mean)
+
+    model = ps.SCVI(6, 2, likelihood=Geometric(), n_hidden=8).eval()
+    assert model(None, torch.zeros(4, 0)).shape == (4, 6)
+    with pytest.raises(ModelError, match="explicit = True"):
+        model(None, torch.zeros(4, 0), marginal=False)
+
+
+def test_a_part_may_call_itself_as_it_likes():
+    class Odd(ps.priors.Prior):
+        def __init__(this, n):  # noqa: N805
+            super().__init__(n)
+
+    assert repr(Odd(4)) == "Odd(n=4)"

@@ -179,8 +179,8 @@ def test_project_keeps_two_latents():
 
 
 @pytest.mark.parametrize("latents", [1, 5])
-def test_project_without_scanpy_takes_principal_components(monkeypatch, latents):
-    monkeypatch.setitem(sys.modules, "scanpy", None)
+def test_project_without_umap_takes_principal_components(monkeypatch, latents):
+    monkeypatch.setitem(sys.modules, "umap", None)
     z = np.random.default_rng(0).normal(size=(40, latents)) * np.arange(1, latents + 1)
     points, method = plots.project(z)
     assert (method, points.shape) == (plots.PCA, (40, 2))
@@ -190,7 +190,7 @@ def test_project_without_scanpy_takes_principal_components(monkeypatch, latents)
 
 
 def test_project_by_umap_is_reproducible_and_leaves_random_states():
-    pytest.importorskip("scanpy")
+    pytest.importorskip("umap")
     z = np.repeat(np.eye(3) * 20, 20, axis=0) + np.random.default_rng(0).normal(size=(60, 3))
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     points, method = plots.project(z, seed=3)

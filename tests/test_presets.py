@@ -5,6 +5,20 @@ import torch
 import pyro_scvi as ps
 
 
+def test_the_default_is_what_comes_without_options(cells):
+    model, options = ps.presets.default(cells)
+    assert repr(model.likelihood) == repr(ps.SCVI(cells.n_genes).likelihood)
+    assert isinstance(model.library, ps.libraries.LatentLibrary)
+    assert options == {"seed": 0}
+
+
+def test_a_batch_without_cells_has_the_law_of_all(batched_cells):
+    only_b = batched_cells.take(np.flatnonzero(batched_cells.obs.donor == "b"))
+    model, _ = ps.presets.nature_methods_2018(only_b)
+    assert torch.isfinite(model.library.loc).all()
+    assert torch.allclose(model.library.loc[0], model.library.loc[1])
+
+
 def test_seed_2017_is_the_papers_model(cells):
     model, options = ps.presets.seed_2017(cells)
     assert isinstance(model.library, ps.libraries.NoLibrary)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -72,9 +73,42 @@ def test_saving_again_replaces_the_save_and_nothing_else(cells, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(StoreError, match="no saved fit"):
+    with pytest.raises(StoreError, match="nothing was overwritten"):
         fit.save(other)
     assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_what_looks_like_a_save_is_not_deleted(cells, tmp_path):
+    fit = fitted(cells)
+    fit.save(tmp_path / "fit")
+    (tmp_path / "fit" / "notes.txt").write_text("mine")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text("{}")
+    for folder in (tmp_path / "fit", project):
+        with pytest.raises(StoreError, match="nothing was overwritten"):
+            fit.save(folder)
+    assert (tmp_path / "fit" / "notes.txt").read_text() == "mine"
+    assert (project / "config.json").read_text() == "{}"
+
+
+def test_a_part_exchanged_after_construction_is_the_one_saved(cells, tmp_path):
+    model = ps.SCVI(cells.n_genes, 3, n_hidden=8)
+    model.prior = ps.priors.StudentT(3, df=2.0)
+    fit = ps.fit(model, cells, epochs=2, progress=False)
+    fit.save(tmp_path / "fit")
+    assert ps.load(tmp_path / "fit").model.prior.df == 2.0
+
+
+def test_numpy_numbers_are_saved_as_numbers(cells, tmp_path):
+    model = ps.SCVI(np.int64(9), np.int64(3), library=ps.libraries.LatentLibrary(np.float32(2.0), 1.0), n_hidden=8)
+    ps.fit(model, cells, epochs=2, progress=False).save(tmp_path / "fit")
+    assert ps.load(tmp_path / "fit").model.n_latent == 3
+
+
+def test_copies_of_a_fit_are_equal(cells):
+    fit = fitted(cells)
+    np.testing.assert_array_equal(ps.embed(copy.deepcopy(fit), cells), ps.embed(fit, cells))
 
 
 def test_a_users_part_must_be_passed(cells, tmp_path):
