@@ -208,8 +208,8 @@ def fit(
 ) -> None:
     """Fit a model to the raw counts of FILE.h5ad; open DIR/index.html afterwards.
 
-    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed, its
-    UMAP in obsm["X_umap"].
+    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed,
+    its UMAP in obsm["X_umap"].
     """
     law = likelihood or likelihoods.ZINB
     if dispersion and not issubclass(law, likelihoods.GammaPoisson):
