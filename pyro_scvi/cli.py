@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 import typer
 from anndata import AnnData
 from matplotlib.axes import Axes
@@ -25,7 +24,7 @@ from typer.core import TyperCommand
 import pyro_scvi
 from pyro_scvi import datasets, guides, libraries, likelihoods, plots, priors, report
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import DataError, ModelError, PyroScviError, SchemaError
+from pyro_scvi.errors import DataError, FitError, ModelError, PyroScviError, SchemaError
 from pyro_scvi.evidence import KHAT_LIMIT, evidence
 from pyro_scvi.fit import Fit
 from pyro_scvi.fit import fit as train_model
@@ -111,9 +110,9 @@ def _choice(parts: Mapping[str, Any], text: str) -> Any:
 
 def _usable_device(name: str) -> str:
     try:
-        torch.empty(0, device=resolve_device(name))
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise typer.BadParameter(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        resolve_device(name)
+    except FitError as error:
+        raise typer.BadParameter(str(error)) from error
     return name
 
 

@@ -74,14 +74,14 @@ class Fit:
 
     def _facts(self) -> dict[str, str]:
         last, seconds = self.history.iloc[-1], self.history.seconds.sum()
+        best = self.history.held_out_loss.min()
         return {
             "model": repr(self.model),
             "guide": type(self.guide).__name__,
             "training": f"{len(self.history)} epochs of {self.settings['n_cells']} cells, {seconds:.1f} s",
             "device": str(self.device),
             "train loss": f"{last.train_loss:.2f} nats per cell",
-            "held-out loss": f"{self.history.held_out_loss.min():.2f} nats per cell in the best epoch",
-            "KL": f"{last.kl:.2f} nats per cell",
+            "held-out loss": "no cells held out" if math.isnan(best) else f"{best:.2f} nats per cell in the best epoch",
         }
 
 
@@ -155,7 +155,7 @@ def fit(
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
     if epochs < 1 or batch_size < 1:
         raise FitError(f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}")
-    kl_weight.at(0, epochs)
+    _check_options(learning_rate, kl_weight, elbo, epochs)
     _check_cells(model, cells, held_out)
     if data_start and not model.trained:
         start_from_data(model, train)
@@ -174,6 +174,16 @@ def fit(
     settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "n_cells": train.n_cells}
     model.trained = True
     return Fit(model.eval(), guide.eval(), history, cells.schema, settings)
+
+
+def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:
+    if not isinstance(learning_rate, LearningRate):
+        raise FitError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
+    if not isinstance(kl_weight, KLWeight):
+        raise FitError(f"kl_weight must be an object, as in ps.schedules.Weight(0.5); got {kl_weight!r}")
+    if elbo is not None and not isinstance(elbo, ELBO):
+        raise FitError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
+    kl_weight.at(0, epochs)
 
 
 def _check_cells(model: SCVI, cells: Cells, held_out: Cells | None) -> None:

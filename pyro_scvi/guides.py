@@ -144,6 +144,11 @@ class AmortizedGuide(Guide):
     ) -> None:
         super().__init__(model)
         shared = encoder is None and hasattr(model.prior, "encoder")
+        if shared and (given := self.arguments.keys() - {"model", "encoder", "seed"}):
+            raise ModelError(
+                f"the guide shares the encoder of {type(model.prior).__name__}, so {sorted(given)} would say nothing; "
+                "set them there, or pass encoder="
+            )
         with seeded(seed):
             if encoder is None and not shared:
                 encoder = Encoder(

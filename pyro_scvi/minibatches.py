@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import CellIndex, Cells
+from pyro_scvi.errors import FitError
 
 RESIDENT_BYTES = 2**30  # densely resident up to here: a copy of the counts on the device
 
@@ -14,7 +15,11 @@ RESIDENT_BYTES = 2**30  # densely resident up to here: a copy of the counts on t
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device meant by its name; "auto" is CUDA, else MPS, else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            reason = str(error).splitlines()[0]
+            raise FitError(f"the device {device!r} cannot be used: {reason}; 'auto' takes one that can") from error
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

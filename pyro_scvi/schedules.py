@@ -51,6 +51,8 @@ class WarmUp:
 
     def at(self, epoch: int, epochs: int) -> float:
         """Weight in ``epoch`` of ``epochs``; raises FitError if the warm-up would not end inside the run."""
+        if self.epochs < 1:
+            raise FitError(f"a KL warm-up takes 1 epoch or more, got {self.epochs}")
         if self.epochs >= epochs:
             raise FitError(
                 f"a KL warm-up of {self.epochs} epochs does not end inside a run of {epochs}: the evidence bound would "

@@ -87,10 +87,11 @@ class RandomWeights(nn.Module):
         self.priors = nn.ModuleList(priors.values())
         self.prior_of: dict[str, int] = {}
         for index, pattern in enumerate(priors):
-            names = [name for name, _ in model.named_parameters() if fnmatchcase(name, pattern)]
+            # A prior p(z) is asked for its shape outside the program, where nothing could be drawn for it.
+            free = [name for name, _ in model.named_parameters() if not name.startswith("prior.")]
+            names = [name for name in free if fnmatchcase(name, pattern)]
             if not names:
-                known = ", ".join(name for name, _ in model.named_parameters())
-                raise ModelError(f"no parameter is called {pattern!r}; the model has {known}")
+                raise ModelError(f"no parameter that may have a prior is called {pattern!r}; the model has {free}")
             for name in names:
                 owner, leaf = _owner(model, name)
                 start = getattr(owner, leaf).detach()

@@ -39,7 +39,8 @@ def make_prior(name, cells, n_latent=N_LATENT):
 def make_guide(name, model, cells):
     if name == "PerCell":
         return ps.guides.PerCell(model, cells.n_cells)
-    return getattr(ps.guides, name)(model, n_hidden=8, n_layers=1)
+    sizes = {} if hasattr(model.prior, "encoder") else {"n_hidden": 8, "n_layers": 1}
+    return getattr(ps.guides, name)(model, **sizes)
 
 
 def meaningful(prior, guide):

@@ -198,6 +198,33 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
         small_fit(cells, validation=batched_cells)
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"learning_rate": 0.01}, "OneCycle"),
+        ({"kl_weight": 0.5}, "Weight"),
+        ({"kl_weight": ps.schedules.WarmUp(0)}, "1 epoch or more"),
+        ({"elbo": pyro.infer.Trace_ELBO}, "Trace_ELBO"),
+        ({"device": "gpu"}, "cannot be used"),
+    ],
+)
+def test_options_of_the_wrong_kind_say_what_is_right(cells, option, says):
+    with pytest.raises(FitError, match=says):
+        small_fit(cells, **option)
+
+
+def test_encoder_options_beside_a_shared_encoder_are_refused(cells):
+    model = small_model(cells, prior=ps.priors.VampPrior(20, 3, 5))
+    with pytest.raises(ModelError, match="shares the encoder"):
+        ps.guides.DiagonalNormal(model, n_hidden=7)
+    assert ps.guides.DiagonalNormal(model, seed=1).encoder is model.prior.encoder
+
+
+def test_parameters_of_the_prior_cannot_have_a_prior(cells):
+    with pytest.raises(ModelError, match=r"no parameter that may have a prior is called 'prior.loc'"):
+        small_model(cells, prior=ps.priors.GaussianMixture(3), weight_priors={"prior.loc": ps.weights.NormalWeights()})
+
+
 def test_a_guide_of_another_model_is_refused(cells):
     with pytest.raises(ModelError, match="another model"):
         small_fit(cells, small_model(cells), guide=ps.guides.DiagonalNormal(small_model(cells)))

@@ -261,7 +261,10 @@ def test_prior_of_the_wrong_event_shape():
 
 
 def test_weight_prior_that_names_no_parameter():
-    with pytest.raises(ModelError, match="no parameter is called 'decoder.nothing'; the model has .*log_mean.weight"):
+    with pytest.raises(
+        ModelError,
+        match="no parameter that may have a prior is called 'decoder.nothing'; the model has .*log_mean.weight",
+    ):
         ps.SCVI(7, 3, weight_priors={"decoder.nothing": ps.weights.NormalWeights()})
 
 
