@@ -71,9 +71,7 @@ class Refined:
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Draw from the refined proposal."""
         density, loc, scale = _start(guide, x, gamma)
-        with torch.enable_grad():
-            loc, scale = refine(density, loc, scale, steps=self.steps)
-            proposal = Proposal(loc, laplace_scale_tril(density, loc, scale))
+        proposal = _refined_proposal(density, loc, scale, self.steps)
         u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
         return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
 
@@ -124,17 +122,14 @@ class HMC:
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Run the chains for samples / chains draws each after warm-up."""
         density, loc, scale = _start(guide, x, gamma)
-        with torch.enable_grad():
-            loc, scale = refine(density, loc, scale, steps=self.steps)
-            proposal = Proposal(loc, laplace_scale_tril(density, loc, scale))
-            found = sample_chains(
-                density,
-                proposal,
-                chains=self.chains,
-                draws=max(4, -(-samples // self.chains)),
-                warmup=self.warmup,
-                leapfrog=self.leapfrog,
-            )
+        found = sample_chains(
+            density,
+            _refined_proposal(density, loc, scale, self.steps),
+            chains=self.chains,
+            draws=max(4, -(-samples // self.chains)),
+            warmup=self.warmup,
+            leapfrog=self.leapfrog,
+        )
         u = found.draws.flatten(0, 1)[:samples]
         return Draws(guide.coordinates.sites(u), lambda: _of_chains(found))
 
@@ -144,6 +139,13 @@ def _start(guide: Guide, x: Tensor, gamma: Tensor) -> tuple[LogJoint, Tensor, Te
         raise ModelError("the prior Flat has no density: there is no posterior to sample; fit with a proper prior")
     loc, scale = guide.start(x, gamma)
     return log_joint(guide.model, x, gamma, guide.weights.medians()), loc.detach(), scale.detach()
+
+
+@torch.enable_grad()
+def _refined_proposal(density: LogJoint, loc: Tensor, scale: Tensor, steps: int) -> Proposal:
+    """The start raised by gradient steps, with the covariance of a Laplace step."""
+    loc, scale = refine(density, loc, scale, steps=steps)
+    return Proposal(loc, laplace_scale_tril(density, loc, scale))
 
 
 def _of_chains(found: Chains) -> dict[str, Tensor]:
