@@ -40,6 +40,8 @@ def test_the_columns_are_what_they_say(table_and_parts):
     assert table.refit_sd["nb"] == pytest.approx(np.std(refits, ddof=1))
     assert np.isnan(table.refit_sd["poisson"])
     assert table.bound_gap["poisson"] == pytest.approx((single.log_evidence - single.amortized_bound).mean())
+    pair = np.mean([ps.evidence(fit, test, samples=200).log_evidence for fit in fits["nb"]], 0)
+    assert table.difference_se["poisson"] == pytest.approx((single.log_evidence - pair).sem())
     assert list(table.fits) == [2, 1]
     assert table.parameters["poisson"] == sum(p.numel() for p in fits["poisson"].model.parameters())
 

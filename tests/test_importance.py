@@ -4,7 +4,15 @@ import arviz_stats.base
 import pytest
 import torch
 
-from pyro_scvi.importance import Proposal, adaptive_importance, evidence_of, laplace_scale_tril, pareto_khat, refine
+from pyro_scvi.importance import (
+    Proposal,
+    adaptive_importance,
+    evidence_of,
+    laplace_scale_tril,
+    pareto_khat,
+    refine,
+    weighted_draws,
+)
 
 
 def gaussian(cells=5, latents=3):
@@ -72,6 +80,18 @@ def test_standard_error_is_that_of_repetitions():
     assert float(se.mean()) == pytest.approx(float(estimate.std()), rel=0.1)
     assert float(ess.mean()) == pytest.approx(500 / math.exp(0.25), rel=0.05)
     assert float(estimate.mean()) == pytest.approx(0.125, abs=0.01)
+
+
+def test_a_density_that_is_no_number_weighs_nothing():
+    """A standard normal that is NaN above zero: what is left integrates to half."""
+
+    def log_joint(u):
+        return torch.where(u[..., 0] > 0, torch.nan, -0.5 * u[..., 0].square())
+
+    proposal = Proposal(torch.zeros(3, 1, dtype=torch.float64), torch.ones(3, 1, 1, dtype=torch.float64))
+    _, log_weights = weighted_draws(log_joint, proposal, 4000, 500)
+    estimate, se, _, _ = evidence_of(log_weights)
+    assert ((estimate - math.log(0.5 * math.sqrt(2 * math.pi))).abs() < 5 * se).all()
 
 
 def test_few_draws_have_no_khat():
