@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_scvi.importance import LogJoint, Proposal
+from pyro_scvi.importance import LogJoint, Proposal, weighted_draws
 
 
 class Chains(NamedTuple):
@@ -25,69 +25,92 @@ def sample_chains(
     draws: int,
     warmup: int,
     leapfrog: int = 8,
-    target: float = 0.8,
+    target: float = 0.9,
 ) -> Chains:
     """Sample every cell's density exp(log_joint(u)) in coordinates v, u = loc + L v, of the proposal.
 
     Each cell has its own step size, adapted in ``warmup`` by dual averaging towards an acceptance of ``target``
-    (Hoffman and Gelman 2014, Sec. 3.2); the number of leapfrog steps of a draw is uniform on 1 to 2 ``leapfrog`` - 1,
-    and the step is jittered by a tenth, so that no orbit repeats itself. Chains start at draws of the proposal.
+    (Hoffman and Gelman 2014, Sec. 3.2); the length of an orbit is random, so that none repeats itself. Chains start at
+    draws of the proposal, resampled by their weights: from a draw far out in its heavy tails, where the density is
+    steep, a step that suits the other chains may never be accepted.
     """
-    density = _Whitened(log_joint, proposal)
-    v = density.inverse(proposal.sample(chains))  # (chains, cells, latents)
-    value, slope = density(v)
-    step = _DualAveraging(torch.full(v.shape[1:2], 0.5, dtype=v.dtype, device=v.device), target)
+    density = Whitened(log_joint, proposal)
+    state = density.at(density.inverse(_starts(log_joint, proposal, chains)))
+    step = _DualAveraging(torch.full_like(state.value[0], 0.5), target)
     kept, divergences, acceptance = [], torch.zeros_like(step.size), torch.zeros_like(step.size)
     for iteration in range(warmup + draws):
-        momentum = torch.randn_like(v)
-        energy = value - 0.5 * momentum.square().sum(-1)
-        jitter = 1 + 0.1 * (2 * torch.rand_like(value) - 1)
-        count = int(torch.randint(1, 2 * leapfrog, ()))
-        new, new_value, new_slope, momentum = _leap(density, v, slope, momentum, (step.size * jitter)[..., None], count)
-        error = (new_value - 0.5 * momentum.square().sum(-1) - energy).nan_to_num(-torch.inf)
-        accepted = torch.rand_like(error).log() < error
-        v = torch.where(accepted[..., None], new, v)
-        value, slope = torch.where(accepted, new_value, value), torch.where(accepted[..., None], new_slope, slope)
+        state, error = transition(density, state, step.size, leapfrog)
         probability = error.clamp(max=0).exp().mean(0)
         if iteration < warmup:
             step.update(probability, last=iteration == warmup - 1)
         else:
-            kept.append(density.coordinates(v))
+            kept.append(density.coordinates(state.v))
             divergences += (error < -1000).sum(0)
             acceptance += probability / draws
     return Chains(torch.stack(kept), divergences, acceptance, step.size)
 
 
-class _Whitened:
-    """The density in the proposal's own coordinates: value (chains, cells) and gradient (chains, cells, latents)."""
+def _starts(log_joint: LogJoint, proposal: Proposal, chains: int) -> Tensor:
+    """(chains, cells, latents)."""
+    draws, log_weights = weighted_draws(log_joint, proposal, 10 * chains, chains)
+    chosen = torch.multinomial(log_weights.softmax(0).nan_to_num(1.0).T, chains, replacement=True).T
+    return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]))
+
+
+class State(NamedTuple):
+    """Whitened positions (chains, cells, latents), log density there (chains, cells), and its gradient."""
+
+    v: Tensor
+    value: Tensor
+    slope: Tensor
+
+
+class Whitened:
+    """A density in a proposal's own coordinates v, u = loc + L v."""
 
     def __init__(self, log_joint: LogJoint, proposal: Proposal) -> None:
         self.log_joint, self.proposal = log_joint, proposal
 
-    def __call__(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, v: Tensor) -> State:
+        """The density and its gradient at v (chains, cells, latents)."""
         with torch.enable_grad():
             v = v.detach().requires_grad_()
             value = self.log_joint(self.coordinates(v))
             (slope,) = torch.autograd.grad(value.sum(), v)
-        return value.detach(), slope
+        return State(v.detach(), value.detach(), slope)
 
     def coordinates(self, v: Tensor) -> Tensor:
+        """Coordinates u of v."""
         return self.proposal.loc + torch.einsum("cij,scj->sci", self.proposal.scale_tril, v)
 
     def inverse(self, u: Tensor) -> Tensor:
+        """Coordinates v of u."""
         columns = (u - self.proposal.loc).permute(1, 2, 0)
         return torch.linalg.solve_triangular(self.proposal.scale_tril, columns, upper=False).permute(2, 0, 1)
 
 
-def _leap(
-    density: _Whitened, v: Tensor, slope: Tensor, momentum: Tensor, size: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def transition(density: Whitened, state: State, size: Tensor, leapfrog: int) -> tuple[State, Tensor]:
+    """One draw of every chain with step sizes (cells,): the next state, and the error of the energy (chains, cells).
+
+    The number of leapfrog steps is uniform on 1 to 2 ``leapfrog`` - 1 and the step is jittered by a tenth.
+    """
+    start = torch.randn_like(state.v)
+    jitter = 1 + 0.1 * (2 * torch.rand_like(state.value) - 1)
+    count = int(torch.randint(1, 2 * leapfrog, ()))
+    new, momentum = _leap(density, state, start, (size * jitter)[..., None], count)
+    error = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
+    error = error.nan_to_num(-torch.inf)
+    accepted = torch.rand_like(error).log() < error
+    pairs = zip(new, state, strict=True)
+    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs)), error
+
+
+def _leap(density: Whitened, state: State, momentum: Tensor, size: Tensor, count: int) -> tuple[State, Tensor]:
     for _ in range(count):
-        momentum = momentum + 0.5 * size * slope
-        v = v + size * momentum
-        value, slope = density(v)
-        momentum = momentum + 0.5 * size * slope
-    return v, value, slope, momentum
+        momentum = momentum + 0.5 * size * state.slope
+        state = density.at(state.v + size * momentum)
+        momentum = momentum + 0.5 * size * state.slope
+    return state, momentum
 
 
 class _DualAveraging:

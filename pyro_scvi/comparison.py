@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.evidence import KHAT_LIMIT, evidence
-
-if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+from pyro_scvi.evidence import evidence
+from pyro_scvi.fit import Fit
+from pyro_scvi.importance import KHAT_LIMIT
+from pyro_scvi.leave_one_out import WHY_NOT_CELLS
 
 
 def compare(
@@ -42,22 +42,29 @@ def compare(
     Raises
     ------
     ModelError
-        If no fit is given, or a prior has no density.
-
-    Notes
-    -----
-    Leave-one-cell-out from log p(x_n | z_n) is not offered: a cell's own z is inferred from that cell, and the
-    importance weights 1 / p(x_n | z_n) have no usable tail (k-hat above 0.7 for nine cells in ten on real data).
+        If no fit is given, if a prior has no density, or for log likelihoods or leave-one-out results in place of fits:
+        leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
     """
-    if not fits:
-        raise ModelError("compare needs at least one fit by name")
-    listed = {name: list(value) if isinstance(value, Sequence) else [value] for name, value in fits.items()}
+    listed = _listed(fits)
     tables = {name: [evidence(fit, cells, samples=samples, seed=seed) for fit in of] for name, of in listed.items()}
     by_cell = pd.DataFrame({name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()})
     order = by_cell.mean().sort_values(ascending=False).index
     gaps = by_cell.sub(by_cell[order[0]], axis=0)
     rows = [_row(listed[name], tables[name], by_cell[name], gaps[name]) for name in order]
     return pd.DataFrame(rows, index=pd.Index(order, name="model"))
+
+
+def _listed(fits: Mapping[str, Any]) -> dict[str, list[Fit]]:
+    listed = {name: list(value) if isinstance(value, Sequence) else [value] for name, value in fits.items()}
+    if not any(listed.values()):
+        raise ModelError("compare needs at least one fit by name")
+    for name, values in listed.items():
+        if not values:
+            raise ModelError(f"compare got no fit for {name!r}")
+        for value in values:
+            if not isinstance(value, Fit):
+                raise ModelError(f"compare takes fits, got {type(value).__name__} for {name!r}; {WHY_NOT_CELLS}")
+    return listed
 
 
 def _row(fits: list[Fit], tables: list[pd.DataFrame], values: pd.Series, gap: pd.Series) -> dict[str, Any]:

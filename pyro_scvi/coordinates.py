@@ -1,5 +1,6 @@
 """The latents of a cell as one unconstrained vector, and the model's log joint density there."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -13,6 +14,9 @@ from pyro_scvi.distributions import Law
 from pyro_scvi.importance import LogJoint
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.model import SCVI
+from pyro_scvi.plates import cells_plate
+
+LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Coordinates:
@@ -35,6 +39,11 @@ class Coordinates:
         """Sites z (..., cells, 1, latents) and l (..., cells, 1) at u (..., cells, size)."""
         sites = {"z": self.to_z(u[..., None, : self.n_z])}
         return sites | {"l": u[..., self.n_z :].exp()} if self.has_library else sites
+
+    def of(self, sites: dict[str, Tensor]) -> Tensor:
+        """Coordinates u (..., cells, size) of sites: the inverse of :meth:`sites`."""
+        z = self.to_z.inv(sites["z"]).squeeze(-2)
+        return torch.cat([z, sites["l"].log()], -1) if self.has_library else z
 
     def log_abs_det(self, u: Tensor) -> Tensor:
         """Log of |d(z, l) / du|, (..., cells)."""
@@ -81,13 +90,38 @@ def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tens
         return model.decode(sites["z"], model.library(x, gamma), gamma)
 
 
+def prior_sites(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """Sites z (n, cells, 1, latents) and, where it is latent, l (n, cells, 1), drawn from the prior of each cell.
+
+    Raises NotImplementedError if the prior is improper.
+    """
+    with (
+        pyro.get_param_store().scope(),
+        pyro.poutine.trace() as traced,
+        pyro.poutine.condition(data=global_latents),
+        model.weights.drawn_into(model),
+        pyro.plate("draws", n, dim=-3),
+        cells_plate(gamma, None, None),
+    ):
+        pyro.sample("z", model.prior())
+        model.library(None, gamma)
+    nodes: dict[str, Any] = traced.trace.nodes
+    return {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
+
+
 def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:
     """Log p(x, z, l) in coordinates u (samples, cells, size), nats, (samples, cells), at given global latents."""
+    terms = log_terms(model, x, gamma, global_latents)
+    return lambda u: torch.stack(terms(u)).sum(0)
+
+
+def log_terms(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogTerms:
+    """Log p(z, l) and log p(x | z, l), the parts of :func:`log_joint`."""
     coordinates = Coordinates(model)
-    names = ("z", "l", "x") if coordinates.has_library else ("z", "x")
+    latents = ("z", "l") if coordinates.has_library else ("z",)
 
-    def density(u: Tensor) -> Tensor:
+    def terms(u: Tensor) -> tuple[Tensor, Tensor]:
         trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
-        return cell_terms(trace, *names) + coordinates.log_abs_det(u)
+        return cell_terms(trace, *latents) + coordinates.log_abs_det(u), cell_terms(trace, "x")
 
-    return density
+    return terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,17 +54,23 @@ def prior_predictive(model: SCVI, n_cells: int, *, gamma: Tensor | None = None, 
 def posterior_predictive(
     fit: Fit,
     cells: Cells,
-    samples: int = 10,
+    samples: int = 5,
     *,
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataArray:
-    """Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene)."""
+    """Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene).
+
+    An array of int32 of that size: take few samples of many cells, or a part of the cells at a time.
+    """
+    counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
     with evaluating(fit.model, fit.guide, seed):
-        parts = [replicas.cpu().numpy() for _, replicas in _replicated(fit, cells, samples, sampler, batch_size)]
+        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+            counts[:, done : done + len(x)] = replicas.cpu().numpy()
+            done += len(x)
     coordinates = {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
-    return xr.DataArray(np.concatenate(parts, 1), coords=coordinates, dims=("sample", "cell", "gene"), name="x")
+    return xr.DataArray(counts, coords=coordinates, dims=("sample", "cell", "gene"), name="x")
 
 
 class Checks(NamedTuple):
@@ -83,10 +90,11 @@ def check_predictions(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    """Compare data with replicas: zero fraction, mean and variance of every gene, total of every cell.
+    """Compare data with replicas: zero fraction, mean, variance and dispersion of every gene, total of every cell.
 
-    Columns are (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of
-    ``interval`` over replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
+    The dispersion is variance / mean: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
+    (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
+    replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
     """
     batches, totals = list[Tensor](), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
@@ -95,7 +103,8 @@ def check_predictions(
             batches.append(torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]))
             totals.append(both.sum(-1))
     zeros, mean, square = torch.stack(batches).sum(0) / cells.n_cells
-    of_genes = {"zero_fraction": zeros, "mean": mean, "variance": square - mean.square()}
+    variance = square - mean.square()
+    of_genes = {"zero_fraction": zeros, "mean": mean, "variance": variance, "dispersion": variance / mean}
     genes = {name: _banded(value.cpu().numpy(), interval) for name, value in of_genes.items()}
     of_cells = {"total": _banded(torch.cat(totals, 1).cpu().numpy(), interval)}
     return Checks(_framed(genes, cells.gene_names, "gene"), _framed(of_cells, cells.cell_names, "cell"))
@@ -112,8 +121,11 @@ def _replicated(
 
 def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:
     observed, replicas = values[0], values[1:]
-    low, median, high = np.quantile(replicas, [(1 - interval) / 2, 0.5, (1 + interval) / 2], axis=0)
-    p = (replicas > observed).mean(0) + 0.5 * (replicas == observed).mean(0)
+    above = np.where(np.isnan(replicas - observed), np.nan, (replicas > observed) + 0.5 * (replicas == observed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a statistic that no replica has: NaN says so
+        low, median, high = np.nanquantile(replicas, [(1 - interval) / 2, 0.5, (1 + interval) / 2], axis=0)
+        p = np.nanmean(above, 0)
     return {"observed": observed, "low": low, "median": median, "high": high, "p": p}
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.coordinates import log_joint
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides import Guide
-from pyro_scvi.importance import adaptive_importance
-from pyro_scvi.posterior import bound_terms, draws_at_once, evaluating, minibatches
+from pyro_scvi.importance import KHAT_LIMIT
+from pyro_scvi.posterior import Effort, bound_terms, evaluating, minibatches, weighted
 from pyro_scvi.priors import Flat
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
-
-KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
 
 
 def evidence(
@@ -58,40 +55,20 @@ def evidence(
     """
     if isinstance(fit.model.prior, Flat):
         raise ModelError("the prior Flat has no density: the evidence does not exist; fit with a proper prior")
-    batches = minibatches(fit, cells)
-    effort = _Effort(samples, steps, rounds)
+    effort = Effort(samples, steps, rounds)
     with evaluating(fit.model, fit.guide, seed):
-        rows = torch.arange(cells.n_cells, device=batches.device)
-        values = torch.cat([_of_batch(fit.guide, *batches.rows(part), effort, seed) for part in rows.split(batch_size)])
-        failed = (values[:, KHAT] > KHAT_LIMIT).nonzero().squeeze(-1)
-        for part in failed.split(batch_size) if len(failed) else ():
-            again = _of_batch(fit.guide, *batches.rows(part.to(batches.device)), effort.doubled(), seed + 1)
-            better = again[:, KHAT] < values[part, KHAT]
-            values[part[better]] = again[better]
+        batches = minibatches(fit, cells).in_order(batch_size)
+        values = torch.cat([_of_batch(fit.guide, x, gamma, effort) for x, gamma in batches])
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
     return table
 
 
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
-KHAT = COLUMNS.index("khat")
 
 
-class _Effort(NamedTuple):
-    samples: int
-    steps: int
-    rounds: int
-
-    def doubled(self) -> _Effort:
-        """What a cell gets whose first proposal did not fit."""
-        return _Effort(self.samples, 2 * self.steps, 2 * self.rounds)
-
-
-def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, effort: _Effort, seed: int) -> Tensor:
-    density = log_joint(guide.model, x, gamma, guide.weights.medians())
-    loc, scale = guide.start(x, gamma)
-    with torch.enable_grad():
-        found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=draws_at_once(x))
+def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort) -> Tensor:
+    found = weighted(guide, x, gamma, effort)
     charge = guide.model.library.log_prob_of_total(x, gamma)
     log_evidence, bound = found.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
     columns = (log_evidence, found.se, found.ess, found.khat, bound)

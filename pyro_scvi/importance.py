@@ -1,7 +1,7 @@
 """Adaptive importance sampling of many small posteriors at once, with a Pareto k-hat for each.
 
-Everything here works on a log joint density ``log_joint(u)`` alone: u has shape (samples, cells, latents) in
-unconstrained coordinates, the value shape (samples, cells), and cells do not influence each other.
+Everything here works on a log joint density ``log_joint(u)`` or on log weights alone: u has shape (samples, cells,
+latents) in unconstrained coordinates, the value shape (samples, cells), and cells do not influence each other.
 """
 
 import math
@@ -16,6 +16,7 @@ from pyro_scvi.seeding import seeded
 
 LogJoint = Callable[[Tensor], Tensor]
 
+KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
 DEGREES_OF_FREEDOM = 7.0  # of the Student-t proposal: tails heavier than the posterior's, finite fourth moment
 
 
@@ -43,17 +44,19 @@ class Proposal(NamedTuple):
 
 
 class Importance(NamedTuple):
-    """Result of :func:`adaptive_importance`: per cell (cells,), with the final proposal.
+    """Result of :func:`adaptive_importance`: per cell (cells,), with the weighted draws it rests on.
 
     ``log_evidence`` in nats per cell, ``se`` its standard error (delta method), ``ess`` the effective number of
-    draws, ``khat`` the Pareto tail index of the weights: above 0.7 the estimate cannot be vouched for.
+    draws, ``khat`` the Pareto tail index of the weights: above 0.7 the estimate cannot be vouched for. ``draws``
+    (samples, cells, latents), ``log_weights`` (samples, cells).
     """
 
     log_evidence: Tensor
     se: Tensor
     ess: Tensor
     khat: Tensor
-    proposal: Proposal
+    draws: Tensor
+    log_weights: Tensor
 
 
 def adaptive_importance(
@@ -80,8 +83,8 @@ def adaptive_importance(
         for _ in range(rounds):
             draws, log_weights = weighted_draws(log_joint, proposal, max(samples // 2, 2), block)
             proposal = adapted(proposal, draws, log_weights)
-        _, log_weights = weighted_draws(log_joint, proposal, samples, block)
-    return Importance(*evidence_of(log_weights), proposal)
+        draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
+    return Importance(*evidence_of(log_weights), draws, log_weights)
 
 
 def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws: int = 4) -> tuple[Tensor, Tensor]:
@@ -160,29 +163,61 @@ def evidence_of(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def pareto_khat(log_weights: Tensor) -> Tensor:
-    """Tail index of every column of (samples, cells) log weights, shape (cells,).
+    """Tail index of every column of (samples, columns) log weights, shape (columns,).
 
     A generalised Pareto law is fitted to the largest min(S / 5, 3 sqrt(S)) weights (Zhang and Stephens 2009, with the
     weak prior of Vehtari, Simpson, Gelman, Yao and Gabry 2024, App. C). Fewer than 5 tail draws give infinity.
     """
-    samples = log_weights.shape[0]
-    tail = math.ceil(min(0.2 * samples, 3 * math.sqrt(samples)))
-    if tail < 5:
+    tail = _tail_length(len(log_weights))
+    if tail < FEWEST_IN_TAIL:
         return torch.full_like(log_weights[0], math.inf)
     ordered = (log_weights - log_weights.amax(0)).sort(0).values
-    cutoff = ordered[-tail - 1].exp()
-    excess = (ordered[-tail:].exp() - cutoff).T.double()  # (cells, tail), ascending
-    return _generalised_pareto_shape(excess.clamp(min=torch.finfo(torch.float64).tiny)).to(log_weights.dtype)
+    return _generalised_pareto(ordered, tail).shape.to(log_weights.dtype)
 
 
-def _generalised_pareto_shape(excess: Tensor) -> Tensor:
-    n = excess.shape[-1]
-    grid = 30 + math.isqrt(n)
+def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log weights (samples, columns) that sum to 1, the largest replaced by quantiles of their fitted tail; and k-hat.
+
+    Vehtari et al. 2024, Algorithm 1. With fewer than 5 tail draws nothing is replaced.
+    """
+    tail = _tail_length(len(log_weights))
+    if tail < FEWEST_IN_TAIL:
+        return log_weights.log_softmax(0), torch.full_like(log_weights[0], math.inf)
+    ordered, order = (log_weights - log_weights.amax(0)).sort(0)
+    law = _generalised_pareto(ordered, tail)
+    level = ((torch.arange(tail, dtype=law.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
+    excess = law.scale / law.shape * torch.expm1(-law.shape * torch.log1p(-level))
+    smooth = (law.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
+    usable = torch.isfinite(smooth).all(0)
+    ordered[-tail:] = torch.where(usable, smooth, ordered[-tail:])
+    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), law.shape.to(log_weights.dtype)
+
+
+FEWEST_IN_TAIL = 5
+
+
+class _GeneralisedPareto(NamedTuple):
+    """Law of weights above a cutoff, float64 (columns,)."""
+
+    cutoff: Tensor
+    shape: Tensor
+    scale: Tensor
+
+
+def _tail_length(samples: int) -> int:
+    return math.floor(min(0.2 * samples, 3 * math.sqrt(samples)))
+
+
+def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
+    """Fit the ``tail`` largest of ascending log weights (samples, columns), the largest of which is 0."""
+    cutoff = ordered[-tail - 1].double().exp()
+    excess = (ordered[-tail:].double().exp() - cutoff).T.clamp(min=torch.finfo(torch.float64).tiny)  # (columns, tail)
+    grid = 30 + math.isqrt(tail)
     position = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device)
-    quartile = excess[:, int(n / 4 + 0.5) - 1, None]
-    b = (1 - (grid / (position - 0.5)).sqrt()) / (3 * quartile) + 1 / excess[:, -1, None]  # (cells, grid)
-    k = torch.log1p(-b[..., None] * excess[:, None, :]).mean(-1)
-    log_likelihood = n * ((-b / k).log() - k - 1)
+    quartile = excess[:, int(tail / 4 + 0.5) - 1, None]
+    b = (1 - (grid / (position - 0.5)).sqrt()) / (3 * quartile) + 1 / excess[:, -1, None]  # (columns, grid)
+    k = torch.stack([torch.log1p(-b[:, i, None] * excess).mean(-1) for i in range(grid)], -1)
+    log_likelihood = tail * ((-b / k).log() - k - 1)
     b_mean = (b * F.softmax(log_likelihood, -1)).sum(-1, keepdim=True)
     shape = torch.log1p(-b_mean * excess).mean(-1)
-    return (n * shape + 10 * 0.5) / (n + 10)
+    return _GeneralisedPareto(cutoff, (tail * shape + 10 * 0.5) / (tail + 10), -shape / b_mean.squeeze(-1))

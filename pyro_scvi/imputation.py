@@ -74,18 +74,20 @@ def impute(
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
-    parts, done = [], 0
+    # Filled in place: thousands of small results among large temporaries leave memory in pieces.
+    lead = (len(quantiles),) if quantiles else ()
+    found, done = torch.empty((*lead, cells.n_cells, cells.n_genes), dtype=fit.dtype), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
-            found = sampler.draw(fit.guide, x, gamma, samples)
-            constants = [other[done : done + len(x)].to(gamma) for other in swapped] or [gamma]
-            done += len(x)
+            rows = slice(done, done := done + len(x))
+            draws = sampler.draw(fit.guide, x, gamma, samples)
             if quantiles:
-                parts.append(_quantiles(fit, x, gamma, found, quantiles))
+                found[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu()
             else:
-                means = [_mean(fit, x, constant, found, quantity) for constant in constants]
-                parts.append(torch.stack(means).mean(0))
-    return torch.cat([part.cpu() for part in parts], -2).numpy()
+                constants = [other[rows].to(gamma) for other in swapped] or [gamma]
+                means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
+                found[rows] = torch.stack(means).mean(0).cpu()
+    return found.numpy()
 
 
 def technical_zero_probability(
@@ -108,16 +110,17 @@ def technical_zero_probability(
     ModelError
         If the likelihood has no technical zeros.
     """
+    found, done = torch.empty((cells.n_cells, cells.n_genes), dtype=fit.dtype), 0
     with evaluating(fit.model, fit.guide, seed):
-        parts = []
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
+            rows = slice(done, done := done + len(x))
             logits = fit.model.likelihood.technical_zero_logits(
                 **decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
             )
             if logits is None:
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
-            parts.append((torch.sigmoid(logits).mean(0) * (x == 0)).cpu())
-    return torch.cat(parts).numpy()
+            found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu()
+    return found.numpy()
 
 
 def _mean(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantity: Quantity) -> Tensor:

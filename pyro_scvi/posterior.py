@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyro
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.coordinates import cell_terms, log_joint, scored
+from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
 from pyro_scvi.errors import SchemaError
 from pyro_scvi.guides import Guide
-from pyro_scvi.importance import refine
+from pyro_scvi.importance import KHAT_LIMIT, Importance, LogJoint, adaptive_importance, refine
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
 from pyro_scvi.seeding import seeded
@@ -77,9 +77,8 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
         If the cells' genes or covariates are not those of the fit.
     """
     with evaluating(fit.model, fit.guide, seed):
-        return np.concatenate(
-            [_mean(fit.guide, x, gamma).cpu().numpy() for x, gamma in minibatches(fit, cells).in_order(batch_size)]
-        )
+        means = [_mean(fit.guide, x, gamma) for x, gamma in minibatches(fit, cells).in_order(batch_size)]
+        return torch.cat(means).cpu().numpy()
 
 
 def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
@@ -91,12 +90,71 @@ def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
     return mean.squeeze(-2)
 
 
+CANDIDATES = 64  # prior draws that compete with the guide as a start
+MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is
+
+
+def start(guide: Guide, x: Tensor, gamma: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
+    """The log joint density of cells, and location and scale (cells, size) from where to look for their posterior.
+
+    The guide's, but for cells to which a draw from the prior gives a much higher density: those lie so far from what
+    the guide was trained on that gradient steps from there may end in a mode that holds no mass, unseen by any k-hat.
+    """
+    fixed = guide.weights.medians()
+    density = log_joint(guide.model, x, gamma, fixed)
+    loc, scale = guide.start(x, gamma)
+    with torch.no_grad():
+        candidates = torch.cat([loc[None], *_drawn_from_prior(guide, gamma)])
+        values = torch.cat([density(part) for part in candidates.split(draws_at_once(x))])
+        values[0] += MARGIN
+        best = values.nan_to_num(-torch.inf).argmax(0)
+    return density, candidates[best, torch.arange(len(x), device=x.device)], scale.detach()
+
+
+def _drawn_from_prior(guide: Guide, gamma: Tensor) -> list[Tensor]:
+    try:
+        sites = prior_sites(guide.model, gamma, guide.weights.medians(), CANDIDATES)
+    except NotImplementedError:  # an improper prior has no draws
+        return []
+    return [guide.coordinates.of(sites)]
+
+
 @torch.enable_grad()
 def refined(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int = 100) -> tuple[Tensor, Tensor]:
-    """Location and scale (cells, size) of a diagonal normal, raised from the guide's start by gradient steps."""
-    density = log_joint(guide.model, x, gamma, guide.weights.medians())
-    loc, scale = guide.start(x, gamma)
-    return refine(density, loc.detach(), scale.detach(), steps=steps)
+    """Location and scale (cells, size) of a diagonal normal, raised from the start by gradient steps."""
+    return refine(*start(guide, x, gamma), steps=steps)
+
+
+class Effort(NamedTuple):
+    """How much a cell's proposal is worked on: weighted draws, gradient steps, rounds of adaptation."""
+
+    samples: int
+    steps: int
+    rounds: int
+
+    def doubled(self) -> Effort:
+        """What a cell gets whose first proposal did not fit."""
+        return Effort(self.samples, 2 * self.steps, 2 * self.rounds)
+
+
+def weighted(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, *, attempts: int = 2) -> Importance:
+    """Weighted draws of every cell's latents, from a proposal corrected for that cell.
+
+    Cells whose k-hat is above 0.7 are tried again with twice the effort; the better attempt counts.
+    """
+    density, loc, scale = start(guide, x, gamma)
+    seed = int(torch.randint(2**31, ()))
+    with torch.enable_grad():
+        found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=draws_at_once(x))
+    failed = (found.khat > KHAT_LIMIT).nonzero().squeeze(-1)
+    if attempts == 1 or not len(failed):
+        return found
+    again = weighted(guide, x[failed], gamma[failed], effort.doubled(), attempts=attempts - 1)
+    better = (again.khat < found.khat[failed]).nonzero().squeeze(-1)
+    for kept, new in zip(found, again, strict=True):
+        of_cells = int(kept.dim() > 1)  # behind the draws
+        kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
+    return found
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:

@@ -8,19 +8,17 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.chains import Chains, bulk_ess, rank_normalised_rhat, sample_chains
-from pyro_scvi.coordinates import log_joint
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import (
     LogJoint,
     Proposal,
-    adaptive_importance,
     evidence_of,
     laplace_scale_tril,
     refine,
     weighted_draws,
 )
-from pyro_scvi.posterior import draws_at_once, weigh
+from pyro_scvi.posterior import Effort, draws_at_once, start, weigh, weighted
 from pyro_scvi.priors import Flat
 
 
@@ -28,10 +26,12 @@ class Draws(NamedTuple):
     """Sites z (samples, cells, 1, latents) and l (samples, cells, 1), and how to diagnose them.
 
     ``diagnose()`` gives diagnostics by name, each (cells,); some cost as much as the draws, so they wait to be asked.
+    Of several ``chains``, sample = draw * chains + chain.
     """
 
     sites: dict[str, Tensor]
     diagnose: Callable[[], dict[str, Tensor]]
+    chains: int = 1
 
 
 class Sampler(Protocol):
@@ -70,7 +70,8 @@ class Refined:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Draw from the refined proposal."""
-        density, loc, scale = _start(guide, x, gamma)
+        _require_density(guide)
+        density, loc, scale = start(guide, x, gamma)
         proposal = _refined_proposal(density, loc, scale, self.steps)
         u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
         return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
@@ -78,7 +79,10 @@ class Refined:
 
 @dataclass(frozen=True)
 class Importance:
-    """Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7."""
+    """Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7.
+
+    Cells above are tried again with twice the ``steps`` and ``rounds``.
+    """
 
     steps: int = 100
     rounds: int = 3
@@ -86,24 +90,11 @@ class Importance:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
-        density, loc, scale = _start(guide, x, gamma)
-        block = draws_at_once(x)
-        with torch.enable_grad():
-            seed = int(torch.randint(2**31, ()))
-            found = adaptive_importance(
-                density,
-                loc,
-                scale,
-                samples=self.proposals,
-                seed=seed,
-                steps=self.steps,
-                rounds=self.rounds,
-                block=block,
-            )
-        u, log_weights = weighted_draws(density, found.proposal, max(self.proposals, samples), block)
-        chosen = torch.multinomial(log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
-        u = u.gather(0, chosen[..., None].expand(-1, -1, u.shape[-1]))
-        return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
+        _require_density(guide)
+        found = weighted(guide, x, gamma, Effort(max(self.proposals, samples), self.steps, self.rounds))
+        chosen = torch.multinomial(found.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
+        u = found.draws.gather(0, chosen[..., None].expand(-1, -1, found.draws.shape[-1]))
+        return Draws(guide.coordinates.sites(u), lambda: {"khat": found.khat, "ess": found.ess})
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,8 @@ class HMC:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Run the chains for samples / chains draws each after warm-up."""
-        density, loc, scale = _start(guide, x, gamma)
+        _require_density(guide)
+        density, loc, scale = start(guide, x, gamma)
         found = sample_chains(
             density,
             _refined_proposal(density, loc, scale, self.steps),
@@ -131,14 +123,12 @@ class HMC:
             leapfrog=self.leapfrog,
         )
         u = found.draws.flatten(0, 1)[:samples]
-        return Draws(guide.coordinates.sites(u), lambda: _of_chains(found))
+        return Draws(guide.coordinates.sites(u), lambda: _of_chains(found), self.chains)
 
 
-def _start(guide: Guide, x: Tensor, gamma: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
+def _require_density(guide: Guide) -> None:
     if isinstance(guide.model.prior, Flat):
         raise ModelError("the prior Flat has no density: there is no posterior to sample; fit with a proper prior")
-    loc, scale = guide.start(x, gamma)
-    return log_joint(guide.model, x, gamma, guide.weights.medians()), loc.detach(), scale.detach()
 
 
 @torch.enable_grad()

@@ -33,6 +33,7 @@ def sample_posterior(
     sites: Sequence[str] = ("z",),
     sampler: Sampler = Amortized(),
     reduce: Reducer | None = None,
+    diagnostics: bool = True,
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.Dataset:
@@ -54,6 +55,9 @@ def sample_posterior(
     reduce
         Summary of the draws of a batch of cells, from tensors (samples, cells, ...) by site to tensors (cells, ...)
         by name: with it, samples x cells x genes are never held at once.
+    diagnostics
+        Whether to diagnose the draws. Those of ``Amortized`` need the density of every draw, which costs far more than
+        the draws themselves.
     seed
         The same seed gives the same draws; batches of cells follow each other, so ``batch_size`` matters too.
     batch_size
@@ -62,22 +66,23 @@ def sample_posterior(
     Returns
     -------
     Dataset
-        Sites with dimensions (sample, cell, latent), (sample, cell) or (sample, cell, gene), and the sampler's
-        diagnostics with dimension (cell): ``khat`` and ``ess``, or ``rhat``, ``ess`` and ``divergences``.
+        Sites with dimensions (sample, cell, latent), (sample, cell) or (sample, cell, gene), and, if asked for, the
+        sampler's diagnostics with dimension (cell): ``khat`` and ``ess``, or ``rhat``, ``ess`` and ``divergences``.
 
     Raises
     ------
     ModelError
         For a site that the model does not have, or, but with Amortized, a prior without a density.
     """
-    _check_sites(fit, sites)
+    check_sites(fit, sites)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             found = sampler.draw(fit.guide, x, gamma, samples)
             values = draw_sites(fit, x, gamma, found, sites)
             drawn = {name: values[name] for name in sites}
-            part = {name: (False, value) for name, value in found.diagnose().items()}
+            judged = found.diagnose() if diagnostics else {}
+            part = {name: (False, value) for name, value in judged.items()}
             part |= {name: (reduce is None, value) for name, value in (reduce(drawn) if reduce else drawn).items()}
             parts.append({name: (lead, value.cpu().numpy()) for name, (lead, value) in part.items()})
     return _dataset(parts, cells, fit.model.n_latent)
@@ -98,7 +103,8 @@ def decoded(fit: Fit, x: Tensor, gamma: Tensor, found: Draws) -> Theta:
     return theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **found.sites})
 
 
-def _check_sites(fit: Fit, sites: Sequence[str]) -> None:
+def check_sites(fit: Fit, sites: Sequence[str]) -> None:
+    """Refuse sites that the model does not have."""
     known = ("z", *(("l",) if fit.model.library.latent else ()), *EXPLICIT)
     if unknown := [site for site in sites if site not in known]:
         raise ModelError(f"the model has no site {unknown}; its sites are {known}")

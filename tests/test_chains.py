@@ -117,7 +117,7 @@ def test_moments_of_correlated_gaussians(gaussian):
 
 def test_every_cell_has_its_own_step(gaussian):
     found, _, covariance = gaussian
-    assert ((found.acceptance - 0.8).abs() < 0.12).all()
+    assert ((found.acceptance - 0.9).abs() < 0.12).all()
     smallest = torch.linalg.eigvalsh(covariance)[:, 0].sqrt()
     ratio = found.step_size / smallest  # the stable step is proportional to the narrowest direction
     assert ratio.max() / ratio.min() < 3
@@ -134,16 +134,19 @@ def test_acceptance_follows_its_target(target):
 
 
 def test_moments_of_a_skewed_density():
-    """u = log of a Gamma(a, 1) variable: mean digamma(a), variance trigamma(a), third central moment polygamma_2(a)."""
-    shape = torch.tensor([[0.7], [2.0], [10.0]], dtype=torch.float64)
+    """u = log of a Gamma(a, 1) variable: mean digamma(a), variance trigamma(a), third central moment polygamma_2(a).
+
+    Standard errors from the spread of many chains: rank-based effective numbers are too large for third moments.
+    """
+    shape = torch.tensor([[1.5], [3.0], [10.0]], dtype=torch.float64)
+    chains = 400
     found = sample_chains(
-        lambda u: (shape * u - u.exp()).sum(-1), start(3, 1), chains=16, draws=400, warmup=200, leapfrog=4
+        lambda u: (shape * u - u.exp()).sum(-1), start(3, 1), chains=chains, draws=300, warmup=200, leapfrog=4
     )
-    mean = torch.digamma(shape)
-    assert errors(found.draws, mean).abs().max() < 5
-    for power in (2, 3):
-        expected = torch.polygamma(power - 1, shape)
-        assert errors((found.draws - mean) ** power, expected).abs().max() < 5
+    for power in (1, 2, 3):
+        of_chains = ((found.draws - torch.digamma(shape)) ** power).mean(0)  # (chains, cells, 1)
+        expected = torch.polygamma(power - 1, shape) if power > 1 else 0
+        assert ((of_chains.mean(0) - expected) / (of_chains.std(0) / chains**0.5)).abs().max() < 5
     assert rank_normalised_rhat(found.draws).max() < 1.02
 
 

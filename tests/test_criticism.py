@@ -51,6 +51,7 @@ def test_posterior_draws_resemble_their_cells(fitted):
     draws = ps.posterior_predictive(fit, cells, 20, seed=3)
     assert draws.dims == ("sample", "cell", "gene")
     assert draws.shape == (20, 400, 12)
+    assert draws.dtype == np.int32
     assert list(draws.cell.values) == list(cells.cell_names)
     # Replicas know their cell: its depth comes back, that of its neighbour does not.
     totals = draws.sum("gene").mean("sample").values
@@ -80,4 +81,17 @@ def test_statistics_are_those_of_the_data(fitted):
     np.testing.assert_allclose(genes["zero_fraction"].observed, (x == 0).mean(0))
     np.testing.assert_allclose(genes["mean"].observed, x.mean(0))
     np.testing.assert_allclose(genes["variance"].observed, x.var(0), rtol=1e-9)
+    np.testing.assert_allclose(genes["dispersion"].observed, x.var(0) / x.mean(0), rtol=1e-9)
     np.testing.assert_allclose(by_cell["total"].observed, x.sum(1))
+
+
+def test_a_gene_without_counts_has_no_dispersion(fitted):
+    fit, cells = fitted
+    counts = np.asarray(cells.counts[:30])
+    counts[:, 4] = 0
+    with pytest.warns(UserWarning, match="no count"):
+        silent = ps.Cells.from_counts(counts)
+    table = ps.check_predictions(fit, silent, samples=20)[0]["dispersion"]
+    assert np.isnan(table.observed.iloc[4])
+    assert np.isnan(table.p.iloc[4])
+    assert table.drop(table.index[4]).notna().all(axis=None)

@@ -10,6 +10,7 @@ from pyro_scvi.importance import (
     evidence_of,
     laplace_scale_tril,
     pareto_khat,
+    pareto_smoothed,
     refine,
     weighted_draws,
 )
@@ -65,7 +66,26 @@ def test_proposal_density_is_that_of_its_draws():
 def test_khat_agrees_with_arviz(spread):
     log_weights = spread * torch.randn(2000, 20, dtype=torch.float64)
     expected = torch.as_tensor(arviz_stats.base.array_stats.psislw(-log_weights.T.numpy(), axis=-1)[1])
-    torch.testing.assert_close(pareto_khat(log_weights), expected, atol=0.06, rtol=0)
+    torch.testing.assert_close(pareto_khat(log_weights), expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("samples", [100, 2000])
+def test_smoothed_weights_agree_with_arviz(spread, samples):
+    log_weights = spread * torch.randn(samples, 20, dtype=torch.float64)
+    smoothed, khat = pareto_smoothed(log_weights)
+    expected, expected_khat = arviz_stats.base.array_stats.psislw(-log_weights.T.numpy(), axis=-1)
+    expected = torch.as_tensor(expected).T.log_softmax(0)
+    torch.testing.assert_close(smoothed, expected, atol=1e-8, rtol=0)
+    torch.testing.assert_close(khat, torch.as_tensor(expected_khat), atol=1e-8, rtol=0)
+    assert (smoothed.gather(0, log_weights.argsort(0)).diff(dim=0) >= 0).all()  # the order is kept
+
+
+def test_few_weights_are_left_as_they_are():
+    log_weights = torch.randn(20, 3)
+    smoothed, khat = pareto_smoothed(log_weights)
+    torch.testing.assert_close(smoothed, log_weights.log_softmax(0))
+    assert khat.isinf().all()
 
 
 def test_khat_recovers_the_tail_index_of_pareto_weights():

@@ -10,10 +10,9 @@ from conftest import simulated_counts
 
 import pyro_scvi as ps
 from pyro_scvi.chains import bulk_ess
-from pyro_scvi.coordinates import log_joint
 from pyro_scvi.errors import ModelError
-from pyro_scvi.importance import Proposal, laplace_scale_tril, refine, weighted_draws
-from pyro_scvi.posterior import draws_at_once, evaluating, weigh
+from pyro_scvi.importance import Proposal, laplace_scale_tril, pareto_khat, refine, weighted_draws
+from pyro_scvi.posterior import Effort, draws_at_once, evaluating, start, weigh, weighted
 
 N_CELLS = 6  # at which the exact moments are found
 ALL = {
@@ -162,12 +161,12 @@ def test_weights_repair_the_means_of_the_amortized_draws(toy):
 
 
 def test_weights_make_the_refined_draws_exact(toy):
-    fit, n = toy.fit, 10_000
+    fit, n = toy.fit, 100_000  # fewer may not see the second mode of a cell, and then k-hat cannot
     draws, diagnostics = toy.draw(ps.Refined(), n)
     with evaluating(fit.model, fit.guide, 1):
-        density = log_joint(fit.model, toy.x, toy.gamma, {})
+        density, *where = start(fit.guide, toy.x, toy.gamma)
         with torch.enable_grad():
-            loc, scale = refine(density, *(t.detach() for t in fit.guide.start(toy.x, toy.gamma)), steps=100)
+            loc, scale = refine(density, *where, steps=100)
             proposal = Proposal(loc, laplace_scale_tril(density, loc, scale))
         u, log_weights = weighted_draws(density, proposal, n, draws_at_once(toy.x))
     assert torch.equal(joined(fit.guide.coordinates.sites(u)), draws)
@@ -207,6 +206,26 @@ def test_refinement_and_adaptation_raise_the_effective_draws(toy):
     ess = [toy.draw(sampler, n)[1]["ess"].mean() for sampler in (ps.Amortized(), ps.Importance(proposals=n))]
     assert ess[0] < ess[1]
     assert ess[1] > n / 4
+
+
+def test_cells_whose_proposal_fails_are_tried_again():
+    toy, effort = TOYS["dirichlet"](), Effort(samples=1000, steps=1, rounds=0)
+    runs = []
+    for attempts in (1, 2):
+        with evaluating(toy.fit.model, toy.fit.guide, 3):
+            runs.append(weighted(toy.fit.guide, toy.x, toy.gamma, effort, attempts=attempts))
+    once, twice = runs
+    failed = once.khat > 0.7
+    assert 0 < failed.sum() < N_CELLS  # one step and no adaptation
+    better = twice.khat < once.khat
+    assert better.any()
+    assert not better[~failed].any()
+    for first, second in zip(once, twice, strict=True):
+        changed = (first != second).reshape(-1, *first.shape[int(first.dim() > 1) :]).any(0)
+        changed = changed.any(-1) if changed.dim() > 1 else changed  # over coordinates
+        assert torch.equal(changed, better)
+    torch.testing.assert_close(twice.khat, pareto_khat(twice.log_weights))
+    torch.testing.assert_close(twice.ess, 1 / twice.log_weights.softmax(0).square().sum(0))
 
 
 # --- every sampler, prior and likelihood ---

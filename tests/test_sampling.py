@@ -45,6 +45,14 @@ def test_dimensions_and_coordinates_are_named(fit, named_cells):
     assert found.z.dtype == np.float32
 
 
+def test_diagnostics_are_left_out_if_not_asked_for(fit, named_cells):
+    with_them, without = (
+        ps.sample_posterior(fit, named_cells, samples=5, diagnostics=asked) for asked in (True, False)
+    )
+    assert set(without.data_vars) == {"z"}
+    assert without.z.identical(with_them.z)
+
+
 def test_only_the_sites_asked_for_are_there(fit, named_cells):
     found = ps.sample_posterior(fit, named_cells, samples=3)
     assert set(found.data_vars) == {"z", "khat", "ess"}

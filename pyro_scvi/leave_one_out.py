@@ -1,0 +1,91 @@
+"""Leave-one-out predictions of single entries (cell, gene), with Pareto k-hat and probability integral transform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_scvi.cells import Cells
+from pyro_scvi.errors import ModelError
+from pyro_scvi.importance import pareto_smoothed
+from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.samplers import Importance, Sampler
+from pyro_scvi.sampling import decoded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyro_scvi.fit import Fit
+
+WHY_NOT_CELLS = (
+    "leaving a whole cell out cannot be had from log p(x_n | z_n): z_n is inferred from that cell alone, so that the "
+    "weights 1 / p(x_n | z_n) have no usable tail (k-hat above 0.7 for nine cells in ten on real data). What a model "
+    "says of a cell it has not seen is its evidence, log p(x_n)"
+)
+
+
+def leave_one_out(
+    fit: Fit,
+    cells: Cells,
+    *,
+    over: Sequence[str] = ("cell", "gene"),
+    samples: int = 1000,
+    sampler: Sampler = Importance(),
+    seed: int = 0,
+    batch_size: int = 8,
+) -> xr.Dataset:
+    r"""How well each count is predicted from the cell's other counts, by Pareto-smoothed importance sampling.
+
+    .. math:: \log p(x_{ng} | x_{n,-g}) = -\log E_{z, l | x_n} [1 / p(x_{ng} | z, l)]
+
+    One entry moves a cell's posterior little, so that the weights 1 / p(x_ng | z, l) are well behaved: k-hat says for
+    which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024).
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and cells of its schema, best held out: weights of the model are not left out.
+    over
+        What is left out together. Only ``("cell", "gene")``, single entries, is valid.
+    samples, sampler, seed, batch_size
+        As in ``sample_posterior``; draws must follow the posterior, so ``ps.Importance()`` or ``ps.HMC()``.
+
+    Returns
+    -------
+    Dataset, every variable with dimensions (cell, gene)
+        ``elpd``: log predictive probability, nats per entry. ``khat``: above 0.7 the entry cannot be vouched for; 0
+        where all draws agree. ``pit``: the randomised probability integral transform P(x' < x) + u P(x' = x) with u
+        uniform, uniform over entries under the model (Czado, Gneiting and Held 2009, Sec. 2).
+
+    Raises
+    ------
+    ModelError
+        For ``over=("cell",)``, which is invalid for this model: use ``evidence``.
+    """
+    if tuple(over) != ("cell", "gene"):
+        raise ModelError(f'over must be ("cell", "gene"), got {tuple(over)}: {WHY_NOT_CELLS}; use ps.evidence')
+    parts = []
+    with evaluating(fit.model, fit.guide, seed):
+        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+            theta = decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
+            law = fit.model.likelihood.marginal(**theta)
+            log_p = law.log_prob(x)
+            below = law.expand(log_p.shape).sample() < x
+            parts.append(_left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu().numpy())
+    elpd, khat, pit = np.concatenate(parts, 1)
+    dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
+    return xr.Dataset({"elpd": (dims, elpd), "khat": (dims, khat), "pit": (dims, pit)}, coords=coordinates)
+
+
+def _left_out(log_p: Tensor, below: Tensor) -> Tensor:
+    """Elpd, k-hat and PIT (3, entries) from log p(x | z) and x' < x, each (draws, entries)."""
+    log_weights, khat = pareto_smoothed(-log_p)
+    spread = log_p.amax(0) - log_p.amin(0)
+    elpd = (log_weights + log_p).logsumexp(0)
+    smaller = (log_weights.exp() * below).sum(0).clamp(max=1)
+    pit = smaller + torch.rand_like(smaller) * torch.minimum(elpd.exp(), 1 - smaller)
+    return torch.stack([elpd, torch.where(spread < 1e-6, 0.0, khat), pit])
