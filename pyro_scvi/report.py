@@ -22,18 +22,19 @@ body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background:
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.5rem }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
 p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--soft); font-weight: 500 }
 tbody th { color: inherit; font-weight: inherit }
 .number { text-align: right; white-space: nowrap; padding-right: 1.25rem }
 td:last-child, th:last-child { padding-right: 0 }
-td:not(.number) { color: var(--soft); overflow-wrap: anywhere }
+td:not(.number) { color: var(--soft); min-width: 6rem }
+.facts td:not(.number) { min-width: 0; overflow-wrap: anywhere }
 pre { margin: .5rem 0; padding: .75rem 1rem; border-radius: 6px; background: var(--box); overflow-x: auto;
   font: .875rem/1.5 ui-monospace, monospace }
-.pictures { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start }
-figure { margin: 0; max-width: 100% }
+.pictures { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: flex-start }
+figure { margin: .75rem 0; max-width: 100% }
 img { display: block; width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px }
 figcaption { margin-top: .4rem; color: var(--soft); font-size: .9rem; max-width: 40rem }

@@ -1,48 +1,23 @@
-"""The commands in this process, on little data: files, page, errors, and what they leave alone."""
+"""The commands that train, in this process on little data: files, page, errors, and what they leave alone."""
 
 import hashlib
 import re
 import runpy
 import sys
-from html.parser import HTMLParser
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anndata import AnnData
-from conftest import simulated_counts
-from scipy import sparse
-from typer.testing import CliRunner
+from cli_runs import Page, check_table, make_adata, one_line, run, succeed
 
 import pyro_scvi as ps
-from pyro_scvi import cli, report
+from pyro_scvi import report
+from pyro_scvi.cli import findings, options, training
+from pyro_scvi.cli.files import write_h5ad
 
-PICTURES = {"loss.png", "pca.png", "program.png"}
-
-
-def make_adata():
-    counts = simulated_counts()
-    kinds = pd.Categorical(np.where(np.arange(60) % 2, "B & T", "<i>NK</i>"))
-    obs = pd.DataFrame(
-        {"bulk_labels": kinds, "donor": ["a", "b", "b"] * 20, "age": np.linspace(20.0, 50.0, 60)},
-        index=[f"c{i}" for i in range(60)],
-    )
-    adata = AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(20)]))
-    adata.layers["raw"] = adata.X.copy()
-    return adata
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, [*map(str, arguments)])
-
-
-def one_line(result):
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output
-    (line,) = result.stderr.splitlines()
-    return line.removeprefix("error: ")
+PICTURES = {"loss.png", "pca.png", "predictive_cells.png", "predictive_genes.png", "program.png", "volcano.png"}
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +30,10 @@ def without_umap():
 
 @pytest.fixture(scope="module")
 def demo(without_umap, tmp_path_factory):
-    without_umap.setattr(cli.datasets, "pbmc68k_reduced", make_adata)
+    without_umap.setattr(training.datasets, "pbmc68k_reduced", make_adata)
     out = tmp_path_factory.mktemp("demo") / "new" / "out"
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    result = run("demo", "--out", out, "--epochs", 3, "--seed", 5, "--no-progress")
-    assert result.exit_code == 0, result.output
+    succeed("demo", "--out", out, "--epochs", 3, "--seed", 5, "--no-progress")
     assert torch.equal(states[0], torch.get_rng_state())
     assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
     return out
@@ -75,7 +49,12 @@ def source(tmp_path_factory):
 
 
 def test_demo_writes_its_files_and_nothing_else(demo):
-    assert {path.name for path in demo.iterdir()} == {"demo.h5ad", "fit", "index.html"} | PICTURES
+    assert {path.name for path in demo.iterdir()} == {
+        "demo.h5ad",
+        "differential_expression.csv",
+        "fit",
+        "index.html",
+    } | PICTURES
     assert [path.name for path in demo.parent.iterdir()] == ["out"]
     for name in PICTURES:
         assert (demo / name).read_bytes().startswith(b"\x89PNG")
@@ -85,7 +64,7 @@ def test_demo_annotates_cells_and_leaves_counts(demo):
     adata, original = anndata.read_h5ad(demo / "demo.h5ad"), make_adata()
     assert (adata.X != original.X).nnz == 0
     assert adata.X.dtype == original.X.dtype
-    pd.testing.assert_frame_equal(adata.obs[["donor", "age"]].astype(str), original.obs[["donor", "age"]].astype(str))
+    pd.testing.assert_frame_equal(adata.obs, original.obs)
     assert adata.uns["pyro_scvi"]["version"] == ps.__version__
     assert adata.uns["pyro_scvi"]["seed"] == 5
     assert adata.uns["pyro_scvi"]["settings"]["epochs"] == 3
@@ -94,35 +73,11 @@ def test_demo_annotates_cells_and_leaves_counts(demo):
     np.testing.assert_allclose(ps.embed(loaded, ps.Cells.from_anndata(original)), adata.obsm["X_pyro_scvi"], atol=1e-5)
 
 
-class Checker(HTMLParser):
-    """Collects tags, text and attributes; every element must be closed."""
-
-    VOID = {"meta", "link", "img"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.links, self.text = [], [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_demo_page_is_self_contained_and_tells_the_numbers(demo):
     text = (demo / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|url\(|@import|<script", text)
-    page = Checker(text)
-    assert page.tags.count("img") == 3
+    page = Page(text)
+    assert page.tags.count("img") == len(PICTURES)
     assert all(link.startswith("data:") for link in page.links)
     loaded = ps.load(demo / "fit")
     for expected in (
@@ -135,6 +90,8 @@ def test_demo_page_is_self_contained_and_tells_the_numbers(demo):
         "--epochs 3 --seed 5 --no-progress",
         f"pyro-scvi {ps.__version__}",
         "StandardNormal(n_latent=10)",
+        "28 cells of CD19+ B against 28 of Dendritic.",
+        "50 replicas of 6 held-out cells",
     ):
         assert expected in page.text
 
@@ -147,11 +104,27 @@ def test_demo_evidence_on_the_page_is_that_of_the_held_out_cells(demo):
     assert shown in (demo / "index.html").read_text(encoding="utf-8")
 
 
+def test_demo_tells_what_the_library_says_of_genes_and_zeros(demo):
+    cells, loaded = ps.Cells.from_anndata(make_adata()), ps.load(demo / "fit")
+    table = ps.differential_expression(
+        loaded, cells, groupby="bulk_labels", group_a="CD19+ B", group_b="Dendritic", seed=5
+    )
+    check_table(demo / "differential_expression.csv", table)
+    page = Page.read(demo / "index.html")
+    assert f"{(table.fdr <= 0.05).sum()} of 20 genes are called" in page.text
+    _, test = cells.split(0.1, seed=5)
+    zeros = test[:][0].numpy() == 0
+    technical = ps.technical_zero_probability(loaded, test, seed=5)[zeros] > 0.5
+    assert f"technical zeros{technical.mean():.1%}of the zeros" in page.text
+    observed = ps.check_predictions(loaded, test, seed=5).genes["zero_fraction"]
+    outside = ((observed.observed < observed.low) | (observed.observed > observed.high)).sum()
+    assert f"the zero fractions of {outside} of 20 (" in page.text
+
+
 def test_demo_adds_umap_where_it_is_made(without_umap, demo, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.plots, "_umap", lambda latent, seed: latent[:, :2])
-        result = run("demo", "--out", tmp_path, "--epochs", 1, "--no-progress")
-    assert result.exit_code == 0, result.output
+        patch.setattr(findings.plots.projection, "_umap", lambda latent, seed: latent[:, :2])
+        succeed("demo", "--out", tmp_path, "--epochs", 1, "--no-progress")
     adata = anndata.read_h5ad(tmp_path / "demo.h5ad")
     np.testing.assert_array_equal(adata.obsm["X_umap"], adata.obsm["X_pyro_scvi"][:, :2])
     assert (tmp_path / "umap.png").is_file()
@@ -159,10 +132,9 @@ def test_demo_adds_umap_where_it_is_made(without_umap, demo, tmp_path):
 
 def test_fit_takes_the_options_and_never_writes_its_input(without_umap, source, tmp_path):
     before = hashlib.sha256(source.read_bytes()).digest()
-    options = "--layer raw --batch donor --covariates age --labels bulk_labels --epochs 2 --batch-size 20 --seed 3"
+    asked = "--layer raw --batch donor --covariates age --labels bulk_labels --epochs 2 --batch-size 20 --seed 3"
     parts = "--n-latent 3 --prior student-t --likelihood nb --dispersion gene-batch --library none --guide full-rank"
-    result = run("fit", source, "--out", tmp_path, *options.split(), *parts.split(), "--no-progress")
-    assert result.exit_code == 0, result.output
+    succeed("fit", source, "--out", tmp_path, *asked.split(), *parts.split(), "--no-progress")
     assert hashlib.sha256(source.read_bytes()).digest() == before
     assert [path.name for path in source.parent.iterdir()] == [source.name]
     loaded = ps.load(tmp_path / "fit")
@@ -180,43 +152,45 @@ def test_fit_takes_the_options_and_never_writes_its_input(without_umap, source, 
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "my <cells>" not in text
     assert "my &lt;cells&gt;.h5ad" in text
-    Checker(text)
+    page = Page(text)
+    assert "technical" not in page.text  # a negative binomial has none
+    assert "28 cells of Dendritic against 28 of CD19+ B." in page.text
 
 
 def test_fit_without_options(without_umap, tmp_path):
     adata = make_adata()
     adata.X.data[adata.X.indptr[3] : adata.X.indptr[4]] = 0
     adata.write_h5ad(tmp_path / "plain.h5ad")
-    result = run("fit", tmp_path / "plain.h5ad", "--out", tmp_path / "out", "--epochs", 1, "--no-progress")
-    assert result.exit_code == 0, result.output
+    result = succeed("fit", tmp_path / "plain.h5ad", "--out", tmp_path / "out", "--epochs", 1, "--no-progress")
     model = ps.load(tmp_path / "out" / "fit").model
     assert isinstance(model.likelihood, ps.likelihoods.ZINB)
     assert isinstance(model.prior, ps.priors.StandardNormal)
     assert "note: " in result.stderr  # a cell without counts
-    page = Checker((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
+    page = Page.read(tmp_path / "out" / "index.html")
     assert result.stderr.splitlines()[0].removeprefix("note: ") in page.text
     assert "silhouette" not in page.text
+    assert "Genes that differ" not in page.text
 
 
-@pytest.mark.parametrize("name", cli.PRIORS)
+@pytest.mark.parametrize("name", options.PRIORS)
 def test_priors_by_name(batched_cells, name):
-    prior = cli.PRIORS[name](batched_cells, 4)
+    prior = options.PRIORS[name](batched_cells, 4)
     assert prior().event_shape == (4,)
     ps.SCVI(batched_cells.n_genes, 4, batched_cells.n_covariates, prior=prior)
 
 
-@pytest.mark.parametrize("likelihood", cli.LIKELIHOODS)
-@pytest.mark.parametrize("library", cli.LIBRARIES)
-@pytest.mark.parametrize("guide", cli.GUIDES)
+@pytest.mark.parametrize("likelihood", options.LIKELIHOODS)
+@pytest.mark.parametrize("library", options.LIBRARIES)
+@pytest.mark.parametrize("guide", options.GUIDES)
 def test_models_and_guides_by_name(batched_cells, likelihood, library, guide):
-    law, size = cli.LIKELIHOODS[likelihood](), cli.LIBRARIES[library]()
+    law, size = options.LIKELIHOODS[likelihood](), options.LIBRARIES[library]()
     model = ps.SCVI(batched_cells.n_genes, 4, batched_cells.n_covariates, likelihood=law, library=size)
-    assert cli.GUIDES[guide](model, seed=1).model is model
+    assert options.GUIDES[guide](model, seed=1).model is model
 
 
-@pytest.mark.parametrize("name", cli.DISPERSIONS)
+@pytest.mark.parametrize("name", options.DISPERSIONS)
 def test_dispersions_by_name(batched_cells, name):
-    law = ps.likelihoods.ZINB(cli.DISPERSIONS[name](batched_cells))
+    law = ps.likelihoods.ZINB(options.DISPERSIONS[name](batched_cells))
     ps.SCVI(batched_cells.n_genes, 4, batched_cells.n_covariates, likelihood=law)
 
 
@@ -224,6 +198,21 @@ def test_a_folder_that_is_not_empty_is_refused(demo):
     page = (demo / "index.html").read_bytes()
     assert "not empty" in one_line(run("demo", "--out", demo))
     assert (demo / "index.html").read_bytes() == page
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (pd.Series(["b", "a", "b", None]), {"b": 2, "a": 1}),
+        (pd.Series([1.5, 2.5, 3.5]), None),
+        (pd.Series(["only"] * 3), None),
+        (pd.Series(["a", "b", "c"]), None),
+        (None, None),
+    ],
+)
+def test_groups_that_labels_make(labels, expected):
+    found = findings.categories(labels)
+    assert (None if found is None else dict(found)) == expected
 
 
 def test_force_replaces_own_files_only(without_umap, source, tmp_path):
@@ -246,6 +235,27 @@ def test_force_spares_the_input_and_foreign_folders(source, tmp_path):
     (tmp_path / "fit" / "thesis.tex").write_text("years")
     assert "no saved fit" in one_line(run("fit", source, "--out", tmp_path, "--layer", "raw", "--force"))
     assert (tmp_path / "fit" / "thesis.tex").read_text() == "years"
+
+
+def test_a_saved_fit_is_no_folder_for_results(demo, source):
+    before = {path: path.read_bytes() for path in (demo / "fit").iterdir()}
+    assert "holds a fit" in one_line(run("fit", source, "--out", demo / "fit", "--layer", "raw", "--force"))
+    assert before == {path: path.read_bytes() for path in (demo / "fit").iterdir()}
+
+
+def test_every_kind_of_annotation_survives_reading_and_writing(tmp_path):
+    adata = make_adata()
+    adata.obs["note"] = pd.array(["x", None] * 30, dtype="string")
+    adata.obs["stage"] = pd.array([1, None] * 30, dtype="Int64")
+    adata.uns["palette"] = {"colours": np.array(["red", "blue"])}
+    adata.raw = adata.copy()
+    write_h5ad(adata, tmp_path / "a.h5ad")
+    once = anndata.read_h5ad(tmp_path / "a.h5ad")
+    pd.testing.assert_frame_equal(once.obs, adata.obs)
+    write_h5ad(once, tmp_path / "b.h5ad")
+    pd.testing.assert_frame_equal(anndata.read_h5ad(tmp_path / "b.h5ad").obs, adata.obs)
+    assert list(anndata.read_h5ad(tmp_path / "b.h5ad").uns["palette"]["colours"]) == ["red", "blue"]
+    assert (anndata.read_h5ad(tmp_path / "b.h5ad").raw.X != adata.X).nnz == 0
 
 
 def test_an_error_leaves_nothing_behind(source, tmp_path):
@@ -300,12 +310,12 @@ def test_report_escapes_text_but_not_its_own_markup():
     blocks = [risky, report.table(rows, ("name", "n", risky), numbers=[1]), report.code(risky)]
     text = report.page(risky, [(risky, [*blocks, report.beside(risky, report.picture(b"x", risky, risky))])])
     assert "<script" not in text
-    page = Checker(text)
+    page = Page(text)
     assert page.text.count(risky) == 10
     assert page.tags.count("table") == 1
     assert text.count("class=number") == 3
 
 
 def test_report_page_without_content():
-    page = Checker(report.page("Nothing", []))
+    page = Page(report.page("Nothing", []))
     assert "Nothing" in page.text

@@ -1,6 +1,8 @@
 """Figures: what is drawn, read off the axes; the picture of the program is that of the model."""
 
+import os
 import random
+import subprocess
 import sys
 
 import matplotlib as mpl
@@ -202,6 +204,18 @@ def test_project_by_umap_is_reproducible_and_leaves_random_states():
     centres = points.reshape(3, 20, 2).mean(1)
     spread = points.reshape(3, 20, 2).std(1).max()
     assert min(np.linalg.norm(centres[a] - centres[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 3 * spread
+
+
+def test_umap_does_not_change_how_many_threads_torch_has():
+    """In a process of its own, where the environment alone sets the number."""
+    pytest.importorskip("umap")
+    code = (
+        "import numpy as np, torch; from pyro_scvi import plots; before = torch.get_num_threads(); "
+        "plots.project(np.random.default_rng(0).normal(size=(700, 10))); "
+        "raise SystemExit(torch.get_num_threads() - before)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("latent", [np.ones(3), np.ones((0, 2)), np.array([[0.0, np.nan]])])

@@ -1,0 +1,83 @@
+"""What the commands read and write: h5ad files, saved fits, and the cells of one as the other wants them."""
+
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import anndata
+import pandas as pd
+from anndata import AnnData
+
+import pyro_scvi
+from pyro_scvi.cells import Cells
+from pyro_scvi.cli.workspace import FIT
+from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.fit import Fit
+from pyro_scvi.minibatches import resolve_device
+from pyro_scvi.store import CONFIG, WEIGHTS, load
+
+
+def read_h5ad(file: Path) -> AnnData:
+    """Read a file into memory.
+
+    Raises
+    ------
+    DataError
+        If it is no h5ad file, or a broken one.
+    """
+    try:
+        return anndata.read_h5ad(file)
+    except Exception as error:  # whatever h5py and anndata say of a broken file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{file}: cannot read it as h5ad: {reason}") from error
+
+
+def write_h5ad(adata: AnnData, path: Path) -> None:
+    """Write all that was read, strings as strings: anndata would make them categories, or refuse missing ones."""
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        anndata.io.write_h5ad(path, adata, convert_strings_to_categoricals=False)
+
+
+def load_fit(folder: Path, device: str) -> Fit:
+    """Load the fit in ``folder``, or in the folder ``fit`` there, onto a device.
+
+    Raises
+    ------
+    StoreError
+        If there is none, or it is broken.
+    """
+    found = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
+    if not found:
+        raise StoreError(f"{folder} is no saved fit: neither it nor {folder / FIT} holds {CONFIG} and {WEIGHTS}")
+    return load(found[0]).to(resolve_device(device))
+
+
+def matched(fit: Fit, adata: AnnData, layer: str | None, fill_missing_genes: bool) -> Cells:
+    """The cells of a file as the fit knows them, genes matched by name."""
+    return Cells.from_anndata(adata, schema=fit.schema, layer=layer, fill_missing_genes=fill_missing_genes)
+
+
+def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:
+    """A column that an option names.
+
+    Raises
+    ------
+    SchemaError
+        If it is not there.
+    """
+    if name not in obs:
+        raise SchemaError(f"obs has no column {name!r} for {option}; it has {', '.join(map(str, obs)) or 'none'}")
+    return obs[name]
+
+
+def add(slot: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Put a result into a copy, and say so where it takes the place of an earlier one."""
+    if key in slot:
+        warnings.warn(f"{key!r} was there already; the copy holds the new one", UserWarning, stacklevel=2)
+    slot[key] = value
+
+
+def record(adata: AnnData, name: str, fit_folder: Path, **settings: Any) -> None:
+    """Note in ``uns`` how a result was made, in values that h5ad can hold."""
+    adata.uns[name] = {"version": pyro_scvi.__version__, "fit": str(fit_folder), **settings}

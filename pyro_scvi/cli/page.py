@@ -1,0 +1,95 @@
+"""The page of a fit: what was found, how it was made, how to go on."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyro_scvi
+from pyro_scvi import report
+from pyro_scvi.cli import findings
+from pyro_scvi.cli.findings import Findings
+from pyro_scvi.fit import Fit
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command was asked for, beside data and model."""
+
+    title: str
+    source: str
+    table: str
+    labels: str | None
+    pair: tuple[str, str] | None
+    command: str
+    seed: int
+    training: dict[str, Any]
+
+
+def summary(job: Job, fit: Fit) -> str:
+    """What was fitted, in a sentence."""
+    model, n_cells = fit.model, fit.settings["n_cells"]
+    return (
+        f"scVI with {type(model.likelihood).__name__} counts, {model.n_latent} latents and the guide "
+        f"{type(fit.guide).__name__} was fitted to {n_cells:,} of {job.source}; the others were held out."
+    )
+
+
+def results(job: Job, found: Findings, folder: Path) -> list[report.Section]:
+    """Sections on what the fit says; their pictures and tables are written into the folder."""
+    return [
+        ("Numbers", [findings.numbers(found)]),
+        *_genes(job, found, folder),
+        ("Data against replicas", findings.predictions(found, folder)),
+        ("Zeros", findings.zeros(found)),
+        ("Model and training", [findings.training(found, folder)]),
+    ]
+
+
+def making(job: Job, settings: dict[str, Any]) -> list[report.Section]:
+    """Sections on how the fit was made and how to go on."""
+    start = 'import pyro_scvi as ps\n\nfit = ps.load("fit")'
+    kept = f"{job.table} holds the cells with their embedding; the fit is in the folder fit:"
+    return [
+        ("Settings", [report.table([(name.replace("_", " "), f"{value}") for name, value in settings.items()])]),
+        ("How it was made", [report.code(job.command), versions()]),
+        ("Going on", [kept, report.code(start)]),
+    ]
+
+
+def settings_of(fit: Fit, job: Job) -> dict[str, Any]:
+    """How the fit was made, in values that h5ad and a page can hold."""
+    model, schema = fit.model, fit.schema
+    return {
+        "n_latent": model.n_latent,
+        "prior": repr(model.prior),
+        "likelihood": repr(model.likelihood),
+        "library": repr(model.library),
+        "guide": type(fit.guide).__name__,
+        "layer": schema.layer or "X",
+        "batch": schema.batch or "none",
+        "covariates": ", ".join(schema.covariates) or "none",
+        "seed": job.seed,
+        "epochs": fit.settings["epochs"],
+        "batch_size": fit.settings["batch_size"],
+        "training_cells": fit.settings["n_cells"],
+        "device": str(fit.device),
+    }
+
+
+def versions() -> str:
+    """What a result was computed with."""
+    found = [f"pyro-scvi {pyro_scvi.__version__}", f"Python {platform.python_version()}"]
+    for name in ("torch", "pyro-ppl", "numpy", "anndata", "scanpy"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # scanpy is optional
+            continue
+    return ", ".join(found)
+
+
+def _genes(job: Job, found: Findings, folder: Path) -> list[report.Section]:
+    if job.pair is None or found.labels is None:
+        return []
+    return [("Genes that differ", findings.differing_genes(found, found.labels, job.pair, folder))]

@@ -1,0 +1,163 @@
+"""The commands that train: the demo, and a fit to a user's file."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from anndata import AnnData
+
+import pyro_scvi
+from pyro_scvi import datasets, likelihoods, plots, report
+from pyro_scvi.cells import Cells
+from pyro_scvi.cli import findings, page
+from pyro_scvi.cli.files import column, read_h5ad, write_h5ad
+from pyro_scvi.cli.findings import Findings
+from pyro_scvi.cli.options import (
+    DISPERSIONS,
+    GUIDES,
+    LIBRARIES,
+    LIKELIHOODS,
+    PRIORS,
+    Device,
+    Epochs,
+    Force,
+    Input,
+    Layer,
+    Out,
+    Progress,
+    Seed,
+    called,
+    choice,
+)
+from pyro_scvi.cli.page import Job
+from pyro_scvi.cli.workspace import FIT, PAGE, Workspace, new_folder
+from pyro_scvi.fit import fit as train_model
+from pyro_scvi.guides import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.plots import Projection
+from pyro_scvi.posterior import embed
+
+JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
+
+Build = Callable[[Cells], tuple[SCVI, Guide | None]]
+
+
+def demo(
+    ctx: typer.Context,
+    out: Out,
+    epochs: Epochs = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: Progress = True,
+    force: Force = False,
+) -> None:
+    """Fit the default model to 700 blood cells that come with scanpy; open DIR/index.html afterwards."""
+    with new_folder(out, ("demo.h5ad", FIT), force) as space:
+        adata = datasets.pbmc68k_reduced()
+        job = Job(
+            title="Demo",
+            source="the 700 blood cells of Zheng et al. (2017) that scanpy ships",
+            table="demo.h5ad",
+            labels="bulk_labels",
+            pair=("CD19+ B", "Dendritic"),
+            command=called(ctx),
+            seed=seed,
+            training={"epochs": epochs, "device": device, "progress": progress},
+        )
+        cells = Cells.from_anndata(adata)
+        analyse(space, adata, cells, lambda train: (SCVI(train.n_genes, seed=seed), None), job)
+
+
+def fit(
+    ctx: typer.Context,
+    file: Input,
+    out: Out,
+    layer: Layer = None,
+    batch: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of obs with the batch.")] = None,
+    covariates: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Continuous column of obs; may be given again.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of obs to colour the picture by, its two largest groups compared."),
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Cells per step.")] = 128,
+    seed: Seed = 0,
+    n_latent: Annotated[int, typer.Option(min=1, help="Size of z.")] = 10,
+    prior: Annotated[Any, choice(PRIORS, "p(z)")] = None,
+    likelihood: Annotated[Any, choice(LIKELIHOODS, "p(x | z)")] = None,
+    dispersion: Annotated[Any, choice(DISPERSIONS, "Where the inverse dispersion of zinb and nb lives")] = None,
+    library: Annotated[Any, choice(LIBRARIES, "Library size")] = None,
+    guide: Annotated[Any, choice(GUIDES, "q(z | x)")] = None,
+    device: Device = "auto",
+    progress: Progress = True,
+    force: Force = False,
+) -> None:
+    """Fit a model to the raw counts of FILE.h5ad; open DIR/index.html afterwards.
+
+    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed,
+    its UMAP in obsm["X_umap"].
+    """
+    law = likelihood or likelihoods.ZINB
+    if dispersion and not issubclass(law, likelihoods.GammaPoisson):
+        raise typer.BadParameter(f"{law.__name__} has no dispersion", param_hint="'--dispersion'")
+
+    def build(train: Cells) -> tuple[SCVI, Guide | None]:
+        model = SCVI(
+            train.n_genes,
+            n_latent,
+            train.n_covariates,
+            prior=prior and prior(train, n_latent),
+            likelihood=law(dispersion(train)) if dispersion else law(),
+            library=library and library(),
+            seed=seed,
+        )
+        return model, guide and guide(model, seed=seed)
+
+    with new_folder(out, ("annotated.h5ad", FIT), force, source=file) as space:
+        adata = read_h5ad(file)
+        groups = None if labels is None else findings.categories(column(adata.obs, labels, "--labels"))
+        cells = Cells.from_anndata(adata, layer=layer, batch=batch, covariates=covariates or ())
+        job = Job(
+            title=file.name,
+            source=f"the {cells.n_cells:,} cells of {file.name}",
+            table="annotated.h5ad",
+            labels=labels,
+            pair=None if groups is None else (groups.index[0], groups.index[1]),
+            command=called(ctx),
+            seed=seed,
+            training={"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress},
+        )
+        analyse(space, adata, cells, build, job)
+
+
+def analyse(space: Workspace, adata: AnnData, cells: Cells, build: Build, job: Job) -> None:
+    """Hold out a tenth of the cells, fit the rest, embed all, and write tables, pictures and the page."""
+    train, test = cells.split(held_out=0.1, seed=job.seed)
+    model, guide = build(train)
+    typer.echo(f"fitting {train.n_cells:,} cells x {train.n_genes:,} genes, {test.n_cells:,} cells held out")
+    fitted = train_model(model, train, guide, seed=job.seed, **job.training)
+    fitted.save(space.path / FIT)
+    latent, settings = embed(fitted, cells, seed=job.seed), page.settings_of(fitted, job)
+    judged = test.split(JUDGED_CELLS, job.seed)[1] if test.n_cells > JUDGED_CELLS else test
+    typer.echo(f"judging the fit on {judged.n_cells:,} held-out cells")
+    labels = None if job.labels is None else adata.obs[job.labels]
+    found = Findings(fitted, cells, train, test, judged, latent, labels, job.seed)
+    results = page.results(job, found, space.path)
+    projection = plots.project(latent, seed=job.seed)
+    _annotate(adata, latent, projection, settings)
+    write_h5ad(adata, space.path / job.table)
+    picture = findings.embedded(found, projection, space.path)
+    first = ("", [page.summary(job, fitted), picture, *space.notes])
+    text = report.page(f"pyro-scvi: {job.title}", [first, *results, *page.making(job, settings)])
+    (space.path / PAGE).write_text(text, encoding="utf-8")
+
+
+def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settings: dict[str, Any]) -> None:
+    adata.obsm["X_pyro_scvi"] = latent
+    key = {plots.UMAP: "X_umap"}.get(projection.method)
+    if key:
+        adata.obsm[key] = projection.coordinates
+    adata.uns["pyro_scvi"] = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}

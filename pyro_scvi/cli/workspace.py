@@ -1,0 +1,120 @@
+"""Where results go: complete into their place or not at all, inputs never touched, errors in one line."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from pyro_scvi.errors import PyroScviError
+from pyro_scvi.store import CONFIG
+
+FIT, PAGE = "fit", "index.html"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder or file that is being written, and what was warned of meanwhile."""
+
+    path: Path
+    caught: list[warnings.WarningMessage]
+
+    @property
+    def notes(self) -> list[str]:
+        """Every warning once, without the line of code that it came from."""
+        return list(dict.fromkeys(str(note.message) for note in self.caught if note.category is UserWarning))
+
+
+@contextmanager
+def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | None = None) -> Iterator[Workspace]:
+    """A folder to fill, whose content moves into ``out`` at the end, or not at all.
+
+    ``results`` are those among its files that must be neither ``source`` nor in the way of something else.
+    """
+    with _reporting(out / PAGE) as caught:
+        _check_source(source)
+        _check_folder(out, results, force, source)
+        with _beside(out) as temporary:
+            space = Workspace(temporary / "new", caught)
+            space.path.mkdir()
+            yield space
+            _publish(space.path, out, temporary)
+
+
+@contextmanager
+def new_file(out: Path, force: bool, source: Path) -> Iterator[Workspace]:
+    """A file to write, which becomes ``out`` at the end, or not at all."""
+    with _reporting(out) as caught:
+        _check_source(source)
+        _check_file(out, force, source)
+        with _beside(out) as temporary:
+            space = Workspace(temporary / out.name, caught)
+            yield space
+            space.path.replace(out)
+
+
+@contextmanager
+def _reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
+    """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield caught
+    except (PyroScviError, OSError, ImportError, MemoryError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+    for note in Workspace(result, caught).notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"wrote {result}")
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk, from where a rename suffices."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        yield Path(temporary)
+
+
+def _check_source(source: Path | None) -> None:
+    if source is not None and not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+
+
+def _check_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | None) -> None:
+    """Refuse, before anything is computed, what could not be written or would overwrite something else."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; pass a folder as --out")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise FileExistsError(f"{out} is not empty; pass another --out, or --force to replace earlier results in it")
+    for result in results:
+        if source is not None and (out / result).exists() and (out / result).samefile(source):
+            raise FileExistsError(f"{out / result} is the input, which is never written; pass another --out")
+    if (out / CONFIG).exists() or ((out / FIT).exists() and FIT not in results):
+        raise FileExistsError(f"{out} holds a fit, whose page would be overwritten; pass another --out")
+    if (out / FIT).exists() and not (out / FIT / CONFIG).is_file():
+        raise FileExistsError(f"{out / FIT} is no saved fit and would be overwritten; pass another --out")
+
+
+def _check_file(out: Path, force: bool, source: Path) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; pass a file as --out")
+    if out.exists() and out.samefile(source):
+        raise FileExistsError(f"{out} is the input, which is never written; pass another --out")
+    if os.path.lexists(out) and not force:  # a link that leads nowhere is somebody's too
+        raise FileExistsError(f"{out} exists; pass another --out, or --force to replace it")
+
+
+def _publish(folder: Path, out: Path, temporary: Path) -> None:
+    """Move every result into its place; what it replaces goes with the temporary folder."""
+    replaced = temporary / "replaced"
+    replaced.mkdir()
+    out.mkdir(exist_ok=True)
+    for result in sorted(folder.iterdir()):
+        if (out / result.name).exists():
+            (out / result.name).rename(replaced / result.name)
+        result.rename(out / result.name)

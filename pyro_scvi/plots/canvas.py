@@ -1,0 +1,52 @@
+"""What the figures share: colours, axes, a legend beside them, and the refusal of tables that are not theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from pyro_scvi.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+TRAIN, HELD_OUT = "#31688e", "#d1603d"
+INK, SHADE, MISSING = "#1a1a1a", "#c9ced6", "#c4c4c4"
+CALM, STRONG, BAND = "#8a919c", "#b2182b", "#dbe3ec"
+
+
+def given_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes given, or those of a new pyplot figure of ``size`` (width, height) in inches."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot  # only here: pyplot keeps global state and chooses a backend
+
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
+    """A legend to the right of the axes, never on what they show."""
+    columns = math.ceil(len(handles) / 20)
+    ax.legend(
+        handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns, fontsize="small"
+    )
+
+
+def require(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
+    """Refuse a table that lacks ``columns`` or rows; ``source`` says what makes such a table.
+
+    Raises
+    ------
+    DataError
+        With the missing columns, those there are, and ``source``.
+    """
+    held = list(getattr(table, "columns", ()))
+    missing = [column for column in columns if column not in held]
+    if missing:
+        raise DataError(f"the columns {missing} are missing: pass {source}; this has the columns {held}")
+    if not len(table):
+        raise DataError(f"the table has no rows: pass {source}")

@@ -1,0 +1,165 @@
+"""Cells in two dimensions, coloured by what is known of them."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_rgba
+from matplotlib.lines import Line2D
+
+from pyro_scvi.errors import DataError
+from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+UMAP, PCA = "UMAP", "PCA"
+
+
+class Projection(NamedTuple):
+    """Cells in two dimensions, (cells, 2), and the method that put them there."""
+
+    coordinates: np.ndarray
+    method: str
+
+
+def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
+    """Two dimensions of an embedding (cells, latents): itself if it has two, else UMAP, else principal components.
+
+    Principal components where umap-learn (scanpy brings it) is missing or fails, or where there are fewer cells than
+    two neighbourhoods.
+    The global random states are left as they were.
+
+    Raises
+    ------
+    DataError
+        If the embedding is not a finite matrix.
+    """
+    latent = np.asarray(latent)
+    if latent.ndim != 2 or not latent.size or not np.isfinite(latent).all():
+        raise DataError(f"an embedding must be a finite matrix (cells, latents), got shape {latent.shape}")
+    if latent.shape[1] == 2:
+        return Projection(latent, "latent")
+    coordinates = _umap(latent, seed) if len(latent) >= 30 else None
+    return Projection(_pca(latent), PCA) if coordinates is None else Projection(coordinates, UMAP)
+
+
+def embedding(
+    latent: np.ndarray | Projection,
+    labels: Sequence[Any] | np.ndarray | pd.Series | None = None,
+    *,
+    ax: Axes | None = None,
+    seed: int = 0,
+) -> Axes:
+    """Draw cells in two dimensions, coloured by labels.
+
+    Parameters
+    ----------
+    latent
+        (cells, latents), or what :func:`project` made of it.
+    labels
+        (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey.
+    ax
+        Axes to draw into; None: those of a new pyplot figure.
+    seed
+        Of UMAP and of the order in which points are drawn.
+
+    Raises
+    ------
+    DataError
+        If there is not one label per cell.
+    """
+    points, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
+    values = None if labels is None else pd.Series(labels).reset_index(drop=True)
+    if values is not None and len(values) != len(points):
+        raise DataError(f"labels must have one value for each of the {len(points)} cells, got {len(values)}")
+    ax = given_or_new(ax, (6.4, 4.4))
+    # A fixed random order: no category lies on top of another because it comes later.
+    order = np.random.default_rng(seed).permutation(len(points))
+    size = float(np.clip(12000 / len(points), 2, 40))
+    style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85, "rasterized": True}
+    if values is not None and pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        drawn = ax.scatter(points[order, 0], points[order, 1], c=values.to_numpy(float)[order], cmap="viridis", **style)
+        ax.figure.colorbar(drawn, ax=ax, label=str(values.name or ""), shrink=0.8)
+    else:
+        colours, legend = _categories(values, len(points))
+        ax.scatter(points[order, 0], points[order, 1], c=colours[order], **style)
+        _legend(ax, legend)
+    for axis, number in ((ax.xaxis, 1), (ax.yaxis, 2)):
+        axis.set_label_text(f"{method} {number}")
+        axis.set_ticks([])
+    ax.set_aspect("equal", "datalim")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:
+    """UMAP as umap-learn makes it, which scanpy brings along; None without it, or where it fails.
+
+    Not through scanpy.pp.neighbors: with scipy 1.17 scanpy 1.11 raises there from 8,192 cells on.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
+            import umap
+    except ImportError:
+        return None
+    try:
+        with warnings.catch_warnings(), _global_state_kept():
+            warnings.simplefilter("ignore")  # of its own dependencies' versions; nothing that a user could mend
+            return umap.UMAP(n_neighbors=15, min_dist=0.5, random_state=seed, n_jobs=1).fit_transform(latent)
+    except Exception as error:  # a picture must not cost a fit
+        warnings.warn(f"UMAP failed ({error}); the picture shows principal components instead", stacklevel=3)
+        return None
+
+
+def _pca(latent: np.ndarray) -> np.ndarray:
+    """Scores on the first two principal components, the second 0 if there is but one."""
+    centred = latent - latent.mean(0)
+    u, s, vt = np.linalg.svd(centred, full_matrices=False)
+    signs = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # fixes what the decomposition leaves open
+    scores = (u * s * signs)[:, :2]
+    return np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
+
+
+def _categories(values: pd.Series | None, n: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Colours (cells, 4), and the colour of every category for the legend."""
+    if values is None:
+        return np.tile(to_rgba(TRAIN), (n, 1)), {}
+    codes, names = pd.factorize(values.astype("category").cat.remove_unused_categories(), sort=True)
+    if len(names) <= 20:
+        palette = colormaps["tab10" if len(names) <= 10 else "tab20"](np.arange(len(names)))
+    else:
+        palette = colormaps["turbo"](np.linspace(0, 1, len(names)))
+    colours = np.vstack([palette, to_rgba(MISSING)])[codes]  # code -1: missing
+    legend = dict(zip(map(str, names), palette, strict=True))
+    return colours, legend | ({"missing": to_rgba(MISSING)} if (codes < 0).any() else {})
+
+
+def _legend(ax: Axes, colours: Mapping[str, Any]) -> None:
+    if colours:
+        dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in colours.items()]
+        legend_beside(ax, dots)
+
+
+@contextmanager
+def _global_state_kept() -> Iterator[None]:
+    """Put the global generators of numpy and Python back after code that may draw from them, and torch's threads.
+
+    numba raises the number of OpenMP threads for the whole process, to more than a shared machine may give.
+    """
+    ours, theirs, threads = np.random.get_state(), random.getstate(), torch.get_num_threads()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(ours)  # noqa: NPY002
+        random.setstate(theirs)
+        torch.set_num_threads(threads)
