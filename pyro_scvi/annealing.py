@@ -12,11 +12,10 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.chains import Whitened, transition
 from pyro_scvi.coordinates import LogTerms, log_terms, prior_sites
-from pyro_scvi.errors import ModelError
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import LogJoint, Proposal, evidence_of, laplace_scale_tril, refine
-from pyro_scvi.posterior import evaluating, minibatches, start
-from pyro_scvi.priors import Flat
+from pyro_scvi.posterior import evaluating, minibatches, require_at_least, start
+from pyro_scvi.priors import require_proper
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -67,8 +66,9 @@ def annealed_evidence(
     ModelError
         For the prior Flat, under which no evidence exists.
     """
-    if isinstance(fit.model.prior, Flat):
-        raise ModelError("the prior Flat has no density: the evidence does not exist; fit with a proper prior")
+    require_proper(fit.model.prior, "the evidence does not exist")
+    require_at_least(2, chains=chains)
+    require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
@@ -85,7 +85,7 @@ def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures:
     terms = log_terms(guide.model, x, gamma, guide.weights.medians())
     sites = prior_sites(guide.model, gamma, guide.weights.medians(), PILOTS + chains)
     u = guide.coordinates.of(sites)  # (pilots and chains, cells, size)
-    wide, narrow = u.var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
+    wide, narrow = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
     betas = torch.linspace(0, 1, temperatures + 1).pow(4).tolist()
     log_weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
     log_size = torch.full((len(x),), -0.7, dtype=u.dtype, device=u.device)

@@ -16,7 +16,7 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import prior_sites, theta_at
 from pyro_scvi.errors import ModelError
 from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.priors import Flat
+from pyro_scvi.priors import require_proper
 from pyro_scvi.samplers import HMC, Refined, Sampler
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def calibrate(
     ModelError
         If the prior has no density, covariates are missing, or L + 1 is no multiple of 20.
     """
-    if isinstance(fit.model.prior, Flat):
-        raise ModelError("the prior Flat cannot be drawn from: there is nothing to calibrate against")
+    require_proper(fit.model.prior, "nothing can be drawn from it")
     if n_cells < 1 or thin < 1 or draws < 1 or (draws + 1) % 20:
         raise ModelError(
             f"calibrate needs cells, a thinning of 1 or more, and draws + 1 a multiple of 20 (19, 39, 99 ...); got "
@@ -166,11 +165,19 @@ def _ranks(
     for rows in torch.arange(len(gamma), device=gamma.device).split(batch_size):
         true, constants = {name: value[rows] for name, value in truth.items()}, gamma[rows]
         x = _law(fit, None, constants)(true).sample()
-        found = sampler.draw(fit.guide, x, constants, draws * thin).sites
-        kept = {name: value[::thin] for name, value in found.items()}
+        found = sampler.draw(fit.guide, x, constants, draws * thin)
+        kept = {name: _thinned(value, found.chains, draws) for name, value in found.sites.items()}
         law = _law(fit, x, constants)
         below = _values(kept, law, x) < _values(true, law, x)
         yield below.sum(0).cpu().numpy()
+
+
+def _thinned(value: Tensor, chains: int, draws: int) -> Tensor:
+    """``draws`` of the draws (samples, ...), evenly spaced within each chain."""
+    length = len(value) // chains
+    by_chain = value[: length * chains].unflatten(0, (length, chains))
+    kept = torch.linspace(0, length - 1, -(-draws // chains)).round().long()
+    return by_chain[kept.to(value.device)].flatten(0, 1)[:draws]
 
 
 def _law(fit: Fit, x: Tensor | None, gamma: Tensor) -> Callable[[Sites], torch.distributions.Distribution]:

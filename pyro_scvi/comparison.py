@@ -55,6 +55,8 @@ def compare(
 
 
 def _listed(fits: Mapping[str, Any]) -> dict[str, list[Fit]]:
+    if not isinstance(fits, Mapping):
+        raise ModelError(f'compare takes fits by name, as in {{"normal": fit}}, got {type(fits).__name__}')
     listed = {name: list(value) if isinstance(value, Sequence) else [value] for name, value in fits.items()}
     if not any(listed.values()):
         raise ModelError("compare needs at least one fit by name")
@@ -78,7 +80,7 @@ def _row(fits: list[Fit], tables: list[pd.DataFrame], values: pd.Series, gap: pd
         "refit_sd": np.std(means, ddof=1) if len(means) > 1 else np.nan,
         "bound_gap": (pooled.log_evidence - pooled.amortized_bound).mean(),
         "ess": pooled.ess.median(),
-        "khat_bad": (pooled.khat > KHAT_LIMIT).mean(),
+        "khat_bad": (~(pooled.khat <= KHAT_LIMIT)).mean(),
         "parameters": sum(p.numel() for p in fits[0].model.parameters()),
         "seconds": float(np.mean([fit.history.seconds.sum() for fit in fits])),
         "fits": len(fits),

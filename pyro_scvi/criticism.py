@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.model import SCVI
-from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.posterior import evaluating, minibatches, require_at_least
 from pyro_scvi.samplers import Amortized, Sampler
 from pyro_scvi.sampling import decoded
 from pyro_scvi.seeding import seeded
@@ -35,6 +35,9 @@ def prior_predictive(model: SCVI, n_cells: int, *, gamma: Tensor | None = None, 
     ModelError
         If covariates are missing, or the prior (Flat) cannot be drawn from.
     """
+    require_at_least(1, n_cells=n_cells)
+    if gamma is not None and tuple(gamma.shape) != (n_cells, model.n_covariates):
+        raise ModelError(f"gamma must have shape ({n_cells}, {model.n_covariates}), got {tuple(gamma.shape)}")
     if gamma is None and model.n_covariates:
         raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
@@ -62,11 +65,15 @@ def posterior_predictive(
 ) -> xr.DataArray:
     """Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene).
 
-    An array of int32 of that size: take few samples of many cells, or a part of the cells at a time.
+    An array of int32 of that size, or float32 if the law's draws are not whole: take few samples of many cells, or a
+    part of the cells at a time.
     """
+    require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+            if not torch.equal(replicas.int().to(replicas), replicas):
+                counts = counts.astype(np.float32, copy=False)
             counts[:, done : done + len(x)] = replicas.cpu().numpy()
             done += len(x)
     coordinates = {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
@@ -96,17 +103,20 @@ def check_predictions(
     (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
     replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
     """
-    batches, totals = list[Tensor](), list[Tensor]()
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    if not 0 < interval < 1:
+        raise ModelError(f"interval must be between 0 and 1, got {interval}")
+    sums, totals = torch.zeros(()), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
             both = torch.cat([x[None], replicas]).double()  # the data is the first of 1 + samples
-            batches.append(torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]))
-            totals.append(both.sum(-1))
-    zeros, mean, square = torch.stack(batches).sum(0) / cells.n_cells
+            sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
+            totals.append(both.sum(-1).cpu())
+    zeros, mean, square = sums / cells.n_cells
     variance = square - mean.square()
     of_genes = {"zero_fraction": zeros, "mean": mean, "variance": variance, "dispersion": variance / mean}
-    genes = {name: _banded(value.cpu().numpy(), interval) for name, value in of_genes.items()}
-    of_cells = {"total": _banded(torch.cat(totals, 1).cpu().numpy(), interval)}
+    genes = {name: _banded(value.numpy(), interval) for name, value in of_genes.items()}
+    of_cells = {"total": _banded(torch.cat(totals, 1).numpy(), interval)}
     return Checks(_framed(genes, cells.gene_names, "gene"), _framed(of_cells, cells.cell_names, "cell"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,10 @@ from scipy.special import betainc, expit
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.likelihoods import Theta
-from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.minibatches import Minibatches
+from pyro_scvi.posterior import evaluating, minibatches, require_at_least
 from pyro_scvi.samplers import Amortized, Sampler
 from pyro_scvi.sampling import decoded
 
@@ -98,13 +99,19 @@ def differential_expression(
     ------
     DataError
         For an unknown, empty or doubly named group, or no batch in common.
+    ModelError
+        For a contrast, ``delta``, ``largest_se`` or ``most_pairs`` that cannot be, or a likelihood without w.
     """
+    _check_options(contrast, delta, largest_se, most_pairs)
+    fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = _labels(cells, groupby)
     plan = _Plan(contrast, delta, within_batch, largest_se, most_pairs, sampler, seed)
     if group_a is None:
         if group_b is not None:
             raise DataError("group_b without group_a: name group_a, or leave both out to compare each with the rest")
         groups = pd.unique(labels[~pd.isna(labels)])  # cells without a label are part of every rest
+        if not len(groups):
+            raise DataError("no cell has a label: there is nothing to compare")
         tables = {group: _compared(fit, cells, plan, *_members(labels, group, None)) for group in groups}
         return pd.concat(tables, names=["group"])
     return _compared(fit, cells, plan, *_members(labels, group_a, group_b))
@@ -128,7 +135,7 @@ class _Side(NamedTuple):
     log_r: np.ndarray | None
 
 
-PAIRS = 1000  # at a time
+PAIRS, AT_ONCE = 1000, 128  # pairs between looks at the standard errors, cells drawn at a time
 
 
 def _compared(fit: Fit, cells: Cells, plan: _Plan, rows_a: np.ndarray, rows_b: np.ndarray) -> pd.DataFrame:
@@ -138,7 +145,7 @@ def _compared(fit: Fit, cells: Cells, plan: _Plan, rows_a: np.ndarray, rows_b: n
     with evaluating(fit.model, fit.guide, plan.seed):
         while n < plan.most_pairs:
             pairs = draw_pairs(generator, min(PAIRS, plan.most_pairs - n))
-            a, b = (_side(fit, *batches.rows(torch.as_tensor(r, device=fit.device)), plan) for r in pairs)
+            a, b = (_side(fit, batches, rows, plan) for rows in pairs)
             p = probability_less(a, b)
             total, squares, n = total + p.sum(0), squares + np.square(p).sum(0), n + len(p)
             changes.append(((b.log_mean - a.log_mean) / np.log(2)).astype(np.float32))
@@ -160,10 +167,24 @@ def probability_less(a: _Side, b: _Side) -> np.ndarray:
     return betainc(np.exp(a.log_r), np.exp(b.log_r), expit(a.log_r - b.log_r + gap))
 
 
-def _side(fit: Fit, x: Tensor, gamma: Tensor, plan: _Plan) -> _Side:
-    theta = decoded(fit, x, gamma, plan.sampler.draw(fit.guide, x, gamma, 1))
-    log_mean, log_r = plan.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
-    return _Side(_double(log_mean[0]), None if log_r is None else _double(log_r.expand(log_mean.shape)[0]))
+def _side(fit: Fit, batches: Minibatches, rows: np.ndarray, plan: _Plan) -> _Side:
+    means, dispersions = list[np.ndarray](), list[np.ndarray]()
+    for part in torch.as_tensor(rows, device=fit.device).split(AT_ONCE):
+        x, gamma = batches.rows(part)
+        theta = decoded(fit, x, gamma, plan.sampler.draw(fit.guide, x, gamma, 1))
+        log_mean, log_r = plan.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
+        means.append(_double(log_mean[0]))
+        if log_r is not None:
+            dispersions.append(_double(log_r.expand(log_mean.shape)[0]))
+    return _Side(np.concatenate(means), np.concatenate(dispersions) if dispersions else None)
+
+
+def _check_options(contrast: Any, delta: float, largest_se: float, most_pairs: int) -> None:
+    if not isinstance(contrast, DepthCorrected | DepthLaden):
+        raise ModelError(f"contrast must be DepthCorrected() or DepthLaden(), got {contrast!r}")
+    if not (delta >= 0 and largest_se >= 0):
+        raise ModelError(f"delta and largest_se must be 0 or more, got {delta} and {largest_se}")
+    require_at_least(2, most_pairs=most_pairs)
 
 
 def _summary(p: np.ndarray, se: np.ndarray, n: int, changes: np.ndarray, delta: float) -> dict[str, np.ndarray]:
@@ -200,20 +221,21 @@ def _labels(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
     if isinstance(groupby, str):
         if groupby not in cells.obs:
             raise DataError(f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}")
-        return cells.obs[groupby].to_numpy(dtype=object)
-    labels = np.asarray(groupby, dtype=object)
+        labels = cells.obs[groupby].to_numpy(dtype=object)
+    else:
+        labels = np.asarray(groupby, dtype=object)
     if labels.shape != (cells.n_cells,):
         raise DataError(f"groupby must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
-    return labels
+    return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA has no truth value
 
 
 def _members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> tuple[np.ndarray, np.ndarray]:
-    known = sorted(map(str, pd.unique(labels)))
+    known = sorted(map(repr, pd.unique(labels)))
     for group in (group_a, group_b):
         if group is not None and not (labels == group).any():
-            raise DataError(f"no cell is in group {group!r}; the groups are {known}")
+            raise DataError(f"no cell is in group {group!r}; the groups are [{', '.join(known)}]")
     if group_a == group_b:
-        raise DataError(f"both groups are {group_a!r}; name two of {known}")
+        raise DataError(f"both groups are {group_a!r}; name two of [{', '.join(known)}]")
     in_b = labels != group_a if group_b is None else labels == group_b
     if not in_b.any():
         raise DataError(f"every cell is in group {group_a!r}: there is no rest to compare it with")

@@ -71,12 +71,7 @@ class NegativeBinomial(TorchDistribution):
         """Log probability of ``value`` (counts), nats per entry."""
         if self._validate_args:
             self._validate_sample(value)
-        value = value.to(self.log_mean.dtype)
-        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
-        value = value.expand(shape[max(0, len(shape) - 2) :]) if value.dim() <= 2 else value.expand(shape)
-        # exp(60) is past every count; near exp(88) float32 ends and values and gradients would be NaN.
-        log_mean, log_r = self.log_mean.clamp(-60, 60), self.log_inverse_dispersion.clamp(-60, 60)
-        return _NegativeBinomialLogProb.apply(value, log_mean.expand(shape), log_r.expand(shape))
+        return _NegativeBinomialLogProb.apply(*_aligned(value, self.log_mean, self.log_inverse_dispersion))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -128,9 +123,12 @@ class ZeroInflated(TorchDistribution):
         """Log probability of ``value`` (counts), nats per entry."""
         if self._validate_args:
             self._validate_sample(value)
-        # pi + (1 - pi) p = (1 + exp(log p - gate)) sigmoid(gate), and (1 - pi) p = exp(log p - gate) sigmoid(gate)
-        odds = self.base.log_prob(value) - self.gate_logits
-        return torch.where(value == 0, _softplus(odds), odds) - _softplus(-self.gate_logits)
+        if isinstance(self.base, NegativeBinomial):
+            base = self.base
+            inputs = _aligned(value, base.log_mean, base.log_inverse_dispersion, self.gate_logits)
+            trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in inputs)
+            return _ZeroInflatedLogProb.apply(*inputs, trained)[0]
+        return _inflated(value, self.base.log_prob(value), self.gate_logits)
 
     @property
     def technical_zero_logits(self) -> Tensor:
@@ -142,6 +140,76 @@ class ZeroInflated(TorchDistribution):
         """Counts of shape ``sample_shape + batch_shape``."""
         counts = self.base.sample(sample_shape)
         return counts * torch.bernoulli(torch.sigmoid(-self.gate_logits).expand(counts.shape))
+
+
+def _inflated(value: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
+    """Log p(x) with technical zeros: (1 + p / o) pi at x = 0 and (p / o) pi above, o = exp(gate) the odds of one."""
+    odds = log_prob - gate
+    return torch.where(value == 0, _softplus(odds), odds) - _softplus(-gate)
+
+
+def _aligned(value: Tensor, log_mean: Tensor, log_r: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Counts and parameters in one precision and of one shape, but for leading dimensions that counts may lack."""
+    value = value.to(log_mean.dtype)
+    shape = torch.broadcast_shapes(value.shape, log_mean.shape)
+    value = value.expand(shape[max(0, len(shape) - 2) :]) if value.dim() <= 2 else value.expand(shape)
+    # exp(60) is past every count; near exp(88) float32 ends and values and gradients would be NaN.
+    parameters = log_mean.clamp(-60, 60), log_r.clamp(-60, 60), *others
+    return value, *(parameter.expand(shape) for parameter in parameters)
+
+
+class _ZeroInflatedLogProb(torch.autograd.Function):
+    """Log p(x) of a zero-inflated negative binomial and its gradients, in one pass.
+
+    With n = -r log1p(mu / r) the log probability that the base gives to 0, s its sigmoid share in an observed zero,
+
+        x = 0:  log p = softplus(n - g) - softplus(-g),  s = sigmoid(n - g)
+                d / dg = 1 - s - sigmoid(g),  d / d log mu = -s r mu / (r + mu),  d / d log r = s (n + r mu / (r + mu))
+        x > 0:  log p = log NB(x) - softplus(g),  d / dg = -sigmoid(g), the others those of the base
+
+    Returns the value, then the gradients, which are no outputs of the law but wait here for the backward pass. Second
+    derivatives come from the same law composed of differentiable steps.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+        log_mean, log_r, gate = log_mean.contiguous(), log_r.contiguous(), gate.contiguous()
+        x, counted = _positive(value)
+        size, r, log_ratio = value.numel(), log_r.exp(), log_mean - log_r
+        columns = [_columns(parameter, size, counted) for parameter in (log_mean, log_r)]
+        softplus_gate = _softplus(gate)
+        zero = r.mul(_softplus(log_ratio)).neg_()
+        odds = zero - gate
+        out = _softplus(odds).add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
+        log_prob = _log_prob_of_positive(x, *columns) - _columns(softplus_gate, size, counted)
+        out.view(-1, size).index_copy_(1, counted, log_prob)
+        if not gradients:
+            return (out,)
+        share, rate = odds.sigmoid_(), log_ratio.sigmoid_().mul_(r)  # rate: r mu / (r + mu)
+        by_mean, by_r = (share * rate).neg_(), rate.add_(zero).mul_(share)
+        of_gate = torch.sigmoid(gate).neg_()
+        by_gate = (of_gate + 1).sub_(share)
+        at = *_gradients_of_positive(x, *columns), _columns(of_gate, size, counted)
+        for dense, counts in zip((by_mean, by_r, by_gate), at, strict=True):
+            dense.view(-1, size).index_copy_(1, counted, counts)
+        return out, by_mean, by_r, by_gate
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        value, *parameters = ctx.saved_tensors[:4]
+        if grad is None:
+            return (None,) * 5
+        if not torch.is_grad_enabled():
+            return None, *(grad * by for by in ctx.saved_tensors[4:]), None
+        log_mean, log_r, gate = parameters
+        composed = _inflated(value, _NegativeBinomialLogProb.apply(value, log_mean, log_r), gate)
+        return None, *torch.autograd.grad(composed, parameters, grad, create_graph=True), None
 
 
 class _NegativeBinomialLogProb(torch.autograd.Function):

@@ -15,8 +15,8 @@ import pyro_scvi
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, prior_sites, scored, theta_at
 from pyro_scvi.errors import ModelError
-from pyro_scvi.posterior import draws_at_once, evaluating, minibatches
-from pyro_scvi.priors import Flat
+from pyro_scvi.posterior import draws_at_once, evaluating, minibatches, require_at_least
+from pyro_scvi.priors import require_proper
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 from pyro_scvi.sampling import DIMS, check_sites, draw_sites
 from pyro_scvi.seeding import seeded
@@ -103,10 +103,10 @@ def to_datatree(
     ----------
     The ArviZ schema, https://python.arviz.org/en/stable/schema/schema.html
     """
-    if isinstance(fit.model.prior, Flat):
-        raise ModelError("the prior Flat has no density: there is no posterior to export; fit with a proper prior")
+    require_proper(fit.model.prior, "there is no posterior to export")
     if sites is None:
         sites = ("z", "l") if fit.model.library.latent else ("z",)
+    require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
     gathered, start = _Gathered(cells.n_cells), 0

@@ -70,21 +70,31 @@ def adaptive_importance(
     rounds: int = 2,
     block: int = 50,
 ) -> Importance:
-    """Estimate log integral exp(log_joint(u)) du for every cell.
-
-    A diagonal normal started at (loc, scale), each (cells, latents), is refined by ``steps`` gradient steps on its
-    own bound; its covariance is replaced by that of a Laplace step; ``rounds`` times the Student-t proposal takes the
-    mean and covariance of half as many weighted draws of its own; a last set of ``samples`` gives the estimate.
-    At most ``block`` draws are evaluated at once.
-    """
+    """Estimate log integral exp(log_joint(u)) du for every cell, by ``samples`` draws of :func:`corrected_proposal`."""
     with seeded(seed):
-        loc, scale = refine(log_joint, loc.detach(), scale.detach(), steps=steps)
-        proposal = Proposal(loc, laplace_scale_tril(log_joint, loc, scale))
-        for _ in range(rounds):
-            draws, log_weights = weighted_draws(log_joint, proposal, max(samples // 2, 2), block)
-            proposal = adapted(proposal, draws, log_weights)
+        proposal = corrected_proposal(
+            log_joint, loc, scale, steps=steps, rounds=rounds, samples=max(samples // 2, 2), block=block
+        )
         draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
     return Importance(*evidence_of(log_weights), draws, log_weights)
+
+
+def corrected_proposal(
+    log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, rounds: int, samples: int = 500, block: int = 50
+) -> Proposal:
+    """A Student-t for every cell, made to fit its density.
+
+    A diagonal normal started at (loc, scale), each (cells, latents), is refined by ``steps`` gradient steps on its
+    own bound; its covariance is replaced by that of a Laplace step; ``rounds`` times the Student-t takes the mean and
+    covariance of ``samples`` weighted draws of its own. At most ``block`` draws are evaluated at once.
+    """
+    with torch.enable_grad():
+        loc, scale = refine(log_joint, loc.detach(), scale.detach(), steps=steps)
+        proposal = Proposal(loc, laplace_scale_tril(log_joint, loc, scale))
+    for _ in range(rounds):
+        draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
+        proposal = adapted(proposal, draws, log_weights)
+    return proposal
 
 
 def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws: int = 4) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods import Likelihood, Theta
-from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.posterior import evaluating, minibatches, require_at_least
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 from pyro_scvi.sampling import decoded
 
@@ -71,6 +71,9 @@ def impute(
     ModelError
         If batches are given with another quantity or with quantiles.
     """
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    if not all(0 <= quantile <= 1 for quantile in quantiles):
+        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
@@ -110,6 +113,8 @@ def technical_zero_probability(
     ModelError
         If the likelihood has no technical zeros.
     """
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    fit.model.likelihood.require_explicit()
     found, done = torch.empty((cells.n_cells, cells.n_genes), dtype=fit.dtype), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.importance import pareto_smoothed
-from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.importance import KHAT_LIMIT, pareto_smoothed
+from pyro_scvi.libraries import ObservedLibrary
+from pyro_scvi.posterior import evaluating, minibatches, require_at_least
 from pyro_scvi.samplers import Importance, Sampler
 from pyro_scvi.sampling import decoded
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyro_scvi.fit import Fit
+
+LIMITS = {"sampler_khat": KHAT_LIMIT, "sampler_rhat": 1.05}
 
 WHY_NOT_CELLS = (
     "leaving a whole cell out cannot be had from log p(x_n | z_n): z_n is inferred from that cell alone, so that the "
@@ -56,29 +60,61 @@ def leave_one_out(
 
     Returns
     -------
-    Dataset, every variable with dimensions (cell, gene)
-        ``elpd``: log predictive probability, nats per entry. ``khat``: above 0.7 the entry cannot be vouched for; 0
-        where all draws agree. ``pit``: the randomised probability integral transform P(x' < x) + u P(x' = x) with u
-        uniform, uniform over entries under the model (Czado, Gneiting and Held 2009, Sec. 2).
+    Dataset
+        With dimensions (cell, gene): ``elpd``, log predictive probability, nats per entry; ``khat``, above 0.7 where
+        the entry cannot be vouched for, 0 where all draws agree; ``pit``, the randomised probability integral
+        transform P(x' < x) + u P(x' = x) with u uniform, uniform over entries under the model (Czado, Gneiting and
+        Held 2009, Sec. 2). With dimension (cell), as ``sampler_khat``, ``sampler_rhat`` ...: what the sampler says of
+        its draws, on which all else rests.
 
     Raises
     ------
     ModelError
-        For ``over=("cell",)``, which is invalid for this model: use ``evidence``.
+        For ``over=("cell",)``, which is invalid for this model: use ``evidence``; and for an observed library size,
+        whose total holds the entry that is left out.
+
+    Warns
+    -----
+    UserWarning
+        If the sampler's draws do not follow the posterior of more than a tenth of the cells.
     """
+    require_at_least(1, batch_size=batch_size)
+    require_at_least(2, samples=samples)
     if tuple(over) != ("cell", "gene"):
         raise ModelError(f'over must be ("cell", "gene"), got {tuple(over)}: {WHY_NOT_CELLS}; use ps.evidence')
-    parts = []
+    if isinstance(fit.model.library, ObservedLibrary):
+        raise ModelError(
+            "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
+        )
+    found, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
+    judged = list[dict[str, Tensor]]()
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
-            theta = decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
+            drawn = sampler.draw(fit.guide, x, gamma, samples)
+            judged.append(drawn.diagnose())
+            theta = decoded(fit, x, gamma, drawn)
             law = fit.model.likelihood.marginal(**theta)
             log_p = law.log_prob(x)
             below = law.expand(log_p.shape).sample() < x
-            parts.append(_left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu().numpy())
-    elpd, khat, pit = np.concatenate(parts, 1)
+            rows = slice(done, done := done + len(x))
+            found[:, rows] = _left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
+    elpd, khat, pit = found.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
-    return xr.Dataset({"elpd": (dims, elpd), "khat": (dims, khat), "pit": (dims, pit)}, coords=coordinates)
+    of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
+    _warn_of(of_cells)
+    of_entries = {"elpd": (dims, elpd), "khat": (dims, khat), "pit": (dims, pit)}
+    return xr.Dataset(of_entries | {name: (dims[:1], value) for name, value in of_cells.items()}, coords=coordinates)
+
+
+def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
+    for name, limit in LIMITS.items():
+        bad = float((~(of_cells[name] <= limit)).mean()) if name in of_cells else 0.0
+        if bad > 0.1:
+            warnings.warn(
+                f"{name} is above {limit} for {bad:.0%} of the cells: their draws do not follow the posterior, and "
+                "neither elpd nor khat nor pit can be trusted; take sampler=ps.Importance() or ps.HMC(), or more draws",
+                stacklevel=3,
+            )
 
 
 def _left_out(log_p: Tensor, below: Tensor) -> Tensor:

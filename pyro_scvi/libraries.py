@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_scvi.errors import ModelError
 from pyro_scvi.parts import Part
 
 
@@ -51,9 +52,14 @@ class LatentLibrary(Part):
         scale: float | list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.fixed = loc is not None and scale is not None
-        self.register_buffer("loc", torch.as_tensor(math.log(1000.0) if loc is None else loc).float().reshape(-1))
-        self.register_buffer("scale", torch.as_tensor(1.0 if scale is None else scale).float().reshape(-1))
+        self.loc_given, self.scale_given = loc is not None, scale is not None
+        given = math.log(1000.0) if loc is None else loc, 1.0 if scale is None else scale
+        locs, scales = (torch.as_tensor(value).float().reshape(-1) for value in given)
+        if len({len(locs), len(scales)} - {1}) > 1:
+            raise ModelError(f"loc and scale must have one entry per batch each, got {len(locs)} and {len(scales)}")
+        locs, scales = torch.broadcast_tensors(locs, scales)
+        self.register_buffer("loc", locs.clone())
+        self.register_buffer("scale", scales.clone())
 
     def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
         """Sample l at every cell; log l (..., cells, 1)."""
@@ -65,9 +71,10 @@ class LatentLibrary(Part):
 
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
         """Take loc and scale from the totals (cells,) of the training cells, unless they were given."""
-        if not self.fixed:
-            log_totals = totals.clamp(min=1).log()
+        log_totals = totals.clamp(min=1).log()
+        if not self.loc_given:
             self.loc.copy_(log_totals.mean())
+        if not self.scale_given:
             self.scale.copy_(log_totals.std(correction=0).clamp(min=0.05))
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Likelihood(Part):
 
         w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
         """
-        self._require_explicit()
+        self.require_explicit()
         law, gate = self.rate(**theta), theta.get("gate_logits")
         w = pyro.deterministic("w", theta["log_mean"].exp()) if law is None else pyro.sample("w", law)
         y = pyro.sample("y", dist.Poisson(w))
@@ -121,7 +121,7 @@ class Likelihood(Part):
 
         h ~ Bernoulli(rho 1[x = 0]); w ~ Gamma(r + x (1 - h), r / mu + 1 - h); y = x if h = 0, else Poisson(w).
         """
-        self._require_explicit()
+        self.require_explicit()
         logits = self.technical_zero_logits(**theta)
         h: Tensor | float = 0.0
         if logits is not None:
@@ -147,7 +147,7 @@ class Likelihood(Part):
         (r + x) / (r / mu + 1) where x > 0 or no zero is technical; at a zero that is technical with probability rho,
         rho mu + (1 - rho) r mu / (r + mu).
         """
-        self._require_explicit()
+        self.require_explicit()
         mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
         seen = mean if law is None else (law.concentration + x) / (law.rate + 1)
         if logits is None:
@@ -155,7 +155,8 @@ class Likelihood(Part):
         rho = torch.sigmoid(logits) * (x == 0)
         return rho * mean + (1 - rho) * seen
 
-    def _require_explicit(self) -> None:
+    def require_explicit(self) -> None:
+        """Refuse a law that has no sites w, y and h."""
         if not self.explicit:
             raise ModelError(
                 f"{type(self).__name__} says nothing of w, y and h: only its marginal law of x is known. If it is a "

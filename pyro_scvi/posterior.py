@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
-from pyro_scvi.errors import SchemaError
+from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT, Importance, LogJoint, adaptive_importance, refine
 from pyro_scvi.minibatches import Minibatches
@@ -90,6 +91,19 @@ def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
     return mean.squeeze(-2)
 
 
+def require_at_least(least: int, /, **named: int) -> None:
+    """Refuse numbers of draws, cells or steps that are no integers or too small.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    for name, value in named.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ModelError(f"{name} must be an integer of {least} or more, got {value!r}")
+
+
 CANDIDATES = 64  # prior draws that compete with the guide as a start
 MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is
 
@@ -137,20 +151,19 @@ class Effort(NamedTuple):
         return Effort(self.samples, 2 * self.steps, 2 * self.rounds)
 
 
-def weighted(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, *, attempts: int = 2) -> Importance:
+def weighted(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, *, attempts: int = 3) -> Importance:
     """Weighted draws of every cell's latents, from a proposal corrected for that cell.
 
-    Cells whose k-hat is above 0.7 are tried again with twice the effort; the better attempt counts.
+    Cells whose k-hat is above 0.7 are tried again with twice the effort, then four times; the best attempt counts.
     """
     density, loc, scale = start(guide, x, gamma)
     seed = int(torch.randint(2**31, ()))
-    with torch.enable_grad():
-        found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=draws_at_once(x))
-    failed = (found.khat > KHAT_LIMIT).nonzero().squeeze(-1)
+    found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=draws_at_once(x))
+    failed = (~(found.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
     if attempts == 1 or not len(failed):
         return found
     again = weighted(guide, x[failed], gamma[failed], effort.doubled(), attempts=attempts - 1)
-    better = (again.khat < found.khat[failed]).nonzero().squeeze(-1)
+    better = (~(again.khat >= found.khat[failed])).nonzero().squeeze(-1)
     for kept, new in zip(found, again, strict=True):
         of_cells = int(kept.dim() > 1)  # behind the draws
         kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))

@@ -3,8 +3,10 @@
 Any other callable of that kind serves as well; a module may hold parameters, which are then learned with the model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints, transforms
@@ -205,6 +207,24 @@ class Flat(Prior):
     def forward(self) -> Law:
         """A density of 1 everywhere, which cannot be sampled."""
         return dist.ImproperUniform(constraints.real_vector, (), self.zeros.shape)
+
+
+def require_proper(prior: Callable[[], Law], what: str) -> None:
+    """Refuse a prior whose density does not integrate to one; ``what`` there is not under it goes into the message.
+
+    Raises
+    ------
+    ModelError
+        For ``Flat``, and for any law that is improper or masked.
+    """
+    with pyro.get_param_store().scope(), pyro.poutine.block():
+        law: Any = prior()
+    improper = dist.ImproperUniform | dist.MaskedDistribution
+    while not isinstance(law, improper) and hasattr(law, "base_dist"):
+        law = law.base_dist
+    if isinstance(law, improper):
+        name = getattr(prior, "__name__", type(prior).__name__)
+        raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")
 
 
 def _mixture(logits: Tensor, loc: Tensor, log_scale: Tensor) -> Law:

@@ -10,16 +10,9 @@ from torch import Tensor
 from pyro_scvi.chains import Chains, bulk_ess, rank_normalised_rhat, sample_chains
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides import Guide
-from pyro_scvi.importance import (
-    LogJoint,
-    Proposal,
-    evidence_of,
-    laplace_scale_tril,
-    refine,
-    weighted_draws,
-)
-from pyro_scvi.posterior import Effort, draws_at_once, start, weigh, weighted
-from pyro_scvi.priors import Flat
+from pyro_scvi.importance import corrected_proposal, evidence_of, weighted_draws
+from pyro_scvi.posterior import Effort, draws_at_once, require_at_least, start, weigh, weighted
+from pyro_scvi.priors import require_proper
 
 
 class Draws(NamedTuple):
@@ -68,11 +61,14 @@ class Refined:
 
     steps: int = 100
 
+    def __post_init__(self) -> None:
+        require_at_least(0, steps=self.steps)
+
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Draw from the refined proposal."""
-        _require_density(guide)
+        require_proper(guide.model.prior, "there is no posterior to sample")
         density, loc, scale = start(guide, x, gamma)
-        proposal = _refined_proposal(density, loc, scale, self.steps)
+        proposal = corrected_proposal(density, loc, scale, steps=self.steps, rounds=0)
         u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
         return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
 
@@ -81,16 +77,20 @@ class Refined:
 class Importance:
     """Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7.
 
-    Cells above are tried again with twice the ``steps`` and ``rounds``.
+    Cells above are tried again with twice the ``steps`` and ``rounds``, then with four times as many.
     """
 
     steps: int = 100
     rounds: int = 3
     proposals: int = 1000
 
+    def __post_init__(self) -> None:
+        require_at_least(0, steps=self.steps, rounds=self.rounds)
+        require_at_least(2, proposals=self.proposals)
+
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
-        _require_density(guide)
+        require_proper(guide.model.prior, "there is no posterior to sample")
         found = weighted(guide, x, gamma, Effort(max(self.proposals, samples), self.steps, self.rounds))
         chosen = torch.multinomial(found.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
         u = found.draws.gather(0, chosen[..., None].expand(-1, -1, found.draws.shape[-1]))
@@ -99,43 +99,44 @@ class Importance:
 
 @dataclass(frozen=True)
 class HMC:
-    """Hamiltonian Monte Carlo for every cell at once, ``chains`` chains each, in the coordinates of a Laplace step.
+    """Hamiltonian Monte Carlo for every cell at once, ``chains`` chains each, in the coordinates of a fitted proposal.
+
+    That is a refined one with the covariance of a Laplace step, adapted in ``rounds`` as for :class:`Importance`.
 
     Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest) and
-    ``divergences`` (number of draws whose energy error exceeded 1000).
+    ``divergences`` (number of draws whose energy error exceeded 1000). They are of all draws that were made: each
+    chain is at least ``least`` draws long, of which evenly spaced ones are kept where fewer are asked for. R-hat and
+    ``ess`` are NaN for chains that never moved.
     """
 
     chains: int = 4
     warmup: int = 200
     steps: int = 100
+    rounds: int = 2
     leapfrog: int = 8
+    least: int = 200
+
+    def __post_init__(self) -> None:
+        require_at_least(1, chains=self.chains, leapfrog=self.leapfrog)
+        require_at_least(0, warmup=self.warmup, steps=self.steps, rounds=self.rounds)
+        require_at_least(4, least=self.least)
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
-        """Run the chains for samples / chains draws each after warm-up."""
-        _require_density(guide)
+        """Run the chains for samples / chains draws each, or more, after warm-up."""
+        require_proper(guide.model.prior, "there is no posterior to sample")
         density, loc, scale = start(guide, x, gamma)
+        length = -(-samples // self.chains)
         found = sample_chains(
             density,
-            _refined_proposal(density, loc, scale, self.steps),
+            corrected_proposal(density, loc, scale, steps=self.steps, rounds=self.rounds, block=draws_at_once(x)),
             chains=self.chains,
-            draws=max(4, -(-samples // self.chains)),
+            draws=max(self.least, length),
             warmup=self.warmup,
             leapfrog=self.leapfrog,
         )
-        u = found.draws.flatten(0, 1)[:samples]
+        kept = torch.linspace(0, len(found.draws) - 1, length).round().long()
+        u = found.draws[kept.to(found.draws.device)].flatten(0, 1)[:samples]
         return Draws(guide.coordinates.sites(u), lambda: _of_chains(found), self.chains)
-
-
-def _require_density(guide: Guide) -> None:
-    if isinstance(guide.model.prior, Flat):
-        raise ModelError("the prior Flat has no density: there is no posterior to sample; fit with a proper prior")
-
-
-@torch.enable_grad()
-def _refined_proposal(density: LogJoint, loc: Tensor, scale: Tensor, steps: int) -> Proposal:
-    """The start raised by gradient steps, with the covariance of a Laplace step."""
-    loc, scale = refine(density, loc, scale, steps=steps)
-    return Proposal(loc, laplace_scale_tril(density, loc, scale))
 
 
 def _of_chains(found: Chains) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import theta_at
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods import Theta
-from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.posterior import evaluating, minibatches, require_at_least
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def sample_posterior(
     ModelError
         For a site that the model does not have, or, but with Amortized, a prior without a density.
     """
+    require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
@@ -105,6 +106,8 @@ def decoded(fit: Fit, x: Tensor, gamma: Tensor, found: Draws) -> Theta:
 
 def check_sites(fit: Fit, sites: Sequence[str]) -> None:
     """Refuse sites that the model does not have."""
+    if isinstance(sites, str):
+        raise ModelError(f"sites must be names in a list or tuple, as in ({sites!r},), got {sites!r}")
     known = ("z", *(("l",) if fit.model.library.latent else ()), *EXPLICIT)
     if unknown := [site for site in sites if site not in known]:
         raise ModelError(f"the model has no site {unknown}; its sites are {known}")

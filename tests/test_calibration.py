@@ -13,7 +13,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.posterior import evaluating, start
 from pyro_scvi.samplers import Draws
 
-FAST_HMC = ps.HMC(warmup=60, steps=50, leapfrog=5)
+FAST_HMC = ps.HMC(warmup=60, steps=50, leapfrog=5, least=4)
 EXACT = {"hmc": (FAST_HMC, 5), "importance": (ps.Importance(steps=50, rounds=2, proposals=1000), 1)}
 
 

@@ -53,7 +53,8 @@ def test_no_fit_is_an_error(table_and_parts):
 
 def test_leave_one_out_in_place_of_fits_is_refused_with_the_reason(table_and_parts):
     _, fits, test = table_and_parts
-    entries = ps.leave_one_out(fits["poisson"], test.take(range(3)), samples=30, sampler=ps.Refined(steps=2))
+    with pytest.warns(UserWarning, match="sampler_khat is above 0.7"):  # two steps are few
+        entries = ps.leave_one_out(fits["poisson"], test.take(range(3)), samples=30, sampler=ps.Refined(steps=2))
     with pytest.raises(ModelError, match=r"compare takes fits, got Dataset for 'loo'.*inferred from that cell alone"):
         ps.compare({"poisson": fits["poisson"], "loo": entries}, test)
     with pytest.raises(ModelError, match="no fit for 'empty'"):

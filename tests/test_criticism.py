@@ -1,4 +1,5 @@
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -95,3 +96,21 @@ def test_a_gene_without_counts_has_no_dispersion(fitted):
     assert np.isnan(table.observed.iloc[4])
     assert np.isnan(table.p.iloc[4])
     assert table.drop(table.index[4]).notna().all(axis=None)
+
+
+class Exponential(ps.likelihoods.Likelihood):
+    """A law whose draws are not whole."""
+
+    heads = ("log_mean",)
+
+    def marginal(self, log_mean):
+        return dist.Exponential((-log_mean).exp())
+
+
+def test_draws_that_are_not_whole_stay_so():
+    values = np.random.default_rng(0).exponential(0.6, size=(40, 5))
+    cells = ps.Cells.from_counts(values, allow_non_integer=True)
+    fit = ps.fit(ps.SCVI(5, 1, likelihood=Exponential(), n_hidden=4), cells, epochs=1, validation=0, progress=False)
+    draws = ps.posterior_predictive(fit, cells, 20, batch_size=7)
+    assert draws.dtype == np.float32
+    assert (draws % 1 != 0).mean() > 0.9

@@ -9,7 +9,7 @@ from scipy.special import betainc
 
 import pyro_scvi as ps
 from pyro_scvi.differential import DepthCorrected, DepthLaden, _same_batch_pairs, _Side, expected_fdr, probability_less
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 
 COLUMNS = ["p_a_lt_b", "se", "log_bayes_factor", "lfc_mean", "lfc_sd", "lfc_low", "lfc_high", "p_lfc", "fdr"]
 COLUMNS += ["mean_a", "detected_a", "mean_b", "detected_b"]
@@ -157,7 +157,7 @@ def test_the_table_agrees_with_draws_of_w(likelihood, contrast, cells):
     assert ((table.p_lfc - (np.abs(changes) > 0.3).mean(0)).abs() < 0.05).all()
     for column, level in (("lfc_low", 2.5), ("lfc_high", 97.5)):
         error = (table[column] - np.percentile(changes, level, axis=0)) / table.lfc_sd
-        assert error.abs().mean() < 0.12  # 5 % and 95 % would be off by 0.25 or more
+        assert error.abs().mean() < 0.17  # 5 % and 95 % would be off by 0.25 or more
 
 
 def test_more_pairs_until_the_error_is_small(batched_fit, batched_cells):
@@ -399,3 +399,23 @@ def test_random_splits_of_one_group_call_nothing():
         called.append(int((table.fdr < 0.05).sum()))
         assert (table.p_a_lt_b - 0.5).abs().max() < 0.08
     assert called == [0] * 5
+
+
+@pytest.mark.parametrize("dtype", ["string", "boolean", "Int64"])
+def test_labels_may_be_of_pandas_own_types_with_missing_ones(dtype, batched_fit, batched_cells):
+    values = {"string": ["x", "y", None], "boolean": [True, False, None], "Int64": [1, 2, None]}[dtype]
+    labels = pd.array(values * 20, dtype=dtype)
+    table = ps.differential_expression(
+        batched_fit, batched_cells, groupby=labels, group_a=values[0], group_b=values[1], most_pairs=100
+    )
+    assert np.isfinite(table.p_a_lt_b).all()
+    with pytest.raises(DataError, match="no cell has a label"):
+        ps.differential_expression(batched_fit, batched_cells, groupby=[None] * 60)
+
+
+@pytest.mark.parametrize(
+    "options", [{"contrast": "laden"}, {"delta": np.nan}, {"delta": -1}, {"most_pairs": 0}, {"largest_se": -0.1}]
+)
+def test_options_that_cannot_be_are_refused(options, batched_fit, batched_cells):
+    with pytest.raises(ModelError, match=next(iter(options))):
+        ps.differential_expression(batched_fit, batched_cells, groupby=GROUPS, group_a="x", group_b="y", **options)

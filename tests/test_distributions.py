@@ -237,6 +237,19 @@ def test_counts_broadcast_against_parameters(counts, parameters):
     torch.testing.assert_close(together, apart)
 
 
+def test_parameters_may_lie_in_any_order_in_memory():
+    x = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0]]).double()
+    plain = [torch.randn(4, 2, 3, dtype=torch.float64) for _ in range(3)]
+    turned = [t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in plain]
+    found = []
+    for log_mean, log_r, gate in (plain, turned):
+        parameters = [t.requires_grad_() for t in (log_mean, log_r, gate)]
+        value = ZeroInflated(NegativeBinomial(*parameters[:2]), parameters[2]).log_prob(x)
+        found.append((value, *torch.autograd.grad(value.sum(), parameters)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_plates_may_broadcast_one_law_over_entries():
     x = torch.tensor([[0.0, 2.0], [1.0, 0.0]]).double()
     expected = law(2.0, 0.7, 0.1).log_prob(x.reshape(-1)).reshape(2, 2)

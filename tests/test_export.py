@@ -23,7 +23,7 @@ SAMPLERS = {
     "amortized": ps.Amortized(),
     "refined": ps.Refined(steps=5),
     "importance": ps.Importance(steps=5, rounds=1, proposals=60),
-    "hmc": ps.HMC(chains=3, warmup=10, steps=5, leapfrog=2),
+    "hmc": ps.HMC(chains=3, warmup=10, steps=5, leapfrog=2, least=4),
 }
 
 

@@ -100,3 +100,20 @@ def test_one_seed_gives_one_result_and_the_global_state_is_untouched(toy):
     assert torch.equal(state, torch.get_rng_state())
     assert runs[0].identical(runs[1])
     assert not runs[0].identical(runs[2])
+
+
+def test_draws_that_do_not_follow_the_posterior_are_warned_of(toy):
+    fit, cells, found = toy
+    assert found.sampler_khat.dims == ("cell",)
+    assert (found.sampler_khat < 0.7).all()
+    with pytest.warns(UserWarning, match="sampler_khat is above 0.7"):
+        poor = ps.leave_one_out(fit, cells, samples=200, sampler=ps.Amortized())
+    assert (poor.sampler_khat > 0.7).mean() > 0.1
+
+
+def test_an_observed_library_is_refused():
+    model = ps.SCVI(12, 1, library=ps.libraries.ObservedLibrary(), n_hidden=8)
+    cells = ps.Cells.from_counts(np.random.default_rng(0).poisson(3.0, size=(20, 12)))
+    fit = ps.fit(model, cells, epochs=1, validation=0, progress=False)
+    with pytest.raises(ModelError, match="holds the entry that would be left out"):
+        ps.leave_one_out(fit, cells)

@@ -180,6 +180,19 @@ def test_latent_library_is_a_site_with_the_law_of_its_batch():
     torch.testing.assert_close(means.sum(-1), torch.full((2,), 100.0))
 
 
+def test_one_half_of_a_librarys_law_may_be_given():
+    totals = torch.tensor([10.0, 100.0, 1000.0])
+    located, scaled = ps.libraries.LatentLibrary(loc=6.0), ps.libraries.LatentLibrary(scale=[0.5, 0.7])
+    for library in (located, scaled):
+        library.start_from(totals, torch.zeros(3, 0))
+    assert located.loc.tolist() == [6.0]
+    assert float(located.scale) == pytest.approx(float(totals.log().std(correction=0)))
+    assert scaled.scale.tolist() == pytest.approx([0.5, 0.7])
+    assert scaled.loc.tolist() == pytest.approx([float(totals.log().mean())] * 2)
+    with pytest.raises(ModelError, match="one entry per batch each, got 2 and 3"):
+        ps.libraries.LatentLibrary(loc=[4.0, 5.0], scale=[1.0, 1.0, 1.0])
+
+
 @pytest.mark.parametrize("library", [ps.libraries.LatentLibrary, ps.libraries.ObservedLibrary])
 def test_library_takes_its_law_from_the_totals_unless_it_was_given(library):
     totals = torch.tensor([10.0, 100.0, 1000.0])

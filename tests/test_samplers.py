@@ -19,7 +19,7 @@ ALL = {
     "amortized": ps.Amortized(),
     "refined": ps.Refined(steps=5),
     "importance": ps.Importance(steps=5, rounds=1, proposals=60),
-    "hmc": ps.HMC(chains=2, warmup=5, steps=5, leapfrog=2),
+    "hmc": ps.HMC(chains=2, warmup=5, steps=5, leapfrog=2, least=4),
 }
 
 
@@ -189,7 +189,7 @@ def test_importance_agrees_with_quadrature(toy):
 
 def test_hmc_agrees_with_quadrature(toy):
     chains, n = 32, 3200
-    draws, diagnostics = toy.draw(ps.HMC(chains=chains, warmup=60, leapfrog=6), n)
+    draws, diagnostics = toy.draw(ps.HMC(chains=chains, warmup=60, leapfrog=6, least=4), n)
     mixed = diagnostics["rhat"] < 1.05
     assert mixed.sum() >= N_CELLS - 2
     assert (diagnostics["divergences"] < 0.01 * n).all()

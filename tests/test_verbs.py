@@ -1,6 +1,7 @@
 """Every verb for every prior x likelihood, on the CPU and, where there is one, on a CUDA device."""
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import simulated_counts
@@ -48,7 +49,7 @@ def embed(fit, cells):
 
 
 def sample_posterior(fit, cells):
-    for sampler in (QUICK, ps.HMC(chains=2, warmup=3, steps=3, leapfrog=2)):
+    for sampler in (QUICK, ps.HMC(chains=2, warmup=3, steps=3, leapfrog=2, least=4)):
         draws = ps.sample_posterior(fit, cells, samples=8, sites=("z", "l", "w", "y", "h"), sampler=sampler)
         assert is_finite(draws.z, 8, N_CELLS, N_LATENT)
         assert is_finite(draws.w, 8, N_CELLS, N_GENES)
@@ -160,3 +161,86 @@ def test_verb(verb, prior, likelihood, fit_and_cells):
             verb(*fit_and_cells)
         return
     verb(*fit_and_cells)
+
+
+# --- what no verb takes ---
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.set_num_threads(1)  # this runs before the fixture of every test
+    cells = ps.Cells.from_counts(simulated_counts(N_CELLS, N_GENES))
+    model = ps.SCVI(N_GENES, 2, n_hidden=8, n_layers=1)
+    return ps.fit(model, cells, epochs=1, validation=0, device="cpu", progress=False), cells
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda fit, cells: ps.sample_posterior(fit, cells, samples=0),
+            "samples must be an integer of 1 or more",
+        ),
+        (lambda fit, cells: ps.sample_posterior(fit, cells, samples=2.5), "samples must be an integer"),
+        (lambda fit, cells: ps.sample_posterior(fit, cells, batch_size=0), "batch_size must be"),
+        (lambda fit, cells: ps.sample_posterior(fit, cells, sites="zw"), "sites must be names in a list"),
+        (lambda fit, cells: ps.evidence(fit, cells, samples=1), "samples must be an integer of 2 or more"),
+        (lambda fit, cells: ps.evidence(fit, cells, steps=-1), "steps must be"),
+        (lambda fit, cells: ps.annealed_evidence(fit, cells, temperatures=0), "temperatures must be"),
+        (lambda fit, cells: ps.annealed_evidence(fit, cells, chains=1), "chains must be an integer of 2"),
+        (lambda fit, cells: ps.leave_one_out(fit, cells, samples=1), "samples must be"),
+        (lambda fit, cells: ps.impute(fit, cells, samples=0), "samples must be"),
+        (lambda fit, cells: ps.impute(fit, cells, quantiles=[1.5]), "quantiles must be between 0 and 1"),
+        (lambda fit, cells: ps.technical_zero_probability(fit, cells, batch_size=-1), "batch_size must be"),
+        (lambda fit, cells: ps.posterior_predictive(fit, cells, 0), "samples must be"),
+        (lambda fit, cells: ps.check_predictions(fit, cells, interval=90), "interval must be between 0 and 1, got 90"),
+        (lambda fit, cells: ps.prior_predictive(fit.model, 0), "n_cells must be"),
+        (
+            lambda fit, cells: ps.prior_predictive(fit.model, 5, gamma=torch.zeros(7, 0)),
+            r"got \(7, 0\)",
+        ),
+        (lambda fit, cells: to_datatree(fit, cells, samples=0), "samples must be"),
+        (lambda fit, cells: ps.compare([fit], cells), "takes fits by name"),
+        (lambda fit, cells: ps.HMC(chains=0), "chains must be"),
+        (lambda fit, cells: ps.HMC(leapfrog=0), "leapfrog must be"),
+        (lambda fit, cells: ps.HMC(warmup=-3), "warmup must be"),
+        (lambda fit, cells: ps.Refined(steps=-1), "steps must be"),
+        (lambda fit, cells: ps.Importance(proposals=1), "proposals must be"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(call, message, plain):
+    with pytest.raises(ModelError, match=message):
+        call(*plain)
+
+
+def improper():
+    return dist.ImproperUniform(dist.constraints.real_vector, (), (2,))
+
+
+@pytest.mark.parametrize("prior", [improper, lambda: dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1)])
+@pytest.mark.parametrize("verb", [evidence, annealed_evidence, sample_posterior, leave_one_out, calibrate, export])
+def test_an_improper_prior_of_a_users_own_is_refused(verb, prior, plain):
+    fit, cells = plain
+    model = ps.SCVI(N_GENES, 2, prior=prior, n_hidden=8, n_layers=1)
+    guide = ps.guides.Point(model, n_hidden=8, n_layers=1)
+    other = ps.fit(model, cells, guide, epochs=1, validation=0, device="cpu", progress=False)
+    with pytest.raises(ModelError, match="has no density"):
+        verb(other, cells)
+
+
+class Geometric(ps.likelihoods.Likelihood):
+    """A law of counts alone, without w, y and h."""
+
+    heads = ("log_mean", "gate_logits")
+
+    def marginal(self, log_mean, gate_logits):
+        return dist.ZeroInflatedDistribution(dist.Geometric(logits=-log_mean), gate_logits=gate_logits)
+
+
+@pytest.mark.parametrize("verb", [differential_expression, impute, technical_zero_probability])
+def test_a_law_without_w_is_refused_where_w_is_asked_for(verb, plain):
+    _, cells = plain
+    model = ps.SCVI(N_GENES, 2, likelihood=Geometric(), n_hidden=8, n_layers=1)
+    fit = ps.fit(model, cells, epochs=1, validation=0, device="cpu", progress=False)
+    with pytest.raises(ModelError, match="explicit"):
+        verb(fit, cells)
