@@ -15,7 +15,7 @@ from pyro_scvi.likelihoods import Likelihood, PerGene, PerGeneAndBatch
 
 LIKELIHOODS = [ps.likelihoods.ZINB(), ps.likelihoods.NB(), ps.likelihoods.ZIP(), ps.likelihoods.Poisson()]
 MEAN, R, GATE = 1.5, 0.7, 0.3
-N = 400_000  # draws for moments, at the seed of the test fixture
+N = 2_000_000  # draws for moments, at the seed of the test fixture
 
 
 def named(values):
@@ -90,14 +90,14 @@ def test_conditional_moments_agree_with_rejection(likelihood, seen, float64):
     theta = theta_of(likelihood, *columns)
     program = poutine.trace(likelihood.generate).get_trace(None, theta).nodes
     accepted = program["x"]["value"] == seen
-    assert accepted.sum() > 10_000
+    assert accepted.sum() > 50_000
     guide = poutine.trace(likelihood.explain).get_trace(torch.full((N,), seen), theta).nodes
     for name in "wyh":
         if name not in guide:
             continue
         expected, se = moments(program[name]["value"][accepted])
         found, se_found = moments(guide[name]["value"])
-        assert ((found - expected).abs() <= 4.5 * (se**2 + se_found**2).sqrt() + 1e-12).all(), name
+        assert ((found - expected).abs() <= 4 * (se**2 + se_found**2).sqrt() + 1e-12).all(), name
 
 
 def test_conditional_means_by_formula(float64):
