@@ -40,7 +40,7 @@ def leave_one_out(
     samples: int = 1000,
     sampler: Sampler = Importance(),
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int = 4,
 ) -> xr.Dataset:
     r"""How well each count is predicted from the cell's other counts, by Pareto-smoothed importance sampling.
 
