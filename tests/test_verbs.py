@@ -11,7 +11,10 @@ import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.export import to_datatree
 
-pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above")  # few draws and one round
+pytestmark = [  # few draws and one round
+    pytest.mark.filterwarnings("ignore:k-hat is above"),
+    pytest.mark.filterwarnings("ignore:sampler_khat is above"),
+]
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # test_fit.py says where there is no CUDA
 N_CELLS, N_GENES, N_LATENT = 12, 8, 3
