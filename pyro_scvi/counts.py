@@ -108,6 +108,16 @@ def narrow(counts: Counts) -> Counts:
     return counts.astype(np.float32)
 
 
+def smallest_type(counts: Counts) -> np.dtype:
+    """The smallest of uint8, int16 and float32 that holds every count; float32 if one is no integer."""
+    largest = 0.0
+    for _, values in blocks(stored_values(counts)):
+        if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+            return np.dtype(np.float32)
+        largest = max(largest, float(values.max()))
+    return next((np.dtype(kind) for kind in (np.uint8, np.int16) if largest <= np.iinfo(kind).max), np.dtype("f4"))
+
+
 def stored_values(counts: Counts) -> np.ndarray:
     """All values that are stored, one-dimensional: for a sparse matrix, those that may be other than zero."""
     return counts.reshape(-1) if isinstance(counts, np.ndarray) else counts.data

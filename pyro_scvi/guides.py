@@ -16,7 +16,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.model import SCVI
 from pyro_scvi.networks import BatchNorm, Encoder, Norm, initialise
 from pyro_scvi.parts import Part
-from pyro_scvi.plates import cells_plate, constants
+from pyro_scvi.plates import cells_plate, constants, register
 from pyro_scvi.priors import Flat
 from pyro_scvi.seeding import seeded
 
@@ -58,7 +58,7 @@ class Guide(Part):
         """Sample the latents of every cell; with ``marginal=False`` also w, y and h, from their exact conditional."""
         if x is None:
             raise ModelError("a guide is a law given x: pass the counts (cells, genes)")
-        pyro.module(self.pyro_name, self)
+        register(self)
         gamma = constants(self.model, x, gamma)
         drawn = self.weights()
         with cells_plate(gamma, index, n_cells):

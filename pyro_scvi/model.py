@@ -11,7 +11,7 @@ from pyro_scvi.libraries import LatentLibrary, Library
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
 from pyro_scvi.networks import BatchNorm, Decoder, Norm
 from pyro_scvi.parts import Part
-from pyro_scvi.plates import cells_plate, constants
+from pyro_scvi.plates import cells_plate, constants, register
 from pyro_scvi.priors import StandardNormal
 from pyro_scvi.seeding import seeded
 from pyro_scvi.weights import RandomWeights
@@ -114,7 +114,7 @@ class SCVI(Part):
         index, n_cells
             Rows of this minibatch among all cells and how many those are: cell terms then weigh n_cells / len(index).
         """
-        pyro.module(self.pyro_name, self)
+        register(self)
         gamma = constants(self, x, gamma)
         with self.weights.drawn_into(self):
             with cells_plate(gamma, index, n_cells):

@@ -1,5 +1,8 @@
-"""What model and guide have in common: their plate over cells, and the check of their arguments."""
+"""What model and guide have in common: plate over cells, check of arguments, registration of parameters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import pyro
@@ -10,6 +13,28 @@ from pyro_scvi.errors import ModelError
 
 if TYPE_CHECKING:
     from pyro_scvi.model import SCVI
+    from pyro_scvi.parts import Part
+
+_optimised_directly = ContextVar("_optimised_directly", default=False)
+
+
+@contextmanager
+def optimised_directly() -> Iterator[None]:
+    """Inside, programs do not tell Pyro of their parameters.
+
+    For an optimiser that has them already; with 30 parameters the telling costs more than the networks' own overhead.
+    """
+    token = _optimised_directly.set(True)
+    try:
+        yield
+    finally:
+        _optimised_directly.reset(token)
+
+
+def register(program: "Part") -> None:
+    """Tell Pyro of a program's parameters, for whoever trains it with Pyro's own tools."""
+    if not _optimised_directly.get():
+        pyro.module(program.pyro_name, program)
 
 
 def cells_plate(gamma: Tensor, index: Tensor | None, n_cells: int | None) -> pyro.plate:

@@ -75,6 +75,13 @@ def worst(found, expected, floor):
     return (np.abs(found - expected) / np.maximum(np.abs(expected), floor)).max()
 
 
+@pytest.fixture(params=["gathered", "in place"])
+def entries(request, monkeypatch):
+    """Both ways to treat the entries above zero: gathered, as on a CPU, and in their places, as on a GPU."""
+    monkeypatch.setattr("pyro_scvi.negative_binomial._gathers", lambda device: request.param == "gathered")
+
+
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize("zero_inflated", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "value_error", "gradient_error"), [(torch.float32, 1e-5, 1e-3), (torch.float64, 1e-12, 1e-10)]
@@ -100,6 +107,7 @@ def test_agrees_with_exact_arithmetic(zero_inflated, dtype, value_error, gradien
 # --- float64 identities ---
 
 
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize("gate", [None, -3.0, 0.5])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_gradients_are_those_of_the_value(check, gate):
@@ -208,6 +216,7 @@ def test_expand_keeps_the_law():
     assert type(wide) is ZeroInflated
 
 
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize(
     ("counts", "parameters"),
     [

@@ -4,6 +4,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from scipy import sparse
 
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError, ModelError, SchemaError
@@ -86,6 +87,31 @@ def test_cells_too_many_to_be_resident_are_read_by_row(cells, monkeypatch):
     monkeypatch.setattr("pyro_scvi.minibatches.RESIDENT_BYTES", 0)
     streamed = small_fit(cells)
     assert all(torch.equal(a, b) for a, b in zip(parameters(resident), parameters(streamed), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("largest", "stored"), [(255, torch.uint8), (256, torch.int16), (32767, torch.int16), (32768, torch.float32)]
+)
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_array])
+def test_counts_lie_on_the_device_in_the_smallest_type(largest, stored, form):
+    from pyro_scvi.minibatches import Minibatches
+
+    x = np.random.default_rng(0).poisson(1.0, size=(40, 7)) + 1
+    x[3, 2] = largest
+    batches = Minibatches(ps.Cells.from_counts(form(x)), torch.device("cpu"))
+    assert batches.resident.dtype == stored
+    rows, gamma = batches.rows(torch.tensor([3, 0, 3]))
+    np.testing.assert_array_equal(rows, x[[3, 0, 3]])
+    assert rows.dtype == torch.float32
+    assert gamma.shape == (3, 0)
+
+
+def test_values_between_integers_are_not_rounded():
+    from pyro_scvi.minibatches import Minibatches
+
+    x = np.array([[1.0, 0.5], [2.0, 3.25]])
+    batches = Minibatches(ps.Cells.from_counts(x, allow_non_integer=True), torch.device("cpu"))
+    np.testing.assert_array_equal(batches.rows(torch.arange(2))[0], x)
 
 
 def test_covariates_reach_decoder_and_by_choice_encoder(batched_cells):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyro_scvi.networks import BatchNorm, Decoder, Encoder, LayerNorm
+from pyro_scvi.networks import BatchNorm, Decoder, Encoder, LayerNorm, _Dropout
 
 NORMS = [BatchNorm(), LayerNorm(), None]
 
@@ -49,3 +49,32 @@ def test_initial_sd():
     assert weights.abs().max() <= 0.02
     assert float(weights.std()) == pytest.approx(0.0088, rel=0.05)  # a normal truncated at two standard deviations
     assert not decoder.heads["log_mean"].bias.any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(2001,), (3, 5, 401)])
+def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p, shape):
+    """Share within 5 standard errors: fails by chance once in a million."""
+    dropout = _Dropout(p).train()
+    x = torch.ones(40, *shape, requires_grad=True)
+    out = dropout(x)
+    kept = out > 0
+    assert abs(kept.double().mean() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)), rtol=1e-3, atol=0)
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    halves = kept.double().flatten(1)
+    assert abs(torch.corrcoef(torch.stack([halves[:, :-1].flatten(), halves[:, 1:].flatten()]))[0, 1]) < 0.02
+
+
+def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
+    dropout, x = _Dropout(0.3), torch.ones(1000)
+    masks = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        masks.append(dropout.train()(x))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(_Dropout(0.0).train()(x), x)
+    assert not _Dropout(1.0).train()(x).any()

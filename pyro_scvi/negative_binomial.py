@@ -1,0 +1,329 @@
+"""Log probabilities of negative binomial counts and their gradients, to float32's last digits and in one pass."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_FAR = 60  # exp(60) is past every count; near exp(88) float32 ends and values and gradients would be NaN
+_CANCELS = 16  # counts above which a difference of large logarithms loses more than a few units in the last place
+
+
+def log_negative_binomial(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
+    """Log NB(x; mu, r), differentiable twice; counts broadcast against parameters."""
+    x, *parameters = _aligned(x, log_mean, log_r)
+    return _NegativeBinomialLogProb.apply(x, *(parameter.clamp(-_FAR, _FAR) for parameter in parameters))
+
+
+def log_zero_inflated(x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor) -> Tensor:
+    """Log of pi 1[x = 0] + (1 - pi) NB(x; mu, r) with logit pi = ``gate``, differentiable twice."""
+    inputs = _aligned(x, log_mean, log_r, gate)
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in inputs)
+    return _ZeroInflatedLogProb.apply(*inputs, trained)[0]
+
+
+def inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
+    """Log p(x) with technical zeros: (1 + p / o) pi at x = 0 and (p / o) pi above, o = exp(gate) the odds of one."""
+    odds = log_prob - gate
+    return torch.where(x == 0, _softplus(odds), odds) - _softplus(-gate)
+
+
+def _aligned(x: Tensor, log_mean: Tensor, log_r: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Counts and parameters in one precision and of one shape, but for leading dimensions that counts may lack."""
+    x = x.to(log_mean.dtype)
+    shape = torch.broadcast_shapes(x.shape, log_mean.shape)
+    x = x.expand(shape[max(0, len(shape) - 2) :]) if x.dim() <= 2 else x.expand(shape)
+    return x, *(parameter.expand(shape) for parameter in (log_mean, log_r, *others))
+
+
+class _ZeroInflatedLogProb(torch.autograd.Function):
+    """Log p(x) of a zero-inflated negative binomial and its gradients, in one pass.
+
+    With m = mu / (r + mu), n = r log(1 - m) the log probability that the base gives to 0 and s its share in a zero,
+
+        x = 0:  log p = softplus(n - g) - softplus(-g),  s = sigmoid(n - g)
+                d / dg = 1 - s - sigmoid(g),  d / d log mu = -s r m,  d / d log r = s (n + r m)
+        x = 1:  log p = n + log mu + log(1 - m) - softplus(g),
+                d / dg = -sigmoid(g),  d / d log mu = 1 - m - r m,  d / d log r = n + r m + m
+        x > 1:  log p = log NB(x) - softplus(g),  d / dg = -sigmoid(g), the others those of the base
+
+    Most counts of a cell are 0 or 1, which need no gamma function. Returns the value, then the gradients, which are no
+    outputs of the law but wait here for the backward pass. Second derivatives come from the same law composed of
+    differentiable steps.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+        log_mean, gate = log_mean.contiguous().clamp(-_FAR, _FAR), gate.contiguous()
+        log_r = _distinct(log_r).clamp(-_FAR, _FAR)
+        ones, several = _ones_and_others(x)
+        r, log_ratio = log_r.exp(), log_mean - log_r
+        softplus, softplus_gate = _softplus(log_ratio), _softplus(gate)
+        zero = softplus.mul(r).neg_()
+        odds = zero - gate
+        out = _softplus(odds).add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
+        one = [ones.of(dense) for dense in (zero, log_mean, softplus, softplus_gate)]
+        ones.write(one[0] + one[1] - one[2] - one[3], out)
+        of_several = _Positive(several.x, several.of(log_mean), several.of(log_r.expand_as(log_mean)))
+        several.write(of_several.log_prob() - several.of(softplus_gate), out)
+        if not gradients:
+            return (out,)
+        share, mean_share = odds.sigmoid_(), log_ratio.sigmoid_()
+        rate = mean_share * r
+        by_mean, by_r = (share * rate).neg_(), (rate + zero).mul_(share)
+        of_gate = torch.sigmoid(gate).neg_()
+        by_gate = (of_gate + 1).sub_(share)
+        of_one, rate_of_one = ones.of(mean_share), ones.of(rate)
+        at_ones = 1 - of_one - rate_of_one, one[0] + rate_of_one + of_one, ones.of(of_gate)
+        at_several = *of_several.gradients(), several.of(of_gate)
+        for dense, *at in zip((by_mean, by_r, by_gate), at_ones, at_several, strict=True):
+            ones.write(at[0], dense)
+            several.write(at[1], dense)
+        return out, by_mean, by_r, by_gate
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors[:4]
+        if grad is None:
+            return (None,) * 5
+        if not torch.is_grad_enabled():
+            return None, *(grad * by for by in ctx.saved_tensors[4:]), None
+        log_mean, log_r, gate = parameters
+        base = _NegativeBinomialLogProb.apply(x, log_mean.clamp(-_FAR, _FAR), log_r.clamp(-_FAR, _FAR))
+        return None, *torch.autograd.grad(inflated(x, base, gate), parameters, grad, create_graph=True), None
+
+
+class _NegativeBinomialLogProb(torch.autograd.Function):
+    """Value in the forward pass, closed-form gradients in the backward pass (which can be differentiated again).
+
+    With u = (x - mu) / (r + mu), v = -(r / x) u, l(t) = log1p(t) - t and d the Stirling error of the gamma function,
+
+        x = 0:  log p = -r log1p(mu / r)
+        x > 0:  log p = r l(u) + x l(v) + d(r + x) - d(r) - log1p(x / r) / 2 - d(x) - log(2 pi x) / 2
+        d log p / d log mu = (x - mu) r / (r + mu)
+        d log p / d log r  = r l(u) + r (psi(r + x) - psi(r) - log1p(x / r))
+
+    The counts may lack leading dimensions of the parameters; what depends on them alone is computed once.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
+        counted = _counted(x)
+        out = (-log_r.exp() * _softplus(log_mean - log_r)).contiguous()
+        counted.write(_Positive(counted.x, counted.of(log_mean), counted.of(log_r)).log_prob(), out)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, log_mean, log_r = ctx.saved_tensors
+        counted = _counted(x)
+        share = torch.sigmoid(log_mean - log_r)  # mu / (r + mu), which is -u where x = 0
+        by_r = log_r.exp() * _log1p_minus(-share, -_softplus(log_mean - log_r))
+        by_mean = -log_r.exp() * share
+        of_counted = _Positive(counted.x, counted.of(log_mean), counted.of(log_r)).gradients()
+        by_mean, by_r = (
+            counted.replaced(values, dense) for values, dense in zip(of_counted, (by_mean, by_r), strict=True)
+        )
+        return None, grad * by_mean, grad * by_r
+
+
+class _Positive:
+    """Log NB(x) and its gradients at counts above zero, with what they have in common computed once.
+
+    The counts are (entries,), the parameters (leading, entries).
+    """
+
+    def __init__(self, x: Tensor, log_mean: Tensor, log_r: Tensor) -> None:
+        self.x, self.log_mean, self.log_r, self.r = x, log_mean, log_r, log_r.exp()
+        self.log_odds = torch.log1p(x / self.r)
+        self.log_ratio = self.log_odds - _softplus(log_mean - log_r)  # log1p(u) without the rounding of u near -1
+        self.gamma = _Shifted(torch.stack((self.r, self.r + x, x.expand_as(self.r))))
+        self.large = _selected(x, x > _CANCELS)
+
+    def log_prob(self) -> Tensor:
+        """Log NB(x)."""
+        log_x = self.x.log()
+        of_r, of_sum, of_x = self.gamma.stirling_error()
+        deviance = self.gamma.a[1] * self.log_ratio + self.x * (self.log_mean - log_x)  # its linear terms cancel
+        if self.large:
+            deviance = self.large.replaced(self._deviance_of_large(), deviance)
+        return deviance + of_sum - of_r - of_x - 0.5 * (self.log_odds + log_x) - _HALF_LOG_2PI
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """By log mu and by log r."""
+        mean = self.log_mean.exp()
+        gap = self.x - mean
+        u = gap / (self.r + mean)
+        log1p_minus = self.log_ratio - u
+        if self.large:
+            series = _log1p_minus(self.large.of(u), self.large.of(self.log_ratio))
+            log1p_minus = self.large.replaced(series, log1p_minus)
+        of_r, of_sum, _ = self.gamma.log_minus_psi()
+        return gap * torch.sigmoid(self.log_r - self.log_mean), self.r * (log1p_minus + of_r - of_sum)
+
+    def _deviance_of_large(self) -> Tensor:
+        """R l(u) + x l(v), each by its series where it is small: their sum in full would lose digits."""
+        x = self.large.x
+        log_mean, r, log1p_u = (self.large.of(t) for t in (self.log_mean, self.r, self.log_ratio))
+        mean = log_mean.exp()
+        u = (x - mean) / (r + mean)
+        v, log1p_v = -(r / x) * u, log_mean - x.log() + log1p_u
+        of_u, of_v = _log1p_minus(torch.stack((u, v)), torch.stack((log1p_u, log1p_v)))
+        return r * of_u + x * of_v
+
+
+def _log1p_minus(t: Tensor, log1p_t: Tensor) -> Tensor:
+    """log1p(t) - t; where t is small by the series of 2 artanh(s), s = t / (2 + t), else from the given log1p(t)."""
+    s = t / (2 + t)
+    square = s * s
+    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11 + square / 13))))
+    return torch.where(t.abs() < 0.1, s * (2 * square * series - t), log1p_t - t)
+
+
+class _Shifted:
+    """What the gamma function's asymptotic series need at a > 0, taken at a + k where they are exact to rounding."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a, self.k = a, 12 if a.dtype == torch.float64 else 3
+        self.inverse = 1 / (a + self.k)
+        self.square = self.inverse * self.inverse
+        self.log_shift = torch.log1p(self.k / a)
+
+    def stirling_error(self) -> Tensor:
+        """d(a) = log Gamma(a + 1) - (a + 1/2) log a + a - log(2 pi) / 2.
+
+        As s(a + k) + (a + 1/2) log1p(k / a) - k - log prod_{j < k} (a + j) / (a + k), j from 1, s Stirling's series.
+        """
+        series = _polynomial(self.square, (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)) * self.inverse
+        product = (self.a + 1) * self.inverse
+        for j in range(2, self.k):
+            product = product * ((self.a + j) * self.inverse)
+        return series + (self.a + 0.5) * self.log_shift - self.k - product.log()
+
+    def log_minus_psi(self) -> Tensor:
+        """Log a - psi(a), psi the digamma function."""
+        series = _polynomial(self.square, (1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132)) * self.square
+        series = series + 0.5 * self.inverse
+        for j in range(self.k):
+            series = series + 1 / (self.a + j)
+        return series - self.log_shift
+
+
+def _polynomial(t: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """Sum of c_i t^i."""
+    value = t * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
+        value = (value + coefficient) * t
+    return value + coefficients[0]
+
+
+class _Gathered(NamedTuple):
+    """Some entries of the counts, gathered: their values and their positions ``at`` in the flattened counts.
+
+    Parameters may have leading dimensions that the counts lack; theirs are (leading, entries).
+    """
+
+    x: Tensor
+    at: Tensor
+    size: int
+
+    def __bool__(self) -> bool:
+        return len(self.at) > 0
+
+    def of(self, dense: Tensor) -> Tensor:
+        """These entries of a tensor."""
+        return dense.reshape(-1, self.size).index_select(1, self.at)
+
+    def write(self, values: Tensor, dense: Tensor) -> None:
+        """Set these entries of a contiguous tensor."""
+        dense.view(-1, self.size).index_copy_(1, self.at, values)
+
+    def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
+        """A tensor with these entries set, differentiable by both."""
+        return dense.reshape(-1, self.size).index_copy(1, self.at, values).reshape(dense.shape)
+
+
+class _Masked(NamedTuple):
+    """Some entries of the counts, left in their places: everything is computed everywhere, with x = 1 elsewhere.
+
+    For devices that compute faster than they can tell the host how many entries there are.
+    """
+
+    x: Tensor
+    mask: Tensor
+
+    def __bool__(self) -> bool:
+        return True
+
+    def of(self, dense: Tensor) -> Tensor:
+        """All entries of a tensor."""
+        return dense.reshape(-1, len(self.mask))
+
+    def write(self, values: Tensor, dense: Tensor) -> None:
+        """Set the entries of the mask in a contiguous tensor."""
+        flat = dense.view(-1, len(self.mask))
+        torch.where(self.mask, values, flat, out=flat)
+
+    def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
+        """A tensor with the entries of the mask set, differentiable by both."""
+        return torch.where(self.mask, values, dense.reshape(-1, len(self.mask))).reshape(dense.shape)
+
+
+_Entries = _Gathered | _Masked
+
+
+def _gathers(device: torch.device) -> bool:
+    """Whether to gather entries: on a CPU, where NumPy finds them several times faster than torch does."""
+    return device.type == "cpu"
+
+
+def _selected(x: Tensor, mask: Tensor) -> _Entries:
+    x, mask = x.reshape(-1), mask.reshape(-1)
+    if not _gathers(x.device):
+        return _Masked(torch.where(mask, x, 1.0), mask)
+    at = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return _Gathered(x.index_select(0, at), at, len(x))
+
+
+def _counted(x: Tensor) -> _Entries:
+    """The entries above zero."""
+    return _selected(x, x > 0)
+
+
+def _ones_and_others(x: Tensor) -> tuple[_Entries, _Entries]:
+    """The entries that are 1, and the others above zero."""
+    counted = _counted(x)
+    is_one = counted.x == 1
+    if isinstance(counted, _Masked):
+        return _selected(x, x == 1), _Masked(counted.x, counted.mask & ~is_one)
+    at, one = counted.at.numpy(), is_one.numpy()
+    parts = [torch.from_numpy(positions) for positions in (at[one], at[~one])]
+    ones, others = (_Gathered(x.reshape(-1).index_select(0, part), part, counted.size) for part in parts)
+    return ones, others
+
+
+def _distinct(parameter: Tensor) -> Tensor:
+    """A tensor without the repetitions that an expansion gave it: one entry along those dimensions."""
+    for dim, stride in enumerate(parameter.stride()):
+        if stride == 0:
+            parameter = parameter.narrow(dim, 0, 1)
+    return parameter
+
+
+def _softplus(t: Tensor) -> Tensor:
+    """log(1 + exp(t)); torch's default drops the second term from t = 20 on, an error of 2e-9 in float64."""
+    return F.softplus(t, threshold=40.0)
