@@ -50,6 +50,7 @@ def test_the_law_knows_nothing_of_data_fitting_or_tables():
         "errors",
         "libraries",
         "likelihoods",
+        "negative_binomial",
         "networks",
         "parts",
         "plates",
