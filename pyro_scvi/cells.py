@@ -205,10 +205,15 @@ class Cells:
         DataError
             If either part would be empty.
         """
+        train, test = self.split_rows(held_out, seed)
+        return self.take(train), self.take(test)
+
+    def split_rows(self, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of (train, test) as :meth:`split` takes them, without a copy of the counts."""
         n_test = number_held_out(held_out, self.n_cells)
         is_test = np.zeros(self.n_cells, dtype=bool)
         is_test[np.random.default_rng(seed).permutation(self.n_cells)[:n_test]] = True
-        return self.take(~is_test), self.take(is_test)
+        return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
     def with_batch(self, name: str) -> "Cells":
         """Return the same cells as if all were of one batch; ``obs`` keeps the batches as recorded.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.counts import smallest_type
+from pyro_scvi.counts import Counts, smallest_type
 from pyro_scvi.errors import FitError
 
 RESIDENT_BYTES = 2**28  # up to here a dense copy of the counts is held in main memory, beside the matrix of the cells
@@ -34,43 +34,64 @@ def resident_bytes(device: torch.device) -> int:
 
 
 class Minibatches:
-    """Counts and covariates of ``cells`` as tensors on ``device``, by rows.
+    """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
 
-    The counts lie on the device in the smallest type that holds them, unless they are too many: then rows come from
-    the matrix of the cells.
+    The counts lie on the device in the smallest type that holds them, unless they are too many: then minibatches come
+    from the matrix of the cells.
     """
 
-    def __init__(self, cells: Cells, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        cells: Cells,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        selected: np.ndarray | None = None,
+    ) -> None:
         self.cells, self.device, self.dtype = cells, device, dtype
-        self.gamma = torch.from_numpy(cells.covariates).to(device, dtype)
+        self.selected = np.arange(cells.n_cells) if selected is None else selected
+        self.n_cells = len(self.selected)
+        self.gamma = torch.from_numpy(cells.covariates[self.selected]).to(device, dtype)
         stored = smallest_type(cells.counts)
-        fits = cells.n_cells * cells.n_genes * stored.itemsize <= resident_bytes(device)
+        fits = self.n_cells * cells.n_genes * stored.itemsize <= resident_bytes(device)
         self.resident = self._moved(stored) if fits else None
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Counts (rows, genes) and covariates (rows, covariates) of the given rows."""
         gamma = self.gamma.index_select(0, index)
         if self.resident is None:
-            return self.cells[index.cpu().numpy()][0].to(self.device, self.dtype), gamma
+            x, _ = self.cells[self.selected[index.cpu().numpy()]]
+            return x.to(self.device, self.dtype), gamma
         return self.resident.index_select(0, index).to(self.dtype), gamma
 
     def shuffled(self, batch_size: int) -> Iterator[Tensor]:
         """Row indices of one epoch: every cell once, in batches of as equal size as possible."""
-        order = torch.randperm(self.cells.n_cells).to(self.device)
+        order = torch.randperm(self.n_cells).to(self.device)
         yield from order.tensor_split(math.ceil(len(order) / batch_size))
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Counts and covariates of all cells, in the order of the file."""
-        for rows in torch.arange(self.cells.n_cells, device=self.device).split(batch_size):
+        for rows in torch.arange(self.n_cells, device=self.device).split(batch_size):
             yield self.rows(rows)
 
+    def totals(self) -> np.ndarray:
+        """Total count of each cell, (cells,)."""
+        return self.cells.totals[self.selected]
+
+    def gene_means(self) -> np.ndarray:
+        """Mean count of each gene, (genes,)."""
+        return np.sum([np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()], 0) / self.n_cells
+
     def _moved(self, stored: np.dtype) -> Tensor:
-        """All counts on the device, brought there in blocks: no dense copy of a wider type is ever held."""
-        counts = self.cells.counts
-        rows = torch.empty(counts.shape, dtype=getattr(torch, stored.name), device=self.device)
-        size = max(1, _BLOCK // counts.shape[1])
-        for start in range(0, len(rows), size):
-            block = counts[start : start + size]
-            block = block if isinstance(block, np.ndarray) else block.toarray()
-            rows[start : start + size] = torch.from_numpy(block.astype(stored, copy=False))
-        return rows
+        """All counts on the device; no dense copy of a wider type is ever held."""
+        shape = self.n_cells, self.cells.n_genes
+        moved = torch.empty(shape, dtype=getattr(torch, stored.name), device=self.device)
+        for rows, block in self._blocks():
+            dense = block if isinstance(block, np.ndarray) else block.toarray()
+            moved[rows] = torch.from_numpy(dense.astype(stored, copy=False)).to(self.device)
+        return moved
+
+    def _blocks(self) -> Iterator[tuple[slice, Counts]]:
+        size = max(1, _BLOCK // self.cells.n_genes)
+        for start in range(0, self.n_cells, size):
+            rows = slice(start, start + size)
+            yield rows, self.cells.counts[self.selected[rows]]
