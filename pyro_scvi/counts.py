@@ -12,6 +12,7 @@ from pyro_scvi.errors import DataError
 Counts = np.ndarray | sparse.csr_array
 
 _SCAN_SIZE = 2**22  # entries per block: the scan's temporaries stay at a few MB whatever the matrix
+_CELLS_AT_ONCE = 2**14  # whose totals are added up together
 
 
 def canonical(matrix: Any, source: str) -> Counts:
@@ -55,9 +56,12 @@ def cell_totals(counts: Counts) -> np.ndarray:
     if isinstance(counts, np.ndarray):
         return counts.sum(axis=1, dtype=np.float64)
     totals = np.zeros(counts.shape[0])
-    filled = np.flatnonzero(np.diff(counts.indptr))
-    if filled.size:
-        totals[filled] = np.add.reduceat(counts.data, counts.indptr[filled], dtype=np.float64)
+    for start in range(0, len(totals), _CELLS_AT_ONCE):  # a sum in float64 converts what it is given all at once
+        bounds = counts.indptr[start : start + _CELLS_AT_ONCE + 1]
+        filled = np.flatnonzero(np.diff(bounds))
+        if filled.size:
+            values, firsts = counts.data[bounds[0] : bounds[-1]], bounds[filled] - bounds[0]
+            totals[start + filled] = np.add.reduceat(values, firsts, dtype=np.float64)
     return totals
 
 

@@ -23,7 +23,7 @@ def log_zero_inflated(x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor) 
     """Log of pi 1[x = 0] + (1 - pi) NB(x; mu, r) with logit pi = ``gate``, differentiable twice."""
     inputs = _aligned(x, log_mean, log_r, gate)
     trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in inputs)
-    return _ZeroInflatedLogProb.apply(*inputs, trained)[0]
+    return _ZeroInflatedLogProb.apply(*inputs, trained)
 
 
 def inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
@@ -35,6 +35,8 @@ def inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
 def _aligned(x: Tensor, log_mean: Tensor, log_r: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Counts and parameters in one precision and of one shape, but for leading dimensions that counts may lack."""
     x = x.to(log_mean.dtype)
+    if all(parameter.shape == x.shape for parameter in (log_mean, log_r, *others)):
+        return x, log_mean, log_r, *others
     shape = torch.broadcast_shapes(x.shape, log_mean.shape)
     x = x.expand(shape[max(0, len(shape) - 2) :]) if x.dim() <= 2 else x.expand(shape)
     return x, *(parameter.expand(shape) for parameter in (log_mean, log_r, *others))
@@ -51,13 +53,13 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
                 d / dg = -sigmoid(g),  d / d log mu = 1 - m - r m,  d / d log r = n + r m + m
         x > 1:  log p = log NB(x) - softplus(g),  d / dg = -sigmoid(g), the others those of the base
 
-    Most counts of a cell are 0 or 1, which need no gamma function. Returns the value, then the gradients, which are no
-    outputs of the law but wait here for the backward pass. Second derivatives come from the same law composed of
-    differentiable steps.
+    Most counts of a cell are 0 or 1, which need no gamma function. Second derivatives come from the same law
+    composed of differentiable steps.
     """
 
     @staticmethod
-    def forward(x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor, gradients: bool) -> Tensor:
+        inputs = x, log_mean, log_r, gate
         log_mean, gate = log_mean.contiguous().clamp(-_FAR, _FAR), gate.contiguous()
         log_r = _distinct(log_r).clamp(-_FAR, _FAR)
         ones, several = _ones_and_others(x)
@@ -71,7 +73,7 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         of_several = _Positive(several.x, several.of(log_mean), several.of(log_r.expand_as(log_mean)))
         several.write(of_several.log_prob() - several.of(softplus_gate), out)
         if not gradients:
-            return (out,)
+            return out
         share, mean_share = odds.sigmoid_(), log_ratio.sigmoid_()
         rate = mean_share * r
         by_mean, by_r = (share * rate).neg_(), (rate + zero).mul_(share)
@@ -83,19 +85,12 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         for dense, *at in zip((by_mean, by_r, by_gate), at_ones, at_several, strict=True):
             ones.write(at[0], dense)
             several.write(at[1], dense)
-        return out, by_mean, by_r, by_gate
+        ctx.save_for_backward(*inputs, by_mean, by_r, by_gate)
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:4], *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors[:4]
-        if grad is None:
-            return (None,) * 5
         if not torch.is_grad_enabled():
             return None, *(grad * by for by in ctx.saved_tensors[4:]), None
         log_mean, log_r, gate = parameters
@@ -117,15 +112,12 @@ class _NegativeBinomialLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
+        ctx.save_for_backward(x, log_mean, log_r)
         counted = _counted(x)
         out = (-log_r.exp() * _softplus(log_mean - log_r)).contiguous()
         counted.write(_Positive(counted.x, counted.of(log_mean), counted.of(log_r)).log_prob(), out)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

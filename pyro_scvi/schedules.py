@@ -12,7 +12,7 @@ from pyro_scvi.errors import FitError
 class OneCycle:
     """Learning rate up to ``peak`` over the first 30 % of all steps, then down to nearly nothing (Smith 2018)."""
 
-    peak: float = 1e-2
+    peak: float = 2e-2
 
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser that will make ``steps`` steps."""
