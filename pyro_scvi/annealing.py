@@ -12,9 +12,10 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.chains import Whitened, transition
 from pyro_scvi.coordinates import LogTerms, log_terms, prior_sites
+from pyro_scvi.errors import require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import LogJoint, Proposal, evidence_of, laplace_scale_tril, refine
-from pyro_scvi.posterior import evaluating, minibatches, require_at_least, start
+from pyro_scvi.posterior import evaluating, minibatches, start
 from pyro_scvi.priors import require_proper
 
 if TYPE_CHECKING:

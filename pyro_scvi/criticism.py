@@ -14,9 +14,9 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.model import SCVI
-from pyro_scvi.posterior import evaluating, minibatches, require_at_least
+from pyro_scvi.posterior import evaluating, minibatches
 from pyro_scvi.samplers import Amortized, Sampler
 from pyro_scvi.sampling import decoded
 from pyro_scvi.seeding import seeded

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.special import betainc, expit
 from torch import Tensor
 
+from pyro_scvi.all_pairs import AllPairs
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.minibatches import Minibatches
-from pyro_scvi.posterior import evaluating, minibatches, require_at_least
+from pyro_scvi.pairs import Estimate, Groups, MatchedPairs
+from pyro_scvi.posterior import evaluating, minibatches
 from pyro_scvi.samplers import Amortized, Sampler
-from pyro_scvi.sampling import decoded
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
-
-Pairing = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,18 @@ class DepthLaden:
         return theta["log_mean"]
 
 
+@dataclass(frozen=True)
+class _Question:
+    fit: Fit
+    cells: Cells
+    batches: Minibatches
+    contrast: DepthCorrected | DepthLaden
+    delta: float
+    pairing: AllPairs | MatchedPairs
+    sampler: Sampler
+    seed: int
+
+
 def differential_expression(
     fit: Fit,
     cells: Cells,
@@ -56,6 +65,7 @@ def differential_expression(
     within_batch: bool = False,
     largest_se: float = 0.005,
     most_pairs: int = 20_000,
+    pairing: AllPairs | None = None,
     sampler: Sampler = Amortized(),
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -83,6 +93,9 @@ def differential_expression(
         Pair cells of the same batch only.
     largest_se, most_pairs
         Pairs are added until the standard error of every gene's ``p_a_lt_b`` is below ``largest_se``.
+    pairing
+        ``AllPairs(samples=...)`` takes so many draws of each group and all their pairs, in place of the three arguments
+        above; it needs one dispersion per gene.
     sampler, seed
         As in ``sample_posterior``.
 
@@ -90,8 +103,9 @@ def differential_expression(
     -------
     DataFrame by gene (and group, when each is compared with the rest)
         ``p_a_lt_b``, its Monte Carlo standard error ``se``, ``log_bayes_factor`` (natural log odds of w_a < w_b, p
-        clipped to [1 / 2M, 1 - 1 / 2M] for M pairs, so that it is finite), ``lfc_mean``, ``lfc_sd``, ``lfc_low``,
-        ``lfc_high`` (log2 of mean b over mean a: mean, sd and 95 % interval), ``p_lfc`` = P(\|lfc\| > delta), ``fdr``
+        clipped to [1 / 2M, 1 - 1 / 2M] for M pairs that share no draw, so that it is finite), ``lfc_mean``,
+        ``lfc_sd``, ``lfc_low``, ``lfc_high`` (log2 of mean b over mean a: mean, sd and 95 % interval),
+        ``p_lfc`` = P(\|lfc\| > delta), ``fdr``
         (expected false discoveries among this gene and all with larger p_lfc), ``mean_a``, ``mean_b`` (raw counts),
         ``detected_a``, ``detected_b`` (share of cells above zero).
 
@@ -100,107 +114,63 @@ def differential_expression(
     DataError
         For an unknown, empty or doubly named group, or no batch in common.
     ModelError
-        For a contrast, ``delta``, ``largest_se`` or ``most_pairs`` that cannot be, or a likelihood without w.
+        For a contrast, pairing or number that cannot be, a likelihood without w, or AllPairs where cells differ in
+        dispersion.
     """
-    _check_options(contrast, delta, largest_se, most_pairs)
+    _check_options(contrast, delta)
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = _labels(cells, groupby)
-    plan = _Plan(contrast, delta, within_batch, largest_se, most_pairs, sampler, seed)
+    plan = _pairing(pairing, within_batch, largest_se, most_pairs)
+    question = _Question(fit, cells, minibatches(fit, cells), contrast, delta, plan, sampler, seed)
     if group_a is None:
         if group_b is not None:
             raise DataError("group_b without group_a: name group_a, or leave both out to compare each with the rest")
         groups = pd.unique(labels[~pd.isna(labels)])  # cells without a label are part of every rest
         if not len(groups):
             raise DataError("no cell has a label: there is nothing to compare")
-        tables = {group: _compared(fit, cells, plan, *_members(labels, group, None)) for group in groups}
+        tables = {group: _compared(question, *_members(labels, group, None)) for group in groups}
         return pd.concat(tables, names=["group"])
-    return _compared(fit, cells, plan, *_members(labels, group_a, group_b))
+    return _compared(question, *_members(labels, group_a, group_b))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    contrast: DepthCorrected | DepthLaden
-    delta: float
-    within_batch: bool
-    largest_se: float
-    most_pairs: int
-    sampler: Sampler
-    seed: int
+def _compared(question: _Question, rows_a: np.ndarray, rows_b: np.ndarray) -> pd.DataFrame:
+    fit, cells = question.fit, question.cells
+    groups = Groups(fit, cells, question.batches, rows_a, rows_b, question.contrast, question.sampler)
+    with evaluating(fit.model, fit.guide, question.seed):
+        found = question.pairing.estimate(groups, np.random.default_rng(question.seed), question.delta)
+    table = _summary(found) | _raw(cells, rows_a, "a") | _raw(cells, rows_b, "b")
+    return pd.DataFrame(table, index=pd.Index(cells.gene_names, name="gene"))
 
 
-class _Side(NamedTuple):
-    """One cell per pair: log mean on the contrast's scale and log r, float64 arrays (pairs, genes)."""
-
-    log_mean: np.ndarray
-    log_r: np.ndarray | None
-
-
-PAIRS, AT_ONCE = 1000, 128  # pairs between looks at the standard errors, cells drawn at a time
-
-
-def _compared(fit: Fit, cells: Cells, plan: _Plan, rows_a: np.ndarray, rows_b: np.ndarray) -> pd.DataFrame:
-    generator, batches = np.random.default_rng(plan.seed), minibatches(fit, cells)
-    draw_pairs = _same_batch_pairs(cells, rows_a, rows_b) if plan.within_batch else _any_pairs(rows_a, rows_b)
-    total, squares, changes, n = 0.0, 0.0, list[np.ndarray](), 0
-    with evaluating(fit.model, fit.guide, plan.seed):
-        while n < plan.most_pairs:
-            pairs = draw_pairs(generator, min(PAIRS, plan.most_pairs - n))
-            a, b = (_side(fit, batches, rows, plan) for rows in pairs)
-            p = probability_less(a, b)
-            total, squares, n = total + p.sum(0), squares + np.square(p).sum(0), n + len(p)
-            changes.append(((b.log_mean - a.log_mean) / np.log(2)).astype(np.float32))
-            mean = total / n
-            se = np.sqrt(np.maximum(squares / n - np.square(mean), 0) / n)
-            if se.max() <= plan.largest_se:
-                break
-    table = _summary(mean, se, n, np.concatenate(changes), plan.delta)
-    raw = _raw(cells, rows_a, "a") | _raw(cells, rows_b, "b")
-    return pd.DataFrame(table | raw, index=pd.Index(cells.gene_names, name="gene"))
+def _pairing(given: AllPairs | None, within_batch: bool, largest_se: float, most_pairs: int) -> AllPairs | MatchedPairs:
+    if given is None:
+        return MatchedPairs(largest_se, most_pairs, within_batch)
+    if not isinstance(given, AllPairs):
+        raise ModelError(f"pairing must be AllPairs(...), or None for matched pairs, got {given!r}")
+    if within_batch:
+        raise ModelError("AllPairs pairs cells of all batches; leave pairing out, or within_batch")
+    return given
 
 
-def probability_less(a: _Side, b: _Side) -> np.ndarray:
-    """P(w_a < w_b | z_a, z_b), (pairs, genes); where w is its mean exactly, 1, 0, or 1/2 for equals."""
-    gap = b.log_mean - a.log_mean
-    if a.log_r is None or b.log_r is None:
-        return 0.5 * (1 + np.sign(gap))
-    # b_a / (b_a + b_b) with log b = log r - log mu
-    return betainc(np.exp(a.log_r), np.exp(b.log_r), expit(a.log_r - b.log_r + gap))
-
-
-def _side(fit: Fit, batches: Minibatches, rows: np.ndarray, plan: _Plan) -> _Side:
-    means, dispersions = list[np.ndarray](), list[np.ndarray]()
-    for part in torch.as_tensor(rows, device=fit.device).split(AT_ONCE):
-        x, gamma = batches.rows(part)
-        theta = decoded(fit, x, gamma, plan.sampler.draw(fit.guide, x, gamma, 1))
-        log_mean, log_r = plan.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
-        means.append(_double(log_mean[0]))
-        if log_r is not None:
-            dispersions.append(_double(log_r.expand(log_mean.shape)[0]))
-    return _Side(np.concatenate(means), np.concatenate(dispersions) if dispersions else None)
-
-
-def _check_options(contrast: Any, delta: float, largest_se: float, most_pairs: int) -> None:
+def _check_options(contrast: Any, delta: float) -> None:
     if not isinstance(contrast, DepthCorrected | DepthLaden):
         raise ModelError(f"contrast must be DepthCorrected() or DepthLaden(), got {contrast!r}")
-    if not (delta >= 0 and largest_se >= 0):
-        raise ModelError(f"delta and largest_se must be 0 or more, got {delta} and {largest_se}")
-    require_at_least(2, most_pairs=most_pairs)
+    if not delta >= 0:
+        raise ModelError(f"delta must be 0 or more, got {delta}")
 
 
-def _summary(p: np.ndarray, se: np.ndarray, n: int, changes: np.ndarray, delta: float) -> dict[str, np.ndarray]:
-    clipped = np.clip(p, 0.5 / n, 1 - 0.5 / n)
-    low, high = np.quantile(changes, [0.025, 0.975], axis=0)
-    p_lfc = (np.abs(changes) > delta).mean(0)
+def _summary(found: Estimate) -> dict[str, np.ndarray]:
+    clipped = np.clip(found.p, 0.5 / found.n, 1 - 0.5 / found.n)
     return {
-        "p_a_lt_b": p,
-        "se": se,
+        "p_a_lt_b": found.p,
+        "se": found.se,
         "log_bayes_factor": np.log(clipped) - np.log1p(-clipped),
-        "lfc_mean": changes.mean(0),
-        "lfc_sd": changes.std(0),
-        "lfc_low": low,
-        "lfc_high": high,
-        "p_lfc": p_lfc,
-        "fdr": expected_fdr(p_lfc),
+        "lfc_mean": found.lfc_mean,
+        "lfc_sd": found.lfc_sd,
+        "lfc_low": found.lfc_low,
+        "lfc_high": found.lfc_high,
+        "p_lfc": found.p_lfc,
+        "fdr": expected_fdr(found.p_lfc),
     }
 
 
@@ -240,33 +210,6 @@ def _members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) ->
     if not in_b.any():
         raise DataError(f"every cell is in group {group_a!r}: there is no rest to compare it with")
     return np.flatnonzero(labels == group_a), np.flatnonzero(in_b)
-
-
-def _any_pairs(rows_a: np.ndarray, rows_b: np.ndarray) -> Pairing:
-    return lambda generator, n: (generator.choice(rows_a, n), generator.choice(rows_b, n))
-
-
-def _same_batch_pairs(cells: Cells, rows_a: np.ndarray, rows_b: np.ndarray) -> Pairing:
-    """Pairs within a batch, batches in proportion to how many cells of both groups they hold."""
-    if not cells.n_batches:
-        raise DataError("within_batch needs cells with batches; make the Cells with batch=")
-    batch = cells.covariates[:, : cells.n_batches].argmax(1)
-    both = [(rows_a[batch[rows_a] == k], rows_b[batch[rows_b] == k]) for k in range(cells.n_batches)]
-    both = [(a, b) for a, b in both if len(a) and len(b)]
-    if not both:
-        raise DataError("no batch holds cells of both groups; compare without within_batch")
-    weights = np.array([min(len(a), len(b)) for a, b in both], dtype=float)
-
-    def draw(generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        sizes = generator.multinomial(n, weights / weights.sum())
-        chosen = [(generator.choice(a, k), generator.choice(b, k)) for (a, b), k in zip(both, sizes, strict=True)]
-        return np.concatenate([a for a, _ in chosen]), np.concatenate([b for _, b in chosen])
-
-    return draw
-
-
-def _double(tensor: Tensor) -> np.ndarray:
-    return tensor.double().cpu().numpy()
 
 
 def _flat(values: np.ndarray) -> np.ndarray:

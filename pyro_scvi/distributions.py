@@ -8,6 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
+from torch.nn import functional as F
 
 from pyro_scvi.negative_binomial import inflated, log_negative_binomial, log_zero_inflated
 
@@ -73,7 +74,10 @@ class NegativeBinomial(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Counts of shape ``sample_shape + batch_shape``."""
-        return torch.poisson(self.rate.sample(sample_shape))
+        log_mean, log_r = (
+            p.expand(self._extended_shape(sample_shape)) for p in (self.log_mean, self.log_inverse_dispersion)
+        )
+        return _counts(log_mean, log_r, torch.ones_like(log_mean))
 
 
 class ZeroInflated(TorchDistribution):
@@ -93,10 +97,11 @@ class ZeroInflated(TorchDistribution):
     support = constraints.nonnegative_integer
 
     def __init__(self, base: TorchDistribution, gate_logits: Tensor, validate_args: bool | None = None) -> None:
-        shape = torch.broadcast_shapes(base.batch_shape, gate_logits.shape)
-        self.base = base if base.batch_shape == shape else base.expand(shape)
-        self.gate_logits = gate_logits.expand(shape)
-        super().__init__(shape, validate_args=validate_args)
+        if base.batch_shape != gate_logits.shape:
+            shape = torch.broadcast_shapes(base.batch_shape, gate_logits.shape)
+            base, gate_logits = base.expand(shape), gate_logits.expand(shape)
+        self.base, self.gate_logits = base, gate_logits
+        super().__init__(base.batch_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ZeroInflated":
         """The same law with parameters expanded to ``batch_shape``."""
@@ -134,5 +139,33 @@ class ZeroInflated(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Counts of shape ``sample_shape + batch_shape``."""
-        counts = self.base.sample(sample_shape)
-        return counts * torch.bernoulli(torch.sigmoid(-self.gate_logits).expand(counts.shape))
+        seen = torch.sigmoid(-self.gate_logits).expand(self._extended_shape(sample_shape))
+        if isinstance(self.base, NegativeBinomial):
+            base = self.base
+            return _counts(base.log_mean.expand_as(seen), base.log_inverse_dispersion.expand_as(seen), seen)
+        return self.base.sample(sample_shape) * torch.bernoulli(seen)
+
+
+def _counts(log_mean: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
+    r"""Draws of negative binomial counts of which a share ``seen`` is not set to zero, all of one shape.
+
+    Gamma and Poisson variables are drawn for positive counts only. y is the number of events until time 1 of a Poisson
+    process of rate w. The first comes at t with r log(1 + t mu / r) = e, e ~ Exponential(1), and in time if
+    e < lambda = r log(1 + mu / r); then w ~ Gamma(r + 1, r / mu + t), so that
+
+    .. math:: y = 1 + Poisson(g\, (e^{(\lambda - e) / r} - 1)), \qquad g \sim Gamma(r + 1, 1)
+    """
+    r = log_r.exp()
+    hazard = F.softplus(log_mean - log_r).mul_(r)
+    chance = hazard.neg().expm1_().mul_(seen).mul_(-(2.0**24))  # of a positive count, in units of 2^-24
+    level = torch.empty_like(chance).random_(2**24)
+    index = (level <= chance).reshape(-1).nonzero().squeeze(-1)
+    level, chance_there = level.take(index), chance.take(index)
+    level += torch.rand_like(level)  # the next digits, for those that they may matter to
+    kept = (level < chance_there).nonzero().squeeze(-1)
+    index, level = index[kept], (level / chance_there)[kept]  # level is uniform now
+    hazard, r = hazard.take(index), r.take(index)
+    first = torch.log1p(level * torch.expm1(-hazard)).neg_()
+    rate = torch._standard_gamma(r + 1) * torch.expm1((hazard - first).clamp_(min=0) / r)
+    counts = chance.new_zeros(chance.numel())
+    return counts.index_copy_(0, index, 1 + torch.poisson(rate)).view_as(chance)

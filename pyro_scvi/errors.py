@@ -1,4 +1,6 @@
-"""The package's errors: each also is the built-in exception that a caller would catch."""
+"""The package's errors, each also the built-in exception that a caller would catch; and the check of plain numbers."""
+
+from numbers import Integral
 
 
 class PyroScviError(Exception):
@@ -26,3 +28,16 @@ class FitError(PyroScviError, RuntimeError):
 
 class StoreError(PyroScviError, OSError):
     """A saved fit that cannot be written, read or trusted."""
+
+
+def require_at_least(least: int, /, **named: int) -> None:
+    """Refuse numbers of draws, cells or steps that are no integers or too small.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    for name, value in named.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ModelError(f"{name} must be an integer of {least} or more, got {value!r}")

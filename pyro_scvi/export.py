@@ -14,8 +14,8 @@ from torch import Tensor
 import pyro_scvi
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, prior_sites, scored, theta_at
-from pyro_scvi.errors import ModelError
-from pyro_scvi.posterior import draws_at_once, evaluating, minibatches, require_at_least
+from pyro_scvi.errors import ModelError, require_at_least
+from pyro_scvi.posterior import draws_at_once, evaluating, minibatches
 from pyro_scvi.priors import require_proper
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 from pyro_scvi.sampling import DIMS, check_sites, draw_sites

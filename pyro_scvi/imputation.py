@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.likelihoods import Likelihood, Theta
-from pyro_scvi.posterior import evaluating, minibatches, require_at_least
+from pyro_scvi.posterior import evaluating, minibatches
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 from pyro_scvi.sampling import decoded
 

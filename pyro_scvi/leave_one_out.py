@@ -11,10 +11,10 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.importance import KHAT_LIMIT, pareto_smoothed
 from pyro_scvi.libraries import ObservedLibrary
-from pyro_scvi.posterior import evaluating, minibatches, require_at_least
+from pyro_scvi.posterior import evaluating, minibatches
 from pyro_scvi.samplers import Importance, Sampler
 from pyro_scvi.sampling import decoded
 

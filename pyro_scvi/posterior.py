@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
-from pyro_scvi.errors import ModelError, SchemaError
+from pyro_scvi.errors import SchemaError
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT, Importance, LogJoint, adaptive_importance, refine
 from pyro_scvi.minibatches import Minibatches
@@ -89,19 +88,6 @@ def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
     law = guide.z_law(guide.encode(x, gamma, None))
     mean = law.sample((200,)).mean(0) if isinstance(law, dist.TransformedDistribution) else law.mean
     return mean.squeeze(-2)
-
-
-def require_at_least(least: int, /, **named: int) -> None:
-    """Refuse numbers of draws, cells or steps that are no integers or too small.
-
-    Raises
-    ------
-    ModelError
-        Naming the argument.
-    """
-    for name, value in named.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ModelError(f"{name} must be an integer of {least} or more, got {value!r}")
 
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
@@ -190,6 +176,6 @@ def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_
     return of_x + of_latents - log_q, log_q - of_latents
 
 
-def draws_at_once(x: Tensor, megabytes: int = 24) -> int:
-    """How many draws of (cells, genes) at once keep one tensor within a few tens of megabytes."""
+def draws_at_once(x: Tensor, megabytes: int = 8) -> int:
+    """How many draws of (cells, genes) at once keep one tensor within a few megabytes, what caches hold."""
     return max(1, megabytes * 2**20 // (x.numel() * x.element_size()))

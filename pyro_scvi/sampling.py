@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import theta_at
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.likelihoods import Theta
-from pyro_scvi.posterior import evaluating, minibatches, require_at_least
+from pyro_scvi.posterior import evaluating, minibatches
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 
 if TYPE_CHECKING:

@@ -194,6 +194,17 @@ def test_samples_follow_the_law(mean, r, gate):
     assert goodness_of_fit(law(mean, r, gate), law(mean, r, gate)) > FAILURE_RATE
 
 
+# (mean, inverse dispersion) where little is seen, nearly all variation is Poisson's, or one count in many is large
+FAR = [(1e-3, 1e-3), (0.01, 1e6), (0.02, 0.3), (50.0, 0.02), (30.0, 1e5), (1500.0, 3.0), (200.0, 1e-3)]
+
+
+@pytest.mark.parametrize("gate", [None, 0.4])
+@pytest.mark.parametrize(("mean", "r"), FAR)
+def test_float32_samples_far_out_follow_the_law(mean, r, gate):
+    sampled = law(mean, r, gate, dtype=torch.float32)
+    assert goodness_of_fit(sampled, law(mean, r, gate), most=3000) > FAILURE_RATE
+
+
 @pytest.mark.parametrize("sampled", [(6.0, 40.0, 0.5), (6.0, 20.0, 0.4), (6.2, 40.0, 0.4)])
 def test_goodness_of_fit_notices_a_wrong_parameter(sampled):
     assert goodness_of_fit(law(*sampled), law(6.0, 40.0, 0.4)) < FAILURE_RATE

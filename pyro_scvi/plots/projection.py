@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
+from pyro_scvi.seeding import global_state_kept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +111,7 @@ def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:
     except ImportError:
         return None
     try:
-        with warnings.catch_warnings(), _global_state_kept():
+        with warnings.catch_warnings(), global_state_kept():
             warnings.simplefilter("ignore")  # of its own dependencies' versions; nothing that a user could mend
             return umap.UMAP(n_neighbors=15, min_dist=0.5, random_state=seed, n_jobs=1).fit_transform(latent)
     except Exception as error:  # a picture must not cost a fit
@@ -148,18 +146,3 @@ def _legend(ax: Axes, colours: Mapping[str, Any]) -> None:
     if colours:
         dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in colours.items()]
         legend_beside(ax, dots)
-
-
-@contextmanager
-def _global_state_kept() -> Iterator[None]:
-    """Put the global generators of numpy and Python back after code that may draw from them, and torch's threads.
-
-    numba raises the number of OpenMP threads for the whole process, to more than a shared machine may give.
-    """
-    ours, theirs, threads = np.random.get_state(), random.getstate(), torch.get_num_threads()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(ours)  # noqa: NPY002
-        random.setstate(theirs)
-        torch.set_num_threads(threads)
