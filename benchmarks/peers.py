@@ -5,8 +5,6 @@ in nats per test cell, in float64, with the latents integrated out by the import
 package's models: whatever error the sampler has left, it has on every side of a comparison.
 """
 
-import copy
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -16,12 +14,13 @@ import numpy as np
 import torch
 from sklearn.decomposition import FactorAnalysis
 from torch import Tensor
-from torch.nn import functional as F
 
+from pyro_scvi.baselines.scvi_tools import Generative, log_zinb, trained
 from pyro_scvi.importance import LogJoint, adaptive_importance
 
+__all__ = ["Evidence", "FactorScores", "ScviTools", "factor_analysis", "integrate", "log_zinb", "scvi_tools"]
+
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-LIBRARY_START_SCALE = 0.1  # of the log library around the observed log total, before refinement
 
 
 class Evidence(NamedTuple):
@@ -202,46 +201,18 @@ class ScviTools(NamedTuple):
     scale: Tensor
     fit_seconds: float
 
+    @property
+    def generative(self) -> Generative:
+        """The law of the fitted model."""
+        return Generative(self.network, self.library_loc, self.library_scale)
+
     def log_joint(self, cells: slice = slice(None)) -> LogJoint:
-        r"""Make the function u (samples, cells, latents + 1) -> log p(x, u), (samples, cells), of some test cells.
-
-        With z the first latents of u and l the last one, rho = softmax of the decoder's scale head, r per gene,
-
-        .. math:: z \sim N(0, I), \quad l \sim N(\bar l, s^2), \qquad
-                  x_g \mid z, l \sim ZINB(e^l \rho_g(z), r_g, \pi_g(z)).
-
-        The likelihood is evaluated here and not by scvi-tools: theirs adds 1e-8 inside every logarithm and in
-        float32 is off by up to a tenth of a nat per entry where r is large; in float64 the two differ by that
-        addition alone (6e-6 nats per cell on the cortex data). The gamma functions depend on x and r only and are
-        computed once.
-        """
-        x, log_r = self.counts[cells], self.network.px_r.detach()
-        r = log_r.exp()
-        constant = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)  # (cells, genes)
-
-        def log_joint(u: Tensor) -> Tensor:
-            z, library = u[..., :-1], u[..., -1]
-            log_mean, gate = self.decode(z, library)
-            log_prior = standard_normal_log_prob(z) + standard_normal_log_prob(
-                ((library - self.library_loc) / self.library_scale)[..., None]
-            )
-            log_likelihood = log_zinb(x, log_mean - log_r, r, gate, constant).sum(-1)
-            return log_prior - math.log(self.library_scale) + log_likelihood
-
-        return log_joint
+        """The function u (samples, cells, latents + 1) -> log p(x, u), (samples, cells), of some test cells."""
+        return self.generative.log_joint(self.counts[cells])
 
     def decode(self, z: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
-        """Log mean and dropout logits, (samples, cells, genes) each, of the fitted generative network.
-
-        The softmax is taken in logarithms; otherwise these are the steps of the decoder's own forward.
-        """
-        decoder = self.network.decoder
-        flat = z.reshape(-1, z.shape[-1])  # its batch norm takes two axes
-        hidden = decoder.px_decoder(flat, torch.zeros_like(flat[:, :1]))
-        log_scale = F.log_softmax(decoder.px_scale_decoder[0](hidden), -1)
-        gate = decoder.px_dropout_decoder(hidden)
-        shape = (*z.shape[:-1], -1)
-        return library[..., None] + log_scale.reshape(shape), gate.reshape(shape)
+        """Log mean and dropout logits, (samples, cells, genes) each, of the fitted generative network."""
+        return self.generative.decode(z, library)
 
     def evidence(self, *, samples: int = 1000, seed: int = 0) -> Evidence:
         """Log probability of every test cell's counts, z and the library integrated out."""
@@ -270,61 +241,16 @@ def scvi_tools(train: np.ndarray, test: np.ndarray, epochs: int, seed: int, *, n
         If scvi-tools is not installed.
     """
     started = time.perf_counter()
-    model = _fit_scvi(train, epochs, seed, n_latent)
+    model = trained(train, epochs, seed, n_latent)
     fit_seconds = time.perf_counter() - started
-    network = copy.deepcopy(model.module).cpu().double().eval().requires_grad_(False)
-    log_totals = np.log(train.sum(1, dtype=np.float64))
+    generative = Generative.of(model, train)
     counts = torch.from_numpy(test.astype(np.float64))
-    loc, scale = _encoder_start(network, counts)
-    return ScviTools(model, network, log_totals.mean(), log_totals.std(), counts, loc, scale, fit_seconds)
-
-
-def log_zinb(x: Tensor, log_odds: Tensor, r: Tensor, gate: Tensor, constant: Tensor) -> Tensor:
-    r"""Log probability of counts under the zero-inflated negative binomial, elementwise.
-
-    With :math:`\delta = \log \mu - \log r` (``log_odds``) and :math:`c = \log\Gamma(x + r) - \log\Gamma(r) - \log x!`
-    (``constant``),
-
-    .. math:: \log NB(x) = c + x \delta - (x + r) \log(1 + e^\delta), \qquad
-              \log p(0) = \log(e^{gate} + NB(0)) - \log(1 + e^{gate}).
-    """
-    softplus = F.softplus(log_odds, threshold=30.0)  # its default of 20 drops 2e-9, which a large r magnifies
-    log_nb = constant + x * log_odds - (x + r) * softplus
-    return torch.where(x > 0, log_nb, torch.logaddexp(gate, log_nb)) - F.softplus(gate)
-
-
-def _fit_scvi(train: np.ndarray, epochs: int, seed: int, n_latent: int) -> Any:
-    try:
-        import anndata
-        import scvi
-    except ImportError as error:
-        raise ImportError("The peer is not installed: pip install 'pyro-scvi[peer]' brings scvi-tools.") from error
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    scvi.settings.verbosity = logging.ERROR
-    scvi.settings.seed = seed
-    data = anndata.AnnData(train.astype(np.float32))
-    scvi.model.SCVI.setup_anndata(data)
-    model = scvi.model.SCVI(data, n_latent=n_latent)
-    model.train(
-        max_epochs=epochs,
-        train_size=1.0,
-        accelerator="cpu",
-        plan_kwargs={"n_epochs_kl_warmup": max(1, min(20, epochs // 2))},
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
-    return model
+    return ScviTools(model, *generative, counts, *generative.start(counts), fit_seconds)
 
 
 @torch.no_grad()
 def _encoder_start(network: torch.nn.Module, counts: Tensor) -> tuple[Tensor, Tensor]:
-    q, _ = network.z_encoder(counts.log1p(), torch.zeros_like(counts[:, :1]))
-    log_total = counts.sum(1, keepdim=True).clamp(min=1).log()
-    loc = torch.cat([q.loc, log_total], 1)
-    return loc, torch.cat([q.scale, torch.full_like(log_total, LIBRARY_START_SCALE)], 1)
+    return Generative(network, 0.0, 1.0).start(counts)
 
 
 def _check_varying(train: np.ndarray) -> None:

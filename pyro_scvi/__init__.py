@@ -1,6 +1,7 @@
 """scVI as a Pyro program: read it, change it, fit it, sample its posterior."""
 
 from pyro_scvi import (
+    baselines,
     calibration,
     criticism,
     datasets,
@@ -47,6 +48,7 @@ __all__ = [
     "Refined",
     "Schema",
     "annealed_evidence",
+    "baselines",
     "calibrate",
     "calibration",
     "check_predictions",

@@ -14,6 +14,7 @@ from pyro_scvi.cells import Cells
 torch.set_num_threads(1)  # also for fixtures that outlive a test
 
 DATA = Path(os.environ.get("PYRO_SCVI_DATA", Path(__file__).parents[1] / "../shared/data"))
+GOLDEN = Path(os.environ.get("PYRO_SCVI_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,19 @@ def data_path():
         return DATA / name
 
     return path
+
+
+@pytest.fixture
+def golden():
+    """Arrays by name of a file of what original implementations gave; skips the test where it is not there."""
+
+    def arrays(name):
+        if not (GOLDEN / name).is_file():
+            pytest.skip(f"{name} is not in {GOLDEN}; set PYRO_SCVI_GOLDEN to the folder that holds it")
+        with np.load(GOLDEN / name) as file:
+            return dict(file)
+
+    return arrays
 
 
 def simulated_counts(n_cells=60, n_genes=20, seed=0):

@@ -81,6 +81,10 @@ def test_the_model_reads_in_one_sitting():
         ("annealing", {"fit", "plots", "cli"}),
         ("export", {"fit", "plots", "cli"}),
         ("plots", {"cli"}),
+        ("gamma_ratio", {"cells", "likelihoods", "model", "pairs"}),
+        ("pairs", {"all_pairs", "differential", "fit", "plots", "cli"}),
+        ("differential", {"fit", "plots", "cli"}),
+        ("baselines", {"model", "guides", "cells", "fit", "posterior", "plots", "cli"}),
     ],
 )
 def test_imports_only_move_forward(room, never):
@@ -98,6 +102,7 @@ def test_public_names():
         "SCVI",
         "Schema",
         "annealed_evidence",
+        "baselines",
         "calibrate",
         "calibration",
         "check_predictions",

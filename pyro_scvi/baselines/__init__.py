@@ -1,0 +1,33 @@
+"""The systems that the paper compares with, on the contract of scikit-learn: fit, transform, score_samples.
+
+Counts (cells, genes) are raw, dense or sparse. Packages other than the core's are imported when a method needs them.
+"""
+
+from pyro_scvi.baselines.deseq2 import DESeq2
+from pyro_scvi.baselines.factor_analysis import FactorAnalysis
+from pyro_scvi.baselines.idr import IDRResult, idr
+from pyro_scvi.baselines.leiden import LeidenClusters
+from pyro_scvi.baselines.magic import MAGIC
+from pyro_scvi.baselines.mast import MAST
+from pyro_scvi.baselines.pca import PCA
+from pyro_scvi.baselines.scone import SCONE
+from pyro_scvi.baselines.scvi_tools import SCVITools
+from pyro_scvi.baselines.wilcoxon import Wilcoxon
+from pyro_scvi.baselines.zifa import ZIFA
+from pyro_scvi.baselines.zinbwave import ZINBWaVE
+
+__all__ = [
+    "MAGIC",
+    "MAST",
+    "PCA",
+    "SCONE",
+    "ZIFA",
+    "DESeq2",
+    "FactorAnalysis",
+    "IDRResult",
+    "LeidenClusters",
+    "SCVITools",
+    "Wilcoxon",
+    "ZINBWaVE",
+    "idr",
+]

@@ -1,0 +1,80 @@
+"""Factor analysis of log1p counts: the paper's linear Gaussian baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn import decomposition
+from sklearn.base import BaseEstimator, TransformerMixin
+
+from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents, require_varying_genes
+
+
+class FactorAnalysis(TransformerMixin, BaseEstimator):
+    r"""Factor analysis of y = log(1 + x), by scikit-learn.
+
+    .. math:: z_n \sim N(0, I), \quad y_n | z_n \sim N(A z_n + \mu, diag(\sigma^2))
+
+    Parameters
+    ----------
+    n_latent
+        Number of factors.
+    tol, max_iter
+        Stop: gain of the log likelihood, nats over all cells; and most iterations of EM.
+    seed
+        Of the randomised singular value decomposition inside EM.
+
+    Attributes
+    ----------
+    model_
+        The fitted :class:`sklearn.decomposition.FactorAnalysis` of log1p counts.
+
+    References
+    ----------
+    Lopez et al. 2017, Sec. 4 (FA).
+    """
+
+    def __init__(self, n_latent: int = 10, *, tol: float = 1e-2, max_iter: int = 1000, seed: int = 0) -> None:
+        self.n_latent = n_latent
+        self.tol = tol
+        self.max_iter = max_iter
+        self.seed = seed
+
+    def fit(self, counts: Any) -> FactorAnalysis:
+        """Fit to raw counts (cells, genes).
+
+        Raises
+        ------
+        DataError
+            If a count is negative or not finite, or a gene has one value in all cells: its density has no bound.
+        ModelError
+            If there are more latents than genes or cells.
+        """
+        x = dense_counts(counts, unseen_genes=False)
+        require_varying_genes(x)
+        require_latents(self.n_latent, x)
+        model = decomposition.FactorAnalysis(
+            self.n_latent, tol=self.tol, max_iter=self.max_iter, random_state=self.seed
+        )
+        self.model_ = model.fit(np.log1p(x))
+        return self
+
+    def transform(self, counts: Any) -> np.ndarray:
+        """E[z | x], (cells, latents)."""
+        y = self._log1p(counts)
+        return self.model_.transform(y)
+
+    def score_samples(self, counts: Any) -> np.ndarray:
+        r"""Log density of the counts, (cells,), nats per cell.
+
+        .. math:: \log p(x_n) = \log N(y_n; \mu, A A^T + diag(\sigma^2)) - \sum_g \log(1 + x_{ng})
+
+        The last term is the Jacobian of log1p: the density is one of counts, with respect to dx.
+        """
+        y = self._log1p(counts)
+        return self.model_.score_samples(y) - y.sum(1)
+
+    def _log1p(self, counts: Any) -> np.ndarray:
+        require_fitted(self, "model_")
+        return np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_))

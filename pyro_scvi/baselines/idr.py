@@ -1,0 +1,207 @@
+r"""Irreproducible discovery rate: the copula mixture of Li, Brown, Huang and Bickel (2011), by their EM.
+
+Two rankings of the same items agree where both are right. With u = ranks / (n + 1) and F the law of a marginal below,
+
+.. math::
+
+    z_{ir} = F^{-1}(u_{ir}), \quad (z_{i1}, z_{i2}) \sim p\, N_2((\mu, \mu),
+    \sigma^2 [[1, \rho], [\rho, 1]]) + (1 - p)\, N_2(0, I), \quad F(t) = p \Phi((t - \mu) / \sigma) + (1 - p) \Phi(t)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import norm, rankdata
+
+from pyro_scvi.errors import DataError, ModelError, require_at_least
+
+
+class Mixture(NamedTuple):
+    """p, rho, mu and sigma: weight of the reproducible part, its correlation, mean and standard deviation."""
+
+    mixture_weight: float
+    rho: float
+    mu: float
+    sigma: float
+
+
+AUTHORS_START = Mixture(0.1, 0.5, 1.0, 0.5)  # of Lopez et al. (2017), who take no other
+STARTS = (AUTHORS_START, *(Mixture(p, 0.7, mu, 1.0) for p in (0.2, 0.5, 0.8) for mu in (1.5, 3.0)))
+
+GRID = 1000  # points between which F is interpolated linearly, as in the authors' R package idr
+EDGE = 1e-6  # least distance of p from 0 and 1 and of rho from -1 and 1, and least sigma: the density ends there
+LONGEST_EM = 1000
+
+
+class IDRResult(NamedTuple):
+    """What :func:`idr` found: the mixture, and per item (items,) ``local_idr`` and ``idr``.
+
+    ``mixture_weight`` is the share of reproducible items; ``local_idr`` an item's posterior probability to be
+    irreproducible; ``idr`` the mean local_idr of the items that are as good or better. ``log_likelihood`` is that of
+    the ranks (the copula), nats over all items.
+    """
+
+    mixture_weight: float
+    rho: float
+    mu: float
+    sigma: float
+    local_idr: np.ndarray
+    idr: np.ndarray
+    log_likelihood: float
+
+
+def idr(
+    score_1: Any, score_2: Any, *, starts: Sequence[Mixture] = STARTS, tol: float = 1e-3, max_iter: int = 20
+) -> IDRResult:
+    r"""Reproducibility of items that two methods score, larger = more significant, such as -log p.
+
+    This EM depends on its start, and its own objective, the likelihood of z, cannot tell two ends of it apart, because
+    z moves with the parameters. So of all starts the fit is kept whose copula has the largest log likelihood,
+
+    .. math:: \sum_i \log h(z_{i1}, z_{i2}) - \log f(z_{i1}) - \log f(z_{i2}), \quad f = F'
+
+    among those with mu > 0 and rho > 0 (Li et al. 2011, Sec. 2.2), if any. ``starts=[AUTHORS_START]`` gives the
+    mixture that Lopez et al. (2017) report.
+
+    Parameters
+    ----------
+    score_1, score_2
+        (items,) each, in the same order; finite. -log p of a p-value of 0 is not: drop such pairs first.
+    starts
+        Where the EM begins.
+    tol
+        The EM at given z ends where the log likelihood L changes by less than tol (1 + |L|); so does the renewal of z.
+    max_iter
+        How often z is renewed at most. The renewal need not converge.
+
+    Raises
+    ------
+    DataError
+        If the scores are not two finite vectors of one length with different values.
+    ModelError
+        If there is no start or one out of range, or max_iter is not a positive integer.
+
+    References
+    ----------
+    Li, Brown, Huang and Bickel 2011, "Measuring reproducibility of high-throughput experiments", Annals of Applied
+    Statistics 5(3):1752, Sec. 2.2; Lopez et al. 2017, Sec. 4 (differential expression).
+    """
+    require_at_least(1, max_iter=max_iter)
+    _check_starts(starts)
+    uniform = np.stack(_ranks(score_1, score_2))  # (2, items)
+    fits = [_fit(uniform, start, tol, max_iter) for start in starts]
+    proper = [fit for fit in fits if fit.mixture.mu > 0 and fit.mixture.rho > 0]
+    if not proper:
+        warnings.warn("no start led to mu > 0 and rho > 0: these scores do not agree", stacklevel=2)
+    best = max(proper or fits, key=lambda fit: fit.log_likelihood)
+    return IDRResult(*best.mixture, best.local_idr, _running_mean(best.local_idr), best.log_likelihood)
+
+
+class _Fit(NamedTuple):
+    mixture: Mixture
+    local_idr: np.ndarray
+    log_likelihood: float
+
+
+def _fit(uniform: np.ndarray, mixture: Mixture, tol: float, max_iter: int) -> _Fit:
+    """Alternate between the normal scores z of the ranks and the EM at given z."""
+    before = math.inf
+    for _ in range(max_iter + 1):
+        z = _normal_scores(uniform, mixture)
+        renewed = _expectation(z, mixture)[1]
+        mixture, reproducible, now = _em(z, mixture, tol)
+        if abs(renewed - before) < tol * (1 + abs(before)):
+            break
+        before = now
+    return _Fit(mixture, 1 - reproducible, _copula(uniform, mixture))
+
+
+def _em(z: np.ndarray, mixture: Mixture, tol: float) -> tuple[Mixture, np.ndarray, float]:
+    """The mixture at the end, the posterior probabilities (items,) that it was computed from, and its L in nats."""
+    before = math.inf
+    reproducible, _ = _expectation(z, mixture)
+    for _ in range(LONGEST_EM):
+        mixture = _maximisation(z, reproducible)
+        renewed, now = _expectation(z, mixture)
+        if abs(now - before) < tol * (1 + abs(before)):
+            break
+        reproducible, before = renewed, now
+    return mixture, reproducible, now
+
+
+def _expectation(z: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, float]:
+    """Posterior probability of being reproducible (items,), and the log likelihood of z (2, items), nats."""
+    p, rho, mu, sigma = mixture
+    x, y = (z - mu) / sigma
+    square = (x**2 - 2 * rho * x * y + y**2) / (1 - rho**2)
+    log_h1 = -0.5 * square - 2 * math.log(sigma) - 0.5 * math.log(1 - rho**2) + math.log(p)
+    log_h0 = -0.5 * (z**2).sum(0) + math.log(1 - p)
+    log_h = np.logaddexp(log_h1, log_h0)
+    return np.exp(log_h1 - log_h), float(log_h.sum()) - z.shape[1] * math.log(2 * math.pi)
+
+
+def _maximisation(z: np.ndarray, reproducible: np.ndarray) -> Mixture:
+    reproducible = np.maximum(reproducible, 1e-200)  # none of opposite rankings may be left
+    weight = reproducible.sum()
+    mu = (reproducible * z).sum() / (2 * weight)
+    x, y = z - mu
+    square = (reproducible * (x**2 + y**2)).sum()
+    rho = 2 * (reproducible * x * y).sum() / square
+    p = np.clip(reproducible.mean(), EDGE, 1 - EDGE)
+    sigma = max(math.sqrt(square / (2 * weight)), EDGE)
+    return Mixture(float(p), float(np.clip(rho, EDGE - 1, 1 - EDGE)), float(mu), sigma)
+
+
+def _normal_scores(uniform: np.ndarray, mixture: Mixture) -> np.ndarray:
+    """F^-1(u), same shape, by linear interpolation; constant beyond the grid."""
+    p, _, mu, sigma = mixture
+    grid = np.linspace(min(-3, mu - 3 * sigma), max(3, mu + 3 * sigma), GRID)
+    return np.interp(uniform, p * norm.cdf(grid, mu, sigma) + (1 - p) * norm.cdf(grid), grid)
+
+
+def _copula(uniform: np.ndarray, mixture: Mixture) -> float:
+    """Log likelihood of the ranks, nats."""
+    p, _, mu, sigma = mixture
+    z = _normal_scores(uniform, mixture)
+    marginal = np.logaddexp(math.log(p) + norm.logpdf(z, mu, sigma), math.log(1 - p) + norm.logpdf(z))
+    return _expectation(z, mixture)[1] - float(marginal.sum())
+
+
+def _running_mean(local_idr: np.ndarray) -> np.ndarray:
+    """Mean of the local_idr that are no larger, (items,)."""
+    no_larger = rankdata(local_idr, "max").astype(int)
+    return np.cumsum(np.sort(local_idr))[no_larger - 1] / no_larger
+
+
+def _ranks(*scores: Any) -> list[np.ndarray]:
+    """Share of items that score no higher, of n + 1, for each vector of scores."""
+    vectors = [np.asarray(score, dtype=np.float64) for score in scores]
+    shapes = [vector.shape for vector in vectors]
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+        raise DataError(f"the scores must be two vectors of one length, got shapes {shapes[0]} and {shapes[1]}")
+    for number, vector in enumerate(vectors, 1):
+        wrong = np.flatnonzero(~np.isfinite(vector))
+        if wrong.size:
+            raise DataError(
+                f"score_{number} has {wrong.size} values that are not finite, the first of them {vector[wrong[0]]} of "
+                f"item {wrong[0]}; drop these items from both scores"
+            )
+        if np.unique(vector).size < 2:
+            raise DataError(f"score_{number} has fewer than two different values: it ranks nothing")
+    return [rankdata(vector, "max") / (vector.size + 1) for vector in vectors]
+
+
+def _check_starts(starts: Sequence[Mixture]) -> None:
+    if not starts:
+        raise ModelError("starts must have at least one Mixture, such as AUTHORS_START")
+    for p, rho, mu, sigma in starts:
+        if not (0 < p < 1 and -1 < rho < 1 and math.isfinite(mu) and 0 < sigma < math.inf):
+            raise ModelError(
+                f"a start needs 0 < mixture_weight < 1, -1 < rho < 1, sigma > 0 and finite mu; got "
+                f"{Mixture(p, rho, mu, sigma)}"
+            )

@@ -1,0 +1,52 @@
+"""Principal components of log1p counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn import decomposition
+from sklearn.base import BaseEstimator, TransformerMixin
+
+from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents
+
+
+class PCA(TransformerMixin, BaseEstimator):
+    """Principal components of y = log(1 + x), by scikit-learn: no model of counts, so no score.
+
+    Parameters
+    ----------
+    n_latent
+        Number of components.
+    seed
+        Of the randomised decomposition that scikit-learn takes for large matrices.
+
+    Attributes
+    ----------
+    model_
+        The fitted :class:`sklearn.decomposition.PCA` of log1p counts.
+    """
+
+    def __init__(self, n_latent: int = 10, *, seed: int = 0) -> None:
+        self.n_latent = n_latent
+        self.seed = seed
+
+    def fit(self, counts: Any) -> PCA:
+        """Fit to raw counts (cells, genes).
+
+        Raises
+        ------
+        DataError
+            If a count is negative or not finite.
+        ModelError
+            If there are more latents than genes or cells.
+        """
+        x = dense_counts(counts)
+        require_latents(self.n_latent, x)
+        self.model_ = decomposition.PCA(self.n_latent, random_state=self.seed).fit(np.log1p(x))
+        return self
+
+    def transform(self, counts: Any) -> np.ndarray:
+        """Scores on the components, (cells, latents)."""
+        require_fitted(self, "model_")
+        return self.model_.transform(np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_)))
