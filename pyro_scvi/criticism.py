@@ -16,8 +16,8 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.model import SCVI
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized, Sampler
+from pyro_scvi.posterior import draws_at_once, evaluating, minibatches
+from pyro_scvi.samplers import Amortized, Draws, Sampler
 from pyro_scvi.sampling import decoded
 from pyro_scvi.seeding import seeded
 
@@ -124,9 +124,16 @@ def _replicated(
     fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for x, gamma in minibatches(fit, cells).in_order(batch_size):
-        theta = decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
-        law = fit.model.likelihood.marginal(**theta)
-        yield x, law.expand((samples, *x.shape)).sample()
+        found, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
+        parts = zip(*(site.split(size) for site in found.sites.values()), strict=True)
+        drawn = [_counts(fit, x, gamma, found, dict(zip(found.sites, part, strict=True))) for part in parts]
+        yield x, torch.cat(drawn)
+
+
+def _counts(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, sites: dict[str, Tensor]) -> Tensor:
+    """One draw of counts (samples, cells, genes) at every draw of the latents."""
+    law = fit.model.likelihood.marginal(**decoded(fit, x, gamma, found._replace(sites=sites)))
+    return law.expand((len(sites["z"]), *x.shape)).sample()
 
 
 def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:

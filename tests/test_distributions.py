@@ -205,6 +205,14 @@ def test_float32_samples_far_out_follow_the_law(mean, r, gate):
     assert goodness_of_fit(sampled, law(mean, r, gate), most=3000) > FAILURE_RATE
 
 
+def test_chances_below_the_digits_of_a_uniform_are_kept(monkeypatch):
+    """Where float32's uniform is 0, as it is once in 2^24, a count of chance 0.3 / 2^24 is drawn three times in ten."""
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self, most: self.zero_())
+    rare = NegativeBinomial(torch.full((N_DRAWS,), 0.3 / 2**24).log(), torch.zeros(()))
+    share = (rare.sample() > 0).double().mean()
+    assert abs(share - 0.3) < 5 * (0.21 / N_DRAWS) ** 0.5
+
+
 @pytest.mark.parametrize("sampled", [(6.0, 40.0, 0.5), (6.0, 20.0, 0.4), (6.2, 40.0, 0.4)])
 def test_goodness_of_fit_notices_a_wrong_parameter(sampled):
     assert goodness_of_fit(law(*sampled), law(6.0, 40.0, 0.4)) < FAILURE_RATE
