@@ -17,8 +17,12 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     (Lopez et al. 2017, Eq. 1). The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``,
     which also evaluates the densities of latents whose divergence it then takes in closed form, and which needs every
-    parameter to be registered in every step. While Pyro validates, Pyro's own runs.
+    parameter to be registered in every step. For reparameterised guides; while Pyro validates, its own runs, which
+    refuses others.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # no options: there is one draw
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Negative bound, nats; adds its gradients to those of the parameters."""

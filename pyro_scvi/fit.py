@@ -124,9 +124,10 @@ def fit(
         torch.bfloat16: the networks multiply matrices in that precision during training, which processors that have
         it do about twice as fast. What is lost in held-out evidence is in the README.
     validation
-        Cells held out to watch the bound: a share or number of ``cells``, or Cells of their own; 0 for none. The
-        state of the epoch with the best held-out bound (under the last ``kl_weight``) is what the fit returns, so
-        judge it on yet other cells. A guide that is not amortized trains on all cells and watches none.
+        Cells held out to watch the bound (at most 2,048, spread over them): a share or number of ``cells``, or Cells
+        of their own; 0 for none. The state of the epoch with the best held-out bound (under the last ``kl_weight``)
+        is what the fit returns, so judge it on yet other cells. A guide that is not amortized trains on all cells and
+        watches none.
     patience
         Stop when the held-out bound has not improved for so many epochs; None: never.
     learning_rate, eps
@@ -156,7 +157,7 @@ def fit(
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
     if epochs < 1 or batch_size < 1:
         raise FitError(f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}")
-    _check_options(learning_rate, kl_weight, elbo, autocast, epochs)
+    _check_options(learning_rate, kl_weight, elbo, dtype, autocast, epochs)
     if data_start and not model.trained:
         start_from_data(model, train)
     model.to(place, dtype)
@@ -169,13 +170,21 @@ def fit(
     return Fit(model.eval(), guide.eval(), history, cells.schema, settings)
 
 
-def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, autocast: Any, epochs: int) -> None:
+def _check_options(
+    learning_rate: Any, kl_weight: Any, elbo: Any, dtype: torch.dtype, autocast: Any, epochs: int
+) -> None:
     if not isinstance(learning_rate, LearningRate):
         raise FitError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
     if not isinstance(kl_weight, KLWeight):
         raise FitError(f"kl_weight must be an object, as in ps.schedules.Weight(0.5); got {kl_weight!r}")
     if elbo is not None and not isinstance(elbo, ELBO):
         raise FitError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise FitError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; autocast=torch.bfloat16 is faster"
+        )
+    if autocast is not None and dtype != torch.float32:
+        raise FitError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
     if autocast not in (None, torch.bfloat16):
         raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
     kl_weight.at(0, epochs)

@@ -1,6 +1,7 @@
 """Log probabilities of negative binomial counts and their gradients, to float32's last digits and in one pass."""
 
 import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +35,13 @@ def inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
 
 def _aligned(x: Tensor, log_mean: Tensor, log_r: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Counts and parameters in one precision and of one shape, but for leading dimensions that counts may lack."""
-    x = x.to(log_mean.dtype)
-    if all(parameter.shape == x.shape for parameter in (log_mean, log_r, *others)):
-        return x, log_mean, log_r, *others
+    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in (log_mean, log_r, *others)))
+    x, *parameters = (t.to(dtype) for t in (x, log_mean, log_r, *others))
+    if all(parameter.shape == x.shape for parameter in parameters):
+        return x, *parameters
     shape = torch.broadcast_shapes(x.shape, log_mean.shape)
     x = x.expand(shape[max(0, len(shape) - 2) :]) if x.dim() <= 2 else x.expand(shape)
-    return x, *(parameter.expand(shape) for parameter in (log_mean, log_r, *others))
+    return x, *(parameter.expand(shape) for parameter in parameters)
 
 
 class _ZeroInflatedLogProb(torch.autograd.Function):
@@ -238,15 +240,15 @@ class _Gathered(NamedTuple):
 
     def of(self, dense: Tensor) -> Tensor:
         """These entries of a tensor."""
-        return dense.reshape(-1, self.size).index_select(1, self.at)
+        return _flat(dense, self.size).index_select(1, self.at)
 
     def write(self, values: Tensor, dense: Tensor) -> None:
         """Set these entries of a contiguous tensor."""
-        dense.view(-1, self.size).index_copy_(1, self.at, values)
+        _flat(dense, self.size).index_copy_(1, self.at, values)
 
     def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
         """A tensor with these entries set, differentiable by both."""
-        return dense.reshape(-1, self.size).index_copy(1, self.at, values).reshape(dense.shape)
+        return _flat(dense, self.size).index_copy(1, self.at, values).reshape(dense.shape)
 
 
 class _Masked(NamedTuple):
@@ -263,19 +265,24 @@ class _Masked(NamedTuple):
 
     def of(self, dense: Tensor) -> Tensor:
         """All entries of a tensor."""
-        return dense.reshape(-1, len(self.mask))
+        return _flat(dense, len(self.mask))
 
     def write(self, values: Tensor, dense: Tensor) -> None:
         """Set the entries of the mask in a contiguous tensor."""
-        flat = dense.view(-1, len(self.mask))
+        flat = _flat(dense, len(self.mask))
         torch.where(self.mask, values, flat, out=flat)
 
     def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
         """A tensor with the entries of the mask set, differentiable by both."""
-        return torch.where(self.mask, values, dense.reshape(-1, len(self.mask))).reshape(dense.shape)
+        return torch.where(self.mask, values, _flat(dense, len(self.mask))).reshape(dense.shape)
 
 
 _Entries = _Gathered | _Masked
+
+
+def _flat(dense: Tensor, size: int) -> Tensor:
+    """A tensor as (leading, size), a view where it is contiguous; also where there is nothing in it."""
+    return dense.reshape(dense.numel() // max(size, 1), size)
 
 
 def _gathers(device: torch.device) -> bool:

@@ -81,7 +81,7 @@ class _Dropout(nn.Dropout):
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)
-        dropped = round(self.p * 2**16)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
         keep = (bits >= dropped - 2**15).to(input.dtype)
         return input * keep.mul_(2**16 / (2**16 - dropped))
 

@@ -54,6 +54,7 @@ class Run:
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
         eps = eps * self.train_cells.n_cells
         optimiser = torch.optim.Adam(unique_parameters((self.model, self.guide)), eps=eps, fused=True)
+        optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
         steps = math.ceil(self.train_cells.n_cells / batch_size) * epochs
         schedule = learning_rate(optimiser, steps)
         rows: list[dict[str, float]] = []
@@ -94,7 +95,7 @@ class Run:
             checked = first and step == 0
             if checked:
                 check_sites(self.model, self.guide, x, gamma, index=rows, n_cells=n_cells)
-            with pyro.validation_enabled(checked), self._quickly(checked), tempered if tempers else nullcontext():
+            with self._validating(checked, x), self._quickly(checked), tempered if tempers else nullcontext():
                 loss = self.elbo.loss_and_grads(self.model, self.guide, x, gamma, index=rows, n_cells=n_cells)
             if checked:
                 check_gradients(self.model, self.guide)
@@ -106,6 +107,14 @@ class Run:
             total += value
         return total / n_cells
 
+    @staticmethod
+    @contextmanager
+    def _validating(checked: bool, x: Tensor) -> Iterator[None]:
+        """Pyro's checks of the programs; its laws' only of counts, because corrected ones are outside their support."""
+        with pyro.validation_enabled(checked):
+            with pyro.distributions.validation_enabled(checked and bool((x == x.round()).all())):
+                yield
+
     @contextmanager
     def _quickly(self, checked: bool) -> Iterator[None]:
         """Matrix products as asked for; parameters unregistered, but for Pyro's own ELBOs, which look for them."""
@@ -114,13 +123,17 @@ class Run:
             yield
 
     def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
-        """Negative bound and KL in nats per cell, by one draw for each of 2,048 held-out or 256 training cells."""
+        """Negative bound and KL in nats per cell, by one draw for each of 2,048 held-out or 256 training cells.
+
+        Where there are more, those looked at are spread evenly over them: files are sorted by cell type or donor.
+        """
         if not self.guide.amortized:
             return math.nan, math.nan
-        most = 256 if cells is self.train_cells else 2048
+        looked_at = min(256 if cells is self.train_cells else 2048, cells.n_cells)
+        spread = torch.arange(looked_at, device=cells.device) * cells.n_cells // looked_at
         sums, n = [0.0, 0.0], 0
         with evaluating(self.model, self.guide, seed):
-            for rows in torch.arange(min(most, cells.n_cells), device=cells.device).split(512):
+            for rows in spread.split(512):
                 log_weight, gap = bound_terms(self.guide, *cells.rows(rows))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
                 n += len(rows)
@@ -131,7 +144,7 @@ def _require_finite(loss: float, when: str, schedule: Any) -> None:
     if not math.isfinite(loss):
         raise FitError(
             f"the loss became {loss} {when}, at learning rate {float(schedule.get_last_lr()[0]):.2g}; "
-            "try a smaller learning_rate, or look for extreme counts"
+            "make a new model and try a smaller learning_rate, or look for extreme counts"
         )
 
 

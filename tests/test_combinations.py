@@ -9,6 +9,7 @@ import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.fit import start_from_data
 from pyro_scvi.likelihoods import PerGene, PerGeneAndBatch
+from pyro_scvi.minibatches import Minibatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above")  # 100 draws and one round are few
 
@@ -58,7 +59,7 @@ def bound(model, guide, x, gamma):
 
 def check_trains(model, guide, cells, rise=0.5):
     """Twenty steps raise the bound from where the data start it; the fit."""
-    start_from_data(model, cells)
+    start_from_data(model, Minibatches(cells, torch.device("cpu")))
     x, gamma = cells[:]
     before = bound(model, guide, x, gamma)
     options = {"batch_size": 60, "validation": 0, "data_start": False, "device": "cpu", "progress": False}

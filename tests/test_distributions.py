@@ -284,6 +284,22 @@ def test_plates_may_broadcast_one_law_over_entries():
     torch.testing.assert_close(law(2.0, 0.7, 0.1).expand((2, 2)).log_prob(x), expected)
 
 
+@pytest.mark.usefixtures("entries")
+def test_no_cells_have_no_log_probability():
+    none = torch.zeros(0, 5)
+    base = NegativeBinomial(none, none)
+    assert base.log_prob(none).shape == ZeroInflated(base, none).log_prob(none).shape == (0, 5)
+
+
+@pytest.mark.usefixtures("entries")
+def test_parameters_may_differ_in_precision():
+    x, double = torch.tensor([0.0, 1.0, 4.0]), torch.full((3,), 0.3).double()
+    mixed = ZeroInflated(NegativeBinomial(double.float(), double.float()), double).log_prob(x)
+    torch.testing.assert_close(
+        mixed, ZeroInflated(NegativeBinomial(double, double), double).log_prob(x), rtol=1e-6, atol=0
+    )
+
+
 @pytest.mark.parametrize("value", [-1.0, 0.5, float("nan")])
 @pytest.mark.parametrize("gate", [None, 0.0])
 def test_refuses_what_is_no_count(value, gate):

@@ -9,6 +9,7 @@ from scipy import sparse
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.fit import default_epochs
+from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.posterior import bound_terms
 
 
@@ -75,8 +76,6 @@ def test_batches_of_one_cell(cells):
 
 
 def test_shuffled_minibatches_visit_every_cell_once_in_even_batches(cells):
-    from pyro_scvi.minibatches import Minibatches
-
     batches = list(Minibatches(cells, torch.device("cpu")).shuffled(16))
     assert sorted(torch.cat(batches).tolist()) == list(range(60))
     assert {len(batch) for batch in batches} == {15}
@@ -94,8 +93,6 @@ def test_cells_too_many_to_be_resident_are_read_by_row(cells, monkeypatch):
 )
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_array])
 def test_counts_lie_on_the_device_in_the_smallest_type(largest, stored, form):
-    from pyro_scvi.minibatches import Minibatches
-
     x = np.random.default_rng(0).poisson(1.0, size=(40, 7)) + 1
     x[3, 2] = largest
     batches = Minibatches(ps.Cells.from_counts(form(x)), torch.device("cpu"))
@@ -107,11 +104,48 @@ def test_counts_lie_on_the_device_in_the_smallest_type(largest, stored, form):
 
 
 def test_values_between_integers_are_not_rounded():
-    from pyro_scvi.minibatches import Minibatches
-
     x = np.array([[1.0, 0.5], [2.0, 3.25]])
     batches = Minibatches(ps.Cells.from_counts(x, allow_non_integer=True), torch.device("cpu"))
     np.testing.assert_array_equal(batches.rows(torch.arange(2))[0], x)
+
+
+def test_corrected_counts_can_be_fitted():
+    x = 0.7 * np.random.default_rng(0).poisson(3.0, size=(40, 7)) + 0.1
+    fit = small_fit(ps.Cells.from_counts(x, allow_non_integer=True), epochs=2)
+    assert np.isfinite(fit.history.train_loss).all()
+
+
+def test_the_held_out_bound_looks_at_cells_from_all_over_the_file(monkeypatch):
+    """4,000 held-out cells, the second half ten times as deep: a bound of the first half alone would be too low."""
+    x = np.random.default_rng(0).poisson(np.repeat([[2.0], [20.0]], 4000, axis=0), size=(8000, 5)) + 1
+    cells, seen = ps.Cells.from_counts(x), []
+    rows = Minibatches.rows
+    monkeypatch.setattr(Minibatches, "rows", lambda self, index: seen.append(self.selected[index]) or rows(self, index))
+    ps.fit(small_model(cells), cells, epochs=1, batch_size=2000, validation=0.5, progress=False, device="cpu")
+    held_out = set(cells.split_rows(0.5, 0)[1])
+    looked_at = np.concatenate([index for index in seen if set(index) <= held_out])
+    assert len(looked_at) == 2048
+    assert abs((looked_at >= 4000).mean() - 0.5) < 0.02
+
+
+def test_gradients_left_behind_do_not_enter_a_fit(cells):
+    model = small_model(cells)
+    guide = ps.guides.DiagonalNormal(model, n_hidden=16, n_layers=1)
+    for parameter in (*model.parameters(), *guide.parameters()):
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    assert np.isfinite(small_fit(cells, model, guide=guide, epochs=1).history.train_loss).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float16}, "torch.float32 or torch.float64, got torch.float16"),
+        ({"dtype": torch.float64, "autocast": torch.bfloat16}, "autocast is for parameters in torch.float32"),
+    ],
+)
+def test_precisions_that_cannot_be(cells, options, message):
+    with pytest.raises(FitError, match=message):
+        small_fit(cells, **options)
 
 
 def test_covariates_reach_decoder_and_by_choice_encoder(batched_cells):

@@ -13,7 +13,7 @@ from benchmarks.speed.report import AtLeast, Line
 
 GRID = (1, 2, 3, 4, 5, 7, 10, 15, 20)  # epochs in all of our runs, from the shortest on
 STOCK = {"n_epochs_kl_warmup": 1}
-OUR_RATE = {"n_epochs_kl_warmup": 1, "lr": 1e-2, "eps": 1e-8}
+FASTER = {"n_epochs_kl_warmup": 1, "lr": 1e-2, "eps": 1e-8}
 
 
 class Point(NamedTuple):
@@ -166,7 +166,7 @@ DATA = {"cortex_558": None, "brain10k": 1}  # and the seeds for which the peer's
 def rows(size: Size) -> list[TimeToQuality]:
     """Two rows for every data set: like for like by the bound, and defaults by the evidence."""
     stock = PeerRun(f"scvi-tools, {size.epochs} epochs", size.epochs, STOCK, AtLeast(15))
-    ours = PeerRun(f"scvi-tools, {size.epochs} epochs at our learning rate", size.epochs, OUR_RATE, AtLeast(4))
+    ours = PeerRun(f"scvi-tools, {size.epochs} epochs with Adam at 0.01", size.epochs, FASTER, AtLeast(4))
     own = PeerRun("scvi-tools with its defaults", size.own_epochs, {}, AtLeast(15))
     short = PeerRun(f"scvi-tools, {size.epochs} epochs, KL warm-up of 1", size.epochs, STOCK)
     kinds: dict[str, Any] = {"grid": size.grid, "n_cells": size.n_cells}
