@@ -15,11 +15,13 @@ import argparse
 import json
 import math
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ import pandas as pd
 from benchmarks.memory import peak_mb
 
 N_LATENTS = 10
+PACKAGES = "numpy", "scipy", "scikit-learn", "torch"
 DATA = Path(os.environ.get("PYRO_SCVI_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 
@@ -142,14 +145,18 @@ def in_a_process(name: str, task: str, seed: int) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
-    """Measure every system on every task for every seed."""
-    rows = []
+    """Measure every system on every task for every seed; ``--out`` is written after each."""
+    rows: list[dict[str, Any]] = []
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    origin = {"command": command, "versions": versions}
     for task in options.tasks:
         for name in options.systems:
             for seed in options.seeds:
                 found = in_a_process(name, task, seed)
                 sys.stderr.write(f"{name}, {task}, seed {seed}: {found['cpu_seconds']:.1f} CPU s\n")
-                rows.append({"task": task, "system": name, "seed": seed, **found, "command": command})
+                rows.append({"task": task, "system": name, "seed": seed, **found, **origin})
+                if options.out:
+                    pd.DataFrame(rows).to_json(options.out, orient="records", indent=1)
     return pd.DataFrame(rows)
 
 
@@ -161,7 +168,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out must be in a folder that exists, got {options.out}; make {options.out.parent} first")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -174,10 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.baselines", *(sys.argv[1:] if arguments is None else arguments)])
     table = run(options, command)
     for task, part in table.groupby("task", sort=False):
-        shown = part.drop(columns=["task", "command"]).dropna(axis=1, how="all")
-        sys.stdout.write(f"{task}\n{shown.to_string(index=False, float_format='{:.6g}'.format)}\n\n")
-    if options.out:
-        options.out.write_text(table.to_json(orient="records", indent=1) + "\n")
+        shown = part.drop(columns=["task", "command", "versions"]).dropna(axis=1, how="all")
+        sys.stdout.write(f"{task!s}\n{shown.to_string(index=False, float_format='{:.6g}'.format)}\n\n")
 
 
 if __name__ == "__main__":

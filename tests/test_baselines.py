@@ -1,5 +1,6 @@
 """The contract of every baseline, on one small simulated data set."""
 
+import json
 import random
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from conftest import simulated_counts
 from scipy import sparse
 from scipy.integrate import quad
 from scipy.stats import norm
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.metrics import adjusted_rand_score
+from sklearn.pipeline import make_pipeline
 
 from pyro_scvi import baselines
 from pyro_scvi.baselines.inputs import dense_counts
@@ -131,8 +133,9 @@ def fitted(case):
 
 
 def test_every_baseline_has_its_row():
-    classes = {name for name in baselines.__all__ if isinstance(getattr(baselines, name), type)}
-    assert set(CASES) == classes - {"IDRResult"}
+    exported = {name: getattr(baselines, name) for name in baselines.__all__}
+    methods = {name for name, each in exported.items() if isinstance(each, type) and issubclass(each, BaseEstimator)}
+    assert set(CASES) == methods
 
 
 def test_answers_have_their_shape_and_are_finite(case, fitted):
@@ -144,6 +147,32 @@ def test_answers_have_their_shape_and_are_finite(case, fitted):
 def test_parameters_make_the_method_anew(case):
     method = case.make()
     assert repr(clone(method).get_params()) == repr(method.get_params())
+
+
+def test_pipelines_take_every_method(case):
+    if not case.tests_groups:
+        make_pipeline(case.make()).fit(COUNTS)
+
+
+def test_an_anndata_is_refused_with_advice():
+    anndata = pytest.importorskip("anndata")
+    with pytest.raises(DataError, match="got AnnData; pass adata.X"):
+        baselines.PCA(2).fit(anndata.AnnData(COUNTS.astype(float)))
+
+
+def test_benchmark_checks_its_folder_first_and_writes_every_row(tmp_path, monkeypatch, capsys):
+    from benchmarks import baselines as benchmark
+
+    with pytest.raises(SystemExit):
+        benchmark.main(["--out", str(tmp_path / "none" / "table.json")])
+    assert "folder that exists" in capsys.readouterr().err
+    out, found = tmp_path / "table.json", iter([{"cpu_seconds": 1.0}])
+    monkeypatch.setattr(benchmark, "in_a_process", lambda *_: next(found))
+    with pytest.raises(StopIteration):  # the second fit fails
+        benchmark.main(["--systems", "PCA", "--tasks", "cortex", "--seeds", "0", "1", "--out", str(out)])
+    (row,) = json.loads(out.read_text())
+    assert row["cpu_seconds"] == 1
+    assert "torch" in row["versions"]
 
 
 @pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_array, torch.as_tensor, pd.DataFrame])

@@ -108,10 +108,11 @@ def test_only_ranks_matter_and_idr_is_a_running_mean():
 
 def test_perfect_agreement_and_disagreement_end():
     score = np.arange(50.0)
-    found = idr(score, score)
+    with pytest.warns(UserWarning, match="mixture_weight is above 0.99: mu and sigma are not determined"):
+        found = idr(score, score)
     assert np.isfinite(found.local_idr).all()
     assert found.rho > 0.99
-    with pytest.warns(UserWarning, match="these scores do not agree"):
+    with pytest.warns(UserWarning, match="these scores do not agree"), pytest.warns(match="not determined"):
         assert idr(score, -score).rho < 0
 
 
@@ -137,3 +138,25 @@ def test_starts_are_checked(start):
         idr([1, 2, 3], [1, 2, 3], starts=[start])
     with pytest.raises(ModelError, match="starts must have at least one Mixture"):
         idr([1, 2, 3], [1, 2, 3], starts=[])
+    with pytest.raises(ModelError, match=r"got a single one; pass \[Mixture"):
+        idr([1, 2, 3], [1, 2, 3], starts=AUTHORS_START)
+    with pytest.raises(ModelError, match="sequence of Mixture or of its 4 numbers"):
+        idr([1, 2, 3], [1, 2, 3], starts=list(AUTHORS_START))
+    with pytest.raises(ModelError, match="tol must be above 0, got 0"):
+        idr([1, 2, 3], [1, 2, 3], tol=0)
+
+
+def test_starts_come_in_any_sequence():
+    score_1, score_2, _ = simulated(300)
+    found = [idr(score_1, score_2, starts=form(STARTS[1:3])).log_likelihood for form in (list, tuple, np.array)]
+    assert len(set(found)) == 1
+
+
+def test_independent_scores_give_the_authors_fit_and_a_warning():
+    scores = np.random.default_rng(0).normal(size=(2, 300))  # the best of the starts calls all reproducible
+    with pytest.warns(UserWarning, match="no start gains 5 nats over independent scores"):
+        found = idr(*scores)
+    with pytest.warns(UserWarning, match="not determined"):
+        authors = idr(*scores, starts=[AUTHORS_START])
+    assert found[:4] == authors[:4]
+    assert found.mixture_weight < 0.9

@@ -123,7 +123,7 @@ def test_regression_takes_quality_and_batch_out_and_leaves_biology():
     bio, batch, quality = np.arange(90) % 2, np.arange(90) % 5 // 2, rng.normal(size=(90, 2))  # unequal batches
     slopes = rng.normal(size=(2, 6)) / 4
     x = np.exp(3 + bio[:, None] + 0.5 * batch[:, None] + quality @ slopes) - 1
-    method = SCONE([Normalisation(NoScaling(), 2, batch=True, bio=True)]).fit(x, quality, batch=batch, bio=bio)
+    method = SCONE([Normalisation(NoScaling(), 2, batch=True, bio=True)]).fit(x, qc=quality, batch=batch, bio=bio)
     adjusted = method.normalised()
     at_mean = 3 + 0.5 + quality.mean(0) @ slopes  # of the batches and of quality
     np.testing.assert_allclose(adjusted, at_mean + bio[:, None] * np.ones(6))
@@ -229,3 +229,29 @@ def test_contract_and_refusals(fitted):
     empty[4] = 0
     with pytest.raises(DataError, match="1 cells have no count, the first of them cell 4"):
         SCONE().fit(empty)
+
+
+def test_refuses_what_it_cannot_rank():
+    plain = Normalisation(NoScaling())
+    with pytest.raises(ModelError, match=r"different names, but several are \['none, 0 QC'\]"):
+        SCONE([plain, plain]).fit(counts())
+    quality = np.ones((60, 2))
+    quality[7, 1] = np.inf
+    with pytest.raises(DataError, match="qc must be finite; cell 7 is not"):
+        SCONE().fit(counts(), qc=quality)
+    for labels in (np.zeros(60), np.arange(60)):
+        with pytest.raises(DataError, match="bio must have 2 levels or more, fewer than 60 cells"):
+            SCONE().fit(counts(), bio=labels)
+    with pytest.raises(ModelError, match="is confounded: its regression has 3 columns of rank 2"):
+        SCONE([Normalisation(NoScaling(), 0, True, True)]).fit(counts(), batch=np.arange(60) % 2, bio=np.arange(60) % 2)
+
+
+def test_keeps_its_own_counts_and_a_refused_fit_changes_nothing():
+    x = counts().astype(float)
+    method = SCONE([Normalisation(NoScaling())]).fit(x)
+    before = method.normalised()
+    method.set_params(candidates=[Normalisation(NoScaling(), 9)])
+    with pytest.raises(ModelError, match="0 to 8 are possible"):
+        method.fit(counts(50), bio=np.arange(50) % 2)
+    x[:] = 1
+    np.testing.assert_array_equal(method.normalised(), before)

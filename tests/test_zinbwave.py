@@ -218,7 +218,7 @@ def test_fit_is_a_maximum_and_repeats(fitted):
     assert fitted.converged_
     again = ZINBWaVE(2, tol=1e-8).fit(sparse.csr_matrix(counts()))
     np.testing.assert_array_equal(again.W_, fitted.W_)
-    problem = fitted._problem(counts().astype(float), None)
+    problem, _ = fitted._refitted(counts(), None)
     cells = CellParameters(*map(tensor, (fitted.W_, fitted.gamma_mu_, fitted.gamma_pi_)))
     value, gradients = problem.negative().value(cells, fitted._genes())
     assert -value == pytest.approx(fitted.penalised_log_likelihood_, rel=1e-10)
@@ -314,8 +314,13 @@ def test_refuses_counts(change, message):
 
 
 def test_refuses_options(fitted):
-    with pytest.raises(ModelError, match="n_latent must be from 1 to 12"):
+    with pytest.raises(ModelError, match="n_latent must be at most 12"):
         ZINBWaVE(13).fit(counts())
+    with pytest.raises(ModelError, match="max_iter must be an integer of 1 or more, got 0"):
+        ZINBWaVE(2, max_iter=0).fit(counts())
+    for given in (CommonDispersion, "genewise"):
+        with pytest.raises(ModelError, match=r"dispersion must be CommonDispersion\(\) or GenewiseDispersion\(\)"):
+            ZINBWaVE(2, dispersion=given).fit(counts())
     with pytest.raises(ModelError, match="epsilon must be above 0"):
         ZINBWaVE(2, epsilon=0.0).fit(counts())
     with pytest.raises(ModelError, match="has not been fitted"):
@@ -324,6 +329,25 @@ def test_refuses_options(fitted):
         fitted.transform(counts()[:, 1:])
     with pytest.raises(DataError, match="cell_covariates must be 40 rows"):
         ZINBWaVE(2).fit(counts(), cell_covariates=np.ones(39))
+
+
+def test_a_refused_fit_and_other_options_change_no_fit():
+    method = ZINBWaVE(1).fit(counts())
+    before = method.transform(counts())
+    method.set_params(epsilon=1000.0)
+    with pytest.raises(DataError, match="gene_covariates must be 12 rows"):
+        method.fit(counts(30), cell_covariates=np.arange(30), gene_covariates=np.ones(11))
+    np.testing.assert_array_equal(method.transform(counts()), before)
+
+
+def test_dispersion_of_one_gene_does_not_vary():
+    assert float(GenewiseDispersion().variance(torch.ones(1))) == 0
+
+
+def test_covariates_reach_fit_and_transform_together():
+    method, batch = ZINBWaVE(1), np.arange(40) % 2
+    w = method.fit_transform(counts(), cell_covariates=batch)
+    np.testing.assert_array_equal(w, method.transform(counts(), batch))
 
 
 @pytest.mark.slow

@@ -5,18 +5,31 @@ Counts (cells, genes) are raw, dense or sparse. Packages other than the core's a
 
 from pyro_scvi.baselines.deseq2 import DESeq2
 from pyro_scvi.baselines.factor_analysis import FactorAnalysis
-from pyro_scvi.baselines.idr import IDRResult, idr
+from pyro_scvi.baselines.idr import AUTHORS_START, IDRResult, Mixture, idr
 from pyro_scvi.baselines.leiden import LeidenClusters
 from pyro_scvi.baselines.magic import MAGIC
 from pyro_scvi.baselines.mast import MAST
 from pyro_scvi.baselines.pca import PCA
-from pyro_scvi.baselines.scone import SCONE
+from pyro_scvi.baselines.scalings import RLE, TMM, FullQuantile, NoScaling, TotalScaling, UpperQuartile
+from pyro_scvi.baselines.scone import SCONE, SEED_CHOICE, Normalisation
 from pyro_scvi.baselines.scvi_tools import SCVITools
 from pyro_scvi.baselines.wilcoxon import Wilcoxon
 from pyro_scvi.baselines.zifa import ZIFA
-from pyro_scvi.baselines.zinbwave import ZINBWaVE
+from pyro_scvi.baselines.zinbwave import CommonDispersion, GenewiseDispersion, ZINBWaVE
 
 __all__ = [
+    "AUTHORS_START",
+    "SEED_CHOICE",
+    "RLE",
+    "TMM",
+    "FullQuantile",
+    "NoScaling",
+    "TotalScaling",
+    "UpperQuartile",
+    "CommonDispersion",
+    "GenewiseDispersion",
+    "Mixture",
+    "Normalisation",
     "MAGIC",
     "MAST",
     "PCA",

@@ -41,8 +41,8 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         self.max_iter = max_iter
         self.seed = seed
 
-    def fit(self, counts: Any) -> FactorAnalysis:
-        """Fit to raw counts (cells, genes).
+    def fit(self, counts: Any, y: None = None) -> FactorAnalysis:
+        """Fit to raw counts (cells, genes); ``y`` is ignored.
 
         Raises
         ------

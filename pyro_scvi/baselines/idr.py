@@ -36,6 +36,8 @@ STARTS = (AUTHORS_START, *(Mixture(p, 0.7, mu, 1.0) for p in (0.2, 0.5, 0.8) for
 GRID = 1000  # points between which F is interpolated linearly, as in the authors' R package idr
 EDGE = 1e-6  # least distance of p from 0 and 1 and of rho from -1 and 1, and least sigma: the density ends there
 LONGEST_EM = 1000
+LEAST_GAIN = 5.0  # nats over independence below which the ranks do not determine the mixture
+HIGHEST_WEIGHT = 0.99  # above it the marginals are one normal law, whose mu and sigma ranks do not show
 
 
 class IDRResult(NamedTuple):
@@ -68,14 +70,21 @@ def idr(
     among those with mu > 0 and rho > 0 (Li et al. 2011, Sec. 2.2), if any. ``starts=[AUTHORS_START]`` gives the
     mixture that Lopez et al. (2017) report.
 
+    Independent ranks have a copula log likelihood of 0. Where the best start gains less than 5 nats over that, the
+    mixture is not determined, and the largest of several near 0 may call every item reproducible; the fit from
+    AUTHORS_START, if it is among the starts, is returned instead, with a warning. A ``mixture_weight`` above 0.99
+    leaves mu and sigma undetermined, because ranks show neither of one normal law; this too is a warning. Perfect
+    agreement and many ties lead there.
+
     Parameters
     ----------
     score_1, score_2
         (items,) each, in the same order; finite. -log p of a p-value of 0 is not: drop such pairs first.
     starts
-        Where the EM begins.
+        Where the EM begins: a sequence of :class:`Mixture`, or of its four numbers.
     tol
-        The EM at given z ends where the log likelihood L changes by less than tol (1 + |L|); so does the renewal of z.
+        Above 0. The EM at given z ends where the log likelihood L changes by less than tol (1 + |L|); so does the
+        renewal of z.
     max_iter
         How often z is renewed at most. The renewal need not converge.
 
@@ -84,7 +93,7 @@ def idr(
     DataError
         If the scores are not two finite vectors of one length with different values.
     ModelError
-        If there is no start or one out of range, or max_iter is not a positive integer.
+        If there is no start or one out of range, tol is not above 0, or max_iter is not a positive integer.
 
     References
     ----------
@@ -92,13 +101,22 @@ def idr(
     Statistics 5(3):1752, Sec. 2.2; Lopez et al. 2017, Sec. 4 (differential expression).
     """
     require_at_least(1, max_iter=max_iter)
-    _check_starts(starts)
+    if not tol > 0:
+        raise ModelError(f"tol must be above 0, got {tol!r}")
+    chosen = _checked_starts(starts)
     uniform = np.stack(_ranks(score_1, score_2))  # (2, items)
-    fits = [_fit(uniform, start, tol, max_iter) for start in starts]
+    fits = [_fit(uniform, start, tol, max_iter) for start in chosen]
     proper = [fit for fit in fits if fit.mixture.mu > 0 and fit.mixture.rho > 0]
     if not proper:
         warnings.warn("no start led to mu > 0 and rho > 0: these scores do not agree", stacklevel=2)
     best = max(proper or fits, key=lambda fit: fit.log_likelihood)
+    if best.log_likelihood < LEAST_GAIN:
+        best = fits[chosen.index(AUTHORS_START)] if AUTHORS_START in chosen else best
+        warnings.warn(
+            f"no start gains {LEAST_GAIN:g} nats over independent scores: the mixture is not determined", stacklevel=2
+        )
+    if best.mixture.mixture_weight > HIGHEST_WEIGHT:
+        warnings.warn(f"mixture_weight is above {HIGHEST_WEIGHT}: mu and sigma are not determined", stacklevel=2)
     return IDRResult(*best.mixture, best.local_idr, _running_mean(best.local_idr), best.log_likelihood)
 
 
@@ -196,12 +214,19 @@ def _ranks(*scores: Any) -> list[np.ndarray]:
     return [rankdata(vector, "max") / (vector.size + 1) for vector in vectors]
 
 
-def _check_starts(starts: Sequence[Mixture]) -> None:
-    if not starts:
+def _checked_starts(starts: Sequence[Mixture]) -> list[Mixture]:
+    if isinstance(starts, Mixture):
+        raise ModelError(f"starts must be a sequence of Mixture, got a single one; pass [{starts}]")
+    try:
+        found = [Mixture(*map(float, start)) for start in starts]
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"starts must be a sequence of Mixture or of its 4 numbers, got {starts!r}") from error
+    if not found:
         raise ModelError("starts must have at least one Mixture, such as AUTHORS_START")
-    for p, rho, mu, sigma in starts:
+    for p, rho, mu, sigma in found:
         if not (0 < p < 1 and -1 < rho < 1 and math.isfinite(mu) and 0 < sigma < math.inf):
             raise ModelError(
                 f"a start needs 0 < mixture_weight < 1, -1 < rho < 1, sigma > 0 and finite mu; got "
                 f"{Mixture(p, rho, mu, sigma)}"
             )
+    return found

@@ -23,8 +23,11 @@ def dense_counts(counts: Any, *, n_genes: int | None = None, unseen_genes: bool 
     Raises
     ------
     DataError
-        Naming the first entry that is NaN, infinite or negative, the number of genes, or the genes without counts.
+        For an AnnData instead of its X; or naming the first entry that is NaN, infinite or negative, the number of
+        genes, or the genes without counts.
     """
+    if hasattr(counts, "X") and hasattr(counts, "obs"):
+        raise DataError(f"counts must be a matrix, got {type(counts).__name__}; pass adata.X or a layer with counts")
     matrix = canonical(counts, "counts")
     x = np.asarray(matrix.toarray() if not isinstance(matrix, np.ndarray) else matrix, dtype=np.float64)
     wrong = ~(np.isfinite(x) & (x >= 0))

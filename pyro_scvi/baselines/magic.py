@@ -65,8 +65,8 @@ class MAGIC(BaseEstimator):
         self.n_pca = n_pca
         self.seed = seed
 
-    def fit(self, counts: Any) -> MAGIC:
-        """Build the graph of raw counts (cells, genes).
+    def fit(self, counts: Any, y: None = None) -> MAGIC:
+        """Build the graph of raw counts (cells, genes); ``y`` is ignored.
 
         Raises
         ------

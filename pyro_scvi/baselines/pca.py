@@ -31,8 +31,8 @@ class PCA(TransformerMixin, BaseEstimator):
         self.n_latent = n_latent
         self.seed = seed
 
-    def fit(self, counts: Any) -> PCA:
-        """Fit to raw counts (cells, genes).
+    def fit(self, counts: Any, y: None = None) -> PCA:
+        """Fit to raw counts (cells, genes); ``y`` is ignored.
 
         Raises
         ------

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -63,6 +63,44 @@ def grid(n_quality: int, batch: bool, bio: bool) -> tuple[Normalisation, ...]:
     return *plain, *out
 
 
+class _Cells(NamedTuple):
+    """What a normalisation works on: counts (cells, genes), components of quality, labels of batches and groups."""
+
+    counts: np.ndarray
+    quality: np.ndarray
+    batch: np.ndarray | None
+    bio: np.ndarray | None
+
+    def normalised(self, chosen: Normalisation) -> np.ndarray:
+        """Log(1 + scaled counts) less what is unwanted, (cells, genes)."""
+        y = np.log1p(chosen.scaling(self.counts))
+        unwanted = np.column_stack([np.empty((len(y), 0)), *self._unwanted(chosen)])
+        if not unwanted.shape[1]:
+            return y
+        kept = _contrasts(_required(self.bio, "bio")) if chosen.bio else np.empty((len(y), 0))
+        design = np.column_stack((unwanted, np.ones(len(y)), kept))
+        if (rank := np.linalg.matrix_rank(design)) < design.shape[1]:
+            raise ModelError(
+                f"{chosen.name} is confounded: its regression has {design.shape[1]} columns of rank {rank}; take fewer "
+                "components of quality, or leave batch or bio out"
+            )
+        coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
+        return y - unwanted @ coefficients[: unwanted.shape[1]]
+
+    def _unwanted(self, chosen: Normalisation) -> list[np.ndarray]:
+        most = self.quality.shape[1]
+        if chosen.quality is not None and not 0 <= chosen.quality <= most:
+            raise ModelError(f"{chosen.name} asks for {chosen.quality} components of quality; 0 to {most} are possible")
+        quality = self.quality[:, : chosen.quality]
+        return [quality, _contrasts(_required(self.batch, "batch"))] if chosen.batch else [quality]
+
+
+def _required(labels: np.ndarray | None, name: str) -> np.ndarray:
+    if labels is None:
+        raise ModelError(f"a Normalisation with {name}=True needs fit(counts, {name}=labels)")
+    return labels
+
+
 class SCONE(BaseEstimator):
     """Normalise in many ways, score each by eight criteria, and choose the one with the best mean rank.
 
@@ -89,19 +127,22 @@ class SCONE(BaseEstimator):
     def fit(
         self,
         counts: Any,
-        qc: Any = None,
+        y: None = None,
         *,
+        qc: Any = None,
         batch: Any = None,
         bio: Any = None,
         negative_controls: Any = None,
         positive_controls: Any = None,
     ) -> Self:
-        """Score all candidates.
+        """Score all candidates; a fit that is refused leaves the one before.
 
         Parameters
         ----------
         counts
             Raw counts, (cells, genes).
+        y
+            Ignored.
         qc
             Quality metrics, (cells, metrics); None for :func:`quality_metrics` of the counts.
         batch, bio
@@ -113,27 +154,24 @@ class SCONE(BaseEstimator):
         ------
         DataError
             For counts that are negative or not finite, cells without counts, genes without any, labels or metrics of
-            another length.
+            another length, metrics that are not finite, or labels of one level or as many as cells.
         ModelError
-            For a candidate that asks for more components, batches or groups than there are, or an empty list.
+            For a candidate that asks for more components, batches or groups than there are, or whose regression is
+            confounded; for an empty list, or one with two of a name.
         """
         x = dense_counts(counts, unseen_genes=False)
-        self.counts_ = x
         metrics = quality_metrics(x) if qc is None else np.asarray(qc, dtype=np.float64).reshape(len(qc), -1)
         _check_rows(x, qc=metrics, batch=batch, bio=bio)
-        self.quality_ = components(metrics, n=MOST_COMPONENTS)
-        self.batch_, self.bio_ = (None if labels is None else np.asarray(labels) for labels in (batch, bio))
-        candidates = self.candidates
-        if candidates is None:
-            candidates = grid(self.quality_.shape[1], batch is not None, bio is not None)
-        if not len(candidates):
-            raise ModelError("candidates must name at least one Normalisation; leave it out for all of them")
+        labels = (None if given is None else np.asarray(given) for given in (batch, bio))
+        cells = _Cells(x, components(metrics, n=MOST_COMPONENTS), *labels)
+        candidates = self._candidates(cells)
         unwanted, wanted = (_factors(x, genes) for genes in (negative_controls, positive_controls))
         rows = np.random.default_rng(self.seed).permutation(len(x))[:PAM_CELLS]
-        known = Known(self.bio_, self.batch_, self.quality_, unwanted, wanted, rows)
-        found = {each.name: scores(self.normalised(each), known) for each in candidates}
+        known = Known(cells.bio, cells.batch, cells.quality, unwanted, wanted, rows)
+        found = {each.name: scores(cells.normalised(each), known) for each in candidates}
         table = pd.DataFrame.from_dict(found, orient="index").rename_axis("normalisation")
         table["mean_rank"] = table.round(DIGITS).rank().mean(axis=1)
+        self.counts_, self.quality_, self.batch_, self.bio_ = cells._replace(counts=x.copy())  # x may be the caller's
         self.table_ = table.sort_values("mean_rank", ascending=False, kind="stable")
         self.best_ = next(each for each in candidates if each.name == self.table_.index[0])
         return self
@@ -147,27 +185,18 @@ class SCONE(BaseEstimator):
             Before the fit, or for more components, batches or groups than there are.
         """
         require_fitted(self, "counts_")
-        chosen = self.best_ if normalisation is None else normalisation
-        y = np.log1p(chosen.scaling(self.counts_))
-        unwanted = np.column_stack([np.empty((len(y), 0)), *self._unwanted(chosen)])
-        if not unwanted.shape[1]:
-            return y
-        kept = _contrasts(self._labels(self.bio_, "bio")) if chosen.bio else np.empty((len(y), 0))
-        design = np.column_stack((unwanted, np.ones(len(y)), kept))
-        coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
-        return y - unwanted @ coefficients[: unwanted.shape[1]]
+        cells = _Cells(self.counts_, self.quality_, self.batch_, self.bio_)
+        return cells.normalised(self.best_ if normalisation is None else normalisation)
 
-    def _unwanted(self, chosen: Normalisation) -> list[np.ndarray]:
-        most = self.quality_.shape[1]
-        if chosen.quality is not None and not 0 <= chosen.quality <= most:
-            raise ModelError(f"{chosen.name} asks for {chosen.quality} components of quality; 0 to {most} are possible")
-        quality = self.quality_[:, : chosen.quality]
-        return [quality, _contrasts(self._labels(self.batch_, "batch"))] if chosen.batch else [quality]
-
-    def _labels(self, labels: np.ndarray | None, name: str) -> np.ndarray:
-        if labels is None:
-            raise ModelError(f"a Normalisation with {name}=True needs fit(counts, {name}=labels)")
-        return labels
+    def _candidates(self, cells: _Cells) -> Sequence[Normalisation]:
+        if self.candidates is None:
+            return grid(cells.quality.shape[1], cells.batch is not None, cells.bio is not None)
+        names = [each.name for each in self.candidates]
+        if not names:
+            raise ModelError("candidates must name at least one Normalisation; leave it out for all of them")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ModelError(f"candidates must have different names, but several are {twice}; name the scalings apart")
+        return self.candidates
 
 
 def quality_metrics(x: np.ndarray) -> np.ndarray:
@@ -204,3 +233,9 @@ def _check_rows(x: np.ndarray, **given: Any) -> None:
     for name, values in given.items():
         if values is not None and (len(values) != len(x) or pd.isna(np.asarray(values)).any()):
             raise DataError(f"{name} must have a value for each of {len(x)} cells, none missing; got {len(values)}")
+    if (infinite := np.flatnonzero(~np.isfinite(given["qc"]).all(1))).size:
+        raise DataError(f"qc must be finite; cell {infinite[0]} is not. Drop the metric or the cell")
+    for name in ("batch", "bio"):
+        levels = 2 if given[name] is None else len(np.unique(given[name]))
+        if not 2 <= levels < len(x):
+            raise DataError(f"{name} must have 2 levels or more, fewer than {len(x)} cells; got {levels}: leave it out")

@@ -53,8 +53,8 @@ class SCVITools(BaseEstimator):
         self.samples = samples
         self.seed = seed
 
-    def fit(self, counts: Any) -> Self:
-        """Fit to raw counts (cells, genes).
+    def fit(self, counts: Any, y: None = None) -> Self:
+        """Fit to raw counts (cells, genes); ``y`` is ignored.
 
         Raises
         ------

@@ -81,8 +81,8 @@ class ZIFA(TransformerMixin, BaseEstimator):
         self.batch_size = batch_size
         self.device = device
 
-    def fit(self, counts: Any) -> ZIFA:
-        """Fit to raw counts (cells, genes); warns where EM has not met ``tol``.
+    def fit(self, counts: Any, y: None = None) -> ZIFA:
+        """Fit to raw counts (cells, genes); warns where EM has not met ``tol``. ``y`` is ignored.
 
         Raises
         ------
@@ -92,12 +92,12 @@ class ZIFA(TransformerMixin, BaseEstimator):
             If there are more latents than genes or cells, or a setting is out of range.
         """
         require_at_least(1, max_iter=self.max_iter, batch_size=self.batch_size)
-        y = np.log1p(dense_counts(counts, unseen_genes=False))
-        require_varying_genes(y)
-        require_latents(self.n_latent, y)
-        if y.all():
+        logs = np.log1p(dense_counts(counts, unseen_genes=False))
+        require_varying_genes(logs)
+        require_latents(self.n_latent, logs)
+        if logs.all():
             raise DataError("no count is zero, so that nothing tells which are lost; take FactorAnalysis instead")
-        self._keep(self._maximise(torch.as_tensor(y, device=self.device), self._start(y)))
+        self._keep(self._maximise(torch.as_tensor(logs, device=self.device), self._start(logs)))
         return self
 
     def transform(self, counts: Any) -> np.ndarray:

@@ -6,11 +6,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted
+from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents
 from pyro_scvi.baselines.minimise import Minimum
 from pyro_scvi.baselines.zinbwave_fit import Law, Problem
 from pyro_scvi.baselines.zinbwave_law import (
@@ -22,14 +22,14 @@ from pyro_scvi.baselines.zinbwave_law import (
     Penalties,
     orthogonal,
 )
-from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.errors import DataError, ModelError, require_at_least
 
 __all__ = ["CommonDispersion", "GenewiseDispersion", "ZINBWaVE"]
 
 REFIT = 1e-2  # a refit of single cells is cheap, so its stop rule is so much stricter
 
 
-class ZINBWaVE(BaseEstimator):
+class ZINBWaVE(TransformerMixin, BaseEstimator):
     r"""Zero-inflated negative binomial counts whose log mean and dropout logit are linear in latents W.
 
     .. math:: x_{nj} \sim \pi_{nj} \delta_0 + (1 - \pi_{nj}) NB(\mu_{nj}, \theta_j), \quad
@@ -53,7 +53,7 @@ class ZINBWaVE(BaseEstimator):
     epsilon
         The weight of the penalty; None for the number of genes, as in the original.
     tol, max_iter
-        The stop rule, and the most iterations; a warning says when they did not suffice.
+        The stop rule, and the most iterations, rounded up to tens; a warning says when they did not suffice.
     device
         Where to compute: anything that torch takes.
 
@@ -65,6 +65,8 @@ class ZINBWaVE(BaseEstimator):
         (latents, genes), the same, (cell covariates, genes), the same, log theta (genes,) or (1,).
     log_likelihood_, penalised_log_likelihood_
         Of all training cells, nats.
+    penalties_
+        The weights of the penalty, which refits of cells keep.
     n_iter_, converged_
         Iterations of the fit, and whether the stop rule was met.
     """
@@ -86,13 +88,15 @@ class ZINBWaVE(BaseEstimator):
         self.max_iter = max_iter
         self.device = device
 
-    def fit(self, counts: Any, cell_covariates: Any = None, gene_covariates: Any = None) -> Self:
-        """Fit all parameters to counts.
+    def fit(self, counts: Any, y: None = None, *, cell_covariates: Any = None, gene_covariates: Any = None) -> Self:
+        """Fit all parameters to counts; a fit that is refused leaves the one before.
 
         Parameters
         ----------
         counts
             Raw counts, (cells, genes).
+        y
+            Ignored.
         cell_covariates, gene_covariates
             X (cells, covariates) and V (genes, covariates) without the intercepts, which are added.
 
@@ -102,16 +106,23 @@ class ZINBWaVE(BaseEstimator):
             For counts that are negative or not finite, a gene or cell without counts (its mean would have no maximum),
             or covariates of another length.
         ModelError
-            For ``n_latent`` that is not from 1 to the number of cells or of genes.
+            For ``n_latent`` that is not from 1 to the number of cells or of genes, or another option out of range.
         """
         x = dense_counts(counts, unseen_genes=False)
-        self._check_options(*x.shape)
-        self.n_cells_ = len(x)
-        self.gene_covariates_ = _design(gene_covariates, x.shape[1], "gene_covariates")
-        self.n_cell_covariates_ = _design(cell_covariates, len(x), "cell_covariates").shape[1]
-        problem = self._problem(x, cell_covariates)
-        cells, genes = problem.start(self.n_latent)
-        return self._maximise(problem, cells, genes)
+        self._check_options(x)
+        x_cov = _design(cell_covariates, len(x), "cell_covariates")
+        v_cov = _design(gene_covariates, x.shape[1], "gene_covariates")
+        epsilon = float(x.shape[1] if self.epsilon is None else self.epsilon)
+        problem = self._problem(x, x_cov, v_cov, Penalties(epsilon, len(x), x.shape[1], self.dispersion))
+        self._maximise(problem, *problem.start(self.n_latent))
+        return self
+
+    def fit_transform(
+        self, counts: Any, y: None = None, *, cell_covariates: Any = None, gene_covariates: Any = None
+    ) -> np.ndarray:
+        """Fit, then transform the same cells; arguments as of :meth:`fit`."""
+        self.fit(counts, cell_covariates=cell_covariates, gene_covariates=gene_covariates)
+        return self.transform(counts, cell_covariates)
 
     def transform(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
         """W (cells, latents) of any cells: W and gamma refitted under their penalties, all else as fitted."""
@@ -139,22 +150,30 @@ class ZINBWaVE(BaseEstimator):
         found = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
         return np.where(dense_counts(counts) > 0, 0.0, found)
 
-    def _maximise(self, problem: Problem, cells: CellParameters, genes: GeneParameters) -> Self:
+    def _maximise(self, problem: Problem, cells: CellParameters, genes: GeneParameters) -> None:
         found = problem.maximise(cells, genes, self.tol, self.max_iter)
-        self.n_iter_, self.converged_ = found.iterations, found.converged
         self._warn(found)
         cells, genes = CellParameters(*found.rows), GeneParameters(*found.shared)
         cells, genes = orthogonal(cells, genes, problem.penalties)
+        log_likelihood = float(problem.log_likelihood(cells, genes).sum())
+        penalty = float(problem.penalties.of_cells(cells) + problem.penalties.of_genes(genes))
+        self.penalties_, self.n_cell_covariates_ = problem.penalties, problem.x_cov.shape[1]
+        self.gene_covariates_ = problem.v_cov.cpu().numpy()
+        self.n_iter_, self.converged_ = found.iterations, found.converged
         self.W_, self.gamma_mu_, self.gamma_pi_ = (t.cpu().numpy() for t in cells)
         self.alpha_mu_, self.alpha_pi_, self.beta_mu_, self.beta_pi_, self.zeta_ = (t.cpu().numpy() for t in genes)
-        self.log_likelihood_ = float(problem.log_likelihood(cells, genes).sum())
-        penalty = problem.penalties.of_cells(cells) + problem.penalties.of_genes(genes)
-        self.penalised_log_likelihood_ = self.log_likelihood_ - float(penalty)
-        return self
+        self.log_likelihood_, self.penalised_log_likelihood_ = log_likelihood, log_likelihood - penalty
 
     def _refitted(self, counts: Any, cell_covariates: Any) -> tuple[Problem, CellParameters]:
         require_fitted(self, "W_")
-        problem = self._problem(dense_counts(counts, n_genes=len(self.gene_covariates_)), cell_covariates)
+        x = dense_counts(counts, n_genes=len(self.gene_covariates_))
+        design = _design(cell_covariates, len(x), "cell_covariates")
+        if design.shape[1] != self.n_cell_covariates_:
+            raise DataError(
+                f"the fit had {self.n_cell_covariates_ - 1} cell_covariates, now there are {design.shape[1] - 1}; "
+                "pass the same ones, in the same order"
+            )
+        problem = self._problem(x, design, self.gene_covariates_, self.penalties_)
         found = problem.refit(self._genes(), self.tol * REFIT, self.max_iter)
         self._warn(found)
         return problem, CellParameters(*found.rows)
@@ -163,18 +182,10 @@ class ZINBWaVE(BaseEstimator):
         problem, cells = self._refitted(counts, cell_covariates)
         return problem.laws(cells, self._genes())
 
-    def _problem(self, x: np.ndarray, cell_covariates: Any) -> Problem:
+    def _problem(self, x: np.ndarray, x_cov: np.ndarray, v_cov: np.ndarray, penalties: Penalties) -> Problem:
         if (empty := np.flatnonzero(~x.any(1))).size:
             raise DataError(f"{empty.size} cells have no count, the first of them cell {empty[0]}; drop them")
-        design = _design(cell_covariates, len(x), "cell_covariates")
-        if design.shape[1] != self.n_cell_covariates_:
-            raise DataError(
-                f"the fit had {self.n_cell_covariates_ - 1} cell_covariates, now there are {design.shape[1] - 1}; "
-                "pass the same ones, in the same order"
-            )
-        epsilon = float(x.shape[1] if self.epsilon is None else self.epsilon)
-        penalties = Penalties(epsilon, self.n_cells_, x.shape[1], self.dispersion)
-        return Problem(self._tensor(x), self._tensor(design), self._tensor(self.gene_covariates_), penalties)
+        return Problem(self._tensor(x), self._tensor(x_cov), self._tensor(v_cov), penalties)
 
     def _genes(self) -> GeneParameters:
         fitted = self.alpha_mu_, self.alpha_pi_, self.beta_mu_, self.beta_pi_, self.zeta_
@@ -183,9 +194,13 @@ class ZINBWaVE(BaseEstimator):
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float64, device=self.device)
 
-    def _check_options(self, cells: int, genes: int) -> None:
-        if not 1 <= self.n_latent <= min(cells, genes):
-            raise ModelError(f"n_latent must be from 1 to {min(cells, genes)} for these counts, got {self.n_latent}")
+    def _check_options(self, x: np.ndarray) -> None:
+        require_latents(self.n_latent, x)
+        require_at_least(1, max_iter=self.max_iter)
+        if not isinstance(self.dispersion, CommonDispersion | GenewiseDispersion):
+            raise ModelError(
+                f"dispersion must be CommonDispersion() or GenewiseDispersion(), got {self.dispersion!r}; pass one"
+            )
         if self.epsilon is not None and not self.epsilon > 0:
             raise ModelError(f"epsilon must be above 0, got {self.epsilon}")
 
@@ -199,7 +214,7 @@ class ZINBWaVE(BaseEstimator):
 
 
 def technical_zero(law: Law) -> Tensor:
-    r"""P(technical | zero), (cells, genes): :math:`\pi / (\pi + (1 - \pi) (1 + \mu / 	heta)^{-	heta})`."""
+    r"""P(technical | zero), (cells, genes): :math:`\pi / (\pi + (1 - \pi) (1 + \mu / \theta)^{-\theta})`."""
     log_zero = -law.zeta.exp() * torch.logaddexp(torch.zeros_like(law.log_mu), law.log_mu - law.zeta)
     return torch.sigmoid(law.gate - log_zero)
 

@@ -63,8 +63,8 @@ class GenewiseDispersion:
         return genes
 
     def variance(self, zeta: Tensor) -> Tensor:
-        """Variance of zeta over genes, with genes - 1 as its divisor."""
-        return zeta.var()
+        """Variance of zeta over genes, with genes - 1 as its divisor; 0 of one gene."""
+        return zeta.var() if len(zeta) > 1 else torch.zeros_like(zeta[0])
 
 
 @dataclass(frozen=True)
