@@ -133,3 +133,20 @@ def test_other_types_for_matrix_products_are_refused(cells):
 def test_more_draws_than_one_are_refused():
     with pytest.raises(TypeError, match="num_particles"):
         MeanFieldELBO(num_particles=8)
+
+
+def test_a_site_that_only_the_guide_needs_is_counted_as_pyro_counts_it(cells):
+    model, guide = model_and_guide(cells)
+    x, gamma = (tensor.double() for tensor in cells[:])
+
+    def more(*args, **kwargs):
+        normal = pyro.distributions.Normal(torch.zeros(()).double(), 0.1)
+        pyro.sample("noise", normal, infer={"is_auxiliary": True})
+        return guide(*args, **kwargs)
+
+    losses = []
+    for elbo in (TraceMeanField_ELBO(), MeanFieldELBO()):
+        torch.manual_seed(1)
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            losses.append(elbo.differentiable_loss(model, more, x, gamma).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)

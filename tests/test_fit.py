@@ -385,3 +385,17 @@ def test_moving_a_fit_there_and_back_changes_nothing(cells):
     after = ps.evidence(fit.to("cpu"), cells, samples=200)
     assert after.log_evidence.equals(before.log_evidence)
     assert ((on_device.log_evidence - before.log_evidence).abs() < 5 * (before.se + on_device.se)).all()
+
+
+def test_epsilon_is_in_nats_per_cell():
+    """Twice the same cells: the same step, since Adam's epsilon is held against the gradient of one cell."""
+    x, ends = np.random.default_rng(0).poisson(3.0, size=(20, 6)) + 1, []
+    for counts in (x, np.concatenate([x, x])):
+        cells = ps.Cells.from_counts(counts)
+        model = small_model(cells, norm=None)
+        guide = ps.guides.Point(model, n_hidden=16, norm=None)
+        options = {"epochs": 1, "batch_size": 100, "eps": 1.0, "data_start": False, "dtype": torch.float64}
+        fit = small_fit(cells, model, guide=guide, validation=0, learning_rate=ps.schedules.Constant(0.1), **options)
+        ends.append(parameters(fit))
+    for one, twice in zip(*ends, strict=True):
+        torch.testing.assert_close(one, twice, rtol=1e-9, atol=1e-12)
