@@ -18,6 +18,7 @@ from pyro_scvi import (
     weights,
 )
 from pyro_scvi.annealing import annealed_evidence
+from pyro_scvi.annotate import add_rank_genes_groups, annotate
 from pyro_scvi.calibration import calibrate
 from pyro_scvi.cells import Cells
 from pyro_scvi.comparison import compare
@@ -47,7 +48,9 @@ __all__ = [
     "Importance",
     "Refined",
     "Schema",
+    "add_rank_genes_groups",
     "annealed_evidence",
+    "annotate",
     "baselines",
     "calibrate",
     "calibration",

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.model import SCVI
+from pyro_scvi.parts import evaluation_mode
 from pyro_scvi.posterior import draws_at_once, evaluating, minibatches
 from pyro_scvi.samplers import Amortized, Draws, Sampler
 from pyro_scvi.sampling import decoded
@@ -42,16 +43,11 @@ def prior_predictive(model: SCVI, n_cells: int, *, gamma: Tensor | None = None, 
         raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     gamma = torch.zeros(n_cells, 0) if gamma is None else gamma
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with seeded(seed), pyro.get_param_store().scope(), torch.no_grad():
+        with evaluation_mode(model), seeded(seed), pyro.get_param_store().scope(), torch.no_grad():
             return model(None, gamma.to(device)).cpu().numpy()
     except NotImplementedError as error:
         raise ModelError(f"the prior {model.prior!r} cannot be drawn from: {error}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def posterior_predictive(

@@ -14,6 +14,14 @@ def table(caption: str, facts: Mapping[str, str], below: str = "") -> str:
     return f"<table><caption>{html.escape(caption)}</caption>{rows}</table>{below}"
 
 
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """HTML of a table with a heading for each column; everything is escaped."""
+    left = "style='text-align:left'"
+    head = "".join(f"<th {left}>{html.escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td {left}>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead>{body}</table>"
+
+
 def curve(values: Sequence[float], width: int = 240, height: int = 60) -> str:
     """SVG of a falling or rising line, without axes."""
     low, high, last = min(values), max(values), max(len(values) - 1, 1)

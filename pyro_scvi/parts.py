@@ -1,6 +1,8 @@
 """Part: a torch module that remembers how it was made, so that it prints, saves and loads without pickle."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -9,6 +11,19 @@ from torch import nn
 from pyro_scvi.display import table
 
 _serial = count()
+
+
+@contextmanager
+def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode is put back afterwards."""
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Part(nn.Module):

@@ -19,6 +19,7 @@ from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT, Importance, LogJoint, adaptive_importance, refine
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
+from pyro_scvi.parts import evaluation_mode
 from pyro_scvi.seeding import seeded
 
 if TYPE_CHECKING:
@@ -28,15 +29,9 @@ if TYPE_CHECKING:
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, an own seed and an own parameter store; everything is put back afterwards."""
-    modes = [(module, module.training) for part in (model, guide) for module in part.modules()]
-    model.eval()
-    guide.eval()
-    try:
-        with seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False), torch.no_grad():
+    with evaluation_mode(model, guide), seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with torch.no_grad():
             yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def minibatches(fit: Fit, cells: Cells) -> Minibatches:

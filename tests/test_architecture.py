@@ -56,6 +56,7 @@ def test_the_law_knows_nothing_of_data_fitting_or_tables():
         "plates",
         "priors",
         "seeding",
+        "sites",
         "weights",
     }
     assert reachable("model") == allowed
@@ -84,6 +85,7 @@ def test_the_model_reads_in_one_sitting():
         ("gamma_ratio", {"cells", "likelihoods", "model", "pairs"}),
         ("pairs", {"all_pairs", "differential", "fit", "plots", "cli"}),
         ("differential", {"fit", "plots", "cli"}),
+        ("annotate", {"fit", "plots", "cli"}),
         ("baselines", {"model", "guides", "cells", "fit", "posterior", "plots", "cli"}),
     ],
 )
@@ -101,7 +103,9 @@ def test_public_names():
         "Refined",
         "SCVI",
         "Schema",
+        "add_rank_genes_groups",
         "annealed_evidence",
+        "annotate",
         "baselines",
         "calibrate",
         "calibration",

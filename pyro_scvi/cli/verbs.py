@@ -8,6 +8,7 @@ import typer
 from anndata import AnnData
 
 from pyro_scvi import imputation, posterior
+from pyro_scvi.annotate import in_genes_of
 from pyro_scvi.cells import Cells
 from pyro_scvi.cli.files import add, load_fit, matched, read_h5ad, record, write_h5ad
 from pyro_scvi.cli.options import (
@@ -106,13 +107,9 @@ def impute(
 
 def _add_layers(adata: AnnData, cells: Cells, found: dict[str, np.ndarray]) -> None:
     """Put (cells, genes of the fit) where the file has these genes; NaN at the others."""
-    places = adata.var_names.get_indexer(cells.gene_names)
-    known = places >= 0  # the others were filled in
-    modelled = np.isin(np.arange(adata.n_vars), places)
+    modelled = adata.var_names.isin(cells.gene_names)
     for name, values in found.items():
-        layer = np.full(adata.shape, np.nan, dtype=np.float32)
-        layer[:, places[known]] = values[:, known]
-        add(adata.layers, name, layer)
+        add(adata.layers, name, in_genes_of(adata, cells, values))
     adata.var["pyro_scvi_modelled"] = modelled
     if not modelled.all():
         text = f"{(~modelled).sum():,} of {adata.n_vars:,} genes are unknown to the fit: NaN in the new layers"

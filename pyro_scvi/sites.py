@@ -1,0 +1,96 @@
+"""The sites of a program as a list to read: names, laws and shapes, found by running it once."""
+
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import nn
+from torch.distributions import biject_to
+
+from pyro_scvi.distributions import ZeroInflated
+from pyro_scvi.parts import evaluation_mode
+from pyro_scvi.seeding import seeded
+
+
+class Site(NamedTuple):
+    """A random variable of a program: its name, its law, and its shape in words."""
+
+    name: str
+    law: str
+    shape: str
+
+
+def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
+    """List the sample sites of a program in the order in which it draws them.
+
+    A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
+    """
+    with evaluation_mode(program), seeded(0), pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with torch.no_grad(), pyro.poutine.trace() as found, _Harmless():
+            program(*args, **kwargs)
+    nodes: list[Any] = [node for node in found.trace.nodes.values() if node["type"] == "sample"]
+    return [
+        Site(node["name"], _law(node["fn"]), _shape(node)) for node in nodes if not isinstance(node["fn"], _Subsample)
+    ]
+
+
+class _Harmless(Messenger):
+    """Gives global latents, and latents that cannot be drawn, the value in the middle of their support.
+
+    Weights drawn from wide priors overflow the rates of the counts; an improper prior has no draws.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
+            return
+        drawn = _drawn(msg["fn"])
+        if drawn is None:
+            msg["value"] = _middle(msg["fn"])
+        elif not msg["cond_indep_stack"]:
+            msg["value"] = _middle(msg["fn"]).to(drawn)
+
+
+def _drawn(law: Any) -> torch.Tensor | None:
+    try:
+        return law.sample()
+    except NotImplementedError:
+        return None
+
+
+def _middle(law: Any) -> torch.Tensor:
+    transform = biject_to(law.support)
+    return transform(torch.zeros(transform.inverse_shape(law.shape())))
+
+
+def _unwrapped(law: Any) -> Any:
+    while isinstance(law, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _law(law: Any) -> str:
+    """Name of a distribution, without the wrappers that only reshape it, and of what a mixture or transform is of."""
+    law = _unwrapped(law)
+    name = type(law).__name__
+    if isinstance(law, dist.Delta):
+        return "a function of those above"
+    if isinstance(law, ZeroInflated):
+        return f"{name} {_law(law.base)}"
+    if isinstance(law, dist.MixtureSameFamily):
+        return f"mixture of {law.mixture_distribution.logits.shape[-1]} {_law(law.component_distribution)}"
+    if name == "TransformedDistribution":  # named ones, such as LogNormal, say enough
+        return f"transformed {_law(law.base_dist)}"
+    return name
+
+
+def _shape(node: Any) -> str:
+    shape, n_event = tuple(node["value"].shape), len(node["fn"].event_shape)
+    if isinstance(_unwrapped(node["fn"]), dist.Delta):  # deterministic sites call all their dimensions events
+        n_event = 0
+    plates = {frame.dim: frame.name for frame in node["cond_indep_stack"]}
+    batch, event = shape[: len(shape) - n_event], shape[len(shape) - n_event :]
+    named = [(plates.get(place - len(batch)), size) for place, size in enumerate(batch)]
+    return " x ".join([name or str(size) for name, size in named if name or size > 1] + list(map(str, event))) or "1"
