@@ -1,27 +1,23 @@
 """scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
 
 from collections.abc import Callable
-from itertools import chain
 
 import pyro
-import torch
 from torch import BoolTensor, Tensor, nn
 
-from pyro_scvi.display import grid
 from pyro_scvi.distributions import Law
 from pyro_scvi.errors import ModelError
 from pyro_scvi.libraries import LatentLibrary, Library
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
 from pyro_scvi.networks import BatchNorm, Decoder, Norm
-from pyro_scvi.parts import Part
 from pyro_scvi.plates import cells_plate, constants, register
 from pyro_scvi.priors import StandardNormal
 from pyro_scvi.seeding import seeded
-from pyro_scvi.sites import Site, sites_of
+from pyro_scvi.sites import Program
 from pyro_scvi.weights import RandomWeights
 
 
-class SCVI(Part):
+class SCVI(Program):
     r"""The law of counts x (cells, genes) given constants gamma (cells, covariates).
 
     .. math::
@@ -133,12 +129,3 @@ class SCVI(Part):
         """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
         eta = self.decoder(z.squeeze(-2), gamma)
         return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
-
-    def sites(self, *, marginal: bool = False) -> list[Site]:
-        """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
-        device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
-        gamma = torch.zeros(2, self.n_covariates, device=device)
-        return sites_of(self, None, gamma, marginal=marginal)
-
-    def _repr_html_(self) -> str:
-        return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))

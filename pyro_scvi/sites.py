@@ -1,5 +1,6 @@
 """The sites of a program as a list to read: names, laws and shapes, found by running it once."""
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pyro
@@ -10,8 +11,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import nn
 from torch.distributions import biject_to
 
+from pyro_scvi.display import grid
 from pyro_scvi.distributions import ZeroInflated
-from pyro_scvi.parts import evaluation_mode
+from pyro_scvi.parts import Part, evaluation_mode
 from pyro_scvi.seeding import seeded
 
 
@@ -35,6 +37,21 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     return [
         Site(node["name"], _law(node["fn"]), _shape(node)) for node in nodes if not isinstance(node["fn"], _Subsample)
     ]
+
+
+class Program(Part):
+    """A model of cells that lists its own sites."""
+
+    n_covariates: int
+    likelihood: Any
+
+    def sites(self, *, marginal: bool = False) -> list[Site]:
+        """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
+        device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
+        return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))
 
 
 class _Harmless(Messenger):
