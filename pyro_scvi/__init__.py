@@ -1,7 +1,9 @@
 """scVI as a Pyro program: read it, change it, fit it, sample its posterior."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from pyro_scvi import (
-    baselines,
     calibration,
     criticism,
     datasets,
@@ -11,7 +13,6 @@ from pyro_scvi import (
     libraries,
     likelihoods,
     networks,
-    plots,
     presets,
     priors,
     schedules,
@@ -36,6 +37,20 @@ from pyro_scvi.sampling import sample_posterior
 from pyro_scvi.schema import Schema
 from pyro_scvi.sensitivity import prior_sensitivity
 from pyro_scvi.store import load
+
+if TYPE_CHECKING:
+    from pyro_scvi import baselines, plots
+else:
+
+    def __getattr__(name):
+        """Import a room when it is first asked for: these bring scikit-learn, scipy.stats and matplotlib, 100 MB."""
+        if name in ("baselines", "plots"):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

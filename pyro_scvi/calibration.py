@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
@@ -207,6 +206,8 @@ def _summary(ranks: pd.DataFrame, draws: int) -> pd.DataFrame:
 
 
 def _of_quantity(ranks: np.ndarray, draws: int) -> dict[str, float]:
+    from scipy.stats import chisquare  # 45 MB, which no training needs
+
     bins = max(size for size in (1, 2, 4, 5, 10, 20) if size <= max(1, len(ranks) // 10))  # 10 cells or more in each
     counts = np.bincount(ranks * bins // (draws + 1), minlength=bins)
     row = {"rank_p": float(chisquare(counts).pvalue) if bins > 1 else np.nan}

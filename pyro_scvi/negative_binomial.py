@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-_FAR = 60  # exp(60) is past every count; near exp(88) float32 ends and values and gradients would be NaN
-_CANCELS = 16  # counts above which a difference of large logarithms loses more than a few units in the last place
+_FAR = 44  # exp(44) is past every count, and its square is a float32 yet
 
 
 def log_negative_binomial(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
@@ -64,29 +63,26 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         inputs = x, log_mean, log_r, gate
         log_mean, gate = log_mean.contiguous().clamp(-_FAR, _FAR), gate.contiguous()
         log_r = _distinct(log_r).clamp(-_FAR, _FAR)
-        ones, several = _ones_and_others(x)
-        r, log_ratio = log_r.exp(), log_mean - log_r
-        softplus, softplus_gate = _softplus(log_ratio), _softplus(gate)
-        zero = softplus.mul(r).neg_()
+        seen, several = x.sign(), _neither_zero_nor_one(x)
+        mean, r, softplus_gate = log_mean.exp(), log_r.exp(), _softplus(gate)
+        odds_of_mean = mean / r
+        log_odds = torch.log1p(odds_of_mean)  # - log(1 - m)
+        zero = log_odds.mul(r).neg_()
         odds = zero - gate
-        out = _softplus(odds).add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
-        one = [ones.of(dense) for dense in (zero, log_mean, softplus, softplus_gate)]
-        ones.write(one[0] + one[1] - one[2] - one[3], out)
+        out = _softplus(odds).lerp_(odds, seen)
+        out.add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
+        out.addcmul_(log_mean - log_odds, seen)
         of_several = _Positive(several.x, several.of(log_mean), several.of(log_r.expand_as(log_mean)))
         several.write(of_several.log_prob() - several.of(softplus_gate), out)
         if not gradients:
             return out
-        share, mean_share = odds.sigmoid_(), log_ratio.sigmoid_()
-        rate = mean_share * r
-        by_mean, by_r = (share * rate).neg_(), (rate + zero).mul_(share)
-        of_gate = torch.sigmoid(gate).neg_()
-        by_gate = (of_gate + 1).sub_(share)
-        of_one, rate_of_one = ones.of(mean_share), ones.of(rate)
-        at_ones = 1 - of_one - rate_of_one, one[0] + rate_of_one + of_one, ones.of(of_gate)
-        at_several = *of_several.gradients(), several.of(of_gate)
-        for dense, *at in zip((by_mean, by_r, by_gate), at_ones, at_several, strict=True):
-            ones.write(at[0], dense)
-            several.write(at[1], dense)
+        share = torch.maximum(odds.sigmoid_(), seen)
+        rest = odds_of_mean.add_(1).reciprocal_()  # 1 - m
+        by_gate = torch.sigmoid(gate).add_(share).neg_().add_(1)
+        by_mean = (x - share * mean).mul_(rest)
+        rate = mean.mul_(rest)  # r m
+        by_r = (rate + zero).mul_(share).addcmul_(1 - rest, seen)
+        several.write(of_several.by_log_r(), by_r)
         ctx.save_for_backward(*inputs, by_mean, by_r, by_gate)
         return out
 
@@ -128,7 +124,8 @@ class _NegativeBinomialLogProb(torch.autograd.Function):
         share = torch.sigmoid(log_mean - log_r)  # mu / (r + mu), which is -u where x = 0
         by_r = log_r.exp() * _log1p_minus(-share, -_softplus(log_mean - log_r))
         by_mean = -log_r.exp() * share
-        of_counted = _Positive(counted.x, counted.of(log_mean), counted.of(log_r)).gradients()
+        positive = _Positive(counted.x, counted.of(log_mean), counted.of(log_r))
+        of_counted = positive.by_log_mean(), positive.by_log_r()
         by_mean, by_r = (
             counted.replaced(values, dense) for values, dense in zip(of_counted, (by_mean, by_r), strict=True)
         )
@@ -142,50 +139,38 @@ class _Positive:
     """
 
     def __init__(self, x: Tensor, log_mean: Tensor, log_r: Tensor) -> None:
-        self.x, self.log_mean, self.log_r, self.r = x, log_mean, log_r, log_r.exp()
-        self.log_odds = torch.log1p(x / self.r)
-        self.log_ratio = self.log_odds - _softplus(log_mean - log_r)  # log1p(u) without the rounding of u near -1
+        self.x, self.log_r, self.log_ratio, self.log_x = x, log_r, log_mean - log_r, x.log()
+        self.r, mean = log_r.exp(), log_mean.exp()
+        self.gap, self.log_odds = x - mean, torch.log1p(x / self.r)
+        log1p_u = self.log_odds - _softplus(self.log_ratio)  # without the rounding of u near -1
+        u = self.gap / (self.r + mean)
+        v, log1p_v = u * self.r / -x, log1p_u + log_mean - self.log_x
+        self.of_u, self.of_v = _log1p_minus(torch.stack((u, v)), torch.stack((log1p_u, log1p_v)))
         self.gamma = _Shifted(torch.stack((self.r, self.r + x, x.expand_as(self.r))))
-        self.large = _selected(x, x > _CANCELS)
 
     def log_prob(self) -> Tensor:
         """Log NB(x)."""
-        log_x = self.x.log()
         of_r, of_sum, of_x = self.gamma.stirling_error()
-        deviance = self.gamma.a[1] * self.log_ratio + self.x * (self.log_mean - log_x)  # its linear terms cancel
-        if self.large:
-            deviance = self.large.replaced(self._deviance_of_large(), deviance)
-        return deviance + of_sum - of_r - of_x - 0.5 * (self.log_odds + log_x) - _HALF_LOG_2PI
+        deviance = self.r * self.of_u + self.x * self.of_v
+        return deviance + of_sum - of_r - of_x - 0.5 * (self.log_odds + self.log_x) - _HALF_LOG_2PI
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """By log mu and by log r."""
-        mean = self.log_mean.exp()
-        gap = self.x - mean
-        u = gap / (self.r + mean)
-        log1p_minus = self.log_ratio - u
-        if self.large:
-            series = _log1p_minus(self.large.of(u), self.large.of(self.log_ratio))
-            log1p_minus = self.large.replaced(series, log1p_minus)
-        of_r, of_sum, _ = self.gamma.log_minus_psi()
-        return gap * torch.sigmoid(self.log_r - self.log_mean), self.r * (log1p_minus + of_r - of_sum)
+    def by_log_mean(self) -> Tensor:
+        """Gradient by log mu."""
+        return self.gap * torch.sigmoid(-self.log_ratio)
 
-    def _deviance_of_large(self) -> Tensor:
-        """R l(u) + x l(v), each by its series where it is small: their sum in full would lose digits."""
-        x = self.large.x
-        log_mean, r, log1p_u = (self.large.of(t) for t in (self.log_mean, self.r, self.log_ratio))
-        mean = log_mean.exp()
-        u = (x - mean) / (r + mean)
-        v, log1p_v = -(r / x) * u, log_mean - x.log() + log1p_u
-        of_u, of_v = _log1p_minus(torch.stack((u, v)), torch.stack((log1p_u, log1p_v)))
-        return r * of_u + x * of_v
+    def by_log_r(self) -> Tensor:
+        """Gradient by log r."""
+        of_r, of_sum = self.gamma.log_minus_psi(slice(2))
+        return self.r * (self.of_u + of_r - of_sum)
 
 
 def _log1p_minus(t: Tensor, log1p_t: Tensor) -> Tensor:
     """log1p(t) - t; where t is small by the series of 2 artanh(s), s = t / (2 + t), else from the given log1p(t)."""
     s = t / (2 + t)
     square = s * s
-    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11 + square / 13))))
-    return torch.where(t.abs() < 0.1, s * (2 * square * series - t), log1p_t - t)
+    series = _polynomial(square, (1 / 3, 1 / 5, 1 / 7, 1 / 9, 1 / 11, 1 / 13))
+    small = (t.abs() < 0.1).to(t.dtype)
+    return torch.lerp(log1p_t - t, s * (2 * square * series - t), small)
 
 
 class _Shifted:
@@ -203,18 +188,14 @@ class _Shifted:
         As s(a + k) + (a + 1/2) log1p(k / a) - k - log prod_{j < k} (a + j) / (a + k), j from 1, s Stirling's series.
         """
         series = _polynomial(self.square, (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)) * self.inverse
-        product = (self.a + 1) * self.inverse
-        for j in range(2, self.k):
-            product = product * ((self.a + j) * self.inverse)
+        product = math.prod(((self.a + j) * self.inverse for j in range(2, self.k)), start=(self.a + 1) * self.inverse)
         return series + (self.a + 0.5) * self.log_shift - self.k - product.log()
 
-    def log_minus_psi(self) -> Tensor:
-        """Log a - psi(a), psi the digamma function."""
-        series = _polynomial(self.square, (1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132)) * self.square
-        series = series + 0.5 * self.inverse
-        for j in range(self.k):
-            series = series + 1 / (self.a + j)
-        return series - self.log_shift
+    def log_minus_psi(self, chosen: slice) -> Tensor:
+        """Log a - psi(a) at some of the a, psi the digamma function."""
+        a, inverse, square, log_shift = (t[chosen] for t in (self.a, self.inverse, self.square, self.log_shift))
+        series = _polynomial(square, (1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132)) * square + 0.5 * inverse
+        return series - log_shift + sum(1 / (a + j) for j in range(self.k))
 
 
 def _polynomial(t: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -244,7 +225,11 @@ class _Gathered(NamedTuple):
 
     def write(self, values: Tensor, dense: Tensor) -> None:
         """Set these entries of a contiguous tensor."""
-        _flat(dense, self.size).index_copy_(1, self.at, values)
+        _flat(dense, self.size).scatter_(1, self.at.expand(values.shape), values)
+
+    def fill(self, value: float, dense: Tensor) -> None:
+        """Set these entries of a contiguous tensor to one value."""
+        self.write(dense.new_tensor(value).expand(dense.numel() // max(self.size, 1), len(self.at)), dense)
 
     def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
         """A tensor with these entries set, differentiable by both."""
@@ -271,6 +256,10 @@ class _Masked(NamedTuple):
         """Set the entries of the mask in a contiguous tensor."""
         flat = _flat(dense, len(self.mask))
         torch.where(self.mask, values, flat, out=flat)
+
+    def fill(self, value: float, dense: Tensor) -> None:
+        """Set the entries of the mask in a contiguous tensor to one value."""
+        _flat(dense, len(self.mask)).masked_fill_(self.mask, value)
 
     def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
         """A tensor with the entries of the mask set, differentiable by both."""
@@ -300,19 +289,17 @@ def _selected(x: Tensor, mask: Tensor) -> _Entries:
 
 def _counted(x: Tensor) -> _Entries:
     """The entries above zero."""
-    return _selected(x, x > 0)
+    return _selected(x, _unequal(x, torch.zeros_like(x)))
 
 
-def _ones_and_others(x: Tensor) -> tuple[_Entries, _Entries]:
-    """The entries that are 1, and the others above zero."""
-    counted = _counted(x)
-    is_one = counted.x == 1
-    if isinstance(counted, _Masked):
-        return _selected(x, x == 1), _Masked(counted.x, counted.mask & ~is_one)
-    at, one = counted.at.numpy(), is_one.numpy()
-    parts = [torch.from_numpy(positions) for positions in (at[one], at[~one])]
-    ones, others = (_Gathered(x.reshape(-1).index_select(0, part), part, counted.size) for part in parts)
-    return ones, others
+def _neither_zero_nor_one(x: Tensor) -> _Entries:
+    """The entries above zero other than 1."""
+    return _selected(x, _unequal(x, x.sign()))
+
+
+def _unequal(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ; NumPy compares several times faster than torch."""
+    return torch.from_numpy(np.asarray(a.numpy() != b.numpy())) if _gathers(a.device) else a != b
 
 
 def _distinct(parameter: Tensor) -> Tensor:

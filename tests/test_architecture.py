@@ -1,6 +1,8 @@
 """Which room imports which, what is public, and what no file may do."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,21 @@ def test_variants_are_objects_not_strings(path):
             words = [c for c in node.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)]
             named = node.left.id in ("prior", "likelihood", "library", "dispersion", "guide", "sampler", "norm", "elbo")
             assert not (words and named), f"{path.name}:{node.lineno}"
+
+
+def test_training_needs_no_packages_of_plots_and_baselines():
+    program = (
+        "import sys, pyro_scvi as ps\n"
+        "large = {'matplotlib', 'sklearn', 'scipy.stats', 'scipy.optimize'}\n"
+        "assert not large & sys.modules.keys(), large & sys.modules.keys()\n"
+        "assert {'plots', 'baselines'} <= set(dir(ps)) and callable(ps.plots.loss) and callable(ps.baselines.PCA)\n"
+        "assert large - {'scipy.optimize'} <= sys.modules.keys()\n"
+        "from pyro_scvi import *\n"
+        "assert fit is ps.fit and evidence is ps.evidence and plots is ps.plots\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ps.nothing
