@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pyro_scvi.all_pairs import AllPairs
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.errors import DataError, ModelError, require_number
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.pairs import Estimate, Groups, MatchedPairs
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized, Sampler
+from pyro_scvi.posterior import evaluating, minibatches, require_question
+from pyro_scvi.samplers import Amortized, Sampler, require_sampler
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -117,6 +117,8 @@ def differential_expression(
         For a contrast, pairing or number that cannot be, a likelihood without w, or AllPairs where cells differ in
         dispersion.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     _check_options(contrast, delta)
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = _labels(cells, groupby)
@@ -155,8 +157,7 @@ def _pairing(given: AllPairs | None, within_batch: bool, largest_se: float, most
 def _check_options(contrast: Any, delta: float) -> None:
     if not isinstance(contrast, DepthCorrected | DepthLaden):
         raise ModelError(f"contrast must be DepthCorrected() or DepthLaden(), got {contrast!r}")
-    if not delta >= 0:
-        raise ModelError(f"delta must be 0 or more, got {delta}")
+    require_number(delta, "delta")
 
 
 def _summary(found: Estimate) -> dict[str, np.ndarray]:
@@ -202,7 +203,7 @@ def _labels(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
 def _members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> tuple[np.ndarray, np.ndarray]:
     known = sorted(map(repr, pd.unique(labels)))
     for group in (group_a, group_b):
-        if group is not None and not (labels == group).any():
+        if group is not None and not (isinstance(group, Hashable) and (labels == group).any()):
             raise DataError(f"no cell is in group {group!r}; the groups are [{', '.join(known)}]")
     if group_a == group_b:
         raise DataError(f"both groups are {group_a!r}; name two of [{', '.join(known)}]")
