@@ -34,10 +34,18 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
     if layer is not None and layer not in adata.layers:
         raise SchemaError(f"there is no layer {layer!r}; the layers are: {layers}.")
     hint = f"Pass layer= with raw counts (layers: {layers})."
-    if layer is None and adata.X is None:
-        raise DataError(f"X is None: there are no counts to read. {hint}")
-    matrix, source = (adata.X, "X") if layer is None else (adata.layers[layer], f"layer {layer!r}")
+    source = "X" if layer is None else f"layer {layer!r}"
+    matrix = _matrix(adata, layer, source)
+    if matrix is None:
+        raise DataError(f"{source} is None: there are no counts to read. {hint}")
     return Table(canonical(matrix, source), pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+
+
+def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:
+    try:
+        return adata.X if layer is None else adata.layers[layer]
+    except Exception as error:  # whatever anndata, h5py and SciPy say of a closed file or a view that they cannot take
+        raise DataError(f"{source} cannot be read: {error}; is its file open? adata.to_memory() may help.") from error
 
 
 def table_of_matrix(
