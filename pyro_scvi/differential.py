@@ -194,23 +194,39 @@ def _labels(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
             raise DataError(f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}")
         labels = cells.obs[groupby].to_numpy(dtype=object)
     else:
-        labels = np.asarray(groupby, dtype=object)
+        labels = _as_objects(groupby)
     if labels.shape != (cells.n_cells,):
         raise DataError(f"groupby must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
+    if not all(isinstance(label, Hashable) for label in labels):
+        raise DataError("groupby must hold words, numbers or other labels that can be compared; some are lists")
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA has no truth value
+
+
+def _as_objects(groupby: Sequence[Hashable]) -> np.ndarray:
+    if not isinstance(groupby, list | tuple):
+        return np.asarray(groupby, dtype=object)
+    return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix
 
 
 def _members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> tuple[np.ndarray, np.ndarray]:
     known = sorted(map(repr, pd.unique(labels)))
     for group in (group_a, group_b):
-        if group is not None and not (isinstance(group, Hashable) and (labels == group).any()):
+        if group is not None and not (isinstance(group, Hashable) and _in(labels, group).any()):
             raise DataError(f"no cell is in group {group!r}; the groups are [{', '.join(known)}]")
     if group_a == group_b:
         raise DataError(f"both groups are {group_a!r}; name two of [{', '.join(known)}]")
-    in_b = labels != group_a if group_b is None else labels == group_b
+    in_a = _in(labels, group_a)
+    in_b = ~in_a if group_b is None else _in(labels, group_b)
     if not in_b.any():
         raise DataError(f"every cell is in group {group_a!r}: there is no rest to compare it with")
-    return np.flatnonzero(labels == group_a), np.flatnonzero(in_b)
+    return np.flatnonzero(in_a), np.flatnonzero(in_b)
+
+
+def _in(labels: np.ndarray, group: Hashable) -> np.ndarray:
+    """Which labels are the group, (cells,); a group may be a tuple, which NumPy would take for several."""
+    one = np.empty((), dtype=object)
+    one[()] = group
+    return np.asarray(labels == one, dtype=bool)
 
 
 def _flat(values: np.ndarray) -> np.ndarray:

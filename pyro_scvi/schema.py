@@ -173,7 +173,8 @@ class Schema:
             text = f"{found}; {len(missing)} are filled with zeros: {quoted(missing)}."
             warnings.warn(text, UserWarning, stacklevel=4)
         if len(query) > n_found:
-            _log.info("%d genes of the query are not in the schema and are left out.", len(query) - n_found)
+            extra = query.difference(wanted, sort=False)
+            _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
 
     def encode(self, obs: pd.DataFrame) -> np.ndarray:
