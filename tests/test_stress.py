@@ -23,12 +23,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 N, GENES = 24, 10
 SITES = ("z", "l", "w", "y", "h")
-QUICK = ps.Importance(steps=5, rounds=1, proposals=40)
+QUICK = ps.Importance(steps=2, rounds=1, proposals=30)
 SAMPLERS = {
     "Amortized": ps.Amortized(),
-    "Refined": ps.Refined(steps=5),
+    "Refined": ps.Refined(steps=2),
     "Importance": QUICK,
-    "HMC": ps.HMC(chains=2, warmup=3, steps=5, leapfrog=2, least=4),
+    "HMC": ps.HMC(chains=2, warmup=2, steps=2, rounds=1, leapfrog=1, least=4),
 }
 
 
@@ -71,7 +71,7 @@ COUNTS = {
 
 
 def cells_of(counts, batch=None):
-    obs = pd.DataFrame({"kind": ["B", "T"] * (len(counts) // 2)})
+    obs = pd.DataFrame({"kind": ["B", "T"] * (counts.shape[0] // 2)})
     return ps.Cells.from_counts(counts, obs=obs if batch is None else obs.assign(batch=batch), batch=batch and "batch")
 
 
@@ -95,16 +95,15 @@ def check_gradients(fit, cells):
 
 def verbs(fit, cells):
     """What every verb says, as arrays by name; diagnostics apart, which may be infinite where they should."""
-    few = cells.take(range(min(12, cells.n_cells)))
+    few = cells.take([0, 3, 7, 23])  # with no count, large ones, the largest that is taken, the deepest
     for name, sampler in SAMPLERS.items():
         draws = ps.sample_posterior(fit, few, samples=8, sites=SITES, sampler=sampler)
         yield from ((f"{site} by {name}", draws[site]) for site in SITES)
     yield "embed", ps.embed(fit, cells)
-    table = ps.evidence(fit, few, samples=40, steps=5, rounds=1)
+    table = ps.evidence(fit, few, samples=30, steps=2, rounds=1)
     yield "evidence", table[["log_evidence", "se", "ess", "amortized_bound"]]
-    yield "annealed", ps.annealed_evidence(fit, few, chains=4, temperatures=4, leapfrog=2).log_evidence
-    yield "compare", ps.compare({"a": fit}, few, samples=40)[["log_evidence", "se", "bound_gap"]]
-    yield "left out", ps.leave_one_out(fit, few, samples=40, sampler=QUICK)["elpd"]
+    yield "annealed", ps.annealed_evidence(fit, few, chains=2, temperatures=3, leapfrog=1).log_evidence
+    yield "left out", ps.leave_one_out(fit, few, samples=30, sampler=QUICK)["elpd"]
     yield "impute", ps.impute(fit, cells, samples=5)
     yield "no dropout", ps.impute(fit, cells, samples=5, quantity=ps.imputation.mean_given_no_dropout)
     yield "quantiles", ps.impute(fit, cells, samples=5, quantiles=(0.1, 0.9))
@@ -128,11 +127,16 @@ def check(fit, cells):
     assert bad == []
 
 
-@pytest.mark.parametrize("form", [np.asarray, sparse.csr_array], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", COUNTS)
-def test_extreme_counts(name, form):
-    cells = cells_of(form(COUNTS[name]()).astype(np.float32) if form is np.asarray else form(COUNTS[name]()))
+def test_extreme_counts(name):
+    cells = cells_of(COUNTS[name]())
     check(fit_of(cells), cells)
+
+
+def test_extreme_counts_are_the_same_where_they_are_sparse():
+    fits = [fit_of(cells_of(form(COUNTS["all at once"]()))) for form in (np.asarray, sparse.csr_array)]
+    for dense, compressed in zip(*(fit.model.parameters() for fit in fits), strict=True):
+        torch.testing.assert_close(dense, compressed)
 
 
 @pytest.mark.parametrize("likelihood", ["NB", "ZIP", "Poisson"])
