@@ -75,9 +75,9 @@ def cells_of(counts, batch=None):
     return ps.Cells.from_counts(counts, obs=obs if batch is None else obs.assign(batch=batch), batch=batch and "batch")
 
 
-def fit_of(cells, n_latent=2, **options):
+def fit_of(cells, n_latent=2, batch_size=8, **options):
     model = ps.SCVI(cells.n_genes, n_latent, cells.n_covariates, n_hidden=8, n_layers=1, **options)
-    return ps.fit(model, cells, epochs=3, batch_size=8, progress=False, device="cpu")
+    return ps.fit(model, cells, epochs=3, batch_size=batch_size, progress=False, device="cpu")
 
 
 def check_gradients(fit, cells):
@@ -165,7 +165,7 @@ def test_one_batch_and_a_batch_for_every_cell(levels):
 def test_500_batches():
     counts = simulated_counts(1000, 5)
     cells = cells_of(counts, [f"donor {i % 500}" for i in range(1000)])
-    fit = fit_of(cells)
+    fit = fit_of(cells, batch_size=250)
     check_gradients(fit, cells)
     assert np.isfinite(ps.embed(fit, cells)).all()
     swapped = ps.impute(fit, cells, batches=["donor 499"], quantity=ps.imputation.mean_given_no_dropout)
@@ -181,6 +181,7 @@ def test_minibatches_of_one_cell():
     assert np.isfinite(ps.embed(fit, cells, batch_size=1)).all()
 
 
+@pytest.mark.slow
 def test_60_000_genes():
     matrix = sparse.random_array((12, 60_000), density=0.02, format="csr", rng=0)
     matrix.data = np.ceil(matrix.data * 20)
