@@ -15,7 +15,7 @@ from pyro_scvi.coordinates import LogTerms, log_terms, prior_sites
 from pyro_scvi.errors import require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import LogJoint, Proposal, evidence_of, laplace_scale_tril, refine
-from pyro_scvi.posterior import evaluating, minibatches, start
+from pyro_scvi.posterior import evaluating, minibatches, require_question, start
 from pyro_scvi.priors import require_proper
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def annealed_evidence(
     ModelError
         For the prior Flat, under which no evidence exists.
     """
+    require_question(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")
     require_at_least(2, chains=chains)
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)

@@ -57,7 +57,10 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
         If it is not numeric, or a value is NaN or infinite.
     """
     column = _column(obs, name)
+    levels = column.dtype.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
     try:
+        if levels.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and count dates in nanoseconds
+            raise TypeError
         values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
         raise DataError(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import prior_sites, theta_at
-from pyro_scvi.errors import ModelError
-from pyro_scvi.posterior import evaluating, minibatches
+from pyro_scvi.errors import ModelError, brief, require_at_least
+from pyro_scvi.posterior import evaluating, minibatches, require_fit
 from pyro_scvi.priors import require_proper
-from pyro_scvi.samplers import HMC, Refined, Sampler
+from pyro_scvi.samplers import HMC, Refined, Sampler, require_sampler
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -142,13 +142,17 @@ def calibrate(
     Raises
     ------
     ModelError
-        If the prior has no density, covariates are missing, or L + 1 is no multiple of 20.
+        If the prior has no density, covariates are missing, L + 1 is no multiple of 20, or a number is below 1.
     """
+    require_fit(fit)
+    require_sampler(sampler)
     require_proper(fit.model.prior, "nothing can be drawn from it")
-    if n_cells < 1 or thin < 1 or draws < 1 or (draws + 1) % 20:
+    require_at_least(1, n_cells=n_cells, thin=thin, draws=draws, batch_size=batch_size)
+    if (draws + 1) % 20:
+        raise ModelError(f"draws + 1 must be a multiple of 20 (draws of 19, 39, 99 ...), got draws={draws}")
+    if isinstance(source, type) or not hasattr(source, "draw"):
         raise ModelError(
-            f"calibrate needs cells, a thinning of 1 or more, and draws + 1 a multiple of 20 (19, 39, 99 ...); got "
-            f"n_cells={n_cells}, thin={thin}, draws={draws}"
+            f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
         )
     with evaluating(fit.model, fit.guide, seed):
         truth, gamma = source.draw(fit, n_cells)

@@ -12,7 +12,7 @@ from anndata import AnnData
 
 from pyro_scvi.counts import Counts, cell_totals, n_nonzero
 from pyro_scvi.display import table
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, SchemaError, require_seed
 from pyro_scvi.indexing import CellIndex, number_held_out, positions
 from pyro_scvi.reading import read, table_of_anndata, table_of_matrix
 from pyro_scvi.schema import Schema
@@ -87,7 +87,7 @@ class Cells:
         UserWarning
             At cells or genes without counts, implausibly large counts, and cell names that occur twice.
         """
-        layer = schema.layer if layer is None and schema is not None else layer
+        layer = schema.layer if layer is None and isinstance(schema, Schema) else layer
         table = table_of_anndata(adata, layer)
         parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
         return cls(*parts, table.obs)
@@ -204,12 +204,15 @@ class Cells:
         ------
         DataError
             If either part would be empty.
+        ModelError
+            If the seed is no integer of 0 or more.
         """
         train, test = self.split_rows(held_out, seed)
         return self.take(train), self.take(test)
 
     def split_rows(self, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of (train, test) as :meth:`split` takes them, without a copy of the counts."""
+        require_seed(seed)
         n_test = number_held_out(held_out, self.n_cells)
         is_test = np.zeros(self.n_cells, dtype=bool)
         is_test[np.random.default_rng(seed).permutation(self.n_cells)[:n_test]] = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from itertools import chain
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,14 +13,15 @@ import pandas as pd
 import pyro
 import torch
 import xarray as xr
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import ModelError, require_at_least
+from pyro_scvi.errors import ModelError, require_at_least, require_kind
 from pyro_scvi.model import SCVI
 from pyro_scvi.parts import evaluation_mode
-from pyro_scvi.posterior import draws_at_once, evaluating, minibatches
-from pyro_scvi.samplers import Amortized, Draws, Sampler
+from pyro_scvi.posterior import draws_at_once, evaluating, minibatches, require_question
+from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.sampling import decoded
 from pyro_scvi.seeding import seeded
 
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
 
-def prior_predictive(model: SCVI, n_cells: int, *, gamma: Tensor | None = None, seed: int = 0) -> np.ndarray:
+def prior_predictive(
+    model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
+) -> np.ndarray:
     """Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
 
     ``gamma`` (cells, covariates) is needed where the model has covariates.
@@ -36,18 +41,25 @@ def prior_predictive(model: SCVI, n_cells: int, *, gamma: Tensor | None = None, 
     ModelError
         If covariates are missing, or the prior (Flat) cannot be drawn from.
     """
+    require_kind(model, SCVI, "model", "fit.model")
     require_at_least(1, n_cells=n_cells)
-    if gamma is not None and tuple(gamma.shape) != (n_cells, model.n_covariates):
-        raise ModelError(f"gamma must have shape ({n_cells}, {model.n_covariates}), got {tuple(gamma.shape)}")
-    if gamma is None and model.n_covariates:
-        raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    gamma = torch.zeros(n_cells, 0) if gamma is None else gamma
+    constants = _gamma(model, n_cells, gamma)
     try:
         with evaluation_mode(model), seeded(seed), pyro.get_param_store().scope(), torch.no_grad():
-            return model(None, gamma.to(device)).cpu().numpy()
+            return model(None, constants).cpu().numpy()
     except NotImplementedError as error:
         raise ModelError(f"the prior {model.prior!r} cannot be drawn from: {error}") from error
+
+
+def _gamma(model: SCVI, n_cells: int, given: ArrayLike | Tensor | None) -> Tensor:
+    """Covariates (cells, covariates) where the model is, in its precision."""
+    if given is None and model.n_covariates:
+        raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
+    like = next(chain(model.decoder.parameters(), model.buffers()))  # all weights may be latent
+    gamma = torch.zeros(n_cells, 0) if given is None else torch.as_tensor(given)
+    if tuple(gamma.shape) != (n_cells, model.n_covariates):
+        raise ModelError(f"gamma must have shape ({n_cells}, {model.n_covariates}), got {tuple(gamma.shape)}")
+    return gamma.to(like)
 
 
 def posterior_predictive(
@@ -64,6 +76,8 @@ def posterior_predictive(
     An array of int32 of that size, or float32 if the law's draws are not whole: take few samples of many cells, or a
     part of the cells at a time.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
     with evaluating(fit.model, fit.guide, seed):
@@ -99,9 +113,11 @@ def check_predictions(
     (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
     replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    if not 0 < interval < 1:
-        raise ModelError(f"interval must be between 0 and 1, got {interval}")
+    if not isinstance(interval, Real) or not 0 < interval < 1:
+        raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
     sums, totals = torch.zeros(()), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):

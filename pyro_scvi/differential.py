@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pyro_scvi.all_pairs import AllPairs
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.errors import DataError, ModelError, require_number
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.pairs import Estimate, Groups, MatchedPairs
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized, Sampler
+from pyro_scvi.posterior import evaluating, minibatches, require_question
+from pyro_scvi.samplers import Amortized, Sampler, require_sampler
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -117,6 +117,8 @@ def differential_expression(
         For a contrast, pairing or number that cannot be, a likelihood without w, or AllPairs where cells differ in
         dispersion.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     _check_options(contrast, delta)
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = _labels(cells, groupby)
@@ -155,8 +157,7 @@ def _pairing(given: AllPairs | None, within_batch: bool, largest_se: float, most
 def _check_options(contrast: Any, delta: float) -> None:
     if not isinstance(contrast, DepthCorrected | DepthLaden):
         raise ModelError(f"contrast must be DepthCorrected() or DepthLaden(), got {contrast!r}")
-    if not delta >= 0:
-        raise ModelError(f"delta must be 0 or more, got {delta}")
+    require_number(delta, "delta")
 
 
 def _summary(found: Estimate) -> dict[str, np.ndarray]:
@@ -193,23 +194,39 @@ def _labels(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
             raise DataError(f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}")
         labels = cells.obs[groupby].to_numpy(dtype=object)
     else:
-        labels = np.asarray(groupby, dtype=object)
+        labels = _as_objects(groupby)
     if labels.shape != (cells.n_cells,):
         raise DataError(f"groupby must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
+    if not all(isinstance(label, Hashable) for label in labels):
+        raise DataError("groupby must hold words, numbers or other labels that can be compared; some are lists")
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA has no truth value
+
+
+def _as_objects(groupby: Sequence[Hashable]) -> np.ndarray:
+    if not isinstance(groupby, list | tuple):
+        return np.asarray(groupby, dtype=object)
+    return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix
 
 
 def _members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> tuple[np.ndarray, np.ndarray]:
     known = sorted(map(repr, pd.unique(labels)))
     for group in (group_a, group_b):
-        if group is not None and not (labels == group).any():
+        if group is not None and not (isinstance(group, Hashable) and _in(labels, group).any()):
             raise DataError(f"no cell is in group {group!r}; the groups are [{', '.join(known)}]")
     if group_a == group_b:
         raise DataError(f"both groups are {group_a!r}; name two of [{', '.join(known)}]")
-    in_b = labels != group_a if group_b is None else labels == group_b
+    in_a = _in(labels, group_a)
+    in_b = ~in_a if group_b is None else _in(labels, group_b)
     if not in_b.any():
         raise DataError(f"every cell is in group {group_a!r}: there is no rest to compare it with")
-    return np.flatnonzero(labels == group_a), np.flatnonzero(in_b)
+    return np.flatnonzero(in_a), np.flatnonzero(in_b)
+
+
+def _in(labels: np.ndarray, group: Hashable) -> np.ndarray:
+    """Which labels are the group, (cells,); a group may be a tuple, which NumPy would take for several."""
+    one = np.empty((), dtype=object)
+    one[()] = group
+    return np.asarray(labels == one, dtype=bool)
 
 
 def _flat(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,9 @@
-"""The package's errors, each also the built-in exception that a caller would catch; and the check of plain numbers."""
+"""The package's errors, each also the built-in exception that a caller would catch; and checks of plain arguments."""
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any
 
 
 class PyroScviError(Exception):
@@ -40,4 +43,50 @@ def require_at_least(least: int, /, **named: int) -> None:
     """
     for name, value in named.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ModelError(f"{name} must be an integer of {least} or more, got {value!r}")
+            raise ModelError(f"{name} must be an integer of {least} or more, got {brief(value)}")
+
+
+def require_number(value: Any, name: str, least: float = 0.0, below: float = math.inf) -> None:
+    """Refuse what is no number from ``least`` to less than ``below``, NaN included.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value < below:
+        limits = f"from {least:g} to below {below:g}" if below < math.inf else f"of {least:g} or more"
+        raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
+
+
+def require_seed(seed: Any) -> None:
+    """Refuse seeds that torch and NumPy do not both take.
+
+    Raises
+    ------
+    ModelError
+        If it is no integer from 0 to 2**63 - 1.
+    """
+    is_integer = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not is_integer or not 0 <= seed < 2**63:
+        raise ModelError(f"seed must be an integer from 0 to 2**63 - 1, got {brief(seed)}")
+
+
+def require_kind(value: Any, kind: type | UnionType, name: str, example: str) -> None:
+    """Refuse classes, words and other things in the place of an object.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument, what came and an ``example`` of what would do.
+    """
+    if not isinstance(value, kind):
+        raise ModelError(f"{name} must be an object such as {example}; got {brief(value)}")
+
+
+def brief(value: Any) -> str:
+    """What came, for a message: words and numbers as they are, all else by its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if value is None or isinstance(value, str | Real) else type(value).__name__

@@ -13,7 +13,7 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.errors import require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT
-from pyro_scvi.posterior import Effort, bound_terms, evaluating, minibatches, weighted
+from pyro_scvi.posterior import Effort, bound_terms, evaluating, minibatches, require_question, weighted
 from pyro_scvi.priors import require_proper
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def evidence(
     ModelError
         For the prior Flat, under which no evidence exists.
     """
+    require_question(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")
     require_at_least(2, samples=samples)
     require_at_least(1, batch_size=batch_size)

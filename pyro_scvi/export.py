@@ -15,9 +15,9 @@ import pyro_scvi
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, prior_sites, scored, theta_at
 from pyro_scvi.errors import ModelError, require_at_least
-from pyro_scvi.posterior import draws_at_once, evaluating, minibatches
+from pyro_scvi.posterior import draws_at_once, evaluating, minibatches, require_question
 from pyro_scvi.priors import require_proper
-from pyro_scvi.samplers import Amortized, Draws, Sampler
+from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.sampling import DIMS, check_sites, draw_sites
 from pyro_scvi.seeding import seeded
 
@@ -103,6 +103,8 @@ def to_datatree(
     ----------
     The ArviZ schema, https://python.arviz.org/en/stable/schema/schema.html
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_proper(fit.model.prior, "there is no posterior to export")
     if sites is None:
         sites = ("z", "l") if fit.model.library.latent else ("z",)

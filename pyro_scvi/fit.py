@@ -14,6 +14,7 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.display import curve, table
 from pyro_scvi.elbo import MeanFieldELBO
 from pyro_scvi.errors import FitError, ModelError, SchemaError
+from pyro_scvi.guards import check_kinds, check_run
 from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.minibatches import Minibatches, resolve_device
 from pyro_scvi.model import SCVI
@@ -148,6 +149,7 @@ def fit(
     FitError
         If the loss is not finite, a KL warm-up does not end inside the run, or epochs or batch_size is below 1.
     """
+    check_kinds(model, cells, guide)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
     if guide.model is not model:
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
@@ -155,8 +157,7 @@ def fit(
     _check_cells(model, cells, validation)
     train, held_out = _minibatches(cells, validation if guide.amortized else 0, seed, place, dtype)
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
-    if epochs < 1 or batch_size < 1:
-        raise FitError(f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}")
+    check_run(epochs, batch_size, patience, eps)
     _check_options(learning_rate, kl_weight, elbo, dtype, autocast, epochs)
     if data_start and not model.trained:
         start_from_data(model, train)

@@ -1,6 +1,8 @@
-"""Checks of one training step against what Pyro lets pass in silence."""
+"""Checks of what a fit is given, and of one training step against what Pyro lets pass in silence."""
 
+import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -9,7 +11,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_scvi.errors import ModelError
+from pyro_scvi.cells import Cells
+from pyro_scvi.errors import FitError, ModelError, brief, require_kind
 from pyro_scvi.guides import Guide
 from pyro_scvi.model import SCVI
 
@@ -41,6 +44,37 @@ class TemperedZ(Messenger):
         log_q, log_p = self.log_densities[0::2], self.log_densities[1::2]  # guide and model take turns, by particle
         self.log_densities = []
         return (1 - self.weight) * float(sum(log_q) - sum(log_p)) / len(log_q)
+
+
+def check_kinds(model: Any, cells: Any, guide: Any) -> None:
+    """Refuse what is no model, no cells or no guide, an AnnData or a class above all.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument and what came.
+    """
+    require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
+    require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
+    if guide is not None:
+        require_kind(guide, Guide, "guide", "ps.guides.DiagonalNormal(model)")
+
+
+def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
+    """Refuse lengths of a run that are no integers or below 1 (patience may be None), and an epsilon below 0.
+
+    Raises
+    ------
+    FitError
+        Naming the argument.
+    """
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
+        if name == "patience" and value is None:
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise FitError(f"{name} must be an integer of 1 or more, got {brief(value)}")
+    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
+        raise FitError(f"eps must be a finite number of 0 or more, got {brief(eps)}")
 
 
 def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from torch.distributions import biject_to
 
 from pyro_scvi.coordinates import Coordinates, log_joint, pushed, theta_at
 from pyro_scvi.distributions import Law
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_kind
 from pyro_scvi.model import SCVI
 from pyro_scvi.networks import BatchNorm, Encoder, Norm, initialise
 from pyro_scvi.parts import Part
@@ -34,6 +34,7 @@ class Guide(Part):
 
     def __init__(self, model: SCVI) -> None:
         super().__init__()
+        require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
         self._model = (model,)  # in a tuple, so that it is no submodule: parameters have one owner
         self.coordinates = Coordinates(model)
         self.weights = GlobalNormal(model)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import ModelError, require_at_least
+from pyro_scvi.errors import ModelError, brief, require_at_least
 from pyro_scvi.likelihoods import Likelihood, Theta
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized, Draws, Sampler
+from pyro_scvi.posterior import evaluating, minibatches, require_question
+from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.sampling import decoded
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ def impute(
     Raises
     ------
     ModelError
-        If batches are given with another quantity or with quantiles.
+        If batches are given with another quantity or with quantiles, or an argument is of the wrong kind.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    if not all(0 <= quantile <= 1 for quantile in quantiles):
-        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
+    _check_wishes(quantity, quantiles, batches)
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
@@ -113,6 +114,8 @@ def technical_zero_probability(
     ModelError
         If the likelihood has no technical zeros.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
     found, done = torch.empty((cells.n_cells, cells.n_genes), dtype=fit.dtype), 0
@@ -126,6 +129,19 @@ def technical_zero_probability(
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
             found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu()
     return found.numpy()
+
+
+def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:
+    if not callable(quantity):
+        raise ModelError(
+            f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
+        )
+    if not isinstance(quantiles, Iterable) or isinstance(quantiles, str):
+        raise ModelError(f"quantiles must be numbers in a list or tuple, got {brief(quantiles)}")
+    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in quantiles):
+        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
+    if isinstance(batches, str):
+        raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
 
 
 def _mean(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantity: Quantity) -> Tensor:

@@ -42,9 +42,12 @@ def number_held_out(held_out: float, n_cells: int) -> int:
     if isinstance(held_out, Integral) and not isinstance(held_out, bool):
         number = int(held_out)
     elif isinstance(held_out, Real) and not isinstance(held_out, bool) and 0 < held_out < 1:
-        number = min(max(round(held_out * n_cells), 1), n_cells - 1)
+        number = max(1, min(round(held_out * n_cells), n_cells - 1))
     else:
         raise DataError(f"held_out is a share between 0 and 1 or an int number of cells; got {held_out!r}.")
     if not 0 < number < n_cells:
-        raise DataError(f"cannot hold out {number} of {n_cells} cells: both parts need at least one.")
+        raise DataError(
+            f"cannot hold out {number} of {n_cells} cells: both parts need at least one "
+            "(in fit, validation=0 holds out none)."
+        )
     return number

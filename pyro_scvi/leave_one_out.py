@@ -14,8 +14,8 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.importance import KHAT_LIMIT, pareto_smoothed
 from pyro_scvi.libraries import ObservedLibrary
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Importance, Sampler
+from pyro_scvi.posterior import evaluating, minibatches, require_question
+from pyro_scvi.samplers import Importance, Sampler, require_sampler
 from pyro_scvi.sampling import decoded
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def leave_one_out(
     UserWarning
         If the sampler's draws do not follow the posterior of more than a tenth of the cells.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_at_least(1, batch_size=batch_size)
     require_at_least(2, samples=samples)
     if tuple(over) != ("cell", "gene"):

@@ -165,7 +165,8 @@ class Likelihood(Part):
 
 
 def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
-    return dist.Gamma(law.concentration + x * (1 - h), law.rate + 1 - h)
+    # 1 - h first: added to 1, a rate below 6e-8 would be lost, and w infinite where h = 1.
+    return dist.Gamma(law.concentration + x * (1 - h), law.rate + (1 - h))
 
 
 class Poisson(Likelihood):

@@ -6,7 +6,7 @@ import pyro
 from torch import BoolTensor, Tensor, nn
 
 from pyro_scvi.distributions import Law
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, brief, require_at_least, require_kind
 from pyro_scvi.libraries import LatentLibrary, Library
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
 from pyro_scvi.networks import BatchNorm, Decoder, Norm
@@ -45,7 +45,8 @@ class SCVI(Program):
     Raises
     ------
     ModelError
-        If the prior's event shape is not (n_latent,), or a weight prior names no parameter.
+        If the prior's event shape is not (n_latent,), a weight prior names no parameter, or an argument is of the
+        wrong kind.
     """
 
     def __init__(
@@ -66,11 +67,17 @@ class SCVI(Program):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        require_at_least(1, n_genes=n_genes, n_latent=n_latent)
+        require_at_least(0, n_covariates=n_covariates)
         self.n_genes, self.n_latent, self.n_covariates = n_genes, n_latent, n_covariates
         self.trained = False  # set by the first fit
         self.prior = StandardNormal(n_latent) if prior is None else prior
         self.likelihood = ZINB() if likelihood is None else likelihood
         self.library = LatentLibrary() if library is None else library
+        require_kind(self.likelihood, Likelihood, "likelihood", "ps.likelihoods.NB()")
+        require_kind(self.library, Library, "library", "ps.libraries.NoLibrary()")
+        if isinstance(prior, type) or not callable(self.prior):
+            raise ModelError(f"prior must be an object such as ps.priors.StudentT({n_latent}), got {brief(prior)}")
         with seeded(seed):
             self.decoder = Decoder(
                 n_latent,

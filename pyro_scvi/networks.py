@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_scvi.errors import ModelError, brief, require_at_least, require_number
 from pyro_scvi.parts import Part
 
 
@@ -93,6 +94,10 @@ class Layers(nn.Module):
         self, n_in: int, n_covariates: int, n_hidden: int, n_layers: int, dropout: float, norm: Norm | None
     ) -> None:
         super().__init__()
+        require_at_least(1, n_hidden=n_hidden, n_layers=n_layers)
+        require_number(dropout, "dropout", below=1.0)
+        if norm is not None and (isinstance(norm, type) or not callable(norm)):
+            raise ModelError(f"norm must be None or an object such as ps.networks.LayerNorm(), got {brief(norm)}")
         widths = [n_in] + [n_hidden] * n_layers
         self.dropout = _Dropout(dropout)
         # A bias in front of a normalisation that subtracts the mean would never matter nor receive a gradient.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import DataError, ModelError, require_at_least
+from pyro_scvi.errors import DataError, require_at_least, require_number
 from pyro_scvi.gamma_ratio import Less, Side, less_for
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.minibatches import Minibatches
@@ -109,8 +109,7 @@ class MatchedPairs:
     within_batch: bool = False
 
     def __post_init__(self) -> None:
-        if not self.largest_se >= 0:
-            raise ModelError(f"largest_se must be 0 or more, got {self.largest_se}")
+        require_number(self.largest_se, "largest_se")
         require_at_least(2, most_pairs=self.most_pairs)
 
     def estimate(self, groups: Groups, generator: np.random.Generator, delta: float) -> Estimate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
-from pyro_scvi.errors import SchemaError
+from pyro_scvi.errors import ModelError, SchemaError, require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT, Importance, LogJoint, adaptive_importance, refine
 from pyro_scvi.minibatches import Minibatches
@@ -32,6 +32,33 @@ def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
     with evaluation_mode(model, guide), seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False):
         with torch.no_grad():
             yield
+
+
+def require_fit(fit: Any) -> None:
+    """Refuse what is no Fit, before anything is asked of it.
+
+    Raises
+    ------
+    ModelError
+        Naming what came.
+    """
+    if not (isinstance(getattr(fit, "model", None), SCVI) and isinstance(getattr(fit, "guide", None), Guide)):
+        raise ModelError(f"expected the Fit that ps.fit or ps.load returns, got {type(fit).__name__}")
+
+
+def require_question(fit: Any, cells: Any) -> None:
+    """Refuse what is no Fit and what are no Cells, an AnnData above all.
+
+    Raises
+    ------
+    ModelError
+        Naming what came.
+    """
+    require_fit(fit)
+    if not isinstance(cells, Cells):
+        raise ModelError(
+            f"expected Cells, got {type(cells).__name__}; make them with Cells.from_anndata(adata, schema=fit.schema)"
+        )
 
 
 def minibatches(fit: Fit, cells: Cells) -> Minibatches:
@@ -71,6 +98,8 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     SchemaError
         If the cells' genes or covariates are not those of the fit.
     """
+    require_question(fit, cells)
+    require_at_least(1, batch_size=batch_size)
     with evaluating(fit.model, fit.guide, seed):
         means = [_mean(fit.guide, x, gamma) for x, gamma in minibatches(fit, cells).in_order(batch_size)]
         return torch.cat(means).cpu().numpy()

@@ -1,7 +1,7 @@
 """Reading: from an AnnData or a bare matrix to validated counts, covariates and schema."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from pyro_scvi.annotations import quoted
 from pyro_scvi.counts import Counts, canonical, cell_totals, expressed_genes, select_genes
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, SchemaError, brief
 from pyro_scvi.schema import Schema
 from pyro_scvi.validation import check_counts
 
@@ -34,16 +34,26 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
     if layer is not None and layer not in adata.layers:
         raise SchemaError(f"there is no layer {layer!r}; the layers are: {layers}.")
     hint = f"Pass layer= with raw counts (layers: {layers})."
-    if layer is None and adata.X is None:
-        raise DataError(f"X is None: there are no counts to read. {hint}")
-    matrix, source = (adata.X, "X") if layer is None else (adata.layers[layer], f"layer {layer!r}")
+    source = "X" if layer is None else f"layer {layer!r}"
+    matrix = _matrix(adata, layer, source)
+    if matrix is None:
+        raise DataError(f"{source} is None: there are no counts to read. {hint}")
     return Table(canonical(matrix, source), pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+
+
+def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:
+    try:
+        return adata.X if layer is None else adata.layers[layer]
+    except Exception as error:  # whatever anndata, h5py and SciPy say of a closed file or a view that they cannot take
+        raise DataError(f"{source} cannot be read: {error}; is its file open? adata.to_memory() may help.") from error
 
 
 def table_of_matrix(
     matrix: Any, gene_names: Sequence[str] | None, cell_names: Sequence[str] | None, obs: pd.DataFrame | None
 ) -> Table:
     """Take a bare matrix; names that are not given are numbered."""
+    if obs is not None and not isinstance(obs, pd.DataFrame):
+        raise DataError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
     counts = canonical(matrix, "counts")
     n_cells, n_genes = counts.shape
     genes = pd.Index(_checked_names(gene_names, "gene", n_genes))
@@ -74,6 +84,8 @@ def read(
     schema
         The one given, or learnt.
     """
+    if schema is not None and not isinstance(schema, Schema):
+        raise SchemaError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
     _check_names(table)
     counts, genes, learning = table.counts, table.genes, schema is None
     if schema is None:
@@ -105,9 +117,12 @@ def _warn_of_zeros(kind: str, names: pd.Index) -> None:
         warnings.warn(f"{len(names)} {kind} have no counts: {quoted(names)}.", UserWarning, stacklevel=4)
 
 
-def _checked_names(names: Sequence[str] | None, kind: str, n: int) -> list[str]:
+def _checked_names(names: Any, kind: str, n: int) -> list[str]:
     if names is None:
         return [f"{kind}_{i}" for i in range(n)]
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise DataError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
+    names = list(names)
     if len(names) != n:
         raise DataError(f"there are {len(names)} {kind} names for {n} {kind}s.")
     return [str(name) for name in names]

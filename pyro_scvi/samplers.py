@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_scvi.chains import Chains, bulk_ess, rank_normalised_rhat, sample_chains
-from pyro_scvi.errors import ModelError, require_at_least
+from pyro_scvi.errors import ModelError, brief, require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import corrected_proposal, evidence_of, weighted_draws
 from pyro_scvi.posterior import Effort, draws_at_once, start, weigh, weighted
@@ -33,6 +33,18 @@ class Sampler(Protocol):
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """``samples`` draws for counts x (cells, genes) with covariates gamma (cells, covariates)."""
         ...
+
+
+def require_sampler(sampler: Any) -> None:
+    """Refuse a class or a word in the place of a sampler.
+
+    Raises
+    ------
+    ModelError
+        Naming what came.
+    """
+    if isinstance(sampler, type) or not callable(getattr(sampler, "draw", None)):
+        raise ModelError(f"sampler must be an object such as ps.Importance() or ps.HMC(), got {brief(sampler)}")
 
 
 @dataclass(frozen=True)

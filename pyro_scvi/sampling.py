@@ -13,8 +13,8 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import theta_at
 from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.likelihoods import Theta
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized, Draws, Sampler
+from pyro_scvi.posterior import evaluating, minibatches, require_question
+from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -74,6 +74,8 @@ def sample_posterior(
     ModelError
         For a site that the model does not have, or, but with Amortized, a prior without a density.
     """
+    require_question(fit, cells)
+    require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     parts = []

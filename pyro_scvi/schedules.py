@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import FitError, require_number
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,9 @@ class OneCycle:
     """Learning rate up to ``peak`` over the first 30 % of all steps, then down to nearly nothing (Smith 2018)."""
 
     peak: float = 2e-2
+
+    def __post_init__(self) -> None:
+        require_number(self.peak, "peak")
 
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser that will make ``steps`` steps."""
@@ -24,6 +27,9 @@ class Constant:
     """The same learning rate throughout."""
 
     rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_number(self.rate, "rate")
 
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser."""
@@ -37,6 +43,9 @@ class Weight:
     """A KL weight of ``value`` throughout: 1 is the evidence bound, 0 leaves the prior of z out of training."""
 
     value: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number(self.value, "value")
 
     def at(self, epoch: int, epochs: int) -> float:
         """Weight in ``epoch`` of ``epochs``."""

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.annotations import categories, numbers, quoted
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, SchemaError, brief
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +62,9 @@ class Schema:
             If a batch is missing or looks continuous, or a covariate is missing, not numeric or constant.
         """
         names = _listed(covariates)
+        for name in (batch, *names):
+            if not isinstance(name, Hashable):
+                raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
         if len({*names, batch}) <= len(names):
             raise DataError(f"batch and covariates must be different columns; got batch {batch!r}, covariates {names}.")
         values = [numbers(obs, name) for name in names]
@@ -170,7 +173,8 @@ class Schema:
             text = f"{found}; {len(missing)} are filled with zeros: {quoted(missing)}."
             warnings.warn(text, UserWarning, stacklevel=4)
         if len(query) > n_found:
-            _log.info("%d genes of the query are not in the schema and are left out.", len(query) - n_found)
+            extra = query.difference(wanted, sort=False)
+            _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
 
     def encode(self, obs: pd.DataFrame) -> np.ndarray:
@@ -217,5 +221,7 @@ class Schema:
         return np.eye(self.n_batches, dtype=np.float32)[positions[codes]]
 
 
-def _listed(covariates: Sequence[str]) -> tuple[str, ...]:
+def _listed(covariates: Any) -> tuple[str, ...]:
+    if not isinstance(covariates, Iterable):
+        raise DataError(f"covariates must be names of columns, as in ['age'] or (), got {brief(covariates)}.")
     return (covariates,) if isinstance(covariates, str) else tuple(covariates)

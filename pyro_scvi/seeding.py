@@ -7,13 +7,21 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from pyro_scvi.errors import require_seed
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run a block under its own torch seed and put the global torch state back afterwards.
 
     pyro.set_rng_seed would also reset the generators of numpy and of Python; nothing here draws from those.
+
+    Raises
+    ------
+    ModelError
+        If the seed is no integer from 0 to 2**63 - 1.
     """
+    require_seed(seed)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_kind
 from pyro_scvi.importance import KHAT_LIMIT
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     Kallioinen, Paananen, Buerkner and Vehtari 2024, Detecting and diagnosing prior and likelihood sensitivity with
     power-scaling, Statistics and Computing 34, 57.
     """
+    require_kind(tree, xr.DataTree, "tree", "ps.to_datatree(fit, cells, sampler=ps.Importance())")
     array_stats, dataarray_stats = _arviz()
     latents, log_prior, log_likelihood = _parts(tree, priors)
     _warn_of_khat(tree)

@@ -73,14 +73,18 @@ class _Rule(NamedTuple):
 
 def _rules(allow_non_integer: bool) -> list[_Rule]:
     rules = [
-        _Rule(lambda values: ~np.isfinite(values), "{source} must hold finite counts; {entry}."),
+        _Rule(
+            lambda values: ~np.isfinite(values),
+            "{source} must hold finite counts; {entry}. Drop that cell or gene, or fill it in. {hint}",
+        ),
         _Rule(
             lambda values: values < 0,
             "{source} must hold counts of 0 or more; {entry}. Are the values scaled? {hint}",
         ),
         _Rule(
             lambda values: values > LARGEST_EXACT_COUNT,
-            f"{{source}} must hold counts up to {LARGEST_EXACT_COUNT}, which float32 keeps exactly; {{entry}}.",
+            f"{{source}} must hold counts up to {LARGEST_EXACT_COUNT}, which float32 keeps exactly; {{entry}}. "
+            "Are the values scaled? {hint}",
         ),
     ]
     if not allow_non_integer:

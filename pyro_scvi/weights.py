@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, require_kind
 from pyro_scvi.parts import Part
 
 
@@ -84,6 +84,9 @@ class RandomWeights(nn.Module):
 
     def __init__(self, model: nn.Module, priors: dict[str, nn.Module]) -> None:
         super().__init__()
+        require_kind(priors, dict, "weight_priors", '{"decoder.heads.*": ps.weights.NormalWeights()}')
+        for pattern, prior in priors.items():
+            require_kind(prior, nn.Module, f"the prior of {pattern!r}", "ps.weights.NormalWeights()")
         self.priors = nn.ModuleList(priors.values())
         self.prior_of: dict[str, int] = {}
         for index, pattern in enumerate(priors):

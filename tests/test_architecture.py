@@ -118,6 +118,7 @@ def test_public_names():
         "differential",
         "differential_expression",
         "embed",
+        "errors",
         "evidence",
         "fit",
         "guides",

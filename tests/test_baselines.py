@@ -182,6 +182,31 @@ def test_counts_come_in_many_forms(form):
     np.testing.assert_array_equal(dense, COUNTS)
 
 
+def test_columns_of_a_data_frame_are_matched_by_name(case):
+    """Another order of genes is the same data; a gene that the fit had must be there."""
+    names = [f"gene {i}" for i in range(GENES)]
+    method, frame = case.make(), pd.DataFrame(COUNTS, columns=names)
+    if case.tests_groups or not case.questions:
+        pytest.skip("asked of nothing but the counts of its fit")
+    if "tol" in method.get_params():
+        method.set_params(tol=1e-2)  # what is compared need not have converged far
+    method.fit(frame)
+    expected = case.answers(frame, method)
+    for name, found in case.answers(frame[names[::-1]], method).items():
+        np.testing.assert_array_equal(found, expected[name], name)
+    with pytest.raises(DataError, match="1 genes of the fit are no columns of counts, the first of them 'gene 3'"):
+        case.answers(frame.rename(columns={"gene 3": "other"}), method)
+    method.fit(COUNTS)  # a fit without names asks for none
+    assert not hasattr(method, "feature_names_in_")
+
+
+@pytest.mark.parametrize("make", [baselines.MAST, baselines.Wilcoxon], ids=["MAST", "Wilcoxon"])
+def test_groups_of_an_ordered_categorical_keep_their_order(make):
+    group = np.where(GROUP, "after", "before")
+    ordered = pd.Categorical(group, ["unused", "before", "after"], ordered=True)
+    assert np.allclose(make().test(COUNTS, ordered).log_fold_change, -make().test(COUNTS, group).log_fold_change)
+
+
 def test_sparse_counts_give_what_dense_ones_give(case, fitted):
     dense, other = case.answers(method=fitted), case.answers(sparse.csr_matrix(COUNTS))
     for name, answer in dense.items():

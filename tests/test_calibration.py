@@ -166,9 +166,17 @@ def test_the_summary_by_hand():
     assert row["rank_p"] == pytest.approx(chisquare([20, 20, 0, 20, 20]).pvalue)
 
 
-@pytest.mark.parametrize("options", [{"n_cells": 0}, {"draws": 100}, {"draws": 0}, {"thin": 0}])
-def test_numbers_that_cannot_be_are_refused(options, fit_and_cells):
-    with pytest.raises(ModelError, match="multiple of 20"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_cells": 0}, "n_cells must be an integer of 1 or more"),
+        ({"draws": 100}, "multiple of 20"),
+        ({"draws": 0}, "draws must be an integer of 1 or more"),
+        ({"thin": 0}, "thin must be an integer of 1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(options, message, fit_and_cells):
+    with pytest.raises(ModelError, match=message):
         ps.calibrate(fit_and_cells[0], **options)
 
 

@@ -63,7 +63,8 @@ class DESeq2(BaseEstimator):
 
         def fitted(trend: str) -> Any:
             counted = DESeqDataSet(data.x.astype(int), clinicalData=cells, design="~ group")
-            return DESeq(counted, sfType="poscounts", fitType=trend, quiet=True)
+            with warnings.catch_warnings():  # inmoose leaves filters of its own behind
+                return DESeq(counted, sfType="poscounts", fitType=trend, quiet=True)
 
         try:
             found = fitted("parametric").results(independentFiltering=False)

@@ -8,7 +8,13 @@ import numpy as np
 from sklearn import decomposition
 from sklearn.base import BaseEstimator, TransformerMixin
 
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents, require_varying_genes
+from pyro_scvi.baselines.inputs import (
+    dense_counts,
+    remember_genes,
+    require_fitted,
+    require_latents,
+    require_varying_genes,
+)
 
 
 class FactorAnalysis(TransformerMixin, BaseEstimator):
@@ -58,6 +64,7 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
             self.n_latent, tol=self.tol, max_iter=self.max_iter, random_state=self.seed
         )
         self.model_ = model.fit(np.log1p(x))
+        remember_genes(self, counts)
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
@@ -77,4 +84,4 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
 
     def _log1p(self, counts: Any) -> np.ndarray:
         require_fitted(self, "model_")
-        return np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_))
+        return np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_, fitted=self))

@@ -3,12 +3,15 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pyro_scvi.counts import canonical
 from pyro_scvi.errors import DataError, ModelError, require_at_least
 
 
-def dense_counts(counts: Any, *, n_genes: int | None = None, unseen_genes: bool = True) -> np.ndarray:
+def dense_counts(
+    counts: Any, *, n_genes: int | None = None, unseen_genes: bool = True, fitted: Any = None
+) -> np.ndarray:
     """Bring counts (cells, genes), sparse or dense, to a float64 array, checked.
 
     Parameters
@@ -19,16 +22,18 @@ def dense_counts(counts: Any, *, n_genes: int | None = None, unseen_genes: bool 
         How many genes there must be, for a method that was fitted before; None for any number.
     unseen_genes
         Whether a gene may be zero in every cell.
+    fitted
+        The method that was fitted before: columns of a DataFrame are put into the order of those of its fit.
 
     Raises
     ------
     DataError
         For an AnnData instead of its X; or naming the first entry that is NaN, infinite or negative, the number of
-        genes, or the genes without counts.
+        genes, the genes without counts, or those that the fit had and a DataFrame lacks.
     """
     if hasattr(counts, "X") and hasattr(counts, "obs"):
         raise DataError(f"counts must be a matrix, got {type(counts).__name__}; pass adata.X or a layer with counts")
-    matrix = canonical(counts, "counts")
+    matrix = canonical(_in_order_of(fitted, counts), "counts")
     x = np.asarray(matrix.toarray() if not isinstance(matrix, np.ndarray) else matrix, dtype=np.float64)
     wrong = ~(np.isfinite(x) & (x >= 0))
     if wrong.any():
@@ -41,6 +46,22 @@ def dense_counts(counts: Any, *, n_genes: int | None = None, unseen_genes: bool 
             f"{empty.size} genes have no count in any cell, the first of them gene {empty[0]}; drop them before the fit"
         )
     return x
+
+
+def remember_genes(method: Any, counts: Any) -> None:
+    """Keep the names of a DataFrame's columns as ``feature_names_in_``, scikit-learn's word for them."""
+    vars(method).pop("feature_names_in_", None)
+    if isinstance(counts, pd.DataFrame):
+        method.feature_names_in_ = counts.columns.to_numpy(dtype=object)
+
+
+def _in_order_of(fitted: Any, counts: Any) -> Any:
+    names = getattr(fitted, "feature_names_in_", None)
+    if names is None or not isinstance(counts, pd.DataFrame) or len(counts.columns) != len(names):
+        return counts
+    if missing := [name for name in names if name not in counts.columns]:
+        raise DataError(f"{len(missing)} genes of the fit are no columns of counts, the first of them {missing[0]!r}")
+    return counts[names]
 
 
 def require_fitted(method: Any, attribute: str) -> None:

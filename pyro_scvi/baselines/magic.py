@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from pyro_scvi.baselines.inputs import dense_counts, missing_extra, require_fitted
+from pyro_scvi.baselines.inputs import dense_counts, missing_extra, remember_genes, require_fitted
 from pyro_scvi.errors import DataError, ModelError, require_at_least
 from pyro_scvi.seeding import global_state_kept
 
@@ -87,6 +87,7 @@ class MAGIC(BaseEstimator):
         model = magic.MAGIC(**settings, solver="exact", random_state=self.seed, n_jobs=1, verbose=0)
         with _undisturbed():
             self.model_ = model.fit(_roots(x))
+        remember_genes(self, counts)
         return self
 
     def impute(self, counts: Any) -> np.ndarray:
@@ -98,7 +99,7 @@ class MAGIC(BaseEstimator):
             If these are not the counts of the fit.
         """
         require_fitted(self, "model_")
-        x = dense_counts(counts, n_genes=self.model_.X.shape[1])
+        x = dense_counts(counts, n_genes=self.model_.X.shape[1], fitted=self)
         if not np.array_equal(_roots(x), self.model_.X):
             raise DataError("MAGIC imputes only the counts that it was fitted to; call fit(counts) with these first")
         with _undisturbed():

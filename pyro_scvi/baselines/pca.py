@@ -8,7 +8,7 @@ import numpy as np
 from sklearn import decomposition
 from sklearn.base import BaseEstimator, TransformerMixin
 
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents
+from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted, require_latents
 
 
 class PCA(TransformerMixin, BaseEstimator):
@@ -44,9 +44,10 @@ class PCA(TransformerMixin, BaseEstimator):
         x = dense_counts(counts)
         require_latents(self.n_latent, x)
         self.model_ = decomposition.PCA(self.n_latent, random_state=self.seed).fit(np.log1p(x))
+        remember_genes(self, counts)
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
         """Scores on the components, (cells, latents)."""
         require_fitted(self, "model_")
-        return self.model_.transform(np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_)))
+        return self.model_.transform(np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_, fitted=self)))

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted
+from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted
 from pyro_scvi.errors import DataError
 from pyro_scvi.importance import LogJoint, adaptive_importance
 from pyro_scvi.seeding import global_state_kept, seeded
@@ -69,6 +69,7 @@ class SCVITools(BaseEstimator):
         self.model_ = trained(x, self.epochs, self.seed, self.n_latent)
         self.generative_ = Generative.of(self.model_, x)
         self.n_genes_ = x.shape[1]
+        remember_genes(self, counts)
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
@@ -90,7 +91,7 @@ class SCVITools(BaseEstimator):
 
     def _counts(self, counts: Any) -> Tensor:
         require_fitted(self, "generative_")
-        return torch.from_numpy(dense_counts(counts, n_genes=self.n_genes_))
+        return torch.from_numpy(dense_counts(counts, n_genes=self.n_genes_, fitted=self))
 
 
 class Generative(NamedTuple):

@@ -24,6 +24,8 @@ class TwoGroups(NamedTuple):
 def two_groups(counts: Any, group: Any) -> TwoGroups:
     """Check counts (cells, genes) and one label per cell; the groups are first and second as their labels sort.
 
+    Labels of an ordered categorical sort as its categories do.
+
     Raises
     ------
     DataError
@@ -38,8 +40,16 @@ def two_groups(counts: Any, group: Any) -> TwoGroups:
         raise DataError(f"group must be one label for each of {len(x)} cells, got shape {labels.shape}")
     if missing := int(pd.isna(labels).sum()):
         raise DataError(f"group must label every cell, {missing} have none; leave these cells out")
-    values = np.unique(labels)
+    values = _in_order(group, labels)
     if len(values) != 2:
         raise DataError(f"group must have two values, got {len(values)}: {list(values[:5])}; leave the other cells out")
     names = counts.columns if isinstance(counts, pd.DataFrame) else range(x.shape[1])
     return TwoGroups(x, labels == values[1], pd.Index(names, name="gene"))
+
+
+def _in_order(group: Any, labels: np.ndarray) -> np.ndarray:
+    """Labels that occur: in the order of an ordered categorical, else sorted."""
+    levels = pd.Series(group).dtype
+    if isinstance(levels, pd.CategoricalDtype) and levels.ordered:
+        return np.asarray(levels.categories[levels.categories.isin(labels)])
+    return np.unique(labels)

@@ -16,7 +16,13 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pyro_scvi.baselines import zifa_law
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents, require_varying_genes
+from pyro_scvi.baselines.inputs import (
+    dense_counts,
+    remember_genes,
+    require_fitted,
+    require_latents,
+    require_varying_genes,
+)
 from pyro_scvi.baselines.zifa_em import LEAST_VARIANCE, Seen, Sums, maximised
 from pyro_scvi.baselines.zifa_law import Parameters, Posterior, posterior
 from pyro_scvi.errors import DataError, require_at_least
@@ -98,6 +104,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         if logs.all():
             raise DataError("no count is zero, so that nothing tells which are lost; take FactorAnalysis instead")
         self._keep(self._maximise(torch.as_tensor(logs, device=self.device), self._start(logs)))
+        remember_genes(self, counts)
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
@@ -187,7 +194,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
     def _ask(self, counts: Any, question: Question) -> np.ndarray:
         """Answers for all cells, minibatch by minibatch."""
         require_fitted(self, "loadings_")
-        y = torch.from_numpy(np.log1p(dense_counts(counts, n_genes=len(self.loadings_))))
+        y = torch.from_numpy(np.log1p(dense_counts(counts, n_genes=len(self.loadings_), fitted=self)))
         fitted = (self.loadings_, self.mean_, self.scale_, self.decay_)
         parameters = Parameters(*(torch.as_tensor(value, dtype=y.dtype, device=self.device) for value in fitted))
         return np.concatenate([answer.cpu().numpy() for answer in self._answers(y, parameters, question)])

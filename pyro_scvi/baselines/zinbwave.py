@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents
+from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted, require_latents
 from pyro_scvi.baselines.minimise import Minimum
 from pyro_scvi.baselines.zinbwave_fit import Law, Problem
 from pyro_scvi.baselines.zinbwave_law import (
@@ -115,6 +115,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         epsilon = float(x.shape[1] if self.epsilon is None else self.epsilon)
         problem = self._problem(x, x_cov, v_cov, Penalties(epsilon, len(x), x.shape[1], self.dispersion))
         self._maximise(problem, *problem.start(self.n_latent))
+        remember_genes(self, counts)
         return self
 
     def fit_transform(
@@ -148,7 +149,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
     def technical_zero_probability(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
         """P(technical | zero) at the refitted W, (cells, genes); 0 where the count is no zero."""
         found = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
-        return np.where(dense_counts(counts) > 0, 0.0, found)
+        return np.where(dense_counts(counts, fitted=self) > 0, 0.0, found)
 
     def _maximise(self, problem: Problem, cells: CellParameters, genes: GeneParameters) -> None:
         found = problem.maximise(cells, genes, self.tol, self.max_iter)
@@ -166,7 +167,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
 
     def _refitted(self, counts: Any, cell_covariates: Any) -> tuple[Problem, CellParameters]:
         require_fitted(self, "W_")
-        x = dense_counts(counts, n_genes=len(self.gene_covariates_))
+        x = dense_counts(counts, n_genes=len(self.gene_covariates_), fitted=self)
         design = _design(cell_covariates, len(x), "cell_covariates")
         if design.shape[1] != self.n_cell_covariates_:
             raise DataError(

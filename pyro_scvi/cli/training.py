@@ -83,7 +83,7 @@ def fit(
         typer.Option(metavar="COLUMN", help="Column of obs to colour the picture by, its two largest groups compared."),
     ] = None,
     epochs: Epochs = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Cells per step.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Cells per step.")] = 128,
     seed: Seed = 0,
     n_latent: Annotated[int, typer.Option(min=1, help="Size of z.")] = 10,
     prior: Annotated[Any, choice(PRIORS, "p(z)")] = None,
