@@ -74,7 +74,8 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         out = _softplus(odds).lerp_(odds, seen)
         out.add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
         out.addcmul_(log_mean, seen).addcmul_(log_odds, seen, value=-1)
-        of_several = _Positive(several.x, several.of(log_mean), several.of(log_r.expand_as(log_mean)))
+        r_of_counts = log_r.expand(torch.broadcast_shapes(log_r.shape, x.shape))  # once, where draws share it
+        of_several = _Positive(several.x, several.of(log_mean), several.of(r_of_counts))
         several.write(of_several.log_prob() - several.of(softplus_gate), out)
         if not gradients:
             return out
