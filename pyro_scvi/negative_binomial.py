@@ -54,8 +54,9 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
                 d / dg = -sigmoid(g),  d / d log mu = 1 - m - r m,  d / d log r = n + r m + m
         x > 1:  log p = log NB(x) - softplus(g),  d / dg = -sigmoid(g), the others those of the base
 
-    Most counts of a cell are 0 or 1, which need no gamma function. Second derivatives come from the same law
-    composed of differentiable steps.
+    Most counts of a cell are 0 or 1: they need no gamma function and are computed everywhere, with s = 1 above zero and
+    the gradients by g and log mu = (x - s mu) (1 - m) right for every count. What is more than one is gathered for
+    the rest. Second derivatives come from the same law composed of differentiable steps.
     """
 
     @staticmethod
@@ -63,7 +64,8 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         inputs = x, log_mean, log_r, gate
         log_mean, gate = log_mean.contiguous().clamp(-_FAR, _FAR), gate.contiguous()
         log_r = _distinct(log_r).clamp(-_FAR, _FAR)
-        seen, several = x.sign(), _neither_zero_nor_one(x)
+        seen = x.sign()
+        several = _selected(x, _unequal(x, seen))  # neither 0 nor 1
         mean, r, softplus_gate = log_mean.exp(), log_r.exp(), _softplus(gate)
         odds_of_mean = mean / r
         log_odds = torch.log1p(odds_of_mean)  # - log(1 - m)
@@ -71,17 +73,18 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         odds = zero - gate
         out = _softplus(odds).lerp_(odds, seen)
         out.add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
-        out.addcmul_(log_mean - log_odds, seen)
-        of_several = _Positive(several.x, several.of(log_mean), several.of(log_r.expand_as(log_mean)))
+        out.addcmul_(log_mean, seen).addcmul_(log_odds, seen, value=-1)
+        r_of_counts = log_r.expand(torch.broadcast_shapes(log_r.shape, x.shape))  # once, where draws share it
+        of_several = _Positive(several.x, several.of(log_mean), several.of(r_of_counts))
         several.write(of_several.log_prob() - several.of(softplus_gate), out)
         if not gradients:
             return out
         share = torch.maximum(odds.sigmoid_(), seen)
         rest = odds_of_mean.add_(1).reciprocal_()  # 1 - m
-        by_gate = torch.sigmoid(gate).add_(share).neg_().add_(1)
-        by_mean = (x - share * mean).mul_(rest)
+        by_gate = gate.neg().sigmoid_().sub_(share)  # 1 - sigmoid(g) = sigmoid(-g)
+        by_mean = torch.addcmul(x, share, mean, value=-1).mul_(rest)
         rate = mean.mul_(rest)  # r m
-        by_r = (rate + zero).mul_(share).addcmul_(1 - rest, seen)
+        by_r = zero.add_(rate).mul_(share).add_(seen).addcmul_(rest, seen, value=-1)
         several.write(of_several.by_log_r(), by_r)
         ctx.save_for_backward(*inputs, by_mean, by_r, by_gate)
         return out
@@ -290,11 +293,6 @@ def _selected(x: Tensor, mask: Tensor) -> _Entries:
 def _counted(x: Tensor) -> _Entries:
     """The entries above zero."""
     return _selected(x, _unequal(x, torch.zeros_like(x)))
-
-
-def _neither_zero_nor_one(x: Tensor) -> _Entries:
-    """The entries above zero other than 1."""
-    return _selected(x, _unequal(x, x.sign()))
 
 
 def _unequal(a: Tensor, b: Tensor) -> Tensor:

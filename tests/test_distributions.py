@@ -124,6 +124,16 @@ def test_gradients_are_those_of_the_value(check, gate):
     assert check(lambda *t: log_prob(*t[:2], t[2] if len(t) > 2 else None), inputs)
 
 
+@pytest.mark.usefixtures("entries")
+def test_no_parameter_is_too_far_out_for_float32():
+    corners = torch.cartesian_prod(*[torch.tensor([-1e4, -100.0, -50.0, 0.0, 50.0, 100.0, 1e4])] * 3)
+    log_mean, log_r, gate = (column.clone().requires_grad_() for column in corners[:, None].unbind(-1))
+    value = ZeroInflated(NegativeBinomial(log_mean, log_r), gate).log_prob(torch.tensor([0.0, 1.0, 2.0, 1e5]))
+    gradients = torch.autograd.grad(value.sum(), (log_mean, log_r, gate))
+    assert all(torch.isfinite(t).all() for t in (value, *gradients))
+    assert (value <= 1e-5).all()
+
+
 @pytest.mark.parametrize("gate", [None, -30.0, -1.0, 0.0, 2.0, 30.0])
 @pytest.mark.parametrize(("mean", "r"), SMALL)
 def test_sums_to_one(mean, r, gate):
