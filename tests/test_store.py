@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.errors import StoreError
+from pyro_scvi.errors import CheckpointError
 
 
 def fitted(cells, **options):
@@ -73,7 +73,7 @@ def test_saving_again_replaces_the_save_and_nothing_else(cells, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(StoreError, match="nothing was overwritten"):
+    with pytest.raises(CheckpointError, match="nothing was overwritten"):
         fit.save(other)
     assert (other / "thesis.txt").read_text() == "mine"
 
@@ -86,7 +86,7 @@ def test_what_looks_like_a_save_is_not_deleted(cells, tmp_path):
     project.mkdir()
     (project / "config.json").write_text("{}")
     for folder in (tmp_path / "fit", project):
-        with pytest.raises(StoreError, match="nothing was overwritten"):
+        with pytest.raises(CheckpointError, match="nothing was overwritten"):
             fit.save(folder)
     assert (tmp_path / "fit" / "notes.txt").read_text() == "mine"
     assert (project / "config.json").read_text() == "{}"
@@ -126,7 +126,7 @@ def test_a_users_part_must_be_passed(cells, tmp_path):
 
     fit = fitted(cells, prior=Wider())
     fit.save(tmp_path / "fit")
-    with pytest.raises(StoreError, match="Wider"):
+    with pytest.raises(CheckpointError, match="Wider"):
         ps.load(tmp_path / "fit")
     model = ps.SCVI(cells.n_genes, 3, n_hidden=8, prior=Wider())
     loaded = ps.load(tmp_path / "fit", model=model)
@@ -170,5 +170,5 @@ def damage_names(path):
 def test_broken_saves_are_refused(cells, tmp_path, damage, says):
     fitted(cells).save(tmp_path / "fit")
     damage(tmp_path / "fit")
-    with pytest.raises(StoreError, match=says):
+    with pytest.raises(CheckpointError, match=says):
         ps.load(tmp_path / "fit")
