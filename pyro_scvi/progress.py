@@ -47,7 +47,7 @@ class Best:
 
 
 class Progress:
-    """One run's model, guide, optimiser and schedule, its history and best state, and the last state known to be good.
+    """One run's model, guide, optimiser and schedule, its history, its best state, where it started and was last good.
 
     ``halvings`` counts how often the learning rate was halved after a loss that was not finite.
     """
@@ -57,7 +57,7 @@ class Progress:
         self.rows: list[dict[str, float]] = []
         self.best, self.halvings = Best(patience), 0
         self.parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        self.good = self._snapshot(self._states())
+        self.good = self.start = self._snapshot(self._states())
 
     @property
     def learning_rate(self) -> float:

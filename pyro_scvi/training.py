@@ -86,6 +86,8 @@ class Run:
             done.finish()
         if self.checkpoints:
             self.checkpoints.note(done, last=True)
+        if done.halvings:
+            self._require_improvement(done)
 
     def _epochs(self, done: Progress, epochs: int, batch_size: int, kl_weight: KLWeight, bar: Any) -> None:
         lasting = kl_weight.at(epochs - 1, epochs)
@@ -114,7 +116,7 @@ class Run:
         row: dict[str, float] = {"learning_rate": done.learning_rate, "kl_weight": tempered.weight}
         row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, batch_size, first=epoch == 0)
         row["held_out_loss"], row["kl"] = self.evaluate(self.held_out or self.train_cells, epoch)
-        if not done.finite or (self.guide.amortized and not math.isfinite(row["held_out_loss"])):
+        if not done.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
             raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
         if self.held_out is None:
             row["held_out_loss"] = math.nan
@@ -134,6 +136,21 @@ class Run:
             f"{suspects(self.model, self.guide, self.train_cells)}. Try a smaller learning_rate, or leave out such "
             "cells or genes"
         ) from failure
+
+    def _require_improvement(self, done: Progress) -> None:
+        """Refuse what is left of a run that diverged, where the untrained model explains cells better."""
+        cells, reached = self.held_out or self.train_cells, done.good
+        after, kl = self.evaluate(cells, 0)
+        done.restore(done.start)
+        before, _ = self.evaluate(cells, 0)
+        done.restore(reached)
+        done.finish()
+        if after > before or _impossible(after, kl):
+            raise FitError(
+                f"the loss was no number {done.halvings} times, and what was learned at half the learning rate each "
+                f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
+                "make a new model and try a smaller learning_rate"
+            )
 
     def epoch(self, optimiser: Any, schedule: Any, tempered: TemperedZ, batch_size: int, first: bool) -> float:
         """One pass through the training cells; returns the untempered loss in nats per cell."""
@@ -191,3 +208,11 @@ class Run:
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
                 n += len(rows)
         return sums[0] / n, sums[1] / n
+
+
+def _impossible(bound: float, kl: float) -> bool:
+    """Whether a look at cells gave what no law gives: no number, or a divergence far below 0.
+
+    One draw of the divergence may lie some nats below 0; parameters gone wild give millions, and a bound to match.
+    """
+    return not math.isfinite(bound) or kl < -1e4
