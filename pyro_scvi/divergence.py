@@ -12,7 +12,7 @@ from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
 from pyro_scvi.posterior import evaluating
 
-HALVINGS = 10  # of the learning rate in one run, before it is given up
+HALVINGS = 12  # of the learning rate in one run, before it is given up
 
 
 class Diverged(Exception):

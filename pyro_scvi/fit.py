@@ -160,7 +160,7 @@ def fit(
     ModelError
         If model and guide do not fit together, or a parameter takes no part in the loss.
     FitError
-        If the loss is no number even after the learning rate was halved 10 times, a KL warm-up does not end inside the
+        If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
         run, or epochs or batch_size is below 1. Its ``fit`` is the Fit of the last good epoch, if there was one.
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as

@@ -107,13 +107,8 @@ class Progress:
             If the snapshot, read from a file, is not one of such a run; model and guide are as they were then.
         """
         facts, tensors = copy.deepcopy(snapshot.facts), snapshot.tensors
-        _require_same_keys(self.schedule.state_dict(), facts["schedule"])
-        for group, read in zip(self.optimiser.param_groups, facts["groups"], strict=True):
-            _require_same_keys({k: v for k, v in group.items() if k != "params"}, read)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in under("optimiser", tensors).items():
-            number, moment = name.split(".")
-            moments.setdefault(int(number), {})[moment] = tensor.clone()
+        _require_alike(self.good.facts, facts)
+        moments = self._moments(under("optimiser", tensors))
         _set_generators(under("random", tensors), self.parameters[0].device)
         put_states(self.model, self.guide, under("now", tensors))
         whose = self.optimiser.state_dict()["param_groups"]
@@ -126,6 +121,16 @@ class Progress:
         self.best.waited = facts["waited"]
         self.best.states = under("now" if facts["best_is_now"] else "best", tensors)
         self.good = snapshot
+
+    def _moments(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Adam's state by the number of the parameter, copied; none before the first step."""
+        held: dict[int, dict[str, Tensor]] = {}
+        for i, parameter in enumerate(self.parameters if tensors else ()):
+            held[i] = {name: tensors[f"{i}.{name}"].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
+            shapes = [tuple(tensor.shape) for tensor in held[i].values()]
+            if shapes != [(), tuple(parameter.shape), tuple(parameter.shape)]:
+                raise ValueError(f"the optimiser's state of a parameter of shape {tuple(parameter.shape)} has {shapes}")
+        return held
 
     def _states(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in states_of(self.model, self.guide).items()}
@@ -173,6 +178,19 @@ def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
 
 
-def _require_same_keys(ours: dict[str, Any], read: dict[str, Any]) -> None:
-    if ours.keys() != read.keys():
-        raise ValueError(f"unknown or missing: {sorted(ours.keys() ^ read.keys())}")
+def _require_alike(ours: Any, read: Any) -> None:
+    """Refuse values of other kinds or names than those of this run."""
+    if isinstance(ours, dict) and isinstance(read, dict) and ours.keys() == read.keys():
+        for name, value in ours.items():
+            _require_alike(value, read[name])
+    elif isinstance(ours, list | tuple) and isinstance(read, list | tuple) and len(ours) == len(read):
+        for value, other in zip(ours, read, strict=True):
+            _require_alike(value, other)
+    elif not (_kind(ours) is _kind(read) and _kind(ours) in (bool, float, str)):
+        raise ValueError(f"{read!r} is in the place of {ours!r}")
+
+
+def _kind(value: Any) -> type:
+    return (
+        bool if isinstance(value, bool) else float if value is None or isinstance(value, int | float) else type(value)
+    )
