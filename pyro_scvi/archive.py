@@ -131,7 +131,7 @@ def remove_orphans(target: Path) -> None:
 def _write(target: Path, content: Content, keep_previous: bool) -> None:
     target.mkdir(parents=True, exist_ok=True)
     before = _weights_of(target)
-    blob = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()})
+    blob = save_tensors({name: tensor.detach().cpu().contiguous().clone() for name, tensor in content.tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     weights = {"file": f"weights-{digest[:16]}.safetensors", "sha256": digest}
     head = {"format": FORMAT, "kind": content.kind, "versions": _versions()}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_scvi.checkpoint import Checkpoints
 from pyro_scvi.divergence import HALVINGS, Diverged, suspects
 from pyro_scvi.elbo import MeanFieldELBO
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import Guide
 from pyro_scvi.interrupts import Interrupted, Interrupts
@@ -114,7 +114,12 @@ class Run:
         """Train for one epoch and look at the held-out cells: the epoch's row of the history."""
         started, epoch = time.perf_counter(), len(done.rows)
         row: dict[str, float] = {"learning_rate": done.learning_rate, "kl_weight": tempered.weight}
-        row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, batch_size, first=epoch == 0)
+        try:
+            row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, batch_size, first=epoch == 0)
+        except ValueError as error:  # of Pyro's checks in the first step
+            if isinstance(error, PyroScviError):
+                raise
+            raise FitError(f"the model cannot score these cells: {str(error).splitlines()[0]}") from error
         row["held_out_loss"], row["kl"] = self.evaluate(self.held_out or self.train_cells, epoch)
         if not done.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
             raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)

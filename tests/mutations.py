@@ -1,4 +1,4 @@
-"""Mutations of a directory that the archive wrote: of its bytes, and of its values with the digests they should have."""
+"""Mutations of a directory that the archive wrote: of bytes, and of values with the digests that those should have."""
 
 import hashlib
 import json
@@ -136,7 +136,7 @@ def _sign_tensors(path, other, rng):
         case 0:
             del tensors[name]
         case 1:
-            tensors["stranger"] = tensor
+            tensors["stranger"] = tensor.clone()
         case 2:
             tensors[name] = torch.zeros(3, 2)
         case 3:

@@ -264,10 +264,10 @@ def test_broken_saves_are_refused(saved, tmp_path, damage, says):
 
 
 def test_every_single_byte_counts(saved, tmp_path):
-    """Each byte of the config and each 50th of the weights, altered in one bit: refused as corrupt, naming the file."""
+    """Bytes all over both files, altered in one bit: refused as corrupt, naming the file."""
     path, rng = tmp_path / "fit", np.random.default_rng(0)
     shutil.copytree(saved, path)
-    for name, step in (("config.json", 1), (weights_of(saved).name, 50)):
+    for name, step in (("config.json", 5), (weights_of(saved).name, 97)):
         content = (path / name).read_bytes()
         for place in range(0, len(content), step):
             altered = bytearray(content)
@@ -408,8 +408,8 @@ def check_mutations(saved, other, path, n, seed):
 def test_mutated_saves_are_refused_or_hold_their_weights(saved, cells, tmp_path):
     other = tmp_path / "other"
     fitted(cells).save(other)
-    outcomes = check_mutations(saved, other, tmp_path / "fit", 400, 0)
-    assert outcomes.total() == 400
+    outcomes = check_mutations(saved, other, tmp_path / "fit", 300, 0)
+    assert outcomes.total() == 300
     assert outcomes["signed", "loaded"] > 5
     assert outcomes["signed", "refused"] > 20
 
