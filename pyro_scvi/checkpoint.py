@@ -18,7 +18,7 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.descriptions import FIT_FACTS, describe, history_of
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.model import SCVI
-from pyro_scvi.progress import Progress, Snapshot, under
+from pyro_scvi.progress import HISTORY, Progress, Snapshot, under
 from pyro_scvi.schedules import Every
 
 _log = logging.getLogger(__name__)
@@ -75,21 +75,20 @@ class Checkpoints:
 
     def _go_on(self, progress: Progress, config: str) -> None:
         found, start = self._read(config), progress.good
-        history = history_of(found.facts["history"])
         if not self.resume:
             raise CheckpointError(
-                f"{self.folder} holds a checkpoint after epoch {len(history)}; pass resume=True to go on from it, or "
+                f"{self.folder} holds a checkpoint after epoch {_epochs(found)}; pass resume=True to go on from it, or "
                 "another directory"
             )
         ours = self.facts(progress.history) | {"run": self.run}
         self._require_same({key: found.facts[key] for key in _IDENTITY}, {key: ours[key] for key in _IDENTITY})
         try:
-            rows: Any = history.to_dict("records")
+            rows: Any = history_of(found.facts["history"])[list(HISTORY)].to_dict("records")
             progress.restore(Snapshot(found.facts["progress"], rows, found.tensors))
-        except Exception as error:  # whatever torch says of a state that this version does not write
+        except Exception as error:  # whatever pandas and torch say of a state that this version does not write
             progress.restore(start)
             raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
-        self.epoch, self.written = len(history), time.monotonic()
+        self.epoch, self.written = len(rows), time.monotonic()
         _log.info("going on from %s, after epoch %d", self.folder / config, self.epoch)
 
     def _read(self, config: str) -> archive.Content:
@@ -98,8 +97,7 @@ class Checkpoints:
         except CheckpointError as error:
             if config == archive.PREVIOUS:
                 raise
-            before = archive.read(self.folder, _KINDS, config=archive.PREVIOUS)
-            epoch = len(history_of(before.facts["history"]))
+            epoch = _epochs(archive.read(self.folder, _KINDS, config=archive.PREVIOUS))
             text = f"{error}; the one before it, after epoch {epoch}, is intact: delete {config} to go on from there"
             raise CheckpointError(text) from error
 
@@ -115,9 +113,16 @@ class Checkpoints:
 
 def best_states(content: archive.Content) -> dict[str, Tensor]:
     """The states of model and guide that a fit would return which ended at this checkpoint."""
-    if not content.facts["history"]["epoch"]:
+    if not _epochs(content):
         raise CheckpointError("its run has not finished an epoch yet, so there is no fit to load")
     return under("best", content.tensors) or under("now", content.tensors)
+
+
+def _epochs(content: archive.Content) -> int:
+    try:
+        return len(content.facts["history"]["epoch"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError("it holds no history of epochs") from error
 
 
 def identity(model: SCVI, cells: Cells, validation: float | int | Cells, options: dict[str, Any]) -> dict[str, Any]:

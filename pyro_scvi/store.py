@@ -65,6 +65,8 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     dtype = _PRECISIONS[facts["dtype"]]
     model = build(facts["model"], None) if model is None else model
     guide = build(facts["guide"], model) if guide is None else guide
+    if not isinstance(facts["settings"], dict):
+        raise CheckpointError("its settings are no mapping of names to values")
     if not (isinstance(model, SCVI) and isinstance(guide, Guide)):
         raise CheckpointError(f"it holds a {type(model).__name__} and a {type(guide).__name__}, no model and guide")
     made = Fit(

@@ -1,16 +1,19 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mutations import mutate
 
 import pyro_scvi as ps
 from pyro_scvi import archive
-from pyro_scvi.errors import CheckpointError, FitError
+from pyro_scvi.errors import CheckpointError, FitError, PyroScviError
 from pyro_scvi.schedules import Every
 
 
@@ -288,6 +291,47 @@ def test_a_kill_while_writing_leaves_the_previous_or_the_new_checkpoint(cells, t
             check_equal(run(cells, epochs=2, checkpoint=folder, resume=True), whole)
             assert len(list(folder.iterdir())) == 4  # config, previous, and the weights of both
     assert not operations
+
+
+def check_mutations(cells, tmp_path, monkeypatch, n, seed):
+    """Mutate a checkpoint in ``n`` ways: neither loading nor resuming fails with anything but the package's errors."""
+    folder, path, other, rng, outcomes = *(tmp_path / x for x in "abc"), np.random.default_rng(seed), Counter()
+    stopped(cells, folder, monkeypatch, 2, epochs=2 + 1)
+    stopped(cells, other, monkeypatch, 1)
+    for _ in range(n):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(folder, path)
+        kind, errors = mutate(path, other, rng), []
+        damaged = kind == "bytes" and (path / "config.json").read_bytes() != (folder / "config.json").read_bytes()
+        damaged |= kind == "bytes" and (
+            not weights_of(folder).exists() or changed(folder, path, weights_of(folder).name)
+        )
+        for attempt in (lambda: ps.load(path), lambda: run(cells, checkpoint=path, resume=True, epochs=3)):
+            try:
+                attempt()
+            except PyroScviError as error:
+                errors.append(error)
+        assert len(errors) == 2 or not damaged or not (path / "config.json").exists()
+        outcomes[kind, len(errors)] += 1
+    return outcomes
+
+
+def changed(folder, path, name):
+    return not (path / name).exists() or (path / name).read_bytes() != (folder / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:the loss was no number")
+def test_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
+    outcomes = check_mutations(cells, tmp_path, monkeypatch, 150, 0)
+    assert outcomes["bytes", 2] > 30
+    assert outcomes["signed", 2] > 10
+    assert outcomes["signed", 0] > 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the loss was no number")
+def test_10_000_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
+    assert check_mutations(cells, tmp_path, monkeypatch, 10_000, 1).total() == 10_000
 
 
 def kill(moments, folder, seed):
