@@ -1,10 +1,13 @@
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from cli_runs import make_adata, one_line, succeed
+from cli_runs import run as invoke
 from test_checkpoint import check_equal, parts, run
 
 import pyro_scvi as ps
@@ -140,3 +143,20 @@ def test_other_threads_leave_handlers_alone(cells):
     thread.join()
     check_equal(fits[0], run(cells))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_command_line_goes_on_where_it_was_stopped(tmp_path, monkeypatch, handlers):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    make_adata().write_h5ad(tmp_path / "data.h5ad")
+    options = ["--epochs", 3, "--no-progress", "--device", "cpu"]
+    whole, other, folder = tmp_path / "whole", tmp_path / "other", tmp_path / "run"
+    succeed("fit", tmp_path / "data.h5ad", "--out", whole, *options)
+    with monkeypatch.context() as patch:
+        sent(patch, (2, signal.SIGTERM))  # of one step an epoch
+        result = invoke("fit", tmp_path / "data.h5ad", "--out", other, "--checkpoint", folder, *options)
+    assert "interrupted by SIGTERM after epoch 1 of 3" in one_line(result)
+    assert "--resume" in one_line(result)
+    assert not other.exists()
+    succeed("fit", tmp_path / "data.h5ad", "--out", other, "--checkpoint", folder, "--resume", *options)
+    check_equal(ps.load(whole / "fit"), ps.load(other / "fit"))
+    assert "--checkpoint" in invoke("fit", tmp_path / "data.h5ad", "--out", tmp_path / "no", "--resume").output
