@@ -26,11 +26,15 @@ class ModelError(PyroScviError, ValueError):
 
 
 class FitError(PyroScviError, RuntimeError):
-    """Training that could not go on."""
+    """Training that could not go on; ``fit`` is the last good Fit, where an epoch had been finished."""
+
+    fit: Any = None
 
 
-class StoreError(PyroScviError, OSError):
-    """A saved fit that cannot be written, read or trusted."""
+class CheckpointError(PyroScviError, OSError):
+    """A saved fit or checkpoint that cannot be written, read or trusted; ``fit`` as in :class:`FitError`."""
+
+    fit: Any = None
 
 
 def require_at_least(least: int, /, **named: int) -> None:

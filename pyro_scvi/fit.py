@@ -1,6 +1,7 @@
 """fit: stochastic variational inference on minibatches, and the Fit that it returns."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_scvi.cells import Cells
+from pyro_scvi.checkpoint import Checkpoints, identity
+from pyro_scvi.descriptions import facts_of
 from pyro_scvi.display import curve, table
 from pyro_scvi.elbo import MeanFieldELBO
-from pyro_scvi.errors import FitError, ModelError, SchemaError
+from pyro_scvi.errors import CheckpointError, FitError, ModelError, SchemaError
 from pyro_scvi.guards import check_kinds, check_run
 from pyro_scvi.guides import DiagonalNormal, Guide
+from pyro_scvi.interrupts import noted_interrupts
 from pyro_scvi.minibatches import Minibatches, resolve_device
 from pyro_scvi.model import SCVI
-from pyro_scvi.schedules import KLWeight, LearningRate, OneCycle, Weight
+from pyro_scvi.schedules import Every, KLWeight, LearningRate, OneCycle, Weight
 from pyro_scvi.schema import Schema
 from pyro_scvi.seeding import seeded
 from pyro_scvi.training import Run
@@ -97,6 +101,9 @@ def fit(
     kl_weight: KLWeight = Weight(),
     elbo: ELBO | None = None,
     data_start: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: Every = Every(),
+    resume: bool = False,
     progress: bool = True,
 ) -> Fit:
     r"""Train model and guide, in place, by stochastic gradient steps on the evidence bound.
@@ -139,6 +146,13 @@ def fit(
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
         Start the genes' means and the library's law at the data's, unless the model was trained before.
+    checkpoint, checkpoint_every
+        Directory that holds the state of training at the end of an epoch, and how often it is written. What is there
+        stays readable until the next is complete. :func:`load` gives the fit that it amounts to.
+    resume
+        Whether to go on from the checkpoint, with the same model, cells and options as before; on one thread of a CPU
+        the result is that of a run that was never stopped, bit for bit. Without a checkpoint training starts from the
+        beginning.
     progress
         Whether to show a progress bar.
 
@@ -147,7 +161,25 @@ def fit(
     ModelError
         If model and guide do not fit together, or a parameter takes no part in the loss.
     FitError
-        If the loss is not finite, a KL warm-up does not end inside the run, or epochs or batch_size is below 1.
+        If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
+        run, or epochs or batch_size is below 1. Its ``fit`` is the Fit of the last good epoch, if there was one.
+    CheckpointError
+        If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
+        before. Nothing that was there is lost.
+    KeyboardInterrupt
+        If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; model and guide are then as they
+        were after the last epoch.
+
+    Warns
+    -----
+    UserWarning
+        If the learning rate had to be halved because the loss was no number (``settings["halvings"]``), or if SIGINT or
+        SIGTERM ended the run early (``settings["interrupted"]``): the Fit is then that of the epochs that had ended.
+
+    Notes
+    -----
+    Fits in several threads take turns: torch's generator and Pyro's handlers belong to the process. Signals are noted
+    in the main thread only.
     """
     check_kinds(model, cells, guide)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
@@ -159,16 +191,56 @@ def fit(
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
     check_run(epochs, batch_size, patience, eps)
     _check_options(learning_rate, kl_weight, elbo, dtype, autocast, epochs)
+    _check_checkpoint(checkpoint, checkpoint_every, resume)
     if data_start and not model.trained:
         start_from_data(model, train)
     model.to(place, dtype)
     guide.to(place, dtype)
-    run = Run(model, guide, train, held_out, MeanFieldELBO() if elbo is None else elbo, autocast)
-    with seeded(seed), pyro.get_param_store().scope():
-        history = run.train(epochs, batch_size, learning_rate, eps, kl_weight, patience, progress)
     settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "n_cells": train.n_cells}
-    model.trained = True
-    return Fit(model.eval(), guide.eval(), history, cells.schema, settings)
+    run = Run(model, guide, train, held_out, MeanFieldELBO() if elbo is None else elbo, autocast)
+    if checkpoint is not None:
+        options: dict[str, Any] = {
+            "patience": patience,
+            "learning_rate": learning_rate,
+            "eps": eps,
+            "kl_weight": kl_weight,
+        }
+        options |= {"elbo": run.elbo, "autocast": autocast, "device": place.type, "data_start": data_start}
+        run.checkpoints = Checkpoints(
+            Path(checkpoint).expanduser(),
+            checkpoint_every,
+            resume,
+            lambda history: facts_of(model, guide, history, cells.schema, settings),
+            identity(model, cells, validation, settings | options),
+        )
+    try:
+        with seeded(seed), pyro.get_param_store().scope(), noted_interrupts() as run.interrupts:
+            run.train(epochs, batch_size, learning_rate, eps, kl_weight, patience, progress)
+    except (FitError, CheckpointError) as error:
+        error.fit = _made(run, cells.schema, settings) if run.done and run.done.rows else None
+        raise
+    made = _made(run, cells.schema, settings)
+    _warn(made)
+    return made
+
+
+def _made(run: Run, schema: Schema, settings: dict[str, Any]) -> Fit:
+    """The Fit of the epochs that have ended."""
+    done: Any = run.done
+    notes: dict[str, Any] = {"halvings": done.halvings} if done.halvings else {}
+    if run.interrupts.received:
+        notes["interrupted"] = f"{run.interrupts.received} after epoch {len(done.rows)} of {settings['epochs']}"
+    run.model.trained = True
+    return Fit(run.model.eval(), run.guide.eval(), done.history, schema, settings | notes)
+
+
+def _warn(made: Fit) -> None:
+    if halvings := made.settings.get("halvings"):
+        text = f"the loss was no number; the learning rate was halved {halvings} times: start with a smaller one"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    if interrupted := made.settings.get("interrupted"):
+        text = f"training was interrupted by {interrupted}; this is the fit of the epochs that had ended"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _check_options(
@@ -189,6 +261,13 @@ def _check_options(
     if autocast not in (None, torch.bfloat16):
         raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
     kl_weight.at(0, epochs)
+
+
+def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
+    if resume and checkpoint is None:
+        raise FitError("resume needs the directory to go on from: pass checkpoint=")
+    if not isinstance(every, Every):
+        raise FitError(f"checkpoint_every must be an object, as in ps.schedules.Every(epochs=5); got {every!r}")
 
 
 def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate and of the KL weight, as objects that a fit is given."""
+"""Schedules of the learning rate, of the KL weight and of checkpoints, as objects that a fit is given."""
 
 from dataclasses import dataclass
 
@@ -68,6 +68,18 @@ class WarmUp:
                 "never be optimised; shorten the warm-up or train longer"
             )
         return min(1.0, (epoch + 1) / self.epochs)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Checkpoints at the end of epochs: when so many epochs and so many seconds have passed since the last one."""
+
+    epochs: int = 1
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.seconds < 0:
+            raise FitError(f"checkpoints need epochs >= 1 and seconds >= 0, got {self}")
 
 
 LearningRate = OneCycle | Constant

@@ -1,6 +1,8 @@
 """Local randomness: a seed for a block of code, and the caller's random state untouched."""
 
+import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,10 +11,33 @@ import torch
 
 from pyro_scvi.errors import require_seed
 
+_turn = threading.RLock()
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """One thread at a time, whatever a thread does inside as often as it likes.
+
+    torch's generator, Pyro's handlers, its parameter store and its validation belong to the whole process: programs
+    that ran in two threads at once would draw each other's numbers and see each other's sites.
+    """
+    with _turn:
+        yield
+
+
+def _another_turn() -> None:
+    """A child of a fork has only the thread that forked; whoever held the turn in the parent is not there."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_another_turn)
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block under its own torch seed and put the global torch state back afterwards.
+    """Run a block under its own torch seed and put the global torch state back afterwards; threads take turns.
 
     pyro.set_rng_seed would also reset the generators of numpy and of Python; nothing here draws from those.
 
@@ -23,7 +48,7 @@ def seeded(seed: int) -> Iterator[None]:
     """
     require_seed(seed)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with in_turn(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

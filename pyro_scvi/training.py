@@ -6,24 +6,27 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
 import pyro
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_scvi.checkpoint import Checkpoints
+from pyro_scvi.divergence import HALVINGS, Diverged, suspects
 from pyro_scvi.elbo import MeanFieldELBO
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import Guide
+from pyro_scvi.interrupts import Interrupted, Interrupts
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
 from pyro_scvi.networks import matrix_products_in
 from pyro_scvi.plates import optimised_directly
 from pyro_scvi.posterior import bound_terms, evaluating
+from pyro_scvi.progress import Progress
 from pyro_scvi.schedules import KLWeight, LearningRate
 
 _log = logging.getLogger(__name__)
@@ -39,6 +42,9 @@ class Run:
     held_out: Minibatches | None
     elbo: Any
     autocast: torch.dtype | None
+    checkpoints: Checkpoints | None = None
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    done: Progress | None = None
 
     def train(
         self,
@@ -49,41 +55,107 @@ class Run:
         kl_weight: KLWeight,
         patience: int | None,
         progress: bool,
-    ) -> pd.DataFrame:
-        """Train for ``epochs`` epochs, or until patience runs out; the history by epoch, best state put back."""
+    ) -> None:
+        """Train for ``epochs`` epochs, until patience runs out or a signal comes; the best state is put back.
+
+        Raises
+        ------
+        FitError
+            If the loss is no number and halving the learning rate does not help.
+        KeyboardInterrupt
+            If a signal comes before the first epoch has ended, or comes twice.
+        """
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
         eps = eps * self.train_cells.n_cells
         optimiser = torch.optim.Adam(unique_parameters((self.model, self.guide)), eps=eps, fused=True)
         optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
         steps = math.ceil(self.train_cells.n_cells / batch_size) * epochs
-        schedule = learning_rate(optimiser, steps)
-        rows: list[dict[str, float]] = []
-        best, lasting = Best(patience), kl_weight.at(epochs - 1, epochs)
-        with warnings.catch_warnings(), tqdm(total=epochs, disable=not progress, unit="epoch") as bar:
-            # Pyro warns of a loss that is NaN; here that is an error, which says more.
-            warnings.filterwarnings("ignore", "Encountered NaN")
-            for epoch in range(epochs):
-                started = time.perf_counter()
-                tempered = TemperedZ(kl_weight.at(epoch, epochs))
-                row: dict[str, float] = {
-                    "learning_rate": float(schedule.get_last_lr()[0]),
-                    "kl_weight": tempered.weight,
-                }
-                row["train_loss"] = self.epoch(optimiser, schedule, tempered, batch_size, first=epoch == 0)
-                row["held_out_loss"], row["kl"] = self.evaluate(self.held_out or self.train_cells, epoch)
-                if self.guide.amortized:
-                    _require_finite(row["held_out_loss"], f"after epoch {epoch + 1}", schedule)
-                if self.held_out is None:
-                    row["held_out_loss"] = math.nan
-                rows.append(row | {"seconds": time.perf_counter() - started})
-                bar.set_postfix_str(f"train {row['train_loss']:.1f}, held out {row['held_out_loss']:.1f} nats per cell")
-                bar.update()
-                # Judged by what is trained for: without the prior of z where its weight ends at 0.
-                if best.stops(row["held_out_loss"] - (1 - lasting) * row["kl"], self.model, self.guide):
-                    _log.info("stopped after epoch %d: no better held-out bound for %d epochs", epoch + 1, patience)
-                    break
-        best.restore(self.model, self.guide)
-        return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))[list(HISTORY)]
+        self.done = done = Progress(self.model, self.guide, optimiser, learning_rate(optimiser, steps), patience)
+        try:
+            if self.checkpoints:
+                self.checkpoints.begin(done)
+            with warnings.catch_warnings(), tqdm(total=epochs, disable=not progress, unit="epoch") as bar:
+                # Pyro warns of a loss that is NaN; here that is an error, which says more.
+                warnings.filterwarnings("ignore", "Encountered NaN")
+                bar.update(len(done.rows))
+                self._epochs(done, epochs, batch_size, kl_weight, bar)
+        except Interrupted:
+            if not done.rows:
+                raise KeyboardInterrupt(f"{self.interrupts.received} before the first epoch had ended") from None
+        finally:
+            done.finish()
+        if self.checkpoints:
+            self.checkpoints.note(done, last=True)
+        if done.halvings:
+            self._require_improvement(done)
+
+    def _epochs(self, done: Progress, epochs: int, batch_size: int, kl_weight: KLWeight, bar: Any) -> None:
+        lasting = kl_weight.at(epochs - 1, epochs)
+        while len(done.rows) < epochs and not done.best.waited_out:
+            try:
+                row = self._row(done, batch_size, TemperedZ(kl_weight.at(len(done.rows), epochs)))
+            except Diverged as failure:
+                self._retreat(done, failure)
+                continue
+            # Judged by what is trained for: without the prior of z where its weight ends at 0.
+            done.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
+            if self.checkpoints:
+                self.checkpoints.note(done)
+            bar.set_postfix_str(f"train {row['train_loss']:.1f}, held out {row['held_out_loss']:.1f} nats per cell")
+            bar.update()
+        if done.best.waited_out:
+            _log.info(
+                "stopped after epoch %d: the held-out bound was better %d epochs before",
+                len(done.rows),
+                done.best.waited,
+            )
+
+    def _row(self, done: Progress, batch_size: int, tempered: TemperedZ) -> dict[str, float]:
+        """Train for one epoch and look at the held-out cells: the epoch's row of the history."""
+        started, epoch = time.perf_counter(), len(done.rows)
+        row: dict[str, float] = {"learning_rate": done.learning_rate, "kl_weight": tempered.weight}
+        try:
+            row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, batch_size, first=epoch == 0)
+        except ValueError as error:  # of Pyro's checks in the first step
+            if isinstance(error, PyroScviError):
+                raise
+            raise FitError(f"the model cannot score these cells: {str(error).splitlines()[0]}") from error
+        row["held_out_loss"], row["kl"] = self.evaluate(self.held_out or self.train_cells, epoch)
+        if not done.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
+            raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
+        if self.held_out is None:
+            row["held_out_loss"] = math.nan
+        return row | {"seconds": time.perf_counter() - started}
+
+    def _retreat(self, done: Progress, failure: Diverged) -> None:
+        """Go back to the last good state and halve the learning rate, as long as that can help."""
+        rate, epoch = done.learning_rate, len(done.rows)
+        _log.info("%s, at learning rate %.2g: back to the end of epoch %d", failure, rate, epoch)
+        if failure.trained and done.halvings < HALVINGS:
+            done.halve()
+            return
+        done.restore(done.good)
+        tried = f", halved {done.halvings} times in this run" if done.halvings else ""
+        raise FitError(
+            f"{failure}, at learning rate {rate:.2g}{tried}. Model and guide are as after epoch {epoch}: there "
+            f"{suspects(self.model, self.guide, self.train_cells)}. Try a smaller learning_rate, or leave out such "
+            "cells or genes"
+        ) from failure
+
+    def _require_improvement(self, done: Progress) -> None:
+        """Refuse what is left of a run that diverged, where the untrained model explains cells better."""
+        cells, reached = self.held_out or self.train_cells, done.good
+        after, kl = self.evaluate(cells, 0)
+        done.restore(done.start)
+        before, _ = self.evaluate(cells, 0)
+        done.restore(reached)
+        done.finish()
+        if after > before or _impossible(after, kl):
+            raise FitError(
+                f"the loss was no number {done.halvings} times, and what was learned at half the learning rate each "
+                f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
+                "make a new model and try a smaller learning_rate"
+            )
 
     def epoch(self, optimiser: Any, schedule: Any, tempered: TemperedZ, batch_size: int, first: bool) -> float:
         """One pass through the training cells; returns the untempered loss in nats per cell."""
@@ -100,11 +172,14 @@ class Run:
             if checked:
                 check_gradients(self.model, self.guide)
             value = loss / n_cells * len(rows) + tempered.missing()
-            _require_finite(value, f"in step {step + 1} of an epoch", schedule)
+            if not math.isfinite(value):
+                raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
             total += value
+            if self.interrupts.received:
+                raise Interrupted
         return total / n_cells
 
     @staticmethod
@@ -140,35 +215,9 @@ class Run:
         return sums[0] / n, sums[1] / n
 
 
-def _require_finite(loss: float, when: str, schedule: Any) -> None:
-    if not math.isfinite(loss):
-        raise FitError(
-            f"the loss became {loss} {when}, at learning rate {float(schedule.get_last_lr()[0]):.2g}; "
-            "make a new model and try a smaller learning_rate, or look for extreme counts"
-        )
+def _impossible(bound: float, kl: float) -> bool:
+    """Whether a look at cells gave what no law gives: no number, or a divergence far below 0.
 
-
-HISTORY = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds")
-
-
-class Best:
-    """The best held-out state so far, and how long ago it was."""
-
-    def __init__(self, patience: int | None) -> None:
-        self.patience, self.loss, self.waited = patience, math.inf, 0
-        self.states: tuple[dict[str, Tensor], ...] | None = None
-
-    def stops(self, loss: float, *parts: torch.nn.Module) -> bool:
-        """Note this epoch's held-out loss; whether patience has run out."""
-        if math.isnan(loss):
-            return False
-        self.waited += 1
-        if loss < self.loss:
-            self.loss, self.waited = loss, 0
-            self.states = tuple({k: v.clone() for k, v in part.state_dict().items()} for part in parts)
-        return self.patience is not None and self.waited >= self.patience
-
-    def restore(self, *parts: torch.nn.Module) -> None:
-        """Put the best state back."""
-        for part, state in zip(parts, self.states or (), strict=False):
-            part.load_state_dict(state)
+    One draw of the divergence may lie some nats below 0; parameters gone wild give millions, and a bound to match.
+    """
+    return not math.isfinite(bound) or kl < -1e4

@@ -73,6 +73,12 @@ def test_the_model_reads_in_one_sitting():
     ("room", "never"),
     [
         ("distributions", {"likelihoods", "networks", "model"}),
+        ("archive", {"descriptions", "checkpoint", "store", "fit", "model", "cells"}),
+        ("descriptions", {"archive", "checkpoint", "progress", "fit", "store"}),
+        ("progress", {"archive", "checkpoint", "fit", "store", "training"}),
+        ("checkpoint", {"fit", "store", "training", "plots", "cli"}),
+        ("interrupts", {"fit", "training"}),
+        ("divergence", {"checkpoint", "fit", "store", "training"}),
         ("cells", {"model", "guides", "fit", "posterior"}),
         ("guides", {"fit", "cells", "posterior", "evidence"}),
         ("fit", {"evidence", "plots", "cli"}),

@@ -1,13 +1,23 @@
+import base64
 import copy
+import hashlib
+import io
 import json
+import os
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from mutations import mutate
 
 import pyro_scvi as ps
-from pyro_scvi.errors import StoreError
+from pyro_scvi import archive
+from pyro_scvi.errors import CheckpointError
 
 
 def fitted(cells, **options):
@@ -18,6 +28,14 @@ def fitted(cells, **options):
 @pytest.fixture
 def cells():
     return ps.Cells.from_counts(np.random.default_rng(0).poisson(2.0, size=(40, 9)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A save that tests copy."""
+    path = tmp_path_factory.mktemp("saved") / "fit"
+    fitted(ps.Cells.from_counts(np.random.default_rng(1).poisson(2.0, size=(40, 9)))).save(path)
+    return path
 
 
 VARIANTS = {
@@ -68,12 +86,13 @@ def test_saving_again_replaces_the_save_and_nothing_else(cells, tmp_path):
     fit = fitted(cells)
     fit.save(tmp_path / "fit")
     fit.save(tmp_path / "fit")
-    assert sorted(p.name for p in (tmp_path / "fit").iterdir()) == ["config.json", "weights.safetensors"]
+    names = sorted(p.name for p in (tmp_path / "fit").iterdir())
+    assert names == ["config.json", weights_of(tmp_path / "fit").name]
     assert [p.name for p in tmp_path.iterdir()] == ["fit"]
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(StoreError, match="nothing was overwritten"):
+    with pytest.raises(CheckpointError, match="nothing was overwritten"):
         fit.save(other)
     assert (other / "thesis.txt").read_text() == "mine"
 
@@ -86,7 +105,7 @@ def test_what_looks_like_a_save_is_not_deleted(cells, tmp_path):
     project.mkdir()
     (project / "config.json").write_text("{}")
     for folder in (tmp_path / "fit", project):
-        with pytest.raises(StoreError, match="nothing was overwritten"):
+        with pytest.raises(CheckpointError, match="nothing was overwritten"):
             fit.save(folder)
     assert (tmp_path / "fit" / "notes.txt").read_text() == "mine"
     assert (project / "config.json").read_text() == "{}"
@@ -126,11 +145,32 @@ def test_a_users_part_must_be_passed(cells, tmp_path):
 
     fit = fitted(cells, prior=Wider())
     fit.save(tmp_path / "fit")
-    with pytest.raises(StoreError, match="Wider"):
+    with pytest.raises(CheckpointError, match="Wider"):
         ps.load(tmp_path / "fit")
     model = ps.SCVI(cells.n_genes, 3, n_hidden=8, prior=Wider())
     loaded = ps.load(tmp_path / "fit", model=model)
     np.testing.assert_array_equal(ps.embed(loaded, cells), ps.embed(fit, cells))
+
+
+def config_of(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def weights_of(path):
+    return path / config_of(path)["weights"]["file"]
+
+
+def sign(path, config):
+    """Write a config with the digest that it should have."""
+    (path / "config.json").write_bytes(archive._signed({k: v for k, v in config.items() if k != "sha256"}))
+
+
+def sign_weights(path, tensors):
+    """Put other weights into the place of the save's own, with the digest that they should have."""
+    blob, config = safetensors.torch.save(tensors), config_of(path)
+    weights_of(path).write_bytes(blob)
+    config["weights"]["sha256"] = hashlib.sha256(blob).hexdigest()
+    sign(path, config)
 
 
 def damage_nothing(path):
@@ -138,37 +178,245 @@ def damage_nothing(path):
 
 
 def damage_weights(path):
-    content = (path / "weights.safetensors").read_bytes()
-    (path / "weights.safetensors").write_bytes(content[: len(content) // 2])
+    content = weights_of(path).read_bytes()
+    weights_of(path).write_bytes(content[: len(content) // 2])
+
+
+def damage_one_bit(path):
+    content = bytearray(weights_of(path).read_bytes())
+    content[-3] ^= 4
+    weights_of(path).write_bytes(content)
+
+
+def empty_weights(path):
+    weights_of(path).write_bytes(b"")
+
+
+def remove_weights(path):
+    weights_of(path).unlink()
 
 
 def damage_format(path):
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"format": 99}))
+    (path / "config.json").write_text(json.dumps(config_of(path) | {"format": 99}))
 
 
-def damage_part(path):
-    (path / "config.json").write_text((path / "config.json").read_text().replace('"SCVI"', '"os.system"'))
+def damage_key(path):
+    (path / "config.json").write_text(json.dumps(config_of(path) | {"stranger": 1}))
 
 
-def damage_names(path):
-    tensors = safetensors.torch.load_file(path / "weights.safetensors")
-    tensors["stranger"] = torch.zeros(1)
-    safetensors.torch.save_file(tensors, path / "weights.safetensors")
+def sign_format(path):
+    sign(path, config_of(path) | {"format": 99})
+
+
+def sign_key(path):
+    sign(path, config_of(path) | {"stranger": 1})
+
+
+def sign_part(path):
+    sign(path, json.loads((path / "config.json").read_text().replace('"SCVI"', '"os.system"')))
+
+
+def sign_names(path):
+    sign_weights(path, safetensors.torch.load_file(weights_of(path)) | {"stranger": torch.zeros(1)})
+
+
+def sign_shape(path):
+    tensors = safetensors.torch.load_file(weights_of(path))
+    sign_weights(path, tensors | {"model.library.loc": torch.zeros(2)})
+
+
+def sign_type(path):
+    tensors = safetensors.torch.load_file(weights_of(path))
+    sign_weights(path, tensors | {"model.library.loc": tensors["model.library.loc"].double()})
+
+
+def sign_place(path):
+    config = config_of(path)
+    sign(path, config | {"weights": config["weights"] | {"file": "../weights-0123456789abcdef.safetensors"}})
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (damage_nothing, "no saved fit"),
-        (damage_weights, "corrupt"),
-        (damage_format, "format"),
-        (damage_part, "os.system"),
-        (damage_names, "stranger"),
+        (damage_weights, "weights-.* is corrupt"),
+        (damage_one_bit, "weights-.* is corrupt"),
+        (empty_weights, "weights-.* is corrupt"),
+        (remove_weights, "is missing"),
+        (damage_format, "config.json is corrupt.*format 99"),
+        (damage_key, "config.json is corrupt.*stranger"),
+        (sign_format, "format 99, where this version reads 2"),
+        (sign_key, r"unknown keys \['stranger'\]"),
+        (sign_part, "os.system"),
+        (sign_names, "stranger"),
+        (sign_shape, r"model.library.loc has shape and type \(\(2,\)"),
+        (sign_type, "float64"),
+        (sign_place, "no file of weights"),
     ],
 )
-def test_broken_saves_are_refused(cells, tmp_path, damage, says):
-    fitted(cells).save(tmp_path / "fit")
-    damage(tmp_path / "fit")
-    with pytest.raises(StoreError, match=says):
-        ps.load(tmp_path / "fit")
+def test_broken_saves_are_refused(saved, tmp_path, damage, says):
+    path = tmp_path / "fit"
+    shutil.copytree(saved, path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        ps.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_every_single_byte_counts(saved, tmp_path):
+    """Bytes all over both files, altered in one bit: refused as corrupt, naming the file."""
+    path, rng = tmp_path / "fit", np.random.default_rng(0)
+    shutil.copytree(saved, path)
+    for name, step in (("config.json", 5), (weights_of(saved).name, 97)):
+        content = (path / name).read_bytes()
+        for place in range(0, len(content), step):
+            altered = bytearray(content)
+            altered[place] ^= 1 << int(rng.integers(8))
+            (path / name).write_bytes(altered)
+            with pytest.raises(CheckpointError, match="corrupt") as caught:
+                ps.load(path)
+            assert name in str(caught.value)
+        (path / name).write_bytes(content)
+    ps.load(path)
+
+
+def test_a_pickle_payload_is_refused_in_any_slot_and_nothing_runs(saved, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (canary,))
+
+    stream = io.BytesIO()
+    torch.save({"model": Payload()}, stream)
+    call = {"part": "os.system", "arguments": {"command": f"touch {canary}"}}
+    for payload in (pickle.dumps(Payload()), stream.getvalue()):
+        for name in ("config.json", weights_of(saved).name):
+            path = tmp_path / "whole"
+            shutil.copytree(saved, path)
+            (path / name).write_bytes(payload)
+            if name != "config.json":  # even where the digest is that of the payload
+                config = config_of(path)
+                config["weights"]["sha256"] = hashlib.sha256(payload).hexdigest()
+                sign(path, config)
+            with pytest.raises(CheckpointError, match="corrupt"):
+                ps.load(path)
+            shutil.rmtree(path)
+        for slot in ("model", "guide", "schema", "settings", "dtype", "history", "kind", "weights"):
+            for value in (payload.hex(), base64.b64encode(payload).decode(), payload.decode("latin1"), call):
+                path = tmp_path / "slot"
+                shutil.copytree(saved, path)
+                sign(path, config_of(path) | {slot: value})
+                if slot != "settings":  # those are the user's own words, kept as they are
+                    with pytest.raises(CheckpointError):
+                        ps.load(path)
+                else:
+                    ps.load(path)
+                shutil.rmtree(path)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Payload()))
+    assert canary.exists()  # the payload would have worked
+
+
+def test_saves_of_format_1_are_read_with_a_warning(saved, tmp_path):
+    path = tmp_path / "old"
+    path.mkdir()
+    config = config_of(saved)
+    old = {k: v for k, v in config.items() if k not in ("kind", "versions", "weights", "sha256")} | {"format": 1}
+    (path / "config.json").write_text(json.dumps(old, indent=1))
+    shutil.copy(weights_of(saved), path / "weights.safetensors")
+    with pytest.warns(UserWarning, match="format 1, which cannot tell"):
+        fit = ps.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(states(fit), states(ps.load(saved)), strict=True))
+    fit.save(path)
+    assert config_of(path)["format"] == 2
+    assert len(list(path.iterdir())) == 2
+    ps.load(path)
+
+
+def test_a_failed_write_leaves_the_old_save(cells, saved, tmp_path, monkeypatch):
+    path, fit = tmp_path / "fit", fitted(cells)
+    shutil.copytree(saved, path)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    for file, says in (("config", 28), ("weights", 28), ("config", 5), ("weights", 30)):
+
+        def full(number, file=file, says=says):
+            if file in os.readlink(f"/proc/self/fd/{number}").rpartition("/")[2]:
+                raise OSError(says, os.strerror(says))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(archive.os, "fsync", full)
+            with pytest.raises(CheckpointError, match=rf"could not write .*{os.strerror(says)}.*intact"):
+                fit.save(path)
+        assert before.items() <= {p.name: p.read_bytes() for p in path.iterdir()}.items()
+        assert not list(path.glob(".*.part"))
+        ps.load(path)
+
+
+def test_a_full_disk_leaves_the_old_save(cells, saved, tmp_path):
+    """No file may grow beyond 1,000 bytes: the system itself refuses to write."""
+    resource = pytest.importorskip("resource")
+    path, fit = tmp_path / "fit", fitted(cells)
+    shutil.copytree(saved, path)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="File too large.*intact"):
+            fit.save(path)
+        with pytest.raises(CheckpointError, match="File too large"):
+            fit.save(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written(cells, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fit = fitted(cells)
+    for place in (tmp_path / "file", tmp_path / "file" / "fit"):
+        with pytest.raises(CheckpointError, match="file"):
+            fit.save(place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def states(fit):
+    return [value for part in (fit.model, fit.guide) for value in part.state_dict().values()]
+
+
+def check_mutations(saved, other, path, n, seed):
+    """Mutate a save in ``n`` ways: each is refused, or, where its digests are right, gives the weights in the file."""
+    rng, outcomes = np.random.default_rng(seed), Counter()
+    for _ in range(n):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(saved, path)
+        kind = mutate(path, other, rng)
+        try:
+            fit = ps.load(path)
+        except CheckpointError:
+            outcomes[kind, "refused"] += 1
+            continue
+        assert kind == "signed", "a save loaded that was altered without its digest"
+        held = safetensors.torch.load_file(weights_of(path))
+        read = {f"{side}.{k}": v for side in ("model", "guide") for k, v in getattr(fit, side).state_dict().items()}
+        assert held.keys() == read.keys()
+        assert all(torch.equal(held[name], read[name]) for name in held)
+        outcomes[kind, "loaded"] += 1
+    return outcomes
+
+
+def test_mutated_saves_are_refused_or_hold_their_weights(saved, cells, tmp_path):
+    other = tmp_path / "other"
+    fitted(cells).save(other)
+    outcomes = check_mutations(saved, other, tmp_path / "fit", 300, 0)
+    assert outcomes.total() == 300
+    assert outcomes["signed", "loaded"] > 5
+    assert outcomes["signed", "refused"] > 20
+
+
+@pytest.mark.slow
+def test_10_000_mutated_saves_are_refused_or_hold_their_weights(saved, cells, tmp_path):
+    other = tmp_path / "other"
+    fitted(cells).save(other)
+    outcomes = check_mutations(saved, other, tmp_path / "fit", 10_000, 1)
+    assert outcomes.total() == 10_000

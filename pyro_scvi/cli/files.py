@@ -10,12 +10,13 @@ import pandas as pd
 from anndata import AnnData
 
 import pyro_scvi
+from pyro_scvi.archive import CONFIG
 from pyro_scvi.cells import Cells
 from pyro_scvi.cli.workspace import FIT
-from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.errors import CheckpointError, DataError, SchemaError
 from pyro_scvi.fit import Fit
 from pyro_scvi.minibatches import resolve_device
-from pyro_scvi.store import CONFIG, WEIGHTS, load
+from pyro_scvi.store import load
 
 
 def read_h5ad(file: Path) -> AnnData:
@@ -44,12 +45,12 @@ def load_fit(folder: Path, device: str) -> Fit:
 
     Raises
     ------
-    StoreError
+    CheckpointError
         If there is none, or it is broken.
     """
     found = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
     if not found:
-        raise StoreError(f"{folder} is no saved fit: neither it nor {folder / FIT} holds {CONFIG} and {WEIGHTS}")
+        raise CheckpointError(f"{folder} is no saved fit: neither it nor {folder / FIT} holds {CONFIG}")
     return load(found[0]).to(resolve_device(device))
 
 

@@ -1,6 +1,7 @@
 """The commands that train: the demo, and a fit to a user's file."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from pyro_scvi.cli.options import (
 )
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.workspace import FIT, PAGE, Workspace, new_folder
+from pyro_scvi.errors import FitError
 from pyro_scvi.fit import fit as train_model
 from pyro_scvi.guides import Guide
 from pyro_scvi.model import SCVI
@@ -92,6 +94,12 @@ def fit(
     library: Annotated[Any, choice(LIBRARIES, "Library size")] = None,
     guide: Annotated[Any, choice(GUIDES, "q(z | x)")] = None,
     device: Device = "auto",
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the state of training, written after every epoch.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from --checkpoint, if there is one, with the same options.")
+    ] = False,
     progress: Progress = True,
     force: Force = False,
 ) -> None:
@@ -99,7 +107,12 @@ def fit(
 
     DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed,
     its UMAP in obsm["X_umap"].
+
+    Ctrl-C or SIGTERM ends training after the running step: with --checkpoint the same command goes on with --resume,
+    without it the results are those of the epochs that had ended.
     """
+    if resume and checkpoint is None:
+        raise typer.BadParameter("there is nothing to go on from; add --checkpoint DIR", param_hint="'--resume'")
     law = likelihood or likelihoods.ZINB
     if dispersion and not issubclass(law, likelihoods.GammaPoisson):
         raise typer.BadParameter(f"{law.__name__} has no dispersion", param_hint="'--dispersion'")
@@ -128,7 +141,14 @@ def fit(
             pair=None if groups is None else (groups.index[0], groups.index[1]),
             command=called(ctx),
             seed=seed,
-            training={"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress},
+            training={
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "device": device,
+                "checkpoint": checkpoint,
+                "resume": resume,
+                "progress": progress,
+            },
         )
         analyse(space, adata, cells, build, job)
 
@@ -139,6 +159,9 @@ def analyse(space: Workspace, adata: AnnData, cells: Cells, build: Build, job: J
     model, guide = build(train)
     typer.echo(f"fitting {train.n_cells:,} cells x {train.n_genes:,} genes, {test.n_cells:,} cells held out")
     fitted = train_model(model, train, guide, seed=job.seed, **job.training)
+    if "interrupted" in fitted.settings and (folder := job.training.get("checkpoint")):
+        stopped = f"training was interrupted by {fitted.settings['interrupted']}; {folder} holds its state"
+        raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")
     fitted.save(space.path / FIT)
     latent, settings = embed(fitted, cells, seed=job.seed), page.settings_of(fitted, job)
     judged = test.split(JUDGED_CELLS, job.seed)[1] if test.n_cells > JUDGED_CELLS else test

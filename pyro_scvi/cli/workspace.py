@@ -10,8 +10,8 @@ from pathlib import Path
 
 import typer
 
+from pyro_scvi.archive import CONFIG
 from pyro_scvi.errors import PyroScviError
-from pyro_scvi.store import CONFIG
 
 FIT, PAGE = "fit", "index.html"
 

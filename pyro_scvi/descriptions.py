@@ -1,0 +1,135 @@
+"""Parts and values as JSON and back: how a model was made, in the names of this package's classes and nothing else."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyro_scvi import guides, libraries, likelihoods, networks, priors, schedules, weights
+from pyro_scvi.errors import CheckpointError
+from pyro_scvi.guides import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.parts import Part
+from pyro_scvi.schema import Schema
+
+FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
+
+
+def describe(value: Any, model: SCVI) -> Any:
+    """JSON for a part: its class's name and its constructor's arguments; the model itself where a guide names it."""
+    if isinstance(value, Part):
+        arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.makeup().items()}
+        return {"part": type(value).__name__, "arguments": arguments} if type(value) in _own() else _foreign(value)
+    if dataclasses.is_dataclass(value) and type(value) in _own():
+        arguments = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"part": type(value).__name__, "arguments": arguments}
+    if isinstance(value, Tensor | np.ndarray):
+        return {"tensor": value.tolist()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {"mapping": {k: describe(v, model) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        return [describe(v, model) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return _foreign(value)
+
+
+def build(description: Any, model: SCVI | None) -> Any:
+    """The value that :func:`describe` wrote down. Only classes of this package are ever called."""
+    if isinstance(description, list):
+        return [build(item, model) for item in description]
+    if not isinstance(description, dict):
+        return description
+    match description:
+        case {"the": "model"}:
+            return model
+        case {"tensor": values}:
+            return torch.tensor(values)
+        case {"mapping": items}:
+            return {key: build(item, model) for key, item in items.items()}
+        case {"part": name, "arguments": arguments}:
+            return _class_called(name)(**{key: build(item, model) for key, item in arguments.items()})
+        case {"foreign": text}:
+            raise CheckpointError(f"it was made with {text}, which is not this package's: pass model= (and guide=)")
+    raise CheckpointError(f"unknown description {description!r}")
+
+
+def facts_of(
+    model: SCVI, guide: Guide, history: pd.DataFrame, schema: Schema, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything of a fit but its weights, as JSON takes it."""
+    return {
+        "model": describe(model, model),
+        "guide": describe(guide, model),
+        "schema": schema.to_dict(),
+        "settings": settings,
+        "dtype": str(next(guide.parameters()).dtype).removeprefix("torch."),
+        "history": columns_of(history),
+    }
+
+
+def columns_of(history: pd.DataFrame) -> dict[str, list[float | None]]:
+    """Columns as JSON numbers, NaN as null."""
+    table = history.reset_index()
+    return {name: [None if pd.isna(v) else v for v in table[name].tolist()] for name in map(str, table)}
+
+
+def history_of(columns: dict[str, list[float | None]]) -> pd.DataFrame:
+    """The table that :func:`columns_of` wrote down."""
+    return pd.DataFrame(columns).set_index("epoch").astype(float)
+
+
+def states_of(model: SCVI, guide: Guide) -> dict[str, Tensor]:
+    """Parameters and buffers of both by name, not copied."""
+    pair = {"model": model, "guide": guide}
+    return {f"{side}.{name}": value for side, part in pair.items() for name, value in part.state_dict().items()}
+
+
+def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into model and guide, all of them or none.
+
+    Raises
+    ------
+    CheckpointError
+        If names, shapes or types are not the model's and the guide's.
+    """
+    held = states_of(model, guide)
+    if held.keys() != tensors.keys():
+        raise CheckpointError(f"its weights differ from the model's: {sorted(held.keys() ^ tensors.keys())}")
+    for name, tensor in held.items():
+        of_file, of_model = ((tuple(t.shape), t.dtype) for t in (tensors[name], tensor))
+        if of_file != of_model:
+            raise CheckpointError(f"{name} has shape and type {of_file}, in the model {of_model}")
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(tensors[name])
+
+
+def _foreign(value: Any) -> dict[str, str]:
+    return {"foreign": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}  # an address is another in every process
+
+
+def _own() -> dict[type, str]:
+    rooms = (guides, libraries, likelihoods, networks, priors, schedules, weights)
+    classes = [c for room in rooms for _, c in inspect.getmembers(room, inspect.isclass) if _is_part(c)]
+    return {c: c.__name__ for c in (*classes, SCVI)}
+
+
+def _is_part(candidate: type) -> bool:
+    packaged = candidate.__module__.startswith("pyro_scvi.")
+    return packaged and (issubclass(candidate, nn.Module) or dataclasses.is_dataclass(candidate))
+
+
+def _class_called(name: str) -> Callable[..., Any]:
+    for known, label in _own().items():
+        if label == name:
+            return known
+    raise CheckpointError(f"unknown part {name!r}")

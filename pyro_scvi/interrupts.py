@@ -1,0 +1,46 @@
+"""SIGINT and SIGTERM while a model trains: noted, so that the running step ends; the second time at once."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A step has ended after which nothing more shall be done."""
+
+
+class Interrupts:
+    """The first signal that asked for an end: its name, or None."""
+
+    received: str | None = None
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle a signal; the second raises KeyboardInterrupt."""
+        name = signal.Signals(number).name
+        if self.received:
+            raise KeyboardInterrupt(f"{name} after {self.received}: training stopped at once")
+        self.received = name
+        _log.warning("%s: training ends after the running step; once more ends it at once", name)
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[Interrupts]:
+    """Note signals inside, where Python lets a thread do so: the main one. Handlers are put back afterwards.
+
+    Signals that the process ignores, or that another language handles, are left alone.
+    """
+    interrupts, before = Interrupts(), {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    before[number] = signal.signal(number, interrupts.note)
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
