@@ -4,9 +4,12 @@ An id is a row of that table and a name. Cases go through the public functions a
 wrong, through the command line. ``PYRO_SCVI_SPEC`` names the folder of the table; the default is ``../shared/spec``.
 """
 
+import json
 import logging
 import os
+import pickle
 import re
+import signal
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -26,7 +29,7 @@ from scipy import sparse
 from test_reproducibility import global_state
 
 import pyro_scvi as ps
-from pyro_scvi.errors import DataError, ModelError, SchemaError
+from pyro_scvi.errors import CheckpointError, DataError, FitError, ModelError, SchemaError
 
 SPEC = Path(os.environ.get("PYRO_SCVI_SPEC", Path(__file__).parents[1] / "../shared/spec"))
 
@@ -567,6 +570,107 @@ def two_models(order, folder):
         np.testing.assert_array_equal(ps.embed(fits[i], cells), alone[i])
 
 
+# --- faults of training and of saves; test_divergence.py, test_interrupts.py, test_checkpoint.py and test_store.py
+# have the rest ---
+
+
+@row("learning rate 50 (divergence)")
+def diverging(value, folder):
+    cells = ps.Cells.from_anndata(make_adata())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*halved")
+            fit = quick_fit(cells, learning_rate=ps.schedules.Constant(50.0), epochs=3)
+    except FitError as error:
+        fit, text = error.fit, str(error)
+        assert "learning" in text
+    assert fit is None or np.isfinite(ps.embed(fit, cells)).all()
+
+
+@row("interrupt (Ctrl-C, SIGTERM) in training", SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM)
+def interrupted(number, folder):
+    def end(x):
+        if len(seen) == 2 * 4:  # the third epoch of four steps
+            os.kill(os.getpid(), number)
+        seen.append(x)
+
+    seen, cells = [], ps.Cells.from_anndata(make_adata())
+    model = quick_model(cells)
+    model.decoder.register_forward_pre_hook(lambda module, given: end(given) if module.training else None)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.warns(UserWarning, match=f"interrupted by {number.name}"):
+            fit = quick_fit(cells, model, epochs=50, batch_size=7)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert 1 <= len(fit.history) < 50
+    assert np.isfinite(ps.embed(fit, cells)).all()
+    fit.save(folder / "fit")
+    np.testing.assert_array_equal(ps.embed(ps.load(folder / "fit"), cells), ps.embed(fit, cells))
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.touch, (self.canary,))
+
+
+def payload(raw, canary):
+    return pickle.dumps(Payload(canary))
+
+
+DAMAGES = {
+    "truncated": lambda raw, canary: raw[: len(raw) // 2],
+    "empty": lambda raw, canary: b"",
+    "bit-flipped": lambda raw, canary: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:],
+}
+
+
+@row("truncated, empty or bit-flipped checkpoint", **DAMAGES)
+@row("checkpoint carrying a pickle payload", payload=payload)
+def damaged(damage, folder):
+    place, canary = saved(folder), folder / "canary"
+    for path in sorted(place.iterdir()):
+        raw = path.read_bytes()
+        path.write_bytes(damage(raw, canary))
+        with pytest.raises(CheckpointError, match=f"{path.name}.*corrupt"):
+            ps.load(place)
+        asked = ("embed", place, write(make_adata(), folder), "--out", folder / "out.h5ad")
+        assert re.search(f"{path.name}.*corrupt", one_line(run(*asked)))
+        path.write_bytes(raw)
+    ps.load(place)
+    assert not canary.exists()
+    assert not (folder / "out.h5ad").exists()
+
+
+@row("checkpoint of another version or with unknown keys")
+def another_version(value, folder):
+    place = saved(folder)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format"):
+        ps.load(place)
+    asked = ("embed", place, write(make_adata(), folder), "--out", folder / "out.h5ad")
+    assert "format" in one_line(run(*asked))
+
+
+@row("disk full or unwritable while saving")
+def unwritable(value, folder):
+    fit, _ = fitted()
+    (folder / "file").write_text("mine")
+    for place in (folder / "file", folder / "file" / "fit"):
+        with pytest.raises(CheckpointError, match="file"):
+            fit.save(place)
+    assert (folder / "file").read_text() == "mine"
+    says = one_line(run("fit", write(make_adata(), folder), "--out", folder / "file" / "out", "--no-progress"))
+    assert "file" in says
+    assert (folder / "file").read_text() == "mine"
+
+
 # --- groups and seeds ---
 
 
@@ -657,15 +761,7 @@ def test_row(check, value, tmp_path):
         check(value, tmp_path)
 
 
-ELSEWHERE = {
-    "learning rate 50 (divergence)": "test_divergence.py",
-    "interrupt (Ctrl-C, SIGTERM) in training": "test_interrupts.py",
-    "kill -9 at any moment while checkpointing": "test_checkpoint.py",
-    "truncated, empty or bit-flipped checkpoint": "test_store.py",
-    "checkpoint carrying a pickle payload": "test_store.py",
-    "checkpoint of another version or with unknown keys": "test_store.py",
-    "disk full or unwritable while saving": "test_store.py",
-}
+ELSEWHERE = {"kill -9 at any moment while checkpointing": "test_checkpoint.py"}
 """Rows whose cases are other modules of this folder."""
 
 
@@ -676,4 +772,5 @@ def test_every_row_of_the_table_has_a_case():
     table = [line.split("|")[1].strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     rows, covered = set(table[2:]), {case.id.rsplit(": ", 1)[0] for case in CASES}
     assert len(rows) >= 30
+    assert all((Path(__file__).parent / module).is_file() for module in ELSEWHERE.values())
     assert covered | set(ELSEWHERE) == rows

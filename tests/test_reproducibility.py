@@ -18,6 +18,7 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from anndata import AnnData
 from conftest import simulated_counts
 from matplotlib import pyplot as plt
 
@@ -135,6 +136,15 @@ def loaded(folder):
     return ps.load(folder / "fit")
 
 
+def annotated():
+    x = cells()
+    obs = x.obs.set_index(x.obs.index.astype(str))
+    adata = AnnData(x.counts.copy(), obs=obs, var=pd.DataFrame(index=x.gene_names))
+    ps.annotate(adata, fit(), expression=True, samples=2)
+    every = ps.differential_expression(fit(), x, groupby="kind", largest_se=0.2)
+    ps.add_rank_genes_groups(adata, every, "kind")
+
+
 def guide_of(kind):
     return lambda: ps.fit(model(), cells(), kind(), epochs=1, validation=0, progress=False, device="cpu")
 
@@ -200,6 +210,8 @@ CASES = {
     "load": loaded,
     "embed": lambda: ps.embed(fit(), cells()),
     "evidence": lambda: ps.evidence(fit(), few(), samples=30, steps=2, rounds=1),
+    "annotate": annotated,
+    "add_rank_genes_groups": annotated,
     "annealed_evidence": lambda: ps.annealed_evidence(fit(), few(), chains=2, temperatures=2, leapfrog=1),
     "compare": lambda: ps.compare({"a": fit(), "b": [fit(), fit()]}, few(), samples=30),
     "leave_one_out": lambda: ps.leave_one_out(fit(), few(), samples=30, sampler=QUICK),
@@ -291,6 +303,7 @@ CASES |= {
     "networks.matrix_products_in": scheduled(autocast=torch.bfloat16),
     "schedules.OneCycle": scheduled(learning_rate=ps.schedules.OneCycle(0.01)),
     "schedules.Constant": scheduled(learning_rate=ps.schedules.Constant(0.01)),
+    "schedules.Every": lambda: ps.schedules.Every(epochs=2),
     "schedules.Weight": scheduled(kl_weight=ps.schedules.Weight(0.5)),
     "schedules.WarmUp": scheduled(kl_weight=ps.schedules.WarmUp(2)),
     "weights.NormalWeights": weighed(ps.weights.NormalWeights),
