@@ -1,6 +1,7 @@
 """Steps of an experiment: each computed once, kept by the hash of its configuration, and found again after a break."""
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -44,8 +45,9 @@ class Step:
 
     @property
     def key(self) -> str:
-        """Hash of the function's name, its settings, the files and the versions that it is computed with."""
-        parts = [self.name, self.settings, [data.digest(file) for file in self.needs], _versions()]
+        """Hash of the function and its source, its settings, the files and versions that it is computed with."""
+        source = inspect.getsource(self.function)
+        parts = [self.name, source, self.settings, [data.digest(file) for file in self.needs], _versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
     def __call__(self) -> Any:
@@ -85,12 +87,14 @@ class Results:
     def compute(self, steps: Iterable[Step]) -> None:
         """Compute the steps that are not known yet."""
         todo = list({step.key: step for step in steps if self._found(step.key) is None}.values())
-        with (
-            tqdm(total=len(todo), disable=not self.progress, unit="step") as bar,
-            ThreadPoolExecutor(self._at_once) as pool,
-        ):
-            for _ in pool.map(self._computed, todo):
-                bar.update()
+        if not self.isolated:  # a fit belongs into the main thread, where it can be interrupted
+            for step in tqdm(todo, disable=not self.progress, unit="step"):
+                self._computed(step)
+            return
+        with ThreadPoolExecutor(self.jobs) as pool:
+            done = pool.map(self._computed, todo)
+            for _ in tqdm(done, total=len(todo), disable=not self.progress, unit="step"):
+                pass
 
     def of(self, step: Step) -> Outcome:
         """The outcome of a step, computed now if it is not known."""
