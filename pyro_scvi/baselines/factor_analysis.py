@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents, require_varying_genes
 from pyro_scvi.baselines.integration import Evidence, integrate
-from pyro_scvi.baselines.unit_bins import UnitBins, standard_normal_log_prob
+from pyro_scvi.baselines.unit_bins import VARIANCE, UnitBins, standard_normal_log_prob
 from pyro_scvi.importance import LogJoint
 
 
@@ -86,13 +86,14 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         .. math:: \log \int N(z; 0, I) \prod_g P\big(y_g \in [\log(x_g + \tfrac12), \log(x_g + \tfrac32)] | z\big) dz
 
         with everything below log(3/2) for a zero: a probability of counts, where :meth:`score_samples` is a density.
-        The sampler starts from the normal posterior of z given y.
+        The sampler starts from the normal posterior of z given y, with the bins' width in the noise: a gene that is
+        nearly constant has next to none of its own.
         """
         require_fitted(self, "model_")
         x = torch.from_numpy(dense_counts(counts, n_genes=self.model_.n_features_in_))
         fitted = self.model_.mean_, self.model_.components_, self.model_.noise_variance_
         mean, loadings, noise = map(torch.as_tensor, fitted)
-        loc, scale = gaussian_posterior(x.log1p() - mean, loadings, noise)
+        loc, scale = gaussian_posterior(x.log1p() - mean, loadings, noise + VARIANCE)
         return integrate(
             lambda rows: binned_log_joint(x[rows], mean, loadings, noise), loc, scale, samples=samples, seed=seed
         )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+VARIANCE = (2 * math.log(1.5)) ** 2 / 12  # of a uniform law on as much of the bin of 0 as lies about log(1 + 0)
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -37,12 +38,12 @@ def log_bin_probability(below: Tensor, above: Tensor, from_minus_infinity: Tenso
     A bin right of zero is reflected, so that the difference is taken where the two probabilities are small and keeps
     its digits however far out it lies: :math:`\log \Phi(b) + \log(1 - e^{\log \Phi(a) - \log \Phi(b)})`.
     """
-    # Open bins get a finite stand-in for a, or the branch that is not taken would give NaN gradients.
-    below = torch.where(from_minus_infinity, above - 1, below)
     reflected = (below > 0) & ~from_minus_infinity
     a, b = torch.where(reflected, -above, below), torch.where(reflected, -below, above)
     log_b = torch.special.log_ndtr(b)
-    log_rest = (-torch.expm1(torch.special.log_ndtr(a) - log_b)).log()
+    # Open bins get finite stand-ins, or the branch that is not taken would give NaN gradients.
+    log_a = torch.special.log_ndtr(torch.where(from_minus_infinity, -1.0, a))
+    log_rest = (-torch.expm1(log_a - torch.where(from_minus_infinity, 0.0, log_b))).log()
     return torch.where(from_minus_infinity, log_b, log_b + log_rest)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_scvi.baselines import zifa_law
 from pyro_scvi.baselines.inputs import dense_counts, require_fitted, require_latents, require_varying_genes
 from pyro_scvi.baselines.integration import Evidence, integrate
+from pyro_scvi.baselines.unit_bins import VARIANCE
 from pyro_scvi.baselines.zifa_em import LEAST_VARIANCE, Seen, Sums, maximised
 from pyro_scvi.baselines.zifa_law import Parameters, Posterior, posterior
 from pyro_scvi.errors import DataError, require_at_least
@@ -127,7 +128,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """
         x = self._counts(counts).to(self.device)
         law = self._law(x.dtype)
-        found = posterior(x.log1p(), law)
+        found = posterior(x.log1p(), law._replace(scale=(law.scale.square() + VARIANCE).sqrt()))  # bins are wide
         scale = found.covariance.diagonal(dim1=1, dim2=2).sqrt()
         return integrate(
             lambda rows: zifa_law.binned_log_joint(x[rows], law), found.mean, scale, samples=samples, seed=seed
