@@ -68,8 +68,7 @@ class Data(NamedTuple):
 
 def datasets(effort: Effort) -> list[Data]:
     """The cortex, and the brain at every size that its file has."""
-    test_cells = min(effort.test_cells, TEST_CELLS)
-    common = {"test_cells": test_cells, "at_most": effort.cells}
+    common = {"test_cells": scored_cells(effort), "at_most": effort.cells}
     found = [Data("cortex", 0, {"file": data.CORTEX, "n": None, "least": None, **common})]
     available = min(BRAIN_CELLS, effort.cells or BRAIN_CELLS)
     available -= math.ceil(available * held_out.HELD_OUT[data.BRAIN])
@@ -78,6 +77,16 @@ def datasets(effort: Effort) -> list[Data]:
         case = {"file": data.BRAIN, "n": n, "least": min(*effort.sizes, available), **common}
         found.append(Data(f"brain10k, n = {n:,}", size, case))
     return found
+
+
+def scored_cells(effort: Effort) -> int:
+    """A quarter of the test cells of other tables: no other has as many systems."""
+    return min(effort.test_cells // 4, TEST_CELLS)
+
+
+def seeds_of(name: str, effort: Effort) -> tuple[int, ...]:
+    """Seeds of a system; a quick run fits each once."""
+    return effort.seeds[: SEEDS[name] if effort.epochs is None else 1]
 
 
 def real_sizes(effort: Effort) -> list[int]:
@@ -95,10 +104,9 @@ def of_systems(on: Data, effort: Effort) -> dict[str, list[Step]]:
         WAVE: [Step(held_out.zinb_wave, {"case": case, "tol": TOL, "max_iter": ITERATIONS}, needs)],
     }
     for name in ("scVI, 2017 preset", "scVI, 2018 preset", OURS):
-        found[name] = [our_step(on, name, seed, effort) for seed in effort.seeds[: SEEDS[name]]]
+        found[name] = [our_step(on, name, seed, effort) for seed in seeds_of(name, effort)]
     peer = {"case": case, "epochs": epochs_of(PEER, on, effort), "samples": samples}
-    seeds = effort.seeds[: SEEDS[PEER]]
-    found[PEER] = [Step(held_out.scvi_tools, peer | {"seed": seed}, needs) for seed in seeds]
+    found[PEER] = [Step(held_out.scvi_tools, peer | {"seed": seed}, needs) for seed in seeds_of(PEER, effort)]
     return found
 
 
@@ -193,7 +201,7 @@ def simulation(effort: Effort) -> Step:
     """The step of the simulated cells."""
     settings = {
         "sizes": list(effort.sizes),
-        "test_cells": min(effort.test_cells, TEST_CELLS),
+        "test_cells": scored_cells(effort),
         "samples": min(effort.samples, SAMPLES),
         "at_most": effort.cells,
         "epochs": effort.epochs,
