@@ -19,6 +19,7 @@ from pyro_scvi.paper.held_out import Result, clustering, reported_otherwise
 from pyro_scvi.paper.rows import Row, over_cells, over_seeds
 from pyro_scvi.paper.steps import Outcome, Results, Step
 from pyro_scvi.paper.table1 import FA, OURS, PEER, WAVE, ZIFA, our_step
+from pyro_scvi.plots.canvas import CALM
 from pyro_scvi.posterior import embed
 
 PCA, GENE = "PCA", "scVI, gene dispersion, dropout 0.1"
@@ -257,7 +258,7 @@ def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
         types.plot(list(found), [result["silhouette"] for result in found.values()], marker="o", label=name)
         levels = [over_cells(result["log_p"]) for result in found.values()]
         evidence.plot(list(found), [level[0] for level in levels], marker="o", label=name)
-    types.axhline(PAPER_BEST, color="#8a919c", linewidth=0.8, linestyle="--")
+    types.axhline(PAPER_BEST, color=CALM, linewidth=0.8, linestyle="--")
     types.set(xlabel="epochs of the whole run", ylabel="silhouette of the known types")
     evidence.set(xlabel="epochs of the whole run", ylabel="held-out log p(x), nats per cell")
     types.legend(frameon=False, fontsize="small")
