@@ -5,65 +5,19 @@ in nats per test cell, in float64, with the latents integrated out by the import
 package's models: whatever error the sampler has left, it has on every side of a comparison.
 """
 
-import math
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.decomposition import FactorAnalysis
 from torch import Tensor
 
+from pyro_scvi.baselines import FactorAnalysis
+from pyro_scvi.baselines.integration import Evidence, integrate
 from pyro_scvi.baselines.scvi_tools import Generative, log_zinb, trained
-from pyro_scvi.importance import LogJoint, adaptive_importance
+from pyro_scvi.importance import LogJoint
 
 __all__ = ["Evidence", "FactorScores", "ScviTools", "factor_analysis", "integrate", "log_zinb", "scvi_tools"]
-
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-
-
-class Evidence(NamedTuple):
-    """Integrated log probability of each cell's counts, all (cells,), with what the sampler says about itself.
-
-    ``log_evidence`` in nats per cell, ``se`` its Monte Carlo standard error, ``ess`` the effective number of draws,
-    ``khat`` the Pareto tail index of the weights (above 0.7 the value cannot be vouched for).
-    """
-
-    log_evidence: np.ndarray
-    se: np.ndarray
-    ess: np.ndarray
-    khat: np.ndarray
-
-
-def integrate(
-    log_joint_of: Callable[[slice], LogJoint],
-    loc: Tensor,
-    scale: Tensor,
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-    chunk: int = 32,
-) -> Evidence:
-    """Integrate the latents out of every cell, ``chunk`` cells at a time.
-
-    Parameters
-    ----------
-    log_joint_of
-        For a slice of cells the function u (samples, cells, latents) -> log p(x, u), (samples, cells).
-    loc, scale
-        Centre and standard deviation of the starting proposal, (cells, latents) each.
-    samples, seed
-        Draws of every round of the sampler, and its seed.
-    chunk
-        Cells that are evaluated together; memory grows with it, the result only changes by Monte Carlo error.
-    """
-    parts = []
-    for start in range(0, len(loc), chunk):
-        cells = slice(start, start + chunk)
-        result = adaptive_importance(log_joint_of(cells), loc[cells], scale[cells], samples=samples, seed=seed + start)
-        parts.append((result.log_evidence, result.se, result.ess, result.khat))
-    return Evidence(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
 class FactorScores(NamedTuple):
@@ -93,9 +47,7 @@ def factor_analysis(
     A density is no probability of counts: it can be made arbitrarily large where y has an atom. The like-for-like
     figure gives each count its unit bin, with everything below 1/2 for a zero,
 
-    .. math:: \log \int N(z; 0, I) \prod_g P\big(y_g \in [\log(x_g + \tfrac12), \log(x_g + \tfrac32)] \mid z\big) dz,
-
-    where the sampler starts from the Gaussian posterior of z given y, which factor analysis has in closed form.
+    .. math:: \log \int N(z; 0, I) \prod_g P\big(y_g \in [\log(x_g + \tfrac12), \log(x_g + \tfrac32)] \mid z\big) dz
 
     Parameters
     ----------
@@ -108,80 +60,13 @@ def factor_analysis(
     samples
         Draws of every round of the sampler.
     """
-    _check_varying(train)
     started = time.perf_counter()
-    fitted = FactorAnalysis(n_components=n_latent, random_state=seed).fit(np.log1p(train))
+    fitted = FactorAnalysis(n_latent, seed=seed).fit(train)
     fit_seconds = time.perf_counter() - started
-    y = np.log1p(test.astype(np.float64))
-    log_density = fitted.score_samples(y) - y.sum(1)
+    log_density = fitted.score_samples(test)
     started = time.perf_counter()
-    mean, loadings, noise = (
-        torch.from_numpy(a).double() for a in (fitted.mean_, fitted.components_, fitted.noise_variance_)
-    )
-    loc, scale = gaussian_posterior(torch.from_numpy(y) - mean, loadings, noise)
-    counts = torch.from_numpy(test.astype(np.float64))
-    probability = integrate(
-        lambda cells: binned_log_joint(counts[cells], mean, loadings, noise), loc, scale, samples=samples, seed=seed
-    )
+    probability = fitted.evidence(test, samples=samples, seed=seed)
     return FactorScores(log_density, probability, fit_seconds, time.perf_counter() - started)
-
-
-def gaussian_posterior(residual: Tensor, loadings: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Mean and standard deviations (cells, latents) of z given y in factor analysis.
-
-    .. math:: V = (I + W \Psi^{-1} W^T)^{-1}, \qquad E[z \mid y] = V W \Psi^{-1} (y - m)
-
-    Parameters
-    ----------
-    residual
-        y - m, (cells, genes).
-    loadings
-        W, (latents, genes).
-    noise
-        The diagonal of Psi, (genes,).
-    """
-    weighted = loadings / noise
-    precision = torch.eye(len(loadings), dtype=loadings.dtype) + weighted @ loadings.T
-    covariance = torch.linalg.inv(precision)
-    loc = residual @ weighted.T @ covariance
-    return loc, covariance.diagonal().sqrt().expand_as(loc)
-
-
-def binned_log_joint(counts: Tensor, mean: Tensor, loadings: Tensor, noise: Tensor) -> LogJoint:
-    """Make the function z (samples, cells, latents) -> log N(z; 0, I) + sum over genes of log P(bin of x | z).
-
-    ``counts`` is (cells, genes), ``mean`` and ``noise`` (genes,), ``loadings`` (latents, genes).
-    """
-    sd = noise.sqrt()
-    lower, upper = (counts + 0.5).log() - mean, (counts + 1.5).log() - mean
-    zero = counts == 0
-
-    def log_joint(z: Tensor) -> Tensor:
-        centre = z @ loadings  # (samples, cells, genes)
-        below, above = (lower - centre) / sd, (upper - centre) / sd
-        return standard_normal_log_prob(z) + log_bin_probability(below, above, zero).sum(-1)
-
-    return log_joint
-
-
-def log_bin_probability(below: Tensor, above: Tensor, from_minus_infinity: Tensor) -> Tensor:
-    r"""Log of :math:`\Phi(b) - \Phi(a)`, or of :math:`\Phi(b)` where the bin has no lower end; elementwise.
-
-    A bin right of zero is reflected, so that the difference is taken where the two probabilities are small and keeps
-    its digits however far out it lies: :math:`\log \Phi(b) + \log(1 - e^{\log \Phi(a) - \log \Phi(b)})`.
-    """
-    # Open bins get a finite stand-in for a, or the branch that is not taken would give NaN gradients.
-    below = torch.where(from_minus_infinity, above - 1, below)
-    reflected = (below > 0) & ~from_minus_infinity
-    a, b = torch.where(reflected, -above, below), torch.where(reflected, -below, above)
-    log_b = torch.special.log_ndtr(b)
-    log_rest = (-torch.expm1(torch.special.log_ndtr(a) - log_b)).log()
-    return torch.where(from_minus_infinity, log_b, log_b + log_rest)
-
-
-def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """Log N(z; 0, I) summed over the last axis."""
-    return -0.5 * z.square().sum(-1) - z.shape[-1] * _HALF_LOG_2PI
 
 
 class ScviTools(NamedTuple):
@@ -206,7 +91,7 @@ class ScviTools(NamedTuple):
         """The law of the fitted model."""
         return Generative(self.network, self.library_loc, self.library_scale)
 
-    def log_joint(self, cells: slice = slice(None)) -> LogJoint:
+    def log_joint(self, cells: slice | Tensor = slice(None)) -> LogJoint:
         """The function u (samples, cells, latents + 1) -> log p(x, u), (samples, cells), of some test cells."""
         return self.generative.log_joint(self.counts[cells])
 
@@ -251,12 +136,3 @@ def scvi_tools(train: np.ndarray, test: np.ndarray, epochs: int, seed: int, *, n
 @torch.no_grad()
 def _encoder_start(network: torch.nn.Module, counts: Tensor) -> tuple[Tensor, Tensor]:
     return Generative(network, 0.0, 1.0).start(counts)
-
-
-def _check_varying(train: np.ndarray) -> None:
-    constant = int((train.max(0) == train.min(0)).sum())
-    if constant:
-        raise ValueError(
-            f"Factor analysis needs genes that vary over the training cells; {constant} do not, "
-            "their noise variance would be zero and any other count infinitely improbable. Drop these genes."
-        )

@@ -12,8 +12,8 @@ from torch import Tensor
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import require_at_least
 from pyro_scvi.guides import Guide
-from pyro_scvi.importance import KHAT_LIMIT
-from pyro_scvi.posterior import Effort, bound_terms, evaluating, minibatches, require_question, weighted
+from pyro_scvi.importance import KHAT_LIMIT, Effort
+from pyro_scvi.posterior import bound_terms, evaluating, minibatches, require_question, weighted
 from pyro_scvi.priors import require_proper
 
 if TYPE_CHECKING:

@@ -43,6 +43,27 @@ class Proposal(NamedTuple):
         return constant - log_det - (n + latents) / 2 * torch.log1p(white.square().sum(1).T / n)
 
 
+class Effort(NamedTuple):
+    """How much a cell's proposal is worked on: weighted draws, gradient steps, rounds of adaptation."""
+
+    samples: int
+    steps: int
+    rounds: int
+
+    def doubled(self) -> "Effort":
+        """What a cell gets whose first proposal did not fit."""
+        return Effort(self.samples, 2 * self.steps, 2 * self.rounds)
+
+
+class Question(NamedTuple):
+    """What is to be integrated: the cells' log joint density, where to start, (cells, latents) each, draws at once."""
+
+    log_joint: LogJoint
+    loc: Tensor
+    scale: Tensor
+    block: int
+
+
 class Importance(NamedTuple):
     """Result of :func:`adaptive_importance`: per cell (cells,), with the weighted draws it rests on.
 
@@ -77,6 +98,27 @@ def adaptive_importance(
         )
         draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
     return Importance(*evidence_of(log_weights), draws, log_weights)
+
+
+def persistent_importance(
+    question: Callable[[Tensor], Question], rows: Tensor, effort: Effort, *, attempts: int = 3
+) -> Importance:
+    """:func:`adaptive_importance` of the cells in ``rows``, in which those whose k-hat stays above 0.7 are tried again.
+
+    They get twice the effort, then four times; the best attempt counts. Draws come from the global generator.
+    """
+    log_joint, loc, scale, block = question(rows)
+    seed = int(torch.randint(2**31, ()))
+    found = adaptive_importance(log_joint, loc, scale, **effort._asdict(), seed=seed, block=block)
+    failed = (~(found.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
+    if attempts == 1 or not len(failed):
+        return found
+    again = persistent_importance(question, rows[failed], effort.doubled(), attempts=attempts - 1)
+    better = (~(again.khat >= found.khat[failed])).nonzero().squeeze(-1)
+    for kept, new in zip(found, again, strict=True):
+        of_cells = int(kept.dim() > 1)  # behind the draws
+        kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
+    return found
 
 
 def corrected_proposal(

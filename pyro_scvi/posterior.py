@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
@@ -16,7 +16,7 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
 from pyro_scvi.errors import ModelError, SchemaError, require_at_least
 from pyro_scvi.guides import Guide
-from pyro_scvi.importance import KHAT_LIMIT, Importance, LogJoint, adaptive_importance, refine
+from pyro_scvi.importance import Effort, Importance, LogJoint, Question, persistent_importance, refine
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
 from pyro_scvi.parts import evaluation_mode
@@ -149,35 +149,16 @@ def refined(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int = 100) -> tupl
     return refine(*start(guide, x, gamma), steps=steps)
 
 
-class Effort(NamedTuple):
-    """How much a cell's proposal is worked on: weighted draws, gradient steps, rounds of adaptation."""
-
-    samples: int
-    steps: int
-    rounds: int
-
-    def doubled(self) -> Effort:
-        """What a cell gets whose first proposal did not fit."""
-        return Effort(self.samples, 2 * self.steps, 2 * self.rounds)
-
-
 def weighted(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, *, attempts: int = 3) -> Importance:
     """Weighted draws of every cell's latents, from a proposal corrected for that cell.
 
     Cells whose k-hat is above 0.7 are tried again with twice the effort, then four times; the best attempt counts.
     """
-    density, loc, scale = start(guide, x, gamma)
-    seed = int(torch.randint(2**31, ()))
-    found = adaptive_importance(density, loc, scale, **effort._asdict(), seed=seed, block=draws_at_once(x))
-    failed = (~(found.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
-    if attempts == 1 or not len(failed):
-        return found
-    again = weighted(guide, x[failed], gamma[failed], effort.doubled(), attempts=attempts - 1)
-    better = (~(again.khat >= found.khat[failed])).nonzero().squeeze(-1)
-    for kept, new in zip(found, again, strict=True):
-        of_cells = int(kept.dim() > 1)  # behind the draws
-        kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
-    return found
+
+    def question(rows: Tensor) -> Question:
+        return Question(*start(guide, x[rows], gamma[rows]), draws_at_once(x[rows]))
+
+    return persistent_importance(question, torch.arange(len(x), device=x.device), effort, attempts=attempts)
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:

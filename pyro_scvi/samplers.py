@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_scvi.chains import Chains, bulk_ess, rank_normalised_rhat, sample_chains
 from pyro_scvi.errors import ModelError, brief, require_at_least
 from pyro_scvi.guides import Guide
-from pyro_scvi.importance import corrected_proposal, evidence_of, weighted_draws
-from pyro_scvi.posterior import Effort, draws_at_once, start, weigh, weighted
+from pyro_scvi.importance import Effort, corrected_proposal, evidence_of, weighted_draws
+from pyro_scvi.posterior import draws_at_once, start, weigh, weighted
 from pyro_scvi.priors import require_proper
 
 

@@ -11,8 +11,8 @@ from conftest import simulated_counts
 import pyro_scvi as ps
 from pyro_scvi.chains import bulk_ess
 from pyro_scvi.errors import ModelError
-from pyro_scvi.importance import Proposal, laplace_scale_tril, pareto_khat, refine, weighted_draws
-from pyro_scvi.posterior import Effort, draws_at_once, evaluating, start, weigh, weighted
+from pyro_scvi.importance import Effort, Proposal, laplace_scale_tril, pareto_khat, refine, weighted_draws
+from pyro_scvi.posterior import draws_at_once, evaluating, start, weigh, weighted
 
 N_CELLS = 6  # at which the exact moments are found
 ALL = {

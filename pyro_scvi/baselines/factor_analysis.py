@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn import decomposition
 from sklearn.base import BaseEstimator, TransformerMixin
+from torch import Tensor
 
 from pyro_scvi.baselines.inputs import (
     dense_counts,
@@ -15,6 +17,9 @@ from pyro_scvi.baselines.inputs import (
     require_latents,
     require_varying_genes,
 )
+from pyro_scvi.baselines.integration import Evidence, integrate
+from pyro_scvi.baselines.unit_bins import VARIANCE, UnitBins, standard_normal_log_prob
+from pyro_scvi.importance import LogJoint
 
 
 class FactorAnalysis(TransformerMixin, BaseEstimator):
@@ -82,6 +87,59 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         y = self._log1p(counts)
         return self.model_.score_samples(y) - y.sum(1)
 
+    def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
+        r"""Log probability of the counts, nats per cell, z integrated out by ``samples`` draws of importance sampling.
+
+        .. math:: \log \int N(z; 0, I) \prod_g P\big(y_g \in [\log(x_g + \tfrac12), \log(x_g + \tfrac32)] | z\big) dz
+
+        with everything below log(3/2) for a zero: a probability of counts, where :meth:`score_samples` is a density.
+        The sampler starts from the normal posterior of z given y, with the bins' width in the noise: a gene that is
+        nearly constant has next to none of its own.
+        """
+        require_fitted(self, "model_")
+        x = torch.from_numpy(dense_counts(counts, n_genes=self.model_.n_features_in_, fitted=self))
+        fitted = self.model_.mean_, self.model_.components_, self.model_.noise_variance_
+        mean, loadings, noise = map(torch.as_tensor, fitted)
+        loc, scale = gaussian_posterior(x.log1p() - mean, loadings, noise + VARIANCE)
+        return integrate(
+            lambda rows: binned_log_joint(x[rows], mean, loadings, noise), loc, scale, samples=samples, seed=seed
+        )
+
     def _log1p(self, counts: Any) -> np.ndarray:
         require_fitted(self, "model_")
         return np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_, fitted=self))
+
+
+def gaussian_posterior(residual: Tensor, loadings: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Mean and standard deviations (cells, latents) of z given y.
+
+    .. math:: V = (I + W \Psi^{-1} W^T)^{-1}, \qquad E[z \mid y] = V W \Psi^{-1} (y - m)
+
+    Parameters
+    ----------
+    residual
+        y - m, (cells, genes).
+    loadings
+        W, (latents, genes).
+    noise
+        The diagonal of Psi, (genes,).
+    """
+    weighted = loadings / noise
+    precision = torch.eye(len(loadings), dtype=loadings.dtype) + weighted @ loadings.T
+    covariance = torch.linalg.inv(precision)
+    loc = residual @ weighted.T @ covariance
+    return loc, covariance.diagonal().sqrt().expand_as(loc)
+
+
+def binned_log_joint(x: Tensor, mean: Tensor, loadings: Tensor, noise: Tensor) -> LogJoint:
+    """Make the function z (samples, cells, latents) -> log N(z; 0, I) + sum over genes of log P(bin of x | z).
+
+    ``x`` is (cells, genes), ``mean`` and ``noise`` (genes,), ``loadings`` (latents, genes).
+    """
+    bins, sd = UnitBins.of(x), noise.sqrt()
+
+    def log_joint(z: Tensor) -> Tensor:
+        centre = mean + z @ loadings  # (samples, cells, genes)
+        return standard_normal_log_prob(z) + bins.log_probability(centre, sd).sum(-1)
+
+    return log_joint

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted
+from pyro_scvi.baselines.integration import Evidence, integrate
 from pyro_scvi.errors import DataError
-from pyro_scvi.importance import LogJoint, adaptive_importance
+from pyro_scvi.importance import LogJoint
 from pyro_scvi.seeding import global_state_kept, seeded
 
 LIBRARY_START_SCALE = 0.1  # of the log library around the observed log total, before refinement
-AT_ONCE = 32  # cells whose latents are integrated together
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -79,15 +79,14 @@ class SCVITools(BaseEstimator):
 
     def score_samples(self, counts: Any) -> np.ndarray:
         """Log p(x), z and the library integrated out by importance sampling, nats per cell (cells,)."""
+        return self.evidence(counts, samples=self.samples, seed=self.seed).log_evidence
+
+    def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
+        """Log p(x) as by :meth:`score_samples`, with what the sampler says of itself."""
         x = self._counts(counts)
-        loc, scale = self.generative_.start(x)
-        parts = []
-        for first in range(0, len(x), AT_ONCE):
-            at = slice(first, first + AT_ONCE)
-            log_joint = self.generative_.log_joint(x[at])
-            found = adaptive_importance(log_joint, loc[at], scale[at], samples=self.samples, seed=self.seed + first)
-            parts.append(found.log_evidence)
-        return torch.cat(parts).numpy()
+        return integrate(
+            lambda rows: self.generative_.log_joint(x[rows]), *self.generative_.start(x), samples=samples, seed=seed
+        )
 
     def _counts(self, counts: Any) -> Tensor:
         require_fitted(self, "generative_")

@@ -23,6 +23,8 @@ from pyro_scvi.baselines.inputs import (
     require_latents,
     require_varying_genes,
 )
+from pyro_scvi.baselines.integration import Evidence, integrate
+from pyro_scvi.baselines.unit_bins import VARIANCE
 from pyro_scvi.baselines.zifa_em import LEAST_VARIANCE, Seen, Sums, maximised
 from pyro_scvi.baselines.zifa_law import Parameters, Posterior, posterior
 from pyro_scvi.errors import DataError, require_at_least
@@ -125,6 +127,20 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
         return self._ask(counts, log_marginal)
 
+    def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
+        """Log probability of the counts, nats per cell, z integrated out by ``samples`` draws of importance sampling.
+
+        A probability of counts, where :meth:`score_samples` is a density above 0: a count that is kept falls into its
+        unit bin, with everything below 1/2 for a zero (:func:`~pyro_scvi.baselines.zifa_law.binned_log_joint`).
+        """
+        x = self._counts(counts).to(self.device)
+        law = self._law(x.dtype)
+        found = posterior(x.log1p(), law._replace(scale=(law.scale.square() + VARIANCE).sqrt()))  # bins are wide
+        scale = found.covariance.diagonal(dim1=1, dim2=2).sqrt()
+        return integrate(
+            lambda rows: zifa_law.binned_log_joint(x[rows], law), found.mean, scale, samples=samples, seed=seed
+        )
+
     def expected_complete_log_likelihood(self, counts: Any) -> np.ndarray:
         r"""The paper's score of ZIFA, (cells,), nats per cell: no likelihood, and below the exact marginal.
 
@@ -193,11 +209,16 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
     def _ask(self, counts: Any, question: Question) -> np.ndarray:
         """Answers for all cells, minibatch by minibatch."""
+        y = self._counts(counts).log1p()
+        return np.concatenate([answer.cpu().numpy() for answer in self._answers(y, self._law(y.dtype), question)])
+
+    def _counts(self, counts: Any) -> Tensor:
         require_fitted(self, "loadings_")
-        y = torch.from_numpy(np.log1p(dense_counts(counts, n_genes=len(self.loadings_), fitted=self)))
+        return torch.from_numpy(dense_counts(counts, n_genes=len(self.loadings_), fitted=self))
+
+    def _law(self, dtype: torch.dtype) -> Parameters:
         fitted = (self.loadings_, self.mean_, self.scale_, self.decay_)
-        parameters = Parameters(*(torch.as_tensor(value, dtype=y.dtype, device=self.device) for value in fitted))
-        return np.concatenate([answer.cpu().numpy() for answer in self._answers(y, parameters, question)])
+        return Parameters(*(torch.as_tensor(value, dtype=dtype, device=self.device) for value in fitted))
 
     def _answers(self, y: Tensor, parameters: Parameters, question: Question) -> Iterator[Tensor]:
         for part in y.split(self.batch_size):

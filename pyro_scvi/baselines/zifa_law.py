@@ -20,6 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_scvi.baselines.unit_bins import UnitBins, standard_normal_log_prob
+from pyro_scvi.importance import LogJoint
+
 
 class Parameters(NamedTuple):
     """A (genes, latents), mu (genes,), sigma (genes,) in units of log counts, and lambda, a scalar."""
@@ -98,6 +101,37 @@ def log_kept(y: Tensor, decay: Tensor) -> Tensor:
     """Sum over y > 0 of log(1 - exp(-lambda y^2)), the probability that these counts were not lost: (cells,), nats."""
     kept = torch.log(-torch.expm1(-decay * y.square()))
     return torch.where(y == 0, 0.0, kept).sum(1)
+
+
+def binned_log_joint(x: Tensor, parameters: Parameters) -> LogJoint:
+    r"""Make the function z (samples, cells, latents) -> log N(z; 0, I) + sum over genes of log P(x | z), counts x.
+
+    A count that is kept falls into its unit bin, with everything below 1/2 for a zero; with c as above,
+
+    .. math::
+
+        P(x > 0 | z) = \int_{bin} N(u; \eta, \sigma^2) (1 - e^{-\lambda u^2}) du, \qquad
+        P(0 | z) = \Phi\Big(\frac{t - \eta}{\sigma}\Big)
+        + \sqrt c e^{-\lambda c \eta^2} \Big[1 - \Phi\Big(\frac{t - c \eta}{\sigma \sqrt c}\Big)\Big], \quad
+        t = \log \tfrac32,
+
+    where a zero below the bin's end is a zero whether it was lost or not.
+    """
+    bins, c = UnitBins.of(x), parameters.shrinkage
+
+    def log_joint(z: Tensor) -> Tensor:
+        eta = z @ parameters.loadings.T + parameters.mean  # (samples, cells, genes)
+        log_lost = 0.5 * c.log() - parameters.decay * c * eta.square()  # of a count anywhere on the line
+        lost_loc, lost_scale = c * eta, parameters.scale * c.sqrt()
+        inside = bins.log_probability(eta, parameters.scale)
+        lost_above = log_lost + torch.special.log_ndtr((lost_loc - bins.upper) / lost_scale)
+        lost_inside = log_lost + bins.log_probability(lost_loc, lost_scale)
+        # A zero has no second branch and a count no first: a stand-in keeps the gradient of what is not taken finite.
+        log_ratio = torch.where(bins.zero, -1.0, lost_inside - inside).clamp(max=-1e-12)
+        log_p = torch.where(bins.zero, torch.logaddexp(inside, lost_above), inside + torch.log(-torch.expm1(log_ratio)))
+        return standard_normal_log_prob(z) + log_p.sum(-1)
+
+    return log_joint
 
 
 def log_counts(y: Tensor, parameters: Parameters, found: Posterior) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,49 @@
+"""What a table or a figure of the paper is made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper.rows import Row
+from pyro_scvi.paper.steps import Results, Step
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture: its PNG file, what it shows for those who do not see it, and its caption."""
+
+    file: Path
+    alt: str
+    caption: str
+
+
+def no_pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+    """For experiments without a picture."""
+    return []
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure of the paper.
+
+    Attributes
+    ----------
+    name, title
+        How it is asked for, and its heading.
+    text
+        Paragraphs: what is compared, what differs from the paper and why.
+    steps
+        What is to be computed.
+    rows
+        The numbers, made of the outcomes of the steps.
+    pictures
+        Draw into a folder what there is to see.
+    """
+
+    name: str
+    title: str
+    text: Sequence[str]
+    steps: Callable[[Effort], list[Step]]
+    rows: Callable[[Results, Effort], list[Row]]
+    pictures: Callable[[Results, Effort, Path], list[Picture]] = no_pictures

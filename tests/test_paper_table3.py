@@ -1,0 +1,101 @@
+"""Table 3 from hand-made outcomes: spreads over seeds, and a choice on which the labels have no influence."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pyro_scvi.paper import systems, table1, table3
+from pyro_scvi.paper.effort import FULL, QUICK
+from tests.test_paper_table1 import CELLS, GIVEN, LEFT_OUT, Given
+
+BEST = "scVI, default, mixture of 16"
+
+
+def types(silhouette):
+    return {"silhouette": silhouette, "ari": 0.5, "nmi": 0.6, "seconds": 3.0}
+
+
+def ours(case, name, seed, epochs, **settings):
+    """Evidence is best for BEST and grows with epochs; the silhouette is worst there and falls."""
+    log_p = CELLS + 5 * (name == BEST) + (epochs or 60) / 10
+    silhouette = 0.3 - 0.1 * (name == BEST) - (epochs or 60) / 1000 + 0.01 * seed
+    return types(silhouette) | {"log_p": list(log_p), "khat_above": 0.0, "left_out": LEFT_OUT, "epochs": epochs or 60}
+
+
+def embedded_baseline(system, seed, **settings):
+    return "not installed: scvi" if system == table1.PEER else types(0.25 + 0.01 * seed)
+
+
+GIVEN_3 = Given(
+    **GIVEN.by_function
+    | {
+        "ours": ours,
+        "embedded": lambda name, seed, **settings: types(0.2 + 0.02 * seed),
+        "embedded_baseline": embedded_baseline,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {(row.system, row.quantity): row for row in table3.rows(GIVEN_3, FULL)}
+
+
+def test_means_and_spreads_over_seeds(rows):
+    row = rows["scVI, gene dispersion, dropout 0.1", "silhouette"]
+    assert (row.value, row.n, row.seeds) == (pytest.approx(0.24), 5, (0, 1, 2, 3, 4))
+    assert row.error == pytest.approx(np.std(0.02 * np.arange(5), ddof=1))
+    assert rows["scVI, 2017 preset, z as a parameter", "silhouette"].paper == 0.285
+    assert rows[table1.WAVE, "silhouette"].n == 1
+
+
+def test_every_system_has_its_rows(rows):
+    for name in [*table3.METHODS, *systems.MODELS, *(name + table3.PARAMETER for name in table3.AS_PARAMETER)]:
+        for quantity in (*table3.SCORES.values(), table3.HELD_OUT):
+            row = rows[name, quantity]
+            assert row.note or not math.isnan(row.value)
+    assert "has no law" in rows["scVI, default, z as a parameter", table3.HELD_OUT].note
+    assert "not installed" in rows[table1.PEER, "silhouette"].note
+
+
+def test_evidence_chooses_whatever_the_silhouette(rows):
+    row = rows["choice without labels", "silhouette"]
+    assert row.value == pytest.approx(0.3 - 0.1 - 0.06 + 0.005)
+    assert f"{BEST}; reaches ZINB-WaVE's 0.250: no; reaches the paper's 0.285: no" in row.note
+    for name in systems.CANDIDATES:
+        assert not math.isnan(rows[f"candidate: {name}", "silhouette"].value)
+        assert not math.isnan(rows[f"candidate: {name}", table3.HELD_OUT].value)
+
+
+def test_labels_have_no_part_in_the_choice():
+    """With every silhouette turned over, the same is chosen."""
+
+    def turned(**settings):
+        result = ours(**settings)
+        return result | {"silhouette": -result["silhouette"]}
+
+    given = Given(**GIVEN_3.by_function | {"ours": turned})
+    notes = [
+        next(row.note for row in table3.rows(of, FULL) if row.system == "choice without labels")
+        for of in (GIVEN_3, given)
+    ]
+    assert notes[0].split(";")[0] == notes[1].split(";")[0]
+
+
+def test_shorter_runs_say_what_evidence_would_take(rows):
+    row = rows["scVI, default, 5 epochs in all", table3.HELD_OUT]
+    assert row.value == pytest.approx(CELLS.mean() + 0.5)
+    assert rows["scVI, default, 60 epochs in all", table3.HELD_OUT].value > row.value
+
+
+def test_the_candidates_share_their_training():
+    settings = [step.settings for of in table3.candidates(FULL).values() for step in of]
+    for key in ("case", "epochs", "rate", "kl", "samples"):
+        assert len({str(asked[key]) for asked in settings}) == 1
+    assert {step.settings["epochs"] for step in table3.steps(QUICK) if "epochs" in step.settings} == {3}
+
+
+def test_the_picture_is_drawn(tmp_path):
+    (picture,) = table3.pictures(GIVEN_3, FULL, tmp_path)
+    assert picture.file.stat().st_size > 5_000
