@@ -298,7 +298,8 @@ TEXT = (
     "of them are, as in the authors' later code, whose draw was a single number for all candidates. Every system is "
     "refitted to the corrupted counts; errors are over the zeroed entries. The paper printed the median.",
     "The median under ZIFA corruption can be had without a model: it zeroes counts of 1 mostly, so that the constant 1 "
-    "has a median error of 0. Hence the rows without a model, the mean error, and the uniform corruption.",
+    "has a median error of 0. It also is ZIFA's own law of losses, with the lambda that ZIFA fits. Hence the rows "
+    "without a model, the mean error, and the uniform corruption.",
     "mu is the mean given no dropout at the cell's latents, the authors' choice, which does not know the entry's own "
     "zero; E[w | x] is the posterior mean of the rate given all counts, this zero among them. Both are averages over "
     f"{DRAWS} draws of q.",
@@ -312,8 +313,12 @@ TEXT = (
     "variable), with a tenth of the paper's non-zero entries: its numbers stand beside the paper's but do not compare. "
     "cortex_558 is the better test: the authors' later numbers on these genes, under uniform corruption with another "
     "mask, are median errors of 2.30 (ZINB-WaVE), 2.33 (scVI), 3.17 (ZIFA) and 9.67 (MAGIC).",
-    "Seeds are of mask and fit together: 3 on cortex_558, 1 on brain10k, and 1 of ZINB-WaVE and scvi-tools. "
-    f"scvi-tools is trained for {PEER_EPOCHS[data.CORTEX]} and {PEER_EPOCHS[data.BRAIN]} epochs.",
+    "Seeds are of mask and fit together: "
+    + ", ".join(f"{setting.seeds} on {setting.name}" for setting in SETTINGS)
+    + "; 1 of ZINB-WaVE and scvi-tools. Where there is one, errors are standard errors over entries, as if these were "
+    f"independent. scvi-tools is trained for {PEER_EPOCHS[data.CORTEX]} epochs on cortex_558 and "
+    f"{PEER_EPOCHS[data.BRAIN]} on brain10k, the 2017 preset for its 150 and {EPOCHS['scVI, 2017 preset'][data.BRAIN]} "
+    "(the authors name 10 for the largest data to 150 for the smallest).",
 )
 
 EXPERIMENT = Experiment(

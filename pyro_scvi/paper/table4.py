@@ -276,14 +276,16 @@ TEXT = (
     "depth. Types are scored on the cells of pbmc3k alone, since those of donor A are transferred by a classifier.",
     "PCA is of log(1 + x). Normalised as SCONE chose for the paper: totals scaled to their mean, then least squares on "
     "components of the quality metrics. With all components out, R^2 is 0 by construction, for the components of "
-    "residuals are uncorrelated with what they were regressed on: the paper's .169 must come of fewer (SCONE's rows "
+    "residuals are uncorrelated with what they were regressed on: the paper's .169 may come of fewer (SCONE's rows "
     "with 1 and 3 have .24 and .11 in the authors' notebooks), so that a row with 2 stands beside.",
     "scVI's gamma enters every layer of the decoder and not the encoder. The batch is in gamma only where the row says "
     "so. The embedding is the posterior mean of z of all cells, to which the model was fitted without their types.",
     "k-means has as many clusters as there are types; accuracy is by majority of the 15 nearest cells; batch entropy "
     "is that among the 50 nearest cells, relative to the whole.",
-    f"3 seeds. The 2017 preset has {EPOCHS['scVI, 2017 preset']} epochs here (the authors name 10 to 150), scvi-tools "
-    f"{PEER_EPOCHS} and 1 seed.",
+    "Seeds are of fits: "
+    + ", ".join(f"{setting.seeds} on {setting.name}" for setting in SETTINGS)
+    + f"; 1 of scvi-tools. The 2017 preset has {EPOCHS['scVI, 2017 preset']} epochs here (the authors name 10 for the "
+    f"largest data to 150 for the smallest), scvi-tools {PEER_EPOCHS}.",
 )
 
 EXPERIMENT = Experiment(
