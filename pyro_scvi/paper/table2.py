@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,24 +179,25 @@ def rows(results: Results, effort: Effort) -> list[Row]:
 
 def _rows_of(setting: Setting, results: Results, effort: Effort) -> Iterator[Row]:
     for name, steps in _systems(setting, effort):
-        outcomes = [results.of(step) for step in steps]
-        found = [outcome.result for outcome in outcomes if outcome.result is not None]
-        seeds = tuple(step.settings["case"]["seed"] for step in steps)
+        outcomes = {step.settings["case"]["seed"]: results.of(step) for step in steps}
+        found = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
         if not found:
-            yield Row(
-                setting.name, name, MEDIAN, np.nan, seeds=seeds, note=_reasons(outcomes), paper=_paper(setting, name)[0]
-            )
+            note, paper = _reasons(outcomes.values()), _paper(setting, name)[0]
+            yield Row(setting.name, name, MEDIAN, np.nan, seeds=tuple(outcomes), note=note, paper=paper)
             continue
-        about = {"seeds": seeds, "seconds": float(np.mean([result["seconds"] for result in found]))}
-        yield from _facts(setting, found, about) if not name else ()
-        yield from _error_rows(setting, name, found, about)
-        yield from _identification_rows(setting, name, found, about)
+        seconds = float(np.mean([result["seconds"] for result in found.values()]))
+        about = {"seeds": tuple(found), "seconds": seconds}
+        of = setting, name, list(found.values()), about
+        if not name:
+            yield from _facts(*of)
+        yield from _error_rows(*of)
+        yield from _identification_rows(*of)
 
 
 MEDIAN, MEAN = "median absolute error, counts", "mean absolute error, counts"
 
 
-def _facts(setting: Setting, found: list[Result], about: Result) -> Iterator[Row]:
+def _facts(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
     for quantity, key in (
         ("zeroed entries", "entries"),
         ("share of the candidates zeroed", "base_rate"),
@@ -249,7 +250,7 @@ def _paper(setting: Setting, system: str) -> tuple[float, float]:
     return PAPER.get(system, none) if setting.file == data.BRAIN and setting.by_zifa else none
 
 
-def _reasons(outcomes: Sequence[Outcome]) -> str:
+def _reasons(outcomes: Iterable[Outcome]) -> str:
     return "; ".join(sorted({outcome.reason for outcome in outcomes})) or "not run: left out for its time"
 
 

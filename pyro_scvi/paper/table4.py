@@ -177,18 +177,18 @@ def rows(results: Results, effort: Effort) -> list[Row]:
 
 def _rows_of(setting: Setting, results: Results, effort: Effort) -> Iterator[Row]:
     yield from _reference_rows(setting, results.of(_references(setting, effort)).result)
-    found: dict[str, list[Result]] = {}
+    found: dict[str, dict[int, Result]] = {}
     for system, steps in _systems(setting, effort).items():
-        outcomes = [results.of(step) for step in steps]
-        seeds = tuple(step.settings["seed"] for step in steps)
-        found[system] = [outcome.result for outcome in outcomes if outcome.result is not None]
+        outcomes = {step.settings["seed"]: results.of(step) for step in steps}
+        found[system] = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
         if found[system]:
-            yield from _score_rows(setting, system, found[system], seeds)
+            yield from _score_rows(setting, system, list(found[system].values()), tuple(found[system]))
         else:
-            reason = "; ".join(sorted({outcome.reason for outcome in outcomes})) or "not run: left out for its time"
-            yield Row(setting.name, system, QUANTITIES["silhouette"], np.nan, seeds=seeds, note=reason)
+            reason = "; ".join(sorted({outcome.reason for outcome in outcomes.values()}))
+            note = reason or "not run: left out for its time"
+            yield Row(setting.name, system, QUANTITIES["silhouette"], np.nan, seeds=tuple(outcomes), note=note)
     for name in EPOCHS:
-        yield from _difference_rows(setting, name, found[f"{name}, {WITH}"], found[f"{name}, {WITHOUT}"], effort)
+        yield from _difference_rows(setting, name, found[f"{name}, {WITH}"], found[f"{name}, {WITHOUT}"])
 
 
 def _reference_rows(setting: Setting, found: Result) -> Iterator[Row]:
@@ -213,15 +213,15 @@ def _score_rows(setting: Setting, system: str, found: Sequence[Result], seeds: t
 
 
 def _difference_rows(
-    setting: Setting, name: str, found: Sequence[Result], without: Sequence[Result], effort: Effort
+    setting: Setting, name: str, found: dict[int, Result], without: dict[int, Result]
 ) -> Iterator[Row]:
     """With gamma less without, paired by seed."""
-    for score in ("silhouette", "r2"):
-        differences = [a[score] - b[score] for a, b in zip(found, without, strict=True)]
-        value, error, n = over_seeds(differences)
+    seeds = tuple(seed for seed in found if seed in without)
+    for score in ("silhouette", "r2") if seeds else ():
+        value, error, n = over_seeds([found[seed][score] - without[seed][score] for seed in seeds])
         quantity = f"{QUANTITIES[score]}, with gamma less without"
         spread = "sd over seeds, paired" if n > 1 else ""
-        yield Row(setting.name, name, quantity, value, error, spread, n, effort.seeds[: setting.seeds])
+        yield Row(setting.name, name, quantity, value, error, spread, n, seeds)
 
 
 def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
@@ -283,7 +283,8 @@ ALT = "Silhouette of known types against the share of quality metrics that an em
 CAPTION = (
     "Silhouette of the known types against the R^2 of a linear regression of quality on the embedding: up and left is "
     "better. Means over seeds with one standard deviation. Hollow marks are without gamma or batch, and a line leads "
-    "from there to the same model with gamma. Grey lines: what the types alone, and types with batch, explain of quality; an embedding to the left of the first has lost quality that goes with type."
+    "from there to the same model with gamma. Grey lines: what the types alone, and types with batch, explain of "
+    "quality; an embedding to the left of the first has lost quality that goes with type."
 )
 
 TEXT = (
