@@ -28,6 +28,7 @@ th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); te
 th { color: var(--soft); font-weight: 500 }
 tbody th { color: inherit; font-weight: inherit }
 .number { text-align: right; white-space: nowrap; padding-right: 1.25rem }
+thead .number { white-space: normal; vertical-align: bottom }
 td:last-child, th:last-child { padding-right: 0 }
 td:not(.number) { color: var(--soft); min-width: 6rem }
 .facts td:not(.number) { min-width: 0; overflow-wrap: anywhere }

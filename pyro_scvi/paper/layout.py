@@ -36,15 +36,20 @@ def _of_data(name: str, rows: Sequence[Row]) -> list[Layout]:
 
 
 def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
-    """Systems by quantities. A column's usual n and kind of error stand in its header, others in footnotes."""
+    """Systems by quantities. A column's usual n and kind of error stand in its header, others in footnotes.
+
+    Where all columns have the same, it stands in the heading of the table.
+    """
     notes: list[str] = []
     quantities, systems = _unique(row.quantity for row in rows), _unique(row.system for row in rows)
     columns = {quantity: [row for row in rows if row.quantity == quantity] for quantity in quantities}
     usual = {quantity: _usual(column) for quantity, column in columns.items()}
+    common = set(usual.values())
+    named = dict.fromkeys(quantities, "") if len(common) == 1 else usual
     with_paper = {row.quantity for row in rows if math.isfinite(row.paper)}
     header = ["system"]
     for quantity in quantities:
-        header += [f"{quantity}{_bracketed(usual[quantity])}", *["paper"] * (quantity in with_paper)]
+        header += [f"{quantity}{_bracketed(named[quantity])}", *["paper"] * (quantity in with_paper)]
     table = []
     for system in systems:
         of = {row.quantity: row for row in rows if row.system == system}
@@ -55,6 +60,7 @@ def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
             if quantity in with_paper:
                 line.append("" if row is None else _paper(row))
         table.append([*line, _seconds(of.values()), _seeds(of.values())])
+    heading += _bracketed(common.pop()) if len(common) == 1 else ""
     return Layout(heading, *_without_empty([*header, "CPU s", "seeds"], table), notes)
 
 
@@ -74,7 +80,7 @@ def _cell(row: Row, usual: str, notes: list[str]) -> str:
     if math.isnan(row.value):
         return f"NA{_marks(reasons or ['no reason given'], notes)}"
     if _spread(row) != usual:
-        reasons.append(_spread(row) or "no error")
+        reasons.append(_spread(row) or "one value, without an error")
     return number(row.value, row.error) + _marks(reasons, notes)
 
 
@@ -85,9 +91,9 @@ def _marks(reasons: Sequence[str], notes: list[str]) -> str:
 
 def number(value: float, error: float = math.nan) -> str:
     """A number with its error, to two digits of the error; without one, to four digits."""
-    if math.isfinite(error) and error > 0:
-        decimals = _decimals(error, 2)
-        return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+    if math.isfinite(error):
+        decimals = _decimals(error or value or 1.0, 2 if error else DIGITS)
+        return f"{value:,.{decimals}f} ± {error:,.{decimals if error else 0}f}"
     if value == round(value):
         return f"{value:,.0f}"
     return f"{value:,.{_decimals(value, DIGITS)}f}" if math.isfinite(value) else str(value)
@@ -124,7 +130,7 @@ def _about(row: Row) -> str:
 
 def _seconds(rows: Iterable[Row]) -> str:
     known = [row.seconds for row in rows if math.isfinite(row.seconds)]
-    return number(round(max(known), 1 if max(known) < 10 else 0)) if known else ""
+    return f"{max(known):,.{1 if max(known) < 10 else 0}f}" if known else ""
 
 
 def _seeds(rows: Iterable[Row]) -> str:

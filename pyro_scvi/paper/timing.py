@@ -185,10 +185,10 @@ CAPTION = (
 )
 TEXT = (
     "CPU seconds of one fit with 10 latents on one thread, and the peak of resident memory of its process, which holds "
-    "the interpreter, its libraries and the simulation of the cells as well. A short fit before it, not counted, brings "
-    "in what is imported at first use. The cells are drawn from the default "
-    f"model, fitted to brain10k for {GENERATOR_EPOCHS} epochs; genes that would be seen in fewer than "
-    f"{simulated.SEEN_IN} of the fewest cells are left out.",
+    "the interpreter, its libraries and the simulation of the cells as well. A short fit before it, which is not "
+    "counted, brings in what is imported at first use. The cells are drawn from the default model, fitted to brain10k "
+    f"for {GENERATOR_EPOCHS} epochs; genes that would be seen in fewer than {simulated.SEEN_IN} of the fewest cells "
+    "are left out.",
     "Every system is run with its defaults: factor analysis, ZIFA and ZINB-WaVE until their own stop rule, MAGIC fit "
     "and imputation. scVI trains for as many epochs as fit() takes by default (60 up to 2,500 cells, then in inverse "
     "proportion to the root of their number, at least 8), the 2017 preset for as many; scvi-tools for its 400, beyond "
