@@ -9,6 +9,8 @@ from pyro_scvi.paper.rows import Row
 
 DIGITS = 4  # of a number without an error
 MOST_DECIMALS = 6
+SYSTEM, QUANTITY, ABOUT = "system", "quantity", "±, n, seeds"
+TEXTS = (SYSTEM, QUANTITY, ABOUT)  # columns that hold no numbers
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
     common = set(usual.values())
     named = dict.fromkeys(quantities, "") if len(common) == 1 else usual
     with_paper = {row.quantity for row in rows if math.isfinite(row.paper)}
-    header = ["system"]
+    header = [SYSTEM]
     for quantity in quantities:
         header += [f"{quantity}{_bracketed(named[quantity])}", *["paper"] * (quantity in with_paper)]
     table = []
@@ -67,7 +69,7 @@ def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
 def _list(heading: str, rows: Sequence[Row]) -> Layout:
     notes: list[str] = []
     table = [[row.system, row.quantity, _cell(row, _spread(row), notes), _paper(row), _about(row)] for row in rows]
-    return Layout(heading, *_without_empty(["system", "quantity", "value", "paper", "±, n, seeds"], table), notes)
+    return Layout(heading, *_without_empty([SYSTEM, QUANTITY, "value", "paper", ABOUT], table), notes)
 
 
 def _without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -94,9 +96,9 @@ def number(value: float, error: float = math.nan) -> str:
     if math.isfinite(error):
         decimals = _decimals(error or value or 1.0, 2 if error else DIGITS)
         return f"{value:,.{decimals}f} ± {error:,.{decimals if error else 0}f}"
-    if value == round(value):
-        return f"{value:,.0f}"
-    return f"{value:,.{_decimals(value, DIGITS)}f}" if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.{_decimals(value, DIGITS)}f}"
 
 
 def _decimals(number: float, digits: int) -> int:

@@ -13,7 +13,7 @@ import pandas as pd
 from pyro_scvi import report
 from pyro_scvi.paper.effort import QUICK, Effort
 from pyro_scvi.paper.experiment import Experiment, Picture
-from pyro_scvi.paper.layout import Layout, laid_out
+from pyro_scvi.paper.layout import TEXTS, Layout, laid_out
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results
 
@@ -22,7 +22,7 @@ FILES = (PAGE, MARKDOWN, CSV, JSON)
 COLUMNS = ["experiment", *Row.__dataclass_fields__, "command"]
 
 TITLE = "Tables and figures of Lopez et al. (2017), made again"
-PIXELS_PER_INCH = 100
+WIDEST = 900  # CSS pixels of a picture
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,8 @@ def html(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
     for section in sections:
         blocks: list[str] = section.paragraphs
         for layout in laid_out(section.rows):
-            blocks += [layout.heading] if layout.heading else []
-            blocks.append(_html_table(layout))
-            blocks += [f"[{i}] {note}" for i, note in enumerate(layout.notes, 1)]
+            blocks += [report.subheading(layout.heading)] if layout.heading else []
+            blocks += [_html_table(layout), *[report.footnotes(layout.notes)] * bool(layout.notes)]
         blocks += [_html_picture(picture) for picture in section.pictures]
         parts.append((section.experiment.title, [*blocks, report.code(section.command)]))
     return report.page(TITLE, [*parts, ("Versions", [about])])
@@ -136,8 +135,7 @@ def _section(experiment: Experiment, results: Results, effort: Effort, folder: P
 
 
 def _html_table(layout: Layout) -> report.Html:
-    words = {"system", "quantity", "±, n, seeds"}
-    numbers = [i for i, name in enumerate(layout.header) if name not in words]
+    numbers = [i for i, name in enumerate(layout.header) if name not in TEXTS]
     return report.table(layout.rows, layout.header, numbers=numbers)
 
 
@@ -145,15 +143,13 @@ def _html_picture(picture: Picture) -> report.Html:
     from matplotlib.image import imread
 
     png = picture.file.read_bytes()
-    return report.picture(png, picture.alt, picture.caption, width=min(900, imread(picture.file).shape[1]))
+    return report.picture(png, picture.alt, picture.caption, width=min(WIDEST, imread(picture.file).shape[1]))
 
 
 def _markdown_table(layout: Layout) -> str:
-    left = {"system", "quantity", "±, n, seeds"}
-    rule = [":--" if name in left else "--:" for name in layout.header]
-    lines = [layout.header, *layout.rows]
-    texts = [[escaped(text) for text in line] for line in lines]
-    texts.insert(1, rule)
+    rule = [":--" if name in TEXTS else "--:" for name in layout.header]
+    header, *body = [[escaped(text) for text in line] for line in (layout.header, *layout.rows)]
+    texts = [header, rule, *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in texts)
 
 
