@@ -15,7 +15,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -29,37 +28,12 @@ from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
 import pyro_scvi as ps
+from pyro_scvi.paper.blood import Blood, read_pbmc4k, read_pbmc_3ka
 
 FOLDER = Path(os.environ.get("PYRO_SCVI_DATA", "../shared/data"))
-REFERENCE = "microarray_reference.csv"
-MOST_SIGNIFICANT = 800
-FEWEST_CELLS = 10  # in which a gene must be seen
 CALLED = 0.05
 WILCOXON = "Wilcoxon rank-sum", "-log p"
 PACKAGES = "torch", "pyro-ppl", "numpy", "scipy", "scvi-tools"
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """Cells with the reference of their genes.
-
-    ``adata`` raw counts with ``obs["labels"]``; ``groups`` the labels of B and dendritic cells, ``largest`` that of the
-    most frequent type; ``batch`` a column of obs or None; ``matched`` (genes,) whether the reference has the gene;
-    ``p`` and ``positive`` (matched genes,): its p-value, and whether it is among the most significant.
-    """
-
-    name: str
-    adata: anndata.AnnData
-    groups: tuple[str, str]
-    largest: str
-    batch: str | None
-    matched: np.ndarray
-    p: np.ndarray
-    positive: np.ndarray
-
-    def dense(self) -> np.ndarray:
-        """Counts (cells, genes), float64."""
-        return self.adata.X.toarray().astype(float)
 
 
 Scores = dict[str, np.ndarray]  # by name of the score, (genes,) each
@@ -69,39 +43,14 @@ class System(NamedTuple):
     """Something that scores genes; ``seeded`` if another seed gives other scores."""
 
     name: str
-    score: Callable[[Data, int], Scores]
+    score: Callable[[Blood, int], Scores]
     seeded: bool = True
-
-
-def read_pbmc4k(folder: Path) -> Data:
-    """4k blood cells, 2,000 genes of which 263 have a reference (their names are inferred), one batch."""
-    return _matched("pbmc4k_top2000", folder, ("B cells", "Dendritic Cells"), None, only_reference=False)
-
-
-def read_pbmc_3ka(folder: Path) -> Data:
-    """3k blood cells and donor A (labels transferred), two batches, the genes of the reference seen in 10 cells."""
-    return _matched("pbmc_3kA", folder, ("B", "DC"), "batch", only_reference=True)
-
-
-def _matched(name: str, folder: Path, groups: tuple[str, str], batch: str | None, *, only_reference: bool) -> Data:
-    adata, reference = anndata.read_h5ad(folder / f"{name}.h5ad"), pd.read_csv(folder / REFERENCE, index_col="GS")
-    matched = adata.var["ref_BDC_P_Value"].notna().to_numpy()
-    if only_reference:
-        matched &= adata.var["n_cells"].to_numpy() >= FEWEST_CELLS
-        adata, matched = adata[:, matched].copy(), matched[matched]
-    genes = adata.var_names[matched]
-    # The most significant of the matched genes; where fewer match, those that are among the reference's own.
-    ranked = reference.loc[genes] if matched.sum() > MOST_SIGNIFICANT else reference
-    positive = ranked.nsmallest(MOST_SIGNIFICANT, "BDC_adj.P.Val").index
-    p = reference.loc[genes, "BDC_P.Value"].to_numpy()
-    largest = str(adata.obs["labels"].value_counts().index[0])
-    return Data(name, adata, groups, largest, batch, matched, p, genes.isin(positive))
 
 
 READERS = {"pbmc4k": read_pbmc4k, "pbmc_3kA": read_pbmc_3ka}
 
 
-def score_tests(data: Data, seed: int, *, test: Callable[..., Any], statistic: bool) -> Scores:
+def score_tests(data: Blood, seed: int, *, test: Callable[..., Any], statistic: bool) -> Scores:
     """Score by a test of the log counts per 10,000; a gene that is constant in both groups scores 0."""
     x = data.dense()
     y = np.log1p(x / x.sum(1, keepdims=True) * 1e4)
@@ -113,7 +62,7 @@ def score_tests(data: Data, seed: int, *, test: Callable[..., Any], statistic: b
 
 
 @cache
-def fitted(data: Data, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps.Cells]:
+def fitted(data: Blood, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps.Cells]:
     """Fit with default settings: the default model, or a dispersion per gene with dropout 0.1."""
     cells = ps.Cells.from_anndata(data.adata, batch=data.batch)
     likelihood = ps.likelihoods.ZINB(ps.likelihoods.PerGene(cells.n_genes)) if gene_dispersion else None
@@ -123,7 +72,7 @@ def fitted(data: Data, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps.
     return ps.fit(model, cells, guide, seed=seed, device="cpu", progress=False), cells
 
 
-def score_ours(data: Data, seed: int, *, gene_dispersion: bool) -> Scores:
+def score_ours(data: Blood, seed: int, *, gene_dispersion: bool) -> Scores:
     """Score by P(w_a < w_b) and by P(fold change), with depth taken out and as the paper has it."""
     fit, cells = fitted(data, seed, gene_dispersion=gene_dispersion)
     contrasts = {"depth-corrected": ps.differential.DepthCorrected(), "depth-laden": ps.differential.DepthLaden()}
@@ -142,7 +91,7 @@ def _compared(
     return ps.differential_expression(fit, cells, groupby=groupby, group_a=group_a, group_b=group_b, **options)
 
 
-def score_scvi_tools(data: Data, seed: int) -> Scores:
+def score_scvi_tools(data: Blood, seed: int) -> Scores:
     """Score by the Bayes factors of scvi-tools, both modes, after its default training."""
     import scvi
 
@@ -183,7 +132,7 @@ SYSTEMS = {
 }
 
 
-def judged(data: Data, score: np.ndarray, wilcoxon: np.ndarray, resamples: int = 400) -> dict[str, float]:
+def judged(data: Blood, score: np.ndarray, wilcoxon: np.ndarray, resamples: int = 400) -> dict[str, float]:
     """Area under the curve and rank correlation of a score, (genes,); the area's gain on Wilcoxon and its se.
 
     The standard errors are those of the bootstrap over the matched genes.
@@ -206,7 +155,7 @@ def _area(positive: np.ndarray, score: np.ndarray) -> float:
     return float(roc_auc_score(positive, score))
 
 
-def against_reference(data: Data, systems: Sequence[System], seeds: Sequence[int], kept: Path | None) -> pd.DataFrame:
+def against_reference(data: Blood, systems: Sequence[System], seeds: Sequence[int], kept: Path | None) -> pd.DataFrame:
     """One row per system, score and seed; ``kept`` is a CSV file of such rows, which are not computed again."""
     rows = pd.read_csv(kept) if kept and kept.exists() else pd.DataFrame(columns=["data", "system", "seed"])
     for system in systems:
@@ -220,7 +169,7 @@ def against_reference(data: Data, systems: Sequence[System], seeds: Sequence[int
     return rows[rows["data"] == data.name]
 
 
-def _reference_rows(data: Data, system: System, seed: int) -> pd.DataFrame:
+def _reference_rows(data: Blood, system: System, seed: int) -> pd.DataFrame:
     started = time.process_time()
     scores = system.score(data, seed)
     key = {"data": data.name, "system": system.name, "seed": seed, "cpu_seconds": time.process_time() - started}
@@ -242,7 +191,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return table.join(of_score[["n_genes", "n_positive", "n_a", "n_b", "cpu_seconds"]].mean()).reset_index()
 
 
-def between_halves(data: Data, seed: int, splits: int, *, gene_dispersion: bool) -> dict[str, Any]:
+def between_halves(data: Blood, seed: int, splits: int, *, gene_dispersion: bool) -> dict[str, Any]:
     """Genes called between random halves of the most frequent type, by one fit; beside it those of B against DC."""
     fit, cells = fitted(data, seed, gene_dispersion=gene_dispersion)
     members = np.flatnonzero(data.adata.obs["labels"] == data.largest)
@@ -274,7 +223,7 @@ def _n_called(table: pd.DataFrame) -> int:
     return int((table["fdr"] <= CALLED).sum())
 
 
-def timed(data: Data, seed: int, *, n_cells: int = 20_000) -> list[dict[str, Any]]:
+def timed(data: Blood, seed: int, *, n_cells: int = 20_000) -> list[dict[str, Any]]:
     """CPU seconds for all genes of two halves of resampled cells, with default precision and with the most pairs."""
     fit, _ = fitted(data, seed, gene_dispersion=False)
     rows = np.random.default_rng(seed).integers(data.adata.n_obs, size=n_cells)

@@ -21,6 +21,7 @@ body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background:
   font: 1rem/1.55 system-ui, sans-serif }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.5rem }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
+h3 { font-size: 1rem; margin: 1.75rem 0 .25rem }
 p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere }
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
@@ -28,8 +29,12 @@ th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); te
 th { color: var(--soft); font-weight: 500 }
 tbody th { color: inherit; font-weight: inherit }
 .number { text-align: right; white-space: nowrap; padding-right: 1.25rem }
+thead .number { white-space: normal; vertical-align: bottom }
 td:last-child, th:last-child { padding-right: 0 }
 td:not(.number) { color: var(--soft); min-width: 6rem }
+.wide:not(.facts) tbody th { min-width: 9rem }
+.notes { color: var(--soft); font-size: .9rem }
+.notes p { margin: .15rem 0 }
 .facts td:not(.number) { min-width: 0; overflow-wrap: anywhere }
 pre { margin: .5rem 0; padding: .75rem 1rem; border-radius: 6px; background: var(--box); overflow-x: auto;
   font: .875rem/1.5 ui-monospace, monospace }
@@ -92,6 +97,17 @@ def picture(png: bytes, alt: str, caption: str = "", *, width: int | None = None
 def beside(*blocks: str) -> Html:
     """Blocks next to each other where the screen is wide enough."""
     return Html(f'<div class="pictures">{"".join(map(_block, blocks))}</div>')
+
+
+def subheading(text: str) -> Html:
+    """A heading within a section."""
+    return Html(f"<h3>{escape(text)}</h3>")
+
+
+def footnotes(texts: Sequence[str]) -> Html:
+    """What a table refers to as [1], [2] and so on."""
+    lines = "".join(f"<p>[{number}] {escape(text)}</p>" for number, text in enumerate(texts, 1))
+    return Html(f'<div class="notes">{lines}</div>')
 
 
 def code(text: str) -> Html:

@@ -94,11 +94,17 @@ def test_the_model_reads_in_one_sitting():
         ("pairs", {"all_pairs", "differential", "fit", "plots", "cli"}),
         ("differential", {"fit", "plots", "cli"}),
         ("annotate", {"fit", "plots", "cli"}),
+        ("paper", {"cli"}),
         ("baselines", {"model", "guides", "cells", "fit", "posterior", "plots", "cli"}),
     ],
 )
 def test_imports_only_move_forward(room, never):
     assert not reachable(room) & never
+
+
+def test_only_the_command_line_knows_the_paper():
+    outside = [path for path in FILES if path.parent.name not in ("paper", "cli")]
+    assert not [path.name for path in outside if any(room.split(".")[0] == "paper" for room in imported(path))]
 
 
 def test_public_names():

@@ -175,7 +175,7 @@ def log_zinb(x: Tensor, log_odds: Tensor, r: Tensor, gate: Tensor, constant: Ten
     return torch.where(x > 0, log_nb, torch.logaddexp(gate, log_nb)) - F.softplus(gate)
 
 
-def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, *, batch: np.ndarray | None = None) -> Any:
+def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, *, batch: Any = None) -> Any:
     """An SCVI fitted to raw counts (cells, genes), all of them, on the processor; ``batch`` (cells,) as its batch."""
     try:
         import anndata
@@ -189,7 +189,7 @@ def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, *, batch: np.n
         scvi.settings.seed = seed
         data = anndata.AnnData(x.astype(np.float32))
         if batch is not None:
-            data.obs["batch"] = batch
+            data.obs["batch"] = np.asarray(batch, dtype=str)
         scvi.model.SCVI.setup_anndata(data, batch_key=None if batch is None else "batch")
         model = scvi.model.SCVI(data, n_latent=n_latent)
         model.train(

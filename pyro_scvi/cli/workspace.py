@@ -1,9 +1,11 @@
 """Where results go: complete into their place or not at all, inputs never touched, errors in one line."""
 
+import hashlib
+import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from pyro_scvi.archive import CONFIG
 from pyro_scvi.errors import PyroScviError
 
 FIT, PAGE = "fit", "index.html"
+STEPS, WRITTEN = "steps", "written.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,29 @@ def new_file(out: Path, force: bool, source: Path) -> Iterator[Workspace]:
 
 
 @contextmanager
+def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
+    """A folder to fill, whose content moves into ``out`` at the end, beside the steps that stay after a break.
+
+    ``results`` are files that will be written. Those of an earlier run are replaced, unless somebody changed them: a
+    file is ours if its hash is among those in ``out / STEPS / WRITTEN``.
+    """
+    with _reporting(out / PAGE) as caught:
+        _check_resumable(out)
+        _check_ours(out, results)
+        (out / STEPS).mkdir(parents=True, exist_ok=True)
+        with _beside(out) as temporary:
+            space = Workspace(temporary / "new", caught)
+            space.path.mkdir()
+            yield space
+            made = sorted(space.path.iterdir())
+            _check_ours(out, [file.name for file in made])
+            hashes = sorted(_written(out) | set(map(_digest, made)))
+            (temporary / WRITTEN).write_text(json.dumps(hashes, indent=1))
+            (temporary / WRITTEN).replace(out / STEPS / WRITTEN)
+            _publish(space.path, out, temporary)
+
+
+@contextmanager
 def _reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
     try:
@@ -98,6 +124,31 @@ def _check_folder(out: Path, results: tuple[str, ...], force: bool, source: Path
         raise FileExistsError(f"{out} holds a fit, whose page would be overwritten; pass another --out")
     if (out / FIT).exists() and not (out / FIT / CONFIG).is_file():
         raise FileExistsError(f"{out / FIT} is no saved fit and would be overwritten; pass another --out")
+
+
+def _check_resumable(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; pass a folder as --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / STEPS).is_dir():
+        raise FileExistsError(f"{out} is not empty and holds no earlier run; pass another --out")
+
+
+def _check_ours(out: Path, results: Iterable[str]) -> None:
+    written = _written(out)
+    for result in results:
+        path = out / result
+        if os.path.lexists(path) and not (path.is_file() and _digest(path) in written):
+            raise FileExistsError(f"{path} is not as an earlier run wrote it; move it away or pass another --out")
+
+
+def _written(out: Path) -> set[str]:
+    """Hashes of all that earlier runs have written."""
+    path = out / STEPS / WRITTEN
+    return set(json.loads(path.read_text())) if path.is_file() else set()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_file(out: Path, force: bool, source: Path) -> None:

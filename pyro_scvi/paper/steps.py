@@ -127,6 +127,9 @@ def _here(step: Step) -> Outcome:
         result = step()
     except ImportError as error:
         return Outcome(None, 0.0, 0.0, f"{_ABSENT}: {error}")
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise FitError(f"{step.name} {step.settings} failed: {type(error).__name__}: {said}") from error
     return Outcome(result, time.process_time() - started, _peak_mb())
 
 
@@ -141,9 +144,14 @@ def _in_a_process(step: Step, limit: int) -> Outcome:
             return Outcome(**json.loads(answer.read_text()))
         if ended.returncode == -_CPU_TIME_IS_UP:
             return Outcome(None, float(limit), 0.0, f"not finished in {limit:,} CPU seconds")
-        raise FitError(f"{step.name} {step.settings} failed:\n{ended.stderr[-4000:]}")
+        _log.error("%s", ended.stderr)
+        *_, said = ["", *ended.stderr.splitlines()]
+        if said.startswith(_RAISED):
+            raise FitError(said.removeprefix(_RAISED))
+        raise FitError(f"{step.name} {step.settings} failed with exit status {ended.returncode}: {said}")
 
 
+_RAISED = "pyro_scvi.errors.FitError: "
 _CPU_TIME_IS_UP = 24  # SIGXCPU
 
 
