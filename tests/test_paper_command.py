@@ -51,10 +51,9 @@ def quick(name, out):
 
 def test_every_table_and_figure_has_its_name():
     assert list(EXPERIMENTS) == [one.name for one in EXPERIMENTS.values()]
-    assert {"figure1", "figure2", "timing"} <= EXPERIMENTS.keys()
-    for name, one in EXPERIMENTS.items():
-        keys = [(step.name, json.dumps(step.settings, sort_keys=True)) for step in one.steps(QUICK)]
-        assert len(keys) == len(set(keys)), name
+    assert list(EXPERIMENTS) == ["table1", "table2", "table3", "table4", "figure1", "figure2", "timing"]
+    for one in EXPERIMENTS.values():
+        assert all(json.loads(json.dumps(step.settings)) == step.settings for step in one.steps(QUICK))
 
 
 def test_a_name_that_is_not_known_lists_those_that_are(known, tmp_path):

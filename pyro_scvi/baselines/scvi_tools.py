@@ -175,7 +175,7 @@ def log_zinb(x: Tensor, log_odds: Tensor, r: Tensor, gate: Tensor, constant: Ten
     return torch.where(x > 0, log_nb, torch.logaddexp(gate, log_nb)) - F.softplus(gate)
 
 
-def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, *, batch: Any = None) -> Any:
+def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, batch: Any = None) -> Any:
     """An SCVI fitted to raw counts (cells, genes), all of them, on the processor; ``batch`` (cells,) as its batch."""
     try:
         import anndata
