@@ -17,8 +17,8 @@ from pyro_scvi.paper.effort import Effort
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.held_out import Result, clustering, reported_otherwise
 from pyro_scvi.paper.rows import Row, over_cells, over_seeds
-from pyro_scvi.paper.steps import Outcome, Results, Step
-from pyro_scvi.paper.table1 import FA, OURS, PEER, WAVE, ZIFA, our_step
+from pyro_scvi.paper.steps import Results, Step
+from pyro_scvi.paper.table1 import FA, OURS, PEER, WAVE, ZIFA, done, our_step
 from pyro_scvi.plots.canvas import CALM
 from pyro_scvi.posterior import embed
 
@@ -151,18 +151,17 @@ def rows(results: Results, effort: Effort) -> list[Row]:
 
 
 def _separation(system: str, of: list[Step], results: Results) -> Iterator[Row]:
-    outcomes = [results.of(step) for step in of]
-    done, reason = _done(outcomes)
-    seeds = tuple(step.settings["seed"] for step in of)
+    known, seeds, reason = done(of, results)
     for key, quantity in SCORES.items():
         paper = PAPER.get(system, math.nan) if key == "silhouette" else math.nan
-        if not done:
-            yield Row("cortex", system, quantity, math.nan, seeds=seeds, paper=paper, note=reason)
+        if not known:
+            yield Row("cortex", system, quantity, math.nan, paper=paper, note=reason)
             continue
-        mean, sd, n = over_seeds([result[key] for result in done])
-        seconds = float(np.mean([result["seconds"] for result in done]))
-        unfinished = "" if all(result.get("converged", True) for result in done) else "not converged"
-        yield Row("cortex", system, quantity, mean, sd, "sd over seeds", n, seeds, seconds, paper, unfinished)
+        mean, sd, n = over_seeds([result[key] for result in known])
+        seconds = float(np.mean([result["seconds"] for result in known]))
+        notes = [f"further seeds are missing: {reason}"] if reason else []
+        notes += ["not converged"] if not all(result.get("converged", True) for result in known) else []
+        yield Row("cortex", system, quantity, mean, sd, "sd over seeds", n, seeds, seconds, paper, "; ".join(notes))
 
 
 def _evidence(system: str, of: list[Step], results: Results) -> Row:
@@ -172,41 +171,36 @@ def _evidence(system: str, of: list[Step], results: Results) -> Row:
         return Row("cortex", system, HELD_OUT, math.nan, note="not defined: PCA here is no law of counts")
     if system == WAVE:
         return Row("cortex", system, HELD_OUT, math.nan, note=table1.NO_MARGINAL)
-    done, reason = _done([results.of(step) for step in of])
-    if not done:
+    known, seeds, reason = done(of, results)
+    if not known:
         return Row("cortex", system, HELD_OUT, math.nan, note=reason)
-    mean, se, n = over_cells(np.mean([result["log_p"] for result in done], 0).tolist())
-    seeds = tuple(step.settings["seed"] for step in of if "seed" in step.settings)
-    note = f"test cells; k-hat above 0.7: {np.mean([result['khat_above'] for result in done]):.0%}"
+    mean, se, n = over_cells(np.mean([result["log_p"] for result in known], 0).tolist())
+    note = f"test cells; k-hat above 0.7: {np.mean([result['khat_above'] for result in known]):.0%}"
     return Row("cortex", system, HELD_OUT, mean, se, "se over cells", n, seeds, note=note)
 
 
 def _choice(results: Results, effort: Effort) -> Iterator[Row]:
     """Every candidate, then the one with the best evidence: no label has a part in that."""
-    done = {name: _done([results.of(step) for step in of]) for name, of in candidates(effort).items()}
+    known = {name: done(of, results) for name, of in candidates(effort).items()}
     level: dict[str, np.ndarray] = {}
-    for name, (found, reason) in done.items():
+    for name, (found, seeds, reason) in known.items():
         label = f"candidate: {name}"
         if not found:
             yield Row("cortex", label, HELD_OUT, math.nan, note=reason)
             continue
         level[name] = np.mean([result["log_p"] for result in found], 0)
-        yield from _of_candidate(label, found, level[name], effort.seeds[: len(found)])
+        yield from _of_candidate(label, found, level[name], seeds)
     if not level:
         return
     chosen = max(level, key=lambda name: level[name].mean())
-    silhouette, _, n = over_seeds([result["silhouette"] for result in done[chosen][0]])
-    wave = max((result["silhouette"] for result in _done(_of_wave(results, effort))[0]), default=math.nan)
+    silhouette, _, n = over_seeds([result["silhouette"] for result in known[chosen][0]])
+    wave = max((result["silhouette"] for result in done(of_systems(effort)[WAVE], results)[0]), default=math.nan)
     note = (
         f"chosen by the best held-out log p(x), {level[chosen].mean():.1f}: {chosen}; reaches ZINB-WaVE's {wave:.3f}: "
         f"{_yes(silhouette >= wave)}; reaches the paper's {PAPER_BEST}: {_yes(silhouette >= PAPER_BEST)}; "
         "fitted to three quarters of the cells"
     )
     yield Row("cortex", "choice without labels", SCORES["silhouette"], silhouette, n=n, note=note)
-
-
-def _of_wave(results: Results, effort: Effort) -> list[Outcome]:
-    return [results.of(step) for step in of_systems(effort)[WAVE]]
 
 
 def _yes(fact: bool) -> str:
@@ -239,11 +233,6 @@ def _shorter(results: Results, effort: Effort) -> Iterator[Row]:
             mean, se, n = over_cells(result["log_p"])
             yield Row("cortex", label, HELD_OUT, mean, se, "se over cells", n, seeds, note=note)
             yield Row("cortex", label, SCORES["silhouette"], result["silhouette"], n=1, seeds=seeds)
-
-
-def _done(outcomes: list[Outcome]) -> tuple[list[Result], str]:
-    reason = next((outcome.reason for outcome in outcomes if outcome.reason), "")
-    return [outcome.result for outcome in outcomes if outcome.result is not None], reason
 
 
 def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
