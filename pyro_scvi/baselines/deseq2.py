@@ -63,7 +63,9 @@ class DESeq2(BaseEstimator):
 
         def fitted(trend: str) -> Any:
             counted = DESeqDataSet(data.x.astype(int), clinicalData=cells, design="~ group")
-            return DESeq(counted, sfType="poscounts", fitType=trend, quiet=True)
+            with warnings.catch_warnings():  # of what pandas will no longer do some day
+                warnings.filterwarnings("ignore", category=FutureWarning, module="inmoose")
+                return DESeq(counted, sfType="poscounts", fitType=trend, quiet=True)
 
         try:
             found = fitted("parametric").results(independentFiltering=False)
