@@ -108,11 +108,11 @@ def test_means_alone_are_surer_than_rates_and_clipped_to_what_the_pairs_resolve(
     rows = np.arange(0, 60, 2), np.arange(1, 60, 2)
     means = figure2.means_only(*fitted, rows, pairs=300, seed=0)
     rates = figure2.with_noise(*fitted, rows, DepthCorrected(), pairs=300, seed=0)
-    largest = math.log(599)  # log odds of 1 - 1/600
-    assert means[0] == pytest.approx(largest)
-    assert (means <= largest + 1e-9).all()
     assert means.mean() > rates.mean()
     assert means[0] > rates[0] > rates[1:].mean()
+    of_two = figure2.means_only(*fitted, rows, pairs=2, seed=0)  # 0, 1 or 2 of them: p is 1/4, 1/2 or 3/4
+    assert np.isclose(of_two[:, None], [0, math.log(3)]).any(1).all()
+    assert of_two[0] == pytest.approx(math.log(3))
 
 
 class Made:
@@ -165,7 +165,7 @@ def test_steps_hold_what_they_depend_on():
 
 def test_a_test_scores_the_gene_that_differs_highest():
     second = np.arange(40) % 2 == 1
-    counts = np.random.default_rng(0).poisson(5.0, (40, 6)).astype(float)
+    counts = np.random.default_rng(0).poisson(5.0, (40, 60)).astype(float)
     counts[second, 2] += 20
     for name in (figure2.WILCOXON, "Welch t", "MAST"):
         score = concordance.significance(figure2.TESTS[name](counts, second))

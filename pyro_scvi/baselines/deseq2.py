@@ -62,14 +62,18 @@ class DESeq2(BaseEstimator):
         cells = pd.DataFrame({"group": pd.Categorical(np.where(data.second, "second", "first"))}, index=names)
 
         def fitted(trend: str) -> Any:
-            counted = DESeqDataSet(data.x.astype(int), clinicalData=cells, design="~ group")
-            with warnings.catch_warnings():  # inmoose leaves filters of its own behind
-                return DESeq(counted, sfType="poscounts", fitType=trend, quiet=True)
+            with (
+                warnings.catch_warnings()
+            ):  # inmoose leaves filters behind, and does what pandas will not allow for long
+                warnings.simplefilter("ignore", FutureWarning)
+                counted = DESeqDataSet(data.x.astype(int), clinicalData=cells, design="~ group")
+                fit = DESeq(counted, sfType="poscounts", fitType=trend, quiet=True)
+                return fit.results(independentFiltering=False)
 
         try:
-            found = fitted("parametric").results(independentFiltering=False)
+            found = fitted("parametric")
         except NotImplementedError:  # the local regression that DESeq2 falls back on is not in inmoose
             warnings.warn("no parametric trend fits the dispersions; their mean is taken instead", stacklevel=2)
-            found = fitted("mean").results(independentFiltering=False)
+            found = fitted("mean")
         columns = (np.asarray(found[name], dtype=float) for name in ("pvalue", "log2FoldChange"))
         return data.table(*columns)
