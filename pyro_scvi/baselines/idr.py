@@ -83,7 +83,7 @@ def idr(
     starts
         Where the EM begins: a sequence of :class:`Mixture`, or of its four numbers.
     tol
-        Above 0. The EM at given z ends where the log likelihood L changes by less than tol (1 + |L|); so does the
+        Above 0. The EM at given z ends where the log likelihood L changes by less than tol (1 + abs L); so does the
         renewal of z.
     max_iter
         How often z is renewed at most. The renewal need not converge.

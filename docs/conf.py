@@ -1,0 +1,35 @@
+"""Sphinx: the site is built from these pages, the notebooks and the docstrings."""
+
+from importlib import metadata
+
+project = "pyro-scvi"
+author = copyright = "The pyro-scvi developers"
+release = metadata.version("pyro-scvi")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+
+myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks are shipped with the outputs of a full run
+suppress_warnings = ["myst.header"]  # the changelog's first heading is its own title
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_default_options = {  # scikit-learn puts them into every estimator
+    "exclude-members": "set_fit_request, set_transform_request, set_score_request, set_partial_fit_request",
+}
+autodoc_typehints = "none"  # the signatures have them
+napoleon_google_docstring = False
+
+html_theme = "sphinx_book_theme"
+html_title = "pyro-scvi"
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}

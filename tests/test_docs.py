@@ -1,0 +1,36 @@
+"""The pages of the site: their code runs as it stands, and the reference lists every public name."""
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+import pyro_scvi as ps
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text() and "_build" not in page.parts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_the_code_of_a_page_runs(page):
+    """Every block in its order, in one namespace, warnings being errors."""
+    mpl.use("Agg")
+    namespace = {}
+    for block in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block.group(1), f"{page.name}", "exec"), namespace)
+
+
+def test_the_reference_lists_every_public_name():
+    listed = set(re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    rooms = {name.split(".")[0] for name in listed if "." in name}
+    assert set(ps.__all__) - rooms == {name for name in listed if "." not in name}
+    assert rooms == {name for name in ps.__all__ if type(getattr(ps, name)).__name__ == "module"}
+
+
+def test_the_reference_lists_nothing_that_is_not_there():
+    for name in re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE):
+        value = ps
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert value.__doc__, name
