@@ -48,3 +48,22 @@ def number_held_out(held_out: float, n_cells: int) -> int:
     if not 0 < number < n_cells:
         raise DataError(f"cannot hold out {number} of {n_cells} cells: both parts need at least one.")
     return number
+
+
+def within(rows: np.ndarray, n: int) -> np.ndarray:
+    """Positions from 0 to n - 1 for positions that may count from the end.
+
+    Raises
+    ------
+    IndexError
+        If one is outside.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    if rows.size and not (-n <= rows.min() and rows.max() < n):
+        raise IndexError(f"cells are numbered from 0 to {n - 1}; asked for {rows.min()} to {rows.max()}.")
+    return np.where(rows < 0, rows + n, rows)
+
+
+def consecutive(rows: np.ndarray) -> bool:
+    """Whether each position is one more than the one before."""
+    return bool((np.diff(rows) == 1).all())

@@ -70,6 +70,8 @@ def test_the_model_reads_in_one_sitting():
     ("room", "never"),
     [
         ("distributions", {"likelihoods", "networks", "model"}),
+        ("counts", {"sources", "stores", "cells"}),
+        ("stores", {"reading", "cells", "model", "fit", "store"}),
         ("cells", {"model", "guides", "fit", "posterior"}),
         ("guides", {"fit", "cells", "posterior", "evidence"}),
         ("fit", {"evidence", "plots", "cli"}),
@@ -130,6 +132,7 @@ def test_public_names():
         "priors",
         "sample_posterior",
         "schedules",
+        "stores",
         "technical_zero_probability",
         "to_datatree",
         "weights",
