@@ -32,6 +32,7 @@ from pyro_scvi.stores.layout import (
     SCHEMA,
     TOTALS,
     StoreSchema,
+    doubled_names_allowed,
     durably,
     fingerprint,
     sync_folder,
@@ -244,7 +245,8 @@ def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.
 
 def _write_annotations(file: BinaryIO, obs: pd.DataFrame, genes: pd.Index) -> None:
     """Write obs and the names of the genes as an .h5ad without counts; strings stay strings."""
-    annotations = AnnData(obs=obs, var=pd.DataFrame(index=genes))
+    with doubled_names_allowed():
+        annotations = AnnData(obs=obs, var=pd.DataFrame(index=genes))
     with anndata.settings.override(allow_write_nullable_strings=True), h5py.File(file, "w") as group:
         write_elem(group, "/", annotations)
 

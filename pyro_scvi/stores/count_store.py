@@ -22,6 +22,7 @@ from pyro_scvi.stores.layout import (
     INDPTR,
     TOTALS,
     StoreSchema,
+    doubled_names_allowed,
     fingerprint,
 )
 
@@ -84,7 +85,8 @@ class CountStore(Source):
 
     def annotations(self) -> AnnData:
         """``obs`` of the cells and names of the genes, without counts."""
-        return anndata.read_h5ad(self.path / ANNOTATIONS)
+        with doubled_names_allowed():
+            return anndata.read_h5ad(self.path / ANNOTATIONS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes open the files themselves: a descriptor means another file there."""

@@ -16,6 +16,7 @@ from anndata.io import read_elem, sparse_dataset
 from pyro_scvi.annotations import quoted
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.sources import Backed
+from pyro_scvi.stores.layout import doubled_names_allowed
 
 _log = logging.getLogger(__name__)
 
@@ -134,9 +135,14 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
             raise DataError(f"obs of {each.path} has a column {label!r} already; choose another label.")
         if len(each.obs) != each.counts.shape[0]:
             raise DataError(f"{each.path} has {each.counts.shape[0]} cells and {len(each.obs)} rows of obs.")
-    joined = anndata.concat(
-        {each.name: AnnData(obs=each.obs) for each in inputs}, label=label, index_unique=index_unique, join="outer"
-    ).obs
+    if len(inputs) == 1 and label is None and index_unique is None:
+        return inputs[0].obs
+    with doubled_names_allowed():
+        annotations = {each.name: AnnData(obs=each.obs) for each in inputs}
+        joined = anndata.concat(annotations, label=label, index_unique=index_unique, join="outer").obs
+    for name in joined.select_dtypes(object).columns[joined.select_dtypes(object).isna().any()]:
+        # missing values among strings or booleans, which no file holds as objects
+        joined[name] = joined[name].convert_dtypes(convert_integer=False, convert_floating=False)
     doubled = joined.index[joined.index.duplicated()].unique()
     if len(inputs) > 1 and index_unique is None and len(doubled):
         raise DataError(

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,6 +83,14 @@ def durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+@contextmanager
+def doubled_names_allowed() -> Iterator[None]:
+    """Keep anndata silent about names of cells that occur twice: ``Cells`` warn of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Observation names are not unique", UserWarning)
+        yield
 
 
 def sync_folder(folder: Path) -> None:
