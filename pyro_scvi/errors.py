@@ -27,7 +27,7 @@ class FitError(PyroScviError, RuntimeError):
 
 
 class StoreError(PyroScviError, OSError):
-    """A saved fit that cannot be written, read or trusted."""
+    """A saved fit or a store of counts that cannot be written, read or trusted."""
 
 
 def require_at_least(least: int, /, **named: int) -> None:

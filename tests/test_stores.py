@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 from anndata import AnnData
+from cli_runs import run
 from scipy import sparse
 
 import pyro_scvi as ps
@@ -612,3 +613,17 @@ def test_random_minibatches_are_uniform(tmp_path):
     statistic = ((seen - draws / n) ** 2).sum() / (draws / n) * (n - 1) / (n - len(rows))
     p = scipy.stats.chi2(n - 1).cdf(statistic)
     assert 0.001 < p < 0.999
+
+
+# --- the command ---
+
+
+def test_command(tmp_path, files):
+    result = run("store", *files.values(), "--out", tmp_path / "store", "--label", "batch", "--index-unique", "-")
+    assert result.exit_code == 0, result.output
+    assert "80 cells x 5 genes" in result.output
+    cells = Cells.from_store(tmp_path / "store", batch="batch")
+    assert cells.schema.batches == ("one", "two")
+    result = run("store", *files.values(), "--out", tmp_path / "other", "--no-progress")
+    assert result.exit_code == 1
+    assert "30 cell names occur more than once" in result.output

@@ -4,6 +4,7 @@ import typer
 
 from pyro_scvi.cli.comparing import de
 from pyro_scvi.cli.options import Recorded
+from pyro_scvi.cli.storing import store
 from pyro_scvi.cli.training import demo, fit
 from pyro_scvi.cli.verbs import embed, impute
 
@@ -15,5 +16,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (demo, fit, embed, impute, de):
+for command in (demo, fit, embed, impute, de, store):
     app.command(cls=Recorded)(command)
