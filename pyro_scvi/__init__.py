@@ -17,6 +17,7 @@ from pyro_scvi import (
     presets,
     priors,
     schedules,
+    stores,
     weights,
 )
 from pyro_scvi.annealing import annealed_evidence
@@ -96,6 +97,7 @@ __all__ = [
     "priors",
     "sample_posterior",
     "schedules",
+    "stores",
     "technical_zero_probability",
     "to_datatree",
     "weights",

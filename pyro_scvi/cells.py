@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,18 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from pyro_scvi.counts import Counts, cell_totals, n_nonzero
+from pyro_scvi.counts import Counts, Source, cell_totals, n_nonzero
 from pyro_scvi.display import table
 from pyro_scvi.errors import DataError, SchemaError, require_seed
 from pyro_scvi.indexing import CellIndex, number_held_out, positions
-from pyro_scvi.reading import read, table_of_anndata, table_of_matrix
+from pyro_scvi.reading import read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.schema import Schema
+from pyro_scvi.sources import rows_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cells:
-    """Counts x with their covariates gamma, ready for a model: made by ``from_anndata`` or ``from_counts``.
+    """Counts x with their covariates gamma, ready for a model: by ``from_anndata``, ``from_counts`` or ``from_store``.
 
     ``len(cells)`` is the number of cells, and ``cells[index]`` a minibatch ``(x, gamma)`` of float32 tensors,
     (cells, genes) and (cells, covariates); gamma has 0 columns without batches and covariates.
@@ -28,7 +30,8 @@ class Cells:
     Attributes
     ----------
     counts
-        (cells, genes), counts: a CSR array if the input was sparse, else an ndarray.
+        (cells, genes), counts: a CSR array if the input was sparse, else an ndarray; of a store or a file that is left
+        in place, a source that is indexed by rows.
     covariates
         (cells, covariates), float32: one-hot batches first, then standardised continuous covariates.
     schema
@@ -53,6 +56,7 @@ class Cells:
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
+        backed: bool = False,
     ) -> "Cells":
         """Read an AnnData, which is not changed; whatever is wrong with its counts and columns is raised here.
 
@@ -73,6 +77,10 @@ class Cells:
             Count genes of the schema that ``adata`` lacks as 0, with a warning, instead of raising.
         allow_non_integer
             Accept values that are no integers, such as corrected counts.
+        backed
+            Leave the counts of a backed AnnData, or of an ``anndata.experimental.AnnCollection``, where they are: they
+            are scanned once, then every minibatch is read from the file, which must stay open. Random cells of a store
+            (``ps.stores.build``) are read some ten times as fast.
 
         Raises
         ------
@@ -88,7 +96,7 @@ class Cells:
             At cells or genes without counts, implausibly large counts, and cell names that occur twice.
         """
         layer = schema.layer if layer is None and isinstance(schema, Schema) else layer
-        table = table_of_anndata(adata, layer)
+        table = table_in_place(adata, layer) if backed else table_of_anndata(adata, layer)
         parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
         return cls(*parts, table.obs)
 
@@ -130,6 +138,39 @@ class Cells:
             raise SchemaError("a schema matches genes by name: pass gene_names.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
         parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
+        return cls(*parts, table.obs)
+
+    @classmethod
+    def from_store(
+        cls,
+        path: str | Path,
+        *,
+        batch: str | None = None,
+        covariates: Sequence[str] = (),
+        schema: Schema | None = None,
+        fill_missing_genes: bool = False,
+        verify: bool = True,
+    ) -> "Cells":
+        """Cells of a store that ``ps.stores.build`` wrote; counts stay on disk, and memory grows with cells only.
+
+        Parameters
+        ----------
+        path
+            The store.
+        batch, covariates, schema, fill_missing_genes
+            As in :meth:`from_anndata`.
+        verify
+            Compare the checksum of every array, which reads the store once; sizes are always compared.
+
+        Raises
+        ------
+        StoreError
+            If there is no store, or it was truncated or altered.
+        DataError, SchemaError
+            As in :meth:`from_anndata`.
+        """
+        table = table_of_store(path, verify)
+        parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer=True)
         return cls(*parts, table.obs)
 
     @property
@@ -178,7 +219,7 @@ class Cells:
         return torch.from_numpy(x.astype(np.float32, copy=False)), torch.from_numpy(self.covariates[rows])
 
     def take(self, index: CellIndex) -> "Cells":
-        """Return some of the cells, with their annotations, in the order of ``index``.
+        """Return some of the cells, with their annotations, in the order of ``index``; what lies on disk stays there.
 
         Raises
         ------
@@ -188,7 +229,7 @@ class Cells:
         rows = positions(index, self.n_cells)
         if rows.size == 0:
             raise DataError("the index selects no cell.")
-        return Cells(self.counts[rows], self.covariates[rows], self.schema, self.obs.iloc[rows])
+        return Cells(rows_of(self.counts, rows), self.covariates[rows], self.schema, self.obs.iloc[rows])
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple["Cells", "Cells"]:
         """Split at random into (train, test); both keep the order of the cells.
@@ -239,7 +280,7 @@ class Cells:
         share = n_nonzero(self.counts) / (self.n_cells * self.n_genes)
         facts = {
             "counts": f"{self.n_cells:,} cells x {self.n_genes:,} genes, {share:.1%} non-zero",
-            "stored": f"{'dense' if isinstance(self.counts, np.ndarray) else 'sparse'} {self.counts.dtype}",
+            "stored": f"{_kind(self.counts)} {self.counts.dtype}",
             "per cell": f"median total {np.median(self.totals):,.0f}",
         }
         if schema.batch is not None:
@@ -253,3 +294,9 @@ class Cells:
 
     def _repr_html_(self) -> str:
         return table("Cells", self._facts())
+
+
+def _kind(counts: Counts) -> str:
+    if isinstance(counts, Source):
+        return counts.kind
+    return "dense" if isinstance(counts, np.ndarray) else "sparse"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_scvi.all_pairs import AllPairs
 from pyro_scvi.cells import Cells
+from pyro_scvi.counts import cells_by_gene, row_blocks
 from pyro_scvi.errors import DataError, ModelError, require_number
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.minibatches import Minibatches
@@ -184,8 +185,11 @@ def expected_fdr(probability: np.ndarray) -> np.ndarray:
 
 
 def _raw(cells: Cells, rows: np.ndarray, side: str) -> dict[str, np.ndarray]:
-    counts = cells.counts[rows]
-    return {f"mean_{side}": _flat(counts.mean(0)), f"detected_{side}": _flat((counts > 0).mean(0))}
+    sums, detected = np.zeros(cells.n_genes), np.zeros(cells.n_genes)
+    for _, block in row_blocks(cells.counts, rows):
+        sums += np.asarray(block.sum(0, dtype=np.float64))
+        detected += cells_by_gene(block)
+    return {f"mean_{side}": sums / len(rows), f"detected_{side}": detected / len(rows)}
 
 
 def _labels(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
@@ -227,7 +231,3 @@ def _in(labels: np.ndarray, group: Hashable) -> np.ndarray:
     one = np.empty((), dtype=object)
     one[()] = group
     return np.asarray(labels == one, dtype=bool)
-
-
-def _flat(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values, dtype=float).reshape(-1)

@@ -37,6 +37,10 @@ class CheckpointError(PyroScviError, OSError):
     fit: Any = None
 
 
+class StoreError(PyroScviError, OSError):
+    """A store of counts that cannot be written, read or trusted."""
+
+
 def require_at_least(least: int, /, **named: int) -> None:
     """Refuse numbers of draws, cells or steps that are no integers or too small.
 

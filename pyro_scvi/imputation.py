@@ -43,6 +43,7 @@ def impute(
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
+    out: Any = None,
 ) -> np.ndarray:
     """Posterior mean of the expression of every gene in every cell, or its posterior quantiles.
 
@@ -60,16 +61,20 @@ def impute(
         ``mean_given_no_dropout``.
     samples, sampler, seed, batch_size
         As in ``sample_posterior``.
+    out
+        What takes the result row by row, and is returned: a dataset of h5py or zarr, or a NumPy array, mapped or not,
+        of that shape. Memory then does not grow with cells.
 
     Returns
     -------
-    ndarray
+    ndarray, or out
         (cells, genes), or (quantiles, cells, genes); counts.
 
     Raises
     ------
     ModelError
-        If batches are given with another quantity or with quantiles, or an argument is of the wrong kind.
+        If batches are given with another quantity or with quantiles, or an argument is of the wrong kind or ``out`` of
+        another shape.
     """
     require_question(fit, cells)
     require_sampler(sampler)
@@ -78,20 +83,19 @@ def impute(
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
-    # Filled in place: thousands of small results among large temporaries leave memory in pieces.
     lead = (len(quantiles),) if quantiles else ()
-    found, done = torch.empty((*lead, cells.n_cells, cells.n_genes), dtype=fit.dtype), 0
+    found, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             draws = sampler.draw(fit.guide, x, gamma, samples)
             if quantiles:
-                found[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu()
+                found[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
             else:
                 constants = [other[rows].to(gamma) for other in swapped] or [gamma]
                 means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
-                found[rows] = torch.stack(means).mean(0).cpu()
-    return found.numpy()
+                found[rows] = torch.stack(means).mean(0).cpu().numpy()
+    return found
 
 
 def technical_zero_probability(
@@ -102,23 +106,24 @@ def technical_zero_probability(
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
+    out: Any = None,
 ) -> np.ndarray:
     """P(h = 1 | x): the posterior probability that a zero is technical, averaged over draws of z; 0 where x > 0.
 
     Returns
     -------
-    ndarray (cells, genes)
+    ndarray (cells, genes), or ``out``, as in :func:`impute`
 
     Raises
     ------
     ModelError
-        If the likelihood has no technical zeros.
+        If the likelihood has no technical zeros, or ``out`` is of another shape.
     """
     require_question(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
-    found, done = torch.empty((cells.n_cells, cells.n_genes), dtype=fit.dtype), 0
+    found, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
@@ -127,8 +132,18 @@ def technical_zero_probability(
             )
             if logits is None:
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
-            found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu()
-    return found.numpy()
+            found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
+    return found
+
+
+def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
+    """Where results go as they come: thousands of small ones among large temporaries leave memory in pieces."""
+    if out is None:
+        return torch.empty(shape, dtype=fit.dtype).numpy()
+    if getattr(out, "shape", None) != shape:
+        found = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ModelError(f"out must be an array of shape {shape}, got {found}")
+    return out
 
 
 def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:

@@ -51,3 +51,22 @@ def number_held_out(held_out: float, n_cells: int) -> int:
             "(in fit, validation=0 holds out none)."
         )
     return number
+
+
+def within(rows: np.ndarray, n: int) -> np.ndarray:
+    """Positions from 0 to n - 1 for positions that may count from the end.
+
+    Raises
+    ------
+    IndexError
+        If one is outside.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    if rows.size and not (-n <= rows.min() and rows.max() < n):
+        raise IndexError(f"cells are numbered from 0 to {n - 1}; asked for {rows.min()} to {rows.max()}.")
+    return np.where(rows < 0, rows + n, rows)
+
+
+def consecutive(rows: np.ndarray) -> bool:
+    """Whether each position is one more than the one before."""
+    return bool((np.diff(rows) == 1).all())

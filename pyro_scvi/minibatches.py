@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.counts import Counts, smallest_type
+from pyro_scvi.counts import Matrix, smallest_type
 from pyro_scvi.errors import FitError
 
 RESIDENT_BYTES = 2**28  # up to here a dense copy of the counts is held in main memory, beside the matrix of the cells
@@ -90,7 +90,7 @@ class Minibatches:
             moved[rows] = torch.from_numpy(dense.astype(stored, copy=False)).to(self.device)
         return moved
 
-    def _blocks(self) -> Iterator[tuple[slice, Counts]]:
+    def _blocks(self) -> Iterator[tuple[slice, Matrix]]:
         size = max(1, _BLOCK // self.cells.n_genes)
         for start in range(0, self.n_cells, size):
             rows = slice(start, start + size)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,11 @@ import pandas as pd
 from anndata import AnnData
 
 from pyro_scvi.annotations import quoted
-from pyro_scvi.counts import Counts, canonical, cell_totals, expressed_genes, select_genes
+from pyro_scvi.counts import Counts, canonical, cell_totals, expressed_genes
 from pyro_scvi.errors import DataError, SchemaError, brief
 from pyro_scvi.schema import Schema
+from pyro_scvi.sources import Backed, Collection, genes_of
+from pyro_scvi.stores import CountStore
 from pyro_scvi.validation import check_counts
 
 
@@ -46,6 +49,31 @@ def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:
         return adata.X if layer is None else adata.layers[layer]
     except Exception as error:  # whatever anndata, h5py and SciPy say of a closed file or a view that they cannot take
         raise DataError(f"{source} cannot be read: {error}; is its file open? adata.to_memory() may help.") from error
+
+
+def table_in_place(adata: Any, layer: str | None) -> Table:
+    """Leave the counts of a backed AnnData or of an AnnCollection where they are."""
+    source, hint = ("X" if layer is None else f"layer {layer!r}"), "Pass raw counts."
+    if isinstance(adata, AnnData):
+        if layer is not None or adata.is_view:
+            raise DataError(
+                "backed=True reads X of a whole file: anndata loads layers and views into memory. Use Cells.take for "
+                "some of the cells, and ps.stores.build(file, path, layer=...) for a layer."
+            )
+        return Table(Backed(adata.X, source), pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+    from anndata.experimental import AnnCollection
+
+    if not isinstance(adata, AnnCollection):
+        raise DataError(f"backed=True takes a backed AnnData or an AnnCollection, got {type(adata).__name__}.")
+    counts = Collection(adata, layer, source)
+    return Table(counts, pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+
+
+def table_of_store(path: str | Path, verify: bool) -> Table:
+    """Take the counts of a store, which were validated when it was built."""
+    store = CountStore(path, verify=verify)
+    annotations = store.annotations()
+    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", store.schema.plan["layer"])
 
 
 def table_of_matrix(
@@ -92,7 +120,7 @@ def read(
         schema = Schema.learn(genes, table.obs, table.layer, batch, covariates)
     else:
         schema.check_columns(batch, covariates)
-        counts = select_genes(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
+        counts = genes_of(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
         genes = pd.Index(schema.gene_names)
     counts = check_counts(counts, genes, table.obs.index, table.source, table.hint, allow_non_integer=allow_non_integer)
     _warn_of_zeros("cells", table.obs.index[cell_totals(counts) == 0])

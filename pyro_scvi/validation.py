@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.counts import Counts, blocks, narrow, stored_values
+from pyro_scvi.counts import Counts, Matrix, Source, blocks, narrow, stored_values
 from pyro_scvi.errors import DataError
 
 LARGEST_USUAL_COUNT = 1e6
@@ -31,7 +31,7 @@ def check_counts(
     Parameters
     ----------
     counts
-        (cells, genes), as :func:`canonical` gives it.
+        (cells, genes), as :func:`canonical` gives it, or a source, which is read once, in blocks.
     genes, cells
         Names for messages.
     source, hint
@@ -41,8 +41,8 @@ def check_counts(
 
     Returns
     -------
-    csr_array or ndarray
-        (cells, genes); float32 or an integer type of at most 32 bits.
+    csr_array, ndarray or Source
+        (cells, genes); in memory of float32 or an integer type of at most 32 bits.
 
     Raises
     ------
@@ -54,16 +54,42 @@ def check_counts(
     UserWarning
         At an entry above ``LARGEST_USUAL_COUNT``.
     """
-    for rule in _rules(allow_non_integer):
-        position = _first(counts, rule.breaks)
-        if position is not None:
-            entry = _describe(counts, position, genes, cells)
-            raise DataError(rule.message.format(source=source, entry=entry, hint=hint))
-    position = _first(counts, lambda values: values > LARGEST_USUAL_COUNT)
-    if position is not None:
-        entry = _describe(counts, position, genes, cells)
-        warnings.warn(f"{source} has an implausibly large count: {entry}.", UserWarning, stacklevel=4)
+    check = Check(genes, source, hint, allow_non_integer)
+    if isinstance(counts, Source):
+        if not counts.checked:
+            counts.scan(lambda rows, block: check(block, cells[rows]))
+        check.warn(stacklevel=5)
+        return counts
+    check(counts, cells)
+    check.warn(stacklevel=5)
     return narrow(counts)
+
+
+class Check:
+    """Refuses blocks of a matrix that hold other values than counts; arguments as in :func:`check_counts`."""
+
+    def __init__(
+        self, genes: Sequence[str] | pd.Index, source: str, hint: str, allow_non_integer: bool = False
+    ) -> None:
+        self.genes, self.source, self.hint, self.rules = genes, source, hint, _rules(allow_non_integer)
+        self.implausible: str | None = None  # the first entry that is implausibly large
+
+    def __call__(self, counts: Matrix, cells: pd.Index) -> None:
+        """Scan a block, (cells, genes), whose cells have these names."""
+        for rule in self.rules:
+            position = _first(counts, rule.breaks)
+            if position is not None:
+                entry = _describe(counts, position, self.genes, cells)
+                raise DataError(rule.message.format(source=self.source, entry=entry, hint=self.hint))
+        position = _first(counts, lambda values: values > LARGEST_USUAL_COUNT)
+        if position is not None and self.implausible is None:
+            self.implausible = _describe(counts, position, self.genes, cells)
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn of an implausibly large count, once for all blocks."""
+        if self.implausible is not None:
+            text = f"{self.source} has an implausibly large count: {self.implausible}."
+            warnings.warn(text, UserWarning, stacklevel=stacklevel)
 
 
 class _Rule(NamedTuple):
@@ -96,7 +122,7 @@ def _rules(allow_non_integer: bool) -> list[_Rule]:
     return rules
 
 
-def _first(counts: Counts, breaks: Callable[[np.ndarray], np.ndarray]) -> int | None:
+def _first(counts: Matrix, breaks: Callable[[np.ndarray], np.ndarray]) -> int | None:
     """Position, among the stored values, of the first that breaks a rule."""
     for start, values in blocks(stored_values(counts)):
         broken = breaks(values)
@@ -105,7 +131,7 @@ def _first(counts: Counts, breaks: Callable[[np.ndarray], np.ndarray]) -> int | 
     return None
 
 
-def _describe(counts: Counts, position: int, genes: Sequence[str] | pd.Index, cells: pd.Index) -> str:
+def _describe(counts: Matrix, position: int, genes: Sequence[str] | pd.Index, cells: pd.Index) -> str:
     if isinstance(counts, np.ndarray):
         cell, gene = divmod(position, counts.shape[1])
     else:

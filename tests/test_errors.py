@@ -13,6 +13,7 @@ BUILT_IN = {
     "ModelError": ValueError,
     "FitError": RuntimeError,
     "CheckpointError": OSError,
+    "StoreError": OSError,
 }
 
 

@@ -21,6 +21,7 @@ import torch
 from anndata import AnnData
 from conftest import simulated_counts
 from matplotlib import pyplot as plt
+from scipy import sparse
 
 import pyro_scvi as ps
 
@@ -145,6 +146,13 @@ def annotated():
     ps.add_rank_genes_groups(adata, every, "kind")
 
 
+def stored(folder):
+    obs = cells().obs.set_index(cells().obs.index.astype(str))
+    AnnData(sparse.csr_matrix(cells().counts), obs=obs).write_h5ad(folder / "a.h5ad")
+    ps.stores.build(folder / "a.h5ad", folder / "store")
+    ps.Cells.from_store(folder / "store")[:]
+
+
 def guide_of(kind):
     return lambda: ps.fit(model(), cells(), kind(), epochs=1, validation=0, progress=False, device="cpu")
 
@@ -208,6 +216,7 @@ CASES = {
     "Fit": lambda: repr(fit()) + fit()._repr_html_(),
     "fit": lambda: ps.fit(model(), cells(), epochs=2, batch_size=8, seed=3, progress=True, device="cpu"),
     "load": loaded,
+    "stores.build": stored,
     "embed": lambda: ps.embed(fit(), cells()),
     "evidence": lambda: ps.evidence(fit(), few(), samples=30, steps=2, rounds=1),
     "annotate": annotated,
@@ -345,6 +354,7 @@ CASES |= {
 
 COVERED_BY = {
     "calibration.calibrate": "calibrate",
+    "stores.CountStore": "stores.build",
     "criticism.prior_predictive": "prior_predictive",
     "criticism.posterior_predictive": "posterior_predictive",
     "criticism.check_predictions": "check_predictions",
@@ -419,5 +429,5 @@ def test_global_state_is_left_alone(name, tmp_path):
     fit(), cells(), tree(), calibrated()  # made before the state is looked at, whichever test comes first
     np.random.seed(3), random.seed(3), torch.manual_seed(3)  # noqa: NPY002
     before = global_state()
-    CASES[name](*([tmp_path] if name == "load" else []))
+    CASES[name](*([tmp_path] if CASES[name] in (loaded, stored) else []))
     assert changed(before, global_state()) == []

@@ -38,7 +38,7 @@ def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | 
 
     ``results`` are those among its files that must be neither ``source`` nor in the way of something else.
     """
-    with _reporting(out / PAGE) as caught:
+    with reporting(out / PAGE) as caught:
         _check_source(source)
         _check_folder(out, results, force, source)
         with _beside(out) as temporary:
@@ -51,7 +51,7 @@ def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | 
 @contextmanager
 def new_file(out: Path, force: bool, source: Path) -> Iterator[Workspace]:
     """A file to write, which becomes ``out`` at the end, or not at all."""
-    with _reporting(out) as caught:
+    with reporting(out) as caught:
         _check_source(source)
         _check_file(out, force, source)
         with _beside(out) as temporary:
@@ -67,7 +67,7 @@ def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
     ``results`` are files that will be written. Those of an earlier run are replaced, unless somebody changed them: a
     file is ours if its hash is among those in ``out / STEPS / WRITTEN``.
     """
-    with _reporting(out / PAGE) as caught:
+    with reporting(out / PAGE) as caught:
         _check_resumable(out)
         _check_ours(out, results)
         (out / STEPS).mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
 
 
 @contextmanager
-def _reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
+def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
     try:
         with warnings.catch_warnings(record=True) as caught:

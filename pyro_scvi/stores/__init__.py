@@ -1,0 +1,6 @@
+"""Stores: counts larger than memory, built once from .h5ad or zarr files and read by random rows."""
+
+from pyro_scvi.stores.building import build
+from pyro_scvi.stores.count_store import CountStore
+
+__all__ = ["CountStore", "build"]
