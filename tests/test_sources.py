@@ -17,6 +17,13 @@ from pyro_scvi.sources import GenesOf
 
 N, GENES = 40, 12
 WAYS = ("store", "backed CSR", "backed dense", "collection", "query")
+
+
+def calibrated(fit, cells):
+    source = ps.calibration.AggregatePosterior(cells, ps.Amortized())
+    return ps.calibrate(fit, 20, source=source, sampler=ps.Amortized(), draws=19, thin=1)
+
+
 VERBS = {
     "embed": lambda fit, cells: ps.embed(fit, cells, batch_size=16),
     "sample_posterior": lambda fit, cells: ps.sample_posterior(fit, cells, samples=8),
@@ -31,7 +38,7 @@ VERBS = {
     "check_predictions": lambda fit, cells: ps.check_predictions(fit, cells, samples=3),
     "leave_one_out": lambda fit, cells: ps.leave_one_out(fit, cells.take([9, 3]), samples=50, sampler=ps.Amortized()),
     "annealed_evidence": lambda fit, cells: ps.annealed_evidence(fit, cells.take([4, 1]), chains=2, temperatures=3),
-    "calibrate": lambda fit, cells: ps.calibration.AggregatePosterior(cells, ps.Amortized()).draw(fit, 20)[0],
+    "calibrate": lambda fit, cells: calibrated(fit, cells).ranks,
     "to_datatree": lambda fit, cells: ps.to_datatree(fit, cells, samples=3),
     "preset": lambda fit, cells: ps.presets.nature_methods_2018(cells)[0].library._buffers,
 }
