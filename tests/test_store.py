@@ -208,6 +208,10 @@ def sign_format(path):
     sign(path, config_of(path) | {"format": 99})
 
 
+def sign_the_format_without_digests(path):
+    sign(path, config_of(path) | {"format": 1})
+
+
 def sign_key(path):
     sign(path, config_of(path) | {"stranger": 1})
 
@@ -246,6 +250,7 @@ def sign_place(path):
         (damage_format, "config.json is corrupt.*format 99"),
         (damage_key, "config.json is corrupt.*stranger"),
         (sign_format, "format 99, where this version reads 2"),
+        (sign_the_format_without_digests, "format 1, where this version reads 2"),
         (sign_key, r"unknown keys \['stranger'\]"),
         (sign_part, "os.system"),
         (sign_names, "stranger"),
