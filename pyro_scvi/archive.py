@@ -84,7 +84,7 @@ def read(source: Path, keys: Mapping[str, set[str]], *, config: str = CONFIG) ->
     facts = _verified(path, _bytes(path), keys)
     weights = source / str(_weights_named(facts))
     content = _bytes(weights)
-    if facts["format"] == _UNSIGNED:
+    if facts["sha256"] is None:
         text = f"{source} is of format 1, which cannot tell whether it was damaged; load it and save it again"
         warnings.warn(text, UserWarning, stacklevel=4)
     elif hashlib.sha256(content).hexdigest() != facts["weights"].get("sha256"):
@@ -180,7 +180,8 @@ def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str,
     """The facts, if every byte is as written, and format, kind and names are those expected."""
     facts = _parsed(raw)
     if facts.get("format") == _UNSIGNED and "sha256" not in facts:
-        facts |= {"kind": "fit", "versions": {}, "weights": {"file": _UNSIGNED_WEIGHTS}, "sha256": None}
+        facts |= {"format": FORMAT, "kind": "fit", "versions": {}}
+        facts |= {"weights": {"file": _UNSIGNED_WEIGHTS}, "sha256": None}
     elif raw[-_SIGNED:] != _SIGNATURE.format(hashlib.sha256(raw[:-_SIGNED]).hexdigest()).encode():
         why = "".join(f"; it has {wrong}" for wrong in _strange(facts, keys)) if facts else ""
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one written with it{why}")
@@ -194,7 +195,7 @@ def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str,
 def _strange(facts: dict[str, Any], keys: Mapping[str, set[str]]) -> list[str]:
     """What is not as this version writes it, in words."""
     found = facts.get("format"), facts.get("kind")
-    if found[0] not in (FORMAT, _UNSIGNED):
+    if found[0] != FORMAT:
         return [f"format {found[0]!r}, where this version reads {FORMAT}"]
     if str(found[1]) not in keys:
         return [f"a saved {found[1]}, not a {' or '.join(keys)}"]

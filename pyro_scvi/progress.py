@@ -107,7 +107,8 @@ class Progress:
             If the snapshot, read from a file, is not one of such a run; model and guide are as they were then.
         """
         facts, tensors = copy.deepcopy(snapshot.facts), snapshot.tensors
-        _require_alike(self.good.facts, facts)
+        best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]  # JSON has no infinity
+        _require_alike({**self.good.facts, "best_loss": math.inf}, {**facts, "best_loss": best_loss})
         moments = self._moments(under("optimiser", tensors))
         _set_generators(under("random", tensors), self.parameters[0].device)
         put_states(self.model, self.guide, under("now", tensors))
@@ -117,8 +118,7 @@ class Progress:
         self.optimiser.zero_grad()
         self.schedule.load_state_dict(facts["schedule"])
         self.rows, self.halvings = list(snapshot.rows), facts["halvings"]
-        self.best.loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
-        self.best.waited = facts["waited"]
+        self.best.loss, self.best.waited = best_loss, facts["waited"]
         self.best.states = under("now" if facts["best_is_now"] else "best", tensors)
         self.good = snapshot
 
@@ -186,11 +186,9 @@ def _require_alike(ours: Any, read: Any) -> None:
     elif isinstance(ours, list | tuple) and isinstance(read, list | tuple) and len(ours) == len(read):
         for value, other in zip(ours, read, strict=True):
             _require_alike(value, other)
-    elif not (_kind(ours) is _kind(read) and _kind(ours) in (bool, float, str)):
+    elif not (_kind(ours) is _kind(read) and _kind(ours) in (bool, float, str, type(None))):
         raise ValueError(f"{read!r} is in the place of {ours!r}")
 
 
 def _kind(value: Any) -> type:
-    return (
-        bool if isinstance(value, bool) else float if value is None or isinstance(value, int | float) else type(value)
-    )
+    return float if type(value) is int else type(value)
