@@ -32,7 +32,7 @@ CONFIG, PREVIOUS = "config.json", "previous.json"
 _HEAD = {"format", "kind", "versions", "weights", "sha256"}  # keys beside those of the content
 _UNSIGNED = 1  # the format before digests, and its one name for weights
 _UNSIGNED_WEIGHTS = "weights.safetensors"
-_WEIGHTS = re.compile(rf"{_UNSIGNED_WEIGHTS}|weights-[0-9a-f]{{16}}\.safetensors")
+_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _PARTIAL = re.compile(r"\.(config|previous|weights-[0-9a-f]{16})-[0-9a-f]{16}\.part")
 _SIGNATURE = ',\n "sha256": "{}"\n}}\n'
 _SIGNED = len(_SIGNATURE.format("0" * 64))
@@ -44,6 +44,23 @@ class Content(NamedTuple):
     kind: str
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def folder(path: Any) -> Path:
+    """The directory that a path names, home directories resolved.
+
+    Raises
+    ------
+    CheckpointError
+        If it names none.
+    """
+    try:
+        found = Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"expected the path of a directory, got {path!r}: {error}") from error
+    if "\0" in str(found):
+        raise CheckpointError(f"expected the path of a directory, got {path!r}, which no file can be called")
+    return found
 
 
 def write(target: Path, content: Content, *, keep_previous: bool = False) -> None:
@@ -107,12 +124,16 @@ def check_replaceable(target: Path, kind: str) -> None:
     if not os.path.lexists(target):
         return
     try:
-        names = {item.name for item in target.iterdir()}
+        names = {item.name: item.is_file() for item in target.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{target} is no directory that can be written: {error}") from error
-    found = sorted(name for name in names - {CONFIG, PREVIOUS} if not (_WEIGHTS.fullmatch(name) or _is_partial(name)))
-    if CONFIG in names and (held := _kind(target / CONFIG)) != kind:
-        found.append(f"a {held}" if held else f"a broken or strange {CONFIG}")
+    found = sorted(name for name, is_file in names.items() if not (is_file and _may_be_ours(name, _weights_of(target))))
+    kinds = {config: _kind(target / config) for config in (CONFIG, PREVIOUS) if config in names}
+    if kinds.get(CONFIG) is None and kinds.get(PREVIOUS) == kind:  # a corrupt one beside the one before
+        kinds.pop(CONFIG, None)
+    found += [
+        f"a {held}" if held else f"a broken or strange {config}" for config, held in kinds.items() if held != kind
+    ]
     if found:
         raise CheckpointError(
             f"{target} holds something else than a saved {kind}: {', '.join(found[:3])}; "
@@ -121,7 +142,7 @@ def check_replaceable(target: Path, kind: str) -> None:
 
 
 def remove_orphans(target: Path) -> None:
-    """Delete what a process left that was killed while it wrote. Only where nobody else is writing."""
+    """Delete what was left by a process that failed or was killed while it wrote. Only where nobody else is writing."""
     named = _weights_of(target)
     for item in target.iterdir():
         if _is_partial(item.name) or (_WEIGHTS.fullmatch(item.name) and item.name not in named):
@@ -135,15 +156,22 @@ def _write(target: Path, content: Content, keep_previous: bool) -> None:
     digest = hashlib.sha256(blob).hexdigest()
     weights = {"file": f"weights-{digest[:16]}.safetensors", "sha256": digest}
     head = {"format": FORMAT, "kind": content.kind, "versions": _versions()}
-    _replace(target / weights["file"], blob)
-    if not keep_previous:
-        (target / PREVIOUS).unlink(missing_ok=True)
-    elif (target / CONFIG).exists():
-        _replace(target / PREVIOUS, (target / CONFIG).read_bytes())
-    _replace(target / CONFIG, _signed({**head, **content.facts, "weights": weights}))
+    config = _signed({**head, **content.facts, "weights": weights})
+    is_new = not (target / weights["file"]).exists()
+    try:
+        _replace(target / weights["file"], blob)
+        if keep_previous and (target / CONFIG).exists():
+            _replace(target / PREVIOUS, (target / CONFIG).read_bytes())
+        _replace(target / CONFIG, config)
+    except OSError:
+        if is_new:
+            (target / weights["file"]).unlink(missing_ok=True)
+        raise
     _sync(target.parent)
     for name in before - _weights_of(target) - {None}:
         (target / str(name)).unlink(missing_ok=True)
+    if not keep_previous:  # a checkpoint looks after its own when it begins
+        remove_orphans(target)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -179,7 +207,7 @@ def _signed(facts: dict[str, Any]) -> bytes:
 def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str, Any]:
     """The facts, if every byte is as written, and format, kind and names are those expected."""
     facts = _parsed(raw)
-    if facts.get("format") == _UNSIGNED and "sha256" not in facts:
+    if _is_unsigned(facts) and "sha256" not in facts:
         facts |= {"format": FORMAT, "kind": "fit", "versions": {}}
         facts |= {"weights": {"file": _UNSIGNED_WEIGHTS}, "sha256": None}
     elif raw[-_SIGNED:] != _SIGNATURE.format(hashlib.sha256(raw[:-_SIGNED]).hexdigest()).encode():
@@ -228,18 +256,27 @@ def _peek(path: Path) -> dict[str, Any]:
 
 def _kind(path: Path) -> str | None:
     facts = _peek(path)
-    return str(facts["kind"]) if "kind" in facts else "fit" if facts.get("format") == _UNSIGNED else None
+    return str(facts["kind"]) if "kind" in facts else "fit" if _is_unsigned(facts) else None
 
 
 def _weights_named(facts: dict[str, Any]) -> str | None:
-    """The file of weights that a config names, if that is a name which this module gives."""
-    held = facts.get("weights", {"file": _UNSIGNED_WEIGHTS} if facts.get("format") == _UNSIGNED else None)
-    name = held.get("file") if isinstance(held, dict) else None
-    return name if isinstance(name, str) and _WEIGHTS.fullmatch(name) else None
+    """The file of weights that a config names, if that is a name which this module gives or gave."""
+    held = facts.get("weights")
+    name = _UNSIGNED_WEIGHTS if _is_unsigned(facts) else held.get("file") if isinstance(held, dict) else None
+    return name if isinstance(name, str) and (name == _UNSIGNED_WEIGHTS or _WEIGHTS.fullmatch(name)) else None
 
 
 def _weights_of(target: Path) -> set[str | None]:
     return {_weights_named(_peek(target / config)) for config in (CONFIG, PREVIOUS)}
+
+
+def _is_unsigned(facts: dict[str, Any]) -> bool:
+    return type(facts.get("format")) is int and facts["format"] == _UNSIGNED  # true is 1, too
+
+
+def _may_be_ours(name: str, weights: set[str | None]) -> bool:
+    """Whether a name is one that only this module gives, or that of the weights which a config here names."""
+    return name in {CONFIG, PREVIOUS} | weights or _is_partial(name) or _WEIGHTS.fullmatch(name) is not None
 
 
 def _is_partial(name: str) -> bool:

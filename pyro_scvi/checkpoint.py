@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_scvi import archive
 from pyro_scvi.cells import Cells
-from pyro_scvi.counts import gene_totals
+from pyro_scvi.counts import Source, gene_totals
 from pyro_scvi.descriptions import FIT_FACTS, describe, history_of
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.model import SCVI
@@ -134,16 +134,23 @@ def identity(model: SCVI, cells: Cells, validation: float | int | Cells, options
         **{name: describe(value, model) for name, value in options.items()},
         "elbo": {"class": type(elbo).__name__, **plain},
         "cells": _told_apart(cells),
-        "validation": _told_apart(validation) if isinstance(validation, Cells) else validation,
+        "validation": _told_apart(validation) if isinstance(validation, Cells) else describe(validation, model),
     }
 
 
 def _told_apart(cells: Cells) -> dict[str, Any]:
-    """Their number, and a digest of margins and covariates: a look at every entry would read all data twice."""
+    """Their number, and a digest of counts and covariates; of counts on disk only of their sums by cell and gene."""
     digest = hashlib.sha256()
-    for margin in (cells.totals, gene_totals(cells.counts), cells.covariates):
-        digest.update(np.ascontiguousarray(margin).tobytes())
-    return {"n_cells": cells.n_cells, "digest of totals and covariates": digest.hexdigest()[:16]}
+    for part in (*_read_once(cells), cells.covariates):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
+
+
+def _read_once(cells: Cells) -> tuple[np.ndarray, ...]:
+    counts = cells.counts
+    if isinstance(counts, Source):
+        return cells.totals, gene_totals(counts)
+    return (counts,) if isinstance(counts, np.ndarray) else (counts.data, counts.indices, counts.indptr)
 
 
 def _differences(then: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pyro_scvi.importance import LogJoint
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.model import SCVI
 from pyro_scvi.plates import cells_plate
-from pyro_scvi.seeding import in_turn
+from pyro_scvi.seeding import seeded
 
 LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -27,7 +27,7 @@ class Coordinates:
     """
 
     def __init__(self, model: SCVI) -> None:
-        with in_turn(), pyro.get_param_store().scope(), pyro.poutine.block():
+        with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
             prior = model.prior()
         mixture = isinstance(prior, dist.MixtureSameFamily)
         self.support = prior.component_distribution.support if mixture else prior.support

@@ -27,7 +27,7 @@ def describe(value: Any, model: SCVI) -> Any:
         arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.makeup().items()}
         return {"part": type(value).__name__, "arguments": arguments} if type(value) in _own() else _foreign(value)
     if dataclasses.is_dataclass(value) and type(value) in _own():
-        arguments = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        arguments = {f.name: describe(getattr(value, f.name), model) for f in dataclasses.fields(value)}
         return {"part": type(value).__name__, "arguments": arguments}
     if isinstance(value, Tensor | np.ndarray):
         return {"tensor": value.tolist()}
@@ -93,6 +93,24 @@ def states_of(model: SCVI, guide: Guide) -> dict[str, Tensor]:
     return {f"{side}.{name}": value for side, part in pair.items() for name, value in part.state_dict().items()}
 
 
+def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not those of model and guide.
+
+    Raises
+    ------
+    CheckpointError
+        If names or shapes differ.
+    """
+    held = states_of(model, guide)
+    if other := sorted(held.keys() ^ tensors.keys()):
+        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+        raise CheckpointError(f"its weights differ from the model's: {', '.join(other[:5])}{more}")
+    for name, tensor in held.items():
+        if tensors[name].shape != tensor.shape:
+            shapes = f"{tuple(tensors[name].shape)}, in the model {tuple(tensor.shape)}"
+            raise CheckpointError(f"{name} has shape {shapes}")
+
+
 def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into model and guide, all of them or none.
 
@@ -101,13 +119,11 @@ def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     CheckpointError
         If names, shapes or types are not the model's and the guide's.
     """
+    check_shapes(model, guide, tensors)
     held = states_of(model, guide)
-    if held.keys() != tensors.keys():
-        raise CheckpointError(f"its weights differ from the model's: {sorted(held.keys() ^ tensors.keys())}")
     for name, tensor in held.items():
-        of_file, of_model = ((tuple(t.shape), t.dtype) for t in (tensors[name], tensor))
-        if of_file != of_model:
-            raise CheckpointError(f"{name} has shape and type {of_file}, in the model {of_model}")
+        if tensors[name].dtype != tensor.dtype:
+            raise CheckpointError(f"{name} is of type {tensors[name].dtype}, in the model {tensor.dtype}")
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(tensors[name])

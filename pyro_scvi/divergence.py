@@ -24,14 +24,19 @@ class Diverged(Exception):
 
 
 def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
-    """In words: the first cells and genes with a log probability that is no number, or else the largest counts."""
+    """In words: parameters, a prior or the first counts whose values are no numbers, or else the largest count."""
+    if lost := numberless(model, guide):
+        return lost
     largest = (-math.inf, 0, 0)
     with evaluating(model, guide, 0):
         for rows in torch.arange(cells.n_cells, device=cells.device).split(512):
             x, gamma = cells.rows(rows)
             guided = pyro.poutine.trace(guide).get_trace(x, gamma, index=rows)
             replayed = pyro.poutine.replay(model, trace=guided)
-            site: Any = pyro.poutine.trace(replayed).get_trace(x, gamma, index=rows).nodes["x"]
+            nodes: Any = pyro.poutine.trace(replayed).get_trace(x, gamma, index=rows).nodes
+            site, z = nodes["x"], nodes["z"]
+            if not z["fn"].log_prob(z["value"]).isfinite().all():
+                return "the prior of z gives no finite density"
             lost = (~site["fn"].log_prob(site["value"]).isfinite()).cpu().numpy()
             if lost.any():
                 return f"no finite log probability for {_named(cells, rows.cpu().numpy(), lost)}"
@@ -39,6 +44,13 @@ def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
             largest = max(largest, (float(x.flatten()[top]), int(rows[top // x.shape[1]]), top % x.shape[1]))
     value, row, gene = largest
     return f"every count has a finite log probability; the largest is {value:,.0f}, of {_entry(cells, row, gene)}"
+
+
+def numberless(model: SCVI, guide: Guide) -> str:
+    """In words, the first parameters that are no numbers; nothing where all are."""
+    named = [(name, value) for part in (model, guide) for name, value in part.named_parameters()]
+    lost = [name for name, value in named if not value.isfinite().all()]
+    return f"{', '.join(lost[:3])} {'holds' if len(lost) == 1 else 'hold'} values that are no numbers" if lost else ""
 
 
 def _named(cells: Minibatches, rows: np.ndarray, lost: np.ndarray) -> str:

@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro.infer import ELBO
 
+from pyro_scvi import archive
 from pyro_scvi.cells import Cells
 from pyro_scvi.checkpoint import Checkpoints, identity
 from pyro_scvi.descriptions import facts_of
@@ -167,8 +168,8 @@ def fit(
         If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
         before. Nothing that was there is lost.
     KeyboardInterrupt
-        If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; model and guide are then as they
-        were after the last epoch.
+        If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; model and guide are then in the
+        state of the best epoch so far.
 
     Warns
     -----
@@ -178,8 +179,10 @@ def fit(
 
     Notes
     -----
-    Fits in several threads take turns: torch's generator and Pyro's handlers belong to the process. Signals are noted
-    in the main thread only.
+    Fits in several threads take turns: torch's generator and Pyro's handlers belong to the process, and other threads
+    should leave both alone meanwhile. Signals are noted in the main thread only; a handler of your own is called, too.
+    Only one run at a time may write a checkpoint. A resumed run is told apart by its options, its counts (those on disk
+    by their sums) and how model and guide were made; parts of your own by their class and repr only.
     """
     check_kinds(model, cells, guide)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
@@ -187,10 +190,12 @@ def fit(
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
     place = resolve_device(device)
     _check_cells(model, cells, validation)
+    _check_precision(dtype, autocast)
     train, held_out = _minibatches(cells, validation if guide.amortized else 0, seed, place, dtype)
     epochs = default_epochs(train.n_cells) if epochs is None else epochs
     check_run(epochs, batch_size, patience, eps)
-    _check_options(learning_rate, kl_weight, elbo, dtype, autocast, epochs)
+    epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # NumPy's integers are none to torch and JSON
+    _check_options(learning_rate, kl_weight, elbo, epochs)
     _check_checkpoint(checkpoint, checkpoint_every, resume)
     if data_start and not model.trained:
         start_from_data(model, train)
@@ -207,7 +212,7 @@ def fit(
         }
         options |= {"elbo": run.elbo, "autocast": autocast, "device": place.type, "data_start": data_start}
         run.checkpoints = Checkpoints(
-            Path(checkpoint).expanduser(),
+            archive.folder(checkpoint),
             checkpoint_every,
             resume,
             lambda history: facts_of(model, guide, history, cells.schema, settings),
@@ -228,7 +233,7 @@ def _made(run: Run, schema: Schema, settings: dict[str, Any]) -> Fit:
     """The Fit of the epochs that have ended."""
     done: Any = run.done
     notes: dict[str, Any] = {"halvings": done.halvings} if done.halvings else {}
-    if run.interrupts.received:
+    if run.interrupts.received and len(done.rows) < settings["epochs"] and not done.best.waited_out:
         notes["interrupted"] = f"{run.interrupts.received} after epoch {len(done.rows)} of {settings['epochs']}"
     run.model.trained = True
     return Fit(run.model.eval(), run.guide.eval(), done.history, schema, settings | notes)
@@ -243,15 +248,17 @@ def _warn(made: Fit) -> None:
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _check_options(
-    learning_rate: Any, kl_weight: Any, elbo: Any, dtype: torch.dtype, autocast: Any, epochs: int
-) -> None:
+def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:
     if not isinstance(learning_rate, LearningRate):
         raise FitError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
     if not isinstance(kl_weight, KLWeight):
         raise FitError(f"kl_weight must be an object, as in ps.schedules.Weight(0.5); got {kl_weight!r}")
     if elbo is not None and not isinstance(elbo, ELBO):
         raise FitError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
+    kl_weight.at(0, epochs)
+
+
+def _check_precision(dtype: Any, autocast: Any) -> None:
     if dtype not in (torch.float32, torch.float64):
         raise FitError(
             f"dtype must be torch.float32 or torch.float64, got {dtype!r}; autocast=torch.bfloat16 is faster"
@@ -260,7 +267,6 @@ def _check_options(
         raise FitError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
     if autocast not in (None, torch.bfloat16):
         raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
-    kl_weight.at(0, epochs)
 
 
 def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:

@@ -3,9 +3,11 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+Handler = Callable[[int, Any], None]
 
 _log = logging.getLogger(__name__)
 
@@ -32,15 +34,27 @@ class Interrupts:
 def noted_interrupts() -> Iterator[Interrupts]:
     """Note signals inside, where Python lets a thread do so: the main one. Handlers are put back afterwards.
 
-    Signals that the process ignores, or that another language handles, are left alone.
+    Signals that the process ignores, or that another language handles, are left alone; a handler of the user's own is
+    called after the signal was noted.
     """
     interrupts, before = Interrupts(), {}
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                    before[number] = signal.signal(number, interrupts.note)
+                if (earlier := signal.getsignal(number)) not in (None, signal.SIG_IGN):
+                    before[number] = signal.signal(number, _also(interrupts.note, earlier))
         yield interrupts
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _also(note: Handler, earlier: Any) -> Handler:
+    """What notes a signal and then calls a handler of the user's own; Python's would raise at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        note(number, frame)
+        if callable(earlier) and earlier is not signal.default_int_handler:
+            earlier(number, frame)
+
+    return handle

@@ -12,7 +12,7 @@ from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
 from pyro_scvi.networks import BatchNorm, Decoder, Norm
 from pyro_scvi.plates import cells_plate, constants, register
 from pyro_scvi.priors import StandardNormal
-from pyro_scvi.seeding import in_turn, seeded
+from pyro_scvi.seeding import seeded
 from pyro_scvi.sites import Program
 from pyro_scvi.weights import RandomWeights
 
@@ -91,7 +91,7 @@ class SCVI(Program):
                 initial_sd=initial_sd,
             )
         self.weights = RandomWeights(self, weight_priors or {})
-        with in_turn(), pyro.get_param_store().scope(), pyro.poutine.block():
+        with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block():
             shape = tuple(self.prior().event_shape)
         if shape != (n_latent,):
             raise ModelError(f"the prior must have event shape ({n_latent},), got {shape}; is to_event(1) missing?")

@@ -17,7 +17,7 @@ from pyro_scvi.distributions import Law
 from pyro_scvi.errors import ModelError
 from pyro_scvi.networks import Encoder, LayerNorm
 from pyro_scvi.parts import Part
-from pyro_scvi.seeding import in_turn, seeded
+from pyro_scvi.seeding import seeded
 
 
 class Prior(Part):
@@ -217,7 +217,7 @@ def require_proper(prior: Callable[[], Law], what: str) -> None:
     ModelError
         For ``Flat``, and for any law that is improper or masked.
     """
-    with in_turn(), pyro.get_param_store().scope(), pyro.poutine.block():
+    with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
         law: Any = prior()
     improper = dist.ImproperUniform | dist.MaskedDistribution
     while not isinstance(law, improper) and hasattr(law, "base_dist"):

@@ -41,7 +41,9 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
     matrix = _matrix(adata, layer, source)
     if matrix is None:
         raise DataError(f"{source} is None: there are no counts to read. {hint}")
-    return Table(canonical(matrix, source), pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+    return Table(
+        canonical(matrix, source), pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer
+    )
 
 
 def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:
@@ -60,13 +62,15 @@ def table_in_place(adata: Any, layer: str | None) -> Table:
                 "backed=True reads X of a whole file: anndata loads layers and views into memory. Use Cells.take for "
                 "some of the cells, and ps.stores.build(file, path, layer=...) for a layer."
             )
-        return Table(Backed(adata.X, source), pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+        return Table(
+            Backed(adata.X, source), pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer
+        )
     from anndata.experimental import AnnCollection
 
     if not isinstance(adata, AnnCollection):
         raise DataError(f"backed=True takes a backed AnnData or an AnnCollection, got {type(adata).__name__}.")
     counts = Collection(adata, layer, source)
-    return Table(counts, pd.Index(adata.var_names), adata.obs.copy(), source, hint, layer)
+    return Table(counts, pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer)
 
 
 def table_of_store(path: str | Path, verify: bool) -> Table:

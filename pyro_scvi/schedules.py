@@ -19,7 +19,7 @@ class OneCycle:
 
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser that will make ``steps`` steps."""
-        return torch.optim.lr_scheduler.OneCycleLR(optimiser, self.peak, total_steps=max(steps, 2))
+        return torch.optim.lr_scheduler.OneCycleLR(optimiser, float(self.peak), total_steps=max(steps, 2))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Constant:
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser."""
         for group in optimiser.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = float(self.rate)  # NumPy's numbers are none to JSON
         return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0, total_iters=0)
 
 
@@ -49,7 +49,7 @@ class Weight:
 
     def at(self, epoch: int, epochs: int) -> float:
         """Weight in ``epoch`` of ``epochs``."""
-        return self.value
+        return float(self.value)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from pyro_scvi import archive
 from pyro_scvi.checkpoint import CHECKPOINT_FACTS, best_states
-from pyro_scvi.descriptions import FIT_FACTS, build, facts_of, history_of, put_states, states_of
+from pyro_scvi.descriptions import FIT_FACTS, build, check_shapes, facts_of, history_of, put_states, states_of
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.fit import Fit
 from pyro_scvi.guides import Guide
@@ -26,7 +26,7 @@ def save(fit: Fit, path: str | Path) -> None:
         If the directory holds something else than a save, or cannot be written; what was there is intact then.
     """
     facts = facts_of(fit.model, fit.guide, fit.history, fit.schema, fit.settings)
-    archive.write(Path(path).expanduser(), archive.Content("fit", facts, states_of(fit.model, fit.guide)))
+    archive.write(archive.folder(path), archive.Content("fit", facts, states_of(fit.model, fit.guide)))
 
 
 def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = None) -> Fit:
@@ -50,7 +50,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     UserWarning
         If the save is of format 1, which has no digest.
     """
-    source = Path(path).expanduser()
+    source = archive.folder(path)
     content = archive.read(source, {"fit": FIT_FACTS, "checkpoint": CHECKPOINT_FACTS})
     try:
         return _rebuilt(content, model, guide)
@@ -69,13 +69,14 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
         raise CheckpointError("its settings are no mapping of names to values")
     if not (isinstance(model, SCVI) and isinstance(guide, Guide)):
         raise CheckpointError(f"it holds a {type(model).__name__} and a {type(guide).__name__}, no model and guide")
-    made = Fit(
-        model.to(dtype).eval(),
-        guide.to(dtype).eval(),
-        history_of(facts["history"]),
-        Schema.from_dict(facts["schema"]),
-        facts["settings"],
-    )
-    put_states(model, guide, content.tensors if content.kind == "fit" else best_states(content))
+    if guide.model is not model:
+        raise CheckpointError(
+            "the guide was made for another model; make it with this one, as in DiagonalNormal(model)"
+        )
+    history, schema = history_of(facts["history"]), Schema.from_dict(facts["schema"])
+    tensors = content.tensors if content.kind == "fit" else best_states(content)
+    check_shapes(model, guide, tensors)  # before anything of the caller's is changed
+    made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, schema, facts["settings"])
+    put_states(model, guide, tensors)
     model.trained = True
     return made

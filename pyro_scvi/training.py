@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_scvi.checkpoint import Checkpoints
-from pyro_scvi.divergence import HALVINGS, Diverged, suspects
+from pyro_scvi.divergence import HALVINGS, Diverged, numberless, suspects
 from pyro_scvi.elbo import MeanFieldELBO
 from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
@@ -119,7 +119,10 @@ class Run:
         except ValueError as error:  # of Pyro's checks in the first step
             if isinstance(error, PyroScviError):
                 raise
-            raise FitError(f"the model cannot score these cells: {str(error).splitlines()[0]}") from error
+            what = numberless(self.model, self.guide) or " ".join(str(error).split())[:300] or type(error).__name__
+            raise FitError(
+                f"the model cannot score these cells: {what}; make a new model, or mend its parts"
+            ) from error
         row["held_out_loss"], row["kl"] = self.evaluate(self.held_out or self.train_cells, epoch)
         if not done.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
             raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
@@ -138,8 +141,8 @@ class Run:
         tried = f", halved {done.halvings} times in this run" if done.halvings else ""
         raise FitError(
             f"{failure}, at learning rate {rate:.2g}{tried}. Model and guide are as after epoch {epoch}: there "
-            f"{suspects(self.model, self.guide, self.train_cells)}. Try a smaller learning_rate, or leave out such "
-            "cells or genes"
+            f"{suspects(self.model, self.guide, self.train_cells)}. Try a smaller learning_rate, another prior, "
+            "or leave out such cells or genes"
         ) from failure
 
     def _require_improvement(self, done: Progress) -> None:

@@ -210,3 +210,13 @@ def test_real_file_with_empty_cells_and_genes():
         Cells.from_anndata(adata)
     n_empty = int((adata.X.sum(axis=1) == 0).sum())
     assert [str(warning.message).split(" have")[0] for warning in caught] == [f"{n_empty} cells", "285 genes"]
+
+
+def test_gene_names_that_are_numbers_match_their_own_schema():
+    adata = AnnData(np.ones((3, 2)))
+    adata.var.index = pd.Index([1, 2])
+    cells = Cells.from_anndata(adata)
+    np.testing.assert_array_equal(Cells.from_anndata(adata, schema=cells.schema)[:][0], cells[:][0])
+    adata.var.index = pd.Index([1, "1"], dtype=object)
+    with pytest.raises(DataError, match="unique"):
+        Cells.from_anndata(adata)

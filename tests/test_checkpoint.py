@@ -204,21 +204,22 @@ def test_another_model_guide_or_other_cells_are_refused(cells, batched_cells, tm
     stopped(cells, tmp_path / "run", monkeypatch, 2)
     model = ps.SCVI(20, 4, n_hidden=16)
     changed = cells.counts.copy()
-    changed[5, 3] += 1
+    changed[np.ix_([5, 6], [3, 4])] += np.array([[1, -1], [-1, 1]])  # cells and genes keep their totals
+    assert changed.min() >= 0
     others = {
         "model.n_latent was 3, is 4": (cells, model, ps.guides.DiagonalNormal(model, n_hidden=16, dropout=0.1)),
-        "guide.part": (cells, parts(cells)[0], None),
-        "digest of totals": (ps.Cells.from_counts(changed), *parts(cells)),
+        "digest of counts": (ps.Cells.from_counts(changed), *parts(cells)),
         "n_cells was 60, is 59": (cells.take(range(59)), *parts(cells)),
         "schema": (batched_cells, *parts(batched_cells)),
         "gene_names": (ps.Cells.from_counts(cells.counts, gene_names=[f"g{i}" for i in range(20)]), *parts(cells)),
     }
     others["guide.part"] = (cells, model := parts(cells)[0], ps.guides.FullRankNormal(model, n_hidden=16))
     for says, (data, law, guide) in others.items():
-        before = [p.clone() for p in law.parameters()]
+        before = {name: value.clone() for name, value in law.state_dict().items()}
         with pytest.raises(CheckpointError, match=says):
             run(data, law, guide, checkpoint=tmp_path / "run", resume=True)
-        assert len(before) == len(list(law.parameters()))
+        started = {"decoder.heads.log_mean.bias", "library.loc", "library.scale"}  # at the data's, as in any fit
+        assert all(torch.equal(v, before[k]) for k, v in law.state_dict().items() if k not in started)
 
 
 def test_a_users_prior_resumes(cells, tmp_path, monkeypatch):
@@ -254,12 +255,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_there(cells, t
     with pytest.raises(CheckpointError, match="corrupt") as caught:
         ps.load(folder)
     assert path.name in str(caught.value)
-    if which == "config" and damage != "flipped":  # what cannot be told from somebody else's file
-        with pytest.raises(CheckpointError, match="broken or strange config.json"):
-            run(cells, checkpoint=folder, resume=True)
-    else:
-        with pytest.raises(CheckpointError, match="corrupt.*after epoch 2, is intact: delete config.json"):
-            run(cells, checkpoint=folder, resume=True)
+    with pytest.raises(CheckpointError, match="corrupt.*after epoch 2, is intact: delete config.json"):
+        run(cells, checkpoint=folder, resume=True)
     assert path.read_bytes() == content[damage]
     (folder / "config.json").unlink()
     check_equal(run(cells, checkpoint=folder, resume=True), whole)

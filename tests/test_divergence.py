@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from conftest import simulated_counts
@@ -149,3 +150,23 @@ def test_a_learning_rate_of_50_gives_a_usable_fit_or_an_error(cells, rate, epoch
     assert fit.settings["halvings"] > 0
     assert fit.history.held_out_loss.min() < good.history.held_out_loss.min()
     assert np.isfinite(ps.embed(fit, cells)).all()
+
+
+def test_parameters_that_are_no_numbers_are_named_and_not_the_cells(cells):
+    model, guide = parts(cells)
+    with torch.no_grad():
+        model.decoder.heads["log_mean"].weight[0, 0] = math.nan
+    with pytest.raises(FitError, match=r"decoder.heads.log_mean.weight holds values that are no numbers.*new model"):
+        run(cells, model, guide)
+
+
+def test_a_prior_without_a_finite_density_is_named(cells):
+    class Nowhere(torch.distributions.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value) * math.nan
+
+    def prior():
+        return pyro.distributions.torch.Independent(Nowhere(torch.zeros(3), torch.ones(3)), 1)
+
+    with pytest.raises(FitError, match="prior"):
+        run(cells, *parts(cells, prior=prior), elbo=pyro.infer.Trace_ELBO())

@@ -14,6 +14,7 @@ import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.interrupts import noted_interrupts
 from pyro_scvi.minibatches import Minibatches
+from pyro_scvi.training import Run
 
 STEPS = 4  # of an epoch: 54 cells in batches of 16
 
@@ -56,13 +57,29 @@ def test_a_signal_ends_the_step_and_gives_the_fit_of_the_epochs_before(cells, tm
         with pytest.warns(UserWarning, match=f"interrupted by {number.name} after epoch 3 of 6"):
             fit = run(cells, checkpoint=folder, checkpoint_every=ps.schedules.Every(epochs=5))
         assert steps[0] == 3 * STEPS + 2  # no step after the one that ran
-    assert not handlers
+    assert handlers == [number]  # a handler of one's own is called, once
     assert fit.settings["interrupted"] == f"{number.name} after epoch 3 of 6"
     assert len(fit.history) == 3
     assert fit.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds").iloc[:3])
     assert np.isfinite(ps.embed(fit, cells)).all()
     check_equal(run(cells, checkpoint=folder, resume=True), whole)
     check_equal(run(cells, fit.model, fit.guide, checkpoint=folder, resume=True), whole)  # also with the models used
+
+
+def test_a_signal_after_the_last_step_does_not_make_the_run_an_interrupted_one(cells, monkeypatch, handlers):
+    evaluate, seen = Run.evaluate, []
+
+    def last(self, *args):
+        seen.append(args)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(Run, "evaluate", last)
+    fit = run(cells)
+    assert len(fit.history) == 6
+    assert handlers == [signal.SIGINT]
+    assert "interrupted" not in fit.settings
 
 
 def test_the_fit_of_an_interrupted_run_is_that_of_its_best_epoch(cells, monkeypatch, handlers):
