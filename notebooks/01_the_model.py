@@ -7,7 +7,8 @@
 # %% [markdown]
 # # 1. The paper's model, letter by letter
 #
-# *Question: what does scVI (Lopez, Regier, Cole, Jordan and Yosef 2017) say about a table of counts, before any data?*
+# *Question: what does scVI (Lopez, Regier, Cole, Jordan and Yosef 2017) say about a table of counts, before any
+# data?*
 #
 # The table has a row per cell $n$ and a column per gene $g$; $x_{ng}$ is how many RNA molecules of that gene were
 # counted in that cell. Most entries are zero. The model explains a row by a few numbers $z_n$:
@@ -56,9 +57,9 @@ model = ps.SCVI(n_genes, **size).eval()
 print(inspect.getsource(ps.SCVI.forward).split('"""')[-1])
 
 # %% [markdown]
-# Read from the bottom: `marginal` integrates $w$, $y$ and $h$ out, `generate` has them as sites. The plate diagram below
-# is not a drawing of what we think the program is: it is read off the program, so a changed model has another picture.
-# (`pyro.render_model(model, model_args=(x,), model_kwargs={"marginal": False})` gives Graphviz's.)
+# Read from the bottom: `marginal` integrates $w$, $y$ and $h$ out, `generate` has them as sites. The plate diagram
+# below is not a drawing of what we think the program is: it is read off the program, so a changed model has another
+# picture. (`pyro.render_model(model, model_args=(x,), model_kwargs={"marginal": False})` gives Graphviz's.)
 
 # %%
 _ = ps.plots.program(model, n_cells=n_cells)
@@ -66,8 +67,8 @@ _ = ps.plots.program(model, n_cells=n_cells)
 # %% [markdown]
 # ## Draws from the prior
 #
-# `model(None, gamma)` draws instead of scoring. `gamma` holds covariates of the cells, such as batches; here there are
-# none, so it has no columns and only says how many cells to draw. A trace keeps every site.
+# `model(None, gamma)` draws instead of scoring. `gamma` holds covariates of the cells, such as batches; here there
+# are none, so it has no columns and only says how many cells to draw. A trace keeps every site.
 
 # %%
 gamma = torch.zeros(n_cells, 0)
@@ -109,7 +110,8 @@ print(json.dumps(headline))
 # %% [markdown]
 # ## w, y and h integrated out
 #
-# Gamma-Poisson conjugacy makes $y$ negative binomial, and $x$ zero-inflated negative binomial (Section 2 of the paper):
+# Gamma-Poisson conjugacy makes $y$ negative binomial, and $x$ zero-inflated negative binomial (Section 2 of the
+# paper):
 #
 # $$p(x \mid z) = \pi\, 1[x = 0] + (1 - \pi)\, \mathrm{NB}(x; \mu, r), \qquad
 #   \mathrm{Var}[y \mid z] = \mu + \mu^2 / r .$$
@@ -146,7 +148,8 @@ print(f"largest gap: {gap:.1f} standard errors over {len(support)} counts")
 #
 # $$\log p(x, y, w, h \mid z) - \log p(y, w, h \mid x, z) = \log p(x \mid z).$$
 #
-# The left side differs from draw to draw in both terms, the difference does not. Double precision, to see how exactly:
+# The left side differs from draw to draw in both terms, the difference does not. Double precision, to see how
+# exactly:
 
 # %%
 exact = ps.SCVI(n_genes, **size).double().eval()
@@ -170,8 +173,8 @@ print(f"largest |forward - backward - marginal|: {(forward - backward - marginal
 # %% [markdown]
 # ## do(h = 0): the same cells, had nothing been lost
 #
-# An intervention replaces the statement that draws $h$ and leaves the rest of the program alone. The draws of $z$, $w$
-# and $y$ below are those of before, and $x$ becomes $y$.
+# An intervention replaces the statement that draws $h$ and leaves the rest of the program alone. The draws of $z$,
+# $w$ and $y$ below are those of before, and $x$ becomes $y$.
 
 # %%
 with torch.no_grad():
@@ -182,9 +185,9 @@ print(f"zeros in x: {(x == 0).double().mean():.3f};  under do(h = 0): {(x_unlost
 print(f"x under do(h = 0) is y: {torch.equal(x_unlost, y)}")
 
 # %% [markdown]
-# **What to take along.** The paper's Section 1 is one short program; its marginal and explicit forms are one law; every
-# Pyro handler works on it.
+# **What to take along.** The paper's Section 1 is one short program; its marginal and explicit forms are one law;
+# every Pyro handler works on it.
 #
 # **What not to conclude.** The weights were random: none of these numbers says anything about real cells. And $h$ is
-# a *name* for excess zeros: whether such zeros are technical is a matter of interpretation, which notebook 4 puts to a
-# test. Next, notebook 2 fits the model to blood cells.
+# a *name* for excess zeros: whether such zeros are technical is a matter of interpretation, which notebook 4 puts to
+# a test. Next, notebook 2 fits the model to blood cells.

@@ -9,8 +9,8 @@
 #
 # *Question: which cells are alike, and how well does the model explain cells that it has not seen?*
 #
-# From a table of counts to an embedding in the AnnData and a number that can be compared between models, in about
-# ten lines of code. The cells are 700 peripheral blood cells (10x Genomics) that ship with scanpy: nothing is downloaded.
+# From a table of counts to an embedding in the AnnData and a number that can be compared between models, in about ten
+# lines of code. The cells are 700 peripheral blood cells (10x Genomics) that ship with scanpy: nothing is downloaded.
 
 # %%
 import json
@@ -34,9 +34,9 @@ adata
 # %% [markdown]
 # ## Cells
 #
-# `Cells` is the door: counts are checked here (negative, fractional or missing values are refused with the cell and gene
-# named), genes are remembered by name. `batch=` and `covariates=` name columns of `obs`, which become the constants
-# $\gamma$. A tenth of the cells is set aside *before* anything is fitted.
+# `Cells` is the door: counts are checked here (negative, fractional or missing values are refused with the cell and
+# gene named), genes are remembered by name. `batch=` and `covariates=` name columns of `obs`, which become the
+# constants $\gamma$. A tenth of the cells is set aside *before* anything is fitted.
 
 # %%
 cells = ps.Cells.from_anndata(adata)
@@ -49,7 +49,8 @@ cells
 # The posterior of $z$ given a cell has no closed form. `fit` trains the model's weights together with an encoder
 # $q(z \mid x)$, the *guide*, by raising the evidence lower bound, averaged over cells:
 #
-# $$\log p(x_n) \;\ge\; \mathbb{E}_{q(z \mid x_n)} \log p(x_n \mid z) - \mathrm{KL}\left(q(z \mid x_n) \,\|\, p(z)\right).$$
+# $$\log p(x_n) \;\ge\; \mathbb{E}_{q(z \mid x_n)} \log p(x_n \mid z)
+#   - \mathrm{KL}\left(q(z \mid x_n) \,\|\, p(z)\right).$$
 #
 # It is `pyro.infer.SVI` with a faster loop (notebook 7 writes the loop by hand). All losses are in **nats per cell**:
 # minus the bound, so lower is better.
@@ -60,8 +61,8 @@ fit = ps.fit(model, train, progress=False)
 _ = ps.plots.loss(fit)
 
 # %% [markdown]
-# The fit holds a further tenth of its cells out to watch itself: where the lower curve goes on falling and the upper one
-# turns, the model has begun to learn single cells by heart. The state of the best epoch is what is returned.
+# The fit holds a further tenth of its cells out to watch itself: where the lower curve goes on falling and the upper
+# one turns, the model has begun to learn single cells by heart. The state of the best epoch is what is returned.
 #
 # ## Embed and look
 #
@@ -77,9 +78,9 @@ _ = ps.plots.embedding(ps.plots.Projection(adata.obsm["X_umap"], "UMAP"), adata.
 
 # %% [markdown]
 # The labels were made by others from sorted cells, and the fit never saw them. UMAP is a picture: areas, gaps and
-# distances between islands in it mean little. A number that does not depend on it: of a cell's 15 nearest neighbours in
-# the ten latents, which share has the cell's own label? Beside it, principal components of log-normalised counts, what
-# one would do without a model.
+# distances between islands in it mean little. A number that does not depend on it: of a cell's 15 nearest neighbours
+# in the ten latents, which share has the cell's own label? Beside it, principal components of log-normalised counts,
+# what one would do without a model.
 
 # %%
 normalised = adata.copy()
@@ -100,11 +101,14 @@ print("latents:             ", agreement(adata.obsm["X_pyro_scvi"]))
 print("principal components:", agreement(normalised.obsm["X_pca"]))
 
 # %% [markdown]
+# Equal within their errors: finding such neighbours is no feat of the model's. What principal components do not have
+# is a probability of the counts, and all that follows from it.
+#
 # ## How good is the model? Held-out evidence
 #
 # The bound is not the thing itself: a loose guide lowers it, so two bounds compare guides as much as models.
-# `ps.evidence` estimates $\log p(x_n)$, everything latent integrated out, by importance sampling from a proposal that is
-# fitted to each cell. Pareto $\hat k$ says per cell whether to believe the estimate: below 0.7, yes.
+# `ps.evidence` estimates $\log p(x_n)$, everything latent integrated out, by importance sampling from a proposal that
+# is fitted to each cell. Pareto $\hat k$ says per cell whether to believe the estimate: below 0.7, yes.
 
 # %%
 table = ps.evidence(fit, test)
@@ -120,8 +124,8 @@ _ = axes[1].set(xlabel="evidence minus the guide's bound, nats", ylabel="held-ou
 
 # %% [markdown]
 # The gap on the right is what the encoder's normal gives away per cell; it is why models are not compared by their
-# loss. Is the evidence good? Only a comparison says. A model without latents, $x_{ng} \sim \mathrm{Poisson}(L_n p_g)$ with
-# the gene's overall share $p_g$, is even told each held-out cell's total $L_n$, and still:
+# loss. Is the evidence good? Only a comparison says. A model without latents, $x_{ng} \sim \mathrm{Poisson}(L_n p_g)$
+# with the gene's overall share $p_g$, is even told each held-out cell's total $L_n$, and still:
 
 # %%
 share = train.counts.sum(0) / train.counts.sum()
@@ -159,9 +163,9 @@ with tempfile.TemporaryDirectory() as folder:
 print("same embedding:", np.array_equal(ps.embed(loaded, test), ps.embed(fit, test)))
 
 # %% [markdown]
-# **What to take along.** `Cells`, `SCVI`, `fit`, `embed`, `evidence`: five names, the whole of daily use. Judge a model by
-# the evidence of cells that it has not seen, and look at $\hat k$ first.
+# **What to take along.** `Cells`, `SCVI`, `fit`, `embed`, `evidence`: five names, the whole of daily use. Judge a
+# model by the evidence of cells that it has not seen, and look at $\hat k$ first.
 #
-# **What not to conclude.** Nearest neighbours that agree with labels do not make a model right, nor does a pretty UMAP;
-# and an evidence is only larger or smaller than another on the *same* cells and genes. Notebook 3 makes that comparison
-# for five priors.
+# **What not to conclude.** Nearest neighbours that agree with labels do not make a model right, nor does a pretty
+# UMAP; and an evidence is only larger or smaller than another on the *same* cells and genes. Notebook 3 makes that
+# comparison for five priors.

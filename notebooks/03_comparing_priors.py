@@ -9,8 +9,9 @@
 #
 # *Question: does it matter what we assume of $z$, and how would we know?*
 #
-# The paper takes $z_n \sim \mathrm{Normal}(0, I)$. Any callable that returns a distribution over the latents will do, and
-# since the model is a program, nothing else has to change. Five priors here, from the same cells and the same seeds:
+# The paper takes $z_n \sim \mathrm{Normal}(0, I)$. Any callable that returns a distribution over the latents will do,
+# and since the model is a program, nothing else has to change. Five priors here, from the same cells and the same
+# seeds:
 #
 # | prior | density | learned from the data |
 # |---|---|---|
@@ -55,8 +56,8 @@ priors = {
 # %% [markdown]
 # ## Fit every prior twice
 #
-# The second fit differs in its seed only. What it changes is the yardstick: a difference between two priors that is no
-# larger than that is no difference.
+# The second fit differs in its seed only. What it changes is the yardstick: a difference between two priors that is
+# no larger than that is no difference.
 
 # %%
 HEADLINE = ("normal", "mixture")  # these two are compared in the last cells
@@ -73,8 +74,8 @@ fits = {name: [fitted(name, seed) for seed in ([0] if SHORT else [0, 1])] for na
 # %% [markdown]
 # ## Compare by the evidence of held-out cells
 #
-# $\log p(x_n)$ integrates $z$ out under the prior, so it is the price of the prior on a cell that nobody has seen. The
-# differences are **paired**: cells differ by hundreds of nats (`se`), but they differ alike under every model
+# $\log p(x_n)$ integrates $z$ out under the prior, so it is the price of the prior on a cell that nobody has seen.
+# The differences are **paired**: cells differ by hundreds of nats (`se`), but they differ alike under every model
 # (`difference_se`). `refit_sd` is the spread of the mean between the two fits.
 
 # %%
@@ -86,10 +87,10 @@ table[["log_evidence", "se", "difference", "difference_se", "refit_sd", "bound_g
 _ = ps.plots.comparison(table)
 
 # %% [markdown]
-# Read it in this order. Is $\hat k$ above 0.7 in few cells? Then the evidence is to be believed. Is a difference larger
-# than twice its paired standard error, *and* larger than the pale bars, the refits? Only then is one prior better than
-# another on these cells. `bound_gap` is evidence minus the guide's bound: priors differ in it too, so that comparing them
-# by the training loss would rank guides.
+# Read it in this order. Is $\hat k$ above 0.7 in few cells? Then the evidence is to be believed. Is a difference
+# larger than twice its paired standard error, *and* larger than the pale bars, the refits? Only then is one prior
+# better than another on these cells. `bound_gap` is evidence minus the guide's bound: priors differ in it too, so
+# that comparing them by the training loss would rank guides.
 
 # %% tags=["headline"]
 mixture_over_normal = float(table.log_evidence["mixture"] - table.log_evidence["normal"])
@@ -106,8 +107,8 @@ print(json.dumps(headline))
 # ## What the encoder's cells look like against the prior
 #
 # The *aggregate posterior* $q(z) = \frac1N \sum_n q(z \mid x_n)$ is where the cells lie. If the prior were the law of
-# cells, the two would be one. The KL term of the bound splits exactly into what a cell's code says of the cell, and how
-# far the codes as a whole are from the prior (Hoffman and Johnson 2016):
+# cells, the two would be one. The KL term of the bound splits exactly into what a cell's code says of the cell, and
+# how far the codes as a whole are from the prior (Hoffman and Johnson 2016):
 #
 # $$\frac1N \sum_n \mathrm{KL}(q(z \mid x_n) \| p(z)) =
 #   \underbrace{I_q(n; z)}_{\text{at most } \log N} + \ \mathrm{KL}(q(z) \| p(z)).$$
@@ -155,16 +156,16 @@ for ax, (name, of) in zip(axes, fits.items(), strict=True):
 _ = axes[0].legend(frameon=False, markerscale=3, loc="lower left", fontsize="small")
 
 # %% [markdown]
-# Cell types are islands. A fixed prior has to cover the water between them and pays for it in the last column above; a
-# learned one moves towards the islands. Whether that also helps on *unseen* cells is what the comparison says, not this
-# picture.
+# Cell types are islands. A fixed prior has to cover the water between them and pays for it in the last column above;
+# a learned one moves towards the islands. Whether that also helps on *unseen* cells is what the comparison says, not
+# this picture.
 #
 # ## Would the answer for a cell change? Prior sensitivity
 #
 # Raise the prior, or the likelihood, to a power near one and see how fast each latent of each cell moves
-# (power-scaling, Kallioinen et al. 2023). Above about 0.05 counts as sensitive; `noise` is what Monte Carlo error alone
-# gives. The draws must follow the posterior, hence HMC. All should respond to the likelihood; a latent that responds
-# to the prior alone has learned nothing from its cell.
+# (power-scaling, Kallioinen et al. 2023). Above about 0.05 counts as sensitive; `noise` is what Monte Carlo error
+# alone gives. The draws must follow the posterior, hence HMC. All should respond to the likelihood; a latent that
+# responds to the prior alone has learned nothing from its cell.
 
 # %%
 few = test.take(range(2 if SHORT else 15))
@@ -196,9 +197,9 @@ fit = ps.fit(own, train, epochs=2, progress=False)
 print(fit.history[["train_loss", "kl"]].round(1).to_string())
 
 # %% [markdown]
-# **What to take along.** Change the prior, fit twice, `ps.compare` on unseen cells. Differences are paired, refits are the
-# yardstick.
+# **What to take along.** Change the prior, fit twice, `ps.compare` on unseen cells. Differences are paired, refits
+# are the yardstick.
 #
-# **What not to conclude.** That the winner here is the better prior elsewhere: 70 cells of one data set decided. That a
-# learned prior "found" the cell types: it was made to follow them. And that evidence decides everything: a prior with
-# clusters may be wanted for what is read off $z$ even where it explains cells no better.
+# **What not to conclude.** That the winner here is the better prior elsewhere: 70 cells of one data set decided. That
+# a learned prior "found" the cell types: it was made to follow them. And that evidence decides everything: a prior
+# with clusters may be wanted for what is read off $z$ even where it explains cells no better.
