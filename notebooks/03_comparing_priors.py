@@ -96,7 +96,7 @@ _ = ps.plots.comparison(table)
 mixture_over_normal = float(table.log_evidence["mixture"] - table.log_evidence["normal"])
 refits = np.hypot(*table.refit_sd[list(HEADLINE)])  # sd of the difference between two fits
 headline = {
-    "quantity": "log evidence of held-out cells, mixture minus normal prior",
+    "quantity": "log evidence of held-out cells, mixture minus normal prior, mean over the fits",
     "value": round(mixture_over_normal, 2),
     "error": None if SHORT else round(4 * float(refits), 2),  # four sd over refits
     "unit": "nats per cell",
@@ -146,7 +146,8 @@ def cells_and_prior(fit, ax):
     first, second = z.var(0).argsort(descending=True)[:2]
     ax.scatter(prior[:, first].numpy(), prior[:, second].numpy(), s=3, color="#c9ced6", label="prior")
     ax.scatter(z[:, first].numpy(), z[:, second].numpy(), s=4, color="#31688e", label="cells")
-    ax.set(xticks=[], yticks=[], xlim=(-6, 6), ylim=(-6, 6), aspect="equal")
+    low, high = prior[:, [first, second]].quantile(torch.tensor([0.005, 0.995]), 0).numpy()
+    ax.set(xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(low[1], high[1]))  # but for the outermost draws
 
 
 figure, axes = plt.subplots(1, 5, figsize=(11, 2.6), layout="constrained")

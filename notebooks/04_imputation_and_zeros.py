@@ -127,8 +127,10 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# Lower deviance is better. Borrowing strength from like cells predicts hidden molecules better than the entry's own
-# count or the gene's overall share, and the totals in the last columns say whether the level is right too.
+# Lower deviance is better. (The law of the last row is degenerate on purpose: it takes a zero for a zero.) Borrowing
+# strength from like cells predicts hidden molecules better than the entry's own count or the gene's overall share,
+# and the totals in the last columns say whether the level is right too. There the model with $h$ promises too few:
+# some of the zeros that it calls lost do hold molecules in the other part.
 #
 # The same test for the uncertainty: among entries with zero kept, sorted by what was predicted, are as many molecules
 # found as promised?
@@ -149,6 +151,9 @@ ax.set(xscale="log", yscale="log", xlabel="predicted molecules per entry, 20 equ
 _ = ax.legend(frameon=False)
 
 # %% [markdown]
+# On the line, promises are kept. On the left both models promise less than there is: an expression that is imputed as
+# almost nothing should be read as "below one molecule in a few hundred cells", not as a number.
+#
 # ## Which zeros are technical?
 #
 # `technical_zero_probability` is $P(h = 1 \mid x)$ for every zero.
@@ -177,10 +182,11 @@ headline = {
 print(json.dumps(headline))
 
 # %% [markdown]
-# Do not read this number as a property of the experiment. A zero that the negative binomial explains by a small mean,
-# or by a small $r$, needs no $h$; how the three share the zeros out is weakly determined, and the negative binomial
-# *without* $h$ predicted hidden molecules about as well above. For UMI counts such as these, many hold that there is
-# no zero inflation to explain. Compare the two by evidence before $h$ is given a meaning:
+# Two kinds of zeros on the left, but do not read them, or this number, as a property of the experiment. A zero that
+# the negative binomial explains by a small mean, or by a small $r$, needs no $h$; how the three share the zeros out
+# is weakly determined, and the negative binomial *without* $h$ predicted hidden molecules no worse above. For UMI
+# counts such as these, many hold that there is no zero inflation to explain. Compare the two by evidence before $h$
+# is given a meaning:
 
 # %%
 train, test = cells.split(held_out=0.1, seed=0)
