@@ -52,7 +52,7 @@ cells
 # $$\log p(x_n) \;\ge\; \mathbb{E}_{q(z \mid x_n)} \log p(x_n \mid z)
 #   - \mathrm{KL}\left(q(z \mid x_n) \,\|\, p(z)\right).$$
 #
-# It is `pyro.infer.SVI` with a faster loop (notebook 7 writes the loop by hand). All losses are in **nats per cell**:
+# It is `pyro.infer.SVI` with a faster loop. All losses are in **nats per cell**:
 # minus the bound, so lower is better.
 
 # %%

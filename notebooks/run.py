@@ -59,6 +59,7 @@ def execute(notebook: NotebookNode, mode: str = FULL, *, timeout: int = 1200) ->
             notebook,
             kernel_name="python3",
             timeout=timeout,
+            startup_timeout=600,  # a busy machine takes longer than the minute that is its default
             record_timing=False,
             resources={"metadata": {"path": folder}},
         )
