@@ -84,9 +84,10 @@ def main(moments, folder, seed):
         ended = wait(child, rng.uniform(0, lasts))
         if ended is not None:
             lasts = ended  # the machine has become faster
-        else:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            shutil.rmtree(run)
+            continue
+        os.kill(child, signal.SIGKILL)
+        if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
             counts["killed"] += 1
             counts["while writing"] += any(run.glob(".*.part")) if run.exists() else 0
             counts["loaded"] += loads(run)
