@@ -355,9 +355,10 @@ def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
     everything = found(results, effort)
     leads = [row for row in _leads(everything) if row.quantity == LEAD and not math.isnan(row.value)]
     n = {of.data: of.results[0].get("n", of.size) for of in everything if of.results}
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    kinds = [kind for kind in ("brain10k", "simulated") if any(row.data.startswith(kind) for row in leads)]
+    figure = Figure(figsize=(2 + 4 * len(kinds), 3.6), layout="constrained")
     handles = {}
-    for ax, kind in zip(figure.subplots(1, 2, sharey=True), ("brain10k", "simulated"), strict=True):
+    for ax, kind in zip(figure.subplots(1, max(len(kinds), 1), sharey=True, squeeze=False)[0], kinds, strict=False):
         for system, colour in COLOURS.items():
             line = [row for row in leads if row.data.startswith(kind) and row.system == f"{OURS} minus {system}"]
             values, errors = [row.value for row in line], [2 * row.error for row in line]
@@ -374,8 +375,7 @@ def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
     figure.savefig(file, dpi=120)
     caption = (
         "Lead of the default model in held-out log p(x) as a probability of counts against the number of cells, paired "
-        "over test cells; bars are 2 standard errors; linear between -1 and 1. Right: cells simulated from a fitted "
-        "model, beside that model's own log p(x)."
+        "over test cells; bars are 2 standard errors; linear between -1 and 1. Simulated are cells of a fitted model."
     )
     return [Picture(file, "lead in log p(x) against the number of cells", caption)]
 

@@ -270,8 +270,8 @@ TEXT = (
     "0.0004 with epsilon 0.01, 250 epochs). scvi-tools is trained for 150 epochs.",
     "Held-out log p(x) is that of Table 1: fits to three quarters of the cells, the others scored.",
     "A choice without labels: the candidates are trained alike, 60 epochs on three quarters of the cells, and the one "
-    "with the best held-out log p(x) is taken, whatever its silhouette. Shorter runs are shown because they are how "
-    "the paper's 0.285 can be reached; nothing but labels would stop there, since held-out log p(x) still rises.",
+    "with the best held-out log p(x) is taken, whatever its silhouette. Shorter runs are shown because "
+    "the silhouette is higher there; nothing but labels would stop so early, since held-out log p(x) still rises.",
 )
 
 EXPERIMENT = Experiment(
