@@ -125,10 +125,10 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("cortex_558, ZIFA corruption", data.CORTEX, True, 2),
-    Setting("cortex_558, uniform corruption", data.CORTEX, False, 2),
-    Setting("brain10k, ZIFA corruption", data.BRAIN, True, 1),
-    Setting("brain10k, uniform corruption", data.BRAIN, False, 1),
+    Setting("cortex_558, ZIFA corruption", data.CORTEX, True, 3),
+    Setting("cortex_558, uniform corruption", data.CORTEX, False, 3),
+    Setting("brain10k, ZIFA corruption", data.BRAIN, True, 2),
+    Setting("brain10k, uniform corruption", data.BRAIN, False, 2),
 )
 PAPER = {  # Lopez et al. 2017: error, mean cross-entropy, on the brain cells with the 720 most variable genes
     "ZIFA": (3.0, 1.955),

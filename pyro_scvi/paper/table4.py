@@ -94,7 +94,7 @@ class Setting(NamedTuple):
     seeds: int
 
 
-SETTINGS = (Setting("pbmc_8k4k_hvg", data.PBMC_8K4K, 2), Setting("pbmc_3kA", data.PBMC_3KA, 1))
+SETTINGS = (Setting("pbmc_8k4k_hvg", data.PBMC_8K4K, 3), Setting("pbmc_3kA", data.PBMC_3KA, 2))
 PEER_EPOCHS = 50
 EPOCHS: dict[str, int | None] = {  # most passes; None: as many as the configuration has
     "scVI, 2017 preset": 50,  # the authors name 10 for the largest data to 150 for the smallest
