@@ -15,7 +15,7 @@ from pyro_scvi.gamma_ratio import SharedDispersion
 from pyro_scvi.pairs import LEVELS, Estimate, Groups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AllPairs:
     r"""Every draw of one group is paired with every draw of the other: the least variance that the draws allow.
 
@@ -39,6 +39,14 @@ class AllPairs:
         S, draws per group.
     bins
         Points of the histograms.
+
+    Examples
+    --------
+    >>> per_gene = ps.SCVI(20, 2, likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(20)))
+    >>> made = ps.fit(per_gene, cells, epochs=1, progress=False)
+    >>> pairing = ps.differential.AllPairs(samples=100)
+    >>> len(ps.differential_expression(made, cells, groupby="kind", group_a="a", group_b="b", pairing=pairing))
+    20
     """
 
     samples: int = 1000

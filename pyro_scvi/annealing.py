@@ -66,6 +66,12 @@ def annealed_evidence(
     ------
     ModelError
         For the prior Flat, under which no evidence exists.
+
+    Examples
+    --------
+    >>> annealed = ps.annealed_evidence(fit, test.take(range(2)), chains=4, temperatures=20)
+    >>> annealed.columns.tolist()
+    ['log_evidence', 'se', 'ess', 'khat']
     """
     require_question(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")

@@ -69,6 +69,13 @@ def annotate(
         If genes, batches or covariates are not those of the fit.
     ModelError
         If ``technical_zeros`` are asked of a model that has none.
+
+    Examples
+    --------
+    >>> annotated = adata.copy()
+    >>> ps.annotate(annotated, fit)
+    >>> annotated.obsm["X_pyro_scvi"].shape, sorted(annotated.uns["pyro_scvi"])[:3]
+    ((60, 2), ['guide', 'model', 'samples'])
     """
     started = time.perf_counter()
     if adata.is_view:
@@ -123,6 +130,14 @@ def add_rank_genes_groups(
     ------
     DataError
         If the table is of one pair, ``adata`` has no such column, or ``uns[key]`` is taken.
+
+    Examples
+    --------
+    >>> annotated = adata.copy()
+    >>> table = ps.differential_expression(fit, cells, groupby="kind", largest_se=0.05)
+    >>> ps.add_rank_genes_groups(annotated, table, "kind")
+    >>> annotated.uns["rank_genes_groups"]["names"].dtype.names
+    ('a', 'b')
     """
     if table.index.names != ["group", "gene"]:
         raise DataError(

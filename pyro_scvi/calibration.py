@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +21,13 @@ from pyro_scvi.samplers import HMC, Refined, Sampler, require_sampler
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
+__all__ = ["AggregatePosterior", "Prior", "calibrate"]
+
+
+def __dir__():
+    return __all__
+
+
 Sites = dict[str, Tensor]
 
 
@@ -37,6 +44,12 @@ class Prior:
     """z and l from their prior, covariates from random rows of ``cells``, which a model with covariates needs.
 
     A right sampler has uniform ranks then.
+
+    Examples
+    --------
+    >>> made = ps.calibrate(fit, 4, source=ps.calibration.Prior(), sampler=ps.Amortized(), draws=19, thin=1)
+    >>> len(made.ranks)
+    4
     """
 
     cells: Cells | None = None
@@ -62,9 +75,17 @@ class AggregatePosterior:
 
     Ranks are uniform then only as far as the aggregate posterior is the prior; what they show is how the sampler does
     on cells like these.
+
+    Examples
+    --------
+    >>> source = ps.calibration.AggregatePosterior(train, sampler=ps.Amortized())
+    >>> made = ps.calibrate(fit, 4, source=source, sampler=ps.Amortized(), draws=19, thin=1)
+    >>> len(made.ranks)
+    4
     """
 
     cells: Cells
+    _: KW_ONLY
     sampler: Sampler = Refined()
 
     def draw(self, fit: Fit, n_cells: int) -> tuple[Sites, Tensor]:
@@ -143,6 +164,14 @@ def calibrate(
     ------
     ModelError
         If the prior has no density, covariates are missing, L + 1 is no multiple of 20, or a number is below 1.
+
+    Examples
+    --------
+    >>> result = ps.calibrate(fit, 20, sampler=ps.Refined(steps=20), draws=19, thin=1)
+    >>> result.summary.index.tolist()
+    ['z_0', 'z_1', 'l', 'log_likelihood']
+    >>> result.summary.columns.tolist()
+    ['rank_p', 'coverage_50', 'se_50', 'coverage_90', 'se_90']
     """
     require_fit(fit)
     require_sampler(sampler)

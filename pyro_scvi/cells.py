@@ -38,6 +38,18 @@ class Cells:
         What the columns mean; pass it to ``from_anndata`` to read a query in the same way.
     obs
         Annotations of the cells, as the AnnData had them.
+
+    Examples
+    --------
+    >>> cells = ps.Cells.from_anndata(adata, batch="donor")
+    >>> cells.n_cells, cells.n_genes, cells.n_covariates
+    (60, 20, 2)
+    >>> x, gamma = cells[:8]
+    >>> x.shape, gamma.shape
+    (torch.Size([8, 20]), torch.Size([8, 2]))
+    >>> train, test = cells.split(held_out=0.1, seed=0)
+    >>> len(train), len(test)
+    (54, 6)
     """
 
     counts: Counts

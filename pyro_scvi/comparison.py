@@ -44,6 +44,13 @@ def compare(
     ModelError
         If no fit is given, if a prior has no density, or for log likelihoods or leave-one-out results in place of fits:
         leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
+
+    Examples
+    --------
+    >>> other = ps.fit(ps.SCVI(20, 2, prior=ps.priors.StudentT(2)), train, epochs=5, progress=False)
+    >>> table = ps.compare({"normal": fit, "student-t": other}, test.take(range(4)), samples=100)
+    >>> sorted(table.index), float(table.difference.iloc[0])
+    (['normal', 'student-t'], 0.0)
     """
     listed = _listed(fits)
     tables = {name: [evidence(fit, cells, samples=samples, seed=seed) for fit in of] for name, of in listed.items()}

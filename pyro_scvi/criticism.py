@@ -28,18 +28,39 @@ from pyro_scvi.seeding import seeded
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
+__all__ = ["Checks", "check_predictions", "posterior_predictive", "prior_predictive"]
+
+
+def __dir__():
+    return __all__
+
 
 def prior_predictive(
     model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
     """Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
 
-    ``gamma`` (cells, covariates) is needed where the model has covariates.
+    Parameters
+    ----------
+    model
+        Fitted or not.
+    n_cells
+        Number of cells.
+    gamma
+        (cells, covariates), needed where the model has covariates.
+    seed
+        Of the draws.
 
     Raises
     ------
     ModelError
         If covariates are missing, or the prior (Flat) cannot be drawn from.
+
+    Examples
+    --------
+    >>> x = ps.prior_predictive(model, 5)
+    >>> x.shape, bool((x >= 0).all())
+    ((5, 20), True)
     """
     require_kind(model, SCVI, "model", "fit.model")
     require_at_least(1, n_cells=n_cells)
@@ -65,8 +86,8 @@ def _gamma(model: SCVI, n_cells: int, given: ArrayLike | Tensor | None) -> Tenso
 def posterior_predictive(
     fit: Fit,
     cells: Cells,
-    samples: int = 5,
     *,
+    samples: int = 5,
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
@@ -75,6 +96,26 @@ def posterior_predictive(
 
     An array of int32 of that size, or float32 if the law's draws are not whole: take few samples of many cells, or a
     part of the cells at a time.
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and cells of its schema.
+    samples
+        Replicas of every cell.
+    sampler, seed, batch_size
+        As in ``sample_posterior``.
+
+    Raises
+    ------
+    ModelError
+        If a number is below 1, or, but with Amortized, for a prior without a density.
+
+    Examples
+    --------
+    >>> replicas = ps.posterior_predictive(fit, test, samples=3)
+    >>> replicas.dims, replicas.shape
+    (('sample', 'cell', 'gene'), (3, 12, 20))
     """
     require_question(fit, cells)
     require_sampler(sampler)
@@ -91,7 +132,16 @@ def posterior_predictive(
 
 
 class Checks(NamedTuple):
-    """Posterior predictive checks of every gene and every cell, see :func:`check_predictions`."""
+    """Posterior predictive checks of every gene and every cell, see :func:`check_predictions`.
+
+    ``genes`` has a row per gene, ``cells`` one per cell; columns are (statistic, part).
+
+    Examples
+    --------
+    >>> checks = ps.check_predictions(fit, test, samples=20)
+    >>> checks.genes.columns.levels[0].tolist(), checks.cells.columns.levels[0].tolist()
+    (['dispersion', 'mean', 'variance', 'zero_fraction'], ['total'])
+    """
 
     genes: pd.DataFrame
     cells: pd.DataFrame
@@ -112,6 +162,35 @@ def check_predictions(
     The dispersion is variance / mean: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
     (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
     replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and cells of its schema.
+    samples
+        Replicas of the data.
+    interval
+        Probability inside the band of replicas, between 0 and 1.
+    sampler, seed, batch_size
+        As in ``sample_posterior``.
+
+    Returns
+    -------
+    Checks
+        ``genes`` and ``cells``, tables with a row for each; means in counts, variances in counts^2.
+
+    Raises
+    ------
+    ModelError
+        If ``interval`` is not between 0 and 1, or a number below 1.
+
+    Examples
+    --------
+    >>> checks = ps.check_predictions(fit, test, samples=20)
+    >>> checks.genes["zero_fraction"].columns.tolist()
+    ['observed', 'low', 'median', 'high', 'p']
+    >>> checks.genes.shape, checks.cells.shape
+    ((20, 20), (12, 5))
     """
     require_question(fit, cells)
     require_sampler(sampler)

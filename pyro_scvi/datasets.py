@@ -18,6 +18,13 @@ from scipy import io, sparse
 
 from pyro_scvi.errors import DataError
 
+__all__ = ["pbmc68k_reduced", "read_10x", "read_cortex"]
+
+
+def __dir__():
+    return __all__
+
+
 LOG_TOLERANCE = 5.1e-4
 """How far, in log(1 + normalised count), a recovered count may lie from the stored value, which has 3 decimals."""
 
@@ -48,6 +55,12 @@ def pbmc68k_reduced() -> AnnData:
     References
     ----------
     Zheng et al. 2017, Massively parallel digital transcriptional profiling of single cells.
+
+    Examples
+    --------
+    >>> blood = ps.datasets.pbmc68k_reduced()
+    >>> blood.shape, int(blood.X.max())
+    ((700, 765), 259)
     """
     shipped = _scanpy().datasets.pbmc68k_reduced()
     counts = recover_counts(shipped.raw.X, shipped.obs["n_counts"].to_numpy(dtype=np.float64))
@@ -91,7 +104,7 @@ def recover_counts(log_values: Any, totals: np.ndarray) -> sparse.csr_matrix:
 
 
 def read_cortex(path: str | Path) -> AnnData:
-    """Read the mouse cortex counts of Zeisel et al. 2015, ``expression_mRNA_17-Aug-2014.txt`` (plain or .gz).
+    r"""Read the mouse cortex counts of Zeisel et al. 2015, ``expression_mRNA_17-Aug-2014.txt`` (plain or .gz).
 
     The tab-separated file starts with rows of cell annotations (tissue, group #, ..., cell_id, level1class,
     level2class) whose first field is empty; an empty row follows, and then one row per gene: name, gene group, counts.
@@ -110,6 +123,14 @@ def read_cortex(path: str | Path) -> AnnData:
     References
     ----------
     Zeisel et al. 2015, Cell types in the mouse cortex and hippocampus revealed by single-cell RNA-seq.
+
+    Examples
+    --------
+    >>> rows = ["\tcell_id\tc1\tc2", "\tlevel1class\tneuron\tglia", "", "Sox2\t1\t0\t3", "Snap25\t1\t7\t0"]
+    >>> _ = (folder / "cortex.txt").write_text("\n".join(rows))
+    >>> cortex = ps.datasets.read_cortex(folder / "cortex.txt")
+    >>> cortex.X.toarray().tolist(), list(cortex.obs.level1class)
+    ([[0, 7], [3, 0]], ['neuron', 'glia'])
     """
     path = Path(path)
     with _naming(path):
@@ -133,7 +154,7 @@ def read_cortex(path: str | Path) -> AnnData:
 
 
 def read_10x(path: str | Path, *, genome: str | None = None) -> AnnData:
-    """Read the output of Cell Ranger: an HDF5 file (.h5), or a folder with matrix.mtx, barcodes and features or genes.
+    r"""Read the output of Cell Ranger: an HDF5 file (.h5), or a folder with matrix.mtx, barcodes and features or genes.
 
     Versions 2 and 3 of both layouts are read, the files of a folder plain or gzipped. Only gene expression is kept.
 
@@ -155,6 +176,15 @@ def read_10x(path: str | Path, *, genome: str | None = None) -> AnnData:
         If the file is missing or has another layout; names the file.
     ImportError
         If scanpy is not installed and ``path`` is an HDF5 file.
+
+    Examples
+    --------
+    >>> _ = (folder / "barcodes.tsv").write_text("AAAC-1")
+    >>> _ = (folder / "genes.tsv").write_text("ENSG1\tCD8A")
+    >>> _ = (folder / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n1 1 1\n1 1 3")
+    >>> ps.datasets.read_10x(folder).to_df()
+            CD8A
+    AAAC-1     3
     """
     path = Path(path)
     with _naming(path):

@@ -23,10 +23,24 @@ from pyro_scvi.samplers import Amortized, Sampler, require_sampler
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
+__all__ = ["AllPairs", "DepthCorrected", "DepthLaden", "differential_expression"]
+
+
+def __dir__():
+    return __all__
+
 
 @dataclass(frozen=True)
 class DepthCorrected:
-    """Compare w / depth, depth the sum of the cell's means: groups of unequal depth are on one scale."""
+    """Compare w / depth, depth the sum of the cell's means: groups of unequal depth are on one scale.
+
+    Examples
+    --------
+    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "largest_se": 0.05}
+    >>> corrected = ps.differential_expression(fit, cells, contrast=ps.differential.DepthCorrected(), **options)
+    >>> bool(corrected.p_a_lt_b.between(0, 1).all())
+    True
+    """
 
     def log_mean(self, theta: Theta) -> Tensor:
         """Log mu minus the log of its sum over the genes."""
@@ -35,7 +49,15 @@ class DepthCorrected:
 
 @dataclass(frozen=True)
 class DepthLaden:
-    """Compare w itself, as the paper does: a deeper cell then has more of every gene."""
+    """Compare w itself, as the paper does: a deeper cell then has more of every gene.
+
+    Examples
+    --------
+    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "largest_se": 0.05}
+    >>> laden = ps.differential_expression(fit, cells, contrast=ps.differential.DepthLaden(), **options)
+    >>> bool(laden.p_a_lt_b.between(0, 1).all())
+    True
+    """
 
     def log_mean(self, theta: Theta) -> Tensor:
         """Log mu."""
@@ -117,6 +139,15 @@ def differential_expression(
     ModelError
         For a contrast, pairing or number that cannot be, a likelihood without w, or AllPairs where cells differ in
         dispersion.
+
+    Examples
+    --------
+    >>> table = ps.differential_expression(fit, cells, groupby="kind", group_a="a", group_b="b", largest_se=0.05)
+    >>> table.columns[:4].tolist(), len(table)
+    (['p_a_lt_b', 'se', 'log_bayes_factor', 'lfc_mean'], 20)
+    >>> every = ps.differential_expression(fit, cells, groupby="kind", largest_se=0.05)
+    >>> every.index.names
+    FrozenList(['group', 'gene'])
     """
     require_question(fit, cells)
     require_sampler(sampler)

@@ -5,40 +5,104 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any
 
+__all__ = ["CheckpointError", "DataError", "FitError", "ModelError", "PyroScviError", "SchemaError", "StoreError"]
+
+
+def __dir__():
+    return __all__
+
 
 class PyroScviError(Exception):
-    """Root of every error that this package raises on purpose."""
+    """Root of every error that this package raises on purpose.
+
+    Examples
+    --------
+    >>> try:
+    ...     ps.Cells.from_counts(-counts)
+    ... except ps.errors.PyroScviError as error:
+    ...     print(type(error).__name__, isinstance(error, ValueError))
+    ...
+    DataError True
+    """
 
 
 class DataError(PyroScviError, ValueError):
-    """Counts or annotations that no count model can take: negative, missing, not integers, empty."""
+    """Counts or annotations that no count model can take: negative, missing, not integers, empty.
+
+    Examples
+    --------
+    >>> ps.Cells.from_counts(counts / 2)
+    Traceback (most recent call last):
+        ...
+    pyro_scvi.errors.DataError: counts must hold raw integer counts; cell 'cell_0', gene 'gene_1' holds 2.5. ...
+    """
 
 
 class SchemaError(PyroScviError, KeyError):
-    """Genes, categories or columns that do not match what a model was fitted on."""
+    """Genes, categories or columns that do not match what a model was fitted on.
+
+    Examples
+    --------
+    >>> ps.Cells.from_anndata(adata, batch="hospital")
+    Traceback (most recent call last):
+        ...
+    pyro_scvi.errors.SchemaError: obs has no column 'hospital'; its columns are ['donor', 'kind'].
+    """
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError would print the repr
 
 
 class ModelError(PyroScviError, ValueError):
-    """Parts of a model or guide that do not fit together."""
+    """Parts of a model or guide that do not fit together.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, prior=ps.priors.StandardNormal(3))
+    Traceback (most recent call last):
+        ...
+    pyro_scvi.errors.ModelError: the prior must have event shape (2,), got (3,); is to_event(1) missing?
+    """
 
 
 class FitError(PyroScviError, RuntimeError):
-    """Training that could not go on; ``fit`` is the last good Fit, where an epoch had been finished."""
+    """Training that could not go on; ``fit`` is the last good Fit, where an epoch had been finished.
+
+    Examples
+    --------
+    >>> ps.fit(ps.SCVI(20, 2), cells, epochs=0)
+    Traceback (most recent call last):
+        ...
+    pyro_scvi.errors.FitError: epochs must be an integer of 1 or more, got 0
+    """
 
     fit: Any = None
 
 
 class CheckpointError(PyroScviError, OSError):
-    """A saved fit or checkpoint that cannot be written, read or trusted; ``fit`` as in :class:`FitError`."""
+    """A saved fit or checkpoint that cannot be written, read or trusted; ``fit`` as in :class:`FitError`.
+
+    Examples
+    --------
+    >>> ps.load(folder / "nothing")
+    Traceback (most recent call last):
+        ...
+    pyro_scvi.errors.CheckpointError: there is no saved fit or checkpoint, or a part of it is missing: ...
+    """
 
     fit: Any = None
 
 
 class StoreError(PyroScviError, OSError):
-    """A store of counts that cannot be written, read or trusted."""
+    """A store of counts that cannot be written, read or trusted.
+
+    Examples
+    --------
+    >>> ps.Cells.from_store(folder / "nothing.store")
+    Traceback (most recent call last):
+        ...
+    pyro_scvi.errors.StoreError: ... is no store of counts: ...
+    """
 
 
 def require_at_least(least: int, /, **named: int) -> None:

@@ -42,6 +42,19 @@ def evidence(
     figure is a probability of all counts. Global latents (weights, dispersions with a prior) are held at the guide's
     medians.
 
+    Parameters
+    ----------
+    fit, cells
+        The fit and cells of its schema, which it should not have seen.
+    samples
+        Draws of the adapted proposal for every cell.
+    seed
+        Of the draws; the global random state is left alone.
+    batch_size
+        Cells at a time.
+    steps, rounds
+        Gradient steps of the refinement, and rounds of adaptation.
+
     Returns
     -------
     DataFrame by cell
@@ -51,7 +64,22 @@ def evidence(
     Raises
     ------
     ModelError
-        For the prior Flat, under which no evidence exists.
+        For the prior Flat, under which no evidence exists, and for numbers that are too small.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
+
+    Warns
+    -----
+    UserWarning
+        If k-hat is above 0.7 for more than a tenth of the cells.
+
+    Examples
+    --------
+    >>> table = ps.evidence(fit, test.take(range(4)), samples=100)
+    >>> table.columns.tolist()
+    ['log_evidence', 'se', 'ess', 'khat', 'amortized_bound']
+    >>> table.index.tolist() == test.obs.index[:4].tolist()
+    True
     """
     require_question(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")

@@ -102,6 +102,14 @@ def to_datatree(
     References
     ----------
     The ArviZ schema, https://python.arviz.org/en/stable/schema/schema.html
+
+    Examples
+    --------
+    >>> tree = ps.to_datatree(fit, test, samples=10)
+    >>> sorted(tree.children)
+    ['log_prior', 'observed_data', 'posterior', 'prior', 'sample_stats']
+    >>> tree["posterior"].z.dims
+    ('chain', 'draw', 'cell', 'latent')
     """
     require_question(fit, cells)
     require_sampler(sampler)

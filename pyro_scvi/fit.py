@@ -35,6 +35,16 @@ class Fit:
 
     ``history`` holds ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats
     per cell, ``learning_rate``, ``kl_weight`` and ``seconds``. ``settings`` says how the fit was made.
+
+    Examples
+    --------
+    >>> fit.settings
+    {'epochs': 5, 'batch_size': 128, 'seed': 0, 'n_cells': 43}
+    >>> len(fit.history), fit.schema == train.schema
+    (5, True)
+    >>> fit.save(folder / "fit")
+    >>> bool((ps.embed(ps.load(folder / "fit"), test) == ps.embed(fit, test)).all())
+    True
     """
 
     model: SCVI
@@ -131,7 +141,7 @@ def fit(
         Precision of parameters and likelihood.
     autocast
         torch.bfloat16: the networks multiply matrices in that precision during training, which processors that have
-        it do about twice as fast. What is lost in held-out evidence is in the README.
+        it do about twice as fast. What is lost in held-out evidence is in the documentation, under performance.
     validation
         Cells held out to watch the bound (at most 2,048, spread over them): a share or number of ``cells``, or Cells
         of their own; 0 for none. The state of the epoch with the best held-out bound (under the last ``kl_weight``)
@@ -183,6 +193,15 @@ def fit(
     should leave both alone meanwhile. Signals are noted in the main thread only; a handler of your own is called, too.
     Only one run at a time may write a checkpoint. A resumed run is told apart by its options, its counts (those on disk
     by their sums) and how model and guide were made; parts of your own by their class and repr only.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(cells.n_genes, n_latent=2)
+    >>> fit = ps.fit(model, cells, epochs=20, seed=0, progress=False)
+    >>> fit.history.columns.tolist()
+    ['train_loss', 'held_out_loss', 'kl', 'learning_rate', 'kl_weight', 'seconds']
+    >>> bool(fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0])
+    True
     """
     check_kinds(model, cells, guide)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide

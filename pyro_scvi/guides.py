@@ -20,6 +20,12 @@ from pyro_scvi.plates import cells_plate, constants, register
 from pyro_scvi.priors import Flat
 from pyro_scvi.seeding import seeded
 
+__all__ = ["DiagonalNormal", "FullRankNormal", "Guide", "InverseAutoregressiveFlow", "PerCell", "Point"]
+
+
+def __dir__():
+    return __all__
+
 
 class Guide(Part):
     """q(z, l | x) with the arguments and site names of :class:`~pyro_scvi.model.SCVI`.
@@ -27,6 +33,13 @@ class Guide(Part):
     A guide says how it encodes cells and gives the laws :meth:`z_law` and :meth:`l_law`, and :meth:`start`, a normal
     from which a cell's posterior can be refined. ``amortized`` says whether it can encode cells it has not seen,
     ``stochastic`` whether q has a density.
+
+    Examples
+    --------
+    >>> x, gamma = test[:4]
+    >>> trace = pyro.poutine.trace(fit.guide).get_trace(x, gamma)
+    >>> trace.nodes["z"]["value"].shape, trace.nodes["l"]["value"].shape
+    (torch.Size([4, 1, 2]), torch.Size([4, 1]))
     """
 
     amortized = True
@@ -208,11 +221,27 @@ class AmortizedGuide(Guide):
 
 
 class DiagonalNormal(AmortizedGuide):
-    """q(z | x) = Normal(m(x), diag(s(x)^2)) and q(l | x) = LogNormal: the paper's guide (Sec. 2)."""
+    """q(z | x) = Normal(m(x), diag(s(x)^2)) and q(l | x) = LogNormal: the paper's guide (Sec. 2).
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2)
+    >>> guide = ps.guides.DiagonalNormal(model, n_hidden=16, dropout=0.1)
+    >>> ps.fit(model, cells, guide, epochs=1, progress=False).guide is guide
+    True
+    """
 
 
 class FullRankNormal(AmortizedGuide):
-    """q(z, log l | x) = Normal(m(x), L(x) L(x)'): every covariance between the latents of a cell."""
+    """q(z, log l | x) = Normal(m(x), L(x) L(x)'): every covariance between the latents of a cell.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2)
+    >>> guide = ps.guides.FullRankNormal(model, n_hidden=16)
+    >>> ps.embed(ps.fit(model, cells, guide, epochs=1, progress=False), cells).shape
+    (60, 2)
+    """
 
     def build(self) -> None:
         """Heads for the strict lower triangle of L and for the slope of log l on whitened z."""
@@ -254,7 +283,15 @@ class FullRankNormal(AmortizedGuide):
 
 
 class InverseAutoregressiveFlow(AmortizedGuide):
-    """q(z | x): the diagonal normal through autoregressive layers that see the cell (Kingma et al. 2016)."""
+    """q(z | x): the diagonal normal through autoregressive layers that see the cell (Kingma et al. 2016).
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2)
+    >>> guide = ps.guides.InverseAutoregressiveFlow(model, n_hidden=16)
+    >>> ps.embed(ps.fit(model, cells, guide, epochs=1, progress=False), cells).shape
+    (60, 2)
+    """
 
     n_flows = 2
 
@@ -297,6 +334,13 @@ class Point(AmortizedGuide):
     ------
     ModelError
         If the prior's shape is learned: its density at the points would grow without bound.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2)
+    >>> guide = ps.guides.Point(model, n_hidden=16)
+    >>> guide.amortized, guide.stochastic
+    (True, False)
     """
 
     stochastic = False
@@ -322,6 +366,13 @@ class PerCell(Guide):
     """q(z_n | x_n) with free location and scale for every cell and no encoder (mean-field variational inference).
 
     Knows only the ``n_cells`` cells it is fitted on, by row; other cells are refined from the nearest of those.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2)
+    >>> guide = ps.guides.PerCell(model, n_cells=len(cells))
+    >>> ps.embed(ps.fit(model, cells, guide, epochs=1, progress=False), cells).shape
+    (60, 2)
     """
 
     amortized = False

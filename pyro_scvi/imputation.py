@@ -19,16 +19,38 @@ from pyro_scvi.sampling import decoded
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
+__all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
+
+
+def __dir__():
+    return __all__
+
+
 Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    """E[w | x, z], counts: the rate given what was seen."""
+    """E[w | x, z], counts: the rate given what was seen.
+
+    Examples
+    --------
+    >>> mean = ps.impute(fit, test, quantity=ps.imputation.expression)  # the default
+    >>> mean.shape, bool((mean > 0).all())
+    ((12, 20), True)
+    """
     return likelihood.expected_rate(x, theta)
 
 
 def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    """mu, counts: the mean of y given z alone, the paper's authors' choice."""
+    """mu, counts: the mean of y given z alone, the paper's authors' choice.
+
+    Examples
+    --------
+    >>> by_donor = ps.Cells.from_anndata(adata, batch="donor")
+    >>> made = ps.fit(ps.SCVI(20, 2, n_covariates=2), by_donor, epochs=1, progress=False)
+    >>> ps.impute(made, by_donor, quantity=ps.imputation.mean_given_no_dropout, batches=["x", "y"]).shape
+    (60, 20)
+    """
     return theta["log_mean"].exp().expand(torch.broadcast_shapes(x.shape, theta["log_mean"].shape))
 
 
@@ -75,6 +97,14 @@ def impute(
     ModelError
         If batches are given with another quantity or with quantiles, or an argument is of the wrong kind or ``out`` of
         another shape.
+
+    Examples
+    --------
+    >>> ps.impute(fit, test).shape
+    (12, 20)
+    >>> low, high = ps.impute(fit, test, quantiles=(0.05, 0.95))
+    >>> bool((low <= high).all())
+    True
     """
     require_question(fit, cells)
     require_sampler(sampler)
@@ -108,7 +138,16 @@ def technical_zero_probability(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    """P(h = 1 | x): the posterior probability that a zero is technical, averaged over draws of z; 0 where x > 0.
+    r"""P(h = 1 | x): the posterior probability that a zero is technical, averaged over draws of z; 0 where x > 0.
+
+    .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and any cells of its schema.
+    samples, sampler, seed, batch_size, out
+        As in :func:`impute`.
 
     Returns
     -------
@@ -118,6 +157,12 @@ def technical_zero_probability(
     ------
     ModelError
         If the likelihood has no technical zeros, or ``out`` is of another shape.
+
+    Examples
+    --------
+    >>> technical = ps.technical_zero_probability(fit, test)
+    >>> technical.shape, bool((technical[test.counts > 0] == 0).all())
+    ((12, 20), True)
     """
     require_question(fit, cells)
     require_sampler(sampler)

@@ -77,6 +77,12 @@ def leave_one_out(
     -----
     UserWarning
         If the sampler's draws do not follow the posterior of more than a tenth of the cells.
+
+    Examples
+    --------
+    >>> left_out = ps.leave_one_out(fit, test.take(range(2)), samples=100, sampler=ps.Importance())
+    >>> left_out.elpd.dims, left_out.elpd.shape
+    (('cell', 'gene'), (2, 20))
     """
     require_question(fit, cells)
     require_sampler(sampler)

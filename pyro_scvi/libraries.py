@@ -11,9 +11,21 @@ from torch import Tensor
 from pyro_scvi.errors import ModelError
 from pyro_scvi.parts import Part
 
+__all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary"]
+
+
+def __dir__():
+    return __all__
+
 
 class NoLibrary(Part):
-    """log mu = head: depth is one more thing that z may say (Lopez et al. 2017)."""
+    """log mu = head: depth is one more thing that z may say (Lopez et al. 2017).
+
+    Examples
+    --------
+    >>> [site.name for site in ps.SCVI(20, 2, library=ps.libraries.NoLibrary()).sites(marginal=True)]
+    ['z', 'x']
+    """
 
     latent = False
 
@@ -40,6 +52,11 @@ class LatentLibrary(Part):
 
     for the batch b of the cell, counts per cell. ``loc`` and ``scale`` are constants: numbers, one per batch, or None:
     the mean and standard deviation of the training cells' log totals, taken when a fit starts.
+
+    Examples
+    --------
+    >>> [site.name for site in ps.SCVI(20, 2, library=ps.libraries.LatentLibrary()).sites(marginal=True)]
+    ['z', 'l', 'x']
     """
 
     latent = True
@@ -93,6 +110,11 @@ class ObservedLibrary(LatentLibrary):
     """log mu = log(total of the cell) + log softmax(head): conditions on the total, which evidence must be charged for.
 
     Where x is not observed, the total is drawn from LogNormal(loc, scale^2).
+
+    Examples
+    --------
+    >>> [site.name for site in ps.SCVI(20, 2, library=ps.libraries.ObservedLibrary()).sites(marginal=True)]
+    ['z', 'x']
     """
 
     latent = False

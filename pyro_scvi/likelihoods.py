@@ -11,13 +11,26 @@ from pyro_scvi.distributions import Law, NegativeBinomial, ZeroInflated
 from pyro_scvi.errors import ModelError
 from pyro_scvi.parts import Part
 
+__all__ = ["NB", "ZINB", "ZIP", "Likelihood", "PerCellAndGene", "PerGene", "PerGeneAndBatch", "Poisson"]
+
+
+def __dir__():
+    return __all__
+
+
 Theta = dict[str, Tensor]
 
 _NEVER = -1e3  # a logit whose sigmoid is 0 in every precision, and whose gradient is finite
 
 
 class PerCellAndGene(Part):
-    """Inverse dispersion r_ng as one more head of the decoder (Lopez et al. 2017)."""
+    """Inverse dispersion r_ng as one more head of the decoder (Lopez et al. 2017).
+
+    Examples
+    --------
+    >>> ps.likelihoods.NB(ps.likelihoods.PerCellAndGene()).heads
+    ('log_mean', 'log_inverse_dispersion')
+    """
 
     heads = ("log_inverse_dispersion",)
 
@@ -27,7 +40,14 @@ class PerCellAndGene(Part):
 
 
 class PerGene(Part):
-    """One inverse dispersion r_g per gene, a parameter."""
+    """One inverse dispersion r_g per gene, a parameter.
+
+    Examples
+    --------
+    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
+    >>> law.heads, [tuple(parameter.shape) for parameter in law.parameters()]
+    (('log_mean',), [(20,)])
+    """
 
     heads = ()
 
@@ -41,7 +61,14 @@ class PerGene(Part):
 
 
 class PerGeneAndBatch(Part):
-    """One inverse dispersion r_gb per gene and batch; the first ``n_batches`` columns of gamma are the batch."""
+    """One inverse dispersion r_gb per gene and batch; the first ``n_batches`` columns of gamma are the batch.
+
+    Examples
+    --------
+    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGeneAndBatch(20, n_batches=2))
+    >>> ps.SCVI(20, 2, n_covariates=2, likelihood=law).likelihood
+    NB(dispersion=PerGeneAndBatch(n_genes=20, n_batches=2))
+    """
 
     heads = ()
 
@@ -70,6 +97,16 @@ class Likelihood(Part):
     and to compare it. One that is a Poisson law of a fixed or Gamma rate, with or without technical zeros, may set
     ``explicit`` and then has the explicit program and the exact conditionals too, which read
     ``log_inverse_dispersion`` and ``gate_logits`` in theta (Lopez et al. 2017, Sec. 1).
+
+    Examples
+    --------
+    >>> class Geometric(ps.likelihoods.Likelihood):
+    ...     heads = ("log_mean",)
+    ...     def marginal(self, log_mean):
+    ...         return pyro.distributions.Geometric(logits=-log_mean)
+    ...
+    >>> ps.SCVI(20, 2, likelihood=Geometric()).sites(marginal=True)[-1]
+    Site(name='x', law='Geometric', shape='cells x genes')
     """
 
     explicit = False
@@ -170,7 +207,13 @@ def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
 
 
 class Poisson(Likelihood):
-    """x ~ Poisson(mu): w = mu, no technical zeros."""
+    """x ~ Poisson(mu): w = mu, no technical zeros.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, likelihood=ps.likelihoods.Poisson()).sites(marginal=True)[-1]
+    Site(name='x', law='Poisson', shape='cells x genes')
+    """
 
     explicit = True
     heads = ("log_mean",)
@@ -181,7 +224,13 @@ class Poisson(Likelihood):
 
 
 class ZIP(Likelihood):
-    """Poisson counts with technical zeros: w = mu."""
+    """Poisson counts with technical zeros: w = mu.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, likelihood=ps.likelihoods.ZIP()).sites(marginal=True)[-1]
+    Site(name='x', law='ZeroInflated Poisson', shape='cells x genes')
+    """
 
     explicit = True
     heads = ("log_mean", "gate_logits")
@@ -219,7 +268,13 @@ class GammaPoisson(Likelihood):
 
 
 class NB(GammaPoisson):
-    """x = y: negative binomial counts without technical zeros."""
+    """x = y: negative binomial counts without technical zeros.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, likelihood=ps.likelihoods.NB()).sites(marginal=True)[-1]
+    Site(name='x', law='NegativeBinomial', shape='cells x genes')
+    """
 
     def marginal(self, log_mean: Tensor, log_inverse_dispersion: Tensor) -> Law:
         """NegativeBinomial(mu, r)."""
@@ -227,7 +282,14 @@ class NB(GammaPoisson):
 
 
 class ZINB(GammaPoisson):
-    """The paper's likelihood: negative binomial counts with technical zeros (Lopez et al. 2017, Sec. 1)."""
+    """The paper's likelihood: negative binomial counts with technical zeros (Lopez et al. 2017, Sec. 1).
+
+    Examples
+    --------
+    >>> law = ps.likelihoods.ZINB(ps.likelihoods.PerGene(20))
+    >>> ps.SCVI(20, 2, likelihood=law).sites(marginal=True)[-1]
+    Site(name='x', law='ZeroInflated NegativeBinomial', shape='cells x genes')
+    """
 
     zero_heads = ("gate_logits",)
 

@@ -47,6 +47,11 @@ class SCVI(Program):
     ModelError
         If the prior's event shape is not (n_latent,), a weight prior names no parameter, or an argument is of the
         wrong kind.
+
+    Examples
+    --------
+    >>> [site.name for site in ps.SCVI(20, n_latent=2).sites()]
+    ['z', 'l', 'w', 'y', 'h', 'x']
     """
 
     def __init__(

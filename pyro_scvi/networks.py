@@ -13,10 +13,22 @@ from torch import Tensor, nn
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number
 from pyro_scvi.parts import Part
 
+__all__ = ["BatchNorm", "LayerNorm"]
+
+
+def __dir__():
+    return __all__
+
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Batch normalisation; ``momentum`` is torch's (0.01 in the authors' code), shorter runs want 0.05 to 0.1."""
+    """Batch normalisation; ``momentum`` is torch's (0.01 in the authors' code), shorter runs want 0.05 to 0.1.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, norm=ps.networks.BatchNorm(momentum=0.01))
+    SCVI(n_genes=20, n_latent=2, ..., norm=BatchNorm(momentum=0.01, eps=0.001))
+    """
 
     momentum: float = 0.1
     eps: float = 1e-3
@@ -28,7 +40,13 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """Layer normalisation: no state, the same in training and evaluation, right for any batch size."""
+    """Layer normalisation: no state, the same in training and evaluation, right for any batch size.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, norm=ps.networks.LayerNorm())
+    SCVI(n_genes=20, n_latent=2, ..., norm=LayerNorm(eps=1e-05))
+    """
 
     eps: float = 1e-5
 

@@ -89,6 +89,15 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
     the nearest fitted cell where the guide is not amortized.
 
+    Parameters
+    ----------
+    fit, cells
+        The fit and cells of its schema, which need not be those it was fitted on.
+    batch_size
+        Cells at a time.
+    seed
+        Of the draws, where there are any.
+
     Returns
     -------
     ndarray (cells, latents)
@@ -97,6 +106,11 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     ------
     SchemaError
         If the cells' genes or covariates are not those of the fit.
+
+    Examples
+    --------
+    >>> ps.embed(fit, test).shape
+    (12, 2)
     """
     require_question(fit, cells)
     require_at_least(1, batch_size=batch_size)

@@ -12,6 +12,13 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.networks import BatchNorm
 from pyro_scvi.schedules import Constant, Weight
 
+__all__ = ["default", "nature_methods_2018", "seed_2017"]
+
+
+def __dir__():
+    return __all__
+
+
 Preset = tuple[SCVI, dict[str, Any]]
 
 
@@ -19,6 +26,15 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
     """The default: latent library size, ZINB with a dispersion per cell and gene, no dropout, one-cycle learning rate.
 
     Chosen by held-out evidence; DiagonalNormal guide, up to 60 epochs of batches of 128, best held-out epoch kept.
+
+    Examples
+    --------
+    >>> model, options = ps.presets.default(cells)
+    >>> model.library, model.likelihood
+    (LatentLibrary(), ZINB(dispersion=PerCellAndGene()))
+    >>> options["epochs"] = 1
+    >>> ps.fit(model, cells, **options, progress=False).settings["epochs"]
+    1
     """
     return SCVI(cells.n_genes, 10, cells.n_covariates, seed=seed), {"seed": seed}
 
@@ -29,6 +45,12 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
     No library size, mean exp(head), inverse dispersion per cell and gene, raw counts into the encoder, two hidden
     layers of 128, dropout 0.1, batch normalisation momentum 0.01, truncated normal weights of sd 0.01, Adam at 0.005
     with epsilon 0.01, 150 epochs of batches of 128, no KL warm-up.
+
+    Examples
+    --------
+    >>> model, options = ps.presets.seed_2017(cells)
+    >>> model.library, options["epochs"], options["learning_rate"]
+    (NoLibrary(), 150, Constant(rate=0.005))
     """
     hidden: dict[str, Any] = {
         "n_hidden": 128,
@@ -48,6 +70,12 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
 
     Latent library size with the totals' law, mean l softmax(head), inverse dispersion per gene, log counts into the
     encoder, one hidden layer of 128, dropout 0.1, Adam at 0.0004 with epsilon 0.01, 250 epochs.
+
+    Examples
+    --------
+    >>> model, options = ps.presets.nature_methods_2018(cells)
+    >>> options["epochs"], options["kl_weight"]
+    (250, Weight(value=0.0))
     """
     hidden: dict[str, Any] = {
         "n_hidden": 128,

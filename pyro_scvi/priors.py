@@ -19,6 +19,23 @@ from pyro_scvi.networks import Encoder, LayerNorm
 from pyro_scvi.parts import Part
 from pyro_scvi.seeding import seeded
 
+__all__ = [
+    "ARDNormal",
+    "Dirichlet",
+    "Flat",
+    "Flow",
+    "GaussianMixture",
+    "Laplace",
+    "LogisticNormal",
+    "StandardNormal",
+    "StudentT",
+    "VampPrior",
+]
+
+
+def __dir__():
+    return __all__
+
 
 class Prior(Part):
     """A prior on ``n_latent`` latents; ``learned`` says that its own shape is fitted to the data."""
@@ -39,7 +56,15 @@ class Prior(Part):
 
 
 class StandardNormal(Prior):
-    """z ~ Normal(0, I) (Lopez et al. 2017, Sec. 1)."""
+    """z ~ Normal(0, I) (Lopez et al. 2017, Sec. 1).
+
+    Examples
+    --------
+    >>> ps.priors.StandardNormal(2)().event_shape
+    torch.Size([2])
+    >>> ps.SCVI(20, 2, prior=ps.priors.StandardNormal(2)).sites()[0]
+    Site(name='z', law='Normal', shape='cells x 2')
+    """
 
     def forward(self) -> Law:
         """Normal(0, 1) on every latent."""
@@ -47,7 +72,13 @@ class StandardNormal(Prior):
 
 
 class ARDNormal(Prior):
-    """z_k ~ Normal(0, s_k^2) with learned s_k: latents that are not needed shrink (automatic relevance)."""
+    """z_k ~ Normal(0, s_k^2) with learned s_k: latents that are not needed shrink (automatic relevance).
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, prior=ps.priors.ARDNormal(2)).prior
+    ARDNormal(n_latent=2)
+    """
 
     learned = True
 
@@ -61,7 +92,13 @@ class ARDNormal(Prior):
 
 
 class StudentT(Prior):
-    """z_k ~ StudentT(df), heavier tails than the normal: outlying cells are not pulled in."""
+    """z_k ~ StudentT(df), heavier tails than the normal: outlying cells are not pulled in.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, prior=ps.priors.StudentT(2, df=3.0)).sites()[0]
+    Site(name='z', law='StudentT', shape='cells x 2')
+    """
 
     def __init__(self, n_latent: int, df: float = 4.0) -> None:
         super().__init__(n_latent)
@@ -75,7 +112,13 @@ class StudentT(Prior):
 
 
 class Laplace(Prior):
-    """z_k ~ Laplace(0, 1): mass at zero and heavy tails, sparse codes."""
+    """z_k ~ Laplace(0, 1): mass at zero and heavy tails, sparse codes.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, prior=ps.priors.Laplace(2)).sites()[0]
+    Site(name='z', law='Laplace', shape='cells x 2')
+    """
 
     def forward(self) -> Law:
         """Laplace(0, 1) on every latent."""
@@ -83,7 +126,13 @@ class Laplace(Prior):
 
 
 class GaussianMixture(Prior):
-    """z ~ sum_c pi_c Normal(m_c, diag(s_c^2)) with learned weights, means and scales."""
+    """z ~ sum_c pi_c Normal(m_c, diag(s_c^2)) with learned weights, means and scales.
+
+    Examples
+    --------
+    >>> ps.SCVI(20, 2, prior=ps.priors.GaussianMixture(2, components=4)).sites()[0]
+    Site(name='z', law='mixture of 4 Normal', shape='cells x 2')
+    """
 
     learned = True
 
@@ -114,6 +163,14 @@ class VampPrior(Prior):
         Number of pseudo-cells.
     pseudo_cells
         Start of u, counts (components, genes), for example some training cells; by default small random counts.
+
+    Examples
+    --------
+    >>> x, gamma = cells[:6]
+    >>> prior = ps.priors.VampPrior(20, 2, components=6, pseudo_cells=x)
+    >>> model = ps.SCVI(20, 2, prior=prior)
+    >>> ps.guides.DiagonalNormal(model).encoder is prior.encoder
+    True
     """
 
     learned = True
@@ -149,6 +206,12 @@ class Flow(Prior):
     """z = T(e), e ~ Normal(0, I), with T learned masked autoregressive layers (Papamakarios et al. 2017).
 
     The density of a given z costs one pass; drawing z costs one pass per latent.
+
+    Examples
+    --------
+    >>> prior = ps.priors.Flow(2, layers=1, n_hidden=4)
+    >>> prior().log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
     """
 
     learned = True
@@ -173,7 +236,14 @@ class Flow(Prior):
 
 
 class LogisticNormal(Prior):
-    """z on the simplex: a normal of n_latent - 1 dimensions through stick breaking (proportions of topics)."""
+    """z on the simplex: a normal of n_latent - 1 dimensions through stick breaking (proportions of topics).
+
+    Examples
+    --------
+    >>> z = ps.priors.LogisticNormal(3)().sample((5,))
+    >>> z.shape, bool(torch.allclose(z.sum(-1), torch.ones(5)))
+    (torch.Size([5, 3]), True)
+    """
 
     def __init__(self, n_latent: int, scale: float = 1.0) -> None:
         super().__init__(n_latent)
@@ -188,7 +258,14 @@ class LogisticNormal(Prior):
 
 
 class Dirichlet(Prior):
-    """z ~ Dirichlet(concentration, ..., concentration), proportions that sum to one."""
+    """z ~ Dirichlet(concentration, ..., concentration), proportions that sum to one.
+
+    Examples
+    --------
+    >>> z = ps.priors.Dirichlet(3, concentration=0.5)().sample((5,))
+    >>> z.shape, bool(torch.allclose(z.sum(-1), torch.ones(5)))
+    (torch.Size([5, 3]), True)
+    """
 
     def __init__(self, n_latent: int, concentration: float = 1.0) -> None:
         super().__init__(n_latent)
@@ -202,7 +279,15 @@ class Dirichlet(Prior):
 
 
 class Flat(Prior):
-    """No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point."""
+    """No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2, prior=ps.priors.Flat(2))
+    >>> points = ps.fit(model, cells, ps.guides.Point(model), epochs=1, progress=False)
+    >>> ps.embed(points, cells).shape
+    (60, 2)
+    """
 
     def forward(self) -> Law:
         """A density of 1 everywhere, which cannot be sampled."""

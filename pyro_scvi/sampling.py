@@ -73,6 +73,15 @@ def sample_posterior(
     ------
     ModelError
         For a site that the model does not have, or, but with Amortized, a prior without a density.
+
+    Examples
+    --------
+    >>> draws = ps.sample_posterior(fit, test, samples=10, sites=("z", "w", "h"))
+    >>> dict(draws.sizes)
+    {'cell': 12, 'sample': 10, 'latent': 2, 'gene': 20}
+    >>> zeros = test.counts == 0
+    >>> bool((draws.h.values[:, ~zeros] == 0).all())
+    True
     """
     require_question(fit, cells)
     require_sampler(sampler)

@@ -7,10 +7,23 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_scvi.errors import FitError, require_number
 
+__all__ = ["Constant", "Every", "OneCycle", "WarmUp", "Weight"]
+
+
+def __dir__():
+    return __all__
+
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Learning rate up to ``peak`` over the first 30 % of all steps, then down to nearly nothing (Smith 2018)."""
+    """Learning rate up to ``peak`` over the first 30 % of all steps, then down to nearly nothing (Smith 2018).
+
+    Examples
+    --------
+    >>> short = {"epochs": 1, "progress": False}
+    >>> ps.fit(ps.SCVI(20, 2), cells, learning_rate=ps.schedules.OneCycle(0.01), **short).settings["epochs"]
+    1
+    """
 
     peak: float = 2e-2
 
@@ -24,7 +37,14 @@ class OneCycle:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same learning rate throughout."""
+    """The same learning rate throughout.
+
+    Examples
+    --------
+    >>> made = ps.fit(ps.SCVI(20, 2), cells, learning_rate=ps.schedules.Constant(0.004), epochs=2, progress=False)
+    >>> made.history.learning_rate.tolist()
+    [0.004, 0.004]
+    """
 
     rate: float = 1e-3
 
@@ -40,7 +60,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class Weight:
-    """A KL weight of ``value`` throughout: 1 is the evidence bound, 0 leaves the prior of z out of training."""
+    """A KL weight of ``value`` throughout: 1 is the evidence bound, 0 leaves the prior of z out of training.
+
+    Examples
+    --------
+    >>> made = ps.fit(ps.SCVI(20, 2), cells, kl_weight=ps.schedules.Weight(0.5), epochs=2, progress=False)
+    >>> made.history.kl_weight.tolist()
+    [0.5, 0.5]
+    """
 
     value: float = 1.0
 
@@ -54,7 +81,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """A KL weight that grows linearly from 1 / ``epochs`` to 1 over the first ``epochs`` epochs."""
+    """A KL weight that grows linearly from 1 / ``epochs`` to 1 over the first ``epochs`` epochs.
+
+    Examples
+    --------
+    >>> made = ps.fit(ps.SCVI(20, 2), cells, kl_weight=ps.schedules.WarmUp(2), epochs=3, progress=False)
+    >>> made.history.kl_weight.tolist()
+    [0.5, 1.0, 1.0]
+    """
 
     epochs: int
 
@@ -72,7 +106,16 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Every:
-    """Checkpoints at the end of epochs: when so many epochs and so many seconds have passed since the last one."""
+    """Checkpoints at the end of epochs: when so many epochs and so many seconds have passed since the last one.
+
+    Examples
+    --------
+    >>> every = ps.schedules.Every(epochs=2)
+    >>> run = {"checkpoint": folder / "run", "checkpoint_every": every, "epochs": 2, "progress": False}
+    >>> made = ps.fit(ps.SCVI(20, 2), cells, **run)
+    >>> len(ps.load(folder / "run").history)
+    2
+    """
 
     epochs: int = 1
     seconds: float = 0.0

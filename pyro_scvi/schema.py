@@ -33,6 +33,14 @@ class Schema:
         Names of the continuous columns of ``obs``, in the order of the columns after the batches.
     means, sds
         (continuous covariates,): what standardises them, in the columns' own units.
+
+    Examples
+    --------
+    >>> cells.schema.gene_names[:2]
+    ('gene_0', 'gene_1')
+    >>> query = ps.Cells.from_anndata(adata[:5, ::-1].copy(), schema=cells.schema)
+    >>> query.schema == cells.schema
+    True
     """
 
     gene_names: tuple[str, ...]

@@ -71,6 +71,13 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     ----------
     Kallioinen, Paananen, Buerkner and Vehtari 2024, Detecting and diagnosing prior and likelihood sensitivity with
     power-scaling, Statistics and Computing 34, 57.
+
+    Examples
+    --------
+    >>> tree = ps.to_datatree(fit, test.take(range(2)), samples=1000, sampler=ps.Importance())
+    >>> table = ps.prior_sensitivity(tree)
+    >>> table.index.names, table.columns.tolist()
+    (FrozenList(['cell', 'variable']), ['prior', 'prior_noise', 'likelihood', 'likelihood_noise'])
     """
     require_kind(tree, xr.DataTree, "tree", "ps.to_datatree(fit, cells, sampler=ps.Importance())")
     array_stats, dataarray_stats = _arviz()

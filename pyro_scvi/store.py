@@ -49,6 +49,12 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     -----
     UserWarning
         If the save is of format 1, which has no digest.
+
+    Examples
+    --------
+    >>> fit.save(folder / "saved")
+    >>> ps.load(folder / "saved").model
+    SCVI(n_genes=20, n_latent=2, ...)
     """
     source = archive.folder(path)
     content = archive.read(source, {"fit": FIT_FACTS, "checkpoint": CHECKPOINT_FACTS})

@@ -12,9 +12,22 @@ from torch import Tensor, nn
 from pyro_scvi.errors import ModelError, require_kind
 from pyro_scvi.parts import Part
 
+__all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights"]
+
+
+def __dir__():
+    return __all__
+
 
 class NormalWeights(Part):
-    """weight ~ Normal(0, scale^2)."""
+    """weight ~ Normal(0, scale^2).
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2, weight_priors={"decoder.heads.log_mean.weight": ps.weights.NormalWeights(0.1)})
+    >>> model.sites()[0]
+    Site(name='decoder.heads.log_mean.weight', law='Normal', shape='20 x 128')
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -26,7 +39,14 @@ class NormalWeights(Part):
 
 
 class ARDWeights(Part):
-    """weight_ij ~ Normal(0, s_j^2), s_j ~ HalfCauchy(scale): whole inputs j (latents, hidden units) switch off."""
+    """weight_ij ~ Normal(0, s_j^2), s_j ~ HalfCauchy(scale): whole inputs j (latents, hidden units) switch off.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2, weight_priors={"decoder.heads.log_mean.weight": ps.weights.ARDWeights()})
+    >>> [(site.law, site.shape) for site in model.sites()[:2]]
+    [('HalfCauchy', '128'), ('Normal', '20 x 128')]
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -43,6 +63,12 @@ class HorseshoeWeights(Part):
     """weight_ij = t l_ij e_ij, t ~ HalfCauchy(scale), l_ij ~ HalfCauchy(1), e_ij ~ Normal(0, 1).
 
     Carvalho, Polson and Scott 2010, non-centred: most weights near zero, few free.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2, weight_priors={"decoder.heads.log_mean.weight": ps.weights.HorseshoeWeights()})
+    >>> [(site.law, site.shape) for site in model.sites()[:3]]
+    [('HalfCauchy', '1'), ('HalfCauchy', '20 x 128'), ('Normal', '20 x 128')]
     """
 
     def __init__(self, scale: float = 0.1) -> None:
@@ -58,7 +84,15 @@ class HorseshoeWeights(Part):
 
 
 class HierarchicalWeights(Part):
-    """weight_i ~ Normal(m, s^2), m ~ Normal(0, scale^2), s ~ HalfNormal(scale): log dispersions borrow strength."""
+    """weight_i ~ Normal(m, s^2), m ~ Normal(0, scale^2), s ~ HalfNormal(scale): log dispersions borrow strength.
+
+    Examples
+    --------
+    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
+    >>> borrowing = {"likelihood.dispersion.*": ps.weights.HierarchicalWeights()}
+    >>> [(site.law, site.shape) for site in ps.SCVI(20, 2, likelihood=law, weight_priors=borrowing).sites()[:3]]
+    [('Normal', '1'), ('HalfNormal', '1'), ('Normal', '20')]
+    """
 
     def __init__(self, scale: float = 2.0) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Which room imports which, what is public, and what no file may do."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,41 @@ def test_variants_are_objects_not_strings(path):
             words = [c for c in node.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)]
             named = node.left.id in ("prior", "likelihood", "library", "dispersion", "guide", "sampler", "norm", "elbo")
             assert not (words and named), f"{path.name}:{node.lineno}"
+
+
+ROOMS = [name for name in ps.__all__ if inspect.ismodule(getattr(ps, name))]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_tab_completion_shows_public_names_only(room):
+    shown = dir(getattr(ps, room))
+    assert sorted(shown) == sorted(getattr(ps, room).__all__)
+    assert all(hasattr(getattr(ps, room), name) for name in shown)
+    assert sorted(dir(ps)) == sorted([*ps.__all__, "__version__"])
+
+
+def test_shared_options_have_one_name_and_are_given_by_it():
+    shared = {"samples", "seed", "batch_size", "device", "dtype", "sampler", "progress", "overwrite"}
+    other = {"n_samples", "num_samples", "n_draws", "random_state", "random_seed", "rng", "generator", "chunk_size"}
+    asked = 0
+    for name, function in public_callables():
+        for option in inspect.signature(function).parameters.values():
+            assert option.name not in other, f"{name}({option.name}=)"
+            if option.name in shared:
+                assert option.kind is option.KEYWORD_ONLY, f"{name}({option.name}=) can be given by position"
+                asked += 1
+    assert asked > 60
+
+
+def public_callables():
+    """Functions and constructors of the package and its rooms, and what Cells can be asked."""
+    owners = [("ps", ps, ps.__all__), *((room, getattr(ps, room), dir(getattr(ps, room))) for room in ROOMS)]
+    owners.append(("Cells", ps.Cells, [name for name in vars(ps.Cells) if not name.startswith("_")]))
+    for owner, home, names in owners:
+        for name in names:
+            value = getattr(home, name)
+            if callable(value) and not (inspect.isclass(value) and issubclass(value, BaseException)):
+                yield f"{owner}.{name}", value
 
 
 def test_training_needs_no_packages_of_plots_and_baselines():

@@ -49,7 +49,7 @@ def test_prior_draws_need_covariates_and_a_density(batched_cells):
 
 def test_posterior_draws_resemble_their_cells(fitted):
     fit, cells = fitted
-    draws = ps.posterior_predictive(fit, cells, 20, seed=3)
+    draws = ps.posterior_predictive(fit, cells, samples=20, seed=3)
     assert draws.dims == ("sample", "cell", "gene")
     assert draws.shape == (20, 400, 12)
     assert draws.dtype == np.int32
@@ -59,7 +59,7 @@ def test_posterior_draws_resemble_their_cells(fitted):
     own, other = (np.corrcoef(totals, np.roll(cells.totals, shift))[0, 1] for shift in (0, 1))
     assert own > 5 / 400**0.5  # five standard errors of a correlation that is not there
     assert abs(other) < 5 / 400**0.5
-    assert np.array_equal(draws, ps.posterior_predictive(fit, cells, 20, seed=3))
+    assert np.array_equal(draws, ps.posterior_predictive(fit, cells, samples=20, seed=3))
 
 
 def test_checks_of_a_true_model_pass_and_of_a_false_one_fail(fitted):
@@ -111,6 +111,6 @@ def test_draws_that_are_not_whole_stay_so():
     values = np.random.default_rng(0).exponential(0.6, size=(40, 5))
     cells = ps.Cells.from_counts(values, allow_non_integer=True)
     fit = ps.fit(ps.SCVI(5, 1, likelihood=Exponential(), n_hidden=4), cells, epochs=1, validation=0, progress=False)
-    draws = ps.posterior_predictive(fit, cells, 20, batch_size=7)
+    draws = ps.posterior_predictive(fit, cells, samples=20, batch_size=7)
     assert draws.dtype == np.float32
     assert (draws % 1 != 0).mean() > 0.9

@@ -242,7 +242,7 @@ CASES = {
     "prior_sensitivity": lambda: ps.prior_sensitivity(tree()),
     "calibration.Prior": lambda: ps.calibration.Prior(cells()),
     "calibration.AggregatePosterior": lambda: ps.calibrate(
-        fit(), 6, source=ps.calibration.AggregatePosterior(cells(), QUICK), sampler=QUICK, draws=19, thin=1
+        fit(), 6, source=ps.calibration.AggregatePosterior(cells(), sampler=QUICK), sampler=QUICK, draws=19, thin=1
     ),
     "datasets.pbmc68k_reduced": ps.datasets.pbmc68k_reduced,
     "datasets.recover_counts": lambda: ps.datasets.recover_counts(np.zeros((2, 2)), np.ones(2)),

@@ -20,7 +20,7 @@ WAYS = ("store", "backed CSR", "backed dense", "collection", "query")
 
 
 def calibrated(fit, cells):
-    source = ps.calibration.AggregatePosterior(cells, ps.Amortized())
+    source = ps.calibration.AggregatePosterior(cells, sampler=ps.Amortized())
     return ps.calibrate(fit, 20, source=source, sampler=ps.Amortized(), draws=19, thin=1)
 
 

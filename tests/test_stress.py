@@ -110,7 +110,7 @@ def verbs(fit, cells):
     yield "technical", ps.technical_zero_probability(fit, cells, samples=5)
     yield "differential", ps.differential_expression(fit, cells, groupby="kind", group_a="B", most_pairs=200)
     yield "prior predictive", ps.prior_predictive(fit.model, 4, gamma=cells[:4][1])
-    yield "posterior predictive", ps.posterior_predictive(fit, cells, 3)
+    yield "posterior predictive", ps.posterior_predictive(fit, cells, samples=3)
     checks = ps.check_predictions(fit, cells, samples=5)
     yield "checks of genes", checks.genes.drop(columns="dispersion", level=0)
     yield "checks of cells", checks.cells

@@ -106,7 +106,7 @@ def prior_predictive(fit, cells):
 
 
 def posterior_predictive(fit, cells):
-    assert is_finite(ps.posterior_predictive(fit, cells, 2), 2, N_CELLS, N_GENES)
+    assert is_finite(ps.posterior_predictive(fit, cells, samples=2), 2, N_CELLS, N_GENES)
 
 
 def check_predictions(fit, cells):
@@ -195,7 +195,7 @@ def plain():
         (lambda fit, cells: ps.impute(fit, cells, samples=0), "samples must be"),
         (lambda fit, cells: ps.impute(fit, cells, quantiles=[1.5]), "quantiles must be between 0 and 1"),
         (lambda fit, cells: ps.technical_zero_probability(fit, cells, batch_size=-1), "batch_size must be"),
-        (lambda fit, cells: ps.posterior_predictive(fit, cells, 0), "samples must be"),
+        (lambda fit, cells: ps.posterior_predictive(fit, cells, samples=0), "samples must be"),
         (lambda fit, cells: ps.check_predictions(fit, cells, interval=90), "interval must be between 0 and 1, got 90"),
         (lambda fit, cells: ps.prior_predictive(fit.model, 0), "n_cells must be"),
         (

@@ -120,7 +120,7 @@ def predictive_draws(n_cells: int, n_genes: int, cells: int, samples: int, warm:
 
     def measure() -> Sample:
         with Stopwatch() as watch:
-            drawn = ps.posterior_predictive(fit, chosen, samples)
+            drawn = ps.posterior_predictive(fit, chosen, samples=samples)
         return watch.sample(work=drawn.size, mean=float(drawn.mean()))
 
     if warm:

@@ -44,3 +44,7 @@ __all__ = [
     "ZINBWaVE",
     "idr",
 ]
+
+
+def __dir__():
+    return __all__

@@ -25,6 +25,14 @@ class DESeq2(BaseEstimator):
     1.38.3 in R to 5e-5 in log10 p. pydeseq2 (MIT, the commoner port) was measured too: its size factors differ from R's
     by up to 4 %, its p values by up to two orders of magnitude. Where dispersions follow no parametric trend, DESeq2
     regresses them locally, which inmoose cannot; their mean is then the trend, and a warning says so.
+
+    Examples
+    --------
+    >>> mean = np.geomspace(5, 500, 200)
+    >>> r = 1 / (0.1 + 1 / mean)  # inverse dispersions with a trend
+    >>> x = rng.negative_binomial(r, r / (r + mean), (20, 200))
+    >>> ps.baselines.DESeq2().test(x, np.arange(20) % 2).columns.tolist()
+    ['p_value', 'log_fold_change']
     """
 
     def test(self, counts: Any, group: Any) -> pd.DataFrame:

@@ -44,6 +44,12 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
     References
     ----------
     Lopez et al. 2017, Sec. 4 (FA).
+
+    Examples
+    --------
+    >>> system = ps.baselines.FactorAnalysis(2).fit(counts)
+    >>> system.transform(counts).shape, system.score_samples(counts).shape
+    ((60, 2), (60,))
     """
 
     def __init__(self, n_latent: int = 10, *, tol: float = 1e-2, max_iter: int = 1000, seed: int = 0) -> None:

@@ -99,6 +99,14 @@ def idr(
     ----------
     Li, Brown, Huang and Bickel 2011, "Measuring reproducibility of high-throughput experiments", Annals of Applied
     Statistics 5(3):1752, Sec. 2.2; Lopez et al. 2017, Sec. 4 (differential expression).
+
+    Examples
+    --------
+    >>> shared, noise = 2.5 + rng.normal(size=(100, 1)), rng.normal(size=(300, 2))
+    >>> noise[:100] = shared + 0.5 * noise[:100]  # the first hundred items are scored alike
+    >>> result = ps.baselines.idr(*noise.T)
+    >>> bool(result.local_idr[:100].mean() < result.local_idr[100:].mean())
+    True
     """
     require_at_least(1, max_iter=max_iter)
     if not tol > 0:

@@ -53,6 +53,11 @@ class LeidenClusters(ClusterMixin, BaseEstimator):
     ----------
     Lopez et al. 2017, Sec. 4 (Seurat's clusters of the PBMC data); Traag, Waltman and van Eck 2019, "From Louvain to
     Leiden", Scientific Reports 9:5233.
+
+    Examples
+    --------
+    >>> ps.baselines.LeidenClusters(n_components=3, n_neighbors=10).fit(counts).labels_.shape
+    (60,)
     """
 
     def __init__(

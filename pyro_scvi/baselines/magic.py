@@ -46,6 +46,12 @@ class MAGIC(BaseEstimator):
     ----------
     van Dijk et al. 2018, "Recovering gene interactions from single-cell data using data diffusion", Cell 174:716;
     Lopez et al. 2017, Sec. 4 (imputation). Defaults are those of magic-impute 3.0.0.
+
+    Examples
+    --------
+    >>> system = ps.baselines.MAGIC(knn=3, n_pca=5).fit(counts)
+    >>> system.impute(counts).shape
+    (60, 20)
     """
 
     def __init__(

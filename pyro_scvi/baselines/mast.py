@@ -35,6 +35,12 @@ class MAST(BaseEstimator):
     scaling
         How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.scalings`. By default they are not: depth
         that differs between the groups is then found as a difference of nearly all genes.
+
+    Examples
+    --------
+    >>> table = ps.baselines.MAST().test(counts, kind)
+    >>> table.columns.tolist(), bool((table.p_value < 0.05).any())
+    (['p_value', 'log_fold_change'], True)
     """
 
     def __init__(self, scaling: Scaling = NoScaling()) -> None:

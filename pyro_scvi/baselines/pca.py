@@ -25,6 +25,11 @@ class PCA(TransformerMixin, BaseEstimator):
     ----------
     model_
         The fitted :class:`sklearn.decomposition.PCA` of log1p counts.
+
+    Examples
+    --------
+    >>> ps.baselines.PCA(2).fit(counts).transform(counts).shape
+    (60, 2)
     """
 
     def __init__(self, n_latent: int = 10, *, seed: int = 0) -> None:

@@ -118,9 +118,15 @@ class SCONE(BaseEstimator):
         ``mean_rank``, the mean over scores of the rank among candidates, 1 for the worst.
     best_
         The :class:`Normalisation` in its first row.
+
+    Examples
+    --------
+    >>> system = ps.baselines.SCONE().fit(counts)
+    >>> system.best_.name == system.table_.index[0]
+    True
     """
 
-    def __init__(self, candidates: Sequence[Normalisation] | None = None, seed: int = 0) -> None:
+    def __init__(self, candidates: Sequence[Normalisation] | None = None, *, seed: int = 0) -> None:
         self.candidates = candidates
         self.seed = seed
 

@@ -45,6 +45,12 @@ class SCVITools(BaseEstimator):
         The fitted SCVI.
     generative_
         Its :class:`Generative`.
+
+    Examples
+    --------
+    >>> system = ps.baselines.SCVITools(2, epochs=2, samples=100).fit(counts)
+    >>> system.transform(counts).shape
+    (60, 2)
     """
 
     def __init__(self, n_latent: int = 10, *, epochs: int = 400, samples: int = 1000, seed: int = 0) -> None:

@@ -23,6 +23,12 @@ class Wilcoxon(BaseEstimator):
         How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.scalings`.
     pseudocount
         Added to both means, in scaled counts, before the fold change is taken.
+
+    Examples
+    --------
+    >>> table = ps.baselines.Wilcoxon().test(counts, kind)
+    >>> table.columns.tolist(), bool((table.p_value < 0.05).any())
+    (['p_value', 'log_fold_change'], True)
     """
 
     def __init__(self, scaling: Scaling = TotalScaling(), pseudocount: float = 1.0) -> None:

@@ -70,6 +70,12 @@ class ZIFA(TransformerMixin, BaseEstimator):
     References
     ----------
     Pierson and Yau 2015, "ZIFA", Genome Biology 16:241; Lopez et al. 2017, Sec. 4.
+
+    Examples
+    --------
+    >>> system = ps.baselines.ZIFA(2, max_iter=5).fit(counts)
+    >>> system.transform(counts).shape, system.score_samples(counts).shape
+    ((60, 2), (60,))
     """
 
     def __init__(

@@ -69,6 +69,12 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         The weights of the penalty, which refits of cells keep.
     n_iter_, converged_
         Iterations of the fit, and whether the stop rule was met.
+
+    Examples
+    --------
+    >>> system = ps.baselines.ZINBWaVE(2, tol=1e-4).fit(counts)
+    >>> system.W_.shape, system.converged_
+    ((60, 2), True)
     """
 
     def __init__(

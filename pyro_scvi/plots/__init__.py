@@ -29,3 +29,7 @@ __all__ = [
     "project",
     "volcano",
 ]
+
+
+def __dir__():
+    return __all__

@@ -39,6 +39,12 @@ def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) 
         Axes to draw into; None: those of a new pyplot figure.
     n_cells
         Size of the plate of cells, which a model does not know.
+
+    Examples
+    --------
+    >>> ax = ps.plots.program(model, n_cells=60)
+    >>> [text.get_text() for text in ax.texts]
+    [...60...]
     """
     sites = _relations(model)
     places = _layout(sites)

@@ -60,6 +60,13 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     DataError
         If columns are missing, no gene is without NaN, the table holds several comparisons, or ``fdr`` is not in
         (0, 1).
+
+    Examples
+    --------
+    >>> table = ps.differential_expression(fit, cells, groupby="kind", group_a="a", group_b="b", largest_se=0.05)
+    >>> ax = ps.plots.volcano(table, names=3)
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('log2 fold change, b over a', 'log10 odds of a change')
     """
     require(table, _COLUMNS, "the table of pyro_scvi.differential_expression")
     genes = _genes(table, fdr)

@@ -40,6 +40,11 @@ def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
     ------
     DataError
         If the embedding is not a finite matrix.
+
+    Examples
+    --------
+    >>> ps.plots.project(ps.embed(fit, cells))._fields
+    ('coordinates', 'method')
     """
     latent = np.asarray(latent)
     if latent.ndim != 2 or not latent.size or not np.isfinite(latent).all():
@@ -74,6 +79,12 @@ def embedding(
     ------
     DataError
         If there is not one label per cell.
+
+    Examples
+    --------
+    >>> ax = ps.plots.embedding(ps.embed(fit, cells), cells.obs["kind"])
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('latent 1', 'latent 2')
     """
     points, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
     values = None if labels is None else pd.Series(labels).reset_index(drop=True)

@@ -36,6 +36,12 @@ def comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ------
     DataError
         If columns are missing, or there are no rows.
+
+    Examples
+    --------
+    >>> ax = ps.plots.comparison(ps.compare({"one": fit, "two": fit}, test.take(range(4)), samples=50))
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['one', 'two']
     """
     require(table, _COLUMNS, "the table of pyro_scvi.compare")
     ax = given_or_new(ax, (6.4, 1.4 + 0.36 * len(table)))

@@ -43,6 +43,13 @@ def predictive(statistic: pd.DataFrame, ax: Axes | None = None, *, name: str = "
     ------
     DataError
         If columns are missing, or no row is without NaN.
+
+    Examples
+    --------
+    >>> checks = ps.check_predictions(fit, test, samples=20)
+    >>> ax = ps.plots.predictive(checks.genes["mean"], name="mean")
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('mean, median of replicas', 'mean, observed')
     """
     require(statistic, _COLUMNS, _SOURCE)
     known = statistic[_COLUMNS].dropna()

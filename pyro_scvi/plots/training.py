@@ -18,6 +18,11 @@ def loss(fit: Fit, ax: Axes | None = None) -> Axes:
     """Draw the loss of training and held-out cells, in nats per cell, against the epoch.
 
     The first epochs, far above the rest, may lie outside the axes.
+
+    Examples
+    --------
+    >>> ps.plots.loss(fit).get_xlabel()
+    'epoch'
     """
     ax = given_or_new(ax, (6.0, 3.8))
     history = fit.history

@@ -49,6 +49,12 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     ------
     DataError
         If it is no such result, there are no ranks, or ranks are outside 0 to ``draws``.
+
+    Examples
+    --------
+    >>> ax = ps.plots.calibration(ps.calibrate(fit, 20, sampler=ps.Amortized(), draws=19, thin=1))
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('u, rank of the truth over draws', 'share of ranks up to u, less u')
     """
     curves = _curves(result)
     ax = given_or_new(ax, (7.0, 3.8))
@@ -145,6 +151,13 @@ def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
     ------
     DataError
         If there is no value, or values are outside [0, 1].
+
+    Examples
+    --------
+    >>> left_out = ps.leave_one_out(fit, test.take(range(2)), samples=100, sampler=ps.Importance())
+    >>> ax = ps.plots.pit(left_out.pit)
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('probability integral transform', 'density')
     """
     u = np.asarray(values, dtype=float).ravel()
     u = u[~np.isnan(u)]

@@ -4,3 +4,7 @@ from pyro_scvi.stores.building import build
 from pyro_scvi.stores.count_store import CountStore
 
 __all__ = ["CountStore", "build"]
+
+
+def __dir__():
+    return __all__

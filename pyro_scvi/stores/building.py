@@ -100,6 +100,13 @@ def build(
     -----
     UserWarning
         At an implausibly large count.
+
+    Examples
+    --------
+    >>> adata.write_h5ad(folder / "cells.h5ad")
+    >>> path = ps.stores.build(folder / "cells.h5ad", folder / "cells.store", progress=False)
+    >>> ps.Cells.from_store(path, batch="donor").n_covariates
+    2
     """
     target = Path(path).expanduser().absolute()
     named = named_files(files)
