@@ -243,7 +243,7 @@ class Cells:
             raise DataError("the index selects no cell.")
         return Cells(rows_of(self.counts, rows), self.covariates[rows], self.schema, self.obs.iloc[rows])
 
-    def split(self, held_out: float = 0.1, seed: int = 0) -> tuple["Cells", "Cells"]:
+    def split(self, held_out: float = 0.1, *, seed: int = 0) -> tuple["Cells", "Cells"]:
         """Split at random into (train, test); both keep the order of the cells.
 
         Parameters
@@ -260,10 +260,10 @@ class Cells:
         ModelError
             If the seed is no integer of 0 or more.
         """
-        train, test = self.split_rows(held_out, seed)
+        train, test = self.split_rows(held_out, seed=seed)
         return self.take(train), self.take(test)
 
-    def split_rows(self, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def split_rows(self, held_out: float = 0.1, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of (train, test) as :meth:`split` takes them, without a copy of the counts."""
         require_seed(seed)
         n_test = number_held_out(held_out, self.n_cells)

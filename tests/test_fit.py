@@ -122,7 +122,7 @@ def test_the_held_out_bound_looks_at_cells_from_all_over_the_file(monkeypatch):
     rows = Minibatches.rows
     monkeypatch.setattr(Minibatches, "rows", lambda self, index: seen.append(self.selected[index]) or rows(self, index))
     ps.fit(small_model(cells), cells, epochs=1, batch_size=2000, validation=0.5, progress=False, device="cpu")
-    held_out = set(cells.split_rows(0.5, 0)[1])
+    held_out = set(cells.split_rows(0.5, seed=0)[1])
     looked_at = np.concatenate([index for index in seen if set(index) <= held_out])
     assert len(looked_at) == 2048
     assert abs((looked_at >= 4000).mean() - 0.5) < 0.02
