@@ -18,6 +18,7 @@ from pyro_scvi import (
     presets,
     priors,
     schedules,
+    shards,
     stores,
     weights,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "priors",
     "sample_posterior",
     "schedules",
+    "shards",
     "stores",
     "technical_zero_probability",
     "to_datatree",

@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,15 @@ def refused(ranks, folder):
     (folder / f"refused-{ranks.rank}.json").write_text(json.dumps(told))
 
 
-TASKS = {task.__name__: task for task in (gradient, trained, checkpointed, signalled, refused)}
+def inferred(ranks, folder):
+    """Embedding, expression and evidence, each rank its own blocks of one file."""
+    cells, fit = ps.Cells.from_counts(simulated_counts(101)), ps.load(folder / "fit")
+    verbs = {"z": ps.embed, "w": partial(ps.impute, samples=3), "p": partial(ps.evidence, samples=30, steps=2)}
+    options = {"block": 16, "seed": 4, "progress": False}
+    ps.shards.write(fit, cells, folder / "out.zarr", verbs, shard=(ranks.rank, ranks.size), **options)
+
+
+TASKS = {task.__name__: task for task in (gradient, trained, checkpointed, signalled, refused, inferred)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

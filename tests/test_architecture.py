@@ -153,6 +153,7 @@ def test_public_names():
         "priors",
         "sample_posterior",
         "schedules",
+        "shards",
         "stores",
         "technical_zero_probability",
         "to_datatree",

@@ -209,6 +209,8 @@ def table():
 
 
 baselines, plots = ps.baselines, ps.plots
+
+
 def joined():
     with ps.distributed.joined() as ranks:
         return ps.fit(model(), cells(), epochs=2, batch_size=8, seed=3, progress=False, device="cpu", ranks=ranks)
@@ -360,6 +362,7 @@ CASES |= {
 }
 
 COVERED_BY = {
+    "shards.write": "tests/test_shards.py",
     "distributed.Ranks": "tests/test_distributed.py",
     "networks.running_statistics": "tests/test_distributed.py",
     "calibration.calibrate": "calibrate",
