@@ -67,14 +67,26 @@ def gradient(ranks, folder):
     torch.save(torch.cat(grads), folder / f"gradient-{ranks.size}-{ranks.rank}.pt")
 
 
+class Noting(ps.priors.StandardNormal):
+    """A prior that notes the seed of torch's generator whenever it is asked."""
+
+    seeds = set()
+
+    def forward(self):
+        self.seeds.add(torch.initial_seed())
+        return super().forward()
+
+
 def trained(ranks, folder):
     """100 steps; the states of all ranks."""
     cells = ps.Cells.from_counts(simulated_counts(101))
-    model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1)
+    model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1, prior=Noting(3))
     if ranks.rank:  # ranks start as the first does, whatever they were given
-        model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1, seed=5)
+        model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1, seed=5, prior=Noting(3))
+    Noting.seeds.clear()
     fit = ps.fit(model, cells, guide, epochs=25, batch_size=24, validation=5, progress=False, ranks=ranks)
     torch.save(state(model, guide), folder / f"state-{ranks.size}-{ranks.rank}.pt")
+    (folder / f"seeds-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(sorted(Noting.seeds)))
     fit.history.to_csv(folder / f"history-{ranks.size}-{ranks.rank}.csv")
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import simulated_counts
 
 import pyro_scvi as ps
-from pyro_scvi.distributed import Alone
+from pyro_scvi.distributed import Alone, Ranks
 from pyro_scvi.seeding import seed_of
 
 HERE = Path(__file__).parent
@@ -122,25 +122,37 @@ SHARES = [(101, 24, 2), (101, 24, 3), (5, 2, 2), (7, 3, 3), (64, 128, 4)]
 
 @pytest.mark.parametrize(("n_cells", "batch_size", "size"), SHARES)
 def test_steps_share_out_all_cells(n_cells, batch_size, size):
-    ranks = Alone()
-    ranks.size = size
-    sizes, held = ranks.batch_sizes(n_cells, batch_size), []
-    for ranks.rank in range(size):
+    sizes, held, seen = rank_of(0, size).batch_sizes(n_cells, batch_size), [], []
+    for ranks in (rank_of(i, size) for i in range(size)):
         shard = torch.from_numpy(ranks.shard(np.arange(n_cells)))
-        parts = shard.tensor_split(len(sizes))
+        parts = torch.arange(len(shard)).tensor_split(len(sizes))
         assert min(map(len, parts)) >= 1
+        assert torch.equal(torch.cat([ranks.among_all(part) for part in parts]), shard)
         held.append([len(part) for part in parts])
+        seen.extend(shard.tolist())
     assert np.sum(held, 0).tolist() == sizes
-    assert sum(sizes) == n_cells
+    assert sorted(seen) == list(range(n_cells))
     assert max(sizes) < batch_size + size
+
+
+def rank_of(rank, size):
+    """A rank without a process group."""
+    ranks = Ranks.__new__(Ranks)
+    ranks.rank, ranks.size = rank, size
+    return ranks
 
 
 def test_one_process_is_what_joined_yields_without_torchrun():
     with ps.distributed.joined() as ranks:
         assert type(ranks) is Alone
-        assert ranks.first
-        assert ranks.size == 1
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
 
 
 def test_seeds_of_ranks_and_epochs_differ():
     assert len({seed_of(seed, epoch, rank) for seed in range(5) for epoch in range(5) for rank in range(5)}) == 125
+
+
+def test_ranks_draw_noise_of_their_own(folder):
+    first, second = (set(json.loads((folder / f"seeds-2-{rank}.json").read_text())) for rank in (0, 1))
+    assert not first & second
+    assert len(second) == 2 * 25  # training and a look at held-out cells, by epoch

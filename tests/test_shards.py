@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cli_runs import one_line, run, succeed
 from conftest import simulated_counts
 from test_distributed import HERE, TORCHRUN, python
 
@@ -144,3 +145,41 @@ def test_bad_arguments_are_named_and_nothing_is_written(fit, cells, tmp_path, pa
     with pytest.raises((DataError, ModelError), match=message):
         ps.shards.write(fit, cells, tmp_path / path if isinstance(path, str) else path, verbs, **(OPTIONS | options))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def files(fit, cells, tmp_path):
+    """A saved fit, an .h5ad file with its genes in another order, and a store of that."""
+    fit.save(tmp_path / "fit")
+    adata = ad.AnnData(cells.counts.astype(np.float32), obs=cells.obs, var=pd.DataFrame(index=cells.gene_names))
+    adata[:, ::-1].copy().write_h5ad(tmp_path / "in.h5ad")
+    ps.stores.build([tmp_path / "in.h5ad"], tmp_path / "store", progress=False)
+    return tmp_path
+
+
+def test_jobs_of_the_command_line_share_a_file(files, fit, cells):
+    command = ["infer", files / "fit", files / "store", "--out", files / "out.zarr", "--block", 32, "--no-progress"]
+    extra = ["--expression", "--technical-zeros", "--evidence", "--samples", 2]
+    first = succeed(*command, *extra, "--shard", "2/2")
+    assert "2 blocks of" in first.output
+    assert "still missing" in first.output
+    assert "wrote" in succeed(*command, *extra, "--shard", "1/2").output
+    found = ad.read_zarr(files / "out.zarr")
+    np.testing.assert_allclose(found.obsm["X_pyro_scvi"], ps.embed(fit, cells), atol=1e-6)
+    assert set(found.layers) == {"pyro_scvi_expression", "pyro_scvi_technical_zero"}
+    assert np.isfinite(found.obs.pyro_scvi_log_evidence).all()
+
+
+def test_the_command_line_reads_h5ad_in_place(files, fit, cells):
+    succeed("infer", files / "fit", files / "in.h5ad", "--out", files / "out.h5ad", "--no-progress")
+    np.testing.assert_allclose(ad.read_h5ad(files / "out.h5ad").obsm["X_pyro_scvi"], ps.embed(fit, cells), atol=1e-6)
+
+
+def test_errors_of_the_command_line_are_one_line(files):
+    (files / "broken.h5ad").write_text("nothing")
+    assert "cannot read it" in one_line(run("infer", files / "fit", files / "broken.h5ad", "--out", files / "o.zarr"))
+    layer = run("infer", files / "fit", files / "store", "--out", files / "o.zarr", "--layer", "raw")
+    assert "leave out --layer" in one_line(layer)
+    wrong = run("infer", files / "fit", files / "store", "--out", files / "o.zarr", "--shard", "0/2")
+    assert wrong.exit_code == 2
+    assert "I/N" in wrong.output
