@@ -121,7 +121,7 @@ class Ranks(Alone):
         with self._together():
             # Running statistics are each rank's own between steps; average_statistics brings them together.
             bound = DistributedDataParallel(_Bound(elbo, model, guide), **_OWN_BUFFERS)
-            for buffer in bound.buffers():
+            for buffer in bound.buffers():  # which torch before 2.13 leaves as they are
                 distributed.broadcast(buffer, 0)
 
         def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:

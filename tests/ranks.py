@@ -82,7 +82,9 @@ def trained(ranks, folder):
     cells = ps.Cells.from_counts(simulated_counts(101))
     model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1, prior=Noting(3))
     if ranks.rank:  # ranks start as the first does, whatever they were given
-        model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1, seed=5, prior=Noting(3))
+        model, guide = parts(
+            norm=ps.networks.BatchNorm(), dropout=0.1, seed=5, prior=Noting(3), library=ps.libraries.LatentLibrary(1, 1)
+        )
     Noting.seeds.clear()
     fit = ps.fit(model, cells, guide, epochs=25, batch_size=24, validation=5, progress=False, ranks=ranks)
     torch.save(state(model, guide), folder / f"state-{ranks.size}-{ranks.rank}.pt")
