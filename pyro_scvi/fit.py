@@ -28,7 +28,9 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.schedules import Every, KLWeight, LearningRate, OneCycle, Weight
 from pyro_scvi.schema import Schema
 from pyro_scvi.seeding import seeded
-from pyro_scvi.training import Run
+from pyro_scvi.training import Run, spread
+
+WATCHED = 2048  # held-out cells at most, after every epoch
 
 
 @dataclass(eq=False)
@@ -320,8 +322,8 @@ def _held_out(
 ) -> tuple[np.ndarray, tuple[Cells, np.ndarray] | None]:
     """Rows of the training cells, and the cells to watch with their rows; of the same matrix no copy is made."""
     if isinstance(validation, Cells):
-        return np.arange(cells.n_cells), (validation, np.arange(validation.n_cells))
+        return np.arange(cells.n_cells), (validation, spread(WATCHED, validation.n_cells).numpy())
     if not validation:
         return np.arange(cells.n_cells), None
     train, held_out = cells.split_rows(held_out=validation, seed=seed)
-    return train, (cells, held_out)
+    return train, (cells, held_out[spread(WATCHED, len(held_out)).numpy()])

@@ -227,22 +227,21 @@ class Run:
             yield
 
     def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
-        """Negative bound and KL in nats per cell, by one draw for each of 2,048 held-out or 256 training cells.
+        """Negative bound and KL in nats per cell, by one draw for each held-out cell or for 256 training cells.
 
         Every rank looks at its share of them.
-
-        Where there are more, those looked at are spread evenly over them: files are sorted by cell type or donor.
         """
         if not self.guide.amortized:
             return math.nan, math.nan
-        looked_at = min(-(-(256 if cells is self.train_cells else 2048) // self.ranks.size), cells.n_cells)
-        spread = torch.arange(looked_at, device=cells.device) * cells.n_cells // max(looked_at, 1)
+        rows = torch.arange(cells.n_cells, device=cells.device)
+        if cells is self.train_cells:
+            rows = rows[spread(-(-256 // self.ranks.size), cells.n_cells)]
         sums, n = [0.0, 0.0], 0
         with evaluating(self.model, self.guide, self.ranks.noise_seed(seed)):
-            for rows in spread.split(512):
-                log_weight, gap = bound_terms(self.guide, *cells.rows(rows))
+            for some in rows.split(512) if len(rows) else ():
+                log_weight, gap = bound_terms(self.guide, *cells.rows(some))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
-                n += len(rows)
+                n += len(some)
         loss, kl, seen = self.ranks.sum(*sums, n)
         return loss / seen, kl / seen
 
@@ -252,6 +251,12 @@ class Steps(NamedTuple):
 
     loss_and_grads: LossAndGrads
     sizes: list[int]
+
+
+def spread(at_most: int, n: int) -> Tensor:
+    """At most so many of n positions, spread evenly over them: files are sorted by cell type or donor."""
+    few = min(at_most, n)
+    return torch.arange(few) * n // max(few, 1)
 
 
 def _impossible(bound: float, kl: float) -> bool:
