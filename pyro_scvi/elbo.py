@@ -34,6 +34,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Negative bound, nats, a scalar."""
+        if pyro.infer.util.is_validation_enabled():
+            return super().differentiable_loss(model, guide, *args, **kwargs)
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
         modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
         loss: Any = 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyro
 import torch
@@ -16,8 +17,9 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.checkpoint import Checkpoints, identity
 from pyro_scvi.descriptions import facts_of
 from pyro_scvi.display import curve, table
+from pyro_scvi.distributed import Alone
 from pyro_scvi.elbo import MeanFieldELBO
-from pyro_scvi.errors import CheckpointError, FitError, ModelError, SchemaError
+from pyro_scvi.errors import CheckpointError, FitError, ModelError, SchemaError, brief
 from pyro_scvi.guards import check_kinds, check_run
 from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.interrupts import noted_interrupts
@@ -26,7 +28,9 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.schedules import Every, KLWeight, LearningRate, OneCycle, Weight
 from pyro_scvi.schema import Schema
 from pyro_scvi.seeding import seeded
-from pyro_scvi.training import Run
+from pyro_scvi.training import Run, spread
+
+WATCHED = 2048  # held-out cells at most, after every epoch
 
 
 @dataclass(eq=False)
@@ -115,6 +119,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: Every = Every(),
     resume: bool = False,
+    ranks: Alone = Alone(),
     progress: bool = True,
 ) -> Fit:
     r"""Train model and guide, in place, by stochastic gradient steps on the evidence bound.
@@ -132,7 +137,7 @@ def fit(
     epochs
         Passes through the cells; None: 60 up to 2,500 cells, fewer for more (see :func:`default_epochs`).
     batch_size
-        Cells per step.
+        Cells per step, over all ranks.
     seed
         Of shuffling, dropout and reparameterised noise; the global random state is left alone.
     device
@@ -164,6 +169,9 @@ def fit(
         Whether to go on from the checkpoint, with the same model, cells and options as before; on one thread of a CPU
         the result is that of a run that was never stopped, bit for bit. Without a checkpoint training starts from the
         beginning.
+    ranks
+        Which processes train together, as ``ps.distributed.joined()`` finds them. Each must call ``fit`` with the same
+        arguments; each then has the whole fit. The first writes checkpoints and shows progress.
     progress
         Whether to show a progress bar.
 
@@ -173,7 +181,8 @@ def fit(
         If model and guide do not fit together, or a parameter takes no part in the loss.
     FitError
         If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
-        run, or epochs or batch_size is below 1. Its ``fit`` is the Fit of the last good epoch, if there was one.
+        run, epochs or batch_size is below 1, or another rank was lost. Its ``fit`` is the Fit of the last good epoch,
+        if there was one.
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
         before. Nothing that was there is lost.
@@ -210,19 +219,25 @@ def fit(
     place = resolve_device(device)
     _check_cells(model, cells, validation)
     _check_precision(dtype, autocast)
-    train, held_out = _minibatches(cells, validation if guide.amortized else 0, seed, place, dtype)
-    epochs = default_epochs(train.n_cells) if epochs is None else epochs
+    if not isinstance(ranks, Alone):
+        raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(ranks)}")
+    train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
+    n_cells = len(train_rows)
+    train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
+    watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
+    epochs = default_epochs(n_cells) if epochs is None else epochs
     check_run(epochs, batch_size, patience, eps)
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # NumPy's integers are none to torch and JSON
     _check_options(learning_rate, kl_weight, elbo, epochs)
     _check_checkpoint(checkpoint, checkpoint_every, resume)
     if data_start and not model.trained:
-        start_from_data(model, train)
+        start_from_data(model, train, ranks)
     model.to(place, dtype)
     guide.to(place, dtype)
-    settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "n_cells": train.n_cells}
-    run = Run(model, guide, train, held_out, MeanFieldELBO() if elbo is None else elbo, autocast)
-    if checkpoint is not None:
+    settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "n_cells": n_cells}
+    elbo = MeanFieldELBO() if elbo is None else elbo
+    run = Run(model, guide, train, watched, n_cells, elbo, autocast, seed, ranks)
+    if checkpoint is not None and ranks.first:
         options: dict[str, Any] = {
             "patience": patience,
             "learning_rate": learning_rate,
@@ -310,23 +325,24 @@ def default_epochs(n_cells: int) -> int:
     return max(8, min(60, round(60 * math.sqrt(2500 / n_cells))))
 
 
-def start_from_data(model: SCVI, cells: Minibatches) -> None:
+def start_from_data(model: SCVI, cells: Minibatches, ranks: Alone = Alone()) -> None:
     """Set the genes' biases to their log mean counts, and the library's law to the log totals' mean and sd."""
-    means = torch.as_tensor(cells.gene_means()).float()
-    model.library.start_from(torch.as_tensor(cells.totals()).float(), cells.gamma)
+    totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
+    means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
+    model.library.start_from(torch.as_tensor(totals).float(), torch.as_tensor(gamma))
     bias = model.decoder.heads["log_mean"]._parameters.get("bias")
     if bias is not None:
         with torch.no_grad():
-            bias.copy_((means + 1 / cells.n_cells).log())
+            bias.copy_((means + 1 / len(totals)).log())
 
 
-def _minibatches(
-    cells: Cells, validation: float | int | Cells, seed: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Minibatches, Minibatches | None]:
-    """The training and the held-out cells: rows of the same matrix, of which no copy is made."""
+def _held_out(
+    cells: Cells, validation: float | int | Cells, seed: int
+) -> tuple[np.ndarray, tuple[Cells, np.ndarray] | None]:
+    """Rows of the training cells, and the cells to watch with their rows; of the same matrix no copy is made."""
     if isinstance(validation, Cells):
-        return Minibatches(cells, device, dtype), Minibatches(validation, device, dtype)
+        return np.arange(cells.n_cells), (validation, spread(WATCHED, validation.n_cells).numpy())
     if not validation:
-        return Minibatches(cells, device, dtype), None
+        return np.arange(cells.n_cells), None
     train, held_out = cells.split_rows(held_out=validation, seed=seed)
-    return Minibatches(cells, device, dtype, train), Minibatches(cells, device, dtype, held_out)
+    return train, (cells, held_out[spread(WATCHED, len(held_out)).numpy()])

@@ -65,8 +65,11 @@ class Minibatches:
 
     def shuffled(self, batch_size: int) -> Iterator[Tensor]:
         """Row indices of one epoch: every cell once, in batches of as equal size as possible."""
-        order = torch.randperm(self.n_cells).to(self.device)
-        yield from order.tensor_split(math.ceil(len(order) / batch_size))
+        yield from self.shuffled_into(math.ceil(self.n_cells / batch_size))
+
+    def shuffled_into(self, n_batches: int) -> Iterator[Tensor]:
+        """Row indices of one epoch: every cell once, in ``n_batches`` batches of which the first may be one larger."""
+        yield from torch.randperm(self.n_cells).to(self.device).tensor_split(n_batches)
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Counts and covariates of all cells, in the order of the file."""
@@ -77,9 +80,9 @@ class Minibatches:
         """Total count of each cell, (cells,)."""
         return self.cells.totals[self.selected]
 
-    def gene_means(self) -> np.ndarray:
-        """Mean count of each gene, (genes,)."""
-        return np.sum([np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()], 0) / self.n_cells
+    def gene_totals(self) -> np.ndarray:
+        """Total count of each gene, (genes,)."""
+        return np.sum([np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()], 0)
 
     def _moved(self, stored: np.dtype) -> Tensor:
         """All counts on the device; no dense copy of a wider type is ever held."""

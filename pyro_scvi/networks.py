@@ -89,6 +89,18 @@ class _RowBatchNorm(nn.BatchNorm1d):
         return rows.reshape(input.shape)
 
 
+def running_statistics(*parts: nn.Module) -> Iterator[Tensor]:
+    """The running means and variances of every batch normalisation in ``parts``."""
+    for part in parts:
+        for module in part.modules():
+            if (
+                isinstance(module, nn.BatchNorm1d)
+                and module.running_mean is not None
+                and module.running_var is not None
+            ):
+                yield from (module.running_mean, module.running_var)
+
+
 class _Dropout(nn.Dropout):
     """Dropout by 16 random bits an entry: on a CPU torch's own masks cost three times as much.
 

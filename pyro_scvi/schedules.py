@@ -94,7 +94,7 @@ class WarmUp:
 
     def at(self, epoch: int, epochs: int) -> float:
         """Weight in ``epoch`` of ``epochs``; raises FitError if the warm-up would not end inside the run."""
-        if self.epochs < 1:
+        if not self.epochs >= 1:  # NaN neither
             raise FitError(f"a KL warm-up takes 1 epoch or more, got {self.epochs}")
         if self.epochs >= epochs:
             raise FitError(
@@ -121,7 +121,7 @@ class Every:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.seconds < 0:
+        if not (self.epochs >= 1 and self.seconds >= 0):  # NaN neither
             raise FitError(f"checkpoints need epochs >= 1 and seconds >= 0, got {self}")
 
 

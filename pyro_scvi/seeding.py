@@ -53,6 +53,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def seed_of(*numbers: int) -> int:
+    """One seed made of several numbers, such as a seed, a rank and an epoch."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 @contextmanager
 def global_state_kept() -> Iterator[None]:
     """Put the global generators of numpy and Python back after code that may draw from them, and torch's threads.

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_scvi.checkpoint import Checkpoints
+from pyro_scvi.distributed import Alone, LossAndGrads
 from pyro_scvi.divergence import HALVINGS, Diverged, numberless, suspects
 from pyro_scvi.elbo import MeanFieldELBO
 from pyro_scvi.errors import FitError, PyroScviError
@@ -26,7 +27,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.networks import matrix_products_in
 from pyro_scvi.plates import optimised_directly
 from pyro_scvi.posterior import bound_terms, evaluating
-from pyro_scvi.progress import Progress
+from pyro_scvi.progress import Progress, Snapshot
 from pyro_scvi.schedules import KLWeight, LearningRate
 
 _log = logging.getLogger(__name__)
@@ -34,14 +35,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """One training run over its minibatches."""
+    """One training run over its minibatches, those of ``n_cells`` cells that are the share of this one of the ranks."""
 
     model: SCVI
     guide: Guide
     train_cells: Minibatches
     held_out: Minibatches | None
+    n_cells: int
     elbo: Any
     autocast: torch.dtype | None
+    seed: int
+    ranks: Alone
     checkpoints: Checkpoints | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     done: Progress | None = None
@@ -66,19 +70,21 @@ class Run:
             If a signal comes before the first epoch has ended, or comes twice.
         """
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
-        eps = eps * self.train_cells.n_cells
+        eps = eps * self.n_cells
+        loss_and_grads = self.ranks.loss_and_grads(self.elbo, self.model, self.guide)
+        sizes = self.ranks.batch_sizes(self.n_cells, batch_size)
         optimiser = torch.optim.Adam(unique_parameters((self.model, self.guide)), eps=eps, fused=True)
         optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
-        steps = math.ceil(self.train_cells.n_cells / batch_size) * epochs
-        self.done = done = Progress(self.model, self.guide, optimiser, learning_rate(optimiser, steps), patience)
+        schedule = learning_rate(optimiser, len(sizes) * epochs)
+        self.done = done = Progress(self.model, self.guide, optimiser, schedule, patience)
         try:
-            if self.checkpoints:
-                self.checkpoints.begin(done)
-            with warnings.catch_warnings(), tqdm(total=epochs, disable=not progress, unit="epoch") as bar:
+            self._begin(done)
+            hidden = not (progress and self.ranks.first)
+            with warnings.catch_warnings(), tqdm(total=epochs, disable=hidden, unit="epoch") as bar:
                 # Pyro warns of a loss that is NaN; here that is an error, which says more.
                 warnings.filterwarnings("ignore", "Encountered NaN")
                 bar.update(len(done.rows))
-                self._epochs(done, epochs, batch_size, kl_weight, bar)
+                self._epochs(done, epochs, Steps(loss_and_grads, sizes), kl_weight, bar)
         except Interrupted:
             if not done.rows:
                 raise KeyboardInterrupt(f"{self.interrupts.received} before the first epoch had ended") from None
@@ -89,11 +95,23 @@ class Run:
         if done.halvings:
             self._require_improvement(done)
 
-    def _epochs(self, done: Progress, epochs: int, batch_size: int, kl_weight: KLWeight, bar: Any) -> None:
+    def _begin(self, done: Progress) -> None:
+        """Go on from the checkpoint, which the first rank has read, if there is one."""
+
+        def begun() -> Snapshot | None:
+            if self.checkpoints:
+                self.checkpoints.begin(done)
+            return done.good if done.rows else None
+
+        found = self.ranks.from_first(begun)
+        if found and found is not done.good:
+            done.restore(found)
+
+    def _epochs(self, done: Progress, epochs: int, steps: "Steps", kl_weight: KLWeight, bar: Any) -> None:
         lasting = kl_weight.at(epochs - 1, epochs)
         while len(done.rows) < epochs and not done.best.waited_out:
             try:
-                row = self._row(done, batch_size, TemperedZ(kl_weight.at(len(done.rows), epochs)))
+                row = self._row(done, steps, TemperedZ(kl_weight.at(len(done.rows), epochs)))
             except Diverged as failure:
                 self._retreat(done, failure)
                 continue
@@ -110,12 +128,12 @@ class Run:
                 done.best.waited,
             )
 
-    def _row(self, done: Progress, batch_size: int, tempered: TemperedZ) -> dict[str, float]:
+    def _row(self, done: Progress, steps: "Steps", tempered: TemperedZ) -> dict[str, float]:
         """Train for one epoch and look at the held-out cells: the epoch's row of the history."""
         started, epoch = time.perf_counter(), len(done.rows)
         row: dict[str, float] = {"learning_rate": done.learning_rate, "kl_weight": tempered.weight}
         try:
-            row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, batch_size, first=epoch == 0)
+            row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, steps, epoch)
         except ValueError as error:  # of Pyro's checks in the first step
             if isinstance(error, PyroScviError):
                 raise
@@ -128,7 +146,8 @@ class Run:
             raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
         if self.held_out is None:
             row["held_out_loss"] = math.nan
-        return row | {"seconds": time.perf_counter() - started}
+        (seconds,) = self.ranks.sum(time.perf_counter() - started)
+        return row | {"seconds": seconds / self.ranks.size}
 
     def _retreat(self, done: Progress, failure: Diverged) -> None:
         """Go back to the last good state and halve the learning rate, as long as that can help."""
@@ -160,30 +179,37 @@ class Run:
                 "make a new model and try a smaller learning_rate"
             )
 
-    def epoch(self, optimiser: Any, schedule: Any, tempered: TemperedZ, batch_size: int, first: bool) -> float:
+    def epoch(self, optimiser: Any, schedule: Any, tempered: TemperedZ, steps: "Steps", epoch: int) -> float:
         """One pass through the training cells; returns the untempered loss in nats per cell."""
         self.model.train()
         self.guide.train()
-        n_cells, total, tempers = self.train_cells.n_cells, 0.0, tempered.weight != 1
-        for step, rows in enumerate(self.train_cells.shuffled(batch_size)):
+        if not self.ranks.first:  # the first goes on with what it, or the checkpoint, drew before
+            torch.manual_seed(self.ranks.noise_seed(self.seed, epoch))
+        total, tempers = 0.0, tempered.weight != 1
+        for step, rows in enumerate(self.train_cells.shuffled_into(len(steps.sizes))):
             x, gamma = self.train_cells.rows(rows)
-            checked = first and step == 0
+            checked = epoch == 0 and step == 0
+            given: dict[str, Any] = {"index": self.ranks.among_all(rows), "n_cells": self.n_cells}
             if checked:
-                check_sites(self.model, self.guide, x, gamma, index=rows, n_cells=n_cells)
+                check_sites(self.model, self.guide, x, gamma, **given)
             with self._validating(checked, x), self._quickly(checked), tempered if tempers else nullcontext():
-                loss = self.elbo.loss_and_grads(self.model, self.guide, x, gamma, index=rows, n_cells=n_cells)
+                loss = steps.loss_and_grads(x, gamma, len_all=steps.sizes[step], **given)
             if checked:
                 check_gradients(self.model, self.guide)
-            value = loss / n_cells * len(rows) + tempered.missing()
+            value, ends = self.ranks.sum(
+                loss / self.n_cells * len(rows) + tempered.missing(), bool(self.interrupts.received)
+            )
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
             total += value
-            if self.interrupts.received:
+            if ends or self.interrupts.received:
+                self.interrupts.received = self.interrupts.received or "a signal to another rank"
                 raise Interrupted
-        return total / n_cells
+        self.ranks.average_statistics(self.model, self.guide)
+        return total / self.n_cells
 
     @staticmethod
     @contextmanager
@@ -201,21 +227,36 @@ class Run:
             yield
 
     def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
-        """Negative bound and KL in nats per cell, by one draw for each of 2,048 held-out or 256 training cells.
+        """Negative bound and KL in nats per cell, by one draw for each held-out cell or for 256 training cells.
 
-        Where there are more, those looked at are spread evenly over them: files are sorted by cell type or donor.
+        Every rank looks at its share of them.
         """
         if not self.guide.amortized:
             return math.nan, math.nan
-        looked_at = min(256 if cells is self.train_cells else 2048, cells.n_cells)
-        spread = torch.arange(looked_at, device=cells.device) * cells.n_cells // looked_at
+        rows = torch.arange(cells.n_cells, device=cells.device)
+        if cells is self.train_cells:
+            rows = rows[spread(-(-256 // self.ranks.size), cells.n_cells)]
         sums, n = [0.0, 0.0], 0
-        with evaluating(self.model, self.guide, seed):
-            for rows in spread.split(512):
-                log_weight, gap = bound_terms(self.guide, *cells.rows(rows))
+        with evaluating(self.model, self.guide, self.ranks.noise_seed(seed)):
+            for some in rows.split(512) if len(rows) else ():
+                log_weight, gap = bound_terms(self.guide, *cells.rows(some))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
-                n += len(rows)
-        return sums[0] / n, sums[1] / n
+                n += len(some)
+        loss, kl, seen = self.ranks.sum(*sums, n)
+        return loss / seen, kl / seen
+
+
+class Steps(NamedTuple):
+    """The steps of an epoch: how a gradient is taken, and of how many cells over all ranks."""
+
+    loss_and_grads: LossAndGrads
+    sizes: list[int]
+
+
+def spread(at_most: int, n: int) -> Tensor:
+    """At most so many of n positions, spread evenly over them: files are sorted by cell type or donor."""
+    few = min(at_most, n)
+    return torch.arange(few) * n // max(few, 1)
 
 
 def _impossible(bound: float, kl: float) -> bool:

@@ -142,6 +142,8 @@ def test_checkpoints_are_written_as_often_as_asked(cells, tmp_path, monkeypatch)
     assert written == [0, 6]
     with pytest.raises(FitError, match="epochs >= 1"):
         Every(epochs=0)
+    with pytest.raises(FitError, match="epochs >= 1"):
+        Every(seconds=float("nan"))
     with pytest.raises(FitError, match="Every"):
         run(cells, checkpoint=tmp_path / "d", checkpoint_every=5)
 

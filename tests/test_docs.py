@@ -13,12 +13,38 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_t
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_the_code_of_a_page_runs(page):
-    """Every block in its order, in one namespace, warnings being errors."""
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """Every block in its order, in one namespace and a folder of its own, warnings being errors."""
     mpl.use("Agg")
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(block.group(1), f"{page.name}", "exec"), namespace)
+
+
+def test_the_ten_lines_of_the_readme_give_what_it_says():
+    """Mean and standard error of the evidence, within what other processors' rounding moves a fit by."""
+    text = (DOCS.parent / "README.md").read_text()
+    *body, last = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL).group(1).strip().splitlines()
+    namespace = {}
+    exec(
+        compile(
+            "\n".join(body).replace("ps.fit(model, train)", "ps.fit(model, train, progress=False)"), "README", "exec"
+        ),
+        namespace,
+    )
+    said = [float(number) for number in re.search(r"The last line gives \((\S+), (\S+)\)", text).groups()]
+    assert eval(last, namespace) == pytest.approx(said, abs=1.5)
+
+
+def test_the_readme_links_to_what_is_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", (DOCS.parent / "README.md").read_text())
+    assert len(links) > 20
+    assert not [link for link in links if not (DOCS.parent / link).exists()]
+
+
+def test_the_readme_stays_short():
+    assert len((DOCS.parent / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_reference_lists_every_public_name():

@@ -269,6 +269,7 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
         ({"learning_rate": 0.01}, "OneCycle"),
         ({"kl_weight": 0.5}, "Weight"),
         ({"kl_weight": ps.schedules.WarmUp(0)}, "1 epoch or more"),
+        ({"kl_weight": ps.schedules.WarmUp(float("nan"))}, "1 epoch or more"),
         ({"elbo": pyro.infer.Trace_ELBO}, "Trace_ELBO"),
         ({"device": "gpu"}, "cannot be used"),
     ],

@@ -209,12 +209,21 @@ def table():
 
 
 baselines, plots = ps.baselines, ps.plots
+
+
+def joined():
+    with ps.distributed.joined() as ranks:
+        return ps.fit(model(), cells(), epochs=2, batch_size=8, seed=3, progress=False, device="cpu", ranks=ranks)
+
+
 CASES = {
     "SCVI": lambda: model(seed=3),
     "Cells": lambda: cells().split(0.2, seed=1)[0].with_batch("a")[:],
     "Schema": lambda: ps.Schema.from_dict(cells().schema.to_dict()),
     "Fit": lambda: repr(fit()) + fit()._repr_html_(),
     "fit": lambda: ps.fit(model(), cells(), epochs=2, batch_size=8, seed=3, progress=True, device="cpu"),
+    "distributed.Alone": lambda: ps.distributed.Alone().batch_sizes(10, 4),
+    "distributed.joined": joined,
     "load": loaded,
     "stores.build": stored,
     "embed": lambda: ps.embed(fit(), cells()),
@@ -353,6 +362,9 @@ CASES |= {
 }
 
 COVERED_BY = {
+    "shards.write": "tests/test_shards.py",
+    "distributed.Ranks": "tests/test_distributed.py",
+    "networks.running_statistics": "tests/test_distributed.py",
     "calibration.calibrate": "calibrate",
     "stores.CountStore": "stores.build",
     "criticism.prior_predictive": "prior_predictive",

@@ -5,6 +5,7 @@ import typer
 from pyro_scvi.cli.comparing import de
 from pyro_scvi.cli.options import Recorded
 from pyro_scvi.cli.paper import paper
+from pyro_scvi.cli.sharding import infer
 from pyro_scvi.cli.storing import store
 from pyro_scvi.cli.training import demo, fit
 from pyro_scvi.cli.verbs import embed, impute
@@ -17,5 +18,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (demo, fit, embed, impute, de, store, paper):
+for command in (demo, fit, embed, impute, de, infer, store, paper):
     app.command(cls=Recorded)(command)

@@ -1,5 +1,6 @@
 """The commands that train: the demo, and a fit to a user's file."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ import typer
 from anndata import AnnData
 
 import pyro_scvi
-from pyro_scvi import datasets, likelihoods, plots, report
+from pyro_scvi import datasets, distributed, likelihoods, plots, report
 from pyro_scvi.cells import Cells
 from pyro_scvi.cli import findings, page
 from pyro_scvi.cli.files import column, read_h5ad, write_h5ad
@@ -32,10 +33,12 @@ from pyro_scvi.cli.options import (
     choice,
 )
 from pyro_scvi.cli.page import Job
-from pyro_scvi.cli.workspace import FIT, PAGE, Workspace, new_folder
+from pyro_scvi.cli.workspace import FIT, PAGE, Workspace, errors_in_one_line, new_folder
 from pyro_scvi.errors import FitError
+from pyro_scvi.fit import Fit
 from pyro_scvi.fit import fit as train_model
 from pyro_scvi.guides import Guide
+from pyro_scvi.indexing import number_held_out
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots import Projection
 from pyro_scvi.posterior import embed
@@ -108,6 +111,9 @@ def fit(
     DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed,
     its UMAP in obsm["X_umap"].
 
+    Several processes train together if torchrun starts them, each on its share of the cells; the first writes:
+    torchrun --nproc-per-node 2 -m pyro_scvi fit FILE.h5ad --out DIR
+
     Ctrl-C or SIGTERM ends training after the running step: with --checkpoint the same command goes on with --resume,
     without it the results are those of the epochs that had ended.
     """
@@ -129,36 +135,54 @@ def fit(
         )
         return model, guide and guide(model, seed=seed)
 
-    with new_folder(out, ("annotated.h5ad", FIT), force, source=file) as space:
-        adata = read_h5ad(file)
-        groups = None if labels is None else findings.categories(column(adata.obs, labels, "--labels"))
-        cells = Cells.from_anndata(adata, layer=layer, batch=batch, covariates=covariates or ())
-        job = Job(
-            title=file.name,
-            source=f"the {cells.n_cells:,} cells of {file.name}",
-            table="annotated.h5ad",
-            labels=labels,
-            pair=None if groups is None else (groups.index[0], groups.index[1]),
-            command=called(ctx),
-            seed=seed,
-            training={
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "device": device,
-                "checkpoint": checkpoint,
-                "resume": resume,
-                "progress": progress,
-            },
-        )
-        analyse(space, adata, cells, build, job)
+    training: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "device": device,
+        "checkpoint": checkpoint,
+        "resume": resume,
+        "progress": progress,
+    }
+
+    def counts_of(adata: AnnData) -> Cells:
+        return Cells.from_anndata(adata, layer=layer, batch=batch, covariates=covariates or ())
+
+    with distributed.joined() as ranks:
+        training["ranks"] = ranks
+        if not ranks.first:
+            with errors_in_one_line(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the first says them
+                _train(counts_of(read_h5ad(file)), build, seed, training)
+            return
+        with new_folder(out, ("annotated.h5ad", FIT), force, source=file) as space:
+            adata = read_h5ad(file)
+            groups = None if labels is None else findings.categories(column(adata.obs, labels, "--labels"))
+            cells = counts_of(adata)
+            job = Job(
+                title=file.name,
+                source=f"the {cells.n_cells:,} cells of {file.name}",
+                table="annotated.h5ad",
+                labels=labels,
+                pair=None if groups is None else (groups.index[0], groups.index[1]),
+                command=called(ctx),
+                seed=seed,
+                training=training,
+            )
+            analyse(space, adata, cells, build, job)
+
+
+def _train(cells: Cells, build: Build, seed: int, training: dict[str, Any]) -> tuple[Fit, Cells, Cells]:
+    """Hold out a tenth of the cells and fit the rest: the fit, its cells and the others."""
+    train, test = cells.split(held_out=0.1, seed=seed)
+    model, guide = build(train)
+    return train_model(model, train, guide, seed=seed, **training), train, test
 
 
 def analyse(space: Workspace, adata: AnnData, cells: Cells, build: Build, job: Job) -> None:
     """Hold out a tenth of the cells, fit the rest, embed all, and write tables, pictures and the page."""
-    train, test = cells.split(held_out=0.1, seed=job.seed)
-    model, guide = build(train)
-    typer.echo(f"fitting {train.n_cells:,} cells x {train.n_genes:,} genes, {test.n_cells:,} cells held out")
-    fitted = train_model(model, train, guide, seed=job.seed, **job.training)
+    held_out = number_held_out(0.1, cells.n_cells)
+    typer.echo(f"fitting {cells.n_cells - held_out:,} cells x {cells.n_genes:,} genes, {held_out:,} cells held out")
+    fitted, train, test = _train(cells, build, job.seed, job.training)
     if "interrupted" in fitted.settings and (folder := job.training.get("checkpoint")):
         stopped = f"training was interrupted by {fitted.settings['interrupted']}; {folder} holds its state"
         raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")

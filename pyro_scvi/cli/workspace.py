@@ -86,16 +86,22 @@ def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
 @contextmanager
 def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            yield caught
-    except (PyroScviError, OSError, ImportError, MemoryError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from error
+    with errors_in_one_line(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield caught
     for note in Workspace(result, caught).notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"wrote {result}")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Errors that a user can mend end as one line and exit code 1."""
+    try:
+        yield
+    except (PyroScviError, OSError, ImportError, MemoryError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
 
 
 @contextmanager

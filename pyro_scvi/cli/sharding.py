@@ -1,0 +1,88 @@
+"""The command that asks a saved fit of many cells, block by block, by one process or many."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anndata
+import typer
+
+from pyro_scvi import shards
+from pyro_scvi.cells import Cells
+from pyro_scvi.cli.files import load_fit
+from pyro_scvi.cli.options import Device, Fill, FitFolder, Progress, QueryLayer, Sampling, Seed
+from pyro_scvi.cli.workspace import errors_in_one_line
+from pyro_scvi.distributed import joined
+from pyro_scvi.errors import DataError
+from pyro_scvi.evidence import evidence as log_evidence
+from pyro_scvi.fit import Fit
+from pyro_scvi.imputation import impute, technical_zero_probability
+from pyro_scvi.posterior import embed
+from pyro_scvi.samplers import Amortized
+from pyro_scvi.shards import Verb
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N.")
+    return int(number) - 1, int(of)
+
+
+def infer(
+    fit_folder: FitFolder,
+    source: Annotated[
+        Path, typer.Argument(metavar="COUNTS", help="A store that `store` wrote, or an .h5ad file; only read.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="What to write: OUT.zarr, or OUT.h5ad by one process.")],
+    expression: Annotated[bool, typer.Option("--expression", help="E[w | x] as a layer.")] = False,
+    technical_zeros: Annotated[bool, typer.Option("--technical-zeros", help="P(h = 1 | x) as a layer.")] = False,
+    evidence: Annotated[bool, typer.Option("--evidence", help="log p(x) with its diagnostics in obs.")] = False,
+    shard: Annotated[
+        Any, typer.Option(parser=_shard, metavar="I/N", help="Job I of N: every N-th block.", show_default="1/1")
+    ] = None,
+    block: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 4096,
+    layer: QueryLayer = None,
+    fill_missing_genes: Fill = False,
+    samples: Annotated[int, typer.Option(min=1, help="Draws of the latents of each cell, for layers.")] = 25,
+    sampler: Sampling = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: Progress = True,
+) -> None:
+    """Write the embedding of all cells, and on request more, into an AnnData on disk; counts are not copied.
+
+    Cells are read block by block, so that memory does not grow with them. Several jobs, or the ranks of torchrun, may
+    write into one OUT.zarr. The same command goes on with the blocks that are missing.
+    """
+    with errors_in_one_line(), joined() as ranks:
+        fit = load_fit(fit_folder, device)
+        cells = _opened(fit, source, layer, fill_missing_genes)
+        drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)()}
+        verbs: dict[str, Verb] = {"X_pyro_scvi": embed}
+        verbs |= {"pyro_scvi_expression": partial(impute, **drawing)} if expression else {}
+        verbs |= {"pyro_scvi_technical_zero": partial(technical_zero_probability, **drawing)} if technical_zeros else {}
+        verbs |= {"pyro_scvi": log_evidence} if evidence else {}
+        index, of = shard or (0, 1)
+        shares = index * ranks.size + ranks.rank, of * ranks.size
+        left = shards.write(
+            fit, cells, out, verbs, shard=shares, block=block, seed=seed, progress=progress and ranks.first
+        )
+        typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing, of other jobs")
+
+
+def _opened(fit: Fit, source: Path, layer: str | None, fill_missing_genes: bool) -> Cells:
+    """Cells of a store or a file, which stay there."""
+    if source.is_dir():
+        if layer is not None:
+            raise DataError(
+                f"the store {source} has the counts of one layer, chosen when it was built; leave out --layer"
+            )
+        return Cells.from_store(source, schema=fit.schema, fill_missing_genes=fill_missing_genes)
+    try:
+        adata = anndata.read_h5ad(source, backed="r")
+    except Exception as error:  # whatever h5py and anndata say of a broken file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{source}: cannot read it as h5ad: {reason}") from error
+    options: dict[str, Any] = {"layer": layer, "fill_missing_genes": fill_missing_genes}
+    return Cells.from_anndata(adata, schema=fit.schema, backed=True, **options)

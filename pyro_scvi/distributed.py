@@ -1,0 +1,266 @@
+"""The processes that train one model together: one alone, or the ranks that torchrun started."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pyro_scvi.errors import FitError
+from pyro_scvi.guides import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.networks import running_statistics
+from pyro_scvi.seeding import seed_of
+
+__all__ = ["Alone", "Ranks", "joined"]
+
+
+def __dir__():
+    return __all__
+
+
+T = TypeVar("T")
+LossAndGrads = Callable[..., float]
+"""Arguments of the programs -> negative bound of these cells, nats; its gradients are added to the parameters."""
+
+
+class Alone:
+    """One process with all of the cells: what every run is unless ``joined`` says otherwise.
+
+    Examples
+    --------
+    >>> alone = ps.distributed.Alone()
+    >>> alone.rank, alone.size, alone.first
+    (0, 1, True)
+    >>> ps.fit(ps.SCVI(20, 2), cells, ranks=alone, epochs=1, progress=False).settings["epochs"]
+    1
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def shard(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows that are this process' own: every ``size``-th, so that files sorted by type are shared evenly."""
+        return rows[self.rank :: self.size]
+
+    def among_all(self, rows: Tensor) -> Tensor:
+        """Positions among the rows of all processes, of positions in the own shard."""
+        return rows
+
+    def batch_sizes(self, n_cells: int, batch_size: int) -> list[int]:
+        """Cells of every step of one epoch, over all processes; each has at least one cell in each step.
+
+        Raises
+        ------
+        FitError
+            If there are fewer cells in a step than processes.
+        """
+        if min(batch_size, n_cells) < self.size:
+            raise FitError(
+                f"batch_size counts the cells of all {self.size} ranks together, and each needs one: got "
+                f"{batch_size} of {n_cells} cells"
+            )
+        n_batches = min(-(-n_cells // batch_size), n_cells // self.size)
+        shards = [len(range(rank, n_cells, self.size)) for rank in range(self.size)]
+        return [sum(n // n_batches + (step < n % n_batches) for n in shards) for step in range(n_batches)]
+
+    def noise_seed(self, *numbers: int) -> int:
+        """A seed of this process' own; of the first, the first of the numbers."""
+        return numbers[0]
+
+    def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
+        """The bound of a minibatch, ``len_all`` cells over all processes, with gradients for the whole of it."""
+
+        def of_minibatch(*args: Any, len_all: int, **kwargs: Any) -> float:
+            return elbo.loss_and_grads(model, guide, *args, **kwargs)
+
+        return of_minibatch
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums over all processes."""
+        return values
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all processes, one shard after the other."""
+        return rows
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, for all; its errors are raised in all."""
+        return make()
+
+    def average_statistics(self, *parts: nn.Module) -> None:
+        """Give all processes the same running statistics, the mean of theirs."""
+
+
+class Ranks(Alone):
+    """The processes of torch's process group: each trains on its own share of the cells, with noise of its own.
+
+    A step's gradient is that of the cells of all ranks together. Batch normalisation takes the statistics of each
+    rank's own cells in training, and the mean over ranks of the running ones afterwards: keep ``batch_size`` at some
+    dozens of cells for each rank, or take ``ps.networks.LayerNorm()``.
+
+    Raises
+    ------
+    FitError
+        Of every method, if another rank was lost.
+
+    Examples
+    --------
+    >>> store = torch.distributed.HashStore()
+    >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> with ps.distributed.joined() as ranks:
+    ...     print(ranks)
+    ...
+    Ranks(rank 0 of 1)
+    >>> torch.distributed.destroy_process_group()
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def __repr__(self) -> str:
+        return f"Ranks(rank {self.rank} of {self.size})"
+
+    def among_all(self, rows: Tensor) -> Tensor:
+        """Shards are every ``size``-th row."""
+        return rows * self.size + self.rank
+
+    def noise_seed(self, *numbers: int) -> int:
+        """The rank is one of the numbers, but for the first rank."""
+        return seed_of(*numbers, self.rank) if self.rank else numbers[0]
+
+    def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
+        """Wrap bound and programs in DistributedDataParallel, which starts all ranks at the parameters of the first."""
+        if not hasattr(elbo, "differentiable_loss"):
+            raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
+        with self._together():
+            # Running statistics are each rank's own between steps; average_statistics brings them together.
+            bound = DistributedDataParallel(_Bound(elbo, model, guide), **_OWN_BUFFERS)
+            for buffer in bound.buffers():  # which torch before 2.13 leaves as they are
+                distributed.broadcast(buffer, 0)
+
+        def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
+            loss = bound(x, *args, **kwargs)
+            # Ranks weigh alike in the mean over them; cells shall, where one rank has a cell more than another.
+            with self._together():
+                (loss * (len(x) * self.size / len_all)).backward()
+            return loss.item()
+
+        return of_minibatch
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Through the CPU: a handful of numbers."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        with self._together():
+            distributed.all_reduce(sums)
+        return tuple(sums.tolist())
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """By torch's all_gather_object."""
+        found: list[Any] = [None] * self.size
+        with self._together():
+            distributed.all_gather_object(found, rows)
+        return np.concatenate(found)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """By torch's broadcast_object_list, errors included."""
+        told: list[Any] = [None, None]
+        try:
+            told[0] = make() if self.first else None
+        except Exception as raised:
+            told[1] = raised
+        with self._together():
+            distributed.broadcast_object_list(told)
+        made, error = told
+        if error is not None:
+            raise error
+        return made
+
+    def average_statistics(self, *parts: nn.Module) -> None:
+        """One small message for each layer, once an epoch."""
+        with self._together():
+            for statistic in running_statistics(*parts):
+                distributed.all_reduce(statistic)
+                statistic /= self.size
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say what it means that torch cannot reach the others."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]
+            raise FitError(
+                f"rank {self.rank} of {self.size} could not go on with the others ({reason}): one of them was lost, "
+                "and says itself why if it could. With a checkpoint, start again with resume=True and any number of "
+                "ranks"
+            ) from error
+
+
+# Its name since torch 2.13, which deprecates the earlier one.
+_SYNC = "forward_sync_buffers"
+_KNOWN = signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
+
+
+class _Bound(nn.Module):
+    """An evidence bound as a module, as torch wants what it trains."""
+
+    def __init__(self, elbo: Any, model: SCVI, guide: Guide) -> None:
+        super().__init__()
+        self.elbo, self.model, self.guide = elbo, model, guide
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+
+@contextmanager
+def joined() -> Iterator[Alone]:
+    """Join the ranks that torchrun started; without torchrun, one process alone.
+
+    On a machine with CUDA each rank takes the GPU of its local rank. Pass what this yields to ``fit`` and, where files
+    are written, ask it whether this process is the ``first``::
+
+        with ps.distributed.joined() as ranks:
+            fit = ps.fit(model, cells, ranks=ranks, batch_size=1024)
+            if ranks.first:
+                fit.save("fit")
+
+    and start the script by ``torchrun --nproc-per-node 2 script.py``. Where torch's process group was made before, it
+    is used and left open.
+
+    Examples
+    --------
+    >>> with ps.distributed.joined() as ranks:
+    ...     made = ps.fit(ps.SCVI(20, 2), cells, ranks=ranks, epochs=1, progress=False)
+    ...
+    >>> ranks.first, len(made.history)
+    (True, 1)
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        yield Ranks()
+        return
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        yield Alone()
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield Ranks()
+    finally:
+        distributed.destroy_process_group()
