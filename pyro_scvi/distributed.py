@@ -45,6 +45,9 @@ class Alone:
     rank = 0
     size = 1
 
+    def __repr__(self) -> str:
+        return "Alone()"
+
     @property
     def first(self) -> bool:
         """Whether this process writes files and shows progress."""

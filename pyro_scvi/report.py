@@ -36,6 +36,9 @@ td:not(.number) { color: var(--soft); min-width: 6rem }
 .notes { color: var(--soft); font-size: .9rem }
 .notes p { margin: .15rem 0 }
 .facts td:not(.number) { min-width: 0; overflow-wrap: anywhere }
+@media (min-width: 64rem) {
+  .wide:not(.facts) { width: fit-content; min-width: 100%; max-width: calc(100% + 50vw - 31rem) }
+}
 pre { margin: .5rem 0; padding: .75rem 1rem; border-radius: 6px; background: var(--box); overflow-x: auto;
   font: .875rem/1.5 ui-monospace, monospace }
 .pictures { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: flex-start }

@@ -36,8 +36,8 @@ class Schema:
 
     Examples
     --------
-    >>> cells.schema.gene_names[:2]
-    ('gene_0', 'gene_1')
+    >>> cells.schema
+    Schema(genes: 'gene_0', 'gene_1', 'gene_2', ... (20 in all))
     >>> query = ps.Cells.from_anndata(adata[:5, ::-1].copy(), schema=cells.schema)
     >>> query.schema == cells.schema
     True
@@ -88,6 +88,13 @@ class Schema:
             means=tuple(float(value.mean()) for value in values),
             sds=tuple(float(value.std()) for value in values),
         )
+
+    def __repr__(self) -> str:
+        parts = [f"genes: {quoted(self.gene_names, 3)}"]
+        parts += [f"layer: {self.layer!r}"] if self.layer else []
+        parts += [f"batch: {self.batch!r} of {quoted(self.batches, 3)}"] if self.batch else []
+        parts += [f"covariates: {quoted(self.covariates)}"] if self.covariates else []
+        return f"Schema({'; '.join(parts)})"
 
     @property
     def n_genes(self) -> int:
