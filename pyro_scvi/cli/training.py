@@ -188,7 +188,7 @@ def analyse(space: Workspace, adata: AnnData, cells: Cells, build: Build, job: J
         raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")
     fitted.save(space.path / FIT)
     latent, settings = embed(fitted, cells, seed=job.seed), page.settings_of(fitted, job)
-    judged = test.split(JUDGED_CELLS, job.seed)[1] if test.n_cells > JUDGED_CELLS else test
+    judged = test.split(JUDGED_CELLS, seed=job.seed)[1] if test.n_cells > JUDGED_CELLS else test
     typer.echo(f"judging the fit on {judged.n_cells:,} held-out cells")
     labels = None if job.labels is None else adata.obs[job.labels]
     found = Findings(fitted, cells, train, test, judged, latent, labels, job.seed)
