@@ -53,7 +53,7 @@ def normalised(case: Result, quality: int | None, seed: int) -> Result:
     """Principal components after scaling by depth and regression on ``quality`` components of metrics; None: all."""
     blood, started = pbmc.read(**case), time.process_time()
     chosen = Normalisation(TotalScaling(), quality)
-    normal = baselines.SCONE([chosen], seed).fit(blood.counts, qc=blood.metrics).normalised()
+    normal = baselines.SCONE([chosen], seed=seed).fit(blood.counts, qc=blood.metrics).normalised()
     latents = decomposition.PCA(N_LATENTS, random_state=seed).fit_transform(normal)
     return _scored(blood, latents, time.process_time() - started)
 
