@@ -93,6 +93,7 @@ def _marks(reasons: Sequence[str], notes: list[str]) -> str:
 
 def number(value: float, error: float = math.nan) -> str:
     """A number with its error, to two digits of the error; without one, to four digits."""
+    value = 0.0 if abs(value) < 0.5 * 10**-MOST_DECIMALS else value  # what rounding leaves of 0
     if math.isfinite(error):
         decimals = _decimals(error or value or 1.0, 2 if error else DIGITS)
         return f"{value:,.{decimals}f} ± {error:,.{decimals if error else 0}f}"

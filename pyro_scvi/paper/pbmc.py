@@ -29,13 +29,15 @@ OF_COUNTS = ("log_n_umi", "log_n_genes", "pct_mt", "pct_ribo")
 class Blood(NamedTuple):
     """Cells with what is known of them.
 
-    ``adata`` has counts (cells, genes) and in ``obs`` the columns ``gamma`` and ``batch``; ``quality`` (cells, columns)
-    is what an embedding should not know, weighted by its variances; ``metrics`` (cells, columns) are what SCONE takes
-    components of; ``labels`` (cells,) are the known types, trusted where ``labelled`` (cells,).
+    ``adata`` has counts (cells, genes) and in ``obs`` the columns ``gamma`` and ``batch``; ``depth`` (cells,) is the
+    number of a cell's transcripts over all genes, of which ``adata`` has some; ``quality`` (cells, columns) is what an
+    embedding should not know, weighted by its variances; ``metrics`` (cells, columns) are what SCONE takes components
+    of; ``labels`` (cells,) are the known types, trusted where ``labelled`` (cells,).
     """
 
     adata: anndata.AnnData
     gamma: tuple[str, ...]
+    depth: np.ndarray
     quality: np.ndarray
     metrics: np.ndarray
     labels: np.ndarray
@@ -63,7 +65,8 @@ def _with_authors_metrics(adata: anndata.AnnData) -> Blood:
     obs = adata.obs
     labels = obs["labels"].astype(str).to_numpy()
     quality = obs[list(COMPONENTS)].to_numpy(float)
-    return Blood(adata, COMPONENTS, quality, obs[list(METRICS)].to_numpy(float), labels, np.ones(len(obs), bool))
+    depth = obs["num_umi"].to_numpy(float)
+    return Blood(adata, COMPONENTS, depth, quality, obs[list(METRICS)].to_numpy(float), labels, np.ones(len(obs), bool))
 
 
 def _with_own_metrics(adata: anndata.AnnData) -> Blood:
@@ -74,7 +77,8 @@ def _with_own_metrics(adata: anndata.AnnData) -> Blood:
     metrics = adata.obs[list(OF_COUNTS)].to_numpy(float)
     quality = (metrics - metrics.mean(0)) / metrics.std(0)
     labels = adata.obs["labels"].astype(str).to_numpy()
-    return Blood(adata, OF_COUNTS, quality, metrics, labels, (adata.obs["batch"] == "pbmc3k").to_numpy())
+    depth = adata.obs["n_umi"].to_numpy(float)
+    return Blood(adata, OF_COUNTS, depth, quality, metrics, labels, (adata.obs["batch"] == "pbmc3k").to_numpy())
 
 
 def most_variable(counts: sparse.csr_matrix, n: int) -> np.ndarray:

@@ -45,7 +45,10 @@ class Step:
 
     @property
     def key(self) -> str:
-        """Hash of the function and its source, its settings, the files and versions that it is computed with."""
+        """Hash of the function and its own source, its settings, and the files and versions that it is computed with.
+
+        What the function calls is not in it: after a change there that moves numbers, start in an empty folder.
+        """
         source = inspect.getsource(self.function)
         parts = [self.name, source, self.settings, [data.digest(file) for file in self.needs], _versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

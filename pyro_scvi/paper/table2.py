@@ -315,7 +315,7 @@ TEXT = (
     "knew only the share zeroed has the row of that name. The area under the curve is over all zeros of the corrupted "
     "counts, for pi, rho and P(x > 0 | z).",
     "brain10k has the paper's cells but other genes (the first in genome order that are expressed, not the most "
-    "variable), with a tenth of the paper's non-zero entries: its numbers stand beside the paper's but do not compare. "
+    "variable), with a third of the paper's non-zero entries: its numbers stand beside the paper's but do not compare. "
     "cortex_558 is the better test: the authors' later numbers on these genes, under uniform corruption with another "
     "mask, are median errors of 2.30 (ZINB-WaVE), 2.33 (scVI), 3.17 (ZIFA) and 9.67 (MAGIC).",
     "Seeds are of mask and fit together: "

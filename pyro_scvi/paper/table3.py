@@ -45,6 +45,9 @@ SCORES = {
     "nmi": "normalised mutual information, k-means",
 }
 HELD_OUT = table1.QUANTITIES["log_p"]
+BEHIND = "log p(x) less the best candidate's, nats per cell"
+REACHING = "protocols without labels that reach it"
+WITHIN = 2.0  # standard errors of a paired difference: candidates that close are not told apart
 PAPER = {FA: 0.208, ZIFA: 0.202, WAVE: 0.260, "scVI, 2017 preset" + PARAMETER: 0.285}
 PAPER_BEST = 0.285
 
@@ -147,7 +150,8 @@ def rows(results: Results, effort: Effort) -> list[Row]:
     for system, of in of_systems(effort).items():
         found += _separation(system, of, results)
         found.append(_evidence(system, held_out_steps.get(system, []), results))
-    return found + list(_choice(results, effort)) + list(_shorter(results, effort))
+    found += list(_choice(results, effort))
+    return found + list(_answers(found)) + list(_shorter(results, effort))
 
 
 def _separation(system: str, of: list[Step], results: Results) -> Iterator[Row]:
@@ -190,21 +194,39 @@ def _choice(results: Results, effort: Effort) -> Iterator[Row]:
             continue
         level[name] = np.mean([result["log_p"] for result in found], 0)
         yield from _of_candidate(label, found, level[name], seeds)
-    if not level:
-        return
-    chosen = max(level, key=lambda name: level[name].mean())
-    silhouette, _, n = over_seeds([result["silhouette"] for result in known[chosen][0]])
-    wave = max((result["silhouette"] for result in done(of_systems(effort)[WAVE], results)[0]), default=math.nan)
-    note = (
-        f"chosen by the best held-out log p(x), {level[chosen].mean():.1f}: {chosen}; reaches ZINB-WaVE's {wave:.3f}: "
-        f"{_yes(silhouette >= wave)}; reaches the paper's {PAPER_BEST}: {_yes(silhouette >= PAPER_BEST)}; "
-        "fitted to three quarters of the cells"
-    )
-    yield Row("cortex", "choice without labels", SCORES["silhouette"], silhouette, n=n, note=note)
+    if level:
+        yield from _compared(known, level)
 
 
-def _yes(fact: bool) -> str:
-    return "yes" if fact else "no"
+def _compared(known: dict[str, Any], level: dict[str, np.ndarray]) -> Iterator[Row]:
+    """How far candidates lie behind the best, paired over cells, and the choice with all that it is not told from."""
+    chosen, close = max(level, key=lambda name: level[name].mean()), []
+    for name in level:
+        if name == chosen:
+            continue
+        mean, se, n = over_cells((level[name] - level[chosen]).tolist())
+        alike = -mean <= WITHIN * se
+        close += [name] * alike
+        note = f"paired over cells; {'not told from' if alike else 'behind'} {chosen}"
+        yield Row("cortex", f"candidate: {name}", BEHIND, mean, se, "se over cells", n, known[name][1], note=note)
+    found, seeds, _ = known[chosen]
+    silhouette, sd, n = over_seeds([result["silhouette"] for result in found])
+    note = f"chosen by the best held-out log p(x), {level[chosen].mean():.1f}: {chosen}"
+    if close:
+        note += f"; within {WITHIN:g} standard errors: {', '.join(close)}"
+    spread = "sd over seeds" if n > 1 else ""
+    yield Row("cortex", "choice without labels", SCORES["silhouette"], silhouette, sd, spread, n, seeds, note=note)
+
+
+def _answers(found: list[Row]) -> Iterator[Row]:
+    """Which of our protocols, all fixed without labels, reach ZINB-WaVE's silhouette and the paper's best."""
+    rows = [row for row in found if row.quantity == SCORES["silhouette"] and math.isfinite(row.value)]
+    wave = max((row.value for row in rows if row.system == WAVE), default=math.nan)
+    ours = [row for row in rows if row.system.startswith(("scVI,", "candidate", "choice"))]
+    for name, level in (("ZINB-WaVE here", wave), ("the paper's best", PAPER_BEST)):
+        reaching = [f"{row.system} ({row.value:.3f})" for row in ours if row.value >= level]
+        note = "; ".join(reaching) or "none"
+        yield Row("cortex", f"silhouette of {name}, {level:.3f}", REACHING, float(len(reaching)), note=note)
 
 
 def _of_candidate(label: str, found: list[Result], level: np.ndarray, seeds: tuple[int, ...]) -> Iterator[Row]:
@@ -255,8 +277,8 @@ def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
     figure.savefig(file, dpi=120)
     caption = (
         "Silhouette of the known types (dashed: the paper's 0.285) and held-out log p(x) of runs of 5 to 60 epochs, "
-        "each with its whole learning rate cycle, seed 0, fitted to three quarters of the cells. They pull apart: the "
-        "silhouette is best where training stops far too soon, which only labels could tell."
+        "each with its whole learning rate cycle, one seed, fitted to three quarters of the cells. They pull apart: "
+        "the silhouette is highest in runs of few epochs, whose held-out log p(x) is far below that of longer ones."
     )
     return [Picture(file, "silhouette falls while held-out log p(x) rises with the epochs of training", caption)]
 
@@ -268,10 +290,15 @@ TEXT = (
     "and with each z as an unknown parameter (Section 3.3: the encoder's output without noise and without a prior), "
     "which is what the paper's row is. The 2018 preset is the authors' protocol for these data (KL weight 0, Adam at "
     "0.0004 with epsilon 0.01, 250 epochs). scvi-tools is trained for 150 epochs.",
-    "Held-out log p(x) is that of Table 1: fits to three quarters of the cells, the others scored.",
-    "A choice without labels: the candidates are trained alike, 60 epochs on three quarters of the cells, and the one "
-    "with the best held-out log p(x) is taken, whatever its silhouette. Shorter runs are shown because "
-    "the silhouette is higher there; nothing but labels would stop so early, since held-out log p(x) still rises.",
+    "Held-out log p(x) is that of fits to three quarters of the cells, a tenth of which choose the epoch, on 80 of the "
+    "other cells: those of Table 1 where it has them; the 2018 preset is fitted anew, with its KL weight of 0.",
+    "A choice without labels: the candidates are trained for 60 epochs on the same cells, and the one with the best "
+    "held-out log p(x) is taken, whatever its silhouette; candidates within two standard errors of it, paired over "
+    "cells, stand beside. They are named by the model's prior and decoder; the VampPrior's own encoder has layer "
+    "normalisation and no dropout. The same 80 cells choose and score. Labels had no part in any protocol of ours, nor "
+    "in the authors' 2018 one as far as they say; which of them reach ZINB-WaVE's silhouette or the paper's is said in "
+    "rows of their own. Shorter runs are shown because the silhouette is higher there; held-out log p(x) would not "
+    "stop so early.",
 )
 
 EXPERIMENT = Experiment(
