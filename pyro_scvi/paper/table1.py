@@ -399,8 +399,8 @@ TEXT = (
     "warm-up, min(1, epoch / 400), never reaches 1 in the epochs they train. On the brain it has the authors' 120 "
     "epochs and learning rate 0.001. Fits of the presets see at most 450,000 cells. scvi-tools is trained on all n for "
     "its 400 epochs, with its own networks and learning rate and a KL warm-up of 20 epochs. Factor analysis, ZIFA and "
-    "ZINB-WaVE start from seed 0. The encoder is refitted to the test cells by 100 passes of Adam at 0.001 with epsilon "
-    "0.1 on the bound.",
+    "ZINB-WaVE start from seed 0. The encoder is refitted to the test cells by 100 passes of Adam at 0.001 with "
+    "epsilon 0.1 on the bound.",
     "This table has the most systems; time is saved by 80 test cells, 400 draws, three seeds of the default, two of "
     "scvi-tools and one of each preset. A lead is that of the mean over seeds, paired over cells. Where a gene hardly "
     "varies in training, factor analysis has next to no noise for it, and one other count in a test cell costs "
