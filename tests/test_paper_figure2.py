@@ -141,13 +141,35 @@ def test_rows_hold_every_system_whichever_way_it_falls():
     ours = rows["pbmc_3kA", "scVI, default: a", "AUC"]
     assert (ours.value, ours.n, ours.seeds, ours.spread) == (pytest.approx(0.85), 2, (0, 1), "sd over draws")
     assert ours.error == pytest.approx(math.sqrt(0.02))  # over draws, of the mean over seeds
-    lead = rows["pbmc_3kA", "scVI, default: a", figure2.LEAD]
+    assert ours.note == "by fit: 0.800, 0.900"
+    lead = rows["pbmc_3kA", "scVI, default: a", "AUC less Wilcoxon rank-sum's"]
+    assert lead.note == "at least -0.02: yes"
+    assert rows["pbmc_3kA", "scVI, 2017 preset: a", "AUC less Wilcoxon rank-sum's"].note == "at least -0.02: no"
+    assert rows["pbmc_3kA", "scVI, default: a", "AUC less DESeq2's"].note == "at least 0: yes"
+    assert rows["pbmc_3kA", "scVI, 2017 preset: a", "AUC"].note == "one fit"
     assert (lead.value, lead.error) == (pytest.approx(0.2), pytest.approx(math.sqrt(0.005)))  # paired
     for system, reason in (("scvi-tools", "not installed: scvi"), ("edgeR", figure2.NO_EDGER)):
         assert math.isnan(rows["pbmc4k_top2000", system, "AUC"].value)
         assert rows["pbmc4k_top2000", system, "AUC"].note == reason
     assert rows["pbmc_3kA", "the data", "different dendritic cells in a draw"].value == 41
     assert {system for _, system, _ in rows} >= {*figure2.TESTS, figure2.OF_ARRAYS, figure2.AT_RANDOM}
+
+
+def test_a_collapsed_mixture_is_said():
+    assert "rho says little" in figure2._of_fits(figure2.MIXTURE, [[1.0, 0.995]], ())
+    assert figure2._of_fits(figure2.AUC, [[1.0, 0.995]], ()) == ""
+
+
+def test_missing_tests_and_arrays_cost_their_rows_alone():
+    class Without(Made):
+        def of(self, step):
+            lost = step.function is figure2.arrays or step.settings.get("name") == figure2.WILCOXON
+            return Outcome(None, 0, 0, "not finished") if lost else super().of(step)
+
+    rows = {(row.system, row.quantity): row for row in figure2.rows(Without({}, "not installed"), FULL)}
+    assert rows[figure2.OF_ARRAYS, "AUC"].note == rows[figure2.WILCOXON, "AUC"].note == "not finished"
+    assert ("scVI, default: a", "AUC less DESeq2's") in rows
+    assert ("scVI, default: a", "AUC less Wilcoxon rank-sum's") not in rows
 
 
 def test_steps_hold_what_they_depend_on():

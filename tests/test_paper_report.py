@@ -82,6 +82,7 @@ def test_what_all_columns_share_stands_in_the_heading():
         (0.000123456, math.nan, "0.000123"),
         (12345.6, math.nan, "12,346"),
         (3.0, math.nan, "3"),
+        (-2e-15, math.nan, "0"),
         (math.inf, math.nan, "inf"),
     ],
 )

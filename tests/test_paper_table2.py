@@ -2,11 +2,12 @@
 
 import math
 
+import anndata as ad
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from scipy import stats
+from scipy import sparse, stats
 
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
@@ -115,6 +116,36 @@ def test_area_counts_pairs_of_artificial_and_other_zeros():
     found = corruption.identification(small(), {"rho": score, "zero": np.where(score == 0.2, 0.1, 0.9)})
     assert found["rho"]["auc"] == 0.5
     assert found["zero"]["auc"] == 0.75  # of 1 - p: .9 beats .1, .1 ties
+
+
+def test_the_error_of_an_area_is_hanleys_and_mcneils():
+    """Ten artificial among 110 zeros, 80 of the others below them and 20 above: an area of 0.8."""
+    counts = np.zeros((11, 10))
+    score = np.array([1.0] * 10 + [0.0] * 80 + [2.0] * 20).reshape(11, 10)
+    first = np.zeros(10, int)
+    of = corruption.Corrupted(counts, first, np.arange(10), np.ones(10), np.ones(10, bool), 0, 0.0)
+    found = corruption.area(of, score)
+    assert found["auc"] == pytest.approx(0.8)
+    assert found["auc_se"] == pytest.approx(math.sqrt((0.16 + 9 * (2 / 3 - 0.64) + 99 * (1.28 / 1.8 - 0.64)) / 1000))
+
+
+def test_errors_of_cross_entropies_and_facts_about_a_corruption():
+    p = np.array([[0.25, 0.5, 0.9], [0.8, 0.9, 0.9]])
+    terms = -np.log([0.5, 0.8, 0.75])
+    assert corruption.cross_entropy(small(), p)["cross_entropy_se"] == pytest.approx(terms.std() / math.sqrt(3))
+    of = small()
+    facts = corruption.about(of)
+    assert (facts["entries"], facts["candidates"]) == (of.zeroed.sum(), len(of.zeroed))
+    assert facts["base_rate"] == pytest.approx(of.zeroed.mean())
+    assert facts["true_median"] == np.median(of.truth[of.zeroed])
+
+
+def test_uniform_corruption_asks_no_zifa(monkeypatch):
+    adata = ad.AnnData(sparse.csr_matrix(counts_of_rank_one(40, 10)))
+    monkeypatch.setattr(corruption.data, "read", lambda file, at_most: adata)
+    of = corruption.read("cells", None, by_zifa=False, seed=0)
+    assert of.decay == 0
+    assert of.zeroed.all()
 
 
 def test_answers_about_a_zero_are_the_laws_own():

@@ -72,10 +72,36 @@ def test_every_system_has_its_rows(rows):
 def test_evidence_chooses_whatever_the_silhouette(rows):
     row = rows["choice without labels", "silhouette"]
     assert row.value == pytest.approx(0.3 - 0.1 - 0.06 + 0.005)
-    assert f"{BEST}; reaches ZINB-WaVE's 0.250: no; reaches the paper's 0.285: no" in row.note
+    assert (row.n, row.seeds, row.error) == (2, (0, 1), pytest.approx(math.sqrt(0.00005)))
+    assert row.note.endswith(f": {BEST}")  # the others are 5 nats behind, every cell alike
+    behind = rows["candidate: scVI, default", table3.BEHIND]
+    assert (behind.value, behind.error, behind.seeds) == (pytest.approx(-5), pytest.approx(0, abs=1e-9), (0, 1))
+    assert behind.note.endswith(f"behind {BEST}")
     for name in systems.CANDIDATES:
         assert not math.isnan(rows[f"candidate: {name}", "silhouette"].value)
         assert not math.isnan(rows[f"candidate: {name}", table3.HELD_OUT].value)
+
+
+def test_candidates_within_two_standard_errors_stand_beside_the_choice():
+    level = {"a": np.array([0.0, 2.0, 1.0, 1.2]), "b": np.array([0.5, 0.0, 1.5, 0.5]), "c": np.full(4, -9.0)}
+    known = {name: ([{"silhouette": 0.2}], (0,), "") for name in level}
+    *_, choice = rows_behind = list(table3._compared(known, level))
+    assert choice.note == "chosen by the best held-out log p(x), 1.1: a; within 2 standard errors: b"
+    assert [row.note.split("; ")[1] for row in rows_behind[:-1]] == ["not told from a", "behind a"]
+
+
+def test_protocols_that_reach_a_silhouette_are_named(rows):
+    wave = next(row for (system, quantity), row in rows.items() if "ZINB-WaVE here" in system)
+    assert wave.quantity == table3.REACHING
+    reaching = [system for system, quantity in rows if quantity == "silhouette" and system.startswith("candidate")]
+    assert wave.value == sum(
+        rows[system, "silhouette"].value >= rows[table1.WAVE, "silhouette"].value
+        for system, quantity in rows
+        if quantity == "silhouette"
+        and system.startswith(("scVI,", "candidate", "choice"))
+        and "epochs in all" not in system
+    )
+    assert len(reaching) == len(systems.CANDIDATES)
 
 
 def test_labels_have_no_part_in_the_choice():

@@ -119,6 +119,11 @@ def test_rows_pair_gamma_by_seed_and_set_the_paper_beside_its_own_cells(monkeypa
     r2 = table4.QUANTITIES["r2"]
     difference = by["pbmc_3kA", "scVI, default", f"{r2}, with gamma less without"]
     assert (difference.value, difference.error, difference.n) == pytest.approx((-0.21, 0.01, 3))
+    assert difference.note == "lower with gamma: yes"
+    separation = by["pbmc_3kA", "scVI, default", f"{table4.QUANTITIES['silhouette']}, with gamma less without"]
+    assert separation.note == "equal within one sd, or better: yes"
+    assert table4._kept("silhouette", -0.02, 0.01) == "equal within one sd, or better: no"
+    assert table4._kept("r2", 0.01, 0.1) == "lower with gamma: no"
     fitted = by["pbmc_8k4k_hvg", "scVI, 2017 preset, without gamma", r2]
     assert (fitted.value, fitted.error, fitted.paper) == pytest.approx((0.4, 0.1, 0.366))
     assert math.isnan(by["pbmc_3kA", "scVI, 2017 preset, without gamma", r2].paper)
@@ -127,6 +132,27 @@ def test_rows_pair_gamma_by_seed_and_set_the_paper_beside_its_own_cells(monkeypa
     missing = by["pbmc_3kA", "scvi-tools, without batch", table4.QUANTITIES["silhouette"]]
     assert math.isnan(missing.value)
     assert "not installed" in missing.note
+
+
+def test_a_reference_that_is_missing_costs_its_rows_alone(tmp_path):
+    def without(step):
+        return Outcome(None, 0, 0, "not finished") if step.function is table4.references else outcome(step)
+
+    rows = {(row.system, row.quantity): row for row in table4.rows(Given(without), FULL)}
+    assert rows["types alone", table4.QUANTITIES["r2"]].note == "not finished"
+    assert rows["PCA", table4.QUANTITIES["r2"]].value == pytest.approx(0.3)
+    (picture,) = table4.pictures(Given(without), FULL, tmp_path)
+    assert picture.file.is_file()
+
+
+def test_cells_are_scaled_by_their_recorded_depth_to_its_mean():
+    x = np.array([[2.0, 4.0], [3.0, 0.0]])
+    assert table4.RecordedDepth(np.array([10.0, 30.0]))(x).tolist() == [[4.0, 8.0], [2.0, 0.0]]
+
+
+def test_the_constants_are_the_protocols():
+    assert (scores.VOTERS, scores.NEIGHBOURS) == (15, 50)
+    assert table4.N_LATENTS == 10
 
 
 def test_models_differ_in_gamma_alone_and_steps_hold_their_settings():
