@@ -228,7 +228,7 @@ z = mcmc.get_samples()["z"].squeeze(-2)  # (draws, cells, latents)
 
 drawn = ps.sample_posterior(fit, two, samples=1000, sampler=ps.Importance(), seed=0).isel(cell=0)
 importance = drawn.z
-effective = mcmc.diagnostics()["z"]["n_eff"][0, 0].clamp(max=draws).numpy()
+effective = mcmc.diagnostics()["z"]["n_eff"][0, 0].clamp(1, draws).numpy()
 of_first = {
     "NUTS, mean": z[:, 0].mean(0),
     "Importance, mean": importance.mean("sample"),
