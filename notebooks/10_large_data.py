@@ -1,0 +1,197 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+# ---
+
+# %% [markdown]
+# # 10. More cells than memory holds
+#
+# *Question: a million cells in a dozen files do not fit into memory. What changes?*
+#
+# Little: counts are written once into a *store*, a folder from which any rows are read as fast as training asks for
+# them, and `Cells.from_store` takes the place of `Cells.from_anndata`. Everything after that line is what the other
+# notebooks do. Twenty thousand simulated cells in two files here, to be quick; nothing below depends on their number
+# but the time.
+
+# %%
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import anndata
+import h5py
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.decomposition import PCA
+
+import pyro_scvi as ps
+
+SHORT = os.environ.get("PYRO_SCVI_NOTEBOOKS") == "short"  # for tests: less of everything but the headline
+folder = Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# ## Two files that do not quite match
+#
+# Four kinds of cells and two donors. The second donor's counts differ gene by gene (another chemistry, say), lack
+# twenty genes, and have the others in another order: what files from two places are like.
+
+# %%
+n_cells, n_genes, n_types = 10_000, 300, 4
+rng = np.random.default_rng(0)
+profiles = rng.gamma(0.3, 1.0, (n_types, n_genes)) + 0.02  # (types, genes)
+profiles *= 100 / profiles.sum(1, keepdims=True)  # molecules of a cell, on average
+names = np.array([f"gene_{g:03}" for g in range(n_genes)])
+
+
+def donor(chemistry):
+    """Counts of one donor, negative binomial with inverse dispersion 2, CSR (cells, genes)."""
+    types = rng.integers(n_types, size=n_cells)
+    mean = profiles[types] * chemistry * rng.lognormal(0, 0.3, (n_cells, 1))
+    counts = sparse.csr_matrix(rng.poisson(rng.gamma(2.0, mean / 2.0)).astype(np.int32))
+    obs = pd.DataFrame(
+        {"type": pd.Categorical.from_codes(types, list("ABCD"))}, index=[f"c{i}" for i in range(n_cells)]
+    )
+    return anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=names))
+
+
+first, second = donor(1.0), donor(rng.lognormal(0, 0.3, n_genes))
+second = second[:, rng.permutation(n_genes)[20:]].copy()
+files = {"donor1": folder / "donor1.h5ad", "donor2": folder / "donor2.h5ad"}
+first.write_h5ad(files["donor1"])
+second.write_h5ad(files["donor2"])
+
+# %% [markdown]
+# ## Build the store, once
+#
+# Every file is read once from beginning to end, its counts are checked as everywhere (a negative or fractional entry
+# is refused with its cell and gene named), and the genes that all files have are kept. `label` becomes a column of
+# `obs`; `index_unique` makes names of cells unique, as in `anndata.concat`. After an interruption the same call goes
+# on with the parts that are whole; if the store is there already, it does nothing.
+
+# %%
+store = ps.stores.build(files, folder / "both.store", label="donor", index_unique="-", progress=False)
+sizes = {item.name: item.stat().st_size / 1e6 for item in sorted(store.iterdir())}
+sizes["the two .h5ad files"] = sum(file.stat().st_size for file in files.values()) / 1e6
+sizes["the same counts, dense float32"] = 2 * n_cells * (n_genes - 20) * 4 / 1e6
+pd.Series(sizes, name="MB").round(2).to_frame()
+
+# %% [markdown]
+# The counts lie in `data.npy` and `indices.npy`, in the smallest integers that hold them; only row starts, totals and
+# annotations come into memory.
+#
+# ## Cells from the store
+#
+# `take` and `split` choose rows and read none. The donor is the batch, so that $\gamma$ tells the decoder where a cell
+# came from, and $z$ need not.
+
+# %%
+cells = ps.Cells.from_store(store, batch="donor")
+cells
+
+# %% tags=["headline"]
+EPOCHS = 4
+
+
+def fitted(of, seed=0):
+    """One fit of few epochs: there are many cells, and an epoch has many steps."""
+    model = ps.SCVI(of.n_genes, n_covariates=of.n_covariates, seed=seed)
+    return ps.fit(model, of, epochs=EPOCHS, seed=seed, progress=False)
+
+
+fit = fitted(cells)
+refits = [fitted(cells, seed) for seed in ([] if SHORT else [1, 2, 3])]
+losses = [float(each.history.held_out_loss.min()) for each in (fit, *refits)]
+headline = {
+    "quantity": "held-out loss of the fit from the store, best of four epochs",
+    "value": round(losses[0], 3),
+    "error": round(4 * float(np.std(losses, ddof=1)), 3) if refits else None,  # four sd over refits
+    "unit": "nats per cell",
+}
+print(json.dumps(headline))
+
+# %% [markdown]
+# Is it the same fit as from memory? The same cells by `anndata.concat`, the same seed:
+
+# %%
+together = anndata.concat({"donor1": first, "donor2": second}, label="donor", index_unique="-")  # genes of both
+in_memory = ps.Cells.from_anndata(together[:, cells.gene_names].copy(), batch="donor")
+same = fitted(in_memory)
+z = ps.embed(fit, cells)
+print("largest difference of the embeddings:", np.abs(z - ps.embed(same, in_memory)).max())
+
+# %% [markdown]
+# Bit for bit: where counts lie is not part of the model. And the embedding, by kind of cell and by donor:
+
+# %%
+shown = np.random.default_rng(0).permutation(cells.n_cells)[:4000]
+plane = PCA(2).fit(z).transform(z[shown])
+figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
+for ax, column in zip(axes, ("type", "donor"), strict=True):
+    labels = cells.obs[column].to_numpy()[shown]
+    for label in np.unique(labels):
+        ax.scatter(*plane[labels == label].T, s=3, label=label)
+    ax.set(title=column, xlabel="first principal component of z", xticks=[], yticks=[])
+    ax.legend(frameon=False, markerscale=3)
+_ = axes[0].set_ylabel("second")
+
+# %% [markdown]
+# ## Results larger than memory, too
+#
+# Imputed expression is dense, cells by genes. `out=` takes anything that is written by rows, here a dataset of an HDF5
+# file, and each minibatch goes there as it is done. `technical_zero_probability` has the same argument.
+
+# %%
+asked = cells.take(slice(0, 2000)) if SHORT else cells
+with h5py.File(folder / "expression.h5", "w") as file:
+    dataset = file.create_dataset("expression", (asked.n_cells, asked.n_genes), dtype="f4", chunks=(64, asked.n_genes))
+    ps.impute(fit, asked, samples=4, out=dataset)
+    print(dataset, f"{dataset.id.get_storage_size() / 1e6:.0f} MB on disk")
+    of_types = pd.DataFrame(dataset[:, :5], columns=cells.gene_names[:5]).groupby(asked.obs["type"].to_numpy())
+    shown = of_types.mean().round(2)
+shown
+
+# %% [markdown]
+# ## A store that was altered is refused
+#
+# It holds SHA-256 checksums of its files, and whoever opens it compares them (`verify=False` compares sizes only, which
+# for a large store saves minutes). One byte:
+
+# %%
+altered = shutil.copytree(store, folder / "altered.store")
+content = bytearray((altered / "data.npy").read_bytes())
+content[-1] ^= 1
+(altered / "data.npy").write_bytes(content)
+try:
+    ps.Cells.from_store(altered)
+except ps.errors.StoreError as error:
+    print(type(error).__name__, "-", str(error).replace(str(folder), "..."))
+shutil.rmtree(folder)
+
+# %% [markdown]
+# ## Without a store
+#
+# A backed AnnData or an `AnnCollection` can be left where it is, with `Cells.from_anndata(adata, backed=True)`. It
+# needs no second copy, and random cells of it are read some ten times as slowly: right for one pass, wrong for sixty
+# epochs.
+#
+# ## On the command line, and on several processes
+#
+# ```sh
+# python -m pyro_scvi store donor1.h5ad donor2.h5ad --out both.store --label donor --index-unique -
+# torchrun --nproc-per-node 2 -m pyro_scvi fit both.h5ad --batch donor --out run
+# ```
+#
+# The first line is `ps.stores.build`. The second is one fit by two processes, each with its share of the cells, on as
+# many GPUs or processors; the first of them writes `run/fit`, to be loaded as any other by `ps.load("run/fit")`.
+#
+# **What to take along.** `ps.stores.build` once, `Cells.from_store` after that, `out=` for results as large as the
+# counts. The rest of the library does not know the difference.
+#
+# **What not to conclude.** That more cells need as many epochs: a million cells at sixty epochs is half a million
+# steps, and the held-out loss says when to stop. And the donors mixed well because the simulation gave them the same
+# kinds of cells; where they differ in kind, a batch covariate may take away what was real.
