@@ -126,8 +126,8 @@ print(f"called: {calls[0]} by fdr < 0.05, {calls[1]} by Wilcoxon's adjusted p < 
 # exactly zero, and with more cells every gene gets there; `fdr` is about changes beyond half a doubling between two
 # *single* cells, which more cells do not make larger.
 #
-# Which list is nearer the truth is not decided here; the README compares both with microarrays of sorted cells, where
-# Welch's t is not beaten.
+# Which list is nearer the truth is not decided here; docs/accuracy.md compares both with microarrays of sorted cells,
+# where Welch's t is not beaten.
 #
 # ## A null: random halves of one cell type
 #

@@ -183,11 +183,22 @@ shutil.rmtree(folder)
 #
 # ```sh
 # python -m pyro_scvi store donor1.h5ad donor2.h5ad --out both.store --label donor --index-unique -
-# torchrun --nproc-per-node 2 -m pyro_scvi fit both.h5ad --batch donor --out run
+# torchrun --nproc-per-node 2 train.py
+# python -m pyro_scvi infer fit both.store --out results.zarr --expression
 # ```
 #
 # The first line is `ps.stores.build`. The second is one fit by two processes, each with its share of the cells, on as
-# many GPUs or processors; the first of them writes `run/fit`, to be loaded as any other by `ps.load("run/fit")`.
+# many GPUs or processors, where `train.py` has this:
+#
+# ```python
+# with ps.distributed.joined() as ranks:
+#     fit = ps.fit(model, ps.Cells.from_store("both.store", batch="donor"), batch_size=1024, ranks=ranks)
+#     if ranks.first:
+#         fit.save("fit")
+# ```
+#
+# The third writes embedding and expression block by block into an AnnData on disk; with `--shard 3/16`, sixteen jobs
+# share that work.
 #
 # **What to take along.** `ps.stores.build` once, `Cells.from_store` after that, `out=` for results as large as the
 # counts. The rest of the library does not know the difference.
