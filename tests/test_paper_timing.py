@@ -47,10 +47,9 @@ def test_a_peak_that_the_simulation_had_reached_before_is_said():
 
 def test_cells_per_second_are_of_the_largest_size():
     rate = rows_of("scVI, default")[timing.RATE]
-    n = 1_300_000
-    assert rate.value == pytest.approx(n * 8 / (2e-3 * n**1.5))
-    assert rate.note == f"8 epochs of {n:,} cells"
-    assert rows_of("scVI, 2017 preset")[timing.RATE].note == "9 epochs of 100,000 cells"
+    n = max(FULL.sizes)
+    assert rate.value == pytest.approx(n * 9 / (2e-3 * n**1.5))
+    assert rate.note == f"9 epochs of {n:,} cells"
 
 
 def test_every_system_trains_as_long_as_its_defaults_say():
@@ -61,9 +60,7 @@ def test_every_system_trains_as_long_as_its_defaults_say():
     assert timing.epochs_of("scVI, default", 200, QUICK) == QUICK.epochs
     steps = [(step.settings["system"], step.settings["n_cells"]) for step in timing.steps(FULL)]
     assert ("ZINB-WaVE", 100_000) not in steps
-    assert ("scVI, default", 1_300_000) in steps
-    assert len(steps) == len(set(steps)) == len(timing.SYSTEMS) * len(FULL.sizes)
-    assert max(step.settings["n_cells"] for step in timing.steps(QUICK)) == max(QUICK.sizes)
+    assert len(steps) == len(set(steps)) == len(timing.SYSTEMS) * len(FULL.sizes) - 1
 
 
 def test_simulated_cells_have_counts_and_the_same_genes_at_every_size(data_path):
