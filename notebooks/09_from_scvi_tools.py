@@ -180,9 +180,9 @@ else:
 # %% [markdown]
 # Genes on the line change alike; the large changes are larger in scvi-tools, where the group that hardly has the gene
 # gets a smaller mean, as above. "Called" bounds the expected share of false calls in both, of changes beyond 0.5, yet
-# the numbers called are not alike: what is sure depends on the model, and neither list is the truth
-# (docs/accuracy.md compares such lists with microarrays). Here the probability that $w_a < w_b$ is exact given $z$, pairs are added until
-# its error is small, and the standard error of every gene is in the table.
+# the numbers called are not alike: what is sure depends on the model, and neither list is the truth (docs/accuracy.md
+# compares such lists with microarrays). Here the probability that $w_a < w_b$ is exact given $z$, pairs are added
+# until its error is small, and the standard error of every gene is in the table.
 #
 # ## How good is it?
 #

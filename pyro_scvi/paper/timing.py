@@ -197,8 +197,8 @@ TEXT = (
     "The paper gives no table of times. It says that ZIFA and ZINB-WaVE took more than 20 minutes on 10,000 cells and "
     "ran out of 32 GB at 100,000, and that scVI fitted 1.3 million cells in less than two hours on a GPU. The "
     "implementations here are not theirs: ZIFA's EM is in closed form, ZINB-WaVE is maximised with analytic "
-    "gradients. Nothing is extrapolated to 1.3 million cells; the speed in cells per second stands beside, and what ours "
-    "takes for an epoch of 1.3 million simulated cells that stay on disk is measured by python -m benchmarks.stores.",
+    "gradients. Nothing is extrapolated to 1.3 million cells; the speed in cells per second stands beside, and what "
+    "ours takes for an epoch of 1.3 million simulated cells on disk is measured by python -m benchmarks.stores.",
 )
 
 EXPERIMENT = Experiment(
