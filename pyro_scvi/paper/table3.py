@@ -272,7 +272,7 @@ def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
     types.axhline(PAPER_BEST, color=CALM, linewidth=0.8, linestyle="--")
     types.set(xlabel="epochs of the whole run", ylabel="silhouette of the known types")
     evidence.set(xlabel="epochs of the whole run", ylabel="held-out log p(x), nats per cell")
-    types.legend(frameon=False, fontsize="small")
+    types.legend(frameon=False, fontsize="small", loc="lower left")
     file = folder / "table3_training.png"
     figure.savefig(file, dpi=120)
     caption = (
