@@ -211,6 +211,13 @@ def table():
 baselines, plots = ps.baselines, ps.plots
 
 
+def all_pairs():
+    per_gene = model(likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(GENES)))
+    made = ps.fit(per_gene, cells(), epochs=1, progress=False, device="cpu")
+    pairing = ps.differential.AllPairs(samples=30)
+    return ps.differential_expression(made, cells(), groupby="kind", group_a="B", pairing=pairing)
+
+
 def joined():
     with ps.distributed.joined() as ranks:
         return ps.fit(model(), cells(), epochs=2, batch_size=8, seed=3, progress=False, device="cpu", ranks=ranks)
@@ -255,6 +262,7 @@ CASES = {
     ),
     "datasets.pbmc68k_reduced": ps.datasets.pbmc68k_reduced,
     "datasets.recover_counts": lambda: ps.datasets.recover_counts(np.zeros((2, 2)), np.ones(2)),
+    "differential.AllPairs": all_pairs,
     "differential.DepthCorrected": ps.differential.DepthCorrected,
     "differential.DepthLaden": lambda: ps.differential_expression(
         fit(), cells(), groupby="kind", group_a="B", contrast=ps.differential.DepthLaden(), most_pairs=50
