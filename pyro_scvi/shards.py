@@ -9,6 +9,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from pyro_scvi.cells import Cells
 from pyro_scvi.descriptions import states_of
 from pyro_scvi.errors import DataError, ModelError, brief, require_at_least, require_seed
+from pyro_scvi.parts import lasting_repr
 from pyro_scvi.posterior import require_question
 from pyro_scvi.seeding import seed_of
 
@@ -86,7 +88,9 @@ def write(
     Raises
     ------
     DataError
-        If ``path`` holds something else, or results of another fit, other cells, verbs, seed or blocks.
+        If ``path`` holds something else, or results of another fit, other cells or covariates (such as those of
+        ``cells.with_batch``), verbs, seed or blocks. Functions are told apart by module and name, and by what
+        ``functools.partial`` gives them.
     ModelError
         If an argument is of the wrong kind, or a verb does not give a row for each cell.
 
@@ -112,7 +116,8 @@ def write(
     if of > 1 and not kind.shared:
         raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
     columns = _columns(fit, cells, verbs, seed)
-    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed} | _described(cells, columns)
+    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed}
+    run |= _described(cells, columns) | {f"verb {name!r}": _question(verb) for name, verb in verbs.items()}
     if not os.path.lexists(path):
         _create(kind, path, cells, columns, run)
     with _opened(kind, path, run) as group:
@@ -161,9 +166,19 @@ def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> list[_Column]:
 
 
 def _described(cells: Cells, columns: list[_Column]) -> dict[str, Any]:
-    names = hashlib.sha256("\n".join(map(str, cells.cell_names)).encode()).hexdigest()[:16]
-    totals = hashlib.sha256(cells.totals.tobytes()).hexdigest()[:16]
-    return {"cell names": names, "totals": totals, "arrays": [[c.place, *c.values.shape[1:]] for c in columns]}
+    names = "\n".join(map(str, cells.cell_names)).encode()
+    told = {"cell names": names, "totals": cells.totals.tobytes(), "covariates": cells.covariates.tobytes()}
+    arrays = {"arrays": [[c.place, *c.values.shape[1:]] for c in columns]}
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
+
+
+def _question(verb: Verb) -> str:
+    """What is asked: the function by module and name, and what a partial gives it."""
+    if isinstance(verb, partial):
+        named = [f"{name}={lasting_repr(value)}" for name, value in sorted(verb.keywords.items())]
+        return f"{_question(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
+    known = verb if hasattr(verb, "__qualname__") else type(verb)
+    return f"{known.__module__}.{known.__qualname__}"
 
 
 def _digest(fit: Fit) -> str:

@@ -106,7 +106,7 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
         (other, cells, {"z": ps.embed}, {}, "fit"),
         (fit, cells.take(np.arange(50)), {"z": ps.embed}, {}, "n_cells, cell names, totals"),
         (fit, cells.take(np.arange(101)[::-1]), {"z": ps.embed}, {}, "cell names, totals"),
-        (fit, cells, {"zz": ps.embed}, {}, "arrays"),
+        (fit, cells, {"zz": ps.embed}, {}, "arrays, verb 'zz'"),
         (fit, cells, {"z": ps.embed}, {"seed": 5}, "seed"),
         (fit, cells, {"z": ps.embed}, {"block": 8}, "block"),
     ):
@@ -122,6 +122,40 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
     with pytest.raises(DataError, match="something else"):
         ps.shards.write(fit, cells, tmp_path / "folder.zarr", {"z": ps.embed}, **OPTIONS)
     assert (tmp_path / "folder.zarr" / "mine").read_text() == "mine"
+
+
+def of_other_samples(fit, cells, seed):
+    return ps.impute(fit, cells, samples=3, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        partial(ps.impute, samples=4),
+        partial(ps.impute, samples=3, sampler=ps.Importance(proposals=20)),
+        partial(ps.technical_zero_probability, samples=3),
+        of_other_samples,
+        lambda fit, cells, seed: of_other_samples(fit, cells, seed),
+    ],
+)
+def test_another_question_of_the_same_name_is_refused(fit, cells, tmp_path, other):
+    path, options = tmp_path / "out.zarr", {"shard": (0, 2), **OPTIONS}
+    ps.shards.write(fit, cells, path, {"w": partial(ps.impute, samples=3)}, **options)
+    with pytest.raises(DataError, match="another run: verb 'w' differ"):
+        ps.shards.write(fit, cells, path, {"w": other}, **options)
+    again = partial(partial(ps.impute), samples=3)
+    assert ps.shards.write(fit, cells, path, {"w": again}, **(options | {"shard": (1, 2)})) == 0
+
+
+def test_cells_as_if_of_another_batch_are_other_cells(tmp_path):
+    obs = pd.DataFrame({"donor": np.array(["x", "y"])[np.arange(40) % 2]}, index=[f"c{i}" for i in range(40)])
+    cells = ps.Cells.from_counts(simulated_counts(40), obs=obs, batch="donor")
+    model = ps.SCVI(cells.n_genes, 3, cells.n_covariates, n_hidden=16)
+    fit = ps.fit(model, cells, epochs=1, progress=False, device="cpu")
+    verbs = {"w": partial(ps.impute, samples=2)}
+    ps.shards.write(fit, cells.with_batch("x"), tmp_path / "out.zarr", verbs, **OPTIONS)
+    with pytest.raises(DataError, match="another run: covariates differ"):
+        ps.shards.write(fit, cells.with_batch("y"), tmp_path / "out.zarr", verbs, **OPTIONS)
 
 
 @pytest.mark.parametrize(
