@@ -282,7 +282,7 @@ def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
             text = group["uns"][RUN][()]
             found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
             differing = [name for name in run if found.get(name) != run[name]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(_something_else(path, error)) from error
