@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from pyro_scvi import guides, libraries, likelihoods, networks, priors, schedule
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides import Guide
 from pyro_scvi.model import SCVI
-from pyro_scvi.parts import Part
+from pyro_scvi.parts import Part, lasting_repr
 from pyro_scvi.schema import Schema
 
 FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
@@ -130,7 +129,7 @@ def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
 
 
 def _foreign(value: Any) -> dict[str, str]:
-    return {"foreign": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}  # an address is another in every process
+    return {"foreign": lasting_repr(value)}
 
 
 def _own() -> dict[type, str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -102,6 +103,15 @@ class Alone:
         """What the first process makes, for all; its errors are raised in all."""
         return make()
 
+    def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """Refuse a run that is not the same on all processes.
+
+        Raises
+        ------
+        FitError
+            In all of them, naming what differs.
+        """
+
     def average_statistics(self, *parts: nn.Module) -> None:
         """Give all processes the same running statistics, the mean of theirs."""
 
@@ -171,10 +181,7 @@ class Ranks(Alone):
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """By torch's all_gather_object."""
-        found: list[Any] = [None] * self.size
-        with self._together():
-            distributed.all_gather_object(found, rows)
-        return np.concatenate(found)
+        return np.concatenate(self._of_all(rows))
 
     def from_first(self, make: Callable[[], T]) -> T:
         """By torch's broadcast_object_list, errors included."""
@@ -190,6 +197,27 @@ class Ranks(Alone):
             raise error
         return made
 
+    def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """By torch's all_gather_object."""
+        first, *others = self._of_all(facts())
+        differing = [
+            "{} is {} on rank 0 and {} on rank {}".format(name, *_apart(str(first[name]), str(other[name])), rank)
+            for rank, other in enumerate(others, 1)
+            for name in first
+            if other[name] != first[name]
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise FitError(
+                f"all ranks must call fit with the same model, cells and options: {'; '.join(differing[:3])}{more}"
+            )
+
+    def _of_all(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        with self._together():
+            distributed.all_gather_object(found, value)
+        return found
+
     def average_statistics(self, *parts: nn.Module) -> None:
         """One small message for each layer, once an epoch."""
         with self._together():
@@ -202,9 +230,9 @@ class Ranks(Alone):
         """Say what it means that torch cannot reach the others."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if not isinstance(error, distributed.DistError) and not _LOST.search(str(error)):
+                raise
             reason = " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]
             raise FitError(
                 f"rank {self.rank} of {self.size} could not go on with the others ({reason}): one of them was lost, "
@@ -212,6 +240,15 @@ class Ranks(Alone):
                 "ranks"
             ) from error
 
+
+def _apart(*texts: str) -> list[str]:
+    """Of long descriptions what lies around their first difference."""
+    start = max(0, len(os.path.commonprefix(texts)) - 40)
+    return [text if len(text) <= 80 else f"{'...' * (start > 0)}{text[start : start + 80]}..." for text in texts]
+
+
+# Of gloo and NCCL come plain RuntimeErrors, as of a user's own part in the backward pass.
+_LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
 
 # Its name since torch 2.13, which deprecates the earlier one.
 _SYNC = "forward_sync_buffers"
@@ -245,6 +282,11 @@ def joined() -> Iterator[Alone]:
     and start the script by ``torchrun --nproc-per-node 2 script.py``. Where torch's process group was made before, it
     is used and left open.
 
+    Warns
+    -----
+    UserWarning
+        If WORLD_SIZE says that there are several processes, which nothing has joined: each then trains alone.
+
     Examples
     --------
     >>> with ps.distributed.joined() as ranks:
@@ -257,6 +299,13 @@ def joined() -> Iterator[Alone]:
         yield Ranks()
         return
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        if (size := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+            warnings.warn(
+                f"WORLD_SIZE is {size}, but neither torchrun nor a process group is there to join them: each process "
+                "trains alone. Start them by torchrun, or call torch.distributed.init_process_group before",
+                UserWarning,
+                stacklevel=3,
+            )
         yield Alone()
         return
     cuda = torch.cuda.is_available()

@@ -1,5 +1,6 @@
 """fit: stochastic variational inference on minibatches, and the Fit that it returns."""
 
+import hashlib
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.interrupts import noted_interrupts
 from pyro_scvi.minibatches import Minibatches, resolve_device
 from pyro_scvi.model import SCVI
+from pyro_scvi.parts import lasting_repr
 from pyro_scvi.schedules import Every, KLWeight, LearningRate, OneCycle, Weight
 from pyro_scvi.schema import Schema
 from pyro_scvi.seeding import seeded
@@ -181,8 +183,8 @@ def fit(
         If model and guide do not fit together, or a parameter takes no part in the loss.
     FitError
         If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
-        run, epochs or batch_size is below 1, or another rank was lost. Its ``fit`` is the Fit of the last good epoch,
-        if there was one.
+        run, epochs or batch_size is below 1, ranks were given different arguments or too few cells, or another rank
+        was lost. Its ``fit`` is the Fit of the last good epoch, if there was one.
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
         before. Nothing that was there is lost.
@@ -221,15 +223,25 @@ def fit(
     _check_precision(dtype, autocast)
     if not isinstance(ranks, Alone):
         raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(ranks)}")
+    ranks.require_alike(
+        lambda: (
+            {"epochs": epochs, "batch_size": batch_size, "seed": seed, "patience": patience, "eps": eps}
+            | {"learning_rate": lasting_repr(learning_rate), "kl_weight": lasting_repr(kl_weight)}
+            | {"elbo": type(elbo).__name__, "dtype": dtype, "autocast": autocast, "device": place.type}
+            | {"data_start": data_start, "cells": _brief(cells), "validation": _brief(validation)}
+            | {"model": lasting_repr(model), "guide": lasting_repr(guide), "trained before": model.trained}
+        )
+    )
     train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
     n_cells = len(train_rows)
-    train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
-    watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
     epochs = default_epochs(n_cells) if epochs is None else epochs
     check_run(epochs, batch_size, patience, eps)
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # NumPy's integers are none to torch and JSON
     _check_options(learning_rate, kl_weight, elbo, epochs)
     _check_checkpoint(checkpoint, checkpoint_every, resume)
+    sizes = ranks.batch_sizes(n_cells, batch_size)
+    train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
+    watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
     if data_start and not model.trained:
         start_from_data(model, train, ranks)
     model.to(place, dtype)
@@ -254,7 +266,7 @@ def fit(
         )
     try:
         with seeded(seed), pyro.get_param_store().scope(), noted_interrupts() as run.interrupts:
-            run.train(epochs, batch_size, learning_rate, eps, kl_weight, patience, progress)
+            run.train(epochs, sizes, learning_rate, eps, kl_weight, patience, progress)
     except (FitError, CheckpointError) as error:
         error.fit = _made(run, cells.schema, settings) if run.done and run.done.rows else None
         raise
@@ -308,6 +320,14 @@ def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
         raise FitError("resume needs the directory to go on from: pass checkpoint=")
     if not isinstance(every, Every):
         raise FitError(f"checkpoint_every must be an object, as in ps.schedules.Every(epochs=5); got {every!r}")
+
+
+def _brief(cells: Any) -> str:
+    """Cells by what is cheap to compare; what is none, such as a share of them, as it is."""
+    if not isinstance(cells, Cells):
+        return repr(cells)
+    digest = hashlib.sha256(cells.totals.tobytes() + cells.covariates.tobytes()).hexdigest()[:8]
+    return f"{cells.n_cells} x {cells.n_genes} with digest {digest} of totals and covariates"
 
 
 def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:

@@ -82,7 +82,7 @@ class Minibatches:
 
     def gene_totals(self) -> np.ndarray:
         """Total count of each gene, (genes,)."""
-        return np.sum([np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()], 0)
+        return sum((np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()), np.zeros(self.cells.n_genes))
 
     def _moved(self, stored: np.dtype) -> Tensor:
         """All counts on the device; no dense copy of a wider type is ever held."""

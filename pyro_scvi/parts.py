@@ -1,6 +1,7 @@
 """Part: a torch module that remembers how it was made, so that it prints, saves and loads without pickle."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -67,6 +68,11 @@ class Part(nn.Module):
         facts = {key: _brief(value) for key, value in self.makeup().items() if value is not None}
         learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
+
+
+def lasting_repr(value: Any) -> str:
+    """The repr, without addresses, which are others in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,9 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,6 +24,7 @@ from tqdm.auto import tqdm
 from pyro_scvi.cells import Cells
 from pyro_scvi.descriptions import states_of
 from pyro_scvi.errors import DataError, ModelError, brief, require_at_least, require_seed
+from pyro_scvi.parts import lasting_repr
 from pyro_scvi.posterior import require_question
 from pyro_scvi.seeding import seed_of
 
@@ -86,9 +89,18 @@ def write(
     Raises
     ------
     DataError
-        If ``path`` holds something else, or results of another fit, other cells, verbs, seed or blocks.
+        If ``path`` is locked or may not be written, holds something else, or results of another fit, other cells or
+        covariates (such as those of ``cells.with_batch``), verbs, seed or blocks. Functions are told apart by module
+        and name, and by what ``functools.partial`` gives them. If a column of ``obs`` holds values of several kinds.
     ModelError
-        If an argument is of the wrong kind, or a verb does not give a row for each cell.
+        If an argument is of the wrong kind, a verb does not give a row for each cell or not the same for every block,
+        or names are empty, hold a ``/`` or are there twice.
+
+    Notes
+    -----
+    A block is noted as done once it is in the file, so a process that is killed loses the block it was at. An .h5ad
+    file that is killed while HDF5 writes its tables may be unreadable as a whole; a .zarr folder has none. What is
+    done is not looked at again: a chunk that was deleted or cut afterwards is not noticed.
 
     Examples
     --------
@@ -107,14 +119,16 @@ def write(
     require_question(fit, cells)
     require_at_least(1, block=block)
     require_seed(seed)
+    block, seed = int(block), int(seed)  # NumPy's integers are none to JSON
     index, of = _checked(shard)
     kind, path = _format_of(path), Path(path)
     if of > 1 and not kind.shared:
         raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
     columns = _columns(fit, cells, verbs, seed)
-    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed} | _described(cells, columns)
+    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed}
+    run |= _described(cells, columns) | {f"verb {name!r}": _question(verb) for name, verb in verbs.items()}
     if not os.path.lexists(path):
-        _create(kind, path, cells, columns, run)
+        _create(kind, path, cells, [column for some in columns.values() for column in some], run)
     with _opened(kind, path, run) as group:
         done = group["uns"][DONE]
         todo = [k for k in np.flatnonzero(~done[:]).tolist() if k % of == index]
@@ -122,9 +136,13 @@ def write(
             rows = slice(k * block, min((k + 1) * block, cells.n_cells))
             part = cells.take(np.arange(rows.start, rows.stop))
             for name, verb in verbs.items():
-                for column in _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes):
+                found = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
+                _require_alike(name, found, columns[name])
+                for column in found:
                     group[column.place][rows] = column.values
+            kind.flush(group)  # a block counts as done only where it is in the file
             done[k] = True
+            kind.flush(group)
         return int((~done[:]).sum())
 
 
@@ -134,10 +152,18 @@ class _Column(NamedTuple):
     place: str
     values: np.ndarray
 
+    @property
+    def shape(self) -> list[Any]:
+        """What all blocks have in common: where they belong, type, and shape but for the cells."""
+        return [self.place, self.values.dtype.name, *self.values.shape[1:]]
+
 
 def _split(name: str, found: Any, n_cells: int, n_genes: int) -> list[_Column]:
     if isinstance(found, pd.DataFrame):
-        columns = [_Column(f"obs/{name}_{column}", found[column].to_numpy(float)) for column in found]
+        try:
+            columns = [_Column(f"obs/{name}_{column}", found[column].to_numpy(float)) for column in found]
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{name!r} must give real numbers in every column: {error}") from error
     else:
         values = np.asarray(found)
         own = "layers" if values.shape == (n_cells, n_genes) else "obsm"
@@ -149,21 +175,45 @@ def _split(name: str, found: Any, n_cells: int, n_genes: int) -> list[_Column]:
     return columns
 
 
-def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> list[_Column]:
-    """The arrays that the verbs fill, by what they say of the first cell."""
+def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[_Column]]:
+    """The arrays that each verb fills, by what it says of the first cell."""
     if not isinstance(verbs, Mapping) or not verbs or not all(callable(verb) for verb in verbs.values()):
         raise ModelError(f"verbs must be functions by name, as in {{'X_pyro_scvi': ps.embed}}, got {brief(verbs)}")
+    for name in verbs:
+        if not isinstance(name, str) or not name.strip("."):
+            raise ModelError(f"names of verbs become names of arrays, such as 'X_pyro_scvi'; got {brief(name)}")
     first = cells.take(np.arange(1))
-    found = [c for name, verb in verbs.items() for c in _split(name, verb(fit, first, seed=seed), 1, cells.n_genes)]
-    if taken := [c.place for c in found if c.place.startswith("obs/") and c.place[4:] in cells.obs]:
+    found = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
+    places = [column.place for some in found.values() for column in some]
+    if within := [place.split("/", 1)[1] for place in places if place.count("/") > 1]:
+        raise ModelError(f"names of verbs and of their columns must be without '/', got {within}")
+    if doubled := sorted({place for place in places if places.count(place) > 1}):
+        raise ModelError(f"verbs give {doubled} more than once; choose another name")
+    if taken := [place for place in places if place.startswith("obs/") and place[4:] in cells.obs]:
         raise ModelError(f"the cells have the columns {taken} already; choose another name")
     return found
 
 
-def _described(cells: Cells, columns: list[_Column]) -> dict[str, Any]:
-    names = hashlib.sha256("\n".join(map(str, cells.cell_names)).encode()).hexdigest()[:16]
-    totals = hashlib.sha256(cells.totals.tobytes()).hexdigest()[:16]
-    return {"cell names": names, "totals": totals, "arrays": [[c.place, *c.values.shape[1:]] for c in columns]}
+def _require_alike(name: str, found: list[_Column], first: list[_Column]) -> None:
+    shapes, expected = [column.shape for column in found], [column.shape for column in first]
+    if shapes != expected:
+        raise ModelError(f"{name!r} must give the same for every block: of the first cell {expected}, now {shapes}")
+
+
+def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any]:
+    names = "\n".join(map(str, cells.cell_names)).encode()
+    told = {"cell names": names, "totals": cells.totals.tobytes(), "covariates": cells.covariates.tobytes()}
+    arrays = {"arrays": [column.shape for some in columns.values() for column in some]}
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
+
+
+def _question(verb: Verb) -> str:
+    """What is asked: the function by module and name, and what a partial gives it."""
+    if isinstance(verb, partial):
+        named = [f"{name}={lasting_repr(value)}" for name, value in sorted(verb.keywords.items())]
+        return f"{_question(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
+    known = verb if hasattr(verb, "__qualname__") else type(verb)
+    return f"{known.__module__}.{known.__qualname__}"
 
 
 def _digest(fit: Fit) -> str:
@@ -175,19 +225,19 @@ def _digest(fit: Fit) -> str:
 
 def _checked(shard: Any) -> tuple[int, int]:
     numbers = shard if isinstance(shard, tuple) else ()
-    if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers) or not 0 <= numbers[0] < numbers[1]:
+    if len(numbers) != 2 or not all(isinstance(n, Integral) for n in numbers) or not 0 <= numbers[0] < numbers[1]:
         raise ModelError(f"shard must be (i, n) with 0 <= i < n, got {brief(shard)}")
-    return numbers
+    return int(numbers[0]), int(numbers[1])
 
 
 def _create(kind: _Format, path: Path, cells: Cells, columns: list[_Column], run: dict[str, Any]) -> None:
     """Make the file with empty arrays, beside its place, and move it there unless another process was faster."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = np.zeros(-(-cells.n_cells // run["block"]), bool)
-    adata = AnnData(obs=cells.obs.copy(), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
+    adata = AnnData(obs=_writable(cells.obs), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         new = Path(folder) / path.name
-        with kind.opened(new, "w") as group:
+        with kind.opened(new, "w") as group, ad.settings.override(allow_write_nullable_strings=True):
             ad.io.write_elem(group, "/", adata)
             kind.add(group["uns"], DONE, done.dtype, done.shape, 1)
             for column in columns:
@@ -203,6 +253,23 @@ def _create(kind: _Format, path: Path, cells: Cells, columns: list[_Column], run
                 raise
 
 
+def _writable(obs: pd.DataFrame) -> pd.DataFrame:
+    """A copy in which strings with missing values are what anndata takes them for.
+
+    Raises
+    ------
+    DataError
+        If a column holds values of several kinds.
+    """
+    obs = obs.copy()
+    for name in obs.select_dtypes(object):
+        if pd.api.types.infer_dtype(obs[name], skipna=True) not in ("string", "boolean", "empty"):
+            raise DataError(f"the column {name!r} of obs holds values of several kinds; make them strings, or drop it")
+        if obs[name].isna().any():
+            obs[name] = obs[name].convert_dtypes(convert_integer=False, convert_floating=False)
+    return obs
+
+
 def _names(columns: list[_Column], place: str) -> list[str]:
     return [column.place.removeprefix(f"{place}/") for column in columns if column.place.startswith(f"{place}/")]
 
@@ -211,18 +278,39 @@ def _names(columns: list[_Column], place: str) -> list[str]:
 def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
     """The file, if it holds results of this run."""
     try:
-        with kind.opened(path, "r") as group:
+        with _reached(kind, path, "r") as group:
             text = group["uns"][RUN][()]
             found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} holds something else than results of ps.shards.write; choose another path") from error
-    if differing := [name for name in run if found.get(name) != run[name]]:
+            differing = [name for name in run if found.get(name) != run[name]]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(_something_else(path, error)) from error
+    if differing:
         raise DataError(
             f"{path} holds results of another run: {', '.join(differing)} differ; pass the same as then, or choose "
             "another path"
         )
-    with kind.opened(path, "r+") as group:
+    with _reached(kind, path, "r+") as group:
         yield group
+
+
+@contextmanager
+def _reached(kind: _Format, path: Path, mode: Mode) -> Iterator[Any]:
+    """The root group; a file that is locked or may not be written is no other file."""
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(kind.opened(path, mode))
+        except OSError as error:
+            if error.errno is None or isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise DataError(_something_else(path, error)) from error
+            raise DataError(f"{path} cannot be opened: {error}") from error
+        yield group
+
+
+def _something_else(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{path} holds something else than results of ps.shards.write ({reason}); choose another path"
 
 
 Mode = Literal["r", "r+", "w"]
@@ -240,6 +328,10 @@ class _Format(ABC):
     @abstractmethod
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         """An array in chunks of so many rows, empty: NaN or False."""
+
+    @abstractmethod
+    def flush(self, group: Any) -> None:
+        """See to it that what was written is in the file, also if the process is killed now."""
 
     def add(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> None:
         """Add an empty array, which anndata knows as one."""
@@ -260,6 +352,9 @@ class _Zarr(_Format):
         chunks = (rows, *shape[1:])
         return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=_empty(dtype))
 
+    def flush(self, group: Any) -> None:
+        """Every chunk is a file, written at once."""
+
 
 class _HDF5(_Format):
     shared = False
@@ -269,6 +364,9 @@ class _HDF5(_Format):
 
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         return group.create_dataset(name, shape, dtype, chunks=(rows, *shape[1:]), fillvalue=_empty(dtype))
+
+    def flush(self, group: Any) -> None:
+        group.file.flush()
 
 
 def _empty(dtype: np.dtype) -> Any:

@@ -53,7 +53,7 @@ class Run:
     def train(
         self,
         epochs: int,
-        batch_size: int,
+        sizes: list[int],
         learning_rate: LearningRate,
         eps: float,
         kl_weight: KLWeight,
@@ -61,6 +61,8 @@ class Run:
         progress: bool,
     ) -> None:
         """Train for ``epochs`` epochs, until patience runs out or a signal comes; the best state is put back.
+
+        Steps are of ``sizes`` cells over all ranks.
 
         Raises
         ------
@@ -72,7 +74,6 @@ class Run:
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
         eps = eps * self.n_cells
         loss_and_grads = self.ranks.loss_and_grads(self.elbo, self.model, self.guide)
-        sizes = self.ranks.batch_sizes(self.n_cells, batch_size)
         optimiser = torch.optim.Adam(unique_parameters((self.model, self.guide)), eps=eps, fused=True)
         optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
         schedule = learning_rate(optimiser, len(sizes) * epochs)
@@ -205,7 +206,7 @@ class Run:
             optimiser.zero_grad()
             schedule.step()
             total += value
-            if ends or self.interrupts.received:
+            if ends:  # what came since is for the next step: all ranks end after the same
                 self.interrupts.received = self.interrupts.received or "a signal to another rank"
                 raise Interrupted
         self.ranks.average_statistics(self.model, self.guide)

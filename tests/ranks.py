@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import simulated_counts
-from pyro.infer import RenyiELBO
+from pyro.distributions import Normal
+from pyro.infer import RenyiELBO, Trace_ELBO
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyro_scvi as ps
 from pyro_scvi.elbo import MeanFieldELBO
@@ -81,10 +83,10 @@ def trained(ranks, folder):
     """100 steps; the states of all ranks."""
     cells = ps.Cells.from_counts(simulated_counts(101))
     model, guide = parts(norm=ps.networks.BatchNorm(), dropout=0.1, prior=Noting(3))
-    if ranks.rank:  # ranks start as the first does, whatever they were given
-        model, guide = parts(
-            norm=ps.networks.BatchNorm(), dropout=0.1, seed=5, prior=Noting(3), library=ps.libraries.LatentLibrary(1, 1)
-        )
+    if ranks.rank:  # ranks start as the first does, whatever weights and statistics they were given
+        with torch.no_grad():
+            for value in (*model.state_dict().values(), *guide.state_dict().values()):
+                value.add_(1)
     Noting.seeds.clear()
     fit = ps.fit(model, cells, guide, epochs=25, batch_size=24, validation=5, progress=False, ranks=ranks)
     torch.save(state(model, guide), folder / f"state-{ranks.size}-{ranks.rank}.pt")
@@ -148,6 +150,98 @@ def refused(ranks, folder):
     (folder / f"refused-{ranks.rank}.json").write_text(json.dumps(told))
 
 
+def late(ranks, folder):
+    """SIGTERM to one rank while its optimiser steps, after the ranks have told each other of signals."""
+    steps, (model, guide) = [], parts()
+
+    def sent(*_):
+        steps.append(1)
+        if len(steps) == 12 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cells, hook = ps.Cells.from_counts(simulated_counts(101)), register_optimizer_step_post_hook(sent)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit = ps.fit(model, cells, guide, epochs=8, batch_size=24, progress=False, ranks=ranks, device="cpu")
+    hook.remove()
+    told = {"steps": len(steps), "epochs": len(fit.history), "warned": [str(note.message) for note in caught]}
+    (folder / f"late-{ranks.rank}.json").write_text(json.dumps(told))
+
+
+def unlike(ranks, folder):
+    """What the second rank is given differently; then a run in which both get the same."""
+    model, guide = parts()
+    other, heavy = ps.SCVI(N_GENES, 4, n_hidden=16, n_layers=1), parts(prior=ps.priors.StudentT(3))[0]
+    cells = simulated_counts(101)
+    given = (
+        {"batch_size": 12},
+        {"epochs": 3},
+        {"seed": 1},
+        {"validation": 7},
+        {"validation": ps.Cells.from_counts(cells[:20])},
+        {"learning_rate": ps.schedules.OneCycle(0.003)},
+        {"kl_weight": ps.schedules.Weight(0.5)},
+        {"patience": 1},
+        {"eps": 1e-4},
+        {"elbo": Trace_ELBO()},
+        {"cells": ps.Cells.from_counts(cells[:90])},
+        {"cells": ps.Cells.from_counts(cells[::-1].copy())},
+        {"guide": ps.guides.DiagonalNormal(model, n_hidden=16, n_layers=2)},
+        {"model": other, "guide": ps.guides.DiagonalNormal(other, n_hidden=16, n_layers=1)},
+        {"model": heavy, "guide": ps.guides.DiagonalNormal(heavy, n_hidden=16, n_layers=1)},
+    )
+    told, same = [], {"model": model, "cells": ps.Cells.from_counts(cells), "guide": guide}
+    same |= {"epochs": 2, "batch_size": 24, "progress": False, "device": "cpu", "ranks": ranks}
+    for options in given:
+        try:
+            ps.fit(**(same | options if ranks.rank else same))
+        except ps.errors.FitError as error:
+            told.append(str(error))
+    fit = ps.fit(**same)
+    told.append(len(fit.history))
+    (folder / f"unlike-{ranks.rank}.json").write_text(json.dumps(told))
+
+
+def few(ranks, folder):
+    """Fewer cells than ranks, with and without a start from the data."""
+    told = []
+    for options in ({"validation": 2}, {"validation": 2, "data_start": False}):
+        model, guide = parts()
+        try:
+            ps.fit(model, ps.Cells.from_counts(simulated_counts(3)), guide, ranks=ranks, progress=False, **options)
+        except ps.errors.FitError as error:
+            told.append(str(error))
+    (folder / f"few-{ranks.rank}.json").write_text(json.dumps(told))
+
+
+class Broken(torch.autograd.Function):
+    """An operation of a user's own whose backward pass has a fault."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("my backward pass has a fault")
+
+
+class BrokenPrior(ps.priors.StandardNormal):
+    def forward(self):
+        law = super().forward().base_dist
+        return Normal(Broken.apply(law.loc.clone().requires_grad_()), law.scale).to_event(1)
+
+
+def broken(ranks, folder):
+    """The error of a part of one's own, in the backward pass of both ranks."""
+    model, guide = parts(prior=BrokenPrior(3))
+    cells = ps.Cells.from_counts(simulated_counts(101))
+    try:
+        ps.fit(model, cells, guide, epochs=2, progress=False, ranks=ranks, device="cpu")
+    except Exception as error:
+        (folder / f"broken-{ranks.rank}.json").write_text(json.dumps([type(error).__name__, str(error)]))
+
+
 def inferred(ranks, folder):
     """Embedding, expression and evidence, each rank its own blocks of one file."""
     cells, fit = ps.Cells.from_counts(simulated_counts(101)), ps.load(folder / "fit")
@@ -156,7 +250,10 @@ def inferred(ranks, folder):
     ps.shards.write(fit, cells, folder / "out.zarr", verbs, shard=(ranks.rank, ranks.size), **options)
 
 
-TASKS = {task.__name__: task for task in (gradient, trained, checkpointed, signalled, refused, inferred)}
+TASKS = {
+    task.__name__: task
+    for task in (gradient, trained, checkpointed, signalled, late, refused, unlike, few, broken, inferred)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

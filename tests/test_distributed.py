@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import simulated_counts
 
 import pyro_scvi as ps
 from pyro_scvi.distributed import Alone, Ranks
+from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.seeding import seed_of
 
 HERE = Path(__file__).parent
@@ -35,7 +37,8 @@ def python(*arguments, check=True, **environment):
 def folder(tmp_path_factory):
     """What the tasks of ranks.py wrote, by two ranks and by one process."""
     path = tmp_path_factory.mktemp("ranks")
-    python(*TORCHRUN, HERE / "ranks.py", path, "gradient", "trained", "signalled", "refused")
+    tasks = ("gradient", "trained", "signalled", "late", "refused", "unlike", "few", "broken")
+    python(*TORCHRUN, HERE / "ranks.py", path, *tasks)
     python(HERE / "ranks.py", path, "gradient", "trained")
     return path
 
@@ -67,6 +70,73 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(folder):
     assert first["epochs"] == second["epochs"] == 3
     assert "SIGTERM after epoch 3" in second["warned"][0]
     assert "another rank" in first["warned"][0]
+
+
+def both(folder, task):
+    return [json.loads((folder / f"{task}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_signal_after_the_ranks_told_each_other_ends_all_after_the_next_step(folder):
+    first, second = both(folder, "late")
+    assert first["steps"] == second["steps"] == 13
+    assert first["epochs"] == second["epochs"] == 12 // 4
+    assert "SIGTERM after epoch" in second["warned"][0]
+    assert "another rank" in first["warned"][0]
+
+
+DIFFERENT = [
+    "batch_size is 24 on rank 0 and 12 on rank 1",
+    "epochs is 2 on rank 0 and 3 on rank 1",
+    "seed is 0 on rank 0 and 1 on rank 1",
+    "validation is 0.1 on rank 0 and 7 on rank 1",
+    "validation is 0.1 on rank 0 and 20 x 20 with digest",
+    "learning_rate is OneCycle",
+    "kl_weight is Weight",
+    "patience is None on rank 0 and 1 on rank 1",
+    "eps is 1e-08 on rank 0 and 0.0001 on rank 1",
+    "elbo is NoneType on rank 0 and Trace_ELBO on rank 1",
+    "cells is 101 x 20 with digest .* on rank 0 and 90 x 20",
+    "cells is 101 x 20 with digest .* on rank 0 and 101 x 20",
+    "guide is .*n_layers=1.* on rank 0 and .*n_layers=2.* on rank 1",
+    "model is .*n_latent=3.* on rank 0 and .*n_latent=4.* on rank 1",
+    "model is .* on rank 0 and .*StudentT.* on rank 1",
+]
+
+
+def test_ranks_with_different_arguments_are_told_which(folder):
+    first, second = both(folder, "unlike")
+    assert first == second
+    assert len(first) == len(DIFFERENT) + 1
+    for text, expected in zip(first, DIFFERENT, strict=False):
+        assert re.search(rf"same model, cells and options: {expected}", text), text
+    assert first[-1] == 2  # with the same arguments they train
+
+
+def test_fewer_cells_than_ranks_are_said(folder):
+    first, second = both(folder, "few")
+    assert first == second
+    assert len(first) == 2
+    assert all("each needs one: got 128 of 1 cells" in text for text in first)
+
+
+def test_an_error_of_ones_own_is_not_a_lost_rank(folder):
+    assert both(folder, "broken") == [["RuntimeError", "my backward pass has a fault"]] * 2
+
+
+def test_genes_of_an_empty_share_have_no_counts():
+    cells = ps.Cells.from_counts(simulated_counts(5))
+    empty = Minibatches(cells, torch.device("cpu"), torch.float32, np.arange(0))
+    assert empty.gene_totals().tolist() == [0] * cells.n_genes
+
+
+def test_several_processes_that_nothing_joined_are_warned_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, but .*each process trains alone"):
+        with ps.distributed.joined() as ranks:
+            assert type(ranks) is Alone
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with ps.distributed.joined() as ranks:
+        assert type(ranks) is Alone
 
 
 def test_errors_of_the_first_rank_are_those_of_all(folder):

@@ -1,5 +1,7 @@
 """Results written block by block: the same from one process, several shards, ranks, and after an interruption."""
 
+import subprocess
+import sys
 from functools import partial
 
 import anndata as ad
@@ -106,7 +108,7 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
         (other, cells, {"z": ps.embed}, {}, "fit"),
         (fit, cells.take(np.arange(50)), {"z": ps.embed}, {}, "n_cells, cell names, totals"),
         (fit, cells.take(np.arange(101)[::-1]), {"z": ps.embed}, {}, "cell names, totals"),
-        (fit, cells, {"zz": ps.embed}, {}, "arrays"),
+        (fit, cells, {"zz": ps.embed}, {}, "arrays, verb 'zz'"),
         (fit, cells, {"z": ps.embed}, {"seed": 5}, "seed"),
         (fit, cells, {"z": ps.embed}, {"block": 8}, "block"),
     ):
@@ -124,6 +126,137 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
     assert (tmp_path / "folder.zarr" / "mine").read_text() == "mine"
 
 
+def table(cells, names):
+    return pd.DataFrame(np.ones((len(cells), len(names))), columns=names)
+
+
+def of_other_samples(fit, cells, seed):
+    return ps.impute(fit, cells, samples=3, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        partial(ps.impute, samples=4),
+        partial(ps.impute, samples=3, sampler=ps.Importance(proposals=20)),
+        partial(ps.technical_zero_probability, samples=3),
+        of_other_samples,
+        lambda fit, cells, seed: of_other_samples(fit, cells, seed),
+    ],
+)
+def test_another_question_of_the_same_name_is_refused(fit, cells, tmp_path, other):
+    path, options = tmp_path / "out.zarr", {"shard": (0, 2), **OPTIONS}
+    ps.shards.write(fit, cells, path, {"w": partial(ps.impute, samples=3)}, **options)
+    with pytest.raises(DataError, match="another run: verb 'w' differ"):
+        ps.shards.write(fit, cells, path, {"w": other}, **options)
+    again = partial(partial(ps.impute), samples=3)
+    assert ps.shards.write(fit, cells, path, {"w": again}, **(options | {"shard": (1, 2)})) == 0
+
+
+def test_cells_as_if_of_another_batch_are_other_cells(tmp_path):
+    obs = pd.DataFrame({"donor": np.array(["x", "y"])[np.arange(40) % 2]}, index=[f"c{i}" for i in range(40)])
+    cells = ps.Cells.from_counts(simulated_counts(40), obs=obs, batch="donor")
+    model = ps.SCVI(cells.n_genes, 3, cells.n_covariates, n_hidden=16)
+    fit = ps.fit(model, cells, epochs=1, progress=False, device="cpu")
+    verbs = {"w": partial(ps.impute, samples=2)}
+    ps.shards.write(fit, cells.with_batch("x"), tmp_path / "out.zarr", verbs, **OPTIONS)
+    with pytest.raises(DataError, match="another run: covariates differ"):
+        ps.shards.write(fit, cells.with_batch("y"), tmp_path / "out.zarr", verbs, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "changing",
+    [
+        lambda fit, cells, seed: np.full(len(cells), 1e300) if len(cells) > 1 else np.ones(1, np.float32),
+        lambda fit, cells, seed: np.ones((len(cells), 2 if len(cells) > 1 else 3)),
+        lambda fit, cells, seed: np.ones((len(cells), len(cells))),
+        lambda fit, cells, seed: table(cells, ["a", "b"] if len(cells) > 1 else ["a"]),
+        lambda fit, cells, seed: table(cells, ["a"] if len(cells) > 1 else ["a", "b"]),
+    ],
+)
+def test_what_is_not_the_same_for_every_block_is_refused(fit, cells, tmp_path, changing):
+    with pytest.raises(ModelError, match="'q' must give the same for every block"):
+        ps.shards.write(fit, cells, tmp_path / "out.zarr", {"q": changing}, **OPTIONS)
+
+
+def test_numpy_integers_are_integers(fit, cells, tmp_path):
+    verbs, path = {"z": ps.embed}, tmp_path / "out.zarr"
+    given = {"block": np.int64(16), "seed": np.int32(4), "shard": (np.int64(0), np.int64(2)), "progress": False}
+    assert ps.shards.write(fit, cells, path, verbs, **given) == 3
+    assert ps.shards.write(fit, cells, path, verbs, **OPTIONS) == 0
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5ad"])
+def test_strings_with_missing_values_are_kept_and_mixed_ones_refused(fit, tmp_path, name):
+    kind = np.array(["a", None, np.nan, "b"] * 10, dtype=object)
+    obs = pd.DataFrame({"kind": kind, "seen": [True, None] * 20}, index=[f"c{i}" for i in range(40)])
+    cells = ps.Cells.from_counts(simulated_counts(40), obs=obs)
+    ps.shards.write(fit, cells, tmp_path / name, {"z": ps.embed}, **OPTIONS)
+    found = (ad.read_zarr if name.endswith("zarr") else ad.read_h5ad)(tmp_path / name).obs
+    assert found.kind.iloc[[0, 3]].tolist() == ["a", "b"]
+    assert found.kind.isna().tolist() == [False, True, True, False] * 10
+    assert found.seen.isna().tolist() == [False, True] * 20
+    assert obs.kind.tolist()[:2] == ["a", None]
+    mixed = ps.Cells.from_counts(simulated_counts(40), obs=obs.assign(kind=["a", 1] * 20))
+    with pytest.raises(DataError, match="column 'kind' of obs holds values of several kinds"):
+        ps.shards.write(fit, mixed, tmp_path / f"mixed-{name}", {"z": ps.embed}, **OPTIONS)
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+
+
+KILLED = """
+import os, signal, sys
+import pyro_scvi as ps
+from conftest import simulated_counts
+
+asked = []
+
+def killed(fit, cells, seed):
+    asked.append(1)
+    if len(asked) == 5:  # the first asks for the shape
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ps.embed(fit, cells, seed=seed)
+
+fit, cells = ps.load(sys.argv[1] + "/fit"), ps.Cells.from_counts(simulated_counts(101))
+verbs = {"z": killed, "p": ps.evidence}
+killed.__module__, killed.__qualname__ = ps.embed.__module__, "embed"
+ps.shards.write(fit, cells, sys.argv[2], verbs, block=16, seed=4, progress=False)
+"""
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5ad"])
+def test_a_killed_process_loses_one_block(fit, cells, tmp_path, name):
+    fit.save(tmp_path / "fit")
+    assert python("-c", KILLED, tmp_path, tmp_path / name, check=False).returncode == -9
+    asked, read = [], ad.read_zarr if name.endswith("zarr") else ad.read_h5ad
+
+    def noting(fit, cells, seed):
+        asked.append(cells.cell_names[0])
+        return ps.embed(fit, cells, seed=seed)
+
+    noting.__module__, noting.__qualname__ = ps.embed.__module__, "embed"
+    plain = ps.Cells.from_counts(simulated_counts(101))
+    assert ps.shards.write(fit, plain, tmp_path / name, {"z": noting, "p": ps.evidence}, **OPTIONS) == 0
+    assert asked[1:] == [f"cell_{i}" for i in (48, 64, 80, 96)]
+    np.testing.assert_allclose(read(tmp_path / name).obsm["z"], ps.embed(fit, cells), atol=1e-6)
+
+
+def test_a_file_that_is_locked_or_not_ours_says_which(fit, cells, tmp_path):
+    path, verbs = tmp_path / "out.h5ad", {"z": ps.embed}
+    ps.shards.write(fit, cells, path, verbs, **OPTIONS)
+    program = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(DataError, match="cannot be opened: .*lock"):
+            ps.shards.write(fit, cells, path, verbs, **OPTIONS)
+        other.stdin.close()
+    assert ps.shards.write(fit, cells, path, verbs, **OPTIONS) == 0
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="something else than results .*truncated"):
+        ps.shards.write(fit, cells, path, verbs, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("path", "verbs", "options", "message"),
     [
@@ -139,6 +272,19 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
         ("out.zarr", {"n": lambda fit, cells, seed: np.ones(3)}, {}, "'n' must give real numbers, a row for each of 1"),
         ("out.zarr", {"n": lambda fit, cells, seed: [1] * len(cells)}, {}, "got int64"),
         ("out.zarr", {"donor": lambda fit, cells, seed: np.ones(len(cells))}, {}, "the columns .*donor"),
+        ("out.zarr", {"": ps.embed}, {}, "names of verbs become names of arrays"),
+        ("out.zarr", {"..": ps.embed}, {}, "names of verbs become names of arrays"),
+        ("out.zarr", {1: ps.embed}, {}, "names of verbs become names of arrays, .*got 1"),
+        ("out.zarr", {"a/b": ps.embed}, {}, "without '/', got .*a/b"),
+        ("out.zarr", {"p": lambda fit, cells, seed: table(cells, ["a/b"])}, {}, "without '/', got .*p_a/b"),
+        ("out.zarr", {"p": lambda fit, cells, seed: table(cells, ["q", "q"])}, {}, "give .*obs/p_q.* more than once"),
+        (
+            "out.zarr",
+            {"p": lambda fit, cells, seed: table(cells, ["q"]), "p_q": lambda fit, cells, seed: np.ones(len(cells))},
+            {},
+            "give .*obs/p_q.* more than once",
+        ),
+        ("out.zarr", {"p": lambda fit, cells, seed: table(cells, ["q"]).astype(str) + "x"}, {}, "'p' must give real"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(fit, cells, tmp_path, path, verbs, options, message):

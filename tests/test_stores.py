@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -357,6 +358,71 @@ def test_a_schema_that_does_not_belong(store, tmp_path):
             CountStore(store)
     with pytest.raises(StoreError, match="is no store of counts"):
         CountStore(tmp_path / "absent")
+
+
+def test_a_schema_without_files_is_refused(store):
+    schema = json.loads((store / "schema.json").read_text())
+    for files in ({}, {**schema["files"], "../mine": {}}, [], dict.fromkeys(FILES, {}), dict.fromkeys(FILES)):
+        (store / "schema.json").write_text(json.dumps(schema | {"files": files}))
+        with pytest.raises(StoreError, match="schema.json is corrupt"):
+            CountStore(store)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_store_is_not_called_built(tmp_path, file, store, name):
+    content = (store / name).read_bytes()
+    (store / name).write_bytes(content[:-5])
+    for call in (lambda: quietly(file, store), lambda: Cells.from_store(store)):
+        with pytest.raises(StoreError, match=f"{name} was truncated.*; delete {store} and build it again"):
+            call()
+    assert (store / name).read_bytes() == content[:-5]
+    (store / name).unlink()
+    with pytest.raises(StoreError, match=f"{name} is missing; delete {store} and build it again"):
+        quietly(file, store)
+    shutil.rmtree(store)
+    quietly(file, store)
+    assert (store / name).stat().st_size == len(content)
+
+
+def test_a_file_changed_since_is_said(file, store):
+    os.utime(file)
+    with pytest.raises(StoreError, match="size or time of change is another now"):
+        quietly(file, store)
+
+
+def test_a_refused_build_does_not_block_the_next(tmp_path):
+    adata = make_adata()
+    adata.X = adata.X / 2
+    file = stored(tmp_path, adata)
+    with pytest.raises(DataError, match="integer"):
+        quietly(file, tmp_path / "store")
+    assert not (tmp_path / "store.partial").exists()
+    assert quietly(file, tmp_path / "store", allow_non_integer=True).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"genes": "a"}, r"genes must be a list of names, such as \['a'\]; got 'a'"),
+        ({"genes": 3}, "genes must be a list of names.*got 3"),
+        ({"label": 3}, "label must be a string, got 3"),
+        ({"index_unique": True}, "index_unique must be a string, got True"),
+    ],
+)
+def test_names_that_are_none(tmp_path, file, options, message):
+    with pytest.raises(DataError, match=message):
+        quietly(file, tmp_path / "new", **options)
+    assert not (tmp_path / "new.partial").exists()
+
+
+def test_no_files_and_no_annotations(tmp_path):
+    for files in ({}, []):
+        with pytest.raises(DataError, match="pass one file or several"):
+            quietly(files, tmp_path / "new")
+    with h5py.File(tmp_path / "bare.h5ad", "w") as bare:
+        bare["X"] = np.ones((3, 2))
+    with pytest.raises(DataError, match="was not written by anndata: it has no obs and no var"):
+        quietly(tmp_path / "bare.h5ad", tmp_path / "new")
 
 
 def test_a_file_cut_short_while_it_is_read(store):

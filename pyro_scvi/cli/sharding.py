@@ -68,7 +68,7 @@ def infer(
         left = shards.write(
             fit, cells, out, verbs, shard=shares, block=block, seed=seed, progress=progress and ranks.first
         )
-        typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing, of other jobs")
+        typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")
 
 
 def _opened(fit: Fit, source: Path, layer: str | None, fill_missing_genes: bool) -> Cells:

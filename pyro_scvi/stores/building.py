@@ -4,8 +4,8 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,7 +20,16 @@ from tqdm.auto import tqdm
 
 from pyro_scvi.counts import Matrix, block_slices, cell_totals, cells_by_gene, select_genes, smallest_type
 from pyro_scvi.errors import StoreError
-from pyro_scvi.stores.inputs import Input, common_genes, joined_obs, named_files, opened, origin, positions_of
+from pyro_scvi.stores.inputs import (
+    Input,
+    check_names,
+    common_genes,
+    joined_obs,
+    named_files,
+    opened,
+    origin,
+    positions_of,
+)
 from pyro_scvi.stores.layout import (
     ANNOTATIONS,
     ARRAYS,
@@ -90,11 +99,11 @@ def build(
     ------
     DataError
         If a file cannot be read, is stored by genes (CSC), holds other values than counts (cell and gene are named),
-        has no gene in common with the others, or shares names of cells with another.
+        has no gene in common with the others, or shares names of cells with another; if names are none.
     SchemaError
         If a layer or gene is not there.
     StoreError
-        If something else is at ``path``, or parts of another build are beside it.
+        If something else or a broken store is at ``path``, or parts of another build are beside it.
 
     Warns
     -----
@@ -110,6 +119,7 @@ def build(
     """
     target = Path(path).expanduser().absolute()
     named = named_files(files)
+    check_names(genes=genes, label=label, index_unique=index_unique)
     with ExitStack() as stack:
         inputs = [stack.enter_context(opened(name, file, layer)) for name, file in named.items()]
         shared = common_genes(inputs, genes)
@@ -128,7 +138,8 @@ def build(
         else:
             work = work_of(target)
             _begin(work, plan)
-            parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
+            with _without_parts_removed(work):
+                parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
             _assemble(parts, obs, shared, plan, work / COMPLETE)
             (work / COMPLETE).rename(target)
             sync_folder(target.parent)
@@ -137,8 +148,15 @@ def build(
 
 
 def _require_built_by(plan: dict[str, Any], target: Path) -> None:
-    if not (target / SCHEMA).is_file() or StoreSchema.read(target).plan != plan:
-        raise StoreError(f"{target} is there already and was not built from these files; choose another path")
+    if not (target / SCHEMA).is_file():
+        raise StoreError(f"{target} is there already and is no store; choose another path")
+    schema = StoreSchema.read(target)
+    if schema.plan != plan:
+        raise StoreError(
+            f"{target} is there already and was not built from these files with these options, or the files' size or "
+            "time of change is another now; choose another path"
+        )
+    schema.check(target, verify=False)
     _log.info("%s was built already", target)
 
 
@@ -159,6 +177,17 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
             f"{work} holds parts of a build from other files or with other options; repeat that call, or delete the "
             "folder to build from the start"
         )
+
+
+@contextmanager
+def _without_parts_removed(work: Path) -> Iterator[None]:
+    """Leave nothing behind of a build that was refused before its first part: the next call may have other options."""
+    try:
+        yield
+    except BaseException:
+        if not any(work.glob("part-*.npz")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 class _Part(NamedTuple):

@@ -23,7 +23,7 @@ from pyro_scvi.stores.layout import (
     TOTALS,
     StoreSchema,
     doubled_names_allowed,
-    fingerprint,
+    rebuild,
 )
 
 _LONGEST_READ = 2**28  # entries; the system hands out at most 2 GB at once
@@ -52,7 +52,7 @@ class CountStore(Source):
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path).expanduser().absolute()
         self.schema = StoreSchema.read(self.path)
-        self._check_files(verify)
+        self.schema.check(self.path, verify)
         n_cells, n_genes = self.schema.n_cells, self.schema.n_genes
         self.indptr = np.load(self.path / INDPTR, mmap_mode="r")
         self._indices, self._data = _Array(self.path / INDICES), _Array(self.path / DATA)
@@ -60,7 +60,7 @@ class CountStore(Source):
         lengths = [len(self.indptr) - 1, len(totals), len(detected), self._indices.n, self._data.n, self.indptr[-1]]
         n_nonzero = self.schema.n_nonzero
         if lengths != [n_cells, n_cells, n_genes, n_nonzero, n_nonzero, n_nonzero] or detected.sum() != n_nonzero:
-            raise StoreError(f"the arrays of {self.path} are not of the sizes in its schema; build it again")
+            raise StoreError(f"the arrays of {self.path} are not of the sizes in its schema; {rebuild(self.path)}")
         super().__init__(
             (n_cells, n_genes),
             self._data.dtype,
@@ -91,20 +91,6 @@ class CountStore(Source):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes open the files themselves: a descriptor means another file there."""
         return partial(CountStore, verify=False), (self.path,)
-
-    def _check_files(self, verify: bool) -> None:
-        for name, expected in self.schema.files.items():
-            file = self.path / name
-            if not file.is_file():
-                raise StoreError(f"{file} is missing; build the store again")
-            found, size = file.stat().st_size, expected["bytes"]
-            if found != size:
-                what = "truncated" if found < size else "altered"
-                raise StoreError(f"{file} was {what}: it has {found} bytes, not {size}; build the store again")
-            if verify and fingerprint(file) != expected:
-                raise StoreError(
-                    f"{file} was altered: its checksum is not the one in the schema; build the store again"
-                )
 
 
 class _Array:

@@ -1,7 +1,7 @@
 """What a store is built from: counts, genes and annotations of one file or several as one."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.annotations import quoted
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, SchemaError, brief
 from pyro_scvi.sources import Backed
 from pyro_scvi.stores.layout import doubled_names_allowed
 
@@ -39,13 +39,28 @@ def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Pa
     DataError
         If there is none, or two have the same name.
     """
-    if isinstance(files, Mapping):
+    if isinstance(files, Mapping) and files:
         return {str(name): Path(file).expanduser().absolute() for name, file in files.items()}
     listed = [Path(file).expanduser().absolute() for file in ([files] if isinstance(files, str | Path) else files)]
     named = {file.stem: file for file in listed}
     if not listed or len(named) < len(listed):
         raise DataError("pass one file or several of different names, or a dict that names them: {name: file}.")
     return named
+
+
+def check_names(genes: Any, label: Any, index_unique: Any) -> None:
+    """Refuse what cannot name genes, a column or a separator.
+
+    Raises
+    ------
+    DataError
+        Naming the argument.
+    """
+    if isinstance(genes, str) or (genes is not None and not isinstance(genes, Iterable)):
+        raise DataError(f"genes must be a list of names, such as [{genes!r}]; got {brief(genes)}.")
+    for name, word in {"label": label, "index_unique": index_unique}.items():
+        if word is not None and not isinstance(word, str):
+            raise DataError(f"{name} must be a string, got {brief(word)}.")
 
 
 @contextmanager
@@ -64,6 +79,8 @@ def opened(name: str, path: Path, layer: str | None) -> Iterator[Input]:
         if where not in group:
             layers = quoted(list(group["layers"])) if "layers" in group else "none"
             raise SchemaError(f"{path} has no {called}; its layers are: {layers}.")
+        if missing := [name for name in ("obs", "var") if name not in group]:
+            raise DataError(f"{path} was not written by anndata: it has no {' and no '.join(missing)}.")
         matrix = group[where]
         matrix = sparse_dataset(matrix) if "encoding-type" in matrix.attrs and hasattr(matrix, "keys") else matrix
         genes = read_elem(group["var"]).index

@@ -65,9 +65,37 @@ class StoreSchema:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise StoreError(f"{folder / SCHEMA} is not of format {FORMAT}, the one that this version reads")
         try:
-            return cls(**content)
-        except TypeError as error:
+            schema = cls(**content)
+            described = {name: sorted(facts) for name, facts in schema.files.items()}
+        except (AttributeError, TypeError) as error:
             raise StoreError(f"{folder / SCHEMA} is corrupt: {error}") from error
+        if described != {name: ["bytes", "sha256"] for name in (*ARRAYS, ANNOTATIONS)}:
+            raise StoreError(f"{folder / SCHEMA} is corrupt: it lacks files of a store; {rebuild(folder)}")
+        return schema
+
+    def check(self, folder: Path, verify: bool) -> None:
+        """Refuse files that are not of the sizes, and with ``verify`` of the checksums, that are noted here.
+
+        Raises
+        ------
+        StoreError
+            Naming the file.
+        """
+        for name, expected in self.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise StoreError(f"{file} is missing; {rebuild(folder)}")
+            found, size = file.stat().st_size, expected["bytes"]
+            if found != size:
+                what = "truncated" if found < size else "altered"
+                raise StoreError(f"{file} was {what}: it has {found} bytes, not {size}; {rebuild(folder)}")
+            if verify and fingerprint(file) != expected:
+                raise StoreError(f"{file} was altered: its checksum is not the one in the schema; {rebuild(folder)}")
+
+
+def rebuild(folder: Path) -> str:
+    """What to do about a store that is broken."""
+    return f"delete {folder} and build it again"
 
 
 def work_of(target: Path) -> Path:
