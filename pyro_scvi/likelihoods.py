@@ -44,9 +44,11 @@ class PerCellAndGene(Part):
 
 
 class PerGene(Part):
-    r"""One inverse dispersion per gene, a parameter (genes,).
+    """One inverse dispersion per gene, a parameter (genes,).
 
-    .. math:: r_{ng} = r_g, \quad \log r_g \text{ from } 0
+    .. math:: r_{ng} = r_g
+
+    starting at 1.
 
     Parameters
     ----------
@@ -181,7 +183,7 @@ class Likelihood(Part):
         Raises
         ------
         ModelError
-        If the law is not ``explicit``.
+            If the law is not ``explicit``.
         """
         self.require_explicit()
         law, gate = self.rate(**theta), theta.get("gate_logits")
@@ -201,7 +203,7 @@ class Likelihood(Part):
         Raises
         ------
         ModelError
-        If the law is not ``explicit``.
+            If the law is not ``explicit``.
         """
         self.require_explicit()
         logits = self.technical_zero_logits(**theta)
@@ -222,7 +224,7 @@ class Likelihood(Part):
         Raises
         ------
         ModelError
-        If the law is not ``explicit``.
+            If the law is not ``explicit``.
         """
         nodes: dict[str, Any] = pyro.poutine.trace(self.explain).get_trace(x, theta).nodes
         drawn: Theta = {name: nodes[name]["value"] for name in ("w", "y", "h") if name in nodes}
@@ -238,7 +240,7 @@ class Likelihood(Part):
         Raises
         ------
         ModelError
-        If the law is not ``explicit``.
+            If the law is not ``explicit``.
         """
         self.require_explicit()
         mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
@@ -254,7 +256,7 @@ class Likelihood(Part):
         Raises
         ------
         ModelError
-        If ``explicit`` is not set.
+            If ``explicit`` is not set.
         """
         if not self.explicit:
             raise ModelError(
