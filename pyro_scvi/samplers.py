@@ -126,8 +126,9 @@ class Importance:
     .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
 
     with q_n a Student-t in unconstrained coordinates, refined and given the covariance of a Laplace step as for
-    :class:`Refined`, then the mean and covariance of its own weighted draws. Cells whose ``khat`` stays above are tried
-    again with twice the ``steps`` and ``rounds``, then with four times as many.
+    :class:`Refined`, then the mean and covariance of its own weighted draws. Cells whose ``khat`` (Vehtari, Simpson,
+    Gelman, Yao and Gabry 2024) stays above are tried again with twice the ``steps`` and ``rounds``, then with four
+    times as many.
 
     Parameters
     ----------
