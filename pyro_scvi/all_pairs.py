@@ -40,6 +40,12 @@ class AllPairs:
     bins
         Points of the histograms.
 
+    Raises
+    ------
+    ModelError
+        If ``samples`` or ``bins`` is no integer of 2 or more; when it estimates, if cells differ in dispersion or w has
+        none.
+
     Examples
     --------
     >>> per_gene = ps.SCVI(20, 2, likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(20)))

@@ -65,7 +65,10 @@ def annealed_evidence(
     Raises
     ------
     ModelError
-        For the prior Flat, under which no evidence exists.
+        For the prior Flat, under which no evidence exists, for numbers that are too small, and arguments of the wrong
+        kind.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------

@@ -64,11 +64,12 @@ def annotate(
     Raises
     ------
     DataError
-        If a name is taken and ``overwrite`` is False; nothing is written then.
+        If ``adata`` is a view, a name is taken and ``overwrite`` is False, or an entry is no count; nothing is written
+        then.
     SchemaError
         If genes, batches or covariates are not those of the fit.
     ModelError
-        If ``technical_zeros`` are asked of a model that has none.
+        If ``technical_zeros`` or ``expression`` are asked of a model that has none, or ``samples`` is below 1.
 
     Examples
     --------

@@ -41,9 +41,21 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Prior:
-    """z and l from their prior, covariates from random rows of ``cells``, which a model with covariates needs.
+    r"""z and l from their prior, covariates from random rows of ``cells``; a right sampler has uniform ranks then.
 
-    A right sampler has uniform ranks then.
+    .. math:: z^* \sim p(z), \qquad l^* \sim p(l)
+
+    Parameters
+    ----------
+    cells
+        Cells of the fit's schema, which a model with covariates needs.
+
+    Raises
+    ------
+    ModelError
+        When it draws, if the model has covariates and there are no ``cells``.
+    SchemaError
+        When it draws, if the cells' genes or covariates are not those of the fit.
 
     Examples
     --------
@@ -71,10 +83,26 @@ class Prior:
 
 @dataclass(frozen=True)
 class AggregatePosterior:
-    """z and l drawn from the posterior of random ``cells``: where real cells lie.
+    r"""z and l drawn from the posterior of random ``cells``: where real cells lie.
+
+    .. math:: z^*, l^* \sim \frac1N \sum_n p(z, l | x_n)
 
     Ranks are uniform then only as far as the aggregate posterior is the prior; what they show is how the sampler does
     on cells like these.
+
+    Parameters
+    ----------
+    cells
+        Cells of the fit's schema.
+    sampler
+        What draws from their posterior, as in ``sample_posterior``.
+
+    Raises
+    ------
+    SchemaError
+        When it draws, if the cells' genes or covariates are not those of the fit.
+    ModelError
+        When it draws, what the sampler refuses.
 
     Examples
     --------
@@ -163,7 +191,10 @@ def calibrate(
     Raises
     ------
     ModelError
-        If the prior has no density, covariates are missing, L + 1 is no multiple of 20, or a number is below 1.
+        If the prior has no density, covariates are missing, L + 1 is no multiple of 20, a number is below 1, or an
+        argument is of the wrong kind.
+    SchemaError
+        If the genes or covariates of the source's cells are not those of the fit.
 
     Examples
     --------

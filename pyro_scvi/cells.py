@@ -39,6 +39,11 @@ class Cells:
     obs
         Annotations of the cells, as the AnnData had them.
 
+    Raises
+    ------
+    DataError
+        Of an index that is neither integers nor a mask of the cells; an IndexError beyond the last cell.
+
     Examples
     --------
     >>> cells = ps.Cells.from_anndata(adata, batch="donor")
@@ -236,7 +241,7 @@ class Cells:
         Raises
         ------
         DataError
-            If no cell is left.
+            If no cell is left, or the index is neither integers nor a mask of the cells.
         """
         rows = positions(index, self.n_cells)
         if rows.size == 0:
@@ -264,7 +269,13 @@ class Cells:
         return self.take(train), self.take(test)
 
     def split_rows(self, held_out: float = 0.1, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of (train, test) as :meth:`split` takes them, without a copy of the counts."""
+        """Row numbers of (train, test) as :meth:`split` takes them, without a copy of the counts.
+
+        Raises
+        ------
+        DataError, ModelError
+            As in :meth:`split`.
+        """
         require_seed(seed)
         n_test = number_held_out(held_out, self.n_cells)
         is_test = np.zeros(self.n_cells, dtype=bool)

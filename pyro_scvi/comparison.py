@@ -19,7 +19,10 @@ from pyro_scvi.leave_one_out import WHY_NOT_CELLS
 def compare(
     fits: Mapping[str, Fit | Sequence[Fit]], cells: Cells, *, samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Compare models by the evidence of held-out cells.
+    r"""Compare models by the evidence of held-out cells.
+
+    .. math:: difference_m = \frac1N \sum_n [\log p_m(x_n) - \log p_{best}(x_n)], \qquad
+        difference\_se_m = \frac{1}{\sqrt N}\, sd_n [\log p_m(x_n) - \log p_{best}(x_n)]
 
     Parameters
     ----------
@@ -44,6 +47,8 @@ def compare(
     ModelError
         If no fit is given, if a prior has no density, or for log likelihoods or leave-one-out results in place of fits:
         leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------

@@ -38,7 +38,9 @@ def __dir__():
 def prior_predictive(
     model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
+    r"""Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
+
+    .. math:: z_n \sim p(z), \quad l_n \sim p(l), \quad x_n \sim p(x | z_n, l_n)
 
     Parameters
     ----------
@@ -51,10 +53,16 @@ def prior_predictive(
     seed
         Of the draws.
 
+    Returns
+    -------
+    ndarray
+        (cells, genes), counts.
+
     Raises
     ------
     ModelError
-        If covariates are missing, or the prior (Flat) cannot be drawn from.
+        If covariates are missing or of another shape, ``model`` is no SCVI, ``n_cells`` is below 1, or the prior (Flat)
+        cannot be drawn from.
 
     Examples
     --------
@@ -92,7 +100,9 @@ def posterior_predictive(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataArray:
-    """Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene).
+    r"""Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene).
+
+    .. math:: z^s, l^s \sim p(z, l | x_n), \qquad \tilde x^s_n \sim p(x | z^s, l^s)
 
     An array of int32 of that size, or float32 if the law's draws are not whole: take few samples of many cells, or a
     part of the cells at a time.
@@ -106,10 +116,17 @@ def posterior_predictive(
     sampler, seed, batch_size
         As in ``sample_posterior``.
 
+    Returns
+    -------
+    DataArray
+        (sample, cell, gene), counts.
+
     Raises
     ------
     ModelError
-        If a number is below 1, or, but with Amortized, for a prior without a density.
+        If a number is below 1 or an argument of the wrong kind, or, but with Amortized, for a prior without a density.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------
@@ -134,7 +151,10 @@ def posterior_predictive(
 class Checks(NamedTuple):
     """Posterior predictive checks of every gene and every cell, see :func:`check_predictions`.
 
-    ``genes`` has a row per gene, ``cells`` one per cell; columns are (statistic, part).
+    Attributes
+    ----------
+    genes, cells
+        Tables with a row per gene, and per cell; columns are (statistic, part).
 
     Examples
     --------
@@ -157,9 +177,13 @@ def check_predictions(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    """Compare data with replicas: zero fraction, mean, variance and dispersion of every gene, total of every cell.
+    r"""Compare data with replicas: zero fraction, mean, variance and dispersion of every gene, total of every cell.
 
-    The dispersion is variance / mean: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
+    .. math:: D_g = var_n(x_{ng}) / mean_n(x_{ng}), \qquad p = P(T(\tilde x) > T(x)) + \tfrac12 P(T(\tilde x) = T(x))
+
+    over replicas of the data, for each statistic T (Gelman, Meng and Stern 1996).
+
+    The dispersion is D: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
     (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
     replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
 
@@ -182,7 +206,9 @@ def check_predictions(
     Raises
     ------
     ModelError
-        If ``interval`` is not between 0 and 1, or a number below 1.
+        If ``interval`` is not between 0 and 1, a number below 1, or an argument of the wrong kind.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------

@@ -109,6 +109,11 @@ def read_cortex(path: str | Path) -> AnnData:
     The tab-separated file starts with rows of cell annotations (tissue, group #, ..., cell_id, level1class,
     level2class) whose first field is empty; an empty row follows, and then one row per gene: name, gene group, counts.
 
+    Parameters
+    ----------
+    path
+        The file.
+
     Returns
     -------
     AnnData

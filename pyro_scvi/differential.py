@@ -32,7 +32,9 @@ def __dir__():
 
 @dataclass(frozen=True)
 class DepthCorrected:
-    """Compare w / depth, depth the sum of the cell's means: groups of unequal depth are on one scale.
+    r"""Compare w / depth, depth the sum of the cell's means: groups of unequal depth are on one scale.
+
+    .. math:: w_{ng} / \textstyle\sum_{g'} \mu_{ng'}
 
     Examples
     --------
@@ -49,7 +51,9 @@ class DepthCorrected:
 
 @dataclass(frozen=True)
 class DepthLaden:
-    """Compare w itself, as the paper does: a deeper cell then has more of every gene.
+    r"""Compare w itself, in counts, as Lopez et al. (2017, Sec. 4) do: a deeper cell then has more of every gene.
+
+    .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng})
 
     Examples
     --------
@@ -139,6 +143,8 @@ def differential_expression(
     ModelError
         For a contrast, pairing or number that cannot be, a likelihood without w, or AllPairs where cells differ in
         dispersion.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------

@@ -154,7 +154,13 @@ class Ranks(Alone):
         return seed_of(*numbers, self.rank) if self.rank else numbers[0]
 
     def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
-        """Wrap bound and programs in DistributedDataParallel, which starts all ranks at the parameters of the first."""
+        """Wrap bound and programs in DistributedDataParallel, which starts all ranks at the parameters of the first.
+
+        Raises
+        ------
+        FitError
+            If the ELBO has no ``differentiable_loss``, or another rank was lost.
+        """
         if not hasattr(elbo, "differentiable_loss"):
             raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
         with self._together():
@@ -281,6 +287,11 @@ def joined() -> Iterator[Alone]:
 
     and start the script by ``torchrun --nproc-per-node 2 script.py``. Where torch's process group was made before, it
     is used and left open.
+
+    Yields
+    ------
+    Alone or Ranks
+        What ``fit`` takes as ``ranks``.
 
     Warns
     -----

@@ -13,7 +13,7 @@ def __dir__():
 
 
 class PyroScviError(Exception):
-    """Root of every error that this package raises on purpose.
+    """Root of every error that this package raises on purpose; each kind is a built-in exception, too.
 
     Examples
     --------
@@ -27,7 +27,7 @@ class PyroScviError(Exception):
 
 
 class DataError(PyroScviError, ValueError):
-    """Counts or annotations that no count model can take: negative, missing, not integers, empty.
+    """Counts or annotations that no count model can take: negative, missing, not integers, empty. A ValueError.
 
     Examples
     --------
@@ -39,7 +39,7 @@ class DataError(PyroScviError, ValueError):
 
 
 class SchemaError(PyroScviError, KeyError):
-    """Genes, categories or columns that do not match what a model was fitted on.
+    """Genes, categories or columns that do not match what a model was fitted on. A KeyError.
 
     Examples
     --------
@@ -54,7 +54,7 @@ class SchemaError(PyroScviError, KeyError):
 
 
 class ModelError(PyroScviError, ValueError):
-    """Parts of a model or guide that do not fit together.
+    """Parts of a model or guide that do not fit together, or arguments out of range or of the wrong kind. A ValueError.
 
     Examples
     --------
@@ -66,7 +66,7 @@ class ModelError(PyroScviError, ValueError):
 
 
 class FitError(PyroScviError, RuntimeError):
-    """Training that could not go on; ``fit`` is the last good Fit, where an epoch had been finished.
+    """Training that could not go on; ``fit`` is the last good Fit, where an epoch had ended. A RuntimeError.
 
     Examples
     --------
@@ -80,7 +80,7 @@ class FitError(PyroScviError, RuntimeError):
 
 
 class CheckpointError(PyroScviError, OSError):
-    """A saved fit or checkpoint that cannot be written, read or trusted; ``fit`` as in :class:`FitError`.
+    """A saved fit or checkpoint that cannot be written, read or trusted; ``fit`` as in :class:`FitError`. An OSError.
 
     Examples
     --------
@@ -94,7 +94,7 @@ class CheckpointError(PyroScviError, OSError):
 
 
 class StoreError(PyroScviError, OSError):
-    """A store of counts that cannot be written, read or trusted.
+    """A store of counts that cannot be written, read or trusted. An OSError.
 
     Examples
     --------

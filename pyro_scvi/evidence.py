@@ -37,7 +37,7 @@ def evidence(
     The guide only starts the proposal: per cell it is refined by ``steps`` gradient steps, given the full covariance
     of a Laplace step, and adapted in ``rounds`` rounds of weighted Student-t draws; a cell whose k-hat stays above 0.7
     gets twice the steps and rounds, then four times as many. The amortized q itself is no proposal to compare models
-    by: on real cells its k-hat is above 0.7 nearly everywhere.
+    by: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above 0.7 nearly everywhere.
     An observed library size conditions on the cell's total; log p(total) under its LogNormal law is added, so that the
     figure is a probability of all counts. Global latents (weights, dispersions with a prior) are held at the guide's
     medians.
@@ -64,7 +64,8 @@ def evidence(
     Raises
     ------
     ModelError
-        For the prior Flat, under which no evidence exists, and for numbers that are too small.
+        For the prior Flat, under which no evidence exists, for numbers that are too small, and arguments of the wrong
+        kind.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 

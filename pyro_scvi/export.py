@@ -96,8 +96,10 @@ def to_datatree(
     Raises
     ------
     ModelError
-        For a site that the model does not have, for the prior Flat, which has no density, and for fewer samples than
-        chains.
+        For a site that the model does not have, for the prior Flat, which has no density, for fewer samples than
+        chains, and arguments of the wrong kind.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     References
     ----------

@@ -37,10 +37,19 @@ WATCHED = 2048  # held-out cells at most, after every epoch
 
 @dataclass(eq=False)
 class Fit:
-    """A trained model: ``model`` (the law), ``guide`` (q), ``history`` by epoch, ``schema`` of its cells.
+    """A trained model, as :func:`fit` and :func:`load` return it.
 
-    ``history`` holds ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats
-    per cell, ``learning_rate``, ``kl_weight`` and ``seconds``. ``settings`` says how the fit was made.
+    Attributes
+    ----------
+    model, guide
+        The law, and q.
+    history
+        By epoch: ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats per
+        cell, ``learning_rate``, ``kl_weight`` and ``seconds``.
+    schema
+        Of its cells: what further cells are read by.
+    settings
+        How the fit was made.
 
     Examples
     --------
@@ -76,7 +85,13 @@ class Fit:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write weights (safetensors) and configuration (JSON) into the directory ``path``; see :func:`load`."""
+        """Write weights (safetensors) and configuration (JSON) into the directory ``path``; see :func:`load`.
+
+        Raises
+        ------
+        CheckpointError
+            If the directory holds something else than a save, or cannot be written; what was there is intact then.
+        """
         from pyro_scvi.store import save  # the store builds Fits, so it imports this module
 
         save(self, path)
@@ -177,14 +192,25 @@ def fit(
     progress
         Whether to show a progress bar.
 
+    Returns
+    -------
+    Fit
+        Model and guide, in evaluation mode, with the history of the run and the cells' schema.
+
     Raises
     ------
     ModelError
-        If model and guide do not fit together, or a parameter takes no part in the loss.
+        If model, guide and cells do not fit together, one of them is of the wrong kind, a parameter takes no part in
+        the loss, or the seed is no integer of 0 or more.
+    SchemaError
+        If validation cells have another schema.
+    DataError
+        If no cell would be left to train on, or none held out.
     FitError
         If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
-        run, epochs or batch_size is below 1, ranks were given different arguments or too few cells, or another rank
-        was lost. Its ``fit`` is the Fit of the last good epoch, if there was one.
+        run, an option is out of range or of the wrong kind, the device cannot be used, ranks were given different
+        arguments or too few cells, or another rank was lost. Its ``fit`` is the Fit of the last good epoch, if there
+        was one.
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
         before. Nothing that was there is lost.

@@ -28,11 +28,24 @@ def __dir__():
 
 
 class Guide(Part):
-    """q(z, l | x) with the arguments and site names of :class:`~pyro_scvi.model.SCVI`.
+    r"""q(z, l | x) with the arguments and site names of :class:`~pyro_scvi.model.SCVI` (Lopez et al. 2017, Sec. 2).
+
+    .. math:: q(z, l | x) = \prod_n q(z_n | x_n)\, q(l_n | z_n, x_n)
 
     A guide says how it encodes cells and gives the laws :meth:`z_law` and :meth:`l_law`, and :meth:`start`, a normal
     from which a cell's posterior can be refined. ``amortized`` says whether it can encode cells it has not seen,
-    ``stochastic`` whether q has a density.
+    ``stochastic`` whether q has a density. Global latents have independent normals in unconstrained coordinates.
+
+    Parameters
+    ----------
+    model
+        The model; its parameters stay its own.
+
+    Raises
+    ------
+    ModelError
+        If ``model`` is no SCVI, or its prior is Flat and q has a density. When called, if there are no counts, or
+        genes, covariates or rows do not agree.
 
     Examples
     --------
@@ -69,7 +82,25 @@ class Guide(Part):
         index: Tensor | None = None,
         n_cells: int | None = None,
     ) -> dict[str, Tensor]:
-        """Sample the latents of every cell; with ``marginal=False`` also w, y and h, from their exact conditional."""
+        """Sample the latents of every cell; with ``marginal=False`` also w, y and h, from their exact conditional.
+
+        Parameters
+        ----------
+        x
+            Counts (cells, genes).
+        gamma, marginal, mask, index, n_cells
+            As in the model.
+
+        Returns
+        -------
+        dict
+            By site: z (cells, 1, latents), l (cells, 1) where it is latent, counts per cell, and global latents.
+
+        Raises
+        ------
+        ModelError
+            If x is None, or genes, covariates or rows do not agree with each other or the model.
+        """
         if x is None:
             raise ModelError("a guide is a law given x: pass the counts (cells, genes)")
         register(self)
@@ -221,7 +252,30 @@ class AmortizedGuide(Guide):
 
 
 class DiagonalNormal(AmortizedGuide):
-    """q(z | x) = Normal(m(x), diag(s(x)^2)) and q(l | x) = LogNormal: the paper's guide (Sec. 2).
+    r"""The paper's guide: independent normals, located and scaled by a network (Lopez et al. 2017, Sec. 2).
+
+    .. math:: q(z_n | x_n) = Normal(m(x_n), diag(s(x_n)^2)), \qquad q(l_n | x_n) = LogNormal(a(x_n), b(x_n)^2)
+
+    For a prior on the simplex the normal is that of the unconstrained coordinates of z.
+
+    Parameters
+    ----------
+    model
+        The model; its parameters stay its own.
+    encoder
+        The network for z; None: the prior's where it has one (VampPrior), else a new one made with what follows.
+    encode_covariates
+        Whether gamma enters the encoder beside x.
+    log_input
+        Whether log(1 + x) enters rather than x.
+    n_hidden, n_layers, dropout, norm, initial_sd, seed
+        Hidden layers of the new encoder, and the seed of its initial weights.
+
+    Raises
+    ------
+    ModelError
+        If ``model`` is no SCVI, its prior is Flat, a setting of the layers is out of range, or settings are given that
+        an encoder shared with the prior leaves without effect.
 
     Examples
     --------
@@ -233,7 +287,21 @@ class DiagonalNormal(AmortizedGuide):
 
 
 class FullRankNormal(AmortizedGuide):
-    """q(z, log l | x) = Normal(m(x), L(x) L(x)'): every covariance between the latents of a cell.
+    r"""Every covariance between the latents of a cell, L lower triangular.
+
+    .. math:: q(z_n, \log l_n | x_n) = Normal(m(x_n), L(x_n) L(x_n)^T)
+
+    For a prior on the simplex the normal is that of the unconstrained coordinates of z.
+
+    Parameters
+    ----------
+    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed
+        As in :class:`DiagonalNormal`.
+
+    Raises
+    ------
+    ModelError
+        As in :class:`DiagonalNormal`.
 
     Examples
     --------
@@ -283,7 +351,23 @@ class FullRankNormal(AmortizedGuide):
 
 
 class InverseAutoregressiveFlow(AmortizedGuide):
-    """q(z | x): the diagonal normal through autoregressive layers that see the cell (Kingma et al. 2016).
+    r"""A diagonal normal through autoregressive layers that see the cell (Kingma et al. 2016, Sec. 4).
+
+    .. math:: u^0 \sim Normal(m(x_n), diag(s(x_n)^2)), \quad
+        u^t = \sigma^t u^{t-1} + (1 - \sigma^t) \mu^t, \quad (\mu^t, \sigma^t) = f_t(u^{t-1}, x_n), \quad z_n = u^T
+
+    with f_t autoregressive, the latents in reverse order after each of the ``n_flows`` layers; q(l | x) as in
+    :class:`DiagonalNormal`. For a prior on the simplex u^T are the unconstrained coordinates of z.
+
+    Parameters
+    ----------
+    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed
+        As in :class:`DiagonalNormal`.
+
+    Raises
+    ------
+    ModelError
+        As in :class:`DiagonalNormal`, and for fewer than two unconstrained latents.
 
     Examples
     --------
@@ -326,14 +410,23 @@ class InverseAutoregressiveFlow(AmortizedGuide):
 
 
 class Point(AmortizedGuide):
-    """z (and l) at one point per cell, the encoder's output: the paper's Section 3.3.
+    r"""z (and l) at one point per cell, the encoder's output (Lopez et al. 2017, Sec. 3.3).
 
-    With the prior Flat this is its autoencoder, "z_n as an unknown parameter"; with a fixed prior it is the MAP.
+    .. math:: q(z_n | x_n) = \delta(z_n - m(x_n)), \qquad q(l_n | x_n) = \delta(l_n - e^{a(x_n)})
+
+    With the prior Flat this is the paper's autoencoder, "z_n as an unknown parameter"; with a fixed prior it is the
+    MAP.
+
+    Parameters
+    ----------
+    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed
+        As in :class:`DiagonalNormal`.
 
     Raises
     ------
     ModelError
-        If the prior's shape is learned: its density at the points would grow without bound.
+        If the prior's shape is learned: its density at the points would grow without bound. Else as in
+        :class:`DiagonalNormal`, but for the prior Flat.
 
     Examples
     --------
@@ -363,9 +456,26 @@ class Point(AmortizedGuide):
 
 
 class PerCell(Guide):
-    """q(z_n | x_n) with free location and scale for every cell and no encoder (mean-field variational inference).
+    r"""Free location and scale for every cell and no encoder: mean-field variational inference.
+
+    .. math:: q(z_n | x_n) = Normal(m_n, diag(s_n^2)), \qquad q(l_n | x_n) = LogNormal(a_n, b_n^2)
 
     Knows only the ``n_cells`` cells it is fitted on, by row; other cells are refined from the nearest of those.
+
+    Parameters
+    ----------
+    model
+        The model; its parameters stay its own.
+    n_cells
+        Number of cells that it is fitted on.
+    seed
+        Of the initial locations.
+
+    Raises
+    ------
+    ModelError
+        If ``model`` is no SCVI, its prior is Flat, or the seed is no integer of 0 or more. When called, if there are
+        other than ``n_cells`` cells and no ``index`` says which they are.
 
     Examples
     --------

@@ -30,7 +30,30 @@ Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    """E[w | x, z], counts: the rate given what was seen.
+    r"""E[w | x, z], counts: the rate given what was seen, for :func:`impute`.
+
+    .. math:: E[w | x, z] = \rho \mu + (1 - \rho) \frac{r + x}{r / \mu + 1}
+
+    with rho the probability that a zero is technical, 0 where x > 0; mu where w = mu (Lopez et al. 2017, Sec. 3.2).
+
+    Parameters
+    ----------
+    likelihood
+        Of the model.
+    x
+        Counts (cells, genes).
+    theta
+        The likelihood's parameters at draws of the latents, (samples, cells, genes).
+
+    Returns
+    -------
+    Tensor
+        (samples, cells, genes), counts.
+
+    Raises
+    ------
+    ModelError
+        If the likelihood says nothing of w.
 
     Examples
     --------
@@ -42,7 +65,23 @@ def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
 
 
 def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    """mu, counts: the mean of y given z alone, the paper's authors' choice.
+    r"""mu, counts: the mean of y given z alone, the paper's authors' choice, for :func:`impute`.
+
+    .. math:: E[y_{ng} | z_n] = \mu_{ng}
+
+    Parameters
+    ----------
+    likelihood
+        Of the model.
+    x
+        Counts (cells, genes).
+    theta
+        The likelihood's parameters at draws of the latents, (samples, cells, genes).
+
+    Returns
+    -------
+    Tensor
+        (samples, cells, genes), counts.
 
     Examples
     --------
@@ -67,7 +106,11 @@ def impute(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    """Posterior mean of the expression of every gene in every cell, or its posterior quantiles.
+    r"""Posterior mean of the expression of every gene in every cell, or its posterior quantiles.
+
+    .. math:: \hat w_{ng} = E_{z, l | x_n} E[w_{ng} | x_n, z, l]
+
+    or ``quantity`` in the place of the inner mean (Lopez et al. 2017, Sec. 3.2).
 
     Parameters
     ----------
@@ -95,8 +138,10 @@ def impute(
     Raises
     ------
     ModelError
-        If batches are given with another quantity or with quantiles, or an argument is of the wrong kind or ``out`` of
-        another shape.
+        If batches are given with another quantity or with quantiles, the likelihood says nothing of w, a number is out
+        of range, or an argument is of the wrong kind or ``out`` of another shape.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit, or there is no such batch.
 
     Examples
     --------
@@ -138,9 +183,11 @@ def technical_zero_probability(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    r"""P(h = 1 | x): the posterior probability that a zero is technical, averaged over draws of z; 0 where x > 0.
+    r"""P(h = 1 | x), averaged over draws of z: the posterior probability that a zero is technical; 0 where x > 0.
 
     .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
+
+    (Lopez et al. 2017, Sec. 3.2).
 
     Parameters
     ----------
@@ -156,7 +203,10 @@ def technical_zero_probability(
     Raises
     ------
     ModelError
-        If the likelihood has no technical zeros, or ``out`` is of another shape.
+        If the likelihood has no technical zeros, a number is below 1, an argument is of the wrong kind, or ``out`` is
+        of another shape.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------

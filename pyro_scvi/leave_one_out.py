@@ -71,7 +71,9 @@ def leave_one_out(
     ------
     ModelError
         For ``over=("cell",)``, which is invalid for this model: use ``evidence``; and for an observed library size,
-        whose total holds the entry that is left out.
+        whose total holds the entry that is left out. For numbers that are too small, and arguments of the wrong kind.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Warns
     -----

@@ -19,7 +19,11 @@ def __dir__():
 
 
 class NoLibrary(Part):
-    """log mu = head: depth is one more thing that z may say (Lopez et al. 2017).
+    r"""No library size: depth is one more thing that z may say (Lopez et al. 2017, Sec. 1).
+
+    .. math:: \log \mu_{ng} = \eta_{ng}
+
+    with eta the decoder's head, mu in counts.
 
     Examples
     --------
@@ -46,12 +50,23 @@ class NoLibrary(Part):
 
 
 class LatentLibrary(Part):
-    r"""A latent size per cell, site ``l``: log mu = log l + log softmax(head) (Lopez et al. 2018).
+    r"""A latent size per cell, site ``l``, shared out over the genes (Lopez et al. 2018, Methods).
 
-    .. math:: l_n \sim LogNormal(loc_b, scale_b^2)
+    .. math:: l_n \sim LogNormal(loc_b, scale_b^2), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 
-    for the batch b of the cell, counts per cell. ``loc`` and ``scale`` are constants: numbers, one per batch, or None:
-    the mean and standard deviation of the training cells' log totals, taken when a fit starts.
+    for the batch b of the cell and the decoder's head eta; l and mu in counts. ``loc`` and ``scale`` are constants, not
+    trained.
+
+    Parameters
+    ----------
+    loc, scale
+        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: those of the training
+        cells' log totals, taken when a fit starts.
+
+    Raises
+    ------
+    ModelError
+        If ``loc`` and ``scale`` are for different numbers of batches.
 
     Examples
     --------
@@ -107,9 +122,22 @@ class LatentLibrary(Part):
 
 
 class ObservedLibrary(LatentLibrary):
-    """log mu = log(total of the cell) + log softmax(head): conditions on the total, which evidence must be charged for.
+    r"""The total of the cell as its size: conditions on the total, which evidence must be charged for.
 
-    Where x is not observed, the total is drawn from LogNormal(loc, scale^2).
+    .. math:: l_n = \max(1, \textstyle\sum_g x_{ng}), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
+
+    Where x is not observed, l is drawn from LogNormal(loc, scale^2), the law that evidence charges for the total.
+
+    Parameters
+    ----------
+    loc, scale
+        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: those of the training
+        cells' log totals, taken when a fit starts.
+
+    Raises
+    ------
+    ModelError
+        If ``loc`` and ``scale`` are for different numbers of batches.
 
     Examples
     --------

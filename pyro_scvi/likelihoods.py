@@ -24,7 +24,11 @@ _NEVER = -1e3  # a logit whose sigmoid is 0 in every precision, and whose gradie
 
 
 class PerCellAndGene(Part):
-    """Inverse dispersion r_ng as one more head of the decoder (Lopez et al. 2017).
+    r"""Inverse dispersion as one more head of the decoder (Lopez et al. 2017, Sec. 1).
+
+    .. math:: r_{ng} = \exp(\eta^r_{ng}), \quad \eta^r_n = f_w(z_n, \gamma_n)
+
+    (samples, cells, genes); counts have the variance mu + mu^2 / r.
 
     Examples
     --------
@@ -40,7 +44,16 @@ class PerCellAndGene(Part):
 
 
 class PerGene(Part):
-    """One inverse dispersion r_g per gene, a parameter.
+    """One inverse dispersion per gene, a parameter (genes,).
+
+    .. math:: r_{ng} = r_g
+
+    starting at 1.
+
+    Parameters
+    ----------
+    n_genes
+        As in the model.
 
     Examples
     --------
@@ -61,7 +74,21 @@ class PerGene(Part):
 
 
 class PerGeneAndBatch(Part):
-    """One inverse dispersion r_gb per gene and batch; the first ``n_batches`` columns of gamma are the batch.
+    r"""One inverse dispersion per gene and batch, parameters (batches, genes).
+
+    .. math:: \log r_{ng} = \sum_b \gamma_{nb} \log r_{bg}
+
+    over the first ``n_batches`` columns of gamma, which are the one-hot batch.
+
+    Parameters
+    ----------
+    n_genes, n_batches
+        As in the model, and ``cells.n_batches``.
+
+    Raises
+    ------
+    ModelError
+        When called, if gamma has fewer columns than there are batches.
 
     Examples
     --------
@@ -91,12 +118,22 @@ Dispersion = PerCellAndGene | PerGene | PerGeneAndBatch
 
 
 class Likelihood(Part):
-    """A law of counts given the decoder's heads.
+    r"""A law of counts given the decoder's heads (Lopez et al. 2017, Sec. 1).
+
+    .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng}), \quad y_{ng} \sim Poisson(w_{ng}), \quad
+        h_{ng} \sim Bernoulli(\pi_{ng}), \quad x_{ng} = y_{ng} (1 - h_{ng})
 
     A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``; that is enough to fit
     and to compare it. One that is a Poisson law of a fixed or Gamma rate, with or without technical zeros, may set
-    ``explicit`` and then has the explicit program and the exact conditionals too, which read
-    ``log_inverse_dispersion`` and ``gate_logits`` in theta (Lopez et al. 2017, Sec. 1).
+    ``explicit`` and then has the explicit program above and its exact conditionals too, which read ``log_mean`` (log
+    mu), ``log_inverse_dispersion`` (log r) and ``gate_logits`` (logit pi) in theta, each (samples, cells, genes).
+
+    Raises
+    ------
+    NotImplementedError
+        If a new likelihood has no ``heads`` or no ``marginal``.
+    ModelError
+        Where w, y or h is asked for and ``explicit`` is not set.
 
     Examples
     --------
@@ -142,6 +179,11 @@ class Likelihood(Part):
         """The explicit program: sites w, h (where there is one), y and x.
 
         w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
         """
         self.require_explicit()
         law, gate = self.rate(**theta), theta.get("gate_logits")
@@ -157,6 +199,11 @@ class Likelihood(Part):
         """Sample the explicit sites from their exact conditional given x and z, as a guide (Gamma-Poisson conjugacy).
 
         h ~ Bernoulli(rho 1[x = 0]); w ~ Gamma(r + x (1 - h), r / mu + 1 - h); y = x if h = 0, else Poisson(w).
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
         """
         self.require_explicit()
         logits = self.technical_zero_logits(**theta)
@@ -172,7 +219,13 @@ class Likelihood(Part):
 
     @torch.no_grad()
     def explained(self, x: Tensor, theta: Theta) -> Theta:
-        """One draw of w, y and h (..., cells, genes) from their exact conditional; w = mu and h = 0 where constant."""
+        """One draw of w, y and h (..., cells, genes) from their exact conditional; w = mu and h = 0 where constant.
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
+        """
         nodes: dict[str, Any] = pyro.poutine.trace(self.explain).get_trace(x, theta).nodes
         drawn: Theta = {name: nodes[name]["value"] for name in ("w", "y", "h") if name in nodes}
         constant = {"w": theta["log_mean"].exp(), "h": torch.zeros_like(drawn["y"])}
@@ -183,6 +236,11 @@ class Likelihood(Part):
 
         (r + x) / (r / mu + 1) where x > 0 or no zero is technical; at a zero that is technical with probability rho,
         rho mu + (1 - rho) r mu / (r + mu).
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
         """
         self.require_explicit()
         mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
@@ -193,7 +251,13 @@ class Likelihood(Part):
         return rho * mean + (1 - rho) * seen
 
     def require_explicit(self) -> None:
-        """Refuse a law that has no sites w, y and h."""
+        """Refuse a law that has no sites w, y and h.
+
+        Raises
+        ------
+        ModelError
+            If ``explicit`` is not set.
+        """
         if not self.explicit:
             raise ModelError(
                 f"{type(self).__name__} says nothing of w, y and h: only its marginal law of x is known. If it is a "
@@ -207,7 +271,9 @@ def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
 
 
 class Poisson(Likelihood):
-    """x ~ Poisson(mu): w = mu, no technical zeros.
+    r"""Poisson counts: w = mu, no technical zeros.
+
+    .. math:: x_{ng} | z_n \sim Poisson(\mu_{ng})
 
     Examples
     --------
@@ -224,7 +290,9 @@ class Poisson(Likelihood):
 
 
 class ZIP(Likelihood):
-    """Poisson counts with technical zeros: w = mu.
+    r"""Poisson counts with technical zeros: w = mu.
+
+    .. math:: p(x_{ng} | z_n) = \pi_{ng} 1[x_{ng} = 0] + (1 - \pi_{ng})\, Poisson(x_{ng}; \mu_{ng})
 
     Examples
     --------
@@ -268,7 +336,18 @@ class GammaPoisson(Likelihood):
 
 
 class NB(GammaPoisson):
-    """x = y: negative binomial counts without technical zeros.
+    r"""Negative binomial counts without technical zeros, x = y.
+
+    .. math:: p(x_{ng} | z_n) = \frac{\Gamma(x_{ng} + r_{ng})}{\Gamma(r_{ng})\, x_{ng}!}
+        \left(\frac{r_{ng}}{r_{ng} + \mu_{ng}}\right)^{r_{ng}} \left(\frac{\mu_{ng}}{r_{ng} + \mu_{ng}}\right)^{x_{ng}}
+
+    with mean mu and variance mu + mu^2 / r, counts.
+
+    Parameters
+    ----------
+    dispersion
+        Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
+        :class:`PerGeneAndBatch`.
 
     Examples
     --------
@@ -282,7 +361,15 @@ class NB(GammaPoisson):
 
 
 class ZINB(GammaPoisson):
-    """The paper's likelihood: negative binomial counts with technical zeros (Lopez et al. 2017, Sec. 1).
+    r"""The paper's likelihood: negative binomial counts with technical zeros (Lopez et al. 2017, Sec. 1).
+
+    .. math:: p(x_{ng} | z_n) = \pi_{ng} 1[x_{ng} = 0] + (1 - \pi_{ng})\, NB(x_{ng}; \mu_{ng}, r_{ng})
+
+    Parameters
+    ----------
+    dispersion
+        Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
+        :class:`PerGeneAndBatch`.
 
     Examples
     --------

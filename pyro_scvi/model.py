@@ -18,7 +18,7 @@ from pyro_scvi.weights import RandomWeights
 
 
 class SCVI(Program):
-    r"""The law of counts x (cells, genes) given constants gamma (cells, covariates).
+    r"""The law of counts x (cells, genes) given constants gamma (cells, covariates) (Lopez et al. 2017, Sec. 1).
 
     .. math::
 
@@ -111,7 +111,7 @@ class SCVI(Program):
         index: Tensor | None = None,
         n_cells: int | None = None,
     ) -> Tensor:
-        """Sample or score cells: sites z, x and, with a latent library, l; with ``marginal=False`` also w, y and h.
+        """Sample or score cells and return x: sites z, x and, where latent, l; with ``marginal=False`` also w, y and h.
 
         Parameters
         ----------
@@ -125,6 +125,11 @@ class SCVI(Program):
             Which entries (cells, genes) count in the likelihood.
         index, n_cells
             Rows of this minibatch among all cells and how many those are: cell terms then weigh n_cells / len(index).
+
+        Raises
+        ------
+        ModelError
+            If genes, covariates or rows do not agree, or there are no w, y and h to ask for.
         """
         register(self)
         gamma = constants(self, x, gamma)

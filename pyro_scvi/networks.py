@@ -22,7 +22,19 @@ def __dir__():
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Batch normalisation; ``momentum`` is torch's (0.01 in the authors' code), shorter runs want 0.05 to 0.1.
+    r"""Batch normalisation of hidden units by their mean and variance over cells (Ioffe and Szegedy 2015, Alg. 1).
+
+    .. math:: \hat u_{nj} = a_j \frac{u_{nj} - m_j}{\sqrt{v_j + eps}} + b_j
+
+    In training m and v are those of the minibatch, in evaluation the running ones.
+
+    Parameters
+    ----------
+    momentum
+        Weight of each minibatch in the running m and v, as in torch; 0.01 in the authors' code, shorter runs want 0.05
+        to 0.1.
+    eps
+        Added to the variance.
 
     Examples
     --------
@@ -40,7 +52,16 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """Layer normalisation: no state, the same in training and evaluation, right for any batch size.
+    r"""Layer normalisation of hidden units by mean and variance over a cell's units (Ba, Kiros and Hinton 2016).
+
+    .. math:: \hat u_{nj} = a_j \frac{u_{nj} - m_n}{\sqrt{v_n + eps}} + b_j
+
+    No state, the same in training and evaluation, right for any batch size.
+
+    Parameters
+    ----------
+    eps
+        Added to the variance.
 
     Examples
     --------

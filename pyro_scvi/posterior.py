@@ -84,7 +84,9 @@ def minibatches(fit: Fit, cells: Cells) -> Minibatches:
 
 
 def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
-    """Posterior mean of z under the guide, E_q[z | x].
+    r"""Posterior mean of z under the guide, E_q[z | x].
+
+    .. math:: \hat z_n = \int z\, q(z | x_n)\, dz
 
     Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
     the nearest fitted cell where the guide is not amortized.
@@ -106,6 +108,8 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     ------
     SchemaError
         If the cells' genes or covariates are not those of the fit.
+    ModelError
+        If ``fit`` or ``cells`` is of the wrong kind, ``batch_size`` below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------

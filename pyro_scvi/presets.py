@@ -27,6 +27,23 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
 
     Chosen by held-out evidence; DiagonalNormal guide, up to 60 epochs of batches of 128, best held-out epoch kept.
 
+    Parameters
+    ----------
+    cells
+        The cells that the model is for, as ``fit`` will be given them.
+    seed
+        Of the initial weights and of the fit.
+
+    Returns
+    -------
+    (SCVI, dict)
+        The model, and the options for ``ps.fit(model, cells, **options)``.
+
+    Raises
+    ------
+    ModelError
+        If the seed is no integer from 0 to 2**63 - 1.
+
     Examples
     --------
     >>> model, options = ps.presets.default(cells)
@@ -40,11 +57,28 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
-    """The model and training of Lopez et al. 2017, as their code of that week had them.
+    """The model and training of Lopez et al. 2017 (Secs. 1 and 2), as their code of that week had them.
 
     No library size, mean exp(head), inverse dispersion per cell and gene, raw counts into the encoder, two hidden
     layers of 128, dropout 0.1, batch normalisation momentum 0.01, truncated normal weights of sd 0.01, Adam at 0.005
     with epsilon 0.01, 150 epochs of batches of 128, no KL warm-up.
+
+    Parameters
+    ----------
+    cells
+        The cells that the model is for, as ``fit`` will be given them.
+    seed
+        Of the initial weights and of the fit.
+
+    Returns
+    -------
+    (SCVI, dict)
+        The model, and the options for ``ps.fit(model, cells, **options)``.
+
+    Raises
+    ------
+    ModelError
+        If the seed is no integer from 0 to 2**63 - 1.
 
     Examples
     --------
@@ -66,10 +100,27 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
-    """The configuration of Lopez et al. 2018 for the cortex data (their setting for clustering: KL weight 0).
+    """The configuration of Lopez et al. 2018 (Methods) for the cortex data; for clustering, as there, KL weight 0.
 
     Latent library size with the totals' law, mean l softmax(head), inverse dispersion per gene, log counts into the
     encoder, one hidden layer of 128, dropout 0.1, Adam at 0.0004 with epsilon 0.01, 250 epochs.
+
+    Parameters
+    ----------
+    cells
+        The cells that the model is for, as ``fit`` will be given them.
+    seed
+        Of the initial weights and of the fit.
+
+    Returns
+    -------
+    (SCVI, dict)
+        The model, and the options for ``ps.fit(model, cells, **options)``.
+
+    Raises
+    ------
+    ModelError
+        If the seed is no integer from 0 to 2**63 - 1.
 
     Examples
     --------

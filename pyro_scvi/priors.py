@@ -56,7 +56,19 @@ class Prior(Part):
 
 
 class StandardNormal(Prior):
-    """z ~ Normal(0, I) (Lopez et al. 2017, Sec. 1).
+    r"""The paper's prior, independent standard normals (Lopez et al. 2017, Sec. 1).
+
+    .. math:: z_n \sim Normal(0, I)
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1.
 
     Examples
     --------
@@ -72,7 +84,19 @@ class StandardNormal(Prior):
 
 
 class ARDNormal(Prior):
-    """z_k ~ Normal(0, s_k^2) with learned s_k: latents that are not needed shrink (automatic relevance).
+    r"""Normal with a learned scale per latent: those that are not needed shrink (automatic relevance, Neal 1996).
+
+    .. math:: z_{nk} \sim Normal(0, s_k^2)
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1.
 
     Examples
     --------
@@ -92,7 +116,21 @@ class ARDNormal(Prior):
 
 
 class StudentT(Prior):
-    """z_k ~ StudentT(df), heavier tails than the normal: outlying cells are not pulled in.
+    r"""Heavier tails than the normal: outlying cells are not pulled in.
+
+    .. math:: z_{nk} \sim StudentT(df, 0, 1)
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+    df
+        Degrees of freedom, above 0.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1, or df is not above 0.
 
     Examples
     --------
@@ -112,7 +150,19 @@ class StudentT(Prior):
 
 
 class Laplace(Prior):
-    """z_k ~ Laplace(0, 1): mass at zero and heavy tails, sparse codes.
+    r"""Mass at zero and heavy tails, sparse codes.
+
+    .. math:: z_{nk} \sim Laplace(0, 1), \qquad p(z_{nk}) = \tfrac12 e^{-|z_{nk}|}
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1.
 
     Examples
     --------
@@ -126,7 +176,23 @@ class Laplace(Prior):
 
 
 class GaussianMixture(Prior):
-    """z ~ sum_c pi_c Normal(m_c, diag(s_c^2)) with learned weights, means and scales.
+    r"""A mixture of diagonal normals with learned weights, means and scales.
+
+    .. math:: z_n \sim \sum_c \pi_c\, Normal(m_c, diag(s_c^2))
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+    components
+        Number of normals.
+    seed
+        Of the initial means, standard normal; weights start equal and scales at 1.
+
+    Raises
+    ------
+    ModelError
+        If n_latent or components is below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------
@@ -150,7 +216,9 @@ class GaussianMixture(Prior):
 
 
 class VampPrior(Prior):
-    """z ~ sum_c pi_c q(z | u_c): the aggregate posterior at learned pseudo-cells u_c (Tomczak and Welling 2018).
+    r"""The aggregate posterior at learned pseudo-cells u_c, with learned weights (Tomczak and Welling 2018).
+
+    .. math:: z_n \sim \sum_c \pi_c\, q(z | u_c)
 
     The guide shares this prior's ``encoder``, so that q(z | u_c) is the guide's own law. Layer normalisation, because
     pseudo-cells passing through batch statistics would make training and evaluation differ.
@@ -163,6 +231,13 @@ class VampPrior(Prior):
         Number of pseudo-cells.
     pseudo_cells
         Start of u, counts (components, genes), for example some training cells; by default small random counts.
+    n_hidden, n_layers, seed
+        Hidden layers of the encoder; seed of its weights and of the default pseudo-cells.
+
+    Raises
+    ------
+    ModelError
+        If ``pseudo_cells`` has another shape, a size is below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------
@@ -203,9 +278,26 @@ class VampPrior(Prior):
 
 
 class Flow(Prior):
-    """z = T(e), e ~ Normal(0, I), with T learned masked autoregressive layers (Papamakarios et al. 2017).
+    r"""A standard normal through learned masked autoregressive layers T (Papamakarios et al. 2017, Sec. 3).
+
+    .. math:: z_n = T(e_n), \quad e_n \sim Normal(0, I), \qquad
+        \log p(z) = \log Normal(T^{-1}(z); 0, I) + \log |\det \partial T^{-1} / \partial z|
 
     The density of a given z costs one pass; drawing z costs one pass per latent.
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents, 2 or more.
+    layers, n_hidden
+        Autoregressive layers, the latents in reverse order after each, and hidden units of each.
+    seed
+        Of the initial weights.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 2, or the seed is no integer of 0 or more.
 
     Examples
     --------
@@ -236,7 +328,22 @@ class Flow(Prior):
 
 
 class LogisticNormal(Prior):
-    """z on the simplex: a normal of n_latent - 1 dimensions through stick breaking (proportions of topics).
+    r"""Proportions, such as of topics: a normal of n_latent - 1 dimensions through stick breaking; K is n_latent.
+
+    .. math:: e_{nk} \sim Normal(0, scale^2), \quad v_{nk} = logistic(e_{nk} - \log(K - k)), \quad
+        z_{nk} = v_{nk} \prod_{j < k} (1 - v_{nj}), \quad z_{nK} = \prod_{j < K} (1 - v_{nj})
+
+    Parameters
+    ----------
+    n_latent
+        Number of proportions, 2 or more.
+    scale
+        Standard deviation of e.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 2.
 
     Examples
     --------
@@ -258,7 +365,21 @@ class LogisticNormal(Prior):
 
 
 class Dirichlet(Prior):
-    """z ~ Dirichlet(concentration, ..., concentration), proportions that sum to one.
+    r"""Proportions that sum to one, under the symmetric Dirichlet law.
+
+    .. math:: p(z_n) \propto \prod_k z_{nk}^{a - 1}
+
+    Parameters
+    ----------
+    n_latent
+        Number of proportions, 2 or more.
+    concentration
+        a, above 0; below 1 favours the corners of the simplex.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 2, or concentration is not above 0.
 
     Examples
     --------
@@ -279,7 +400,20 @@ class Dirichlet(Prior):
 
 
 class Flat(Prior):
-    """No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point.
+    r"""No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point.
+
+    .. math:: p(z_n) \propto 1
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1. Guides with a density, samplers other than Amortized, ``evidence`` and whatever else
+        needs a proper prior refuse this one by the same error.
 
     Examples
     --------

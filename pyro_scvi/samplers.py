@@ -49,9 +49,18 @@ def require_sampler(sampler: Any) -> None:
 
 @dataclass(frozen=True)
 class Amortized:
-    """The guide itself. ``khat`` and ``ess`` say how far its draws are from the posterior: on real cells, far.
+    r"""The guide itself: draws from q(z, l | x).
 
-    The draws of a guide without a density (Point) are one point: ``khat`` infinite, ``ess`` 1.
+    .. math:: z^s, l^s \sim q(z, l | x_n), \qquad weight_s = p(x_n, z^s, l^s) / q(z^s, l^s | x_n)
+
+    ``khat`` and ``ess`` of the weights say how far the draws are from the posterior: on real cells, far (Vehtari,
+    Simpson, Gelman, Yao and Gabry 2024). The draws of a guide without a density (Point) are one point: ``khat``
+    infinite, ``ess`` 1.
+
+    Raises
+    ------
+    ModelError
+        When it draws, for a guide that cannot encode cells (PerCell).
 
     Examples
     --------
@@ -75,7 +84,19 @@ class Amortized:
 
 @dataclass(frozen=True)
 class Refined:
-    """q refined for the cell by ``steps`` gradient steps, with the full covariance of a Laplace step (Student-t).
+    """q refined for the cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
+
+    ``khat`` and ``ess`` are those of the weights p(x, z, l) / q(z, l), as for :class:`Amortized`.
+
+    Parameters
+    ----------
+    steps
+        Gradient steps.
+
+    Raises
+    ------
+    ModelError
+        If ``steps`` is no integer of 0 or more; when it draws, for a prior without a density (Flat).
 
     Examples
     --------
@@ -100,9 +121,27 @@ class Refined:
 
 @dataclass(frozen=True)
 class Importance:
-    """Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7.
+    r"""Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7.
 
-    Cells above are tried again with twice the ``steps`` and ``rounds``, then with four times as many.
+    .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
+
+    with q_n a Student-t in unconstrained coordinates, refined and given the covariance of a Laplace step as for
+    :class:`Refined`, then the mean and covariance of its own weighted draws. Cells whose ``khat`` (Vehtari, Simpson,
+    Gelman, Yao and Gabry 2024) stays above are tried again with twice the ``steps`` and ``rounds``, then with four
+    times as many.
+
+    Parameters
+    ----------
+    steps, rounds
+        Gradient steps of the refinement, and rounds of adaptation.
+    proposals
+        Weighted draws of a cell, at least as many as are asked for.
+
+    Raises
+    ------
+    ModelError
+        If ``steps`` or ``rounds`` is no integer of 0 or more, or ``proposals`` none of 2 or more; when it draws, for a
+        prior without a density (Flat).
 
     Examples
     --------
@@ -130,14 +169,36 @@ class Importance:
 
 @dataclass(frozen=True)
 class HMC:
-    """Hamiltonian Monte Carlo for every cell at once, ``chains`` chains each, in the coordinates of a fitted proposal.
+    r"""Hamiltonian Monte Carlo for every cell at once, in the coordinates v of a fitted proposal (Neal 2011).
 
-    That is a refined one with the covariance of a Laplace step, adapted in ``rounds`` as for :class:`Importance`.
+    .. math:: H(v, m) = -\log p(x_n, u(v)) + \tfrac12 m^T m, \qquad u = loc + L v
 
-    Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest) and
-    ``divergences`` (number of draws whose energy error exceeded 1000). They are of all draws that were made: each
-    chain is at least ``least`` draws long, of which evenly spaced ones are kept where fewer are asked for. R-hat and
-    ``ess`` are NaN for chains that never moved.
+    The proposal is a refined one with the covariance of a Laplace step, adapted in ``rounds`` as for
+    :class:`Importance`. Each cell has its own step size, adapted by dual averaging (Hoffman and Gelman 2014, Sec. 3.2).
+
+    Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest; Vehtari,
+    Gelman, Simpson, Carpenter and Buerkner 2021, Secs. 3 and 4) and ``divergences`` (number of draws whose energy error
+    exceeded 1000). They are of all draws that were made: each chain is at least ``least`` draws long, of which evenly
+    spaced ones are kept where fewer are asked for. R-hat and ``ess`` are NaN for chains that never moved.
+
+    Parameters
+    ----------
+    chains
+        Chains of each cell.
+    warmup
+        Draws of each chain that adapt the step size and are dropped.
+    steps, rounds
+        Gradient steps of the proposal, and rounds of adaptation.
+    leapfrog
+        Mean number of leapfrog steps of a draw.
+    least
+        Fewest draws of a chain after warm-up.
+
+    Raises
+    ------
+    ModelError
+        If ``chains`` or ``leapfrog`` is no integer of 1 or more, ``warmup``, ``steps`` or ``rounds`` none of 0 or more,
+        or ``least`` none of 4 or more; when it draws, for a prior without a density (Flat).
 
     Examples
     --------

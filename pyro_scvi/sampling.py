@@ -37,7 +37,13 @@ def sample_posterior(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.Dataset:
-    """Draw z, l, w, y and h of every cell from their posterior given its counts.
+    r"""Draw z, l, w, y and h of every cell from their posterior given its counts.
+
+    .. math:: h | x, z \sim Bernoulli(\rho\, 1[x = 0]), \quad
+        w | h, x, z \sim Gamma(r + x (1 - h), r / \mu + 1 - h), \quad
+        y = x \text{ if } h = 0, \text{ else } y | w \sim Poisson(w)
+
+    with rho = pi / (pi + (1 - pi) p(y = 0 | z)), for every cell and gene.
 
     z and l come from ``sampler``; w, y and h from their exact conditional given those and x (Gamma-Poisson
     conjugacy): y = x and h = 0 wherever x > 0. Global latents are held at the guide's medians.
@@ -72,7 +78,10 @@ def sample_posterior(
     Raises
     ------
     ModelError
-        For a site that the model does not have, or, but with Amortized, a prior without a density.
+        For a site that the model does not have, an argument of the wrong kind or a number below 1; but with Amortized,
+        a prior without a density; with it, a guide that cannot encode cells.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
 
     Examples
     --------

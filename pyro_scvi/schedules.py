@@ -16,7 +16,22 @@ def __dir__():
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Learning rate up to ``peak`` over the first 30 % of all steps, then down to nearly nothing (Smith 2018).
+    r"""Learning rate up over the first 30 % of all steps, then down to nearly nothing (Smith 2018).
+
+    .. math:: a \to b: \quad \tfrac12 (a + b) + \tfrac12 (a - b) \cos(\pi u), \quad 0 \le u \le 1
+
+    from peak / 25 to ``peak`` and from there to peak / 250,000; torch's OneCycleLR, which moves Adam's first beta from
+    .95 to .85 and back.
+
+    Parameters
+    ----------
+    peak
+        The largest learning rate.
+
+    Raises
+    ------
+    ModelError
+        If ``peak`` is no finite number of 0 or more.
 
     Examples
     --------
@@ -39,6 +54,16 @@ class OneCycle:
 class Constant:
     """The same learning rate throughout.
 
+    Parameters
+    ----------
+    rate
+        The learning rate.
+
+    Raises
+    ------
+    ModelError
+        If ``rate`` is no finite number of 0 or more.
+
     Examples
     --------
     >>> made = ps.fit(ps.SCVI(20, 2), cells, learning_rate=ps.schedules.Constant(0.004), epochs=2, progress=False)
@@ -60,7 +85,19 @@ class Constant:
 
 @dataclass(frozen=True)
 class Weight:
-    """A KL weight of ``value`` throughout: 1 is the evidence bound, 0 leaves the prior of z out of training.
+    r"""The same KL weight, beta, throughout: 1 is the evidence bound, 0 leaves the prior of z out of training.
+
+    .. math:: L_\beta(n) = E_{q(z | x_n)} \log p(x_n | z) - \beta\, KL(q(z | x_n) \| p(z))
+
+    Parameters
+    ----------
+    value
+        beta.
+
+    Raises
+    ------
+    ModelError
+        If ``value`` is no finite number of 0 or more.
 
     Examples
     --------
@@ -81,7 +118,19 @@ class Weight:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """A KL weight that grows linearly from 1 / ``epochs`` to 1 over the first ``epochs`` epochs.
+    r"""A KL weight that grows linearly to 1 over the first epochs, t counted from 0.
+
+    .. math:: \beta_t = \min(1, (t + 1) / epochs)
+
+    Parameters
+    ----------
+    epochs
+        Epochs until the weight is 1; fewer than those of the run.
+
+    Raises
+    ------
+    FitError
+        By ``fit``: if ``epochs`` is below 1, or not below the number of epochs of the run.
 
     Examples
     --------
@@ -107,6 +156,16 @@ class WarmUp:
 @dataclass(frozen=True)
 class Every:
     """Checkpoints at the end of epochs: when so many epochs and so many seconds have passed since the last one.
+
+    Parameters
+    ----------
+    epochs, seconds
+        Least distances; both must have passed.
+
+    Raises
+    ------
+    FitError
+        If ``epochs`` is below 1 or ``seconds`` below 0.
 
     Examples
     --------

@@ -59,8 +59,8 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     ImportError
         Without arviz-stats, which the extra ``arviz`` installs.
     ModelError
-        If the tree has neither z nor l, or lacks ``log_prior`` or the ``lp`` of ``sample_stats``, or no cell has enough
-        draws that differ.
+        If ``tree`` is no DataTree, has neither z nor l, or lacks ``log_prior`` or the ``lp`` of ``sample_stats``, or no
+        cell has enough draws that differ.
 
     Warns
     -----

@@ -95,6 +95,8 @@ def write(
     ModelError
         If an argument is of the wrong kind, a verb does not give a row for each cell or not the same for every block,
         or names are empty, hold a ``/`` or are there twice.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit, as soon as a verb of this package is asked.
 
     Notes
     -----

@@ -40,6 +40,11 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
         Needed where the fit holds parts that are not this package's own (a user's prior or likelihood): the same
         objects, built again; their weights are then read.
 
+    Returns
+    -------
+    Fit
+        In evaluation mode.
+
     Raises
     ------
     CheckpointError

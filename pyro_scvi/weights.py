@@ -20,7 +20,16 @@ def __dir__():
 
 
 class NormalWeights(Part):
-    """weight ~ Normal(0, scale^2).
+    r"""Independent normals.
+
+    .. math:: W_{ij} \sim Normal(0, scale^2)
+
+    Site: the parameter's own name, with its shape.
+
+    Parameters
+    ----------
+    scale
+        Standard deviation.
 
     Examples
     --------
@@ -39,7 +48,16 @@ class NormalWeights(Part):
 
 
 class ARDWeights(Part):
-    """weight_ij ~ Normal(0, s_j^2), s_j ~ HalfCauchy(scale): whole inputs j (latents, hidden units) switch off.
+    r"""A scale for each input j: whole inputs, latents or hidden units, switch off (automatic relevance, Neal 1996).
+
+    .. math:: s_j \sim HalfCauchy(scale), \qquad W_{ij} \sim Normal(0, s_j^2)
+
+    Sites: ``name.scale`` (inputs,) and ``name`` (outputs, inputs).
+
+    Parameters
+    ----------
+    scale
+        Of the scales' law.
 
     Examples
     --------
@@ -60,9 +78,17 @@ class ARDWeights(Part):
 
 
 class HorseshoeWeights(Part):
-    """weight_ij = t l_ij e_ij, t ~ HalfCauchy(scale), l_ij ~ HalfCauchy(1), e_ij ~ Normal(0, 1).
+    r"""Most weights near zero, few free: the horseshoe, not centred (Carvalho, Polson and Scott 2010).
 
-    Carvalho, Polson and Scott 2010, non-centred: most weights near zero, few free.
+    .. math:: W_{ij} = t\, l_{ij}\, e_{ij}, \quad t \sim HalfCauchy(scale), \quad l_{ij} \sim HalfCauchy(1), \quad
+        e_{ij} \sim Normal(0, 1)
+
+    Sites: ``name.global``, a number, ``name.local`` and ``name.raw``, each with the parameter's shape.
+
+    Parameters
+    ----------
+    scale
+        Of the law of t, which all weights share.
 
     Examples
     --------
@@ -84,7 +110,16 @@ class HorseshoeWeights(Part):
 
 
 class HierarchicalWeights(Part):
-    """weight_i ~ Normal(m, s^2), m ~ Normal(0, scale^2), s ~ HalfNormal(scale): log dispersions borrow strength.
+    r"""Normals with a common mean and scale: log dispersions borrow strength.
+
+    .. math:: m \sim Normal(0, scale^2), \quad s \sim HalfNormal(scale), \quad W_i \sim Normal(m, s^2)
+
+    Sites: ``name.mean`` and ``name.sd``, numbers, and ``name``, with the parameter's shape.
+
+    Parameters
+    ----------
+    scale
+        Of the laws of m and s.
 
     Examples
     --------

@@ -79,7 +79,15 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
-        """E[z | x], (cells, latents)."""
+        """E[z | x], (cells, latents).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
+        """
         y = self._log1p(counts)
         return self.model_.transform(y)
 
@@ -89,6 +97,13 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         .. math:: \log p(x_n) = \log N(y_n; \mu, A A^T + diag(\sigma^2)) - \sum_g \log(1 + x_{ng})
 
         The last term is the Jacobian of log1p: the density is one of counts, with respect to dx.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
         y = self._log1p(counts)
         return self.model_.score_samples(y) - y.sum(1)
@@ -101,6 +116,13 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         with everything below log(3/2) for a zero: a probability of counts, where :meth:`score_samples` is a density.
         The sampler starts from the normal posterior of z given y, with the bins' width in the noise: a gene that is
         nearly constant has next to none of its own.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
         require_fitted(self, "model_")
         x = torch.from_numpy(dense_counts(counts, n_genes=self.model_.n_features_in_, fitted=self))

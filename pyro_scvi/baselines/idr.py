@@ -88,6 +88,11 @@ def idr(
     max_iter
         How often z is renewed at most. The renewal need not converge.
 
+    Returns
+    -------
+    IDRResult
+        The mixture; ``local_idr`` and ``idr`` (items,); ``log_likelihood`` of the ranks, nats over all items.
+
     Raises
     ------
     DataError

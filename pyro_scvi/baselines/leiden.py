@@ -24,12 +24,18 @@ UNTIL_STABLE = -1
 
 
 class LeidenClusters(ClusterMixin, BaseEstimator):
-    """The steps of a Seurat analysis: in kind, not in number, what Seurat finds.
+    r"""The steps of a Seurat analysis: in kind, not in number, what Seurat finds.
 
     Counts are scaled to the cells' median total, log(1 + .), restricted to highly variable genes and projected on
     principal components; cells are joined by how many nearest neighbours they share, and this graph is cut by Leiden's
     algorithm, through scanpy and igraph, at the largest modularity for ``resolution``. How many clusters come out
     depends on the resolution most of all. There is no transform: clusters are of the cells of the fit.
+
+    .. math:: A_{ij} = \frac{|N_i \cap N_j|}{|N_i \cup N_j|}, \qquad
+        Q = \frac{1}{2m} \sum_{ij} \Big(A_{ij} - resolution\, \frac{k_i k_j}{2m}\Big) 1[c_i = c_j]
+
+    with N_i the nearest neighbours of cell i, itself among them, A below 1/15 set to 0, k its sums and 2m its total;
+    the clusters c make the modularity Q large.
 
     Parameters
     ----------

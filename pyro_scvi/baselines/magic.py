@@ -103,6 +103,8 @@ class MAGIC(BaseEstimator):
         ------
         DataError
             If these are not the counts of the fit.
+        ModelError
+            Before the fit.
         """
         require_fitted(self, "model_")
         x = dense_counts(counts, n_genes=self.model_.X.shape[1], fitted=self)

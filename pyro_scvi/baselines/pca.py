@@ -12,7 +12,11 @@ from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fit
 
 
 class PCA(TransformerMixin, BaseEstimator):
-    """Principal components of y = log(1 + x), by scikit-learn: no model of counts, so no score.
+    r"""Principal components of y = log(1 + x), by scikit-learn: no model of counts, so no score.
+
+    .. math:: t_n = V^T (y_n - \bar y)
+
+    with V (genes, latents) the leading eigenvectors of the covariance of y, t (cells, latents).
 
     Parameters
     ----------
@@ -53,6 +57,14 @@ class PCA(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
-        """Scores on the components, (cells, latents)."""
+        """Scores on the components, (cells, latents).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
+        """
         require_fitted(self, "model_")
         return self.model_.transform(np.log1p(dense_counts(counts, n_genes=self.model_.n_features_in_, fitted=self)))

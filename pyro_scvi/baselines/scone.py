@@ -102,7 +102,11 @@ def _required(labels: np.ndarray | None, name: str) -> np.ndarray:
 
 
 class SCONE(BaseEstimator):
-    """Normalise in many ways, score each by eight criteria, and choose the one with the best mean rank.
+    r"""Normalise in many ways, score each by eight criteria, and choose the one with the best mean rank.
+
+    .. math:: mean\_rank_m = \frac1S \sum_s rank_s(m)
+
+    over the S criteria that can be computed, rank 1 for the worst candidate m (Cole et al. 2019, Methods).
 
     Parameters
     ----------
@@ -115,7 +119,7 @@ class SCONE(BaseEstimator):
     ----------
     table_
         By normalisation, best first: the scores, higher better (NaN where what they need was not given), and
-        ``mean_rank``, the mean over scores of the rank among candidates, 1 for the worst.
+        ``mean_rank``.
     best_
         The :class:`Normalisation` in its first row.
 

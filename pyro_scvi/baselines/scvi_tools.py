@@ -22,7 +22,12 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class SCVITools(BaseEstimator):
-    """SCVI with the defaults of scvi-tools, fitted to all cells and scored with its latents integrated out.
+    r"""SCVI with the defaults of scvi-tools, fitted to all cells and scored with its latents integrated out.
+
+    .. math:: z_n \sim N(0, I), \quad \log l_n \sim N(\bar l, s^2), \quad
+        x_{ng} | z_n, l_n \sim ZINB(l_n \rho_g(z_n), r_g, \pi_g(z_n))
+
+    (Lopez et al. 2018, Methods; Gayoso et al. 2022), the law of l that of the training cells' totals.
 
     Its settings are the defaults but for the length of training, of which the first min(20, epochs / 2) passes warm up
     the Kullback-Leibler term, and for the share of cells that is fitted: all, since without early stopping its
@@ -79,16 +84,40 @@ class SCVITools(BaseEstimator):
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
-        """Mean of the encoder's q(z | x), (cells, latents)."""
+        """Mean of the encoder's q(z | x), (cells, latents).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
+        """
         x = self._counts(counts)
         return self.generative_.start(x)[0][:, :-1].numpy()
 
     def score_samples(self, counts: Any) -> np.ndarray:
-        """Log p(x), z and the library integrated out by importance sampling, nats per cell (cells,)."""
+        """Log p(x), z and the library integrated out by importance sampling, nats per cell (cells,).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
+        """
         return self.evidence(counts, samples=self.samples, seed=self.seed).log_evidence
 
     def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
-        """Log p(x) as by :meth:`score_samples`, with what the sampler says of itself."""
+        """Log p(x) as by :meth:`score_samples`, with what the sampler says of itself.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
+        """
         x = self._counts(counts)
         return integrate(
             lambda rows: self.generative_.log_joint(x[rows]), *self.generative_.start(x), samples=samples, seed=seed

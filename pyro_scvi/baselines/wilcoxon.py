@@ -12,7 +12,13 @@ from pyro_scvi.baselines.two_groups import two_groups
 
 
 class Wilcoxon(BaseEstimator):
-    """Rank-sum test of every gene between two groups of cells, on logarithms of scaled counts.
+    r"""Rank-sum test of every gene between two groups of cells, on logarithms of scaled counts.
+
+    .. math:: U = \sum_{n \in first} \sum_{m \in second} 1[y_n > y_m] + \tfrac12 1[y_n = y_m], \quad
+        p = 2 \Phi\Big(-\frac{|U - n_1 n_2 / 2| - 1/2}{\sigma}\Big), \quad
+        \sigma^2 = \frac{n_1 n_2}{12} \Big(N + 1 - \sum_t \frac{t^3 - t}{N (N - 1)}\Big)
+
+    with t the numbers of cells that tie, N = n_1 + n_2, and p at most 1.
 
     The normal approximation with its corrections for ties and continuity (Mann and Whitney 1947). The logarithm
     changes no rank; what matters is the scaling.

@@ -116,7 +116,15 @@ class ZIFA(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, counts: Any) -> np.ndarray:
-        """E[z | x], (cells, latents)."""
+        """E[z | x], (cells, latents).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
+        """
         return self._ask(counts, lambda y, parameters, found: found.mean)
 
     def score_samples(self, counts: Any) -> np.ndarray:
@@ -126,6 +134,13 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
         A probability at x = 0 and a density with respect to dx elsewhere (the last sum is the Jacobian of log1p), so
         that it compares with a density such as factor analysis' only if a zero is read as a bin of width 1.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
 
         def log_marginal(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
@@ -138,6 +153,13 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
         A probability of counts, where :meth:`score_samples` is a density above 0: a count that is kept falls into its
         unit bin, with everything below 1/2 for a zero (:func:`~pyro_scvi.baselines.zifa_law.binned_log_joint`).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
         x = self._counts(counts).to(self.device)
         law = self._law(x.dtype)
@@ -153,6 +175,13 @@ class ZIFA(TransformerMixin, BaseEstimator):
         .. math:: E_{p(z, u | y_n)}[\log p(z) + \log p(u | z) + \log p(y_n | u)] - \sum_j \log(1 + x_{nj})
 
         It lacks the entropy of z and u given y. Lopez et al. 2017, Table 1, compare it with likelihoods.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
         return self._ask(counts, lambda *of: zifa_law.expected_complete(*of) - of[0].sum(1))
 
@@ -160,6 +189,13 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """exp(E[u | x]) - 1 where x = 0, else x: (cells, genes), counts.
 
         u is normal, so that values slightly below 0 occur.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
         return self._ask(counts, lambda *of: torch.expm1(zifa_law.log_counts(*of)[0]))
 
@@ -168,6 +204,13 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
         The probability to lose a count of the size that is imputed. Given x = 0 the loss itself is certain: ZIFA has
         no zeros of another kind.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, or the genes are not those of the fit.
         """
 
         def lost(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:

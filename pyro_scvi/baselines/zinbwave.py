@@ -127,12 +127,26 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
     def fit_transform(
         self, counts: Any, y: None = None, *, cell_covariates: Any = None, gene_covariates: Any = None
     ) -> np.ndarray:
-        """Fit, then transform the same cells; arguments as of :meth:`fit`."""
+        """Fit, then transform the same cells; arguments as of :meth:`fit`.
+
+        Raises
+        ------
+        DataError, ModelError
+            As in :meth:`fit`.
+        """
         self.fit(counts, cell_covariates=cell_covariates, gene_covariates=gene_covariates)
         return self.transform(counts, cell_covariates)
 
     def transform(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
-        """W (cells, latents) of any cells: W and gamma refitted under their penalties, all else as fitted."""
+        """W (cells, latents) of any cells: W and gamma refitted under their penalties, all else as fitted.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
+        """
         return self._refitted(counts, cell_covariates)[1].w.cpu().numpy()
 
     def score_samples(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
@@ -140,20 +154,51 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
 
         It is that of the counts given the W and gamma that were refitted to these same counts, without penalties: the
         score of Lopez et al. (2017). A marginal likelihood integrates over W and is another, lower figure.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
         """
         problem, cells = self._refitted(counts, cell_covariates)
         return problem.log_likelihood(cells, self._genes()).cpu().numpy()
 
     def impute(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
-        """Mu at the refitted W, counts (cells, genes): what Lopez et al. (2017) took for its imputation."""
+        """Mu at the refitted W, counts (cells, genes): what Lopez et al. (2017) took for its imputation.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
+        """
         return np.concatenate([law.log_mu.exp().cpu() for law in self._laws(counts, cell_covariates)])
 
     def impute_zeros(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
-        """The counts with mu P(technical | zero) for every zero: zinbwave's own imputation, (cells, genes)."""
+        """The counts with mu P(technical | zero) for every zero: zinbwave's own imputation, (cells, genes).
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
+        """
         return np.concatenate([zeros_imputed(law).cpu() for law in self._laws(counts, cell_covariates)])
 
     def technical_zero_probability(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
-        """P(technical | zero) at the refitted W, (cells, genes); 0 where the count is no zero."""
+        """P(technical | zero) at the refitted W, (cells, genes); 0 where the count is no zero.
+
+        Raises
+        ------
+        ModelError
+            Before the fit.
+        DataError
+            If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
+        """
         found = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
         return np.where(dense_counts(counts, fitted=self) > 0, 0.0, found)
 

@@ -40,6 +40,11 @@ def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) 
     n_cells
         Size of the plate of cells, which a model does not know.
 
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Examples
     --------
     >>> ax = ps.plots.program(model, n_cells=60)

@@ -55,6 +55,11 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
         So many genes are labelled, of those called the most probable, larger changes first among equals; fewer if
         there is no free place.
 
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Raises
     ------
     DataError

@@ -36,6 +36,18 @@ def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
     two neighbourhoods.
     The global random states are left as they were.
 
+    Parameters
+    ----------
+    latent
+        (cells, latents).
+    seed
+        Of UMAP.
+
+    Returns
+    -------
+    Projection
+        ``coordinates`` (cells, 2), and ``method``: "latent", "UMAP" or "PCA".
+
     Raises
     ------
     DataError
@@ -75,10 +87,15 @@ def embedding(
     seed
         Of UMAP and of the order in which points are drawn.
 
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Raises
     ------
     DataError
-        If there is not one label per cell.
+        If there is not one label per cell, or ``latent`` is no finite matrix.
 
     Examples
     --------

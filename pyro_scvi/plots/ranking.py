@@ -32,6 +32,11 @@ def comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax
         Axes to draw into; None: those of a new pyplot figure.
 
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Raises
     ------
     DataError

@@ -39,6 +39,11 @@ def predictive(statistic: pd.DataFrame, ax: Axes | None = None, *, name: str = "
     name
         Of the statistic, for the labels.
 
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Raises
     ------
     DataError

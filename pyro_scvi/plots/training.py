@@ -19,6 +19,18 @@ def loss(fit: Fit, ax: Axes | None = None) -> Axes:
 
     The first epochs, far above the rest, may lie outside the axes.
 
+    Parameters
+    ----------
+    fit
+        The fit, of which the history is drawn.
+    ax
+        Axes to draw into; None: those of a new pyplot figure.
+
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Examples
     --------
     >>> ps.plots.loss(fit).get_xlabel()

@@ -45,6 +45,11 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     ax
         Axes to draw into; None: those of a new pyplot figure.
 
+    Returns
+    -------
+    Axes
+        What was drawn into.
+
     Raises
     ------
     DataError
@@ -146,6 +151,11 @@ def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
         Of any shape, in [0, 1]: an array, a DataArray, a Series. NaNs are left out.
     ax
         Axes to draw into; None: those of a new pyplot figure.
+
+    Returns
+    -------
+    Axes
+        What was drawn into.
 
     Raises
     ------
