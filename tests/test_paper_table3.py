@@ -7,6 +7,7 @@ import pytest
 
 from pyro_scvi.paper import systems, table1, table3
 from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.rows import Row
 from tests.test_paper_table1 import CELLS, GIVEN, LEFT_OUT, Given
 
 BEST = "scVI, default, mixture of 16"
@@ -90,18 +91,15 @@ def test_candidates_within_two_standard_errors_stand_beside_the_choice():
     assert [row.note.split("; ")[1] for row in rows_behind[:-1]] == ["not told from a", "behind a"]
 
 
-def test_protocols_that_reach_a_silhouette_are_named(rows):
-    wave = next(row for (system, quantity), row in rows.items() if "ZINB-WaVE here" in system)
-    assert wave.quantity == table3.REACHING
-    reaching = [system for system, quantity in rows if quantity == "silhouette" and system.startswith("candidate")]
-    assert wave.value == sum(
-        rows[system, "silhouette"].value >= rows[table1.WAVE, "silhouette"].value
-        for system, quantity in rows
-        if quantity == "silhouette"
-        and system.startswith(("scVI,", "candidate", "choice"))
-        and "epochs in all" not in system
-    )
-    assert len(reaching) == len(systems.CANDIDATES)
+def test_protocols_that_reach_a_silhouette_are_named():
+    silhouettes = {table1.WAVE: 0.25, "PCA": 0.9, "scVI, default": 0.26, "candidate: a": 0.3, "candidate: b": 0.2}
+    found = [Row("cortex", system, "silhouette", value) for system, value in silhouettes.items()]
+    wave, paper = table3._answers([*found, Row("cortex", "scVI, default", table3.HELD_OUT, -1.0)])
+    assert (wave.system, wave.value) == ("silhouette of ZINB-WaVE here, 0.250", 2)
+    assert wave.note == "scVI, default (0.260); candidate: a (0.300)"
+    assert (paper.value, paper.note) == (1, "candidate: a (0.300)")
+    lower = table3._answers([row for row in found if row.value < 0.26])
+    assert [(row.value, row.note) for row in lower] == [(0, "none"), (0, "none")]
 
 
 def test_labels_have_no_part_in_the_choice():

@@ -19,8 +19,8 @@ from pyro_scvi.minibatches import resolve_device
 from pyro_scvi.store import load
 
 
-def read_h5ad(file: Path) -> AnnData:
-    """Read a file into memory.
+def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
+    """Read a file into memory, or leave its counts in place.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def read_h5ad(file: Path) -> AnnData:
         If it is no h5ad file, or a broken one.
     """
     try:
-        return anndata.read_h5ad(file)
+        return anndata.read_h5ad(file, backed="r" if in_place else None)
     except Exception as error:  # whatever h5py and anndata say of a broken file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{file}: cannot read it as h5ad: {reason}") from error

@@ -4,12 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import anndata
 import typer
 
 from pyro_scvi import shards
 from pyro_scvi.cells import Cells
-from pyro_scvi.cli.files import load_fit
+from pyro_scvi.cli.files import load_fit, read_h5ad
 from pyro_scvi.cli.options import Device, Fill, FitFolder, Progress, QueryLayer, Sampling, Seed
 from pyro_scvi.cli.workspace import errors_in_one_line
 from pyro_scvi.distributed import joined
@@ -79,10 +78,5 @@ def _opened(fit: Fit, source: Path, layer: str | None, fill_missing_genes: bool)
                 f"the store {source} has the counts of one layer, chosen when it was built; leave out --layer"
             )
         return Cells.from_store(source, schema=fit.schema, fill_missing_genes=fill_missing_genes)
-    try:
-        adata = anndata.read_h5ad(source, backed="r")
-    except Exception as error:  # whatever h5py and anndata say of a broken file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{source}: cannot read it as h5ad: {reason}") from error
-    options: dict[str, Any] = {"layer": layer, "fill_missing_genes": fill_missing_genes}
-    return Cells.from_anndata(adata, schema=fit.schema, backed=True, **options)
+    adata = read_h5ad(source, in_place=True)
+    return Cells.from_anndata(adata, schema=fit.schema, layer=layer, fill_missing_genes=fill_missing_genes, backed=True)
