@@ -1,6 +1,15 @@
 """Sphinx: the site is built from these pages, the notebooks and the docstrings."""
 
+import shutil
 from importlib import metadata
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+_HERE = Path(__file__).parent
+(_HERE / "notebooks").mkdir(exist_ok=True)
+for _notebook in (_HERE.parent / "notebooks").glob("*.ipynb"):  # Sphinx reads pages below its own folder only
+    shutil.copy2(_notebook, _HERE / "notebooks")
 
 project = "pyro-scvi"
 author = copyright = "The pyro-scvi developers"
@@ -33,3 +42,14 @@ napoleon_google_docstring = False
 html_theme = "sphinx_book_theme"
 html_title = "pyro-scvi"
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
+
+
+def _links_from_here(_app: object, page: str, source: list[str]) -> None:
+    """Links of the notebooks to these pages, which are a folder nearer on the site than in the repository."""
+    if page.startswith("notebooks/"):
+        source[0] = source[0].replace("](../docs/", "](../")
+
+
+def setup(app: Sphinx) -> None:
+    """Register what changes the sources."""
+    app.connect("source-read", _links_from_here)
