@@ -41,6 +41,8 @@ napoleon_google_docstring = False
 
 html_theme = "sphinx_book_theme"
 html_title = "pyro-scvi"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 
 

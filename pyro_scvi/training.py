@@ -120,7 +120,9 @@ class Run:
             done.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
                 self.checkpoints.note(done)
-            bar.set_postfix_str(f"train {row['train_loss']:.1f}, held out {row['held_out_loss']:.1f} nats per cell")
+            bar.set_postfix_str(
+                f"train {row['train_loss']:.1f}, held out {row['held_out_loss']:.1f} nats per cell", refresh=False
+            )
             bar.update()
         if done.best.waited_out:
             _log.info(
