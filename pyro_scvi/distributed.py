@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyro_scvi.elbo import Bound
 from pyro_scvi.errors import FitError
 from pyro_scvi.guides import Guide
 from pyro_scvi.model import SCVI
@@ -165,7 +166,7 @@ class Ranks(Alone):
             raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
         with self._together():
             # Running statistics are each rank's own between steps; average_statistics brings them together.
-            bound = DistributedDataParallel(_Bound(elbo, model, guide), **_OWN_BUFFERS)
+            bound = DistributedDataParallel(Bound(elbo, model, guide), **_OWN_BUFFERS)
             for buffer in bound.buffers():  # which torch before 2.13 leaves as they are
                 distributed.broadcast(buffer, 0)
 
@@ -260,17 +261,6 @@ _LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStor
 _SYNC = "forward_sync_buffers"
 _KNOWN = signature(DistributedDataParallel.__init__).parameters
 _OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
-
-
-class _Bound(nn.Module):
-    """An evidence bound as a module, as torch wants what it trains."""
-
-    def __init__(self, elbo: Any, model: SCVI, guide: Guide) -> None:
-        super().__init__()
-        self.elbo, self.model, self.guide = elbo, model, guide
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.subsample_messenger import _Subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 
@@ -75,3 +75,16 @@ def _total(site: Any, terms: Tensor) -> Tensor:
     if isinstance(site["scale"], Tensor) and site["scale"].dim():
         return (terms * site["scale"]).sum()
     return terms.sum() * site["scale"]
+
+
+class Bound(nn.Module):
+    """An evidence bound as a module, as torch wants what it differentiates."""
+
+    def __init__(self, elbo: Any, model: nn.Module, guide: nn.Module) -> None:
+        super().__init__()
+        self.elbo, self.model, self.guide = elbo, model, guide
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Negative bound, nats, a scalar."""
+        loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        return loss

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -65,7 +66,6 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         log_mean, gate = log_mean.contiguous().clamp(-_FAR, _FAR), gate.contiguous()
         log_r = _distinct(log_r).clamp(-_FAR, _FAR)
         seen = x.sign()
-        several = _selected(x, _unequal(x, seen))  # neither 0 nor 1
         mean, r, softplus_gate = log_mean.exp(), log_r.exp(), _softplus(gate)
         odds_of_mean = mean / r
         log_odds = torch.log1p(odds_of_mean)  # - log(1 - m)
@@ -74,10 +74,8 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         out = _softplus(odds).lerp_(odds, seen)
         out.add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
         out.addcmul_(log_mean, seen).addcmul_(log_odds, seen, value=-1)
-        r_of_counts = log_r.expand(torch.broadcast_shapes(log_r.shape, x.shape))  # once, where draws share it
-        of_several = _Positive(several.x, several.of(log_mean), several.of(r_of_counts))
-        several.write(of_several.log_prob() - several.of(softplus_gate), out)
         if not gradients:
+            _write_several(x, log_mean, log_r, softplus_gate, out)
             return out
         share = torch.maximum(odds.sigmoid_(), seen)
         rest = odds_of_mean.add_(1).reciprocal_()  # 1 - m
@@ -85,7 +83,8 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         by_mean = torch.addcmul(x, share, mean, value=-1).mul_(rest)
         rate = mean.mul_(rest)  # r m
         by_r = zero.add_(rate).mul_(share).add_(seen).addcmul_(rest, seen, value=-1)
-        several.write(of_several.by_log_r(), by_r)
+        write = _write_several_unseen if x.device.type == "cpu" and _recording() else _write_several
+        write(x, log_mean, log_r, softplus_gate, out, by_r)
         ctx.save_for_backward(*inputs, by_mean, by_r, by_gate)
         return out
 
@@ -97,6 +96,26 @@ class _ZeroInflatedLogProb(torch.autograd.Function):
         log_mean, log_r, gate = parameters
         base = _NegativeBinomialLogProb.apply(x, log_mean.clamp(-_FAR, _FAR), log_r.clamp(-_FAR, _FAR))
         return None, *torch.autograd.grad(inflated(x, base, gate), parameters, grad, create_graph=True), None
+
+
+def _write_several(
+    x: Tensor, log_mean: Tensor, log_r: Tensor, softplus_gate: Tensor, out: Tensor, by_r: Tensor | None = None
+) -> None:
+    """Set log p(x) and its gradient by log r where counts are neither 0 nor 1."""
+    several = _selected(x, _unequal(x, x.sign()))
+    log_r = log_r.expand(torch.broadcast_shapes(log_r.shape, x.shape))  # once, where draws share it
+    positive = _Positive(several.x, several.of(log_mean), several.of(log_r))
+    several.write(positive.log_prob() - several.of(softplus_gate), out)
+    if by_r is not None:
+        several.write(positive.by_log_r(), by_r)
+
+
+@torch.library.custom_op("pyro_scvi::write_several", mutates_args=("out", "by_r"))
+def _write_several_unseen(
+    x: Tensor, log_mean: Tensor, log_r: Tensor, softplus_gate: Tensor, out: Tensor, by_r: Tensor
+) -> None:
+    """The same, as one operation of a recording: how many entries there are differs from step to step."""
+    _write_several(x, log_mean, log_r, softplus_gate, out, by_r)
 
 
 class _NegativeBinomialLogProb(torch.autograd.Function):
@@ -279,7 +298,12 @@ def _flat(dense: Tensor, size: int) -> Tensor:
 
 def _gathers(device: torch.device) -> bool:
     """Whether to gather entries: on a CPU, where NumPy finds them several times faster than torch does."""
-    return device.type == "cpu"
+    return device.type == "cpu" and not _recording()
+
+
+def _recording() -> bool:
+    """Whether operations are written down rather than run."""
+    return get_proxy_mode() is not None
 
 
 def _selected(x: Tensor, mask: Tensor) -> _Entries:

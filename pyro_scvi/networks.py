@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number
 from pyro_scvi.parts import Part
@@ -129,7 +130,8 @@ class _Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and 0 < self.p < 1) or input.device.type != "cpu":
+        recording = get_proxy_mode() is not None  # which has no words for random bits
+        if not (self.training and 0 < self.p < 1) or input.device.type != "cpu" or recording:
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_scvi.checkpoint import Checkpoints
 from pyro_scvi.distributed import Alone, LossAndGrads
 from pyro_scvi.divergence import HALVINGS, Diverged, numberless, suspects
-from pyro_scvi.elbo import MeanFieldELBO
+from pyro_scvi.elbo import Bound, MeanFieldELBO
 from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import Guide
@@ -28,6 +28,7 @@ from pyro_scvi.networks import matrix_products_in
 from pyro_scvi.plates import optimised_directly
 from pyro_scvi.posterior import bound_terms, evaluating
 from pyro_scvi.progress import Progress, Snapshot
+from pyro_scvi.recorded import Recorded
 from pyro_scvi.schedules import KLWeight, LearningRate
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Run:
     n_cells: int
     elbo: Any
     autocast: torch.dtype | None
+    compiled: bool
     seed: int
     ranks: Alone
     checkpoints: Checkpoints | None = None
@@ -74,6 +76,7 @@ class Run:
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
         eps = eps * self.n_cells
         loss_and_grads = self.ranks.loss_and_grads(self.elbo, self.model, self.guide)
+        recorded = Recorded(Bound(self.elbo, self.model, self.guide)) if self.compiled else loss_and_grads
         optimiser = torch.optim.Adam(unique_parameters((self.model, self.guide)), eps=eps, fused=True)
         optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
         schedule = learning_rate(optimiser, len(sizes) * epochs)
@@ -85,7 +88,7 @@ class Run:
                 # Pyro warns of a loss that is NaN; here that is an error, which says more.
                 warnings.filterwarnings("ignore", "Encountered NaN")
                 bar.update(len(done.rows))
-                self._epochs(done, epochs, Steps(loss_and_grads, sizes), kl_weight, bar)
+                self._epochs(done, epochs, Steps(loss_and_grads, recorded, sizes), kl_weight, bar)
         except Interrupted:
             if not done.rows:
                 raise KeyboardInterrupt(f"{self.interrupts.received} before the first epoch had ended") from None
@@ -196,7 +199,8 @@ class Run:
             if checked:
                 check_sites(self.model, self.guide, x, gamma, **given)
             with self._validating(checked, x), self._quickly(checked), tempered if tempers else nullcontext():
-                loss = steps.loss_and_grads(x, gamma, len_all=steps.sizes[step], **given)
+                take = steps.loss_and_grads if checked or tempers else steps.recorded
+                loss = take(x, gamma, len_all=steps.sizes[step], **given)
             if checked:
                 check_gradients(self.model, self.guide)
             value, ends = self.ranks.sum(
@@ -250,9 +254,10 @@ class Run:
 
 
 class Steps(NamedTuple):
-    """The steps of an epoch: how a gradient is taken, and of how many cells over all ranks."""
+    """The steps of an epoch: how a gradient is taken, where a recording may take it, and of how many cells."""
 
     loss_and_grads: LossAndGrads
+    recorded: LossAndGrads
     sizes: list[int]
 
 

@@ -76,6 +76,7 @@ def test_the_model_reads_in_one_sitting():
         ("distributions", {"likelihoods", "networks", "model"}),
         ("archive", {"descriptions", "checkpoint", "store", "fit", "model", "cells"}),
         ("descriptions", {"archive", "checkpoint", "progress", "fit", "store"}),
+        ("recorded", {"cells", "fit", "training", "minibatches", "progress"}),
         ("progress", {"archive", "checkpoint", "fit", "store", "training"}),
         ("checkpoint", {"fit", "store", "training", "plots", "cli"}),
         ("interrupts", {"fit", "training"}),

@@ -16,6 +16,8 @@ from pyro_scvi import archive
 from pyro_scvi.errors import CheckpointError, FitError, PyroScviError
 from pyro_scvi.schedules import Every
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
+
 
 class Stopped(Exception):
     pass
@@ -71,6 +73,7 @@ def check_equal(first, second):
         {"learning_rate": ps.schedules.Constant(0.05), "patience": 3, "epochs": 30},
         {"dtype": torch.float64},
         {"autocast": torch.bfloat16},
+        pytest.param({"compiled": True, "validation": 0, "batch_size": 20}, marks=needs_compiler),
     ],
     ids=str,
 )

@@ -30,18 +30,32 @@ class Size:
 QUICK = Size(genes=80, cells=((128, 256), (1024, 256)), epochs=1)
 
 
+def with_compiled(configuration: str, options: dict[str, Any]) -> dict[str, System]:
+    """Ours as it is, and with its steps compiled."""
+    ours = {"configuration": configuration, **options}
+    return {"ours": System("ours", OURS, ours), "compiled": System("ours", OURS, {**ours, "compiled": True})}
+
+
+def with_compiled_line(title: str, **others: Any) -> tuple[Comparison, Comparison]:
+    """The same comparison of both."""
+    return (
+        Comparison(title, CELLS_PER_SECOND, **others),
+        Comparison(f"{title}, compiled", CELLS_PER_SECOND, ours="compiled", note="after the compilation", **others),
+    )
+
+
 def like_for_like(batch_size: int, size: Size) -> Interleaved:
     """Equal networks, likelihood and optimiser, in float32; beside the matrix products alone."""
     options = size.options(batch_size)
     systems = {
-        "ours": System("ours", OURS, {"configuration": "matched_constant", **options}),
+        **with_compiled("matched_constant", options),
         "peer": System("scvi-tools", PEER, {"configuration": "default", **options}),
         "limit": System("matrix products", "benchmarks.speed.limits:gemms", options),
     }
-    of_limit = f"share of the float32 matrix products at batch {batch_size}"
+    bars, of_limit = {"bar": BARS[batch_size]}, {"bar": LIMIT_BARS[batch_size], "peer": "limit"}
     lines = (
-        Comparison(f"training at batch {batch_size}", CELLS_PER_SECOND, BARS[batch_size], peer="peer", limit="limit"),
-        Comparison(of_limit, CELLS_PER_SECOND, LIMIT_BARS[batch_size], peer="limit"),
+        *with_compiled_line(f"training at batch {batch_size}", **bars, peer="peer", limit="limit"),
+        *with_compiled_line(f"share of the float32 matrix products at batch {batch_size}", **of_limit),
     )
     return Interleaved(f"training-{batch_size}", systems, lines)
 
@@ -50,24 +64,23 @@ def in_bfloat16(batch_size: int, size: Size) -> Interleaved:
     """The same with our wide layers in bfloat16, the peer in float32."""
     options = size.options(batch_size)
     systems = {
-        "ours": System("ours", OURS, {"configuration": "matched_constant", "half": True, **options}),
+        **with_compiled("matched_constant", {"half": True, **options}),
         "peer": System("scvi-tools", PEER, {"configuration": "default", **options}),
     }
-    line = Comparison(
-        f"training at batch {batch_size}, ours in bfloat16", CELLS_PER_SECOND, HALF_BARS[batch_size], peer="peer"
-    )
+    title = f"training at batch {batch_size}, ours in bfloat16"
+    lines = with_compiled_line(title, bar=HALF_BARS[batch_size], peer="peer")
     condition = System("ours", "benchmarks.speed.ours:autocast_available")
-    return Interleaved(f"training-{batch_size}-bfloat16", systems, (line,), condition)
+    return Interleaved(f"training-{batch_size}-bfloat16", systems, lines, condition)
 
 
 def against_defaults(name: str, title: str, configuration: str, bar: AtLeast, size: Size) -> Interleaved:
     """Our defaults against one configuration of the peer."""
     options = size.options(128)
     systems = {
-        "ours": System("ours", OURS, {"configuration": "default", **options}),
+        **with_compiled("default", options),
         "peer": System("scvi-tools", PEER, {"configuration": configuration, **options}),
     }
-    return Interleaved(name, systems, (Comparison(title, CELLS_PER_SECOND, bar, peer="peer"),))
+    return Interleaved(name, systems, with_compiled_line(title, bar=bar, peer="peer"))
 
 
 def preset(size: Size) -> Interleaved:
@@ -80,14 +93,14 @@ def against_pyro(size: Size) -> Interleaved:
     """Against a user's plain Pyro, and against the same bound written out without Pyro."""
     options = size.options(128)
     systems = {
-        "ours": System("ours", OURS, {"configuration": "matched_constant", **options}),
+        **with_compiled("matched_constant", options),
         "plain": System("plain Pyro", "benchmarks.speed.pyro_svi:plain", options),
         "by hand": System("by hand", "benchmarks.speed.pyro_svi:by_hand", options),
     }
     plain, by_hand = "training against plain Pyro SVI at batch 128", "Pyro beside the same bound by hand at batch 128"
     note = "1 / 1.1 is an overhead of 10 %"
     lines = (
-        Comparison(plain, CELLS_PER_SECOND, AtLeast(2.5), peer="plain"),
+        *with_compiled_line(plain, bar=AtLeast(2.5), peer="plain"),
         Comparison(by_hand, CELLS_PER_SECOND, AtLeast(1 / 1.1), peer="by hand", note=note),
     )
     return Interleaved("training-pyro", systems, lines)

@@ -1,0 +1,184 @@
+"""Recorded and compiled steps against the programs that were recorded, and what cannot be recorded."""
+
+import copy
+import shutil
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.elbo import Bound, MeanFieldELBO
+from pyro_scvi.errors import FitError
+from pyro_scvi.networks import _Dropout as Dropout
+from pyro_scvi.plates import optimised_directly
+from pyro_scvi.recorded import Recorded
+from tests.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
+WEIGHTS = {
+    "none": {},
+    "normal": {"decoder.heads.*": ps.weights.NormalWeights()},
+    "horseshoe": {"decoder.heads.log_mean.weight": ps.weights.HorseshoeWeights()},
+}
+COMBINATIONS = [
+    *((prior, likelihood, "DiagonalNormal", "none") for prior in PRIORS for likelihood in ("ZINB", "Poisson")),
+    *(("Laplace", likelihood, guide, "none") for likelihood in LIKELIHOODS for guide in GUIDES),
+    *(("StandardNormal", "ZINB", guide, "normal") for guide in GUIDES),
+    ("StandardNormal", "NB", "DiagonalNormal", "horseshoe"),
+]
+COMBINATIONS = [those for those in dict.fromkeys(COMBINATIONS) if meaningful(those[0], those[2])]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Recordings are run as they are: that torch compiles them rightly is for other tests."""
+    monkeypatch.setattr(torch, "compile", lambda recording, **options: recording)
+
+
+def step_of(model, guide, cells, *, recorded, sizes=(30,), seed=5):
+    """Loss, gradients and buffers after one step on the first cells for each of the sizes."""
+    model, guide = copy.deepcopy((model, guide))
+    take = Recorded(Bound(MeanFieldELBO(), model, guide)) if recorded else None
+    torch.manual_seed(seed)
+    losses = []
+    with pyro.validation_enabled(False), optimised_directly():
+        for size in sizes:
+            rows = torch.arange(size)
+            x, gamma = (t[:size].double() for t in cells[:])
+            if recorded:
+                losses.append(take(x, gamma, index=rows, n_cells=60, len_all=size))
+            else:
+                losses.append(MeanFieldELBO().loss_and_grads(model, guide, x, gamma, index=rows, n_cells=60))
+    parts = torch.nn.ModuleList([model, guide])
+    gradients = {name: p.grad for name, p in parts.named_parameters()}
+    return losses, gradients, dict(parts.named_buffers())
+
+
+def check_same(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert (ours[name] is None) == (value is None), name
+            if value is not None:
+                torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9, msg=name)
+                assert ours[name].stride() == value.stride(), name  # the fused optimiser goes through memory in order
+
+
+def parts_of(cells, prior="StandardNormal", likelihood="ZINB", guide="DiagonalNormal", weights="none", **options):
+    law = getattr(ps.likelihoods, likelihood)()
+    options = {"n_hidden": 8, "n_layers": 1, "weight_priors": WEIGHTS[weights]} | options
+    model = ps.SCVI(cells.n_genes, 3, cells.n_covariates, prior=make_prior(prior, cells), likelihood=law, **options)
+    guide = make_guide(guide, model, cells)
+    with torch.no_grad():
+        for parameter in torch.nn.ModuleList([model, guide]).parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return model.double(), guide.double()
+
+
+@pytest.mark.parametrize(("prior", "likelihood", "guide", "weights"), COMBINATIONS)
+def test_a_recording_is_the_programs(cells, uncompiled, prior, likelihood, guide, weights):
+    """Value, gradients, draws and statistics, float64; the second size has a recording of its own."""
+    parts = parts_of(cells, prior, likelihood, guide, weights)
+    expected = step_of(*parts, cells, recorded=False, sizes=(30, 29, 30))
+    check_same(step_of(*parts, cells, recorded=True, sizes=(30, 29, 30)), expected)
+
+
+def test_covariates_are_arguments(batched_cells, uncompiled):
+    parts = parts_of(batched_cells)
+    model, guide = copy.deepcopy(parts)
+    take = Recorded(Bound(MeanFieldELBO(), model, guide))
+    x, gamma = (t[:30].double() for t in batched_cells[:])
+    losses = []
+    with pyro.validation_enabled(False), optimised_directly():
+        for given in (gamma, 1 - gamma):
+            torch.manual_seed(0)
+            losses.append(take(x, given, index=torch.arange(30), n_cells=60, len_all=30))
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+HISTORY = ["train_loss", "held_out_loss", "kl"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"kl_weight": ps.schedules.WarmUp(2)}], ids=str)
+def test_a_compiled_fit_is_the_fit(batched_cells, options):
+    """Epoch by epoch but for rounding, with minibatches of two sizes (54 cells: 18, and 108 in all: 22 and 21)."""
+    cells = batched_cells
+    fits = [
+        ps.fit(
+            ps.SCVI(cells.n_genes, 3, cells.n_covariates, n_hidden=16),
+            *(cells,),
+            **{"epochs": 4, "batch_size": 22, "dtype": torch.float64, "progress": False, "compiled": compiled},
+            **options,
+        )
+        for compiled in (False, True)
+    ]
+    assert fits[0].history.train_loss.diff().abs().min() > 0.1
+    np.testing.assert_allclose(*(fit.history[HISTORY] for fit in fits), rtol=1e-9)
+
+
+class TwiceDropped(ps.priors.StandardNormal):
+    """A law whose mean says which of many units two layers of dropout kept."""
+
+    def __init__(self, n_latent):
+        super().__init__(n_latent)
+        self.first, self.second = Dropout(0.5), Dropout(0.5)
+        self.register_buffer("kept", torch.zeros(2, 4096))
+
+    def forward(self):
+        ones = torch.ones(4096)
+        if self.training:
+            self.kept.copy_(torch.stack((self.first(ones), self.second(ones))))
+        return super().forward()
+
+
+@needs_compiler
+def test_every_layer_has_dropout_of_its_own(cells):
+    """Masks of two layers of one size are independent, and new in every step and by every seed."""
+    kept = []
+    for epochs, seed in ((1, 0), (2, 0), (2, 0), (2, 1)):
+        model = ps.SCVI(cells.n_genes, 2, prior=TwiceDropped(2), n_hidden=8)
+        ps.fit(model, cells, epochs=epochs, batch_size=20, seed=seed, validation=0, progress=False, compiled=True)
+        kept.append(model.prior.kept > 0)
+    assert all(abs(float(part.double().mean()) - 0.5) < 0.05 for masks in kept for part in masks)  # 6 sd
+    differing = [kept[0][0] ^ kept[0][1], kept[0][0] ^ kept[1][0], kept[1][0] ^ kept[3][0]]
+    assert all(abs(float(part.double().mean()) - 0.5) < 0.05 for part in differing)
+    assert torch.equal(kept[1], kept[2])
+
+
+@needs_compiler
+def test_a_compiled_run_is_another_run(cells, tmp_path):
+    """That it resumes bit for bit is among the tests of checkpoints."""
+    options = {"epochs": 1, "progress": False, "checkpoint": tmp_path / "run"}
+    ps.fit(ps.SCVI(20, 2, n_hidden=8), cells, compiled=True, **options)
+    with pytest.raises(ps.errors.CheckpointError, match="compiled"):
+        ps.fit(ps.SCVI(20, 2, n_hidden=8), cells, resume=True, **options)
+
+
+class Conditional(ps.priors.StandardNormal):
+    """A law whose Python looks at values."""
+
+    def forward(self):
+        law = super().forward()
+        return law if float(law.mean.sum()) == 0 else law.expand(())
+
+
+def test_a_condition_on_values_is_refused(cells, uncompiled):
+    model = ps.SCVI(cells.n_genes, 2, prior=Conditional(2), n_hidden=8)
+    with pytest.raises(FitError, match=r"a training step cannot be compiled .*leave compiled=True out"):
+        ps.fit(model, cells, epochs=1, batch_size=20, progress=False, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compiled": 1}, "compiled must be True or False, got 1"),
+        ({"compiled": True, "elbo": pyro.infer.Trace_ELBO()}, "compiled=True is for elbo=None in one process"),
+    ],
+)
+def test_what_is_no_option_is_refused(cells, options, message):
+    with pytest.raises(FitError, match=message):
+        ps.fit(ps.SCVI(cells.n_genes), cells, progress=False, **options)
