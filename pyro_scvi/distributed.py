@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypeVar
@@ -92,6 +92,10 @@ class Alone:
 
         return of_minibatch
 
+    def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
+        """The same for a bound that leaves the gradients of this process' cells alone in ``parameters``."""
+        return own
+
     def sum(self, *values: float) -> tuple[float, ...]:
         """Sums over all processes."""
         return values
@@ -176,6 +180,21 @@ class Ranks(Alone):
             with self._together():
                 (loss * (len(x) * self.size / len_all)).backward()
             return loss.item()
+
+        return of_minibatch
+
+    def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
+        """By one message for all gradients."""
+
+        def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
+            loss = own(x, *args, len_all=len_all, **kwargs)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            message = torch.cat([gradient.flatten() for gradient in gradients]) * (len(x) / len_all)
+            with self._together():
+                distributed.all_reduce(message)
+            for gradient, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+            return loss
 
         return of_minibatch
 

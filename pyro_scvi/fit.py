@@ -167,9 +167,9 @@ def fit(
         it do about twice as fast. What is lost in held-out evidence is in the documentation, under performance.
     compiled
         Whether steps are recorded once and compiled: seconds to a minute at the start, then about two thirds of the
-        time a step. For the ``elbo`` None, one process, and a C++ compiler (on CUDA: Triton); steps of a KL warm-up are
-        not. Results are those without, but for rounding and the masks of dropout. A condition on values in a prior or
-        network of your own is refused, other state that its Python changes between steps stays as it was recorded.
+        time a step. For the ``elbo`` None, with a C++ compiler (on CUDA: Triton); steps of a KL warm-up are not. The
+        results are those without, but for rounding and the masks of dropout. A condition on values in a prior or
+        network of your own is refused; other state that its Python changes between steps stays as it was recorded.
     validation
         Cells held out to watch the bound (at most 2,048, spread over them): a share or number of ``cells``, or Cells
         of their own; 0 for none. The state of the epoch with the best held-out bound (under the last ``kl_weight``)
@@ -255,13 +255,13 @@ def fit(
     _check_precision(dtype, autocast)
     if not isinstance(ranks, Alone):
         raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(ranks)}")
-    _check_compiled(compiled, elbo, ranks)
+    _check_compiled(compiled, elbo)
     ranks.require_alike(
         lambda: (
             {"epochs": epochs, "batch_size": batch_size, "seed": seed, "patience": patience, "eps": eps}
             | {"learning_rate": lasting_repr(learning_rate), "kl_weight": lasting_repr(kl_weight)}
             | {"elbo": type(elbo).__name__, "dtype": dtype, "autocast": autocast, "device": place.type}
-            | {"data_start": data_start, "cells": _brief(cells), "validation": _brief(validation)}
+            | {"compiled": compiled, "data_start": data_start, "cells": _brief(cells), "validation": _brief(validation)}
             | {"model": lasting_repr(model), "guide": lasting_repr(guide), "trained before": model.trained}
         )
     )
@@ -349,11 +349,11 @@ def _check_precision(dtype: Any, autocast: Any) -> None:
         raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
 
 
-def _check_compiled(compiled: Any, elbo: Any, ranks: Alone) -> None:
+def _check_compiled(compiled: Any, elbo: Any) -> None:
     if not isinstance(compiled, bool):
         raise FitError(f"compiled must be True or False, got {brief(compiled)}")
-    if compiled and (elbo is not None or ranks.size > 1):
-        raise FitError(f"compiled=True is for elbo=None in one process, got elbo={elbo!r} and {ranks!r}")
+    if compiled and elbo is not None:
+        raise FitError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
 
 
 def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:

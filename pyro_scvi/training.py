@@ -75,9 +75,12 @@ class Run:
         """
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
         eps = eps * self.n_cells
+        parameters = unique_parameters((self.model, self.guide))
         loss_and_grads = self.ranks.loss_and_grads(self.elbo, self.model, self.guide)
-        recorded = Recorded(Bound(self.elbo, self.model, self.guide)) if self.compiled else loss_and_grads
-        optimiser = torch.optim.Adam(unique_parameters((self.model, self.guide)), eps=eps, fused=True)
+        recorded = loss_and_grads
+        if self.compiled:
+            recorded = self.ranks.reduced(Recorded(Bound(self.elbo, self.model, self.guide)), parameters)
+        optimiser = torch.optim.Adam(parameters, eps=eps, fused=True)
         optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
         schedule = learning_rate(optimiser, len(sizes) * epochs)
         self.done = done = Progress(self.model, self.guide, optimiser, schedule, patience)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyro
 import torch
 from conftest import simulated_counts
 from pyro.distributions import Normal
@@ -18,8 +19,11 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyro_scvi as ps
-from pyro_scvi.elbo import MeanFieldELBO
+from pyro_scvi.elbo import Bound, MeanFieldELBO
+from pyro_scvi.guards import unique_parameters
 from pyro_scvi.minibatches import Minibatches
+from pyro_scvi.plates import optimised_directly
+from pyro_scvi.recorded import Recorded
 
 N_GENES = 20
 LAYER = ps.networks.LayerNorm()
@@ -67,6 +71,23 @@ def gradient(ranks, folder):
         bound(x, gamma, len_all=len(batch), index=rows, n_cells=cells.n_cells)
     grads = [parameter.grad.flatten() for part in (model, guide) for parameter in part.parameters()]
     torch.save(torch.cat(grads), folder / f"gradient-{ranks.size}-{ranks.rank}.pt")
+
+
+def compiled(ranks, folder):
+    """The same gradient by a compiled recording."""
+    cells = ps.Cells.from_counts(simulated_counts(40))
+    model, guide = parts(weight_priors={"decoder.heads.log_mean.weight": ps.weights.NormalWeights()})
+    model.double(), guide.double()
+    batch = np.arange(9)
+    rows = torch.from_numpy(ranks.shard(batch))
+    x, gamma = Minibatches(cells, torch.device("cpu"), torch.float64).rows(rows)
+    ranks.loss_and_grads(MeanFieldELBO(), model, guide)
+    parameters = unique_parameters((model, guide))
+    bound = ranks.reduced(Recorded(Bound(MeanFieldELBO(), model, guide)), parameters)
+    with noise_of(rows), optimised_directly(), pyro.validation_enabled(False):
+        bound(x, gamma, len_all=len(batch), index=rows, n_cells=cells.n_cells)
+    grads = [parameter.grad.flatten() for part in (model, guide) for parameter in part.parameters()]
+    torch.save(torch.cat(grads), folder / f"compiled-{ranks.size}-{ranks.rank}.pt")
 
 
 class Noting(ps.priors.StandardNormal):
@@ -252,7 +273,7 @@ def inferred(ranks, folder):
 
 TASKS = {
     task.__name__: task
-    for task in (gradient, trained, checkpointed, signalled, late, refused, unlike, few, broken, inferred)
+    for task in (gradient, compiled, trained, checkpointed, signalled, late, refused, unlike, few, broken, inferred)
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_the_gradient_of_two_ranks_is_that_of_their_cells_together(folder):
     alone = torch.load(folder / "gradient-1-0.pt")
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(folder / f"gradient-2-{rank}.pt"), alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
+def test_a_compiled_gradient_of_two_ranks_is_the_same(folder):
+    python(*TORCHRUN, HERE / "ranks.py", folder, "compiled")
+    alone = torch.load(folder / "gradient-1-0.pt")
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(folder / f"compiled-2-{rank}.pt"), alone, rtol=1e-10, atol=1e-10)
 
 
 def test_ranks_hold_the_same_parameters_statistics_and_history(folder):

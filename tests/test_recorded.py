@@ -176,7 +176,7 @@ def test_a_condition_on_values_is_refused(cells, uncompiled):
     ("options", "message"),
     [
         ({"compiled": 1}, "compiled must be True or False, got 1"),
-        ({"compiled": True, "elbo": pyro.infer.Trace_ELBO()}, "compiled=True is for elbo=None in one process"),
+        ({"compiled": True, "elbo": pyro.infer.Trace_ELBO()}, "compiled=True is for elbo=None, got"),
     ],
 )
 def test_what_is_no_option_is_refused(cells, options, message):

@@ -97,6 +97,9 @@ def fit(
     library: Annotated[Any, choice(LIBRARIES, "Library size")] = None,
     guide: Annotated[Any, choice(GUIDES, "q(z | x)")] = None,
     device: Device = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Compile the steps of training: slower to start, faster for many cells.")
+    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the state of training, written after every epoch.")
     ] = None,
@@ -139,6 +142,7 @@ def fit(
         "epochs": epochs,
         "batch_size": batch_size,
         "device": device,
+        "compiled": compiled,
         "checkpoint": checkpoint,
         "resume": resume,
         "progress": progress,
