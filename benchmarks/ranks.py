@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".* have no counts")
+    warnings.filterwarnings("ignore", ".* ha(s|ve) no counts")
     train, test = ps.Cells.from_anndata(anndata.read_h5ad(options.file)).split(0.1, seed=0)
     with ps.distributed.joined() as ranks:
         for norm in (ps.networks.BatchNorm(), ps.networks.LayerNorm()):

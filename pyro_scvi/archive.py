@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import secrets
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 import pyro_scvi
-from pyro_scvi.errors import CheckpointError
+from pyro_scvi.errors import CheckpointError, warn
 
 FORMAT = 2
 CONFIG, PREVIOUS = "config.json", "previous.json"
@@ -103,7 +102,7 @@ def read(source: Path, keys: Mapping[str, set[str]], *, config: str = CONFIG) ->
     content = _bytes(weights)
     if facts["sha256"] is None:
         text = f"{source} is of format 1, which cannot tell whether it was damaged; load it and save it again"
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warn(text)
     elif hashlib.sha256(content).hexdigest() != facts["weights"].get("sha256"):
         raise CheckpointError(f"{weights} is corrupt: its SHA-256 is not the one that {path} holds")
     try:

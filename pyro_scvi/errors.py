@@ -1,8 +1,10 @@
-"""The package's errors, each also the built-in exception that a caller would catch; and checks of plain arguments."""
+"""The package's errors, each also the built-in that a caller would catch; checks of plain arguments; its warnings."""
 
 import math
+import sys
+import warnings
 from numbers import Integral, Real
-from types import UnionType
+from types import FrameType, UnionType
 from typing import Any
 
 __all__ = ["CheckpointError", "DataError", "FitError", "ModelError", "PyroScviError", "SchemaError", "StoreError"]
@@ -132,6 +134,20 @@ def require_number(value: Any, name: str, least: float = 0.0, below: float = mat
         raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
 
 
+def require_positive(value: Any, name: str, most: float = math.inf) -> None:
+    """Refuse what is no finite number above 0, up to ``most``.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not (0 < value <= most and value < math.inf):
+        limits = f"above 0, up to {most:g}" if most < math.inf else "above 0"
+        raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
+
+
 def require_seed(seed: Any) -> None:
     """Refuse seeds that torch and NumPy do not both take.
 
@@ -155,6 +171,18 @@ def require_kind(value: Any, kind: type | UnionType, name: str, example: str) ->
     """
     if not isinstance(value, kind):
         raise ModelError(f"{name} must be an object such as {example}; got {brief(value)}")
+
+
+def warn(text: str) -> None:
+    """Warn the caller of the package: the warning names the nearest line outside it, however deep the call is."""
+    level, frame = 1, sys._getframe().f_back
+    while frame is not None and _is_ours(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level + 1)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
 
 
 def brief(value: Any) -> str:

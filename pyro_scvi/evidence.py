@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import require_at_least
+from pyro_scvi.errors import require_at_least, warn
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT, Effort
 from pyro_scvi.posterior import bound_terms, evaluating, minibatches, require_question, weighted
@@ -116,8 +115,7 @@ def _amortized_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
 def _warn_of(table: pd.DataFrame) -> None:
     bad = (~(table.khat <= KHAT_LIMIT)).mean()
     if bad > 0.1:
-        warnings.warn(
+        warn(
             f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be vouched for; "
-            "raise samples= or rounds=",
-            stacklevel=3,
+            "raise samples=, or rounds= of ps.evidence"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.errors import ModelError, require_at_least
+from pyro_scvi.errors import ModelError, require_at_least, warn
 from pyro_scvi.importance import KHAT_LIMIT, pareto_smoothed
 from pyro_scvi.libraries import ObservedLibrary
 from pyro_scvi.posterior import evaluating, minibatches, require_question
@@ -120,10 +119,9 @@ def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
     for name, limit in LIMITS.items():
         bad = float((~(of_cells[name] <= limit)).mean()) if name in of_cells else 0.0
         if bad > 0.1:
-            warnings.warn(
+            warn(
                 f"{name} is above {limit} for {bad:.0%} of the cells: their draws do not follow the posterior, and "
-                "neither elpd nor khat nor pit can be trusted; take sampler=ps.Importance() or ps.HMC(), or more draws",
-                stacklevel=3,
+                "neither elpd nor khat nor pit can be trusted; take sampler=ps.Importance() or ps.HMC(), or more draws"
             )
 
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, brief
 from pyro_scvi.parts import Part
 
 __all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary"]
@@ -32,6 +32,9 @@ class NoLibrary(Part):
     """
 
     latent = False
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
         """No library size."""
@@ -60,13 +63,13 @@ class LatentLibrary(Part):
     Parameters
     ----------
     loc, scale
-        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: those of the training
-        cells' log totals, taken when a fit starts.
+        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: log 1000 and 1, in the
+        place of which a fit takes those of the training cells' log totals when it starts, but for ``data_start=False``.
 
     Raises
     ------
     ModelError
-        If ``loc`` and ``scale`` are for different numbers of batches.
+        If ``loc`` and ``scale`` are for different numbers of batches, or no finite numbers, or ``scale`` not above 0.
 
     Examples
     --------
@@ -86,9 +89,11 @@ class LatentLibrary(Part):
         super().__init__()
         self.loc_given, self.scale_given = loc is not None, scale is not None
         given = math.log(1000.0) if loc is None else loc, 1.0 if scale is None else scale
-        locs, scales = (torch.as_tensor(value).float().reshape(-1) for value in given)
+        locs, scales = _numbers(given[0], "loc"), _numbers(given[1], "scale")
         if len({len(locs), len(scales)} - {1}) > 1:
             raise ModelError(f"loc and scale must have one entry per batch each, got {len(locs)} and {len(scales)}")
+        if not bool((scales > 0).all()):
+            raise ModelError(f"scale must be above 0, the sd of log l; got {scales.tolist()}")
         locs, scales = torch.broadcast_tensors(locs, scales)
         self.register_buffer("loc", locs.clone())
         self.register_buffer("scale", scales.clone())
@@ -131,13 +136,13 @@ class ObservedLibrary(LatentLibrary):
     Parameters
     ----------
     loc, scale
-        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: those of the training
-        cells' log totals, taken when a fit starts.
+        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: log 1000 and 1, in the
+        place of which a fit takes those of the training cells' log totals when it starts, but for ``data_start=False``.
 
     Raises
     ------
     ModelError
-        If ``loc`` and ``scale`` are for different numbers of batches.
+        If ``loc`` and ``scale`` are for different numbers of batches, or no finite numbers, or ``scale`` not above 0.
 
     Examples
     --------
@@ -160,3 +165,13 @@ class ObservedLibrary(LatentLibrary):
 
 
 Library = NoLibrary | LatentLibrary
+
+
+def _numbers(value: Any, name: str) -> Tensor:
+    try:
+        found = torch.as_tensor(value).float().reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:  # whatever torch says of words, objects and ragged lists
+        raise ModelError(f"{name} must be a number, or a list with one for each batch; got {brief(value)}") from error
+    if not len(found) or not bool(found.isfinite().all()):
+        raise ModelError(f"{name} must hold finite numbers, one or one for each batch; got {found.tolist()}")
+    return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.distributions import Law, NegativeBinomial, ZeroInflated
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, brief, require_at_least
 from pyro_scvi.parts import Part
 
 __all__ = ["NB", "ZINB", "ZIP", "Likelihood", "PerCellAndGene", "PerGene", "PerGeneAndBatch", "Poisson"]
@@ -38,6 +38,9 @@ class PerCellAndGene(Part):
 
     heads = ("log_inverse_dispersion",)
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, eta: Theta, gamma: Tensor) -> Tensor:
         """Log r, (..., cells, genes)."""
         return eta["log_inverse_dispersion"]
@@ -53,7 +56,12 @@ class PerGene(Part):
     Parameters
     ----------
     n_genes
-        As in the model.
+        As in the model, which refuses another number.
+
+    Raises
+    ------
+    ModelError
+        If n_genes is no integer of 1 or more.
 
     Examples
     --------
@@ -66,6 +74,8 @@ class PerGene(Part):
 
     def __init__(self, n_genes: int) -> None:
         super().__init__()
+        require_at_least(1, n_genes=n_genes)
+        self.expected_genes = n_genes
         self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
 
     def forward(self, eta: Theta, gamma: Tensor) -> Tensor:
@@ -83,12 +93,12 @@ class PerGeneAndBatch(Part):
     Parameters
     ----------
     n_genes, n_batches
-        As in the model, and ``cells.n_batches``.
+        As in the model, which refuses another number, and ``cells.n_batches``.
 
     Raises
     ------
     ModelError
-        When called, if gamma has fewer columns than there are batches.
+        If a number is no integer of 1 or more. When called, if gamma has fewer columns than there are batches.
 
     Examples
     --------
@@ -101,7 +111,8 @@ class PerGeneAndBatch(Part):
 
     def __init__(self, n_genes: int, n_batches: int) -> None:
         super().__init__()
-        self.n_batches = n_batches
+        require_at_least(1, n_genes=n_genes, n_batches=n_batches)
+        self.expected_genes, self.n_batches = n_genes, n_batches
         self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_batches, n_genes))
 
     def forward(self, eta: Theta, gamma: Tensor) -> Tensor:
@@ -147,6 +158,9 @@ class Likelihood(Part):
     """
 
     explicit = False
+
+    def __init__(self) -> None:
+        super().__init__()
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -316,6 +330,11 @@ class GammaPoisson(Likelihood):
     dispersion
         Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
         :class:`PerGeneAndBatch`.
+
+    Raises
+    ------
+    ModelError
+        If ``dispersion`` is no such object.
     """
 
     explicit = True
@@ -323,6 +342,10 @@ class GammaPoisson(Likelihood):
 
     def __init__(self, dispersion: Dispersion | None = None) -> None:
         super().__init__()
+        if dispersion is not None and (isinstance(dispersion, type) or not hasattr(dispersion, "heads")):
+            raise ModelError(
+                "dispersion must be an object such as ps.likelihoods.PerGene(cells.n_genes); got " + brief(dispersion)
+            )
         self.dispersion = PerCellAndGene() if dispersion is None else dispersion
 
     @property
@@ -349,6 +372,11 @@ class NB(GammaPoisson):
         Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
         :class:`PerGeneAndBatch`.
 
+    Raises
+    ------
+    ModelError
+        If ``dispersion`` is no such object.
+
     Examples
     --------
     >>> ps.SCVI(20, 2, likelihood=ps.likelihoods.NB()).sites(marginal=True)[-1]
@@ -370,6 +398,11 @@ class ZINB(GammaPoisson):
     dispersion
         Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
         :class:`PerGeneAndBatch`.
+
+    Raises
+    ------
+    ModelError
+        If ``dispersion`` is no such object.
 
     Examples
     --------

@@ -45,8 +45,8 @@ class SCVI(Program):
     Raises
     ------
     ModelError
-        If the prior's event shape is not (n_latent,), a weight prior names no parameter, or an argument is of the
-        wrong kind.
+        If the prior's event shape is not (n_latent,), a part is for another number of genes, a weight prior names no
+        parameter, or an argument is of the wrong kind.
 
     Examples
     --------
@@ -95,6 +95,7 @@ class SCVI(Program):
                 norm=norm,
                 initial_sd=initial_sd,
             )
+        self.require_genes()
         self.weights = RandomWeights(self, weight_priors or {})
         with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block():
             shape = tuple(self.prior().event_shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_scvi.errors import ModelError, brief, require_at_least, require_number
+from pyro_scvi.errors import ModelError, brief, require_at_least, require_number, require_positive
 from pyro_scvi.parts import Part
 
 __all__ = ["BatchNorm", "LayerNorm"]
@@ -32,10 +32,15 @@ class BatchNorm:
     Parameters
     ----------
     momentum
-        Weight of each minibatch in the running m and v, as in torch; 0.01 in the authors' code, shorter runs want 0.05
-        to 0.1.
+        Weight of each minibatch in the running m and v, above 0 to 1, as in torch; 0.01 in the authors' code, shorter
+        runs want 0.05 to 0.1.
     eps
-        Added to the variance.
+        Added to the variance, above 0.
+
+    Raises
+    ------
+    ModelError
+        If a number is out of range.
 
     Examples
     --------
@@ -45,6 +50,10 @@ class BatchNorm:
 
     momentum: float = 0.1
     eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_positive(self.momentum, "momentum", most=1.0)
+        require_positive(self.eps, "eps")
 
     def __call__(self, width: int) -> nn.Module:
         """Build a layer for ``width`` units."""
@@ -62,7 +71,12 @@ class LayerNorm:
     Parameters
     ----------
     eps
-        Added to the variance.
+        Added to the variance, above 0.
+
+    Raises
+    ------
+    ModelError
+        If eps is no finite number above 0.
 
     Examples
     --------
@@ -71,6 +85,9 @@ class LayerNorm:
     """
 
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require_positive(self.eps, "eps")
 
     def __call__(self, width: int) -> nn.Module:
         """Build a layer for ``width`` units."""

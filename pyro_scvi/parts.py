@@ -31,11 +31,13 @@ class Part(nn.Module):
     """Base of every swappable piece: priors, likelihoods, dispersions, libraries, networks, models, guides.
 
     ``arguments`` holds what the constructor was called with. ``pyro_name`` is unique in the session, also for
-    copies: Pyro's parameter store is global, and two models under one name would silently share parameters.
+    copies: Pyro's parameter store is global, and two models under one name would silently share parameters. A part that
+    fits a model of one number of genes only says it in ``expected_genes``.
     """
 
     arguments: dict[str, Any]
     pyro_name: str
+    expected_genes: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Part":
         """Remember the arguments before the constructor runs."""

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from pyro_scvi.cells import Cells
+from pyro_scvi.errors import require_kind
 from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.libraries import LatentLibrary, NoLibrary
 from pyro_scvi.likelihoods import ZINB, PerGene
@@ -42,7 +43,7 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
     Raises
     ------
     ModelError
-        If the seed is no integer from 0 to 2**63 - 1.
+        If ``cells`` are no Cells, or the seed is no integer from 0 to 2**63 - 1.
 
     Examples
     --------
@@ -53,6 +54,7 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
     >>> ps.fit(model, cells, **options, progress=False).settings["epochs"]
     1
     """
+    _require_cells(cells)
     return SCVI(cells.n_genes, 10, cells.n_covariates, seed=seed), {"seed": seed}
 
 
@@ -78,7 +80,7 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
     Raises
     ------
     ModelError
-        If the seed is no integer from 0 to 2**63 - 1.
+        If ``cells`` are no Cells, or the seed is no integer from 0 to 2**63 - 1.
 
     Examples
     --------
@@ -86,6 +88,7 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
     >>> model.library, options["epochs"], options["learning_rate"]
     (NoLibrary(), 150, Constant(rate=0.005))
     """
+    _require_cells(cells)
     hidden: dict[str, Any] = {
         "n_hidden": 128,
         "n_layers": 2,
@@ -103,7 +106,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
     """The configuration of Lopez et al. 2018 (Methods) for the cortex data; for clustering, as there, KL weight 0.
 
     Latent library size with the totals' law, mean l softmax(head), inverse dispersion per gene, log counts into the
-    encoder, one hidden layer of 128, dropout 0.1, Adam at 0.0004 with epsilon 0.01, 250 epochs.
+    encoder, one hidden layer of 128, dropout 0.1 in the encoder alone, Adam at 0.0004 with epsilon 0.01, 250 epochs.
 
     Parameters
     ----------
@@ -120,7 +123,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
     Raises
     ------
     ModelError
-        If the seed is no integer from 0 to 2**63 - 1.
+        If ``cells`` are no Cells, or the seed is no integer from 0 to 2**63 - 1.
 
     Examples
     --------
@@ -128,6 +131,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
     >>> options["epochs"], options["kl_weight"]
     (250, Weight(value=0.0))
     """
+    _require_cells(cells)
     hidden: dict[str, Any] = {
         "n_hidden": 128,
         "n_layers": 1,
@@ -139,6 +143,10 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
     model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=likelihood, library=library, **hidden)
     guide = DiagonalNormal(model, dropout=0.1, **hidden)
     return model, _options(guide, epochs=250, learning_rate=Constant(4e-4), seed=seed) | {"kl_weight": Weight(0.0)}
+
+
+def _require_cells(cells: Any) -> None:
+    require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
 
 
 def _law_of_totals(cells: Cells) -> tuple[list[float], list[float]]:

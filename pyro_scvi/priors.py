@@ -14,7 +14,7 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 from pyro_scvi.distributions import Law
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, brief, require_at_least, require_positive
 from pyro_scvi.networks import Encoder, LayerNorm
 from pyro_scvi.parts import Part
 from pyro_scvi.seeding import seeded
@@ -45,8 +45,7 @@ class Prior(Part):
 
     def __init__(self, n_latent: int) -> None:
         super().__init__()
-        if n_latent < 1:
-            raise ModelError(f"a prior needs n_latent >= 1, got {n_latent}")
+        require_at_least(1, n_latent=n_latent)
         self.n_latent = n_latent
         self.register_buffer("zeros", torch.zeros(n_latent), persistent=False)  # carries device and dtype
 
@@ -140,8 +139,7 @@ class StudentT(Prior):
 
     def __init__(self, n_latent: int, df: float = 4.0) -> None:
         super().__init__(n_latent)
-        if not df > 0:
-            raise ModelError(f"StudentT needs df > 0, got {df}")
+        require_positive(df, "df")
         self.df = df
 
     def forward(self) -> Law:
@@ -204,7 +202,7 @@ class GaussianMixture(Prior):
 
     def __init__(self, n_latent: int, components: int = 8, *, seed: int = 0) -> None:
         super().__init__(n_latent)
-        _check_components(components)
+        require_at_least(1, components=components)
         with seeded(seed):
             self.loc = nn.Parameter(torch.randn(components, n_latent))
         self.log_scale = nn.Parameter(torch.zeros(components, n_latent))
@@ -226,7 +224,7 @@ class VampPrior(Prior):
     Parameters
     ----------
     n_genes, n_latent
-        As in the model.
+        As in the model, which refuses other numbers.
     components
         Number of pseudo-cells.
     pseudo_cells
@@ -237,7 +235,7 @@ class VampPrior(Prior):
     Raises
     ------
     ModelError
-        If ``pseudo_cells`` has another shape, a size is below 1, or the seed is no integer of 0 or more.
+        If ``pseudo_cells`` is no matrix of that shape, a size is below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------
@@ -262,10 +260,11 @@ class VampPrior(Prior):
         seed: int = 0,
     ) -> None:
         super().__init__(n_latent)
-        _check_components(components)
+        require_at_least(1, n_genes=n_genes, components=components)
+        self.expected_genes = n_genes
         with seeded(seed):
             self.encoder = Encoder(n_genes, n_latent, n_hidden=n_hidden, n_layers=n_layers, norm=LayerNorm())
-            start = torch.rand(components, n_genes) if pseudo_cells is None else torch.as_tensor(pseudo_cells).float()
+            start = torch.rand(components, n_genes) if pseudo_cells is None else _counts(pseudo_cells)
         if start.shape != (components, n_genes):
             raise ModelError(f"pseudo_cells must have shape {(components, n_genes)}, got {tuple(start.shape)}")
         self.log_counts = nn.Parameter(start.clamp(min=0.01).log())
@@ -297,7 +296,7 @@ class Flow(Prior):
     Raises
     ------
     ModelError
-        If n_latent is below 2, or the seed is no integer of 0 or more.
+        If n_latent is below 2, another size below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------
@@ -310,6 +309,7 @@ class Flow(Prior):
 
     def __init__(self, n_latent: int, layers: int = 2, n_hidden: int = 32, *, seed: int = 0) -> None:
         super().__init__(n_latent)
+        require_at_least(1, layers=layers, n_hidden=n_hidden)
         if n_latent < 2:
             raise ModelError("Flow needs n_latent >= 2; take GaussianMixture for one latent")
         with seeded(seed):
@@ -338,12 +338,12 @@ class LogisticNormal(Prior):
     n_latent
         Number of proportions, 2 or more.
     scale
-        Standard deviation of e.
+        Standard deviation of e, above 0.
 
     Raises
     ------
     ModelError
-        If n_latent is below 2.
+        If n_latent is below 2, or scale is not above 0.
 
     Examples
     --------
@@ -356,6 +356,7 @@ class LogisticNormal(Prior):
         super().__init__(n_latent)
         if n_latent < 2:
             raise ModelError("LogisticNormal needs n_latent >= 2: one proportion is always 1")
+        require_positive(scale, "scale")
         self.scale = scale
 
     def forward(self) -> Law:
@@ -390,8 +391,9 @@ class Dirichlet(Prior):
 
     def __init__(self, n_latent: int, concentration: float = 1.0) -> None:
         super().__init__(n_latent)
-        if n_latent < 2 or not concentration > 0:
-            raise ModelError(f"Dirichlet needs n_latent >= 2 and concentration > 0, got {n_latent} and {concentration}")
+        if n_latent < 2:
+            raise ModelError("Dirichlet needs n_latent >= 2: one proportion is always 1")
+        require_positive(concentration, "concentration")
         self.concentration = concentration
 
     def forward(self) -> Law:
@@ -451,6 +453,8 @@ def _mixture(logits: Tensor, loc: Tensor, log_scale: Tensor) -> Law:
     return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
 
 
-def _check_components(components: int) -> None:
-    if components < 1:
-        raise ModelError(f"a mixture needs components >= 1, got {components}")
+def _counts(pseudo_cells: Any) -> Tensor:
+    try:
+        return torch.as_tensor(pseudo_cells).float()
+    except (TypeError, ValueError, RuntimeError) as error:  # whatever torch says of words, objects and ragged lists
+        raise ModelError(f"pseudo_cells must be numbers, as in cells[:50][0]; got {brief(pseudo_cells)}") from error

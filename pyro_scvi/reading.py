@@ -1,6 +1,5 @@
 """Reading: from an AnnData or a bare matrix to validated counts, covariates and schema."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from anndata import AnnData
 
 from pyro_scvi.annotations import quoted
 from pyro_scvi.counts import Counts, canonical, cell_totals, expressed_genes
-from pyro_scvi.errors import DataError, SchemaError, brief
+from pyro_scvi.errors import DataError, SchemaError, brief, warn
 from pyro_scvi.schema import Schema
 from pyro_scvi.sources import Backed, Collection, genes_of
 from pyro_scvi.stores import CountStore
@@ -34,9 +33,14 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
     if not isinstance(adata, AnnData):
         raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
     layers = ", ".join(map(repr, adata.layers.keys())) or "none"
-    if layer is not None and layer not in adata.layers:
-        raise SchemaError(f"there is no layer {layer!r}; the layers are: {layers}.")
+    if layer is not None and (not isinstance(layer, str) or layer not in adata.layers):
+        raise SchemaError(
+            f"there is no layer {layer!r}; the layers are: {layers}. If X holds the raw counts, "
+            f"adata.layers[{layer!r}] = adata.X.copy() gives them that name."
+        )
     hint = f"Pass layer= with raw counts (layers: {layers})."
+    if adata.raw is not None:
+        hint += " There is adata.raw, too: if it holds the raw counts, pass adata.raw.to_adata()."
     source = "X" if layer is None else f"layer {layer!r}"
     matrix = _matrix(adata, layer, source)
     if matrix is None:
@@ -127,9 +131,9 @@ def read(
         counts = genes_of(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
         genes = pd.Index(schema.gene_names)
     counts = check_counts(counts, genes, table.obs.index, table.source, table.hint, allow_non_integer=allow_non_integer)
-    _warn_of_zeros("cells", table.obs.index[cell_totals(counts) == 0])
+    _warn_of_zeros("cell", table.obs.index[cell_totals(counts) == 0])
     if learning:  # a gene that some query happens to lack teaches the model nothing wrong
-        _warn_of_zeros("genes", genes[~expressed_genes(counts)])
+        _warn_of_zeros("gene", genes[~expressed_genes(counts)])
     return counts, schema.encode(table.obs), schema
 
 
@@ -141,12 +145,22 @@ def _check_names(table: Table) -> None:
         )
     doubled = table.obs.index[table.obs.index.duplicated()].unique()
     if len(doubled):
-        warnings.warn(f"cell names occur more than once: {quoted(doubled)}.", UserWarning, stacklevel=4)
+        warn(
+            f"cell names occur more than once: {quoted(doubled)}. Tables and messages cannot tell these cells apart; "
+            "adata.obs_names_make_unique() gives each its own name."
+        )
+
+
+_OF_ZEROS = {
+    "cell": "Results for such cells are mostly the prior's; sc.pp.filter_cells(adata, min_counts=1) leaves them out.",
+    "gene": "A fit learns of such genes that they are rare; sc.pp.filter_genes(adata, min_counts=1) leaves them out.",
+}
 
 
 def _warn_of_zeros(kind: str, names: pd.Index) -> None:
     if len(names):
-        warnings.warn(f"{len(names)} {kind} have no counts: {quoted(names)}.", UserWarning, stacklevel=4)
+        found = f"1 {kind} has" if len(names) == 1 else f"{len(names)} {kind}s have"
+        warn(f"{found} no counts: {quoted(names)}. {_OF_ZEROS[kind]}")
 
 
 def _checked_names(names: Any, kind: str, n: int) -> list[str]:

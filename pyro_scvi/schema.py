@@ -1,7 +1,6 @@
 """Schema: the genes, batch categories and covariate scales that a model was fitted on, as a query must match them."""
 
 import logging
-import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.annotations import categories, numbers, quoted
-from pyro_scvi.errors import DataError, SchemaError, brief
+from pyro_scvi.errors import DataError, SchemaError, brief, warn
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ class Schema:
             )
         if len(missing):
             text = f"{found}; {len(missing)} are filled with zeros: {quoted(missing)}."
-            warnings.warn(text, UserWarning, stacklevel=4)
+            warn(text)
         if len(query) > n_found:
             extra = query.difference(wanted, sort=False)
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))

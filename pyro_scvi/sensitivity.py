@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_scvi.errors import ModelError, require_kind
+from pyro_scvi.errors import ModelError, require_kind, warn
 from pyro_scvi.importance import KHAT_LIMIT
 
 if TYPE_CHECKING:
@@ -136,10 +135,9 @@ def _warn_of_khat(tree: xr.DataTree) -> None:
     diagnostics = tree["sample_stats"].to_dataset()
     bad = float((diagnostics["khat"] > KHAT_LIMIT).mean()) if "khat" in diagnostics else 0.0
     if bad > 0.1:
-        warnings.warn(
+        warn(
             f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their draws do not follow the posterior, whose "
-            "sensitivity is asked for; draw with sampler=ps.Importance() or ps.HMC()",
-            stacklevel=3,
+            "sensitivity is asked for; draw with sampler=ps.Importance() or ps.HMC()"
         )
 
 

@@ -13,6 +13,7 @@ from torch.distributions import biject_to
 
 from pyro_scvi.display import grid
 from pyro_scvi.distributions import ZeroInflated
+from pyro_scvi.errors import ModelError
 from pyro_scvi.parts import Part, evaluation_mode
 from pyro_scvi.seeding import seeded
 
@@ -42,6 +43,7 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
 class Program(Part):
     """A model of cells that lists its own sites."""
 
+    n_genes: int
     n_covariates: int
     likelihood: Any
 
@@ -49,6 +51,19 @@ class Program(Part):
         """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
         device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
         return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
+
+    def require_genes(self) -> None:
+        """Refuse parts that were made for another number of genes.
+
+        Raises
+        ------
+        ModelError
+            Naming the part and both numbers.
+        """
+        for part in self.modules():
+            expected = part.expected_genes if isinstance(part, Part) else None
+            if expected not in (None, self.n_genes):
+                raise ModelError(f"{part!r} is for {expected} genes, the model has n_genes={self.n_genes}")
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))

@@ -1,6 +1,5 @@
 """Validation: a full scan of a count matrix for values that are no counts."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.counts import Counts, Matrix, Source, blocks, narrow, stored_values
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, warn
 
 LARGEST_USUAL_COUNT = 1e6
 """A single entry above this is hardly ever a molecule count: it is warned about."""
@@ -58,10 +57,10 @@ def check_counts(
     if isinstance(counts, Source):
         if not counts.checked:
             counts.scan(lambda rows, block: check(block, cells[rows]))
-        check.warn(stacklevel=5)
+        check.warn()
         return counts
     check(counts, cells)
-    check.warn(stacklevel=5)
+    check.warn()
     return narrow(counts)
 
 
@@ -85,11 +84,13 @@ class Check:
         if position is not None and self.implausible is None:
             self.implausible = _describe(counts, position, self.genes, cells)
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warn of an implausibly large count, once for all blocks."""
         if self.implausible is not None:
-            text = f"{self.source} has an implausibly large count: {self.implausible}."
-            warnings.warn(text, UserWarning, stacklevel=stacklevel)
+            warn(
+                f"{self.source} has an implausibly large count: {self.implausible}. It is taken as it is and weighs on "
+                "the whole fit; if it is a sum or a measurement and no number of molecules, drop that cell or gene."
+            )
 
 
 class _Rule(NamedTuple):

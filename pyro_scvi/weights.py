@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_scvi.errors import ModelError, require_kind
+from pyro_scvi.errors import ModelError, require_kind, require_positive
 from pyro_scvi.parts import Part
 
 __all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights"]
@@ -29,7 +29,12 @@ class NormalWeights(Part):
     Parameters
     ----------
     scale
-        Standard deviation.
+        Standard deviation, above 0.
+
+    Raises
+    ------
+    ModelError
+        If scale is no finite number above 0.
 
     Examples
     --------
@@ -40,6 +45,7 @@ class NormalWeights(Part):
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
+        require_positive(scale, "scale")
         self.scale = scale
 
     def forward(self, name: str, like: Tensor) -> Tensor:
@@ -57,7 +63,12 @@ class ARDWeights(Part):
     Parameters
     ----------
     scale
-        Of the scales' law.
+        Of the scales' law, above 0.
+
+    Raises
+    ------
+    ModelError
+        If scale is no finite number above 0.
 
     Examples
     --------
@@ -68,6 +79,7 @@ class ARDWeights(Part):
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
+        require_positive(scale, "scale")
         self.scale = scale
 
     def forward(self, name: str, like: Tensor) -> Tensor:
@@ -88,7 +100,12 @@ class HorseshoeWeights(Part):
     Parameters
     ----------
     scale
-        Of the law of t, which all weights share.
+        Of the law of t, which all weights share, above 0.
+
+    Raises
+    ------
+    ModelError
+        If scale is no finite number above 0.
 
     Examples
     --------
@@ -99,6 +116,7 @@ class HorseshoeWeights(Part):
 
     def __init__(self, scale: float = 0.1) -> None:
         super().__init__()
+        require_positive(scale, "scale")
         self.scale = scale
 
     def forward(self, name: str, like: Tensor) -> Tensor:
@@ -119,7 +137,12 @@ class HierarchicalWeights(Part):
     Parameters
     ----------
     scale
-        Of the laws of m and s.
+        Of the laws of m and s, above 0.
+
+    Raises
+    ------
+    ModelError
+        If scale is no finite number above 0.
 
     Examples
     --------
@@ -131,6 +154,7 @@ class HierarchicalWeights(Part):
 
     def __init__(self, scale: float = 2.0) -> None:
         super().__init__()
+        require_positive(scale, "scale")
         self.scale = scale
 
     def forward(self, name: str, like: Tensor) -> Tensor:

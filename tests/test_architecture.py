@@ -207,6 +207,13 @@ def test_shared_options_have_one_name_and_are_given_by_it():
     assert asked > 60
 
 
+def test_signatures_show_what_is_taken():
+    open_ended = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    for name, function in public_callables():
+        kinds = {option.kind for option in inspect.signature(function).parameters.values()}
+        assert not kinds & open_ended, f"{name}{inspect.signature(function)}"
+
+
 def public_callables():
     """Functions and constructors of the package and its rooms, and what Cells can be asked."""
     owners = [("ps", ps, ps.__all__), *((room, getattr(ps, room), dir(getattr(ps, room))) for room in ROOMS)]

@@ -394,7 +394,7 @@ def missing_genes(value, folder):
     query_refused("5 of the 8 genes .*3 are missing: 'g0', 'g4', 'g6'.*fill_missing_genes=True", adata, folder)
     with (
         pytest.warns(UserWarning, match="3 are filled with zeros: 'g0', 'g4', 'g6'"),
-        pytest.warns(UserWarning, match="1 cells have no counts: 'c6'"),  # all of its counts are of those genes
+        pytest.warns(UserWarning, match="1 cell has no counts: 'c6'"),  # all of its counts are of those genes
     ):
         query = ps.Cells.from_anndata(adata, schema=fitted()[0].schema, fill_missing_genes=True)
     expected = simulated_counts(30, 8)

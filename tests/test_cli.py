@@ -65,9 +65,9 @@ def test_demo_annotates_cells_and_leaves_counts(demo):
     assert (adata.X != original.X).nnz == 0
     assert adata.X.dtype == original.X.dtype
     pd.testing.assert_frame_equal(adata.obs, original.obs)
-    assert adata.uns["pyro_scvi"]["version"] == ps.__version__
-    assert adata.uns["pyro_scvi"]["seed"] == 5
-    assert adata.uns["pyro_scvi"]["settings"]["epochs"] == 3
+    assert adata.uns["pyro_scvi"]["X_pyro_scvi"]["version"] == ps.__version__
+    assert adata.uns["pyro_scvi"]["X_pyro_scvi"]["seed"] == 5
+    assert adata.uns["pyro_scvi"]["X_pyro_scvi"]["settings"]["epochs"] == 3
     assert "X_umap" not in adata.obsm
     loaded = ps.load(demo / "fit")
     np.testing.assert_allclose(ps.embed(loaded, ps.Cells.from_anndata(original)), adata.obsm["X_pyro_scvi"], atol=1e-5)

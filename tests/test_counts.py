@@ -222,7 +222,7 @@ def test_cells_and_genes_without_counts_are_listed(form):
     assert cells.totals[3] == cells.totals[8] == 0
     counts = COUNTS.copy()
     counts[:, 4] = 0
-    with pytest.warns(UserWarning, match="1 genes have no counts: 'g4'"):
+    with pytest.warns(UserWarning, match="1 gene has no counts: 'g4'"):
         Cells.from_anndata(make_adata(form(counts)))
 
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 import pyro_scvi as ps
 from pyro_scvi import errors
 from pyro_scvi.errors import PyroScviError
+from pyro_scvi.likelihoods import PerGene, PerGeneAndBatch
 
 BUILT_IN = {
     "DataError": ValueError,
@@ -98,7 +100,68 @@ WRONG = {
     "a word for a source": (lambda fit, cells: ps.calibrate(fit, 5, source="prior"), "source must be"),
     "a fit for a tree": (lambda fit, cells: ps.prior_sensitivity(fit), "tree must be .*got Fit"),
     "a list of priors": (lambda fit, cells: ps.SCVI(3, 2, weight_priors=["decoder"]), "weight_priors must be"),
+    "too few genes": (
+        lambda fit, cells: ps.SCVI(20, 2, likelihood=ps.likelihoods.NB(PerGene(6))),
+        r"PerGene\(n_genes=6\) is for 6 genes, the model has n_genes=20",
+    ),
+    "too many genes": (
+        lambda fit, cells: ps.SCVI(20, 2, 2, likelihood=ps.likelihoods.ZINB(PerGeneAndBatch(21, 2))),
+        r"PerGeneAndBatch\(n_genes=21, n_batches=2\) is for 21 genes",
+    ),
+    "pseudo-cells of other genes": (
+        lambda fit, cells: ps.SCVI(20, 2, prior=ps.priors.VampPrior(19, 2, components=3)),
+        "is for 19 genes, the model has n_genes=20",
+    ),
+    "a dispersion's class": (lambda fit, cells: ps.likelihoods.NB(PerGene), "dispersion must .*the class PerGene"),
+    "a dispersion's name": (lambda fit, cells: ps.likelihoods.ZINB("gene"), "dispersion must .*got 'gene'"),
+    "below no genes": (lambda fit, cells: PerGene(-1), "n_genes must be an integer of 1 or more, got -1"),
+    "half a gene": (lambda fit, cells: PerGeneAndBatch(2.5, 2), "n_genes must .*got 2.5"),
+    "no batches": (lambda fit, cells: PerGeneAndBatch(20, 0), "n_batches must .*got 0"),
+    "half a latent": (lambda fit, cells: ps.priors.StandardNormal(2.5), "n_latent must .*got 2.5"),
+    "no latents": (lambda fit, cells: ps.priors.Laplace(0), "n_latent must .*got 0"),
+    "no layers of a flow": (lambda fit, cells: ps.priors.Flow(2, layers=0), "layers must .*got 0"),
+    "no units of a flow": (lambda fit, cells: ps.priors.Flow(2, n_hidden=0), "n_hidden must .*got 0"),
+    "no components": (lambda fit, cells: ps.priors.GaussianMixture(2, components=0), "components must .*got 0"),
+    "half a pseudo-cell": (lambda fit, cells: ps.priors.VampPrior(20, 2, components=1.5), "components must .*got 1.5"),
+    "no genes of pseudo-cells": (lambda fit, cells: ps.priors.VampPrior(0, 2), "n_genes must .*got 0"),
+    "words for pseudo-cells": (
+        lambda fit, cells: ps.priors.VampPrior(20, 2, pseudo_cells="train"),
+        "pseudo_cells must be numbers.*got 'train'",
+    ),
+    "a negative scale": (lambda fit, cells: ps.priors.LogisticNormal(3, scale=-1), "scale must .*above 0, got -1"),
+    "no freedom": (lambda fit, cells: ps.priors.StudentT(2, df=0), "df must be a finite number above 0, got 0"),
+    "freedom in words": (lambda fit, cells: ps.priors.StudentT(2, df="4"), "df must .*got '4'"),
+    "no concentration": (lambda fit, cells: ps.priors.Dirichlet(2, float("nan")), "concentration must .*got nan"),
+    "a momentum above 1": (lambda fit, cells: ps.networks.BatchNorm(5), "momentum must .*above 0, up to 1, got 5"),
+    "no momentum": (lambda fit, cells: ps.networks.BatchNorm(0.0), "momentum must .*got 0.0"),
+    "no variance added": (lambda fit, cells: ps.networks.BatchNorm(eps=0.0), "eps must be a finite number above 0"),
+    "a negative eps": (lambda fit, cells: ps.networks.LayerNorm(-1e-5), "eps must be a finite number above 0"),
+    "a negative sd of l": (
+        lambda fit, cells: ps.libraries.LatentLibrary(1.0, -1.0),
+        r"scale must be above 0.*\[-1.0\]",
+    ),
+    "one sd of none": (
+        lambda fit, cells: ps.libraries.ObservedLibrary([1.0, 2.0], [1.0, 0.0]),
+        "scale must be above 0",
+    ),
+    "a mean of NaN": (lambda fit, cells: ps.libraries.LatentLibrary(float("nan"), 1.0), "loc must hold finite"),
+    "no means": (lambda fit, cells: ps.libraries.LatentLibrary([], 1.0), "loc must hold finite numbers, one"),
+    "a mean in words": (lambda fit, cells: ps.libraries.LatentLibrary("log", 1.0), "loc must be a number, .*got 'log'"),
+    "a preset of nothing": (lambda fit, cells: ps.presets.default(None), "cells must .*got None"),
+    "a preset of counts": (lambda fit, cells: ps.presets.seed_2017(cells.counts), "cells must .*got ndarray"),
+    "a preset of a size": (lambda fit, cells: ps.presets.nature_methods_2018(20), "cells must .*got 20"),
+    "the loss of a model": (lambda fit, cells: ps.plots.loss(fit.model), "expected the Fit .*got SCVI"),
+    "the program of a fit": (lambda fit, cells: ps.plots.program(fit), "model must .*such as fit.model; got Fit"),
+    "the program of no cells": (lambda fit, cells: ps.plots.program(fit.model, n_cells=0), "n_cells must .*got 0"),
+    "a word for axes": (lambda fit, cells: ps.plots.loss(fit, "left"), "ax must .*figure.subplots.*got 'left'"),
+    "a word for a seed": (lambda fit, cells: ps.plots.embedding(np.eye(2), seed="a"), "seed must .*got 'a'"),
     "gamma of other cells": (lambda fit, cells: ps.prior_predictive(fit.model, 2, gamma=np.eye(3)), r"got \(3, 3\)"),
+}
+
+
+WRONG |= {
+    f"no scale of {prior.__name__}": (lambda fit, cells, prior=prior: prior(-1), "scale must .*above 0, got -1")
+    for prior in (getattr(ps.weights, name) for name in ps.weights.__all__)
 }
 
 
@@ -107,3 +170,73 @@ def test_arguments_of_the_wrong_kind_are_named(cells, name):
     call, says = WRONG[name]
     with pytest.raises(errors.ModelError, match=says):
         call(fitted(cells), cells)
+
+
+def test_numbers_at_the_edge_are_taken():
+    assert ps.networks.BatchNorm(momentum=1).momentum == 1
+    assert ps.networks.BatchNorm(np.float32(0.5), eps=1e-8).momentum == 0.5
+    assert ps.priors.StudentT(np.int64(1), df=np.float64(1e-3)).df == 1e-3
+    assert ps.libraries.LatentLibrary(np.array([-1.0, 2.0]), torch.tensor([0.1, 1e3])).loc.tolist() == [-1.0, 2.0]
+    with pytest.raises(errors.ModelError, match="momentum must"):
+        ps.networks.BatchNorm(momentum=True)
+
+
+def plain(**values):
+    counts = np.full((3, 2), 4.0)
+    for name, value in values.items():
+        counts[{"cell": (1, slice(None)), "gene": (slice(None), 1), "entry": (1, 0)}[name]] = value
+    return counts
+
+
+WARNINGS = {
+    "an empty cell": (
+        lambda: ps.Cells.from_counts(plain(cell=0)),
+        r"1 cell has no counts: 'cell_1'\. Results .*prior.*sc\.pp\.filter_cells\(adata, min_counts=1\)",
+    ),
+    "two empty cells": (
+        lambda: ps.Cells.from_counts(np.vstack([plain(), np.zeros((2, 2))])),
+        r"2 cells have no counts: 'cell_3', 'cell_4'\. ",
+    ),
+    "an empty gene": (
+        lambda: ps.Cells.from_counts(plain(gene=0)),
+        r"1 gene has no counts: 'gene_1'\. A fit learns .*sc\.pp\.filter_genes\(adata, min_counts=1\)",
+    ),
+    "a large count": (
+        lambda: ps.Cells.from_counts(plain(entry=1e7)),
+        r"implausibly large count: cell 'cell_1', gene 'gene_0' holds 1e\+07\. It is taken as it is .*drop that cell",
+    ),
+    "a name twice": (
+        lambda: ps.Cells.from_counts(plain(), cell_names=["a", "b", "a"]),
+        r"more than once: 'a'\. Tables .*adata\.obs_names_make_unique\(\)",
+    ),
+}
+
+
+DEEP = {  # few draws: k-hat is infinite
+    "evidence": (lambda fit, cells: ps.evidence(fit, cells, samples=2), "k-hat is above"),
+    "compare": (lambda fit, cells: ps.compare({"one": fit}, cells, samples=2), "k-hat is above"),
+    "leave_one_out": (
+        lambda fit, cells: ps.leave_one_out(fit, cells, samples=20, sampler=ps.Amortized()),
+        "sampler_khat is above",
+    ),
+}
+
+
+def places(caught):
+    return {(warning.filename, warning.lineno) for warning in caught}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warnings_say_what_follows_and_what_to_do_at_the_line_of_the_caller(name):
+    call, says = WARNINGS[name]
+    with pytest.warns(UserWarning, match=says) as caught:
+        call()
+    assert places(caught) == {(__file__, call.__code__.co_firstlineno)}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_warnings_name_the_line_of_the_caller_however_deep_they_are(cells, name):
+    call, says = DEEP[name]
+    with pytest.warns(UserWarning, match=says) as caught:
+        call(fitted(cells), cells.take(range(4)))
+    assert places(caught) == {(__file__, call.__code__.co_firstlineno)}

@@ -218,7 +218,9 @@ def test_umap_does_not_change_how_many_threads_torch_has():
     assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("latent", [np.ones(3), np.ones((0, 2)), np.array([[0.0, np.nan]])])
+@pytest.mark.parametrize(
+    "latent", [np.ones(3), np.ones((0, 2)), np.array([[0.0, np.nan]]), [["a", "b"]], [[None, 1.0]], "z", None]
+)
 def test_project_refuses_what_is_no_embedding(latent):
     with pytest.raises(DataError, match="finite matrix"):
         plots.project(latent)

@@ -19,7 +19,7 @@ from scipy.stats import binom
 import pyro_scvi as ps
 from pyro_scvi import plots
 from pyro_scvi.calibration import Calibration
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.plots import canvas, uniformity
 
 
@@ -343,6 +343,12 @@ def test_pit_needs_values(values):
         plots.pit(values)
 
 
+@pytest.mark.parametrize("values", ["a", ["a"], [[0.5], [0.1, 0.2]], plots])
+def test_pit_needs_numbers(values):
+    with pytest.raises(DataError, match=r"pit takes numbers in \[0, 1\], such as leave_one_out.*got"):
+        plots.pit(values)
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, np.inf])
 def test_pit_refuses_values_that_are_no_probabilities(wrong):
     with pytest.raises(DataError, match=rf"in \[0, 1\], got values from .*{wrong}"):
@@ -502,10 +508,16 @@ def test_volcano_draws_one_comparison_at_a_time():
     assert len(dots(plots.volcano(both.loc["B cells"], axes()))) == 3
 
 
-@pytest.mark.parametrize("fdr", [0, 1, 5])
+@pytest.mark.parametrize("fdr", [0, 1, 5, "'small'", None])
 def test_volcano_refuses_what_is_no_rate(fdr):
     with pytest.raises(DataError, match=f"between 0 and 1.*got {fdr}"):
-        plots.volcano(genes(), fdr=fdr)
+        plots.volcano(genes(), fdr=fdr.strip("'") if isinstance(fdr, str) else fdr)
+
+
+@pytest.mark.parametrize("names", [-1, 2.5, "all"])
+def test_volcano_labels_a_number_of_genes(names):
+    with pytest.raises(ModelError, match="names must be an integer of 0 or more"):
+        plots.volcano(genes(), names=names)
 
 
 def test_volcano_colours_follow_the_direction_of_the_table():

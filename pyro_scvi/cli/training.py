@@ -211,4 +211,5 @@ def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settin
     key = {plots.UMAP: "X_umap"}.get(projection.method)
     if key:
         adata.obsm[key] = projection.coordinates
-    adata.uns["pyro_scvi"] = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}
+    made = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}
+    adata.uns["pyro_scvi"] = {"X_pyro_scvi": made}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from matplotlib.axes import Axes
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, require_kind
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
 
 TRAIN, HELD_OUT = "#31688e", "#d1603d"
 INK, SHADE, MISSING = "#1a1a1a", "#c9ced6", "#c4c4c4"
@@ -20,8 +20,15 @@ CALM, STRONG, BAND = "#8a919c", "#b2182b", "#dbe3ec"
 
 
 def given_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new pyplot figure of ``size`` (width, height) in inches."""
+    """The axes given, or those of a new pyplot figure of ``size`` (width, height) in inches.
+
+    Raises
+    ------
+    ModelError
+        If ``ax`` is something else.
+    """
     if ax is not None:
+        require_kind(ax, Axes, "ax", "figure.subplots()")
         return ax
     from matplotlib import pyplot  # only here: pyplot keeps global state and chooses a backend
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, R
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
+from pyro_scvi.errors import require_at_least, require_kind
 from pyro_scvi.guides import GlobalNormal
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots.canvas import INK, SHADE, given_or_new
@@ -45,12 +46,20 @@ def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) 
     Axes
         What was drawn into.
 
+    Raises
+    ------
+    ModelError
+        If ``model`` is no SCVI, its likelihood has no explicit program, ``n_cells`` is below 1, or ``ax`` are no axes.
+
     Examples
     --------
     >>> ax = ps.plots.program(model, n_cells=60)
     >>> [text.get_text() for text in ax.texts]
     [...60...]
     """
+    require_kind(model, SCVI, "model", "fit.model")
+    if n_cells is not None:
+        require_at_least(1, n_cells=n_cells)
     sites = _relations(model)
     places = _layout(sites)
     boxes = _boxes(sites, places, {"cells": n_cells, "genes": model.n_genes})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,14 +12,14 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.annotate import half_step
+from pyro_scvi.errors import DataError, brief, require_at_least
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN, given_or_new, legend_beside, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-RESOLUTION = 0.001  # of p_lfc at the least, which is a share of a thousand pairs or more
 MANY = 2000  # genes beyond which they are drawn as pixels
 _COLUMNS = ["lfc_mean", "p_lfc", "fdr"]
 _NEAR = 5  # points of length between a dot and its name
@@ -65,6 +66,8 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     DataError
         If columns are missing, no gene is without NaN, the table holds several comparisons, or ``fdr`` is not in
         (0, 1).
+    ModelError
+        If ``names`` is no integer of 0 or more, or ``ax`` are no axes.
 
     Examples
     --------
@@ -74,6 +77,7 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     ('log2 fold change, b over a', 'log10 odds of a change')
     """
     require(table, _COLUMNS, "the table of pyro_scvi.differential_expression")
+    require_at_least(0, names=names)
     genes = _genes(table, fdr)
     ax = given_or_new(ax, (7.2, 4.6))
     up, many = genes.x > 0, len(genes.names) > MANY
@@ -113,8 +117,8 @@ def _genes(table: pd.DataFrame, fdr: float) -> _Genes:
             f"volcano draws one comparison, this table holds {len(groups)}: select a group, as in "
             f"table.loc[{groups[0]!r}]"
         )
-    if not 0 < fdr < 1:
-        raise DataError(f"fdr must be between 0 and 1, such as 0.05 for one false call in twenty, got {fdr}")
+    if not isinstance(fdr, Real) or not 0 < fdr < 1:
+        raise DataError(f"fdr must be between 0 and 1, such as 0.05 for one false call in twenty, got {brief(fdr)}")
     known = table.dropna(subset=_COLUMNS)
     if known.empty:
         raise DataError("every gene has NaN: pass the table of pyro_scvi.differential_expression")
@@ -125,8 +129,7 @@ def _genes(table: pd.DataFrame, fdr: float) -> _Genes:
 
 
 def _log_odds(p: np.ndarray) -> np.ndarray:
-    inner = p[(p > 0) & (p < 1)]
-    half = 0.5 * min([RESOLUTION, *inner, *(1 - inner)])
+    half = half_step(p)
     clipped = np.clip(p, half, 1 - half)
     return np.log10(clipped) - np.log10(1 - clipped)
 

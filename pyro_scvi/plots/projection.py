@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, require_seed, warn
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
 from pyro_scvi.seeding import global_state_kept
 
@@ -52,15 +52,21 @@ def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
     ------
     DataError
         If the embedding is not a finite matrix.
+    ModelError
+        If the seed is no integer of 0 or more.
 
     Examples
     --------
     >>> ps.plots.project(ps.embed(fit, cells))._fields
     ('coordinates', 'method')
     """
+    require_seed(seed)
     latent = np.asarray(latent)
-    if latent.ndim != 2 or not latent.size or not np.isfinite(latent).all():
-        raise DataError(f"an embedding must be a finite matrix (cells, latents), got shape {latent.shape}")
+    if latent.ndim != 2 or not latent.size or latent.dtype.kind not in "iuf" or not np.isfinite(latent).all():
+        raise DataError(
+            "an embedding must be a finite matrix (cells, latents), as ps.embed(fit, cells) gives it; got shape "
+            f"{latent.shape} of {latent.dtype}"
+        )
     if latent.shape[1] == 2:
         return Projection(latent, "latent")
     coordinates = _umap(latent, seed) if len(latent) >= 30 else None
@@ -96,6 +102,8 @@ def embedding(
     ------
     DataError
         If there is not one label per cell, or ``latent`` is no finite matrix.
+    ModelError
+        If the seed is no integer of 0 or more, or ``ax`` are no axes.
 
     Examples
     --------
@@ -103,6 +111,7 @@ def embedding(
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('latent 1', 'latent 2')
     """
+    require_seed(seed)
     points, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
     values = None if labels is None else pd.Series(labels).reset_index(drop=True)
     if values is not None and len(values) != len(points):
@@ -143,7 +152,7 @@ def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:
             warnings.simplefilter("ignore")  # of its own dependencies' versions; nothing that a user could mend
             return umap.UMAP(n_neighbors=15, min_dist=0.5, random_state=seed, n_jobs=1).fit_transform(latent)
     except Exception as error:  # a picture must not cost a fit
-        warnings.warn(f"UMAP failed ({error}); the picture shows principal components instead", stacklevel=3)
+        warn(f"UMAP failed ({error}); the picture shows principal components instead")
         return None
 
 

@@ -41,6 +41,8 @@ def comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ------
     DataError
         If columns are missing, or there are no rows.
+    ModelError
+        If ``ax`` are no axes.
 
     Examples
     --------

@@ -48,6 +48,8 @@ def predictive(statistic: pd.DataFrame, ax: Axes | None = None, *, name: str = "
     ------
     DataError
         If columns are missing, or no row is without NaN.
+    ModelError
+        If ``ax`` are no axes.
 
     Examples
     --------

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_scvi.fit import Fit
 from pyro_scvi.plots.canvas import HELD_OUT, TRAIN, given_or_new
+from pyro_scvi.posterior import require_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,11 +32,17 @@ def loss(fit: Fit, ax: Axes | None = None) -> Axes:
     Axes
         What was drawn into.
 
+    Raises
+    ------
+    ModelError
+        If ``fit`` is no Fit, or ``ax`` are no axes.
+
     Examples
     --------
     >>> ps.plots.loss(fit).get_xlabel()
     'epoch'
     """
+    require_fit(fit)
     ax = given_or_new(ax, (6.0, 3.8))
     history = fit.history
     lines = {"training cells": ("train_loss", TRAIN), "held-out cells": ("held_out_loss", HELD_OUT)}

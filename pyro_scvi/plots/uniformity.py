@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 from scipy.stats import binom
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, brief
 from pyro_scvi.plots.canvas import BAND, CALM, INK, SHADE, STRONG, given_or_new, legend_beside
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     ------
     DataError
         If it is no such result, there are no ranks, or ranks are outside 0 to ``draws``.
+    ModelError
+        If ``ax`` are no axes.
 
     Examples
     --------
@@ -160,7 +162,9 @@ def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
     Raises
     ------
     DataError
-        If there is no value, or values are outside [0, 1].
+        If there is no value, or values are no numbers in [0, 1].
+    ModelError
+        If ``ax`` are no axes.
 
     Examples
     --------
@@ -169,7 +173,7 @@ def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('probability integral transform', 'density')
     """
-    u = np.asarray(values, dtype=float).ravel()
+    u = _numbers(values)
     u = u[~np.isnan(u)]
     if not u.size:
         raise DataError("pit needs at least one value in [0, 1] that is not NaN, got none")
@@ -191,3 +195,12 @@ def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
     ]
     legend_beside(ax, [*handles, *[Patch(color=STRONG, label="outside")] * bool((colours == STRONG).any())])
     return ax
+
+
+def _numbers(values: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=float).ravel()
+    except (TypeError, ValueError) as error:  # words, objects and ragged lists
+        raise DataError(
+            f"pit takes numbers in [0, 1], such as leave_one_out(fit, cells).pit; got {brief(values)}"
+        ) from error

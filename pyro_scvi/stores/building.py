@@ -218,7 +218,7 @@ def _parts(
                     block = _written(read, path)
                 parts.append(_Part(path, np.diff(block.indptr), cell_totals(block), cells_by_gene(block), block.dtype))
                 bar.update(block.shape[0])
-            check.warn(stacklevel=4)
+            check.warn()
             first += each.counts.shape[0]
     return parts
 
