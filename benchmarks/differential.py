@@ -80,7 +80,7 @@ def score_ours(data: Blood, seed: int, *, gene_dispersion: bool) -> Scores:
     for name, contrast in contrasts.items():
         table = _compared(fit, cells, "labels", data.groups, contrast=contrast, seed=seed)
         scores[f"|log BF|, {name}"] = table["log_bayes_factor"].abs().to_numpy()
-        scores[f"P(|lfc| > .5), {name}"] = table["p_lfc"].to_numpy()
+        scores[f"P(change > .5 one way), {name}"] = table["p_lfc"].to_numpy()
     return scores
 
 

@@ -91,7 +91,7 @@ def over_all_pairs(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int)
 
 def _of_genes(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> tuple[Tensor, ...]:
     a, b = (values.T.contiguous().sort(1).values for values in (a, b))  # (genes, draws)
-    beyond = _share_beyond(a, b, delta * math.log(2))
+    one_way = _share_one_way(a, b, delta * math.log(2))
     a, b = a.double(), b.double()
     low, high = torch.minimum(a.amin(1), b.amin(1)), torch.maximum(a.amax(1), b.amax(1))
     width = ((high - low) / (bins - 1)).clamp(min=torch.finfo(torch.float32).tiny)
@@ -108,7 +108,7 @@ def _of_genes(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> t
     quantiles = [(_quantile(gaps, level) - bins) * width for level in LEVELS]
     mean, sd = b.mean(1) - a.mean(1), (a.var(1, correction=0) + b.var(1, correction=0)).sqrt()
     log2 = [value / math.log(2) for value in (mean, sd, *quantiles)]
-    return of_a.mean(1), se, *log2, beyond
+    return of_a.mean(1), se, *log2, one_way
 
 
 class _Shared(NamedTuple):
@@ -140,7 +140,8 @@ def _quantile(mass: Tensor, level: float) -> Tensor:
     return (above + 0.5 - (reached - level * total[:, -1:]) / mass.gather(1, above)).squeeze(1)
 
 
-def _share_beyond(a: Tensor, b: Tensor, delta: float) -> Tensor:
-    """Share of pairs with |b - a| > delta, from ascending (genes, draws)."""
+def _share_one_way(a: Tensor, b: Tensor, delta: float) -> Tensor:
+    """The larger of the shares of pairs with b - a > delta and with b - a < -delta, from ascending (genes, draws)."""
     below, up_to = torch.searchsorted(b, a - delta), torch.searchsorted(b, a + delta, right=True)
-    return 1 - (up_to - below).double().mean(1) / b.shape[1]
+    down, up = (counts.double().mean(1) / b.shape[1] for counts in (below, b.shape[1] - up_to))
+    return torch.maximum(down, up)

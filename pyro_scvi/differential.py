@@ -104,37 +104,58 @@ def differential_expression(
     Sec. 4, with the integral over w done exactly). By default w is divided by the cell's depth: where one group has
     several times more molecules per cell, as dendritic cells have, nearly every gene is higher in it otherwise.
 
+    Of the same pairs, lfc is the log2 fold change of the mean of w, and a gene is called where that is beyond delta in
+    one direction for nearly all of them:
+
+    .. math:: p_{lfc} = \max(P(lfc > \delta), P(lfc < -\delta))
+
+    ``fdr`` is the running mean of 1 - p_lfc from the largest p_lfc down: of the genes called up to it, so large a share
+    is expected for which it is false that, *of two random cells, one from each group, that of the group called has more
+    than 2^delta times the mean of the other*. Between equal groups p_lfc is at most 1/2, up to Monte Carlo error,
+    however much their cells vary. A gene that differs on average, but by less than it varies within a group, is not
+    called; where a group is a mixture, as "the rest" is, few genes are. For those look at ``p_a_lt_b`` or
+    ``log_bayes_factor``, and at the interval of lfc.
+
     Parameters
     ----------
-    fit, cells
-        The fit and any cells of its schema.
+    fit
+        The fit.
+    cells
+        Any cells of its schema.
     groupby
         A column of ``cells.obs``, or one value per cell.
-    group_a, group_b
-        Values of it. Without ``group_b``: all other cells; without both: each group against the rest, in turn.
+    group_a
+        A value of it; None, with ``group_b`` None: each value in turn.
+    group_b
+        Another value of it; None: all other cells.
     contrast
         :class:`DepthCorrected` or :class:`DepthLaden`.
     delta
-        Fold changes beyond this, in log2 units, count as changes for ``p_lfc`` and ``fdr``.
+        Fold changes beyond this, in log2 units, count as changes for ``p_lfc`` and ``fdr``; 0: any.
     within_batch
         Pair cells of the same batch only.
-    largest_se, most_pairs
-        Pairs are added until the standard error of every gene's ``p_a_lt_b`` is below ``largest_se``.
+    largest_se
+        Pairs are added until the standard error of every gene's ``p_a_lt_b`` is as small as this; 0: until
+        ``most_pairs``.
+    most_pairs
+        The most pairs, whatever the standard errors.
     pairing
         ``AllPairs(samples=...)`` takes so many draws of each group and all their pairs, in place of the three arguments
         above; it needs one dispersion per gene.
-    sampler, seed
-        As in ``sample_posterior``.
+    sampler
+        Draws the latents of every cell, as in ``sample_posterior``.
+    seed
+        Of the pairs and the draws.
 
     Returns
     -------
     DataFrame by gene (and group, when each is compared with the rest)
         ``p_a_lt_b``, its Monte Carlo standard error ``se``, ``log_bayes_factor`` (natural log odds of w_a < w_b, p
         clipped to [1 / 2M, 1 - 1 / 2M] for M pairs that share no draw, so that it is finite), ``lfc_mean``,
-        ``lfc_sd``, ``lfc_low``, ``lfc_high`` (log2 of mean b over mean a: mean, sd and 95 % interval),
-        ``p_lfc`` = P(\|lfc\| > delta), ``fdr``
-        (expected false discoveries among this gene and all with larger p_lfc), ``mean_a``, ``mean_b`` (raw counts),
-        ``detected_a``, ``detected_b`` (share of cells above zero).
+        ``lfc_sd``, ``lfc_low``, ``lfc_high`` (log2 of mean b over mean a: mean, sd and 95 % interval over pairs),
+        ``p_lfc`` (share of pairs with a change beyond delta in the likelier direction), ``fdr`` (expected share of
+        false calls among this gene and all with larger p_lfc), ``mean_a``, ``mean_b`` (raw counts), ``detected_a``,
+        ``detected_b`` (share of cells above zero).
 
     Raises
     ------
@@ -214,7 +235,7 @@ def _summary(found: Estimate) -> dict[str, np.ndarray]:
 
 
 def expected_fdr(probability: np.ndarray) -> np.ndarray:
-    """Bayesian false discovery rate of calling each gene and all genes with a larger probability of change."""
+    """Expected share of false calls among each gene and all genes with a larger probability of what is called."""
     order = np.argsort(-probability, kind="stable")
     rates = np.empty_like(probability)
     rates[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
@@ -232,7 +253,10 @@ def _raw(cells: Cells, rows: np.ndarray, side: str) -> dict[str, np.ndarray]:
 def _labels(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
     if isinstance(groupby, str):
         if groupby not in cells.obs:
-            raise DataError(f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}")
+            raise DataError(
+                f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}; name one of them, or "
+                "pass one value per cell"
+            )
         labels = cells.obs[groupby].to_numpy(dtype=object)
     else:
         labels = _as_objects(groupby)

@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
     """Averages over pairs, each (genes,).
 
     ``p`` = P(w_a < w_b) with standard error ``se``, by as much as ``n`` independent pairs; mean, sd and quantiles of
-    the log2 fold change b over a, and the share of pairs in which it is beyond +- delta.
+    the log2 fold change b over a, and the larger of the shares of pairs in which it is above delta and below -delta.
     """
 
     p: np.ndarray
@@ -98,8 +98,10 @@ class MatchedPairs:
 
     Parameters
     ----------
-    largest_se, most_pairs
-        When to stop.
+    largest_se
+        Standard error of p, over all genes, at which to stop; 0: go on to ``most_pairs``.
+    most_pairs
+        Pairs at which to stop in any case.
     within_batch
         Whether both cells of a pair come from the same batch.
     """
@@ -137,7 +139,8 @@ def _sum(values: Tensor) -> np.ndarray:
 
 def _of_changes(changes: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
     low, high = np.quantile(changes, LEVELS, axis=0)
-    return changes.mean(0), changes.std(0), low, high, (np.abs(changes) > delta).mean(0)
+    one_way = np.maximum((changes > delta).mean(0), (changes < -delta).mean(0))  # both: spread would count as change
+    return changes.mean(0), changes.std(0), low, high, one_way
 
 
 def _any_pairs(groups: Groups) -> PairDraws:

@@ -39,6 +39,14 @@ def test_binning_costs_no_more_than_stated(bins):
     assert (found >= over_pairs(a + width, b - width) - SharedDispersion.ERROR).all()
 
 
+def test_a_change_counts_in_its_likelier_direction():
+    """By hand, in log2: of six gaps 4 are beyond delta upwards and none down; 1 and 3; none and none."""
+    a = torch.tensor([[0.0, 0.0, 0.0], [1.0, 4.0, 0.0]]) * np.log(2)
+    b = torch.tensor([[1.0, 1.0, 1.0], [3.0, 2.0, 1.0], [3.0, 0.0, 1.0]]) * np.log(2)
+    found = over_all_pairs(a, b, torch.zeros(3), 1.001, 64)
+    np.testing.assert_allclose(found.p_lfc, [4 / 6, 3 / 6, 0])
+
+
 def test_unequal_numbers_of_draws_have_their_own_weights():
     a, b = draws(400, 20)
     found = over_all_pairs(a, b, torch.tensor(R).log().float(), 0.5, 2048)

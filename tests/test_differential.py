@@ -156,7 +156,8 @@ def test_the_table_agrees_with_draws_of_w(likelihood, contrast, cells):
     assert ((table.p_a_lt_b - hits.mean(0)).abs() / se).max() < 4.5
     assert ((table.lfc_mean - changes.mean(0)).abs() < 4.5 * table.lfc_sd / 600**0.5).all()
     np.testing.assert_allclose(table.lfc_sd, changes.std(0), rtol=0.1)
-    assert ((table.p_lfc - (np.abs(changes) > 0.3).mean(0)).abs() < 4.5 * (0.25 / 1000 + 0.25 / 6000) ** 0.5).all()
+    likelier = np.maximum((changes > 0.3).mean(0), (changes < -0.3).mean(0))
+    assert ((table.p_lfc - likelier).abs() < 4.5 * (0.25 / 1000 + 0.25 / 6000) ** 0.5).all()
     for column, level in (("lfc_low", 2.5), ("lfc_high", 97.5)):
         error = (table[column] - np.percentile(changes, level, axis=0)) / table.lfc_sd
         assert error.abs().mean() < 0.17  # 5 % and 95 % would be off by 0.25 or more
@@ -322,7 +323,7 @@ def test_pairs_within_a_batch_need_batches_in_common(cells, three_batches):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groupby": "nowhere"}, r"no column 'nowhere'; its columns are \['donor', 'age'\]"),
+        ({"groupby": "nowhere"}, r"no column 'nowhere'; .*\['donor', 'age'\]; .* or pass one value per cell"),
         ({"groupby": GROUPS[:59]}, r"one value for each of the 60 cells, got \(59,\)"),
         ({"groupby": GROUPS[:, None]}, r"one value for each of the 60 cells, got \(60, 1\)"),
         ({"group_a": "w"}, r"no cell is in group 'w'; the groups are \['x', 'y', 'z'\]"),
@@ -402,6 +403,56 @@ def test_random_splits_of_one_group_call_nothing():
         called.append(int((table.fdr < 0.05).sum()))
         assert (table.p_a_lt_b - 0.5).abs().max() < 0.08
     assert called == [0] * 5
+
+
+def varied(fold=1.0, n=400, seed=0):
+    """The first ten of 60 genes are ``fold`` times more or less in group b; the others vary within both groups alike.
+
+    They follow a factor of the cell, with a standard deviation of 1.1 to 2.2 in log2.
+    """
+    rng = np.random.default_rng(seed)
+    loading = np.where(np.arange(60) < 10, 0, rng.choice([-1, 1], 60) * rng.uniform(0.75, 1.5, 60))
+    means = np.where(np.arange(60) < 10, 50, 8) * np.exp(rng.normal(size=(n, 1)) * loading)
+    b = np.arange(n) % 2 == 1
+    means[b, :10] *= np.where(np.arange(10) % 2 == 0, fold, 1 / fold)
+    return ps.Cells.from_counts(rng.poisson(means), obs=pd.DataFrame({"group": np.where(b, "b", "a")}))
+
+
+@pytest.mark.parametrize("pairing", [None, AllPairs()])
+def test_what_varies_within_equal_groups_is_not_called(pairing):
+    """Each pair of cells differs, but as often one way as the other: p_lfc is 1/2 at most, and so is 1 - fdr."""
+    cells = varied()
+    model = ps.SCVI(60, 4, likelihood=ps.likelihoods.NB(ps.likelihoods.PerGene(60)), n_hidden=16, n_layers=1)
+    fit = ps.fit(model, cells, epochs=25, batch_size=64, validation=0, device="cpu", progress=False)
+    for split in range(3):
+        half = np.random.default_rng(split).permutation(400) % 2
+        table = compare(fit, cells, groupby=half, group_a=0, group_b=1, pairing=pairing, seed=split)
+        assert (table.lfc_sd > 1).sum() > 40  # cells do differ
+        assert table.p_lfc.max() < 0.57
+        assert table.fdr.min() > 0.43
+
+
+def test_a_shift_is_called_among_genes_that_vary_within_the_groups():
+    cells = varied(fold=8.0)
+    table = compare(simulated_fit(cells), cells, groupby="group", group_a="a", group_b="b")
+    assert (table.fdr[:10] < 0.05).all()
+    assert table.p_lfc[:10].min() > 0.95
+    assert table.p_lfc[10:].max() < 0.65  # two-sided: .85
+    up = np.arange(10) % 2 == 0
+    assert (np.sign(table.lfc_mean[:10]) == np.where(up, 1, -1)).all()
+
+
+def test_a_gene_that_differs_by_less_than_it_varies_is_not_called():
+    """Twice as much in group b, but four times more or less from cell to cell: that shows in p_a_lt_b."""
+    rng = np.random.default_rng(0)
+    b = np.arange(400) % 2 == 1
+    means = np.full((400, 20), 20.0)
+    means[:, :4] *= np.exp2(rng.normal(0, 2, (400, 1)) + b[:, None]) / 4
+    cells = ps.Cells.from_counts(rng.poisson(means))
+    table = compare(fitted(cells, "NB", epochs=25, batch_size=64), cells, groupby=b, group_a=False, group_b=True)
+    assert not (table.fdr < 0.3).any()
+    assert (table.p_a_lt_b[:4] > 0.58).all()
+    assert (table.lfc_mean[:4] > 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", ["string", "boolean", "Int64"])

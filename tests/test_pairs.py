@@ -8,7 +8,7 @@ from conftest import simulated_counts
 import pyro_scvi as ps
 from pyro_scvi.differential import DepthCorrected
 from pyro_scvi.minibatches import Minibatches
-from pyro_scvi.pairs import Groups, MatchedPairs
+from pyro_scvi.pairs import Groups, MatchedPairs, _of_changes
 from pyro_scvi.posterior import evaluating
 from pyro_scvi.samplers import Amortized, Refined
 
@@ -75,3 +75,19 @@ def test_more_pairs_use_the_table_of_the_first(monkeypatch):
         found = MatchedPairs(largest_se=0, most_pairs=2500).estimate(groups, np.random.default_rng(0), 0.5)
     assert found.n == 2500
     assert len(made) == 1
+
+
+def test_a_change_counts_in_its_likelier_direction():
+    """Both ways 2/6 and 3/6, up alone, down alone, none beyond delta, all at delta: which is not beyond it."""
+    changes = [
+        [1.0, 1.0, -1.0, -1.0, -1.0, 0.1],
+        [0.6, 0.7, 0.8, 0.9, 0.2, 0.3],
+        [-2.0, -3.0, -4.0, -5.0, -6.0, 0.0],
+        [0.4, -0.4, 0.1, -0.1, 0.0, 0.2],
+        [0.5, 0.5, 0.5, -0.5, -0.5, -0.5],
+    ]
+    mean, sd, low, high, one_way = _of_changes(np.array(changes).T, 0.5)
+    np.testing.assert_allclose(one_way, [3 / 6, 4 / 6, 5 / 6, 0, 0])
+    np.testing.assert_allclose(mean, np.mean(changes, 1))
+    np.testing.assert_allclose(sd, np.std(changes, 1))
+    np.testing.assert_allclose([low, high], np.percentile(changes, [2.5, 97.5], axis=1))

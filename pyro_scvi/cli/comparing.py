@@ -134,7 +134,7 @@ def _shown(space: Workspace, groupby: str, found: Answer) -> list[report.Section
     if others:
         text = f"Each group of {groupby} against {REST} of {comparison.n_a + comparison.n_b:,} cells."
         return [
-            ("", [text, f"Genes are called for {comparison.criterion}."]),
+            ("", [text, f"Genes are called for {comparison.criterion}. {genes.NOT_CALLED}"]),
             ("Genes by group", [genes.by_group(found.comparisons)]),
         ]
     return [

@@ -12,6 +12,10 @@ from pyro_scvi.cli.pictures import new_axes, save
 
 FDR = 0.05
 REST = "the rest"
+NOT_CALLED = (
+    "A gene that differs on average but varies as much within a group, as in a group of several types, is not called: "
+    "p_a_lt_b and log_bayes_factor in the table tell of it."
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,10 @@ class Comparison:
     @property
     def criterion(self) -> str:
         """What is called."""
-        return f"|log2 fold change| > {self.delta:g} at an expected false discovery rate of {FDR:.0%}"
+        return (
+            f"being higher by more than {self.delta:g} in log2 in the same one of two random cells, one from each "
+            f"group, at an expected false discovery rate of {FDR:.0%}"
+        )
 
     def higher_in_a(self) -> pd.Index:
         """Names of the genes called because they are higher in a."""
@@ -102,8 +109,9 @@ def top(comparison: Comparison, n: int) -> report.Html:
 def legend(comparison: Comparison) -> str:
     """What the columns of :func:`top` mean."""
     return (
-        f"a is {comparison.a}, b is {comparison.b}. log2 change: mean b over mean a of the model's rates; P(change): "
-        f"posterior probability that it exceeds {comparison.delta:g} in size; mean a and b: raw counts per cell."
+        f"a is {comparison.a}, b is {comparison.b}. log2 change: mean b over mean a of the model's rates, on average "
+        "and in 95% of pairs of cells, one from each group; P(change): share of the pairs in which it is more than "
+        f"{comparison.delta:g} in that direction; mean a and b: raw counts per cell. {NOT_CALLED}"
     )
 
 

@@ -36,13 +36,16 @@ _SIDES, _HEIGHTS = {1: "left", 0: "center", -1: "right"}, {1: "bottom", 0: "cent
 
 
 def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, names: int = 10) -> Axes:
-    r"""Draw the genes of one comparison: log fold change, and log odds that there is a change.
+    r"""Draw the genes of one comparison: log fold change, and log odds that two cells differ that way.
 
-    .. math:: x = E[\log_2 (\mu_b / \mu_a)], \qquad y = \log_{10} \frac{P(|lfc| > \delta)}{1 - P(|lfc| > \delta)}
+    .. math:: x = E[\log_2 (\mu_b / \mu_a)], \qquad y = \log_{10} \frac{P}{1 - P}, \qquad
+        P = \max(P(lfc > \delta), P(lfc < -\delta))
 
-    where P is ``p_lfc``. A P of 0 or 1, which a finite number of pairs gives, is moved by half of the least distance
-    from 0 or 1 that another gene has, at most 0.0005. The Bayes factor of w_a < w_b is not drawn: it is as large for
-    a slight change that is sure, whereas ``fdr`` follows from P, so that the genes called lie above a horizontal line.
+    where P is ``p_lfc``, over pairs of cells, one from each group: y is 0 or less where neither direction is likelier
+    than not, as for every gene of two equal groups. A P of 0 or 1, which a finite number of pairs gives, is moved by
+    half of the least distance from 0 or 1 that another gene has, at most 0.0005. The Bayes factor of w_a < w_b is not
+    drawn: it is as large for a slight change that is sure, whereas ``fdr`` follows from P, so that the genes called lie
+    above a horizontal line.
 
     Parameters
     ----------
@@ -51,7 +54,7 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     ax
         Axes to draw into; None: those of a new pyplot figure. Labels are placed for the size it has now.
     fdr
-        Genes up to this expected false discovery rate are called: coloured by direction.
+        Genes up to this expected false discovery rate are called: coloured by direction, the sign of ``lfc_mean``.
     names
         So many genes are labelled, of those called the most probable, larger changes first among equals; fewer if
         there is no free place.
@@ -74,7 +77,7 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     >>> table = ps.differential_expression(fit, cells, groupby="kind", group_a="a", group_b="b", largest_se=0.05)
     >>> ax = ps.plots.volcano(table, names=3)
     >>> ax.get_xlabel(), ax.get_ylabel()
-    ('log2 fold change, b over a', 'log10 odds of a change')
+    ('log2 fold change, b over a', 'log10 odds of a change one way')
     """
     require(table, _COLUMNS, "the table of pyro_scvi.differential_expression")
     require_at_least(0, names=names)
@@ -94,7 +97,7 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
         least = genes.y[genes.called].min()
         ax.axhline(least, color=INK, linewidth=0.8, linestyle=":", zorder=1, label=f"fdr {fdr:g}")
     ax.margins(0.1, 0.12)
-    ax.set(xlabel="log2 fold change, b over a", ylabel="log10 odds of a change")
+    ax.set(xlabel="log2 fold change, b over a", ylabel="log10 odds of a change one way")
     ax.spines[["top", "right"]].set_visible(False)
     legend_beside(ax, ax.get_legend_handles_labels()[0])
     _label(ax, genes, names)
