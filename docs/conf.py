@@ -1,10 +1,17 @@
 """Sphinx: the site is built from these pages, the notebooks and the docstrings."""
 
+import inspect
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.util.inspect import stringify_signature
+
+from pyro_scvi.parts import Part
 
 _HERE = Path(__file__).parent
 (_HERE / "notebooks").mkdir(exist_ok=True)
@@ -19,7 +26,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -38,6 +44,9 @@ autodoc_default_options = {  # scikit-learn puts them into every estimator
 }
 autodoc_typehints = "none"  # the signatures have them
 napoleon_google_docstring = False
+napoleon_use_param = False  # or what is said of two parameters together would be said of each
+
+html_math_renderer = "mathml"
 
 html_theme = "sphinx_book_theme"
 html_title = "pyro-scvi"
@@ -52,6 +61,32 @@ def _links_from_here(_app: object, page: str, source: list[str]) -> None:
         source[0] = source[0].replace("](../docs/", "](../")
 
 
+def _formula(writer: Any, node: nodes.math) -> None:
+    """A formula as MathML, which browsers draw by themselves: the site asks no other server for a script."""
+    writer.body.append(_mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def _displayed_formula(writer: Any, node: nodes.math_block) -> None:
+    writer.body.append(f'<div class="formula">{_mathml(node.astext(), "block")}</div>')
+    raise nodes.SkipNode
+
+
+def _mathml(formula: str, display: str) -> str:
+    """What latex2mathml makes of it, which knows aligned rows by another name, and not that ~ is a relation."""
+    markup = convert(formula.replace("{aligned}", "{align*}"), display=display)
+    return markup.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+
+
+def _signature(_app: object, _what: str, _name: str, thing: Any, *_: object) -> tuple[str, str] | None:
+    """That of a part's constructor: its __new__ takes whatever comes, and Sphinx would show that."""
+    if inspect.isclass(thing) and issubclass(thing, Part):
+        return stringify_signature(inspect.signature(thing), show_annotation=False), ""
+    return None
+
+
 def setup(app: Sphinx) -> None:
-    """Register what changes the sources."""
+    """Register what changes the sources, signatures, and how formulas are written."""
+    app.connect("autodoc-process-signature", _signature)
     app.connect("source-read", _links_from_here)
+    app.add_html_math_renderer("mathml", (_formula, None), (_displayed_formula, None))

@@ -24,6 +24,7 @@ FULL, SHORT = "full", "short"
 
 # Numba needs its own: what scanpy runs with it also sets the threads of torch, to as many as there are cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+NO_BARS = {"TQDM_DISABLE": "1"}  # how far a call has come is no output
 
 _log = logging.getLogger("notebooks")
 
@@ -51,7 +52,7 @@ def execute(notebook: NotebookNode, mode: str = FULL, *, timeout: int = 1200) ->
     CellExecutionError
         Of nbclient, at the first cell that raises.
     """
-    environment = {**os.environ, MODE: mode, **ONE_THREAD}
+    environment = {**os.environ, MODE: mode, **ONE_THREAD, **NO_BARS}
     environment.pop("MPLBACKEND", None)  # the kernel's own shows figures in the notebook
     metadata = notebook.metadata
     with tempfile.TemporaryDirectory() as folder:

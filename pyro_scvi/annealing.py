@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.bars import over_cells
 from pyro_scvi.cells import Cells
 from pyro_scvi.chains import Whitened, transition
 from pyro_scvi.coordinates import LogTerms, log_terms, prior_sites
@@ -34,6 +35,7 @@ def annealed_evidence(
     leapfrog: int = 4,
     seed: int = 0,
     batch_size: int = 16,
+    progress: bool = True,
 ) -> pd.DataFrame:
     r"""Log marginal likelihood of every cell by annealed importance sampling from the prior (Neal 2001).
 
@@ -55,6 +57,8 @@ def annealed_evidence(
         Steps from prior to posterior, and mean number of leapfrog steps of a move.
     seed, batch_size
         As in ``evidence``.
+    progress
+        Whether to show how many cells are done, once it has taken 5 seconds.
 
     Returns
     -------
@@ -82,7 +86,7 @@ def annealed_evidence(
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             log_weights = _annealed(fit.guide, x, gamma, chains, temperatures, leapfrog)
             log_mean, se, ess, khat = evidence_of(log_weights)
             log_mean = log_mean + fit.model.library.log_prob_of_total(x, gamma)

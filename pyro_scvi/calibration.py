@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.bars import progress_bar
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import prior_sites, theta_at
 from pyro_scvi.errors import ModelError, brief, require_at_least
@@ -59,7 +60,8 @@ class Prior:
 
     Examples
     --------
-    >>> made = ps.calibrate(fit, 4, source=ps.calibration.Prior(), sampler=ps.Amortized(), draws=19, thin=1)
+    >>> options = {"sampler": ps.Amortized(), "draws": 19, "thin": 1, "progress": False}
+    >>> made = ps.calibrate(fit, 4, source=ps.calibration.Prior(), **options)
     >>> len(made.ranks)
     4
     """
@@ -107,7 +109,8 @@ class AggregatePosterior:
     Examples
     --------
     >>> source = ps.calibration.AggregatePosterior(train, sampler=ps.Amortized())
-    >>> made = ps.calibrate(fit, 4, source=source, sampler=ps.Amortized(), draws=19, thin=1)
+    >>> options = {"sampler": ps.Amortized(), "draws": 19, "thin": 1, "progress": False}
+    >>> made = ps.calibrate(fit, 4, source=source, **options)
     >>> len(made.ranks)
     4
     """
@@ -153,6 +156,7 @@ def calibrate(
     thin: int = 10,
     seed: int = 0,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> Calibration:
     r"""Simulate cells from the fitted model and ask the sampler for the latents that gave rise to them.
 
@@ -180,6 +184,8 @@ def calibrate(
         L + 1 must be a multiple of 20.
     seed, batch_size
         As in ``sample_posterior``.
+    progress
+        Whether to show how many cells are done.
 
     Returns
     -------
@@ -198,7 +204,7 @@ def calibrate(
 
     Examples
     --------
-    >>> result = ps.calibrate(fit, 20, sampler=ps.Refined(steps=20), draws=19, thin=1)
+    >>> result = ps.calibrate(fit, 20, sampler=ps.Refined(steps=20), draws=19, thin=1, progress=False)
     >>> result.summary.index.tolist()
     ['z_0', 'z_1', 'l', 'log_likelihood']
     >>> result.summary.columns.tolist()
@@ -214,9 +220,12 @@ def calibrate(
         raise ModelError(
             f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
         )
-    with evaluating(fit.model, fit.guide, seed):
+    parts = []
+    with evaluating(fit.model, fit.guide, seed), progress_bar(n_cells, "cell", progress) as bar:
         truth, gamma = source.draw(fit, n_cells)
-        parts = list(_ranks(fit, truth, gamma, sampler, draws, thin, batch_size))
+        for part in _ranks(fit, truth, gamma, sampler, draws, thin, batch_size):
+            parts.append(part)
+            bar.update(len(part))
     ranks = pd.DataFrame(np.concatenate(parts), columns=_quantities(fit))
     ranks.index.name = "simulated cell"
     return Calibration(ranks, _summary(ranks, draws), draws)

@@ -17,7 +17,12 @@ from pyro_scvi.leave_one_out import WHY_NOT_CELLS
 
 
 def compare(
-    fits: Mapping[str, Fit | Sequence[Fit]], cells: Cells, *, samples: int = 1000, seed: int = 0
+    fits: Mapping[str, Fit | Sequence[Fit]],
+    cells: Cells,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
 ) -> pd.DataFrame:
     r"""Compare models by the evidence of held-out cells.
 
@@ -31,8 +36,8 @@ def compare(
         unless it is larger than what a refit changes.
     cells
         Cells that no fit has seen.
-    samples, seed
-        As in ``evidence``; every fit is scored with the same ones.
+    samples, seed, progress
+        As in ``evidence``; every fit is scored with the same draws and seed.
 
     Returns
     -------
@@ -58,7 +63,8 @@ def compare(
     (['normal', 'student-t'], 0.0)
     """
     listed = _listed(fits)
-    tables = {name: [evidence(fit, cells, samples=samples, seed=seed) for fit in of] for name, of in listed.items()}
+    options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
+    tables = {name: [evidence(fit, cells, **options) for fit in of] for name, of in listed.items()}
     by_cell = pd.DataFrame({name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()})
     order = by_cell.mean().sort_values(ascending=False).index
     gaps = by_cell.sub(by_cell[order[0]], axis=0)

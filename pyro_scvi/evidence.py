@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.bars import over_cells
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import require_at_least, warn
 from pyro_scvi.guides import Guide
@@ -28,6 +29,7 @@ def evidence(
     batch_size: int = 64,
     steps: int = 100,
     rounds: int = 3,
+    progress: bool = True,
 ) -> pd.DataFrame:
     r"""Log marginal likelihood of every cell, by importance sampling from a proposal corrected for that cell.
 
@@ -53,6 +55,8 @@ def evidence(
         Cells at a time.
     steps, rounds
         Gradient steps of the refinement, and rounds of adaptation.
+    progress
+        Whether to show how many cells are done, once it has taken 5 seconds.
 
     Returns
     -------
@@ -88,7 +92,7 @@ def evidence(
     require_at_least(0, steps=steps, rounds=rounds)
     effort = Effort(samples, steps, rounds)
     with evaluating(fit.model, fit.guide, seed):
-        batches = minibatches(fit, cells).in_order(batch_size)
+        batches = over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress)
         values = torch.cat([_of_batch(fit.guide, x, gamma, effort) for x, gamma in batches])
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)

@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_scvi.bars import over_cells
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError, require_at_least, warn
 from pyro_scvi.importance import KHAT_LIMIT, pareto_smoothed
@@ -40,6 +41,7 @@ def leave_one_out(
     sampler: Sampler = Importance(),
     seed: int = 0,
     batch_size: int = 4,
+    progress: bool = True,
 ) -> xr.Dataset:
     r"""How well each count is predicted from the cell's other counts, by Pareto-smoothed importance sampling.
 
@@ -56,6 +58,8 @@ def leave_one_out(
         What is left out together. Only ``("cell", "gene")``, single entries, is valid.
     samples, sampler, seed, batch_size
         As in ``sample_posterior``; draws must follow the posterior, so ``ps.Importance()`` or ``ps.HMC()``.
+    progress
+        Whether to show how many cells are done, once it has taken 5 seconds.
 
     Returns
     -------
@@ -98,7 +102,7 @@ def leave_one_out(
     found, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
     judged = list[dict[str, Tensor]]()
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
             theta = decoded(fit, x, gamma, drawn)

@@ -12,9 +12,10 @@ class Html(str):
 Section = tuple[str, Sequence[str]]
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c6370; --line: #dfe2e7; --back: #ffffff; --box: #f5f6f8 }
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c6370; --line: #dfe2e7; --back: #ffffff; --box: #f5f6f8;
+  --shade: #00000038 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6ea; --soft: #a0a7b4; --line: #363b44; --back: #16181c; --box: #1f2228 }
+  :root { --ink: #e4e6ea; --soft: #a0a7b4; --line: #363b44; --back: #16181c; --box: #1f2228; --shade: #ffffff38 }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: var(--back); color: var(--ink);
@@ -23,16 +24,21 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.5rem }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
 h3 { font-size: 1rem; margin: 1.75rem 0 .25rem }
 p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere }
-.wide { overflow-x: auto; margin: .75rem 0 }
+.wide { overflow-x: auto; margin: .75rem 0; background:
+  linear-gradient(to right, var(--back) 30%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--back) 30%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--shade), transparent) right / .9rem 100% no-repeat scroll }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--soft); font-weight: 500 }
 tbody th { color: inherit; font-weight: inherit }
 .number { text-align: right; white-space: nowrap; padding-right: 1.25rem }
-thead .number { white-space: normal; vertical-align: bottom }
+thead th { vertical-align: bottom }
+thead .number { white-space: normal }
 td:last-child, th:last-child { padding-right: 0 }
 td:not(.number) { color: var(--soft); min-width: 6rem }
 .wide:not(.facts) tbody th { min-width: 9rem }
+.wide:not(.facts) th:first-child { position: sticky; left: 0; z-index: 1; background: var(--back) }
 .notes { color: var(--soft); font-size: .9rem }
 .notes p { margin: .15rem 0 }
 .facts td:not(.number) { min-width: 0; overflow-wrap: anywhere }
@@ -48,6 +54,8 @@ img { display: block; width: 100%; height: auto; background: #fff; border: 1px s
 figcaption { margin-top: .4rem; color: var(--soft); font-size: .9rem; max-width: 40rem }
 @media (max-width: 34rem) {
   body { padding: 1.25rem 1rem 3rem }
+  .wide:not(.facts) { font-size: .85rem }
+  .wide:not(.facts) tbody th { min-width: 6.5rem; max-width: 6.5rem; overflow-wrap: anywhere }
   .facts tr { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; padding: .4rem 0;
     border-bottom: 1px solid var(--line) }
   .facts th, .facts td { border: 0; padding: 0 .5rem 0 0 }
@@ -108,8 +116,8 @@ def subheading(text: str) -> Html:
 
 
 def footnotes(texts: Sequence[str]) -> Html:
-    """What a table refers to as [1], [2] and so on."""
-    lines = "".join(f"<p>[{number}] {escape(text)}</p>" for number, text in enumerate(texts, 1))
+    """What a table refers to, a line each."""
+    lines = "".join(f"<p>{escape(text)}</p>" for text in texts)
     return Html(f'<div class="notes">{lines}</div>')
 
 

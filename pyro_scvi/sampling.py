@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from pyro_scvi.bars import over_cells
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import theta_at
 from pyro_scvi.errors import ModelError, require_at_least
@@ -36,6 +37,7 @@ def sample_posterior(
     diagnostics: bool = True,
     seed: int = 0,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> xr.Dataset:
     r"""Draw z, l, w, y and h of every cell from their posterior given its counts.
 
@@ -68,6 +70,8 @@ def sample_posterior(
         The same seed gives the same draws; batches of cells follow each other, so ``batch_size`` matters too.
     batch_size
         Cells at a time.
+    progress
+        Whether to show how many cells are done, once it has taken 5 seconds.
 
     Returns
     -------
@@ -98,7 +102,7 @@ def sample_posterior(
     check_sites(fit, sites)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             found = sampler.draw(fit.guide, x, gamma, samples)
             values = draw_sites(fit, x, gamma, found, sites)
             drawn = {name: values[name] for name in sites}

@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from tqdm.auto import tqdm
 
+from pyro_scvi.bars import each
 from pyro_scvi.cells import Cells
 from pyro_scvi.descriptions import states_of
 from pyro_scvi.errors import DataError, ModelError, brief, require_at_least, require_seed
@@ -134,7 +134,7 @@ def write(
     with _opened(kind, path, run) as group:
         done = group["uns"][DONE]
         todo = [k for k in np.flatnonzero(~done[:]).tolist() if k % of == index]
-        for k in tqdm(todo, disable=not progress, unit="block"):
+        for k in each(todo, "block", progress):
             rows = slice(k * block, min((k + 1) * block, cells.n_cells))
             part = cells.take(np.arange(rows.start, rows.stop))
             for name, verb in verbs.items():

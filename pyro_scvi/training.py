@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pyro_scvi.bars import progress_bar
 from pyro_scvi.checkpoint import Checkpoints
 from pyro_scvi.distributed import Alone, LossAndGrads
 from pyro_scvi.divergence import HALVINGS, Diverged, numberless, suspects
@@ -87,7 +87,7 @@ class Run:
         try:
             self._begin(done)
             hidden = not (progress and self.ranks.first)
-            with warnings.catch_warnings(), tqdm(total=epochs, disable=hidden, unit="epoch") as bar:
+            with warnings.catch_warnings(), progress_bar(epochs, "epoch", not hidden) as bar:
                 # Pyro warns of a loss that is NaN; here that is an error, which says more.
                 warnings.filterwarnings("ignore", "Encountered NaN")
                 bar.update(len(done.rows))
@@ -126,9 +126,7 @@ class Run:
             done.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
                 self.checkpoints.note(done)
-            bar.set_postfix_str(
-                f"train {row['train_loss']:.1f}, held out {row['held_out_loss']:.1f} nats per cell", refresh=False
-            )
+            bar.set_postfix_str(_losses(row), refresh=False)
             bar.update()
         if done.best.waited_out:
             _log.info(
@@ -262,6 +260,12 @@ class Steps(NamedTuple):
     loss_and_grads: LossAndGrads
     recorded: LossAndGrads
     sizes: list[int]
+
+
+def _losses(row: dict[str, float]) -> str:
+    """What a progress bar says of an epoch: the held-out loss only where cells were watched."""
+    losses = {"train": row["train_loss"], "held out": row["held_out_loss"]}
+    return ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items() if not math.isnan(loss)) + " nats per cell"
 
 
 def spread(at_most: int, n: int) -> Tensor:

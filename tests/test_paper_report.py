@@ -57,13 +57,13 @@ def test_a_matrix_has_systems_by_quantities_and_the_papers_numbers():
     assert matrix.rows[0] == ["ours", "0.285 ± 0.012", "0.285", "-1,234.6 ± 2.3", "12", "0–4"]
     assert (alone.heading, alone.rows) == ("", [["the data", "genes", "263"]])
     assert second.heading == "set two"
-    assert second.rows == [["ours", "0.5000", "0.25"], ["theirs", "0.2500 [1]", ""]]
+    assert second.rows == [["ours", "0.5000", "0.25"], ["theirs", "0.2500 [1]", "–"]]
 
 
 def test_footnotes_say_why_there_is_no_number_and_what_is_unlike_the_column():
     matrix = layout.laid_out(ROWS)[0]
-    assert matrix.rows[1] == [HOSTILE, "0.200 ± 0.030 [1] [2]", "", "", "", "0, 2"]
-    assert matrix.rows[2] == ["theirs", "NA [3]", "", "NA [3]", "", "0"]
+    assert matrix.rows[1] == [HOSTILE, "0.200 ± 0.030 [1] [2]", "–", "–", "–", "0, 2"]
+    assert matrix.rows[2] == ["theirs", "NA [3]", "–", "NA [3]", "–", "0"]
     assert matrix.notes == ["not converged", "± se over cells, n = 80", "not finished in 1,200 CPU seconds"]
 
 
@@ -71,6 +71,23 @@ def test_what_all_columns_share_stands_in_the_heading():
     rows = [Row("set", name, quantity, 1.0, 0.1, "sd over draws", 20) for name in "ab" for quantity in "xy"]
     (found,) = layout.laid_out(rows)
     assert (found.heading, found.header) == ("set (± sd over draws, n = 20)", ["system", "x", "y"])
+
+
+def test_levels_and_differences_are_tables_of_their_own():
+    levels = [Row("set", name, quantity, 1.0) for name in "ab" for quantity in ("level", "bound")]
+    leads = [Row("set", f"a minus {name}", quantity, 1.0) for name in "bc" for quantity in ("lead", "median lead")]
+    rows = [levels[0], leads[0], *levels[1:], *leads[1:]]
+    one, other = layout.laid_out(rows)
+    assert (one.heading, one.header) == ("set", ["system", "level", "bound"])
+    assert (other.heading, [row[0] for row in other.rows]) == ("", ["a minus b", "a minus c"])
+    joined = Row("set", "a", "lead", 1.0)
+    assert len(layout.laid_out([*rows, joined])) == 1
+
+
+def test_long_headers_are_cut_and_stand_in_full_below():
+    given = "log p(x given z, l), z refitted to the test cells, nats per cell"
+    (found,) = layout.laid_out([Row("set", name, quantity, 1.0) for name in "ab" for quantity in (given, "AUC")])
+    assert (found.header, found.columns) == (["system", "log p(x given z, l) (a)", "AUC"], [f"(a) {given}"])
 
 
 @pytest.mark.parametrize(
@@ -125,6 +142,7 @@ def test_markdown_has_no_markup_of_the_data_and_its_pictures_beside_it(written):
 def test_a_quick_run_says_that_its_numbers_mean_nothing(tmp_path):
     report.write([TABLE], Results(None, isolated=False, limit=1), QUICK, tmp_path, "")
     assert "numbers mean nothing" in Path(tmp_path / report.MARKDOWN).read_text()
+    assert "are those of a full run" in Path(tmp_path / report.MARKDOWN).read_text()
     assert "--out DIR --quick" in Path(tmp_path / report.PAGE).read_text()
 
 

@@ -1,9 +1,11 @@
 """Rows laid out for reading: systems by quantities, the paper's numbers beside, reasons and exceptions as footnotes."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 
 from pyro_scvi.paper.rows import Row
 
@@ -11,16 +13,22 @@ DIGITS = 4  # of a number without an error
 MOST_DECIMALS = 6
 SYSTEM, QUANTITY, ABOUT = "system", "quantity", "±, n, seeds"
 TEXTS = (SYSTEM, QUANTITY, ABOUT)  # columns that hold no numbers
+LONGEST = 46  # characters of a header; of a longer one the first words stand there, and all of it under the table
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A table in plain text: a heading, the header of its columns, its rows, and footnotes by their number."""
+    """A table in plain text: a heading, the header of its columns, its rows, and footnotes by their number.
+
+    ``columns`` says in full what the headers marked (a), (b) and so on stand for.
+    """
 
     heading: str
     header: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
 
 
 def laid_out(rows: Sequence[Row]) -> list[Layout]:
@@ -33,12 +41,25 @@ def _of_data(name: str, rows: Sequence[Row]) -> list[Layout]:
     systems_of = Counter(quantity for _, quantity in {(row.system, row.quantity) for row in rows})
     shared = [row for row in rows if systems_of[row.quantity] > 1]
     alone = [row for row in rows if systems_of[row.quantity] == 1]
-    tables = [_matrix(name, shared)] if shared else []
+    tables = [_matrix(name if block[0] is shared[0] else "", block) for block in _blocks(shared)]
     return [*tables, _list("" if shared else name, alone)] if alone else tables
 
 
+def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in blocks without a system or quantity in common: levels of systems, and differences between them."""
+    left, blocks = list(rows), []
+    while left:
+        systems, quantities, block = {left[0].system}, {left[0].quantity}, list[Row]()
+        while len(block) < len(found := [row for row in left if row.system in systems or row.quantity in quantities]):
+            block = found
+            systems, quantities = {row.system for row in block}, {row.quantity for row in block}
+        blocks.append(block)
+        left = [row for row in left if row not in block]
+    return blocks
+
+
 def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
-    """Systems by quantities. A column's usual n and kind of error stand in its header, others in footnotes.
+    """Systems by quantities. A column's usual n and kind of error stand with its name, others in footnotes.
 
     Where all columns have the same, it stands in the heading of the table.
     """
@@ -49,9 +70,10 @@ def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
     common = set(usual.values())
     named = dict.fromkeys(quantities, "") if len(common) == 1 else usual
     with_paper = {row.quantity for row in rows if math.isfinite(row.paper)}
+    titles, legend = _titles({quantity: f"{quantity}{_bracketed(named[quantity])}" for quantity in quantities})
     header = [SYSTEM]
     for quantity in quantities:
-        header += [f"{quantity}{_bracketed(named[quantity])}", *["paper"] * (quantity in with_paper)]
+        header += [titles[quantity], *["paper"] * (quantity in with_paper)]
     table = []
     for system in systems:
         of = {row.quantity: row for row in rows if row.system == system}
@@ -62,8 +84,22 @@ def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
             if quantity in with_paper:
                 line.append("" if row is None else _paper(row))
         table.append([*line, _seconds(of.values()), _seeds(of.values())])
-    heading += _bracketed(common.pop()) if len(common) == 1 else ""
-    return Layout(heading, *_without_empty([*header, "CPU s", "seeds"], table), notes)
+    heading = " ".join([heading, *[f"({text})" for text in common if text and len(common) == 1]]).strip()
+    return Layout(heading, *_without_empty([*header, "CPU s", "seeds"], table), notes, legend)
+
+
+def _titles(full: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """A header for each quantity, and what the cut ones stand for: their first words, up to a comma outside brackets."""
+    titles, legend = {}, list[str]()
+    for quantity, text in full.items():
+        first = re.match(r"(?:[^,()]|\([^()]*\))+", quantity)
+        if len(text) <= LONGEST or first is None:
+            titles[quantity] = text
+        else:
+            letter = ascii_lowercase[len(legend)]
+            titles[quantity] = f"{first[0]} ({letter})"
+            legend.append(f"({letter}) {text}")
+    return titles, legend
 
 
 def _list(heading: str, rows: Sequence[Row]) -> Layout:
@@ -74,7 +110,7 @@ def _list(heading: str, rows: Sequence[Row]) -> Layout:
 
 def _without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    return [header[i] for i in kept], [[row[i] or NOTHING for i in kept] for row in rows]
 
 
 def _cell(row: Row, usual: str, notes: list[str]) -> str:

@@ -61,12 +61,18 @@ def write(experiments: Sequence[Experiment], results: Results, effort: Effort, f
 
 def introduction(effort: Effort) -> list[str]:
     """What every table has in common, and a warning where the effort means nothing."""
-    quick = "This is a quick run on a few cells and epochs: it shows that every step works, its numbers mean nothing."
+    quick = (
+        "This is a quick run on a few cells and epochs: it shows that every step works, its numbers mean nothing. "
+        "Numbers of cells, epochs, draws and seeds in the texts are those of a full run."
+    )
     return [
         *[quick] * (effort == QUICK),
-        "Value ± error, with its kind and the number n behind it in the column's header; a number in square brackets "
-        "leads to a note under the table. NA is a number that there is not, for the reason noted. The column paper "
-        "holds what Lopez et al. (2017) printed in that place. CPU s is the mean over the seeds.",
+        "Value ± error, with its kind and the number n behind it in the column's name or the table's; a letter in a "
+        "header leads to its full name, a number in square brackets to a note, both under the table. NA is a number "
+        "that was asked for and is not there, for the reason noted. A dash stands where a system has no such quantity "
+        "(no latents to condition on or refit, no bound, no probability of dropout, no seed, no fit of its own) or was "
+        "not asked for it. The column paper holds what Lopez et al. (2017) printed in that place, if anything. CPU s "
+        "is the mean over the seeds.",
     ]
 
 
@@ -100,7 +106,7 @@ def html(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
         blocks: list[str] = section.paragraphs
         for layout in laid_out(section.rows):
             blocks += [report.subheading(layout.heading)] if layout.heading else []
-            blocks += [_html_table(layout), *[report.footnotes(layout.notes)] * bool(layout.notes)]
+            blocks += [_html_table(layout), *[report.footnotes(_under(layout))] * bool(_under(layout))]
         blocks += [_html_picture(picture) for picture in section.pictures]
         parts.append((section.experiment.title, [*blocks, report.code(section.command)]))
     return report.page(TITLE, [*parts, ("Versions", [about])])
@@ -114,7 +120,7 @@ def markdown(sections: Sequence[Section], notes: Sequence[str], about: str) -> s
         for layout in laid_out(section.rows):
             parts += [f"**{escaped(layout.heading)}**"] if layout.heading else []
             parts.append(_markdown_table(layout))
-            parts += [f"\\[{i}\\] {escaped(note)}" for i, note in enumerate(layout.notes, 1)]
+            parts += ["\\\n".join(map(escaped, _under(layout)))] * bool(_under(layout))
         for picture in section.pictures:
             parts += [f"![{escaped(picture.alt)}]({picture.file.name})", escaped(picture.caption)]
         parts.append(f"```sh\n{section.command}\n```")
@@ -124,6 +130,11 @@ def markdown(sections: Sequence[Section], notes: Sequence[str], about: str) -> s
 def escaped(text: str) -> str:
     """Plain text for Markdown, also for a cell of a table: nothing in it is markup."""
     return re.sub(r"([\\`*_<>|\[\]#~$&])", r"\\\1", " ".join(text.split()))
+
+
+def _under(layout: Layout) -> list[str]:
+    """What stands under a table: its columns' full names, then its notes."""
+    return [*layout.columns, *[f"[{number}] {note}" for number, note in enumerate(layout.notes, 1)]]
 
 
 def _section(experiment: Experiment, results: Results, effort: Effort, folder: Path) -> Section:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from pyro_scvi.bars import each, progress_bar
 from pyro_scvi.errors import FitError
 from pyro_scvi.paper import data
 
@@ -91,13 +91,14 @@ class Results:
         """Compute the steps that are not known yet."""
         todo = list({step.key: step for step in steps if self._found(step.key) is None}.values())
         if not self.isolated:  # a fit belongs into the main thread, where it can be interrupted
-            for step in tqdm(todo, disable=not self.progress, unit="step"):
+            for step in each(todo, "step", self.progress):
                 self._computed(step)
             return
         with ThreadPoolExecutor(self.jobs) as pool:
             done = pool.map(self._computed, todo)
-            for _ in tqdm(done, total=len(todo), disable=not self.progress, unit="step"):
-                pass
+            with progress_bar(len(todo), "step", self.progress) as bar:
+                for _ in done:
+                    bar.update()
 
     def of(self, step: Step) -> Outcome:
         """The outcome of a step, computed now if it is not known."""

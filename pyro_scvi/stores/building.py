@@ -16,8 +16,8 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import write_elem
 from scipy import sparse
-from tqdm.auto import tqdm
 
+from pyro_scvi.bars import progress_bar
 from pyro_scvi.counts import Matrix, block_slices, cell_totals, cells_by_gene, select_genes, smallest_type
 from pyro_scvi.errors import StoreError
 from pyro_scvi.stores.inputs import (
@@ -205,7 +205,7 @@ def _parts(
 ) -> list[_Part]:
     """All blocks of all files, in order: those that an earlier call wrote are verified, the others written."""
     parts: list[_Part] = []
-    with tqdm(total=len(cells), disable=not progress, unit="cell") as bar:
+    with progress_bar(len(cells), "cell", progress) as bar:
         first = 0
         for each in inputs:
             check = Check(genes, each.counts.name, "Pass layer= with raw counts.", allow_non_integer)
