@@ -47,11 +47,6 @@ class Program(Part):
     n_covariates: int
     likelihood: Any
 
-    def sites(self, *, marginal: bool = False) -> list[Site]:
-        """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
-        device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
-        return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
-
     def require_genes(self) -> None:
         """Refuse parts that were made for another number of genes.
 
@@ -64,6 +59,11 @@ class Program(Part):
             expected = part.expected_genes if isinstance(part, Part) else None
             if expected not in (None, self.n_genes):
                 raise ModelError(f"{part!r} is for {expected} genes, the model has n_genes={self.n_genes}")
+
+    def sites(self, *, marginal: bool = False) -> list[Site]:
+        """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
+        device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
+        return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))
