@@ -94,10 +94,15 @@ def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+def shown(result):
+    """All numbers of a result: some say only what matters of them."""
+    return repr(tuple(result)) if isinstance(result, Calibration) else repr(result)
+
+
 @pytest.mark.parametrize(("draw", "table"), FIGURES.values(), ids=FIGURES)
 def test_every_figure_draws_into_the_axes_given_and_leaves_the_rest(draw, table):
     whole = table()
-    before = repr(whole)
+    before = shown(whole)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     settings = dict(mpl.rcParams)
     ax = axes()
@@ -110,7 +115,7 @@ def test_every_figure_draws_into_the_axes_given_and_leaves_the_rest(draw, table)
     assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
     assert states[2] == random.getstate()
     assert settings == dict(mpl.rcParams)
-    assert repr(whole) == before
+    assert shown(whole) == before
 
 
 @pytest.mark.parametrize(("draw", "table"), FIGURES.values(), ids=FIGURES)
