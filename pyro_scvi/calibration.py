@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_scvi.bars import progress_bar
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import prior_sites, theta_at
+from pyro_scvi.display import table
 from pyro_scvi.errors import ModelError, brief, require_at_least
 from pyro_scvi.posterior import evaluating, minibatches, require_fit
 from pyro_scvi.priors import require_proper
@@ -141,6 +142,24 @@ class Calibration(NamedTuple):
     ranks: pd.DataFrame
     summary: pd.DataFrame
     draws: int
+
+    def __repr__(self) -> str:
+        return "Calibration\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        return table("Calibration", self._facts(), self.summary.to_html(float_format="{:.3f}".format))
+
+    def _facts(self) -> dict[str, str]:
+        n, p = len(self.ranks), self.summary.rank_p
+        facts = {"cells": f"{n} simulated, each truth ranked among {self.draws} draws"}
+        if p.notna().any():
+            facts["uniform ranks"] = f"smallest p {p.min():.2g}, {p.idxmin()}, of {len(p)} quantities"
+        for level in LEVELS:
+            shares, ses = (self.summary[f"{what}_{level:.0%}".rstrip("%")] for what in ("coverage", "se"))
+            facts[f"{level:.0%} intervals"] = (
+                f"hold {shares.min():.0%} to {shares.max():.0%} of the truths (se {ses.iloc[0]:.1%})"
+            )
+        return facts
 
 
 LEVELS = (0.5, 0.9)

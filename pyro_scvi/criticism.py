@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
+from pyro_scvi.display import table
 from pyro_scvi.errors import ModelError, require_at_least, require_kind
 from pyro_scvi.model import SCVI
 from pyro_scvi.parts import evaluation_mode
@@ -166,6 +167,21 @@ class Checks(NamedTuple):
     genes: pd.DataFrame
     cells: pd.DataFrame
 
+    def __repr__(self) -> str:
+        return "Checks\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        return table("Checks", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        facts = {}
+        for what, of in {"genes": self.genes, "cells": self.cells}.items():
+            for name in of.columns.unique(0):
+                found = of[name].dropna()
+                outside = ((found.observed < found.low) | (found.observed > found.high)).mean()
+                facts[name] = f"{outside:.0%} of {len(found):,} {what} outside the band of replicas"
+        return facts
+
 
 def check_predictions(
     fit: Fit,
@@ -185,7 +201,7 @@ def check_predictions(
 
     The dispersion is D: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
     (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
-    replicas) and ``p``, the share of replicas not below the observed value (1/2 for ties).
+    replicas) and ``p``, the share of replicas above the observed value, ties counted half.
 
     Parameters
     ----------

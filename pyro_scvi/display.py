@@ -1,6 +1,7 @@
-"""How objects show themselves in a notebook: a captioned table, and a small curve."""
+"""How objects show themselves in a notebook: a captioned table, and small curves."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 
 
@@ -22,10 +23,21 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead>{body}</table>"
 
 
-def curve(values: Sequence[float], width: int = 240, height: int = 60) -> str:
-    """SVG of a falling or rising line, without axes."""
-    low, high, last = min(values), max(values), max(len(values) - 1, 1)
-    span = (high - low) or 1.0
-    points = " ".join(f"{i / last * width:.1f},{(high - v) / span * height:.1f}" for i, v in enumerate(values))
-    line = f"<polyline points='{points}' fill='none' stroke='currentColor' stroke-width='1.5'/>"
-    return f"<svg width='{width}' height='{height}' viewBox='-2 -2 {width + 4} {height + 4}'>{line}</svg>"
+def curves(lines: Mapping[str, Sequence[float]], width: int = 240, height: int = 60) -> str:
+    """SVG of up to two lines on one scale, the second dashed, without axes but with a legend; NaN breaks nothing."""
+    known = {name: [value for value in values if math.isfinite(value)] for name, values in lines.items()}
+    known = {name: values for name, values in known.items() if values}
+    every = [value for values in known.values() for value in values] or [0.0]
+    low, span = min(every), (max(every) - min(every)) or 1.0
+    parts = []
+    for (name, values), dash, y in zip(known.items(), ("none", "4 3"), (14, 34), strict=False):
+        last = max(len(values) - 1, 1)
+        points = " ".join(
+            f"{i / last * width:.1f},{(low + span - v) / span * height:.1f}" for i, v in enumerate(values)
+        )
+        stroke = f"fill='none' stroke='currentColor' stroke-width='1.5' stroke-dasharray='{dash}'"
+        parts.append(f"<polyline points='{points}' {stroke}/><path d='M{width + 12} {y - 4}h18' {stroke}/>")
+        label = f"x='{width + 36}' y='{y}' font-size='12' fill='currentColor'"
+        parts.append(f"<text {label}>{html.escape(name)}</text>")
+    size = f"width='{width + 110}' height='{height}' viewBox='-2 -2 {width + 114} {height + 4}'"
+    return f"<svg {size}>{''.join(parts)}</svg>"

@@ -17,7 +17,7 @@ from pyro_scvi import archive
 from pyro_scvi.cells import Cells
 from pyro_scvi.checkpoint import Checkpoints, identity
 from pyro_scvi.descriptions import facts_of
-from pyro_scvi.display import curve, table
+from pyro_scvi.display import curves, table
 from pyro_scvi.distributed import Alone
 from pyro_scvi.elbo import MeanFieldELBO
 from pyro_scvi.errors import CheckpointError, FitError, ModelError, SchemaError, brief
@@ -100,18 +100,26 @@ class Fit:
         return "Fit\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
 
     def _repr_html_(self) -> str:
-        return table("Fit", self._facts(), curve(self.history.train_loss.tolist()))
+        lines = {"training": self.history.train_loss.tolist(), "held out": self.history.held_out_loss.tolist()}
+        return table("Fit", self._facts(), curves(lines))
 
     def _facts(self) -> dict[str, str]:
-        last, seconds = self.history.iloc[-1], self.history.seconds.sum()
-        best = self.history.held_out_loss.min()
+        epochs, last = len(self.history), self.history.iloc[-1]
+        n_epochs = f"{epochs} epoch{'s' * (epochs != 1)}"
+        # As it was judged in training: without the prior of z where its weight ends at 0.
+        weight = self.history.kl_weight
+        lasting = weight.iloc[0] if weight.nunique() == 1 else 1.0
+        judged = self.history.held_out_loss - (1 - lasting) * self.history.kl
+        watched = bool(judged.notna().any())
+        kept = self.history.iloc[int(np.nanargmin(judged))] if watched else last
+        held_out = f"{kept.held_out_loss:.2f} nats per cell in epoch {kept.name}, the best, which was kept"
         return {
             "model": repr(self.model),
             "guide": type(self.guide).__name__,
-            "training": f"{len(self.history)} epochs of {self.settings['n_cells']} cells, {seconds:.1f} s",
+            "training": f"{n_epochs} of {self.settings['n_cells']} cells, {self.history.seconds.sum():.1f} s",
             "device": str(self.device),
-            "train loss": f"{last.train_loss:.2f} nats per cell",
-            "held-out loss": "no cells held out" if math.isnan(best) else f"{best:.2f} nats per cell in the best epoch",
+            "training loss": f"{kept.train_loss:.2f} nats per cell in epoch {kept.name}",
+            "held-out loss": held_out if watched else "no cells held out; the last epoch was kept",
         }
 
 
@@ -153,7 +161,8 @@ def fit(
     guide
         q(z | x); None: DiagonalNormal(model, seed=seed).
     epochs
-        Passes through the cells; None: 60 up to 2,500 cells, fewer for more (see :func:`default_epochs`).
+        Passes through the cells; None: 60 up to 2,500 cells, fewer for more,
+        with the square root of their number, but at least 8.
     batch_size
         Cells per step, over all ranks.
     seed

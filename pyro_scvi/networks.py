@@ -45,7 +45,7 @@ class BatchNorm:
     Examples
     --------
     >>> ps.SCVI(20, 2, norm=ps.networks.BatchNorm(momentum=0.01))
-    SCVI(n_genes=20, n_latent=2, ..., norm=BatchNorm(momentum=0.01, eps=0.001))
+    SCVI(n_genes=20, n_latent=2, ..., norm=BatchNorm(momentum=0.01, eps=0.001), seed=0)
     """
 
     momentum: float = 0.1
@@ -81,7 +81,7 @@ class LayerNorm:
     Examples
     --------
     >>> ps.SCVI(20, 2, norm=ps.networks.LayerNorm())
-    SCVI(n_genes=20, n_latent=2, ..., norm=LayerNorm(eps=1e-05))
+    SCVI(n_genes=20, n_latent=2, ..., norm=LayerNorm(eps=1e-05), seed=0)
     """
 
     eps: float = 1e-5

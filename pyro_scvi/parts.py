@@ -62,12 +62,16 @@ class Part(nn.Module):
                 made[key] = given
         return made
 
+    def shown(self) -> dict[str, Any]:
+        """The arguments that the repr gives."""
+        return self.makeup()
+
     def __repr__(self) -> str:
-        shown = ", ".join(f"{key}={_brief(value)}" for key, value in self.makeup().items() if value is not None)
+        shown = ", ".join(f"{key}={_brief(value)}" for key, value in self.shown().items() if value is not None)
         return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
-        facts = {key: _brief(value) for key, value in self.makeup().items() if value is not None}
+        facts = {key: _brief(value) for key, value in self.shown().items() if value is not None}
         learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
 

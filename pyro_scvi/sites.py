@@ -1,5 +1,6 @@
 """The sites of a program as a list to read: names, laws and shapes, found by running it once."""
 
+import inspect
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -64,6 +65,11 @@ class Program(Part):
         """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
         device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
         return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
+
+    def shown(self) -> dict[str, Any]:
+        """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
+        defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
+        return defaults | self.makeup()
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 import pyro_scvi as ps
-from pyro_scvi.calibration import AggregatePosterior, Prior, _of_quantity, calibrate
+from pyro_scvi.calibration import AggregatePosterior, Calibration, Prior, _of_quantity, calibrate
 from pyro_scvi.coordinates import theta_at
 from pyro_scvi.errors import ModelError
 from pyro_scvi.posterior import evaluating, start
@@ -186,3 +186,13 @@ def test_a_flat_prior_is_refused():
     fit = ps.fit(model, cells, ps.guides.Point(model, n_hidden=8), epochs=1, validation=0, progress=False)
     with pytest.raises(ModelError, match="Flat"):
         ps.calibrate(fit, 20)
+
+
+def test_the_repr_says_what_matters_in_a_few_lines():
+    ranks = pd.DataFrame({"z_0": np.arange(40) % 20, "z_1": np.zeros(40, dtype=int)})
+    summary = pd.DataFrame({name: _of_quantity(values.to_numpy(), 19) for name, values in ranks.items()}).T
+    found = Calibration(ranks, summary, 19)
+    assert len(repr(found).splitlines()) == 5
+    assert ", z_1, of 2 quantities" in repr(found)
+    assert "hold 0% to " in repr(found)
+    assert "<td>" in found._repr_html_()

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -114,3 +115,14 @@ def test_draws_that_are_not_whole_stay_so():
     draws = ps.posterior_predictive(fit, cells, samples=20, batch_size=7)
     assert draws.dtype == np.float32
     assert (draws % 1 != 0).mean() > 0.9
+
+
+def test_the_repr_counts_what_lies_outside_the_band():
+    parts = {"observed": [1.0, 5.0, np.nan], "low": 0.0, "median": 1.0, "high": 2.0, "p": 0.5}
+    table = pd.DataFrame({("mean", part): values for part, values in parts.items()}, index=list("abc"))
+    cells = table.rename(columns={"mean": "total"})
+    shown = repr(ps.criticism.Checks(table, cells)).splitlines()
+    assert shown[1:] == [
+        f"  {name} outside the band of replicas" for name in ("mean: 50% of 2 genes", "total: 50% of 2 cells")
+    ]
+    assert "50% of 2 genes" in ps.criticism.Checks(table, cells)._repr_html_()

@@ -55,13 +55,12 @@ def test_the_reference_lists_every_public_name():
 
 
 def test_the_reference_lists_every_name_of_a_room():
-    """All of them but of the baselines, whose scalings and results belong to one system each."""
+    """All of them but a value that is no class or function, which the reference cannot show."""
     listed = set(re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE))
     for room in {name.split(".")[0] for name in listed if "." in name}:
         names = {name.partition(".")[2] or name for name in listed if name.startswith(f"{room}.")}
         assert names <= set(getattr(ps, room).__all__), room
-        if room not in ("baselines", "plots", "stores"):
-            assert names | set(ps.__all__) >= set(getattr(ps, room).__all__), room
+        assert names | set(ps.__all__) | {"AUTHORS_START"} >= set(getattr(ps, room).__all__), room
 
 
 def test_the_reference_lists_nothing_that_is_not_there():

@@ -37,6 +37,32 @@ def test_training_lowers_the_loss_and_says_so(cells):
     assert "nats per cell" in repr(fit)
 
 
+def test_a_fit_names_the_epoch_that_was_kept(cells):
+    fit = small_fit(cells, epochs=12, learning_rate=ps.schedules.Constant(0.03))
+    best = 2
+    fit.history.loc[best, "held_out_loss"] -= 100
+    assert f"held-out loss: {fit.history.held_out_loss[best]:.2f} nats per cell in epoch {best}, " in repr(fit)
+    assert f"training loss: {fit.history.train_loss[best]:.2f} nats per cell in epoch {best}" in repr(fit)
+    page = fit._repr_html_()
+    assert page.count("<polyline") == 2
+    assert ">training</text>" in page
+    assert ">held out</text>" in page
+
+
+def test_a_fit_without_held_out_cells_says_so(cells):
+    fit = small_fit(cells, epochs=1, validation=0)
+    assert "training: 1 epoch of" in repr(fit)
+    assert "no cells held out; the last epoch was kept" in repr(fit)
+    assert fit._repr_html_().count("<polyline") == 1
+
+
+def test_a_fit_without_prior_is_judged_without_it(cells):
+    """As in training, whose kept parameters must be those of the epoch that is named."""
+    fit = small_fit(cells, epochs=5, learning_rate=ps.schedules.Constant(0.03), kl_weight=ps.schedules.Weight(0.0))
+    best = (fit.history.held_out_loss - fit.history.kl).idxmin()
+    assert f"in epoch {best}, the best" in repr(fit)
+
+
 def test_one_seed_gives_one_fit_and_the_global_state_is_untouched(cells):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     first, second = small_fit(cells), small_fit(cells)

@@ -329,3 +329,10 @@ def test_a_prior_that_draws_while_it_is_looked_at_leaves_global_randomness_alone
     model = ps.SCVI(12, 3, prior=lambda: dist.Normal(torch.randn(3), 1.0).to_event(1))
     ps.guides.DiagonalNormal(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_repr_of_a_model_holds_its_defaults():
+    shown = repr(ps.SCVI(20, dropout=0.1))
+    assert "n_latent=10, " in shown
+    assert "n_hidden=128, n_layers=2, dropout=0.1" in shown
+    assert shown.endswith("seed=0)")

@@ -18,6 +18,7 @@ from matplotlib.patches import Circle, Rectangle
 
 from pyro_scvi import SCVI, Cells, fit, libraries, likelihoods, plots, priors, weights
 from pyro_scvi.errors import DataError
+from pyro_scvi.plots import canvas, diagram, projection
 
 PROGRAMS = {
     "zinb": ({}, {"z->h", "z->w", "l->w", "w->y", "h->x", "y->x"}),
@@ -92,11 +93,11 @@ def test_program_arrows_go_from_border_to_border_past_every_other_site(picture):
         for node, point in ((start, tail), (end, tip)):
             gap = np.abs(point - centre(node)).max() if isinstance(node, Rectangle) else None
             reach = np.linalg.norm(point - centre(node)) if gap is None else gap
-            assert reach == pytest.approx(plots.RADIUS if gap is None else 0.8 * plots.RADIUS, abs=0.03), name
+            assert reach == pytest.approx(diagram.RADIUS if gap is None else 0.8 * diagram.RADIUS, abs=0.03), name
         line = tail + np.linspace(0, 1, 200)[:, None] * (tip - tail)
         for other, node in nodes.items():
             if node not in (start, end):
-                assert np.linalg.norm(line - centre(node), axis=1).min() > plots.RADIUS, (name, other)
+                assert np.linalg.norm(line - centre(node), axis=1).min() > diagram.RADIUS, (name, other)
 
 
 def test_program_plates_hold_their_sites_and_nothing_overlaps(picture):
@@ -104,20 +105,20 @@ def test_program_plates_hold_their_sites_and_nothing_overlaps(picture):
     nodes = {name: centre(node) for name, node in drawn(ax, "node:").items()}
     held = {}
     for plate, frame in drawn(ax, "plate:").items():
-        box = frame.get_bbox().padded(-plots.RADIUS)
+        box = frame.get_bbox().padded(-diagram.RADIUS)
         held[plate] = {name for name, place in nodes.items() if box.contains(*place)}
     assert held["genes"] == nodes.keys() & {"w", "y", "h", "x"}
     assert held["cells"] == nodes.keys() - {"theta"}
     places = np.array(list(nodes.values()))
     distances = np.linalg.norm(places[:, None] - places, axis=-1) + 9 * np.eye(len(places))
-    assert distances.min() > 2.5 * plots.RADIUS
+    assert distances.min() > 2.5 * diagram.RADIUS
 
 
 def test_program_shades_what_is_observed_and_doubles_what_is_deterministic():
     for likelihood, doubles in ((likelihoods.ZINB(), 0), (likelihoods.Poisson(), 1)):
         ax = plots.program(SCVI(5, n_latent=3, n_hidden=4, likelihood=likelihood), axes())
         nodes = drawn(ax, "node:")
-        shaded = {name for name, node in nodes.items() if mpl.colors.to_hex(node.get_facecolor()) == plots.SHADE}
+        shaded = {name for name, node in nodes.items() if mpl.colors.to_hex(node.get_facecolor()) == canvas.SHADE}
         assert shaded == {"x"}
         rings = [patch for patch in ax.patches if isinstance(patch, Circle) and not patch.get_gid()]
         assert [ring.center for ring in rings] == [nodes["w"].center] * doubles
@@ -185,7 +186,7 @@ def test_project_without_umap_takes_principal_components(monkeypatch, latents):
     monkeypatch.setitem(sys.modules, "umap", None)
     z = np.random.default_rng(0).normal(size=(40, latents)) * np.arange(1, latents + 1)
     points, method = plots.project(z)
-    assert (method, points.shape) == (plots.PCA, (40, 2))
+    assert (method, points.shape) == (projection.PCA, (40, 2))
     spectrum = np.append(np.sort(np.linalg.eigvalsh(np.cov(z.T).reshape(latents, latents)))[::-1], 0)[:2]
     np.testing.assert_allclose(np.cov(points.T), np.diag(spectrum), atol=1e-10)
     assert plots.embedding(z, ax=axes()).get_ylabel() == "PCA 2"
@@ -199,7 +200,7 @@ def test_project_by_umap_is_reproducible_and_leaves_random_states():
     assert torch.equal(states[0], torch.get_rng_state())
     assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
     assert states[2] == random.getstate()
-    assert (method, points.shape) == (plots.UMAP, (60, 2))
+    assert (method, points.shape) == (projection.UMAP, (60, 2))
     np.testing.assert_array_equal(points, plots.project(z, seed=3).coordinates)
     centres = points.reshape(3, 20, 2).mean(1)
     spread = points.reshape(3, 20, 2).std(1).max()
@@ -260,7 +261,7 @@ def test_embedding_missing_and_absent_labels():
     labels = pd.Series(["a", None, "b", "a", None, "b"], dtype="category").cat.add_categories("never")
     ax = plots.embedding(z, labels, ax=axes())
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "missing"]
-    np.testing.assert_allclose(colour_by_point(ax)[tuple(z[1])][:3], mpl.colors.to_rgb(plots.MISSING))
+    np.testing.assert_allclose(colour_by_point(ax)[tuple(z[1])][:3], mpl.colors.to_rgb(canvas.MISSING))
     ax = plots.embedding(z, [True, False] * 3, ax=axes())
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["False", "True"]
     assert plots.embedding(z, ax=axes()).get_legend() is None

@@ -337,7 +337,7 @@ CASES |= {
     "weights.HorseshoeWeights": weighed(ps.weights.HorseshoeWeights),
     "weights.HierarchicalWeights": weighed(ps.weights.HierarchicalWeights),
     "plots.project": lambda: plots.project(np.random.default_rng(0).normal(size=(40, 3)), seed=3),
-    "plots.Projection": lambda: plots.Projection(np.zeros((2, 2)), plots.PCA),
+    "plots.Projection": lambda: plots.Projection(np.zeros((2, 2)), "PCA"),
     "plots.embedding": drawing(lambda ax: plots.embedding(ps.embed(fit(), cells()), cells().obs["kind"], ax=ax)),
     "plots.loss": drawing(lambda ax: plots.loss(fit(), ax)),
     "plots.pit": drawing(lambda ax: plots.pit(np.linspace(0, 1, 50), ax)),

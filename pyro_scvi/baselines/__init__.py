@@ -11,7 +11,7 @@ from pyro_scvi.baselines.magic import MAGIC
 from pyro_scvi.baselines.mast import MAST
 from pyro_scvi.baselines.pca import PCA
 from pyro_scvi.baselines.scalings import RLE, TMM, FullQuantile, NoScaling, TotalScaling, UpperQuartile
-from pyro_scvi.baselines.scone import SCONE, SEED_CHOICE, Normalisation
+from pyro_scvi.baselines.scone import SCONE, Normalisation
 from pyro_scvi.baselines.scvi_tools import SCVITools
 from pyro_scvi.baselines.wilcoxon import Wilcoxon
 from pyro_scvi.baselines.zifa import ZIFA
@@ -19,7 +19,6 @@ from pyro_scvi.baselines.zinbwave import CommonDispersion, GenewiseDispersion, Z
 
 __all__ = [
     "AUTHORS_START",
-    "SEED_CHOICE",
     "RLE",
     "TMM",
     "FullQuantile",

@@ -22,7 +22,13 @@ from pyro_scvi.errors import DataError, ModelError, require_at_least
 
 
 class Mixture(NamedTuple):
-    """p, rho, mu and sigma: weight of the reproducible part, its correlation, mean and standard deviation."""
+    """p, rho, mu and sigma: weight of the reproducible part, its correlation, mean and standard deviation.
+
+    Examples
+    --------
+    >>> ps.baselines.AUTHORS_START  # of Lopez et al. (2017)
+    Mixture(mixture_weight=0.1, rho=0.5, mu=1.0, sigma=0.5)
+    """
 
     mixture_weight: float
     rho: float
@@ -46,6 +52,14 @@ class IDRResult(NamedTuple):
     ``mixture_weight`` is the share of reproducible items; ``local_idr`` an item's posterior probability to be
     irreproducible; ``idr`` the mean local_idr of the items that are as good or better. ``log_likelihood`` is that of
     the ranks (the copula), nats over all items.
+
+    Examples
+    --------
+    >>> scores = np.random.default_rng(0).normal(size=(300, 2))
+    >>> scores[:100] = 2.5 + scores[:100, :1] + 0.5 * scores[:100]  # the first hundred items are scored alike
+    >>> result = ps.baselines.idr(*scores.T)
+    >>> isinstance(result, ps.baselines.IDRResult), result.idr.shape
+    (True, (300,))
     """
 
     mixture_weight: float

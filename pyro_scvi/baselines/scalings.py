@@ -26,7 +26,14 @@ class Scaling(Protocol):
 
 @dataclass(frozen=True)
 class NoScaling:
-    """The counts as they are."""
+    """The counts as they are.
+
+    Examples
+    --------
+    >>> x = np.array([[2.0, 4.0], [1.0, 1.0]])
+    >>> bool((ps.baselines.NoScaling()(x) == x).all())
+    True
+    """
 
     name: str = "none"
 
@@ -37,7 +44,18 @@ class NoScaling:
 
 @dataclass(frozen=True)
 class TotalScaling:
-    """Divide by the total: SCONE's SUM."""
+    """Divide by the total: SCONE's SUM.
+
+    Raises
+    ------
+    DataError
+        When it scales, if a cell has no count.
+
+    Examples
+    --------
+    >>> ps.baselines.TotalScaling()(np.array([[2.0, 4.0], [1.0, 1.0]])).tolist()
+    [[1.33..., 2.66...], [2.0, 2.0]]
+    """
 
     name: str = "total"
 
@@ -54,6 +72,16 @@ class RLE:
 
     The sums run over positive counts (DESeq2's poscounts): of single cells nearly every gene has a zero in one, and its
     geometric mean over all would be 0.
+
+    Raises
+    ------
+    DataError
+        When it scales, if a cell has no count.
+
+    Examples
+    --------
+    >>> ps.baselines.RLE()(np.array([[2.0, 4.0], [1.0, 2.0]])).round(3).tolist()
+    [[1.5, 3.0], [1.5, 3.0]]
     """
 
     name: str = "RLE"
@@ -68,7 +96,18 @@ class RLE:
 
 @dataclass(frozen=True)
 class UpperQuartile:
-    """Divide by the upper quartile of the cell's positive counts (Bullard et al. 2010); of all counts it may be 0."""
+    """Divide by the upper quartile of the cell's positive counts (Bullard et al. 2010); of all counts it may be 0.
+
+    Raises
+    ------
+    DataError
+        When it scales, if a cell has no count.
+
+    Examples
+    --------
+    >>> ps.baselines.UpperQuartile()(np.array([[2.0, 2.0, 0.0], [4.0, 4.0, 0.0]])).tolist()
+    [[3.0, 3.0, 0.0], [3.0, 3.0, 0.0]]
+    """
 
     name: str = "upper quartile"
 
@@ -90,6 +129,17 @@ class TMM:
 
     without the outer ``trim_m`` of M and ``trim_a`` of A at each end. The reference is the cell whose upper quartile,
     as a share of its total, is nearest to the mean of these.
+
+    Raises
+    ------
+    DataError
+        When it scales, if a cell has no count.
+
+    Examples
+    --------
+    >>> scaled = ps.baselines.TMM()(counts)
+    >>> scaled.shape
+    (60, 20)
     """
 
     trim_m: float = 0.3
@@ -120,6 +170,11 @@ class FullQuantile:
     """Give every cell the same law of values: the mean over cells of the k-th largest (Bolstad et al. 2003).
 
     Equal counts of a cell stay equal: they take the value at their mean rank, interpolated.
+
+    Examples
+    --------
+    >>> ps.baselines.FullQuantile()(np.array([[2.0, 4.0], [3.0, 1.0]])).tolist()
+    [[1.5, 3.5], [3.5, 1.5]]
     """
 
     name: str = "full quantile"

@@ -38,6 +38,11 @@ class Normalisation:
         Number of principal components of the quality metrics, 0 for no regression on them, None for all that there are.
     batch, bio
         Whether batches are taken out, and whether biological groups are in the regression.
+
+    Examples
+    --------
+    >>> ps.baselines.Normalisation(ps.baselines.TMM(), quality=3, batch=True).name
+    'TMM, 3 QC, batch'
     """
 
     scaling: Scaling

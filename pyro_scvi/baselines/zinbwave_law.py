@@ -43,7 +43,13 @@ class Dispersion(Protocol):
 
 @dataclass(frozen=True)
 class CommonDispersion:
-    """One theta for all genes."""
+    """One theta for all genes.
+
+    Examples
+    --------
+    >>> ps.baselines.CommonDispersion().values(20)
+    1
+    """
 
     def values(self, genes: int) -> int:
         """One."""
@@ -56,7 +62,13 @@ class CommonDispersion:
 
 @dataclass(frozen=True)
 class GenewiseDispersion:
-    """One theta per gene, drawn together by a penalty on the variance of their logarithms."""
+    """One theta per gene, drawn together by a penalty on the variance of their logarithms.
+
+    Examples
+    --------
+    >>> ps.baselines.GenewiseDispersion().values(20)
+    20
+    """
 
     def values(self, genes: int) -> int:
         """As many as genes."""

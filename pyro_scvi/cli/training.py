@@ -41,6 +41,7 @@ from pyro_scvi.guides import Guide
 from pyro_scvi.indexing import number_held_out
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots import Projection
+from pyro_scvi.plots.projection import UMAP
 from pyro_scvi.posterior import embed
 
 JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
@@ -208,7 +209,7 @@ def analyse(space: Workspace, adata: AnnData, cells: Cells, build: Build, job: J
 
 def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settings: dict[str, Any]) -> None:
     adata.obsm["X_pyro_scvi"] = latent
-    key = {plots.UMAP: "X_umap"}.get(projection.method)
+    key = {UMAP: "X_umap"}.get(projection.method)
     if key:
         adata.obsm[key] = projection.coordinates
     made = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}

@@ -89,7 +89,7 @@ def _matrix(heading: str, rows: Sequence[Row]) -> Layout:
 
 
 def _titles(full: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """A header for each quantity, and what the cut ones stand for: their first words, up to a comma outside brackets."""
+    """A header for each quantity, and what the cut ones stand for: all before a comma that is outside brackets."""
     titles, legend = {}, list[str]()
     for quantity, text in full.items():
         first = re.match(r"(?:[^,()]|\([^()]*\))+", quantity)

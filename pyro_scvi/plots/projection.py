@@ -23,7 +23,14 @@ UMAP, PCA = "UMAP", "PCA"
 
 
 class Projection(NamedTuple):
-    """Cells in two dimensions, (cells, 2), and the method that put them there."""
+    """Cells in two dimensions, (cells, 2), and the method that put them there, which names the axes.
+
+    Examples
+    --------
+    >>> placed = ps.plots.Projection(np.zeros((60, 2)), "UMAP")
+    >>> ps.plots.embedding(placed, cells.obs["kind"]).get_xlabel()
+    'UMAP 1'
+    """
 
     coordinates: np.ndarray
     method: str
@@ -76,8 +83,8 @@ def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
 def embedding(
     latent: np.ndarray | Projection,
     labels: Sequence[Any] | np.ndarray | pd.Series | None = None,
-    *,
     ax: Axes | None = None,
+    *,
     seed: int = 0,
 ) -> Axes:
     """Draw cells in two dimensions, coloured by labels.

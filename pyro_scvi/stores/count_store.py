@@ -47,6 +47,14 @@ class CountStore(Source):
     ------
     StoreError
         If there is no store, or it was truncated or altered.
+
+    Examples
+    --------
+    >>> adata.write_h5ad(folder / "source.h5ad")
+    >>> path = ps.stores.build(folder / "source.h5ad", folder / "source.store", progress=False)
+    >>> store = ps.stores.CountStore(path)
+    >>> store.shape, store[np.array([0, 59])].shape
+    ((60, 20), (2, 20))
     """
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
