@@ -130,14 +130,14 @@ pd.DataFrame(rows).round(2)
 # ## Do the calls follow the counts?
 #
 # The sign of `lfc_mean` times `p_lfc` runs from -1, surely higher in B cells, to 1. Beside it, the fold change of the
-# mean shares of the counts, in molecules of a thousand with 0.1 added. Is their correlation the same when the model is
+# mean shares of the counts, in molecules of a thousand with 0.3 added. Is their correlation the same when the model is
 # fitted again?
 
 # %% tags=["headline"]
 shares = sc.pp.normalize_total(adata, target_sum=1e3, inplace=False)["X"]
 labels = adata.obs["bulk_labels"].to_numpy()
 of_b, of_dendritic = (np.asarray(shares[labels == name].mean(0)).ravel() for name in ("CD19+ B", "Dendritic"))
-in_counts = np.log2((of_dendritic + 0.1) / (of_b + 0.1))
+in_counts = np.log2((of_dendritic + 0.3) / (of_b + 0.3))
 
 
 def agreement(table):
@@ -153,7 +153,7 @@ headline = {
     "quantity": "correlation of directed p_lfc with the log2 ratio of counts, dendritic over B cells, 765 genes",
     "value": round(values[0], 4),
     # Four times, at least, the largest difference seen between instruction sets, and between one thread and two.
-    "error": 0.006,
+    "error": 0.01,
     "unit": "1",
     "refit_sd": round(float(np.std(values, ddof=1)), 4) if seeds else None,
 }
