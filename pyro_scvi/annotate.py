@@ -14,6 +14,7 @@ from anndata import AnnData
 
 from pyro_scvi.annotations import quoted
 from pyro_scvi.cells import Cells
+from pyro_scvi.differential import half_step
 from pyro_scvi.errors import DataError, require_at_least, require_seed
 from pyro_scvi.imputation import impute, technical_zero_probability
 from pyro_scvi.posterior import embed, require_fit
@@ -191,15 +192,6 @@ def add_rank_genes_groups(
     params = {"groupby": groupby, "reference": "rest", "method": "pyro_scvi", "use_raw": False, "layer": None}
     target: MutableMapping[str, Any] = adata.uns
     target[key] = {"params": params, **records}
-
-
-RESOLUTION = 0.001  # of p_lfc at the least, which is a share of a thousand pairs or more
-
-
-def half_step(p: np.ndarray) -> float:
-    """Half of the least distance from 0 or 1 that a share of pairs has, at most 0.0005; 0 and 1 themselves aside."""
-    inner = p[(p > 0) & (p < 1)]
-    return 0.5 * min([RESOLUTION, *inner, *(1 - inner)])
 
 
 def _require_own(adata: Any, call: str) -> None:

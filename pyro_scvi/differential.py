@@ -30,6 +30,9 @@ def __dir__():
     return __all__
 
 
+_RESOLUTION = 0.001  # of p_lfc at the least, which is a share of a thousand pairs or more
+
+
 @dataclass(frozen=True)
 class DepthCorrected:
     r"""Compare w / depth, depth the sum of the cell's means: groups of unequal depth are on one scale.
@@ -240,6 +243,12 @@ def expected_fdr(probability: np.ndarray) -> np.ndarray:
     rates = np.empty_like(probability)
     rates[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
     return rates
+
+
+def half_step(p: np.ndarray) -> float:
+    """Half of the least distance from 0 or 1 that a share of pairs has, at most 0.0005; 0 and 1 themselves aside."""
+    inner = p[(p > 0) & (p < 1)]
+    return 0.5 * min([_RESOLUTION, *inner, *(1 - inner)])
 
 
 def _raw(cells: Cells, rows: np.ndarray, side: str) -> dict[str, np.ndarray]:
