@@ -101,9 +101,9 @@ doubtful[shown].head(8).round(3)
 # contradict each other. `lfc` compares the *means* $\mu$ of two cells, `p_a_lt_b` the expression $w$ itself, a Gamma
 # variable around that mean. KIAA0125 has a mean some twenty times higher in nearly every B cell, yet three B cells in
 # four show none of it: its shape $r$ is near 0.3, so that $w$ is far below its mean in most cells of either group, and
-# in one pair of five the dendritic cell has more. XCL2 and CYTL1 have no count in either group: their means are what the
-# network makes of the other genes, and their `p_a_lt_b` is a coin toss. Look at `mean_a`, `mean_b` and `detected_a`,
-# `detected_b` before believing a call.
+# in one pair of five the dendritic cell has more. XCL2 and CYTL1 have no count in either group: their means are what
+# the network makes of the other genes, and their `p_a_lt_b` is a coin toss. Look at `mean_a`, `mean_b` and
+# `detected_a`, `detected_b` before believing a call.
 #
 # The interval is of 95 % for each gene by itself, the rate of 5 % an average over the list: those that end it may have
 # a `p_lfc` below .95, and so an interval that contains 0.
