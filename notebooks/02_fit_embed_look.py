@@ -137,7 +137,8 @@ print(f"gain of the model:       {gain.mean():.1f} ± {gain.sem():.1f}, paired o
 
 # %% [markdown]
 # How far does the evidence move if the same model is fitted again with other seeds? That, and not the standard error
-# over cells (which all models share), is what a difference between two models has to beat.
+# over cells (which all models share), is what a difference between two models has to beat: `refit_sd` below. (`error`,
+# here and in the other notebooks, is only how far this very run may end elsewhere on another machine.)
 
 # %% tags=["headline"]
 seeds = [] if SHORT else [1, 2, 3, 4]
@@ -146,8 +147,9 @@ means = [table.log_evidence.mean(), *(ps.evidence(other, test).log_evidence.mean
 headline = {
     "quantity": "mean log evidence of the held-out cells, seed 0",
     "value": round(means[0], 2),
-    "error": round(4 * float(np.std(means, ddof=1)), 2) if seeds else None,  # four sd over refits
+    "error": 0.6,  # of the same run on another machine: four times the 0.14 between instruction sets
     "unit": "nats per cell",
+    "refit_sd": round(float(np.std(means, ddof=1)), 2) if seeds else None,
 }
 print(json.dumps(headline))
 

@@ -110,8 +110,9 @@ evidences = [float(ps.evidence(each, test).log_evidence.mean()) for each in (fit
 headline = {
     "quantity": "log evidence of 200 unseen cells after four epochs from the store, mean",
     "value": round(evidences[0], 3),
-    "error": round(4 * float(np.std(evidences, ddof=1)), 3) if refits else None,  # four sd over refits
+    "error": 0.012,  # of the same run on another machine: four times the 0.003 between instruction sets
     "unit": "nats per cell",
+    "refit_sd": round(float(np.std(evidences, ddof=1)), 3) if refits else None,
 }
 print(json.dumps(headline))
 

@@ -70,7 +70,11 @@ def execute(notebook: NotebookNode, mode: str = FULL, *, timeout: int = 1200) ->
 
 
 def headline(notebook: NotebookNode) -> dict[str, Any]:
-    """What the cell tagged "headline" prints: quantity, value, unit, and the error that another run may differ by."""
+    """What the cell tagged "headline" prints.
+
+    ``quantity``, ``value`` and ``unit``; ``error``, by which the same run may differ on another machine; ``refit_sd``,
+    the spread over refits with other seeds, None in short mode.
+    """
     (cell,) = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", ())]
     (output,) = cell.outputs
     return json.loads(output.text)
