@@ -152,7 +152,8 @@ if scvi is not None:
 #
 # Mind the order: scvi-tools has $\log_2$ of group 1 over group 2, here it is group b over group a. Its default mode,
 # "vanilla", asks the paper's question, which is `p_a_lt_b` and `log_bayes_factor` here; `mode="change"` asks for
-# changes beyond `delta`, which is `p_lfc` and `fdr` here (0.5 by default).
+# changes beyond `delta`, in either direction, of two random cells. Its nearest here are `p_lfc` and `fdr` (delta 0.5 by
+# default), for the likelier direction only: two cells of one mixed group differ as well, now one way, now the other.
 
 # %%
 groups = {"groupby": "bulk_labels", "group_a": "CD19+ B", "group_b": "Dendritic"}
@@ -180,9 +181,9 @@ else:
 
 # %% [markdown]
 # Genes on the line change alike; the large changes are larger in scvi-tools, where the group that hardly has the gene
-# gets a smaller mean, as above. "Called" bounds the expected share of false calls in both, of changes beyond 0.5, yet
-# the numbers called are not alike: what is sure depends on the model, and neither list is the truth (docs/accuracy.md
-# compares such lists with microarrays). Here the probability that $w_a < w_b$ is exact given $z$, pairs are added
+# gets a smaller mean, as above. "Called" bounds the expected share of false calls in both, here of "higher by more than
+# 0.5 in that group", there of "different by more than 0.5", which is said more easily. Yet more are called here: what
+# is sure depends on the model, and neither list is the truth (docs/accuracy.md compares such lists with microarrays). Here the probability that $w_a < w_b$ is exact given $z$, pairs are added
 # until its error is small, and the standard error of every gene is in the table.
 #
 # ## How good is it?
