@@ -183,8 +183,9 @@ else:
 # Genes on the line change alike; the large changes are larger in scvi-tools, where the group that hardly has the gene
 # gets a smaller mean, as above. "Called" bounds the expected share of false calls in both, here of "higher by more than
 # 0.5 in that group", there of "different by more than 0.5", which is said more easily. Yet more are called here: what
-# is sure depends on the model, and neither list is the truth (docs/accuracy.md compares such lists with microarrays). Here the probability that $w_a < w_b$ is exact given $z$, pairs are added
-# until its error is small, and the standard error of every gene is in the table.
+# is sure depends on the model, and neither list is the truth (docs/accuracy.md compares such lists with microarrays).
+# Here the probability that $w_a < w_b$ is exact given $z$, pairs are added until its error is small, and the standard
+# error of every gene is in the table.
 #
 # ## How good is it?
 #
