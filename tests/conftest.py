@@ -1,6 +1,7 @@
 """Shared state and data: every test starts from one seed, one thread, validation on and an empty parameter store."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ def clean_state():
     with pyro.validation_enabled(True):
         yield
     pyro.clear_param_store()
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture

@@ -43,12 +43,6 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    pyplot.close("all")
-
-
 @pytest.fixture(scope="module")
 def fitted():
     torch.set_num_threads(1)

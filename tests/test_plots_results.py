@@ -68,12 +68,6 @@ TABLES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    pyplot.close("all")
-
-
 def axes():
     return Figure(layout="constrained").subplots()
 
