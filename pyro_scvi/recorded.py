@@ -18,9 +18,10 @@ Step = Callable[..., tuple[Tensor, list[Tensor | None]]]  # parameters, buffers,
 class Recorded:
     """The bound of a minibatch and its gradients, by one compiled recording for every size of a minibatch.
 
-    What is recorded is the run of model and guide under Pyro with a size's first minibatch: what depends on values in
-    Python (a condition, a counter) stays as it was then. Parameters and buffers are arguments, which the caller may
-    change between steps; random numbers are drawn anew, as without a recording but for dropout on a CPU.
+    What is recorded is the run of model and guide under Pyro with a size's first minibatch: what depends on Python (a
+    counter, a tensor that is neither parameter nor buffer) stays as it was then. Parameters and buffers are arguments,
+    which the caller may change between steps; random numbers are drawn anew, as without a recording but for dropout on
+    a CPU.
 
     Parameters
     ----------
@@ -41,7 +42,8 @@ class Recorded:
         Raises
         ------
         FitError
-            If the programs cannot be recorded, or the recording not compiled.
+            If the programs cannot be recorded, or the recording not compiled; if a parameter has a hook, or a step
+            puts a new tensor in the place of a buffer.
         """
         given = (
             [parameter.detach() for parameter in self.parameters.values()],
@@ -51,6 +53,7 @@ class Recorded:
         new = len(x) not in self.steps
         with _explained() if new else nullcontext():
             if new:
+                self._require_recordable()
                 self.steps[len(x)] = self._compiled(n_cells, given)
             with torch.no_grad():
                 loss, gradients = self.steps[len(x)](*given)
@@ -58,6 +61,15 @@ class Recorded:
             parameter = self.parameters[name]
             parameter.grad = gradient if parameter.grad is None or gradient is None else parameter.grad + gradient
         return loss.item()
+
+    def _require_recordable(self) -> None:
+        """Refuse what a recording would leave out in silence."""
+        hooked = [name for name, parameter in self.parameters.items() if _hooks(parameter)]
+        if hooked:
+            raise FitError(f"{hooked} have hooks, which a compiled step does not call: remove them")
+        replaced = [name for name, buffer in self.bound.named_buffers() if buffer is not self.buffers.get(name)]
+        if replaced:
+            raise FitError(f"a step puts new tensors in the place of {replaced}: change buffers in place, as by copy_")
 
     def _compiled(self, n_cells: int, example: Any) -> Step:
         """Compiled by its first call."""
@@ -68,15 +80,19 @@ class Recorded:
         def step(
             parameters: list[Tensor], buffers: list[Tensor], x: Tensor, gamma: Tensor, index: Tensor
         ) -> tuple[Tensor, list[Tensor | None]]:
-            state = dict(zip(self.parameters, (p.detach().requires_grad_() for p in parameters), strict=True))
+            state = dict(zip((*self.parameters, *self.buffers), (*parameters, *buffers), strict=True))
+            state |= {name: state[name].detach().requires_grad_() for name in self.trained}
             leaves = [state[name] for name in self.trained]
-            state |= dict(zip(self.buffers, buffers, strict=True))
             loss = torch.func.functional_call(self.bound, state, (x, gamma), {"index": index, "n_cells": n_cells})
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             # The fused optimiser reads memory, in the order of the parameters' strides.
             return loss.detach(), [None if g is None else g.contiguous() for g in gradients]
 
         return step
+
+
+def _hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 @contextmanager
@@ -86,6 +102,8 @@ def _explained() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch's compiler about other parts of torch
             yield
+    except FitError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise FitError(

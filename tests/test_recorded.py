@@ -172,6 +172,50 @@ def test_a_condition_on_values_is_refused(cells, uncompiled):
         ps.fit(model, cells, epochs=1, batch_size=20, progress=False, compiled=True)
 
 
+class Replacing(ps.priors.StandardNormal):
+    """A law that puts a new tensor in the place of its buffer, or keeps it and changes it in place."""
+
+    def __init__(self, n_latent, in_place):
+        super().__init__(n_latent)
+        self.in_place = in_place
+        self.register_buffer("sd", torch.ones(n_latent))
+
+    def forward(self):
+        if self.training:
+            self.sd = self.sd.mul_(1.01) if self.in_place else self.sd * 1.01
+        return pyro.distributions.Normal(torch.zeros_like(self.sd), self.sd.clone()).to_event(1)
+
+
+def test_a_buffer_is_changed_in_place_or_refused(cells, uncompiled):
+    options = {"epochs": 3, "batch_size": 20, "validation": 0, "progress": False}
+    models = [ps.SCVI(cells.n_genes, 2, prior=Replacing(2, True), n_hidden=8) for _ in range(2)]
+    fits = [ps.fit(model, cells, **options, compiled=c) for model, c in zip(models, (False, True), strict=True)]
+    assert models[0].prior.sd[0] > 1.05
+    torch.testing.assert_close(models[1].prior.sd, models[0].prior.sd)
+    np.testing.assert_allclose(*(fit.history.train_loss for fit in fits), rtol=1e-4)
+    with pytest.raises(FitError, match=r"new tensors in the place of \['model.prior.sd'.*in place"):
+        ps.fit(ps.SCVI(cells.n_genes, 2, prior=Replacing(2, False), n_hidden=8), cells, **options, compiled=True)
+
+
+def test_hooks_are_refused(cells, uncompiled):
+    model = ps.SCVI(cells.n_genes, 2, n_hidden=8)
+    model.decoder.heads["log_mean"].weight.register_hook(torch.zeros_like)
+    with pytest.raises(FitError, match=r"\['model.decoder.heads.log_mean.weight'.*have hooks"):
+        ps.fit(model, cells, epochs=1, batch_size=20, progress=False, compiled=True)
+
+
+@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")
+def test_parameters_that_are_not_trained_stay(cells, uncompiled):
+    """Frozen weights, and integers, which could not have a gradient."""
+    model = ps.SCVI(cells.n_genes, 2, n_hidden=8)
+    model.codes = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    frozen = model.decoder.heads["gate_logits"].requires_grad_(False).weight
+    before = frozen.clone()
+    ps.fit(model, cells, epochs=2, batch_size=20, progress=False, compiled=True)
+    assert torch.equal(frozen, before)
+    assert torch.equal(model.codes, torch.arange(3))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
