@@ -15,6 +15,10 @@ from pyro_scvi.errors import FitError
 Step = Callable[..., tuple[Tensor, list[Tensor | None]]]  # parameters, buffers, x, gamma, index -> loss, gradients
 
 
+class NotCompiled(FitError):
+    """A step that torch could not record or compile."""
+
+
 class Recorded:
     """The bound of a minibatch and its gradients, by one compiled recording for every size of a minibatch.
 
@@ -105,8 +109,9 @@ def _explained() -> Iterator[None]:
     except FitError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FitError(
+        text = str(error).rpartition("Output:")[2].partition("Set TORCHDYNAMO_VERBOSE")[0]
+        reason = " ".join(text.split())[:300]
+        raise NotCompiled(
             f"a training step cannot be compiled ({type(error).__name__}: {reason}); leave compiled=True out. It needs "
             "a C++ compiler, and programs whose Python does not depend on values of tensors"
         ) from error

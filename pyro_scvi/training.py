@@ -28,7 +28,7 @@ from pyro_scvi.networks import matrix_products_in
 from pyro_scvi.plates import optimised_directly
 from pyro_scvi.posterior import bound_terms, evaluating
 from pyro_scvi.progress import Progress, Snapshot
-from pyro_scvi.recorded import Recorded
+from pyro_scvi.recorded import NotCompiled, Recorded
 from pyro_scvi.schedules import KLWeight, LearningRate
 
 _log = logging.getLogger(__name__)
@@ -141,6 +141,10 @@ class Run:
         row: dict[str, float] = {"learning_rate": done.learning_rate, "kl_weight": tempered.weight}
         try:
             row["train_loss"] = self.epoch(done.optimiser, done.schedule, tempered, steps, epoch)
+        except NotCompiled:
+            if self.interrupts.received:  # a terminal's signal goes to the compiler, too
+                raise Interrupted from None
+            raise
         except ValueError as error:  # of Pyro's checks in the first step
             if isinstance(error, PyroScviError):
                 raise

@@ -1,7 +1,9 @@
 """Recorded and compiled steps against the programs that were recorded, and what cannot be recorded."""
 
 import copy
+import os
 import shutil
+import signal
 
 import numpy as np
 import pyro
@@ -214,6 +216,32 @@ def test_parameters_that_are_not_trained_stay(cells, uncompiled):
     ps.fit(model, cells, epochs=2, batch_size=20, progress=False, compiled=True)
     assert torch.equal(frozen, before)
     assert torch.equal(model.codes, torch.arange(3))
+
+
+def test_a_signal_that_ends_the_compiler_ends_training(cells, monkeypatch):
+    def killed(recording, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("C++ compile error Command: g++ -O3 ... Output: Killed. Set TORCHDYNAMO_VERBOSE=1 for more")
+
+    monkeypatch.setattr(torch, "compile", killed)
+    options = {"epochs": 4, "batch_size": 20, "progress": False, "compiled": True}
+    with pytest.raises(KeyboardInterrupt, match="SIGINT before the first epoch"):
+        ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, **options)
+    warm_up = ps.schedules.WarmUp(2)  # whose steps are not compiled
+    with pytest.warns(UserWarning, match="interrupted by SIGINT after epoch"):
+        fit = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, **options, kl_weight=warm_up)
+    assert 1 <= len(fit.history) < 4
+
+
+def test_the_compilers_words_are_those_of_the_error(cells, monkeypatch):
+    def failing(recording, **options):
+        raise RuntimeError(
+            f"C++ compile error Command: {'g++ ' * 200} Output: no space left. Set TORCHDYNAMO_VERBOSE=1"
+        )
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(FitError, match=r"cannot be compiled \(RuntimeError: no space left\.\); leave"):
+        ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, batch_size=20, progress=False, compiled=True)
 
 
 @pytest.mark.parametrize(
