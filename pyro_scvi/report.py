@@ -62,6 +62,9 @@ figcaption { margin-top: .4rem; color: var(--soft); font-size: .9rem; max-width:
   .facts td { font-size: .9rem }
   .facts .number { padding: 0 }
   .facts .number + * { grid-column: 1 / -1 }
+  figure { overflow-x: auto }
+  img { width: max(100%, 34rem) }
+  figcaption { position: sticky; left: 0; max-width: calc(100vw - 2rem) }
 }
 """
 
