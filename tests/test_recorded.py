@@ -1,7 +1,6 @@
 """Recorded and compiled steps against the programs that were recorded, and what cannot be recorded."""
 
 import copy
-import os
 import shutil
 import signal
 
@@ -220,7 +219,7 @@ def test_parameters_that_are_not_trained_stay(cells, uncompiled):
 
 def test_a_signal_that_ends_the_compiler_ends_training(cells, monkeypatch):
     def killed(recording, **options):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this thread, so that it is noted before the error
         raise RuntimeError("C++ compile error Command: g++ -O3 ... Output: Killed. Set TORCHDYNAMO_VERBOSE=1 for more")
 
     monkeypatch.setattr(torch, "compile", killed)
