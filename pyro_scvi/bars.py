@@ -1,5 +1,6 @@
 """Progress bars: a line drawn anew on a terminal or in a notebook, and a new line every so often in a log file."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
@@ -38,9 +39,8 @@ class Lines(text_tqdm):
 
 def progress_bar(total: int, unit: str, shown: bool, *, delay: float = 0.0) -> Any:
     """A tqdm bar over ``total`` units on stderr, shown from ``delay`` seconds on; ``TQDM_DISABLE=1`` hides all."""
-    hidden: dict[str, Any] = {} if shown and total else {"disable": True}
     kind = tqdm if _redraws(sys.stderr) else Lines
-    return kind(total=total, unit=unit, delay=delay, **hidden)
+    return kind(total=total, unit=unit, delay=delay, disable=not (shown and total) or _all_hidden())
 
 
 def each(things: Sequence[T], unit: str, shown: bool) -> Iterator[T]:
@@ -57,6 +57,11 @@ def over_cells(batches: Iterable[tuple[Tensor, Tensor]], n_cells: int, shown: bo
         for x, gamma in batches:
             yield x, gamma
             bar.update(len(x))
+
+
+def _all_hidden() -> bool:
+    """What TQDM_DISABLE says, which tqdm's own bars in notebooks do not ask."""
+    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
 
 
 def _redraws(stream: Any) -> bool:
