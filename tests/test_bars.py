@@ -104,3 +104,14 @@ def _stderr_of(program, **environment):
         [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=True
     )
     return ended.stderr
+
+
+@pytest.mark.parametrize(("value", "hidden"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_the_environment_hides_bars_of_notebooks_too(monkeypatch, value, hidden):
+    """tqdm's own there take what they are told, and do not ask the environment."""
+    told = []
+    monkeypatch.setattr(bars, "tqdm", lambda **options: told.append(options["disable"]))
+    monkeypatch.setattr(bars, "_redraws", lambda stream: True)
+    monkeypatch.setenv("TQDM_DISABLE", value)
+    bars.progress_bar(5, "cell", True)
+    assert told == [hidden]
