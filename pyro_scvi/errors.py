@@ -128,8 +128,7 @@ def require_number(value: Any, name: str, least: float = 0.0, below: float = mat
     ModelError
         Naming the argument.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value < below:
+    if not _is_number(value) or not least <= value < below:
         limits = f"from {least:g} to below {below:g}" if below < math.inf else f"of {least:g} or more"
         raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
 
@@ -142,10 +141,13 @@ def require_positive(value: Any, name: str, most: float = math.inf) -> None:
     ModelError
         Naming the argument.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not (0 < value <= most and value < math.inf):
+    if not _is_number(value) or not (0 < value <= most and value < math.inf):
         limits = f"above 0, up to {most:g}" if most < math.inf else "above 0"
         raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require_seed(seed: Any) -> None:

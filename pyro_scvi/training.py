@@ -86,8 +86,8 @@ class Run:
         self.done = done = Progress(self.model, self.guide, optimiser, schedule, patience)
         try:
             self._begin(done)
-            hidden = not (progress and self.ranks.first)
-            with warnings.catch_warnings(), progress_bar(epochs, "epoch", not hidden) as bar:
+            shown = progress and self.ranks.first
+            with warnings.catch_warnings(), progress_bar(epochs, "epoch", shown) as bar:
                 # Pyro warns of a loss that is NaN; here that is an error, which says more.
                 warnings.filterwarnings("ignore", "Encountered NaN")
                 bar.update(len(done.rows))
