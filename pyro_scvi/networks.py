@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number, require_positive
+from pyro_scvi.opaque import recording
 from pyro_scvi.parts import Part
 
 __all__ = ["BatchNorm", "LayerNorm"]
@@ -147,8 +147,8 @@ class _Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recording = get_proxy_mode() is not None  # which has no words for random bits
-        if not (self.training and 0 < self.p < 1) or input.device.type != "cpu" or recording:
+        recorded = recording()  # which has no words for random bits
+        if not (self.training and 0 < self.p < 1) or input.device.type != "cpu" or recorded:
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)

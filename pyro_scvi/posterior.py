@@ -17,6 +17,7 @@ from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
 from pyro_scvi.errors import ModelError, SchemaError, require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import Effort, Importance, LogJoint, Question, persistent_importance, refine
+from pyro_scvi.memory import keep_freed_memory
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
 from pyro_scvi.parts import evaluation_mode
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, an own seed and an own parameter store; everything is put back afterwards."""
+    keep_freed_memory()
     with evaluation_mode(model, guide), seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False):
         with torch.no_grad():
             yield

@@ -22,6 +22,7 @@ from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import Guide
 from pyro_scvi.interrupts import Interrupted, Interrupts
+from pyro_scvi.memory import keep_freed_memory
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
 from pyro_scvi.networks import matrix_products_in
@@ -73,6 +74,7 @@ class Run:
         KeyboardInterrupt
             If a signal comes before the first epoch has ended, or comes twice.
         """
+        keep_freed_memory()
         # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
         eps = eps * self.n_cells
         parameters = unique_parameters((self.model, self.guide))

@@ -78,7 +78,7 @@ def worst(found, expected, floor):
 @pytest.fixture(params=["gathered", "in place"])
 def entries(request, monkeypatch):
     """Both ways to treat the entries above zero: gathered, as on a CPU, and in their places, as on a GPU."""
-    monkeypatch.setattr("pyro_scvi.negative_binomial._gathers", lambda device: request.param == "gathered")
+    monkeypatch.setattr("pyro_scvi.entries.gathers", lambda device: request.param == "gathered")
 
 
 @pytest.mark.usefixtures("entries")

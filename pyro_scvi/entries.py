@@ -1,0 +1,94 @@
+"""Some entries of the counts by themselves: gathered on a CPU, left in their places on a GPU."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_scvi.opaque import recording
+
+
+class Gathered(NamedTuple):
+    """Some entries of the counts, gathered: their values and their positions ``at`` in the flattened counts.
+
+    Parameters may have leading dimensions that the counts lack; theirs are (leading, entries).
+    """
+
+    x: Tensor
+    at: Tensor
+    shape: torch.Size
+
+    def split(self, chosen: Tensor) -> tuple["Gathered", "Gathered"]:
+        """Those that are chosen, and the others."""
+        return self._take(_places(chosen)), self._take(_places(~chosen))
+
+    def _take(self, some: Tensor) -> "Gathered":
+        return Gathered(self.x.index_select(0, some), self.at.index_select(0, some), self.shape)
+
+    def of(self, dense: Tensor) -> Tensor:
+        """These entries of a tensor; of one with entries for genes only it is not made as large as the counts."""
+        if dense.dim() and dense.numel() == dense.shape[-1] == self.shape[-1]:
+            at, n = self.at.numpy().astype(np.int32), self.shape[-1]
+            return dense.reshape(1, -1).index_select(1, torch.from_numpy(at - at // n * n))  # faster than at % n
+        return _flat(dense, self.shape).index_select(1, self.at)
+
+    def write(self, values: Tensor, dense: Tensor) -> None:
+        """Set these entries of a contiguous tensor."""
+        _flat(dense, self.shape).scatter_(1, self.at.expand(values.shape), values)
+
+    def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
+        """A tensor with these entries set, differentiable by both."""
+        return _flat(dense, self.shape).index_copy(1, self.at, values).reshape(dense.shape)
+
+
+class Masked(NamedTuple):
+    """Some entries of the counts, left in their places: everything is computed everywhere, with x = 1 elsewhere.
+
+    For devices that compute faster than they can tell the host how many entries there are.
+    """
+
+    x: Tensor
+    mask: Tensor
+    shape: torch.Size
+
+    def of(self, dense: Tensor) -> Tensor:
+        """All entries of a tensor."""
+        return _flat(dense, self.shape)
+
+    def write(self, values: Tensor, dense: Tensor) -> None:
+        """Set the entries of the mask in a contiguous tensor."""
+        flat = _flat(dense, self.shape)
+        torch.where(self.mask, values, flat, out=flat)
+
+    def replaced(self, values: Tensor, dense: Tensor) -> Tensor:
+        """A tensor with the entries of the mask set, differentiable by both."""
+        return torch.where(self.mask, values, _flat(dense, self.shape)).reshape(dense.shape)
+
+
+Entries = Gathered | Masked
+
+
+def unequal(x: Tensor, other: Tensor) -> Entries:
+    """The entries of the counts that differ from another tensor; NumPy finds them several times faster than torch."""
+    if not gathers(x.device):
+        mask = (x != other).reshape(-1)
+        return Masked(torch.where(mask, x.reshape(-1), 1.0), mask, x.shape)
+    at = torch.from_numpy(np.flatnonzero(x.numpy() != other.numpy()))
+    return Gathered(x.reshape(-1).index_select(0, at), at, x.shape)
+
+
+def gathers(device: torch.device) -> bool:
+    """Whether entries are gathered."""
+    return device.type == "cpu" and not recording()
+
+
+def _places(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def _flat(dense: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor as (leading, entries), a view where it is contiguous and as large as the counts."""
+    if dense.shape[-len(shape) :] != shape:
+        dense = dense.expand(torch.broadcast_shapes(dense.shape, shape))
+    return dense.reshape(dense.numel() // max(shape.numel(), 1), shape.numel())

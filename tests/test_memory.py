@@ -1,0 +1,33 @@
+"""Freed memory is used again, where the C library is glibc."""
+
+import json
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import json, resource, torch
+from pyro_scvi.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.zeros(2**19) for _ in range(20)]  # 2 MB each
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+found = [faults(), faults()]
+keep_freed_memory()
+faults()
+print(json.dumps([*found, faults()]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc learns from what is freed")
+def test_freed_memory_is_not_given_back_and_taken_again():
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    first, second, kept = json.loads(run.stdout)
+    assert min(first, second) > 20 * 2**21 / 4096  # at least one of the twenty tensors anew in every round
+    assert kept < second / 20
