@@ -177,9 +177,8 @@ def fit(
     compiled
         Whether steps are recorded once and compiled: seconds to a minute at the start, then about two thirds of the
         time a step. For the ``elbo`` None, with a C++ compiler (on CUDA: Triton); steps with another KL weight than 1
-        are not. The results are those without, but for rounding and the masks of dropout. A condition on values in a
-        prior or network of your own is refused; other state that its Python changes between steps stays as it was
-        recorded.
+        are not. The results are those without, but for rounding. A condition on values in a prior or network of your
+        own is refused; other state that its Python changes between steps stays as it was recorded.
     validation
         Cells held out to watch the bound (at most 2,048, spread over them): a share or number of ``cells``, or Cells
         of their own; 0 for none. The state of the epoch with the best held-out bound (under the last ``kl_weight``)

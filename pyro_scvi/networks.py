@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number, require_positive
-from pyro_scvi.opaque import recording
+from pyro_scvi.opaque import opaque
 from pyro_scvi.parts import Part
 
 __all__ = ["BatchNorm", "LayerNorm"]
@@ -147,14 +147,20 @@ class _Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recorded = recording()  # which has no words for random bits
-        if not (self.training and 0 < self.p < 1) or input.device.type != "cpu" or recorded:
+        if not (self.training and 0 < self.p < 1) or input.device.type != "cpu":
             return super().forward(input)
-        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: input.numel()].view(input.shape)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)
-        keep = (bits >= dropped - 2**15).to(input.dtype)
-        return input * keep.mul_(2**16 / (2**16 - dropped))
+        kept = torch.empty_like(input)
+        _draw_kept(kept, min(round(self.p * 2**16), 2**16 - 1))
+        return input * kept
+
+
+@opaque("draw_kept", "kept")
+def _draw_kept(kept: Tensor, dropped: int) -> None:
+    """Set to 0 a share of ``dropped`` / 65,536 of the entries, the others to the number that keeps their mean at 1."""
+    words = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: kept.numel()].view(kept.shape)
+    torch.ge(bits, dropped - 2**15, out=kept)
+    kept.mul_(2**16 / (2**16 - dropped))
 
 
 class Layers(nn.Module):

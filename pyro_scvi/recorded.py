@@ -24,8 +24,7 @@ class Recorded:
 
     What is recorded is the run of model and guide under Pyro with a size's first minibatch: what depends on Python (a
     counter, a tensor that is neither parameter nor buffer) stays as it was then. Parameters and buffers are arguments,
-    which the caller may change between steps; random numbers are drawn anew, as without a recording but for dropout on
-    a CPU.
+    which the caller may change between steps; random numbers are drawn anew, as without a recording.
 
     Parameters
     ----------
