@@ -69,12 +69,29 @@ class Masked(NamedTuple):
 Entries = Gathered | Masked
 
 
-def unequal(x: Tensor, other: Tensor) -> Entries:
-    """The entries of the counts that differ from another tensor; NumPy finds them several times faster than torch."""
+def neither_zero_nor_one(x: Tensor) -> Entries:
+    """The entries of the counts that are more than 1, or fractions below it."""
     if not gathers(x.device):
-        mask = (x != other).reshape(-1)
-        return Masked(torch.where(mask, x.reshape(-1), 1.0), mask, x.shape)
-    at = torch.from_numpy(np.flatnonzero(x.numpy() != other.numpy()))
+        return _masked(x, x != x.sign())
+    counts = x.numpy()
+    mask, positive = counts > 1, counts > 0
+    if np.count_nonzero(positive) > np.count_nonzero(counts >= 1):
+        mask |= positive & (counts < 1)
+    return _gathered(x, mask)
+
+
+def above_zero(x: Tensor) -> Entries:
+    """The entries of the counts that are not 0."""
+    return _gathered(x, x.numpy() != 0) if gathers(x.device) else _masked(x, x != 0)
+
+
+def _masked(x: Tensor, mask: Tensor) -> Masked:
+    mask = mask.reshape(-1)
+    return Masked(torch.where(mask, x.reshape(-1), 1.0), mask, x.shape)
+
+
+def _gathered(x: Tensor, mask: np.ndarray) -> Gathered:
+    at = torch.from_numpy(np.flatnonzero(mask))  # several times faster than torch
     return Gathered(x.reshape(-1).index_select(0, at), at, x.shape)
 
 

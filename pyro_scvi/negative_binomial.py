@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.entries import Entries, Gathered, Masked, unequal
+from pyro_scvi.entries import Entries, Gathered, Masked, above_zero, neither_zero_nor_one
 from pyro_scvi.opaque import opaque
 from pyro_scvi.positive_counts import FEW, Positive, beyond_one, log1p_minus
 
@@ -53,7 +53,7 @@ class _LogProb(torch.autograd.Function):
 
     With m = mu / (r + mu), n = r log(1 - m) the log probability that the base gives to 0 and s its share in a zero,
 
-        x = 0:  log p = log(exp(n) + exp(g)) - softplus(g),  s = sigmoid(n - g)
+        x = 0:  log p = softplus(n - g) - softplus(-g),  s = sigmoid(n - g)
                 d / dg = 1 - s - sigmoid(g),  d / d log mu = -s r m,  d / d log r = s (n + r m)
         x = 1:  log p = n + log mu + log(1 - m) - softplus(g),
                 d / dg = -sigmoid(g),  d / d log mu = 1 - m - r m,  d / d log r = n + r m + m
@@ -79,8 +79,9 @@ class _LogProb(torch.autograd.Function):
             out, softplus_gate = zero.clone(), None
         else:
             gate = gate.contiguous()
-            softplus_gate = _softplus(gate)
-            out = torch.logaddexp(zero, gate).lerp_(zero, seen).sub_(softplus_gate)
+            odds, softplus_gate = zero - gate, _softplus(gate)
+            out = _softplus(odds).lerp_(odds, seen)
+            out.add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
         out.addcmul_(log_mean, seen).addcmul_(log_odds, seen, value=-1)
         if not gradients:
             _write_several(x, log_mean, log_r, softplus_gate, out, None)
@@ -91,7 +92,7 @@ class _LogProb(torch.autograd.Function):
             by_mean = (x - mean).mul_(rest)
             by_r = zero.addcmul_(mean, rest)  # n + r m
         else:
-            share = torch.maximum((zero - gate).sigmoid_(), seen)
+            share = torch.maximum(odds.sigmoid_(), seen)
             by_gate = gate.neg().sigmoid_().sub_(share)  # 1 - sigmoid(g) = sigmoid(-g)
             by_mean = torch.addcmul(x, share, mean, value=-1).mul_(rest)
             by_r = zero.addcmul_(mean, rest).mul_(share)
@@ -119,7 +120,7 @@ def _write_several(
     x: Tensor, log_mean: Tensor, log_r: Tensor, softplus_gate: Tensor | None, out: Tensor, by_r: Tensor | None
 ) -> None:
     """Set log p(x) and its gradient by log r where counts are neither 0 nor 1, and the formulas of x = 1 stand."""
-    several = unequal(x, x.sign())
+    several = neither_zero_nor_one(x)
     if isinstance(several, Gathered):
         few, several = several.split((several.x <= FEW) & (several.x == several.x.floor()))
         _raise_few(few, log_mean, log_r, out, by_r)
@@ -156,7 +157,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
         ctx.save_for_backward(x, log_mean, log_r)
-        counted = unequal(x, torch.zeros_like(x))
+        counted = above_zero(x)
         out = (-log_r.exp() * _softplus(log_mean - log_r)).contiguous()
         counted.write(Positive(counted.x, counted.of(log_mean), counted.of(log_r)).log_prob(), out)
         return out
@@ -164,7 +165,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, log_mean, log_r = ctx.saved_tensors
-        counted = unequal(x, torch.zeros_like(x))
+        counted = above_zero(x)
         share = torch.sigmoid(log_mean - log_r)  # mu / (r + mu), which is -u where x = 0
         by_r = log_r.exp() * log1p_minus(-share, -_softplus(log_mean - log_r))
         by_mean = -log_r.exp() * share
