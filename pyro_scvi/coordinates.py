@@ -14,7 +14,7 @@ from pyro_scvi.distributions import Law
 from pyro_scvi.importance import LogJoint
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.model import SCVI
-from pyro_scvi.plates import cells_plate
+from pyro_scvi.plates import cells_plate, optimised_directly
 from pyro_scvi.seeding import seeded
 
 LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -79,7 +79,7 @@ def cell_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
 
 def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
     """The marginalised program's trace with the latents in ``sites`` and its log densities."""
-    with pyro.get_param_store().scope():
+    with pyro.get_param_store().scope(), optimised_directly():
         trace = pyro.poutine.trace(pyro.poutine.condition(model, data=sites)).get_trace(x, gamma)
         trace.compute_log_prob()
     return trace

@@ -201,6 +201,6 @@ def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_
     return of_x + of_latents - log_q, log_q - of_latents
 
 
-def draws_at_once(x: Tensor, megabytes: int = 8) -> int:
+def draws_at_once(x: Tensor, megabytes: int = 5) -> int:
     """How many draws of (cells, genes) at once keep one tensor within a few megabytes, what caches hold."""
     return max(1, megabytes * 2**20 // (x.numel() * x.element_size()))
