@@ -18,6 +18,7 @@ from pyro_scvi.plates import cells_plate, optimised_directly
 from pyro_scvi.seeding import seeded
 
 LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
+Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or what takes its place
 
 
 class Coordinates:
@@ -119,10 +120,13 @@ def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, T
 def log_terms(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogTerms:
     """Log p(z, l) and log p(x | z, l), the parts of :func:`log_joint`."""
     coordinates = Coordinates(model)
+    return lambda u: log_terms_at(u, coordinates, model, x, gamma, global_latents)
+
+
+def log_terms_at(
+    u: Tensor, coordinates: Coordinates, model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Log p(z, l) and log p(x | z, l) at u, (samples, cells) each."""
     latents = ("z", "l") if coordinates.has_library else ("z",)
-
-    def terms(u: Tensor) -> tuple[Tensor, Tensor]:
-        trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
-        return cell_terms(trace, *latents) + coordinates.log_abs_det(u), cell_terms(trace, "x")
-
-    return terms
+    trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
+    return cell_terms(trace, *latents) + coordinates.log_abs_det(u), cell_terms(trace, "x")

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pyro_scvi.bars import over_cells
 from pyro_scvi.cells import Cells
+from pyro_scvi.coordinates import Joint, log_joint
 from pyro_scvi.errors import require_at_least, warn
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import KHAT_LIMIT, Effort
 from pyro_scvi.posterior import bound_terms, evaluating, minibatches, require_question, weighted
 from pyro_scvi.priors import require_proper
+from pyro_scvi.recorded import RecordedJoint
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -29,6 +31,7 @@ def evidence(
     batch_size: int = 64,
     steps: int = 100,
     rounds: int = 3,
+    compiled: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     r"""Log marginal likelihood of every cell, by importance sampling from a proposal corrected for that cell.
@@ -55,6 +58,9 @@ def evidence(
         Cells at a time.
     steps, rounds
         Gradient steps of the refinement, and rounds of adaptation.
+    compiled
+        Whether the density is recorded and compiled, as ``fit`` does with its steps: up to a minute at the start, then
+        about three quarters of the time, for thousands of cells. The results are those without, but for rounding.
     progress
         Whether to show how many cells are done, once it has taken 5 seconds.
 
@@ -71,6 +77,8 @@ def evidence(
         kind.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
+    FitError
+        If the density cannot be compiled.
 
     Warns
     -----
@@ -91,9 +99,10 @@ def evidence(
     require_at_least(1, batch_size=batch_size)
     require_at_least(0, steps=steps, rounds=rounds)
     effort = Effort(samples, steps, rounds)
+    joint = RecordedJoint(min(batch_size, cells.n_cells)) if compiled else log_joint
     with evaluating(fit.model, fit.guide, seed):
         batches = over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress)
-        values = torch.cat([_of_batch(fit.guide, x, gamma, effort) for x, gamma in batches])
+        values = torch.cat([_of_batch(fit.guide, x, gamma, effort, joint) for x, gamma in batches])
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
     return table
@@ -102,8 +111,8 @@ def evidence(
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 
 
-def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort) -> Tensor:
-    found = weighted(guide, x, gamma, effort)
+def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, joint: Joint) -> Tensor:
+    found = weighted(guide, x, gamma, effort, joint=joint)
     charge = guide.model.library.log_prob_of_total(x, gamma)
     log_evidence, bound = found.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
     columns = (log_evidence, found.se, found.ess, found.khat, bound)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.cells import Cells
-from pyro_scvi.coordinates import cell_terms, log_joint, prior_sites, scored
+from pyro_scvi.coordinates import Joint, cell_terms, log_joint, prior_sites, scored
 from pyro_scvi.errors import ModelError, SchemaError, require_at_least
 from pyro_scvi.guides import Guide
 from pyro_scvi.importance import Effort, Importance, LogJoint, Question, persistent_importance, refine
@@ -138,14 +138,14 @@ CANDIDATES = 64  # prior draws that compete with the guide as a start
 MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is
 
 
-def start(guide: Guide, x: Tensor, gamma: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
-    """The log joint density of cells, and location and scale (cells, size) from where to look for their posterior.
+def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> tuple[LogJoint, Tensor, Tensor]:
+    """The log joint density of cells, by ``joint``, and location and scale (cells, size) from where to look for them.
 
     The guide's, but for cells to which a draw from the prior gives a much higher density: those lie so far from what
     the guide was trained on that gradient steps from there may end in a mode that holds no mass, unseen by any k-hat.
     """
     fixed = guide.weights.medians()
-    density = log_joint(guide.model, x, gamma, fixed)
+    density = joint(guide.model, x, gamma, fixed)
     loc, scale = guide.start(x, gamma)
     with torch.no_grad():
         candidates = torch.cat([loc[None], *_drawn_from_prior(guide, gamma)])
@@ -169,14 +169,16 @@ def refined(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int = 100) -> tupl
     return refine(*start(guide, x, gamma), steps=steps)
 
 
-def weighted(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, *, attempts: int = 3) -> Importance:
+def weighted(
+    guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, *, joint: Joint = log_joint, attempts: int = 3
+) -> Importance:
     """Weighted draws of every cell's latents, from a proposal corrected for that cell.
 
     Cells whose k-hat is above 0.7 are tried again with twice the effort, then four times; the best attempt counts.
     """
 
     def question(rows: Tensor) -> Question:
-        return Question(*start(guide, x[rows], gamma[rows]), draws_at_once(x[rows]))
+        return Question(*start(guide, x[rows], gamma[rows], joint), draws_at_once(x[rows]))
 
     return persistent_importance(question, torch.arange(len(x), device=x.device), effort, attempts=attempts)
 

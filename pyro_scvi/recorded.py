@@ -1,22 +1,27 @@
-"""Steps of training recorded once as tensor operations and compiled: later ones run nothing of the programs' Python."""
+"""Steps of training and densities, recorded as tensor operations and compiled: later ones run no Python of programs."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_scvi.coordinates import Coordinates, log_joint, log_terms_at
 from pyro_scvi.elbo import Bound
 from pyro_scvi.errors import FitError
+from pyro_scvi.importance import LogJoint
+from pyro_scvi.model import SCVI
 
 Step = Callable[..., tuple[Tensor, list[Tensor | None]]]  # parameters, buffers, x, gamma, index -> loss, gradients
 
 
 class NotCompiled(FitError):
-    """A step that torch could not record or compile."""
+    """A step or density that torch could not record or compile."""
 
 
 class Recorded:
@@ -54,10 +59,10 @@ class Recorded:
             *(x, gamma, index),
         )
         new = len(x) not in self.steps
-        with _explained() if new else nullcontext():
+        with _explained("a training step") if new else nullcontext():
             if new:
                 self._require_recordable()
-                self.steps[len(x)] = self._compiled(n_cells, given)
+                self.steps[len(x)] = _compiled(self._step(n_cells), given)
             with torch.no_grad():
                 loss, gradients = self.steps[len(x)](*given)
         for name, gradient in zip(self.trained, gradients, strict=True):
@@ -73,11 +78,6 @@ class Recorded:
         replaced = [name for name, buffer in self.bound.named_buffers() if buffer is not self.buffers.get(name)]
         if replaced:
             raise FitError(f"a step puts new tensors in the place of {replaced}: change buffers in place, as by copy_")
-
-    def _compiled(self, n_cells: int, example: Any) -> Step:
-        """Compiled by its first call."""
-        recording = make_fx(self._step(n_cells), tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
-        return torch.compile(recording, options={"fallback_random": True})
 
     def _step(self, n_cells: int) -> Step:
         def step(
@@ -98,9 +98,118 @@ def _hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+class RecordedJoint:
+    """:func:`~pyro_scvi.coordinates.log_joint` of one model and batches of ``n_cells`` cells, by compiled recordings.
+
+    There is one for every shape of u, with and without its gradient, that has been asked for ten times; what is rarer,
+    and batches of other sizes, are left to the program. First derivatives by u only.
+    """
+
+    OFTEN = 10
+
+    def __init__(self, n_cells: int) -> None:
+        self.n_cells = n_cells
+        self.asked: Counter[tuple[torch.Size, bool]] = Counter()
+        self.recordings: dict[tuple[torch.Size, bool], Callable[..., Any]] = {}
+
+    def __call__(self, model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:
+        """Log p(x, z, l) in coordinates u (samples, cells, size), nats, (samples, cells).
+
+        Raises
+        ------
+        FitError
+            When it is evaluated, if the program cannot be recorded, or the recording not compiled.
+        """
+        by_program = log_joint(model, x, gamma, global_latents)
+        if len(x) != self.n_cells:
+            return by_program
+        state = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+        def density(u: Tensor) -> Tensor:
+            kind = u.shape, torch.is_grad_enabled() and u.requires_grad
+            self.asked[kind] += 1
+            if self.asked[kind] < self.OFTEN:
+                return by_program(u)
+            found = self._recorded(kind, model, (u.detach(), x, gamma, global_latents, state))
+            value: Tensor = _WithGradient.apply(u, *found) if kind[1] else found
+            return value
+
+        return density
+
+    def _recorded(self, kind: tuple[torch.Size, bool], model: SCVI, given: tuple[Any, ...]) -> Any:
+        new = kind not in self.recordings
+        with _explained("a density") if new else nullcontext():
+            if new:
+                self.recordings[kind] = _compiled(_value_and_gradient(model) if kind[1] else _value(model), given)
+            with torch.no_grad():
+                return self.recordings[kind](*given)
+
+
+def _value(model: SCVI) -> Callable[..., Tensor]:
+    """Log p(x, z, l) at u as a function of all it depends on."""
+    coordinates, density = Coordinates(model), _Density(model)
+
+    def value(
+        u: Tensor, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> Tensor:
+        named = {f"model.{name}": t for name, t in state.items()}
+        terms: Tensor = torch.func.functional_call(density, named, (u, coordinates, x, gamma, global_latents))
+        return terms
+
+    return value
+
+
+def _value_and_gradient(model: SCVI) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same with its gradient by u."""
+    value = _value(model)
+
+    def both(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            found = value(u, *others)
+            (gradient,) = torch.autograd.grad(found.sum(), u)
+        return found.detach(), gradient
+
+    return both
+
+
+class _Density(nn.Module):
+    """A model's log joint density as a module, as torch wants what it calls with other parameters."""
+
+    def __init__(self, model: SCVI) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, u: Tensor, coordinates: Coordinates, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]
+    ) -> Tensor:
+        return torch.stack(log_terms_at(u, coordinates, self.model, x, gamma, global_latents)).sum(0)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Values (samples, cells) that depend on u (samples, cells, size) of their own cell and draw, and the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad[..., None] * gradient, None, None
+
+
+def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callable[..., Any]:
+    """A recording of the function's run with the example, which its first call compiles."""
+    recording = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+    return torch.compile(recording, options={"fallback_random": True})
+
+
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Say what it means that torch cannot record or compile a step."""
+def _explained(what: str) -> Iterator[None]:
+    """Say what it means that torch cannot record or compile something."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch's compiler about other parts of torch
@@ -111,6 +220,6 @@ def _explained() -> Iterator[None]:
         text = str(error).rpartition("Output:")[2].partition("Set TORCHDYNAMO_VERBOSE")[0]
         reason = " ".join(text.split())[:300]
         raise NotCompiled(
-            f"a training step cannot be compiled ({type(error).__name__}: {reason}); leave compiled=True out. It needs "
+            f"{what} cannot be compiled ({type(error).__name__}: {reason}); leave compiled=True out. It needs "
             "a C++ compiler, and programs whose Python does not depend on values of tensors"
         ) from error

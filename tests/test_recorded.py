@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi.coordinates import log_joint
 from pyro_scvi.elbo import Bound, MeanFieldELBO
 from pyro_scvi.errors import FitError
 from pyro_scvi.networks import _Dropout as Dropout
 from pyro_scvi.plates import optimised_directly
-from pyro_scvi.recorded import Recorded
+from pyro_scvi.posterior import evaluating
+from pyro_scvi.recorded import Recorded, RecordedJoint
 from tests.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
@@ -107,6 +109,59 @@ def test_covariates_are_arguments(batched_cells, uncompiled):
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
+JOINTS = [
+    *((prior, "ZINB", "none") for prior in PRIORS if prior != "Flat"),
+    *(("StandardNormal", likelihood, "none") for likelihood in LIKELIHOODS),
+    ("StandardNormal", "NB", "horseshoe"),
+]
+
+
+@pytest.mark.parametrize(("prior", "likelihood", "weights"), dict.fromkeys(JOINTS))
+def test_a_recorded_density_is_the_programs(cells, uncompiled, monkeypatch, prior, likelihood, weights):
+    """Values and gradients by u, float64, also after parameters have changed, for two shapes of u."""
+    monkeypatch.setattr(RecordedJoint, "OFTEN", 1)
+    model, guide = parts_of(cells, prior, likelihood, weights=weights)
+    x, gamma = (t[:30].double() for t in cells[:])
+    joint = RecordedJoint(30)
+    with evaluating(model, guide, 0):
+        for change, samples in ((0.0, 4), (0.01, 4), (0.0, 3)):
+            for parameter in model.parameters():
+                parameter += change
+            given = model, x, gamma, guide.weights.medians()
+            u = guide.start(x, gamma)[0] + 0.1 * torch.randn(samples, 30, guide.coordinates.size, dtype=torch.float64)
+            torch.testing.assert_close(joint(*given)(u), log_joint(*given)(u), rtol=1e-12, atol=1e-12)
+            with torch.enable_grad():
+                u.requires_grad_()
+                weight = torch.randn(samples, 30, dtype=torch.float64)
+                gradients = [torch.autograd.grad((of(*given)(u) * weight).sum(), u)[0] for of in (joint, log_joint)]
+            torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert sorted((shape[0], differentiated) for shape, differentiated in joint.recordings) == [
+        (samples, differentiated) for samples in (3, 4) for differentiated in (False, True)
+    ]
+
+
+def test_what_is_asked_seldom_is_not_recorded(cells, uncompiled):
+    model, guide = parts_of(cells)
+    x, gamma = (t[:30].double() for t in cells[:])
+    joint = RecordedJoint(30)
+    with evaluating(model, guide, 0):
+        for rows in (30, 29):
+            density = joint(model, x[:rows], gamma[:rows], {})
+            for _ in range(9):
+                density(torch.zeros(2, rows, guide.coordinates.size, dtype=torch.float64))
+        assert not joint.recordings
+
+
+@needs_compiler
+def test_compiled_evidence_is_the_evidence(cells):
+    """With 12 cells in the last batch, which are left to the program."""
+    model = ps.SCVI(cells.n_genes, 2, n_hidden=8)
+    fit = ps.fit(model, cells, epochs=2, validation=0, dtype=torch.float64, progress=False)
+    tables = [ps.evidence(fit, cells, samples=100, batch_size=24, compiled=c, progress=False) for c in (False, True)]
+    np.testing.assert_allclose(*(table.log_evidence for table in tables), rtol=1e-9)
+    assert not np.array_equal(*(table.log_evidence for table in tables))
+
+
 HISTORY = ["train_loss", "held_out_loss", "kl"]
 
 
@@ -173,6 +228,12 @@ class Conditional(ps.priors.StandardNormal):
     def forward(self):
         law = super().forward()
         return law if float(law.mean.sum()) == 0 else law.expand(())
+
+
+def test_evidence_under_a_condition_on_values_is_refused(cells, uncompiled):
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2, prior=Conditional(2), n_hidden=8), cells, epochs=1, progress=False)
+    with pytest.raises(FitError, match=r"a density cannot be compiled .*leave compiled=True out"):
+        ps.evidence(fit, cells, samples=20, compiled=True, progress=False)
 
 
 def test_a_condition_on_values_is_refused(cells, uncompiled):

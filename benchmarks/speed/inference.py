@@ -61,10 +61,12 @@ def evidence(size: Size) -> Interleaved:
     quantity = NANOSECONDS._replace(unit=per_draw)
     lines = (
         Comparison(title, quantity, AtLeast(4), peer="peer"),
+        Comparison(f"{title}, compiled", quantity, AtLeast(4), ours="compiled", peer="peer"),
         Comparison(f"{title}, the peer given 25 draws per pass", quantity, peer="many"),
         Comparison("the same cells by ps.evidence, refined and adapted", quantity, ours="refined"),
     )
-    systems = {**both("weighted_evidence", options), "many": many, "refined": refined}
+    compiled = System("ours", "benchmarks.speed.ours:weighted_evidence", options | {"compiled": True})
+    systems = {**both("weighted_evidence", options), "compiled": compiled, "many": many, "refined": refined}
     return Interleaved("importance", systems, lines)
 
 
