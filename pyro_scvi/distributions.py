@@ -10,7 +10,9 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F
 
+from pyro_scvi.entries import Gathered, distinct, true_places
 from pyro_scvi.negative_binomial import inflated, log_negative_binomial, log_zero_inflated
+from pyro_scvi.random_bits import random_bits
 
 Law = TorchDistributionMixin  # what Pyro can sample: its own distributions and its wrappers of torch's
 
@@ -149,23 +151,41 @@ class ZeroInflated(TorchDistribution):
 def _counts(log_mean: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
     r"""Draws of negative binomial counts of which a share ``seen`` is not set to zero, all of one shape.
 
-    Gamma and Poisson variables are drawn for positive counts only. y is the number of events until time 1 of a Poisson
-    process of rate w. The first comes at t with r log(1 + t mu / r) = e, e ~ Exponential(1), and in time if
-    e < lambda = r log(1 + mu / r); then w ~ Gamma(r + 1, r / mu + t), so that
+    y is the number of events until time 1 of a Poisson process of rate w. Every event adds 1 to r; the next comes at t
+    with r log(1 + t mu / r) = e, e ~ Exponential(1), and in time if e < lambda = r log(1 + mu / r), after which
+    lambda / r is less by e / r. When k have come,
 
-    .. math:: y = 1 + Poisson(g\, (e^{(\lambda - e) / r} - 1)), \qquad g \sim Gamma(r + 1, 1)
+    .. math:: y = k + Poisson(g\, (e^{\lambda / r} - 1)), \qquad g \sim Gamma(r, 1)
+
+    Most counts are 0, and of the others most are 1: Gamma and Poisson variables are drawn for counts above 1 only.
     """
+    log_r = distinct(log_r)
     r = log_r.exp()
     hazard = F.softplus(log_mean - log_r).mul_(r)
-    chance = hazard.neg().expm1_().mul_(seen).mul_(-(2.0**24))  # of a positive count, in units of 2^-24
-    level = torch.empty_like(chance).random_(2**24)
-    index = (level <= chance).reshape(-1).nonzero().squeeze(-1)
-    level, chance_there = level.take(index), chance.take(index)
-    level += torch.rand_like(level)  # the next digits, for those that they may matter to
-    kept = (level < chance_there).nonzero().squeeze(-1)
-    index, level = index[kept], (level / chance_there)[kept]  # level is uniform now
-    hazard, r = hazard.take(index), r.take(index)
-    first = torch.log1p(level * torch.expm1(-hazard)).neg_()
-    rate = torch._standard_gamma(r + 1) * torch.expm1((hazard - first).clamp_(min=0) / r)
-    counts = chance.new_zeros(chance.numel())
-    return counts.index_copy_(0, index, 1 + torch.poisson(rate)).view_as(chance)
+    chance = hazard.neg().expm1_().mul_(seen).mul_(-(2.0**16))  # of a positive count, in units of 2^-16
+    bits = random_bits(chance)
+    at = true_places(bits <= (chance - 2.0**15).clamp_(max=2.0**15 - 1).to(torch.int16))
+    level, there = (t.reshape(-1).index_select(0, at) for t in (bits, chance))
+    level = level.to(there) + 2.0**15 + torch.rand_like(there)  # with the digits that may matter to these alone
+    level, at = _in_time(level, there, at)
+    r, hazard = Gathered(level, at, chance.shape).of(r)[0], hazard.reshape(-1).index_select(0, at)
+    r, hazard = _after_event(r, hazard, level)
+    counts = torch.zeros_like(chance)
+    counts.view(-1).index_fill_(0, at, 1)
+    level, at, r, hazard = _in_time(torch.rand_like(r), hazard.neg().expm1_().neg_(), at, r, hazard)
+    r, hazard = _after_event(r, hazard, level)
+    counts.view(-1).index_copy_(0, at, 2 + torch.poisson(torch._standard_gamma(r) * torch.expm1(hazard / r)))
+    return counts
+
+
+def _in_time(level: Tensor, chance: Tensor, *others: Tensor) -> list[Tensor]:
+    """Levels below their chances, as shares of them, and what belongs to these."""
+    kept = true_places(level < chance)
+    level, chance, *others_kept = (t.index_select(0, kept) for t in (level, chance, *others))
+    return [level / chance, *others_kept]
+
+
+def _after_event(r: Tensor, hazard: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """R and lambda after an event that has come in time, at the quantile ``level``."""
+    waited = torch.log1p(level * torch.expm1(-hazard)).neg_()
+    return r + 1, (hazard - waited).clamp_(min=0) * ((r + 1) / r)

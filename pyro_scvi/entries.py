@@ -21,7 +21,7 @@ class Gathered(NamedTuple):
 
     def split(self, chosen: Tensor) -> tuple["Gathered", "Gathered"]:
         """Those that are chosen, and the others."""
-        return self._take(_places(chosen)), self._take(_places(~chosen))
+        return self._take(true_places(chosen)), self._take(true_places(~chosen))
 
     def _take(self, some: Tensor) -> "Gathered":
         return Gathered(self.x.index_select(0, some), self.at.index_select(0, some), self.shape)
@@ -29,8 +29,9 @@ class Gathered(NamedTuple):
     def of(self, dense: Tensor) -> Tensor:
         """These entries of a tensor; of one with entries for genes only it is not made as large as the counts."""
         if dense.dim() and dense.numel() == dense.shape[-1] == self.shape[-1]:
-            at, n = self.at.numpy().astype(np.int32), self.shape[-1]
-            return dense.reshape(1, -1).index_select(1, torch.from_numpy(at - at // n * n))  # faster than at % n
+            at, n = self.at.int().cpu().numpy(), self.shape[-1]
+            gene = torch.from_numpy(at - at // n * n)  # faster than at % n
+            return dense.reshape(1, -1).index_select(1, gene.to(dense.device))
         return _flat(dense, self.shape).index_select(1, self.at)
 
     def write(self, values: Tensor, dense: Tensor) -> None:
@@ -91,8 +92,16 @@ def _masked(x: Tensor, mask: Tensor) -> Masked:
 
 
 def _gathered(x: Tensor, mask: np.ndarray) -> Gathered:
-    at = torch.from_numpy(np.flatnonzero(mask))  # several times faster than torch
+    at = torch.from_numpy(np.flatnonzero(mask))
     return Gathered(x.reshape(-1).index_select(0, at), at, x.shape)
+
+
+def distinct(parameter: Tensor) -> Tensor:
+    """A tensor without the repetitions that an expansion gave it: one entry along those dimensions."""
+    for dim, stride in enumerate(parameter.stride()):
+        if stride == 0:
+            parameter = parameter.narrow(dim, 0, 1)
+    return parameter
 
 
 def gathers(device: torch.device) -> bool:
@@ -100,8 +109,11 @@ def gathers(device: torch.device) -> bool:
     return device.type == "cpu" and not recording()
 
 
-def _places(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+def true_places(mask: Tensor) -> Tensor:
+    """Positions of what is true in the flattened mask; NumPy finds them several times faster than torch."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero().squeeze(-1)
 
 
 def _flat(dense: Tensor, shape: torch.Size) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.entries import Entries, Gathered, Masked, above_zero, neither_zero_nor_one
+from pyro_scvi.entries import Entries, Gathered, Masked, above_zero, distinct, neither_zero_nor_one
 from pyro_scvi.opaque import opaque
 from pyro_scvi.positive_counts import FEW, Positive, beyond_one, log1p_minus
 
@@ -69,7 +69,7 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor | None, gradients: bool) -> Tensor:
         inputs = x, log_mean, log_r, gate
         log_mean = log_mean.contiguous().clamp(-_FAR, _FAR)
-        log_r = _distinct(log_r).clamp(-_FAR, _FAR)
+        log_r = distinct(log_r).clamp(-_FAR, _FAR)
         seen = x.sign()
         mean, r = log_mean.exp(), log_r.exp()
         odds_of_mean = mean / r
@@ -175,14 +175,6 @@ class _TwiceDifferentiable(torch.autograd.Function):
             counted.replaced(values, dense) for values, dense in zip(of_counted, (by_mean, by_r), strict=True)
         )
         return None, grad * by_mean, grad * by_r
-
-
-def _distinct(parameter: Tensor) -> Tensor:
-    """A tensor without the repetitions that an expansion gave it: one entry along those dimensions."""
-    for dim, stride in enumerate(parameter.stride()):
-        if stride == 0:
-            parameter = parameter.narrow(dim, 0, 1)
-    return parameter
 
 
 def _softplus(t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number, require_positive
 from pyro_scvi.opaque import opaque
 from pyro_scvi.parts import Part
+from pyro_scvi.random_bits import random_bits
 
 __all__ = ["BatchNorm", "LayerNorm"]
 
@@ -157,9 +158,7 @@ class _Dropout(nn.Dropout):
 @opaque("draw_kept", "kept")
 def _draw_kept(kept: Tensor, dropped: int) -> None:
     """Set to 0 a share of ``dropped`` / 65,536 of the entries, the others to the number that keeps their mean at 1."""
-    words = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: kept.numel()].view(kept.shape)
-    torch.ge(bits, dropped - 2**15, out=kept)
+    torch.ge(random_bits(kept), dropped - 2**15, out=kept)
     kept.mul_(2**16 / (2**16 - dropped))
 
 

@@ -61,6 +61,7 @@ def test_the_law_knows_nothing_of_data_fitting_or_tables():
         "plates",
         "positive_counts",
         "priors",
+        "random_bits",
         "seeding",
         "sites",
         "weights",
