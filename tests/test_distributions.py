@@ -124,6 +124,33 @@ def test_gradients_are_those_of_the_value(check, gate):
     assert check(lambda *t: log_prob(*t[:2], t[2] if len(t) > 2 else None), inputs)
 
 
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_second_derivatives_by_one_parameter_are_those_by_all(trained):
+    x = torch.tensor([0.0, 1.0, 2.0, 40.0]).double()
+    values = [torch.linspace(-1, 1, 4).double() + shift for shift in (0.0, 0.3, -0.2)]
+
+    def second(requires):
+        inputs = [value.clone().requires_grad_(some) for value, some in zip(values, requires, strict=True)]
+        law = ZeroInflated(NegativeBinomial(*inputs[:2]), inputs[2])
+        (first,) = torch.autograd.grad(law.log_prob(x).sum(), inputs[trained], create_graph=True)
+        return torch.autograd.grad(first.sum(), inputs[trained])[0]
+
+    alone = second([i == trained for i in range(3)])
+    torch.testing.assert_close(alone, second([True] * 3))
+    assert alone.abs().max() > 0.01
+
+
+@pytest.mark.usefixtures("entries")
+def test_fractions_of_counts_follow_the_formula_of_whole_ones():
+    """Corrected counts on both sides of 1 and of 8, between which formulas change; draws share some parameters."""
+    x = torch.tensor([0.25, 0.5, 0.999, 1.0, 1.5, 2.0, 3.0, 7.5, 8.0, 8.5, 9.0, 30.25]).double().reshape(2, 6)
+    mean, r = torch.tensor([0.2, 3.0, 40.0]).double()[:, None, None], torch.linspace(0.1, 20, 6).double()
+    coefficient = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
+    expected = coefficient - r * torch.log1p(mean / r) + x * torch.log(mean / (r + mean))
+    found = NegativeBinomial(mean.log().expand(3, 2, 6), r.log(), validate_args=False).log_prob(x)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.usefixtures("entries")
 def test_no_parameter_is_too_far_out_for_float32():
     corners = torch.cartesian_prod(*[torch.tensor([-1e4, -100.0, -50.0, 0.0, 50.0, 100.0, 1e4])] * 3)
