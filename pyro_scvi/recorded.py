@@ -3,19 +3,21 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 from pyro_scvi.coordinates import Coordinates, log_joint, log_terms_at
 from pyro_scvi.elbo import Bound
 from pyro_scvi.errors import FitError
 from pyro_scvi.importance import LogJoint
 from pyro_scvi.model import SCVI
+from pyro_scvi.seeding import seeded
 
 Step = Callable[..., tuple[Tensor, list[Tensor | None]]]  # parameters, buffers, x, gamma, index -> loss, gradients
 
@@ -58,13 +60,12 @@ class Recorded:
             list(self.buffers.values()),
             *(x, gamma, index),
         )
-        new = len(x) not in self.steps
-        with _explained("a training step") if new else nullcontext():
-            if new:
+        if len(x) not in self.steps:
+            with _explained("a training step"):
                 self._require_recordable()
                 self.steps[len(x)] = _compiled(self._step(n_cells), given)
-            with torch.no_grad():
-                loss, gradients = self.steps[len(x)](*given)
+        with torch.no_grad():
+            loss, gradients = self.steps[len(x)](*given)
         for name, gradient in zip(self.trained, gradients, strict=True):
             parameter = self.parameters[name]
             parameter.grad = gradient if parameter.grad is None or gradient is None else parameter.grad + gradient
@@ -137,12 +138,11 @@ class RecordedJoint:
         return density
 
     def _recorded(self, kind: tuple[torch.Size, bool], model: SCVI, given: tuple[Any, ...]) -> Any:
-        new = kind not in self.recordings
-        with _explained("a density") if new else nullcontext():
-            if new:
+        if kind not in self.recordings:
+            with _explained("a density"):
                 self.recordings[kind] = _compiled(_value_and_gradient(model) if kind[1] else _value(model), given)
-            with torch.no_grad():
-                return self.recordings[kind](*given)
+        with torch.no_grad():
+            return self.recordings[kind](*given)
 
 
 def _value(model: SCVI) -> Callable[..., Tensor]:
@@ -202,9 +202,16 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callable[..., Any]:
-    """A recording of the function's run with the example, which its first call compiles."""
-    recording = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
-    return torch.compile(recording, options={"fallback_random": True})
+    """A recording of the function's run with the example, compiled by a call with copies of it.
+
+    Compilers of some versions of torch draw random numbers themselves, which no step should notice.
+    """
+    with seeded(0):
+        recording = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        compiled: Callable[..., Any] = torch.compile(recording, options={"fallback_random": True})
+        with torch.no_grad():
+            compiled(*tree_map_only(Tensor, Tensor.clone, example))
+    return compiled
 
 
 @contextmanager
@@ -212,7 +219,7 @@ def _explained(what: str) -> Iterator[None]:
     """Say what it means that torch cannot record or compile something."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of torch's compiler about other parts of torch
+            warnings.simplefilter("ignore")  # of the compiler about other parts of torch
             yield
     except FitError:
         raise
