@@ -11,7 +11,7 @@ from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F
 
 from pyro_scvi.entries import Gathered, distinct, true_places
-from pyro_scvi.negative_binomial import inflated, log_negative_binomial, log_zero_inflated
+from pyro_scvi.negative_binomial import FAR, inflated, log_negative_binomial, log_zero_inflated
 from pyro_scvi.random_bits import random_bits
 
 Law = TorchDistributionMixin  # what Pyro can sample: its own distributions and its wrappers of torch's
@@ -22,9 +22,9 @@ class NegativeBinomial(TorchDistribution):
 
     .. math:: p(x) = \frac{\Gamma(r + x)}{\Gamma(r)\, x!} \Big(\frac{r}{r + \mu}\Big)^r \Big(\frac{\mu}{r + \mu}\Big)^x
 
-    with mean :math:`\mu` and variance :math:`\mu + \mu^2 / r` (Lopez et al. 2017, Sec. 1). Evaluated in Loader's
-    saddle-point form (C. Loader 2000, "Fast and accurate computation of binomial probabilities"), with analytic
-    gradients: torch's own negative binomial is wrong by nats in float32 once r passes 1e5.
+    with mean :math:`\mu` and variance :math:`\mu + \mu^2 / r` (Lopez et al. 2017, Sec. 1). Counts above 8 are evaluated
+    in Loader's saddle-point form (C. Loader 2000, "Fast and accurate computation of binomial probabilities"), others by
+    products, with analytic gradients: torch's own negative binomial is wrong by nats in float32 once r passes 1e5.
 
     Parameters
     ----------
@@ -157,9 +157,10 @@ def _counts(log_mean: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
 
     .. math:: y = k + Poisson(g\, (e^{\lambda / r} - 1)), \qquad g \sim Gamma(r, 1)
 
-    Most counts are 0, and of the others most are 1: Gamma and Poisson variables are drawn for counts above 1 only.
+    Most counts are 0, and of the others most are 1: Gamma and Poisson variables are drawn for counts above 1 only. The
+    chance of those among positive ones is exact to 2^-24.
     """
-    log_r = distinct(log_r)
+    log_mean, log_r = log_mean.clamp(-FAR, FAR), distinct(log_r).clamp(-FAR, FAR)
     r = log_r.exp()
     hazard = F.softplus(log_mean - log_r).mul_(r)
     chance = hazard.neg().expm1_().mul_(seen).mul_(-(2.0**16))  # of a positive count, in units of 2^-16
@@ -170,7 +171,7 @@ def _counts(log_mean: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
     level, at = _in_time(level, there, at)
     r, hazard = Gathered(level, at, chance.shape).of(r)[0], hazard.reshape(-1).index_select(0, at)
     r, hazard = _after_event(r, hazard, level)
-    counts = torch.zeros_like(chance)
+    counts = chance.contiguous().mul(0)  # but NaN where a parameter is NaN
     counts.view(-1).index_fill_(0, at, 1)
     level, at, r, hazard = _in_time(torch.rand_like(r), hazard.neg().expm1_().neg_(), at, r, hazard)
     r, hazard = _after_event(r, hazard, level)

@@ -1,10 +1,13 @@
 """Memory of freed tensors, kept for the next ones."""
 
+from functools import cache
+
 import torch
 
 _LARGEST = 32 * 2**20 - 2**13  # bytes; glibc learns from blocks of up to 32 MB, its own bookkeeping included
 
 
+@cache
 def keep_freed_memory() -> None:
     """Let glibc keep up to 64 MB of what is freed, twice the largest block that it has seen freed (mallopt(3)).
 

@@ -1,4 +1,4 @@
-"""Log probabilities of negative binomial counts and their gradients, to float32's last digits and in one pass."""
+"""Log probabilities of negative binomial counts, to float32's last digits, and their gradients in one pass."""
 
 from functools import reduce
 from typing import Any
@@ -12,7 +12,7 @@ from pyro_scvi.entries import Entries, Gathered, Masked, above_zero, distinct, n
 from pyro_scvi.opaque import opaque
 from pyro_scvi.positive_counts import FEW, Positive, beyond_one, log1p_minus
 
-_FAR = 43  # exp(43) is past every count, and log1p of its square is a number in every torch
+FAR = 43  # exp(43) is past every count, and log1p of its square is a number in every torch
 
 
 def log_negative_binomial(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _LogProb(torch.autograd.Function):
 
     With m = mu / (r + mu), n = r log(1 - m) the log probability that the base gives to 0 and s its share in a zero,
 
-        x = 0:  log p = softplus(n - g) - softplus(-g),  s = sigmoid(n - g)
+        x = 0:  log p = log(exp(n) + exp(g)) - softplus(g),  s = sigmoid(n - g)
                 d / dg = 1 - s - sigmoid(g),  d / d log mu = -s r m,  d / d log r = s (n + r m)
         x = 1:  log p = n + log mu + log(1 - m) - softplus(g),
                 d / dg = -sigmoid(g),  d / d log mu = 1 - m - r m,  d / d log r = n + r m + m
@@ -61,15 +61,17 @@ class _LogProb(torch.autograd.Function):
 
     Without a gate log p(0) = n and s = 1. Most counts of a cell are 0 or 1: they need no gamma function and are
     computed everywhere, with s = 1 above zero and the gradients by g and log mu = (x - s mu) (1 - m) right for every
-    count. What is more than one is gathered for the rest. Second derivatives come from the same law composed of
-    differentiable steps.
+    count. What is more than one is gathered for the rest. n + r m is exact to mu times the rounding of 1, not relative
+    to itself where r is far above mu. Second derivatives come from the same law composed of differentiable steps.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor | None, gradients: bool) -> Tensor:
         inputs = x, log_mean, log_r, gate
-        log_mean = log_mean.contiguous().clamp(-_FAR, _FAR)
-        log_r = distinct(log_r).clamp(-_FAR, _FAR)
+        log_mean = log_mean.contiguous().clamp(-FAR, FAR)
+        log_r = distinct(log_r).clamp(-FAR, FAR)
+        if any(n > 1 for n in log_r.shape[: log_mean.dim() - x.dim()]):
+            log_r = log_r.expand_as(log_mean)
         seen = x.sign()
         mean, r = log_mean.exp(), log_r.exp()
         odds_of_mean = mean / r
@@ -78,10 +80,9 @@ class _LogProb(torch.autograd.Function):
         if gate is None:
             out, softplus_gate = zero.clone(), None
         else:
-            gate = gate.contiguous()
-            odds, softplus_gate = zero - gate, _softplus(gate)
-            out = _softplus(odds).lerp_(odds, seen)
-            out.add_(gate).sub_(softplus_gate)  # - softplus(-g) = g - softplus(g)
+            gate = gate.contiguous().clamp(max=1e30)
+            softplus_gate = _softplus(gate)
+            out = torch.logaddexp(zero, gate).lerp_(zero, seen).sub_(softplus_gate)
         out.addcmul_(log_mean, seen).addcmul_(log_odds, seen, value=-1)
         if not gradients:
             _write_several(x, log_mean, log_r, softplus_gate, out, None)
@@ -92,7 +93,7 @@ class _LogProb(torch.autograd.Function):
             by_mean = (x - mean).mul_(rest)
             by_r = zero.addcmul_(mean, rest)  # n + r m
         else:
-            share = torch.maximum(odds.sigmoid_(), seen)
+            share = torch.maximum((zero - gate).sigmoid_(), seen)
             by_gate = gate.neg().sigmoid_().sub_(share)  # 1 - sigmoid(g) = sigmoid(-g)
             by_mean = torch.addcmul(x, share, mean, value=-1).mul_(rest)
             by_r = zero.addcmul_(mean, rest).mul_(share)
@@ -107,7 +108,7 @@ class _LogProb(torch.autograd.Function):
             return None, *(None if by is None else grad * by for by in ctx.saved_tensors[4:]), None
         x, *parameters = ctx.saved_tensors[:4]
         log_mean, log_r, gate = parameters
-        value = _TwiceDifferentiable.apply(x, log_mean.clamp(-_FAR, _FAR), log_r.clamp(-_FAR, _FAR))
+        value = _TwiceDifferentiable.apply(x, log_mean.clamp(-FAR, FAR), log_r.clamp(-FAR, FAR))
         value = value if gate is None else inflated(x, value, gate)
         wanted = ctx.needs_input_grad[1:4]
         trained = [parameter for parameter, one in zip(parameters, wanted, strict=True) if one]

@@ -316,6 +316,81 @@ def test_parameters_may_lie_in_any_order_in_memory():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("entries")
+@pytest.mark.parametrize("inflated", [False, True])
+@pytest.mark.parametrize("of_r", [(2, 1, 1, 5), (1, 3, 1, 1), (1, 1, 4, 1), (2, 3, 4, 5), (5,), ()])
+def test_draws_may_share_dispersions_along_any_dimension(of_r, inflated):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(20.0).reshape(4, 5).double()
+    log_mean, gate = (torch.randn(2, 3, 4, 5, generator=generator).double() for _ in range(2))
+    log_r = torch.randn(of_r, generator=generator).double()
+    found, expected = (
+        (ZeroInflated(NegativeBinomial(log_mean, r), gate) if inflated else NegativeBinomial(log_mean, r)).log_prob(x)
+        for r in (log_r, log_r.expand(2, 3, 4, 5).contiguous())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
+def test_nothing_has_no_counts_and_no_log_probability(shape):
+    nothing, genes = torch.zeros(shape), torch.zeros(shape[-1:])
+    for counts in (NegativeBinomial(nothing, genes), ZeroInflated(NegativeBinomial(nothing, genes), nothing)):
+        assert counts.sample().shape == counts.log_prob(nothing).shape == shape
+    assert NegativeBinomial(torch.zeros(3, 5), torch.zeros(5)).sample((0,)).shape == (0, 3, 5)
+
+
+@pytest.mark.usefixtures("entries")
+@pytest.mark.parametrize("gate", [None, 0.0])
+def test_what_is_no_count_has_no_log_probability(gate):
+    x = torch.tensor([0.0, 1.0, torch.nan, -1.0, 2.0])
+    base = NegativeBinomial(torch.zeros(5), torch.zeros(5), validate_args=False)
+    found = (base if gate is None else ZeroInflated(base, torch.zeros(5), validate_args=False)).log_prob(x)
+    assert torch.isnan(found).tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.usefixtures("entries")
+def test_certain_gates_are_limits():
+    x, zeros = torch.tensor([0.0, 1.0, 2.0, 9.0]), torch.zeros(4)
+    base = NegativeBinomial(zeros, zeros)
+    never, always = (ZeroInflated(base, torch.full((4,), gate)).log_prob(x) for gate in (-torch.inf, torch.inf))
+    torch.testing.assert_close(never, base.log_prob(x), rtol=1e-6, atol=1e-6)
+    assert always[0] == 0
+    assert (always[1:] < -1e29).all()
+
+
+def test_a_gate_far_below_costs_no_digits():
+    base = NegativeBinomial(torch.tensor([0.1]).log(), torch.tensor([1e-4]).log())
+    found = ZeroInflated(base, torch.tensor([-100.0])).log_prob(torch.zeros(1))
+    torch.testing.assert_close(found, base.log_prob(torch.zeros(1)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("log_r", [90.0, 750.0])
+def test_samples_of_an_endless_inverse_dispersion_are_poisson(log_r):
+    draws = NegativeBinomial(torch.zeros(40_000).double(), torch.tensor(log_r).double()).sample()
+    assert abs(draws.mean() - 1) < 6 / 200
+    assert abs(draws.var() - 1) < 6 * 2 / 200
+
+
+def test_samples_of_parameters_that_are_no_numbers_are_none():
+    numbers, nan = torch.zeros(3), torch.full((3,), torch.nan)
+    for log_mean, log_r, gate in ((nan, numbers, numbers), (numbers, nan, numbers), (numbers, numbers, nan)):
+        base = NegativeBinomial(log_mean, log_r, validate_args=False)
+        assert torch.isnan(ZeroInflated(base, gate, validate_args=False).sample()).all()
+
+
+@pytest.mark.parametrize("gate", [None, 0.0])
+def test_samples_are_of_parameters_in_any_order_in_memory(gate):
+    log_mean, log_r = torch.linspace(-3, 5, 20).reshape(4, 5), torch.linspace(-2, 3, 20).reshape(5, 4)
+    draws = []
+    for given in ((log_mean.T, log_r), (log_mean.T.contiguous(), log_r.T.contiguous().T)):
+        counts = NegativeBinomial(*given)
+        torch.manual_seed(0)
+        draws.append((counts if gate is None else ZeroInflated(counts, torch.zeros(5, 4))).sample((50,)))
+    assert torch.equal(*draws)
+    means = draws[0].mean(0) * (1 if gate is None else 2)
+    assert ((means - log_mean.T.exp()).abs() < 6 * (counts.variance / 50).sqrt() * 2 + 0.5).all()
+
+
 def test_plates_may_broadcast_one_law_over_entries():
     x = torch.tensor([[0.0, 2.0], [1.0, 0.0]]).double()
     expected = law(2.0, 0.7, 0.1).log_prob(x.reshape(-1)).reshape(2, 2)
