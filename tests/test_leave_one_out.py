@@ -46,7 +46,7 @@ def toy():
     schedule = ps.schedules.Constant(1e-4)  # the decoder stays all but as it was
     fit = ps.fit(model, ps.Cells.from_counts(counts), guide, epochs=3, learning_rate=schedule, **options)
     few = ps.Cells.from_counts(counts).take(range(15))
-    return fit, few, ps.leave_one_out(fit, few, samples=4000)
+    return fit, few, ps.leave_one_out(fit, few, samples=20_000)
 
 
 def test_probabilities_match_quadrature(toy):
