@@ -169,7 +169,7 @@ def _counts(log_mean: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
     level, there = (t.reshape(-1).index_select(0, at) for t in (bits, chance))
     level = level.to(there) + 2.0**15 + torch.rand_like(there)  # with the digits that may matter to these alone
     level, at = _in_time(level, there, at)
-    r, hazard = Gathered(level, at, chance.shape).of(r)[0], hazard.reshape(-1).index_select(0, at)
+    r, hazard = Gathered(level, at, torch.Size(chance.shape)).of(r)[0], hazard.reshape(-1).index_select(0, at)
     r, hazard = _after_event(r, hazard, level)
     counts = chance.contiguous().mul(0)  # but NaN where a parameter is NaN
     counts.view(-1).index_fill_(0, at, 1)

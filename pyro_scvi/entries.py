@@ -89,12 +89,13 @@ def above_zero(x: Tensor) -> Entries:
 
 def _masked(x: Tensor, mask: Tensor) -> Masked:
     mask = mask.reshape(-1)
-    return Masked(torch.where(mask, x.reshape(-1), 1.0), mask, x.shape)
+    return Masked(torch.where(mask, x.reshape(-1), 1.0), mask, torch.Size(x.shape))
 
 
 def _gathered(x: Tensor, mask: np.ndarray) -> Gathered:
     at = torch.from_numpy(np.flatnonzero(mask))
-    return Gathered(x.reshape(-1).index_select(0, at), at, x.shape)
+    shape = torch.Size(x.shape)  # a tuple where Pyro follows what depends on what
+    return Gathered(x.reshape(-1).index_select(0, at), at, shape)
 
 
 def distinct(parameter: Tensor) -> Tensor:
