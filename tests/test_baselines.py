@@ -161,7 +161,7 @@ def test_an_anndata_is_refused_with_advice():
 
 
 def test_benchmark_checks_its_folder_first_and_writes_every_row(tmp_path, monkeypatch, capsys):
-    from benchmarks import baselines as benchmark
+    from benchmarks.quality import baselines as benchmark
 
     with pytest.raises(SystemExit):
         benchmark.main(["--out", str(tmp_path / "none" / "table.json")])

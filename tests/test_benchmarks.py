@@ -15,13 +15,17 @@ from pyro_scvi.posterior import bound_terms, evaluating
 
 pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, not in the package")
 
-from benchmarks.speed import command, curves, harness, large, limits, pyro_svi, quality, report, worker  # noqa: E402
-from benchmarks.speed.bound import held_out_elbo  # noqa: E402
-from benchmarks.speed.interleaved import Outcome  # noqa: E402
-from benchmarks.speed.judges import our_outputs  # noqa: E402
-from benchmarks.speed.ours import matched, matched_constant  # noqa: E402
-from benchmarks.speed.simulate import batch_labels, zinb_counts  # noqa: E402
-from benchmarks.speed.stopwatch import Sample, Stopwatch  # noqa: E402
+from benchmarks import cli  # noqa: E402
+from benchmarks.harness import processes, report, worker  # noqa: E402
+from benchmarks.harness.interleaving import Outcome  # noqa: E402
+from benchmarks.harness.simulation import batch_labels, zinb_counts  # noqa: E402
+from benchmarks.harness.stopwatch import Sample, Stopwatch  # noqa: E402
+from benchmarks.quality import learning_curves  # noqa: E402
+from benchmarks.quality.elbo import held_out_elbo  # noqa: E402
+from benchmarks.quality.held_out_scores import our_outputs  # noqa: E402
+from benchmarks.rows import time_to_quality  # noqa: E402
+from benchmarks.systems import matrix_products, ours_large, pyro_svi  # noqa: E402
+from benchmarks.systems.ours import matched, matched_constant  # noqa: E402
 
 
 def samples(*cpu, work=100):
@@ -63,7 +67,9 @@ def test_table_has_every_line_and_its_note():
 
 def test_json_keeps_lines(tmp_path):
     lines = [report.compared("one", report.SECONDS, samples(1, 2), samples(2)), report.skipped("two", "no data")]
-    lines.append(quality.ratio_line("three", [None], [quality.Point(1, 2.0, 0.0, 0.0)], report.AtLeast(2), ""))
+    lines.append(
+        time_to_quality.ratio_line("three", [None], [time_to_quality.Point(1, 2.0, 0.0, 0.0)], report.AtLeast(2), "")
+    )
     report.write(tmp_path / "out.json", lines, {"command": "c"}, {"one": {"found": math.inf}})
     assert repr(report.read(tmp_path / "out.json")) == repr(lines)
     assert json.loads((tmp_path / "out.json").read_text())["details"] == {"one": {"found": "inf"}}
@@ -107,8 +113,8 @@ def test_stopwatch_pauses():
 
 
 def test_gemms_have_the_operations_of_a_step():
-    assert limits.flops_per_cell(720) == pytest.approx(1.5e6, rel=0.01)
-    assert limits.gemms(30, 16, 64, 2)().facts["work"] == 128
+    assert matrix_products.flops_per_cell(720) == pytest.approx(1.5e6, rel=0.01)
+    assert matrix_products.gemms(30, 16, 64, 2)().facts["work"] == 128
 
 
 # --- systems that should be the same ---
@@ -144,8 +150,8 @@ def test_plain_pyro_trains():
 @pytest.mark.filterwarnings("ignore:.* ha(s|ve) no counts")
 def test_large_files_load_and_training_ends_after_its_steps(tmp_path):
     path = str(tmp_path / "cells.h5ad")
-    assert large.write(path, 90, 80)().facts["nnz"] > 0
-    facts = large.load_and_train(path, steps=6, batch_size=32)().facts
+    assert ours_large.write(path, 90, 80)().facts["nnz"] > 0
+    facts = ours_large.load_and_train(path, steps=6, batch_size=32)().facts
     assert facts["cpu_seconds_per_epoch"] > 0
     assert 0 < facts["before"] <= facts["loaded"] <= facts["peak"]
 
@@ -182,34 +188,36 @@ class Scripted:
 
 
 def test_time_to_quality_stops_at_the_first_run_that_is_as_good(monkeypatch):
-    monkeypatch.setattr(quality, "require_packages", lambda names: None)
-    peers = (quality.PeerRun("peer", 2, {}, report.AtLeast(15)),)
-    row = quality.TimeToQuality("row", "cells.h5ad", "matched", "bound", peers)
+    monkeypatch.setattr(time_to_quality, "require_packages", lambda names: None)
+    peers = (time_to_quality.PeerRun("peer", 2, {}, report.AtLeast(15)),)
+    row = time_to_quality.TimeToQuality("row", "cells.h5ad", "matched", "bound", peers)
     (line,), details = row.run(Scripted())
     assert (line.ours, line.peer, line.ratio_min, line.ratio_median, line.met) == (2, 30, 15, 15, "yes")
     assert [point.epochs for point in details["curves"][1]["ours"]] == [1, 2]
 
 
 def test_a_target_that_is_not_reached_meets_no_bar():
-    peer = quality.Point(20, 30.0, -10.0, 0.1)
-    line = quality.ratio_line("row", [quality.Point(2, 1.0, -9.0, 0.1), None], [peer, peer], report.AtLeast(10), "")
+    peer = time_to_quality.Point(20, 30.0, -10.0, 0.1)
+    line = time_to_quality.ratio_line(
+        "row", [time_to_quality.Point(2, 1.0, -9.0, 0.1), None], [peer, peer], report.AtLeast(10), ""
+    )
     assert (line.ratio_min, line.ratio_median, line.met) == (0, 15, "no")
 
 
 def test_curves_are_drawn(tmp_path):
     points = [[1, 1.0, -12.0, 0.1], [2, 3.0, -10.0, 0.1]]
     kept = {"file": "cells.h5ad", "judge": "bound", "curves": {0: {"peer": points, "ours": points}}}
-    (path,) = curves.save(tmp_path, {"row": kept, "other": {}})
+    (path,) = learning_curves.save(tmp_path, {"row": kept, "other": {}})
     assert path.name == "held-out_ELBO.png"
     assert path.stat().st_size > 1000
 
 
 def test_rows_are_chosen_by_how_they_begin():
-    rows = command.cpu_rows(quick=True)
-    assert [row.name for row in command.chosen(rows, ["training-1024"])] == ["training-1024", "training-1024-bfloat16"]
-    assert len(command.chosen(rows, None)) == len(rows)
+    rows = cli.cpu_rows(quick=True)
+    assert [row.name for row in cli.chosen(rows, ["training-1024"])] == ["training-1024", "training-1024-bfloat16"]
+    assert len(cli.chosen(rows, None)) == len(rows)
     with pytest.raises(SystemExit, match="no row is named nothing"):
-        command.chosen(rows, ["nothing"])
+        cli.chosen(rows, ["nothing"])
 
 
 def test_a_row_that_fails_leaves_the_others_be():
@@ -217,7 +225,7 @@ def test_a_row_that_fails_leaves_the_others_be():
         name = "failing"
 
         def run(self, bench):
-            raise harness.TaskError("Traceback\nValueError: no")
+            raise processes.TaskError("Traceback\nValueError: no")
 
     class Working(Failing):
         name = "working"
@@ -225,21 +233,21 @@ def test_a_row_that_fails_leaves_the_others_be():
         def run(self, bench):
             return Outcome([report.Line("fine")], {})
 
-    failing, working = command.measured([Failing(), Working()], None).values()
+    failing, working = cli.measured([Failing(), Working()], None).values()
     assert [line.note for line in failing.lines] == ["failed: ValueError: no"]
     assert working.lines[0].title == "fine"
 
 
 @pytest.fixture
 def no_peer(monkeypatch):
-    found = harness.importlib.util.find_spec
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None if name == "scvi" else found(name))
+    found = processes.importlib.util.find_spec
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None if name == "scvi" else found(name))
 
 
 @pytest.mark.usefixtures("no_peer")
 def test_cpu_runs_without_the_peer(tmp_path, capsys):
     rows = ["training-128", "predictive", "differential-kernel", "bound-cortex"]
-    command.main(["cpu", "--quick", "--rounds", "1", "--out", str(tmp_path / "out.json"), "--rows", *rows])
+    cli.main(["cpu", "--quick", "--rounds", "1", "--out", str(tmp_path / "out.json"), "--rows", *rows])
     printed = capsys.readouterr().out
     assert "the figures mean nothing" in printed
     assert "no peer: scvi is not installed: pip install 'pyro-scvi[peer]'" in printed
@@ -252,7 +260,7 @@ def test_cpu_runs_without_the_peer(tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_peer")
 def test_gpu_dry_run(capsys):
-    command.main(["gpu", "--dry-run", "--rounds", "1"])
+    cli.main(["gpu", "--dry-run", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "a dry run" in printed
     assert "launch-bound share at batch 1024" in printed
@@ -263,4 +271,4 @@ def test_gpu_dry_run(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gpu_without_a_device_says_so():
     with pytest.raises(SystemExit, match="no CUDA device; --dry-run"):
-        command.main(["gpu"])
+        cli.main(["gpu"])

@@ -1,0 +1,1 @@
+"""Statistical quality: held-out evidence, calibration, posterior draws, differential expression, baselines."""

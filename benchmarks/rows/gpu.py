@@ -1,0 +1,73 @@
+"""Rows of ``python -m benchmarks gpu``; a dry run is the same on the CPU with tiny sizes."""
+
+from dataclasses import dataclass
+from statistics import median
+
+from benchmarks.harness.interleaving import Comparison, Interleaved, Outcome, Row
+from benchmarks.harness.processes import Bench, System
+from benchmarks.harness.report import CELLS_PER_WALL_SECOND, Line
+from benchmarks.rows import large_data
+from benchmarks.rows.training import OURS, PEER
+
+
+@dataclass(frozen=True)
+class Size:
+    """Genes, cells and epochs of the training rows, and the cells of the large ones."""
+
+    genes: int = 720
+    cells: int = 20_480
+    epochs: int = 4
+    large: large_data.Size = large_data.Size()
+
+
+QUICK = Size(genes=80, cells=256, epochs=1, large=large_data.QUICK)
+
+
+@dataclass(frozen=True)
+class LaunchBound:
+    """Share of the wall time in which the device has nothing to do but to wait for the next kernel's launch."""
+
+    batch_size: int
+    device: str
+    size: Size
+
+    @property
+    def name(self) -> str:
+        """What ``--rows`` calls it."""
+        return f"launch-{self.batch_size}"
+
+    def run(self, bench: Bench) -> Outcome:
+        """Profile as many fits as there are rounds."""
+        options = {**_sizes(self.size, self.batch_size), "device": self.device}
+        samples = bench.interleaved({"ours": System("ours", "benchmarks.systems.device_utilisation:busy", options)})[
+            "ours"
+        ]
+        shares = [1 - sample.facts["busy"] / sample.wall for sample in samples]
+        line = Line(f"launch-bound share at batch {self.batch_size}", "of wall time", ours=median(shares))
+        line.ours_rounds = shares
+        return Outcome([line], {"ours": [sample._asdict() for sample in samples]})
+
+
+def rows(device: str, size: Size) -> list[Row]:
+    """All rows on a device."""
+    batches = 128, 1024
+    return [
+        *(training(batch_size, device, size) for batch_size in batches),
+        *(LaunchBound(batch_size, device, size) for batch_size in batches),
+        large_data.Epochs(size.large, device),
+    ]
+
+
+def training(batch_size: int, device: str, size: Size) -> Interleaved:
+    """Equal networks, likelihood and optimiser; wall time is the figure."""
+    options = {**_sizes(size, batch_size), "device": device}
+    systems = {
+        "ours": System("ours", OURS, {"configuration": "matched_constant", **options}),
+        "peer": System("scvi-tools", PEER, {"configuration": "default", **options}),
+    }
+    line = Comparison(f"training at batch {batch_size} on {device}", CELLS_PER_WALL_SECOND, peer="peer")
+    return Interleaved(f"training-{batch_size}", systems, (line,))
+
+
+def _sizes(size: Size, batch_size: int) -> dict[str, int]:
+    return {"n_cells": size.cells, "n_genes": size.genes, "batch_size": batch_size, "epochs": size.epochs}

@@ -1,0 +1,42 @@
+"""Task: how long an accelerator works while a fit trains; the rest it waits for its next kernel."""
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+import pyro_scvi as ps
+from benchmarks.harness.data import as_cells, simulated
+from benchmarks.harness.stopwatch import Sample, Stopwatch
+from benchmarks.systems.ours import matched_constant, synchronise
+
+
+def busy(n_cells: int, n_genes: int, batch_size: int, epochs: int, device: str) -> Callable[[], Sample]:
+    """Seconds of all kernels of a fit, by torch's profiler, and the wall seconds of the same fit without it.
+
+    On a CPU the kernels are torch's operators, so that the same code can be tried there.
+    """
+    cells = as_cells(simulated(n_cells, n_genes))
+    model, options = matched_constant(cells, 0)
+    options |= {"batch_size": batch_size, "device": device, "validation": 0, "progress": False, "epochs": epochs}
+
+    def fit() -> None:
+        ps.fit(model, cells, **options)
+        synchronise(device)
+
+    fit()
+
+    def measure() -> Sample:
+        with Stopwatch() as watch:
+            fit()
+        with profile(activities=[ACTIVITIES[device]], acc_events=True) as profiled:
+            fit()
+        return watch.sample(work=n_cells * epochs, busy=KERNEL_SECONDS[device](profiled))
+
+    return measure
+
+
+ACTIVITIES = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}
+KERNEL_SECONDS: dict[str, Callable[[profile], float]] = {
+    "cuda": lambda profiled: sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6,
+    "cpu": lambda profiled: sum(event.self_cpu_time_total for event in profiled.key_averages()) / 1e6,
+}

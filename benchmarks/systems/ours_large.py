@@ -1,0 +1,116 @@
+"""Tasks on as many cells as the mouse brain data has: writing them to a file, and what loading and training take."""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import pyro_scvi as ps
+from benchmarks.harness.simulation import zinb_counts
+from benchmarks.harness.stopwatch import Sample, Stopwatch
+from benchmarks.systems.ours import matched, synchronise
+
+SIMULATED = 20_000  # cells, of which the file has as many copies as it needs
+
+
+def write(path: str, n_cells: int, n_genes: int) -> Callable[[], Sample]:
+    """Write an h5ad file of ``n_cells``, CSR of uint16 counts, made of copies of 20,000 simulated cells."""
+
+    def measure() -> Sample:
+        with Stopwatch() as watch:
+            block = zinb_counts(min(n_cells, SIMULATED), n_genes).astype(np.uint16)
+            copies = -(-n_cells // block.shape[0])
+            data = np.tile(block.data, copies)
+            starts = np.arange(copies)[:, None] * block.nnz + block.indptr[:-1]
+            indptr = np.append(starts.ravel(), copies * block.nnz)[: n_cells + 1]
+            nnz = indptr[-1]
+            indices = np.tile(block.indices, copies)[:nnz]
+            counts = sparse.csr_matrix((data[:nnz], indices, indptr.astype(np.int32)), shape=(n_cells, n_genes))
+            names = pd.DataFrame(index=np.arange(n_cells).astype(str))
+            anndata.AnnData(counts, obs=names).write_h5ad(path)
+        return watch.sample(work=1, nnz=int(nnz), megabytes=Path(path).stat().st_size / 1e6)
+
+    return measure
+
+
+class EnoughSteps(Exception):
+    """Ends a fit whose steps have been counted."""
+
+
+@dataclass(frozen=True)
+class Until(ps.schedules.Constant):
+    """A constant learning rate that ends the run after some steps, and notes the seconds from the middle one on."""
+
+    steps: int = 200
+    watch: Stopwatch = Stopwatch()
+
+    def __call__(self, optimiser: Optimizer, steps: int) -> LRScheduler:
+        """Attach a counter to the optimiser."""
+        optimiser.register_step_post_hook(partial(self._counted, [0]))
+        return super().__call__(optimiser, steps)
+
+    def _counted(self, done: list[int], *_: Any) -> None:
+        done[0] += 1
+        if done[0] == self.steps // 2:
+            self.watch.start()
+        if done[0] == self.steps:
+            self.watch.stop()
+            raise EnoughSteps
+
+
+def load_and_train(path: str, steps: int, batch_size: int) -> Callable[[], Sample]:
+    """Read the file and train the matched model for ``steps`` batches; all in the process's peak of memory."""
+
+    def measure() -> Sample:
+        before = peak_megabytes()
+        schedule = Until(steps=steps, watch=Stopwatch())
+        with Stopwatch() as watch:
+            cells = ps.Cells.from_anndata(anndata.read_h5ad(path))
+            loaded = peak_megabytes()
+            model, options = matched(cells, 0)
+            options |= {"learning_rate": schedule, "batch_size": batch_size, "validation": 0}
+            try:
+                ps.fit(model, cells, epochs=10, device="cpu", progress=False, **options)
+            except EnoughSteps:
+                pass
+        per_epoch = schedule.watch.cpu / (steps - steps // 2) * cells.n_cells / batch_size
+        peaks = {"before": before, "loaded": loaded, "peak": peak_megabytes()}
+        return watch.sample(work=1, cpu_seconds_per_epoch=per_epoch, **peaks)
+
+    return measure
+
+
+def epochs(path: str, n_epochs: int, batch_size: int, device: str) -> Callable[[], Sample]:
+    """Read the file and train for ``n_epochs``; wall seconds of the median epoch after the first, and of all."""
+
+    def measure() -> Sample:
+        with Stopwatch() as watch:
+            cells = ps.Cells.from_anndata(anndata.read_h5ad(path))
+            model, options = matched(cells, 0)
+            options |= {"batch_size": batch_size, "validation": 0, "progress": False, "device": device}
+            fit = ps.fit(model, cells, epochs=n_epochs, **options)
+            synchronise(device)
+        later = fit.history.seconds.iloc[1:] if n_epochs > 1 else fit.history.seconds
+        return watch.sample(work=1, seconds_per_epoch=float(later.median()), seconds=watch.wall)
+
+    return measure
+
+
+def peak_megabytes() -> float:
+    """Largest resident memory of this process so far, in units of 10^6 bytes; since its start, not its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure starts from what the parent held when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
