@@ -1,1 +1,16 @@
-"""Held-out evidence, speed and memory of this package beside its peers; not part of the installed package."""
+"""Speed, memory and statistical quality of this package beside its peers; not part of the installed package.
+
+``harness`` measures, ``systems`` are what is measured, ``quality`` judges what they find, and ``rows`` are those of the
+tables. Each folder imports only from the ones named before it. The commands, each with ``--help``:
+
+    python -m benchmarks cpu                      speed, memory and time to quality beside scvi-tools
+    python -m benchmarks gpu                      the same on a CUDA device
+    python -m benchmarks.rows.memory              peak memory of every public function of a fit
+    python -m benchmarks.rows.stores              counts larger than memory
+    python -m benchmarks.quality.baselines        the paper's baselines
+    python -m benchmarks.quality.calibration      simulation-based calibration of the samplers
+    python -m benchmarks.quality.differential     differential expression against microarrays
+    python -m benchmarks.quality.distributed      training by several processes
+    python -m benchmarks.quality.evidence         held-out evidence
+    python -m benchmarks.quality.posterior        posterior samplers on held-out cells
+"""

@@ -1,16 +1,19 @@
-"""The commands ``cpu`` and ``gpu``: choose rows, measure them, print the table, write and compare."""
+"""Command line: choose rows, measure them, print the table, write and compare it."""
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import benchmarks
 from benchmarks.harness import report
+from benchmarks.harness.commands import command_line, parser_of
 from benchmarks.harness.interleaving import Outcome, Row
 from benchmarks.harness.machine import described, machine
-from benchmarks.harness.processes import DEFAULT_DATA, Bench, TaskError, Unavailable
+from benchmarks.harness.paths import DATA
+from benchmarks.harness.processes import Bench, TaskError, Unavailable
+from benchmarks.harness.results import failed, skipped
 from benchmarks.quality import learning_curves
 from benchmarks.rows.registry import cpu_rows, gpu_rows
 
@@ -19,12 +22,12 @@ QUICK_NOTE = "Tiny sizes: everything ran, the figures mean nothing.\n"
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser = parser_of("benchmarks", benchmarks.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="against scvi-tools on the CPU; process CPU time is the figure")
     cpu.set_defaults(run=run_cpu)
     cpu.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of fits whose quality is judged")
-    cpu.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder with the real data")
+    cpu.add_argument("--data", type=Path, default=DATA, help="folder with the real data")
     cpu.add_argument("--threads", type=int, default=1, help="of every process that measures")
     cpu.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     cpu.add_argument("--plots", type=Path, help="folder for pictures of held-out quality against time")
@@ -63,10 +66,10 @@ def measured(rows: Sequence[Row], bench: Bench) -> dict[str, Outcome]:
         try:
             outcomes[row.name] = row.run(bench)
         except Unavailable as reason:
-            outcomes[row.name] = Outcome([report.skipped(row.name, str(reason))], {})
+            outcomes[row.name] = Outcome([skipped(row.name, str(reason))], {})
         except TaskError as error:
             sys.stderr.write(f"{error}\n")
-            outcomes[row.name] = Outcome([report.failed(row.name, str(error))], {})
+            outcomes[row.name] = Outcome([failed(row.name, str(error))], {})
         sys.stderr.write(f"{row.name}: {time.perf_counter() - started:.0f} s\n")
     return outcomes
 
@@ -136,5 +139,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark that the command line asks for."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(given)
-    options.line = shlex.join(["python", "-m", "benchmarks", *given])
+    options.line = command_line("benchmarks", given)
     options.run(options)

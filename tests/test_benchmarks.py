@@ -16,7 +16,7 @@ from pyro_scvi.posterior import bound_terms, evaluating
 pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, not in the package")
 
 from benchmarks import cli  # noqa: E402
-from benchmarks.harness import processes, report, worker  # noqa: E402
+from benchmarks.harness import processes, report, results, simulation, worker  # noqa: E402
 from benchmarks.harness.interleaving import Outcome  # noqa: E402
 from benchmarks.harness.simulation import batch_labels, zinb_counts  # noqa: E402
 from benchmarks.harness.stopwatch import Sample, Stopwatch  # noqa: E402
@@ -25,7 +25,7 @@ from benchmarks.quality.elbo import held_out_elbo  # noqa: E402
 from benchmarks.quality.held_out_scores import our_outputs  # noqa: E402
 from benchmarks.rows import time_to_quality  # noqa: E402
 from benchmarks.systems import matrix_products, ours_large, pyro_svi  # noqa: E402
-from benchmarks.systems.ours import matched, matched_constant  # noqa: E402
+from benchmarks.systems.our_models import matched, matched_constant  # noqa: E402
 
 
 def samples(*cpu, work=100):
@@ -36,8 +36,8 @@ def samples(*cpu, work=100):
 
 
 def test_ratios_are_of_minima_and_of_medians():
-    line = report.compared(
-        "row", report.CELLS_PER_SECOND, samples(2, 1, 4), samples(9, 6, 3), samples(0.5), bar=report.AtLeast(3)
+    line = results.compared(
+        "row", results.CELLS_PER_SECOND, samples(2, 1, 4), samples(9, 6, 3), samples(0.5), bar=results.AtLeast(3)
     )
     assert (line.ours, line.peer, line.limit) == (100, pytest.approx(100 / 3), 200)
     assert (line.ratio_min, line.ratio_median, line.ratio_wall, line.share) == (3, 3, 3, 0.5)
@@ -46,18 +46,18 @@ def test_ratios_are_of_minima_and_of_medians():
 
 @pytest.mark.parametrize(("theirs", "met"), [((3.1, 3.2, 3.3), "yes"), ((2.9, 3.2, 3.3), "no"), ((3, 2.9, 3), "no")])
 def test_a_bar_on_the_ratio_needs_minima_and_medians(theirs, met):
-    line = report.compared("row", report.SECONDS, samples(1, 1, 1), samples(*theirs), bar=report.AtLeast(3))
+    line = results.compared("row", results.SECONDS, samples(1, 1, 1), samples(*theirs), bar=results.AtLeast(3))
     assert line.met == met
 
 
 def test_a_bar_on_our_figure_needs_every_round():
-    line = report.Line("row", ours=1.0, ours_rounds=[1.0, 1.4])
-    assert line.judged(report.AtMost(1.3)).met == "no"
-    assert line.judged(report.AtMost(1.5)).met == "yes"
+    line = results.Line("row", ours=1.0, ours_rounds=[1.0, 1.4])
+    assert line.judged(results.AtMost(1.3)).met == "no"
+    assert line.judged(results.AtMost(1.5)).met == "yes"
 
 
 def test_table_has_every_line_and_its_note():
-    lines = [report.compared("one", report.SECONDS, samples(1), samples(2)), report.skipped("two", "no data")]
+    lines = [results.compared("one", results.SECONDS, samples(1), samples(2)), results.skipped("two", "no data")]
     head, _, one, two, note = report.table(lines).splitlines()
     assert head.split()[:3] == ["row", "unit", "ours"]
     assert one.split() == ["one", "CPU", "s", "0.01", "0.02", "2.00", "(2.00)", "2.00"]
@@ -66,9 +66,9 @@ def test_table_has_every_line_and_its_note():
 
 
 def test_json_keeps_lines(tmp_path):
-    lines = [report.compared("one", report.SECONDS, samples(1, 2), samples(2)), report.skipped("two", "no data")]
+    lines = [results.compared("one", results.SECONDS, samples(1, 2), samples(2)), results.skipped("two", "no data")]
     lines.append(
-        time_to_quality.ratio_line("three", [None], [time_to_quality.Point(1, 2.0, 0.0, 0.0)], report.AtLeast(2), "")
+        time_to_quality.ratio_line("three", [None], [time_to_quality.Point(1, 2.0, 0.0, 0.0)], results.AtLeast(2), "")
     )
     report.write(tmp_path / "out.json", lines, {"command": "c"}, {"one": {"found": math.inf}})
     assert repr(report.read(tmp_path / "out.json")) == repr(lines)
@@ -77,8 +77,8 @@ def test_json_keeps_lines(tmp_path):
 
 @pytest.mark.parametrize(("new", "said"), [((3, 4), "beyond the spread"), ((1.5, 3), "within the spread")])
 def test_changes_say_whether_rounds_overlap(new, said):
-    old, new = (report.compared("row", report.SECONDS, samples(*cpu, work=1), samples(4)) for cpu in ((1, 2), new))
-    text = report.changes([old], [new, report.skipped("other", "")])
+    old, new = (results.compared("row", results.SECONDS, samples(*cpu, work=1), samples(4)) for cpu in ((1, 2), new))
+    text = report.changes([old], [new, results.skipped("other", "")])
     assert said in text
     assert text.startswith(f"row: 1 -> {new.ours:.4g} CPU s, x {new.ours:.2f}")
     assert "other" not in text
@@ -150,7 +150,7 @@ def test_plain_pyro_trains():
 @pytest.mark.filterwarnings("ignore:.* ha(s|ve) no counts")
 def test_large_files_load_and_training_ends_after_its_steps(tmp_path):
     path = str(tmp_path / "cells.h5ad")
-    assert ours_large.write(path, 90, 80)().facts["nnz"] > 0
+    assert simulation.write(path, 90, 80)().facts["nnz"] > 0
     facts = ours_large.load_and_train(path, steps=6, batch_size=32)().facts
     assert facts["cpu_seconds_per_epoch"] > 0
     assert 0 < facts["before"] <= facts["loaded"] <= facts["peak"]
@@ -189,7 +189,7 @@ class Scripted:
 
 def test_time_to_quality_stops_at_the_first_run_that_is_as_good(monkeypatch):
     monkeypatch.setattr(time_to_quality, "require_packages", lambda names: None)
-    peers = (time_to_quality.PeerRun("peer", 2, {}, report.AtLeast(15)),)
+    peers = (time_to_quality.PeerRun("peer", 2, {}, results.AtLeast(15)),)
     row = time_to_quality.TimeToQuality("row", "cells.h5ad", "matched", "bound", peers)
     (line,), details = row.run(Scripted())
     assert (line.ours, line.peer, line.ratio_min, line.ratio_median, line.met) == (2, 30, 15, 15, "yes")
@@ -199,7 +199,7 @@ def test_time_to_quality_stops_at_the_first_run_that_is_as_good(monkeypatch):
 def test_a_target_that_is_not_reached_meets_no_bar():
     peer = time_to_quality.Point(20, 30.0, -10.0, 0.1)
     line = time_to_quality.ratio_line(
-        "row", [time_to_quality.Point(2, 1.0, -9.0, 0.1), None], [peer, peer], report.AtLeast(10), ""
+        "row", [time_to_quality.Point(2, 1.0, -9.0, 0.1), None], [peer, peer], results.AtLeast(10), ""
     )
     assert (line.ratio_min, line.ratio_median, line.met) == (0, 15, "no")
 
@@ -231,7 +231,7 @@ def test_a_row_that_fails_leaves_the_others_be():
         name = "working"
 
         def run(self, bench):
-            return Outcome([report.Line("fine")], {})
+            return Outcome([results.Line("fine")], {})
 
     failing, working = cli.measured([Failing(), Working()], None).values()
     assert [line.note for line in failing.lines] == ["failed: ValueError: no"]

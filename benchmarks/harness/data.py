@@ -1,14 +1,11 @@
-"""The same cells for both sides: synthetic ones by seed, real ones by file, split by a fixed seed."""
+"""The same cells for both sides: simulated ones by seed, real ones by file, train and test split by a fixed seed."""
 
-import warnings
 from functools import lru_cache
-from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
 
-import pyro_scvi as ps
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 
 SIMULATED_CELLS = 20_000  # of which a row takes the first ones
@@ -45,14 +42,3 @@ def split(data: anndata.AnnData) -> tuple[anndata.AnnData, anndata.AnnData]:
 def dense(data: anndata.AnnData) -> np.ndarray:
     """Counts (cells, genes) as a dense float32 array."""
     return np.asarray(data.X.toarray(), dtype=np.float32)
-
-
-def as_cells(data: anndata.AnnData) -> ps.Cells:
-    """The cells as this package reads them, with batches where there are any."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* ha(s|ve) no counts")  # a few simulated cells of a quick run
-        return ps.Cells.from_anndata(data, **_batched(data))
-
-
-def _batched(data: anndata.AnnData) -> dict[str, Any]:
-    return {"batch": "batch"} if "batch" in data.obs else {}

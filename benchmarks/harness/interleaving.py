@@ -1,11 +1,11 @@
-"""Rows that measure the same work on several sides by turns and compare its cost."""
+"""Interleaved rounds: the same work measured on several sides by turns, and its cost compared."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.harness.processes import Bench, System, Unavailable, require_packages
-from benchmarks.harness.report import AtLeast, AtMost, Line, Quantity, compared, skipped
+from benchmarks.harness.results import AtLeast, AtMost, Line, Quantity, compared, skipped
 
 PACKAGES_OF_SIDE = {"scvi-tools": ("scvi",), "mpmath": ("mpmath",)}
 

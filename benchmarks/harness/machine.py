@@ -1,7 +1,8 @@
-"""What the figures were measured on."""
+"""The machine that figures were measured on: processor, cores, load, versions of the packages."""
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def machine(threads: int, accelerator: str = "") -> dict[str, Any]:
         "load": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
         "threads": threads,
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": versions(PACKAGES),
     }
 
 
@@ -41,6 +42,11 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    return {name: version for name in packages if (version := _version(name))}
 
 
 def _version(package: str) -> str | None:

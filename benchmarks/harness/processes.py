@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.paths import DATA, ROOT
 from benchmarks.harness.stopwatch import Sample
 
-ROOT = Path(__file__).parents[2]
-DEFAULT_DATA = Path(os.environ.get("PYRO_SCVI_DATA", ROOT / "../shared/data"))
+EXTRAS = {"scvi": "pip install 'pyro-scvi[peer]'", "mpmath": "pip install 'pyro-scvi[test]'"}
 
 
 class TaskError(RuntimeError):
@@ -101,7 +101,7 @@ class Bench:
     rounds: int = 3
     seeds: tuple[int, ...] = (0, 1, 2)
     threads: int = 1
-    data: Path = DEFAULT_DATA
+    data: Path = DATA
     quick: bool = False
     whole_curves: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -165,9 +165,6 @@ class Bench:
         if not path.is_file():
             raise Unavailable(f"{name} is not in {self.data}; pass --data or set PYRO_SCVI_DATA to the folder with it")
         return path
-
-
-EXTRAS = {"scvi": "pip install 'pyro-scvi[peer]'", "mpmath": "pip install 'pyro-scvi[test]'"}
 
 
 def require_packages(names: Iterable[str]) -> None:

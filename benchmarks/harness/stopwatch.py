@@ -1,4 +1,4 @@
-"""What one measurement is: CPU and wall seconds of a stretch of this process, and what was found in it."""
+"""Stopwatch: CPU and wall seconds of a stretch of this process, and what was found in it."""
 
 import time
 from typing import Any, NamedTuple

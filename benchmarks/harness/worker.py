@@ -1,4 +1,4 @@
-"""The process that measures: ``python -m benchmarks.harness.worker THREADS``, told by lines of JSON what to do.
+"""Worker process: ``python -m benchmarks.harness.worker THREADS``, told by lines of JSON what to measure.
 
 A request has one key: ``prepare`` (a name, a task ``module:function`` and its options), ``measure`` (a name),
 ``clear``. Every request is answered by one line: the measurement, nothing, or an error. Replies have a channel of
@@ -6,9 +6,9 @@ their own, so that whatever a library prints goes to the errors.
 """
 
 import gc
-import importlib
 import json
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -27,8 +27,7 @@ class Tasks:
 
     def prepare(self, name: str, task: str, options: dict[str, Any]) -> dict[str, Any]:
         """Look the task up and let it prepare, outside every timed section."""
-        module, function = task.split(":")
-        self.prepared[name] = getattr(importlib.import_module(module), function)(**options)
+        self.prepared[name] = pkgutil.resolve_name(task)(**options)
         return {}
 
     def measure(self, name: str) -> dict[str, Any]:
@@ -45,10 +44,11 @@ class Tasks:
 def serve(requests: Iterable[str], replies: TextIO) -> None:
     """Answer every line of ``requests``."""
     tasks = Tasks()
+    verbs = {"prepare": tasks.prepare, "measure": tasks.measure, "clear": tasks.clear}
     for line in requests:
         (verb, arguments), *_ = json.loads(line).items()
         try:
-            reply = getattr(tasks, verb)(*arguments)
+            reply = verbs[verb](*arguments)
         except Exception:  # whatever went wrong in a task is the parent's to report
             reply = {"error": traceback.format_exc()}
         replies.write(json.dumps(reply) + "\n")

@@ -1,4 +1,6 @@
-"""The paper's baselines on real counts: ``python -m benchmarks.quality.baselines --systems ZIFA FA --seeds 0 --out FILE``.
+"""The paper's baselines on real counts: clustering, held-out scores, CPU time and peak memory.
+
+    python -m benchmarks.quality.baselines --systems ZIFA FA --seeds 0 --out FILE
 
 Every system is fitted with 10 latents, in a process of its own with one thread, so that the peak of resident memory is
 that fit's; imports and the counts are in it and are also given alone (``before_mb``). The data are those of the paper's
@@ -14,25 +16,24 @@ A score is a mean over cells, with its standard error over them, which is not th
 import argparse
 import json
 import math
-import os
 import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.rows.memory import peak_mb
+from benchmarks.harness.commands import command_line, parser_of, printed_by
+from benchmarks.harness.machine import versions
+from benchmarks.harness.paths import DATA
+from benchmarks.harness.resident_memory import peak_megabytes
 
+MODULE = "benchmarks.quality.baselines"
 N_LATENTS = 10
 PACKAGES = "numpy", "scipy", "scikit-learn", "torch"
-DATA = Path(os.environ.get("PYRO_SCVI_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 class System(NamedTuple):
@@ -49,19 +50,19 @@ class System(NamedTuple):
     authors: float = math.nan
 
 
-EXPECTED = "expected_complete_log_likelihood"
+EXPECTED, MARGINAL = "expected_complete_log_likelihood", "score_samples"
+SCORES: dict[str, Callable[[Any, Any], np.ndarray]] = {
+    EXPECTED: lambda method, counts: method.expected_complete_log_likelihood(counts),
+    MARGINAL: lambda method, counts: method.score_samples(counts),
+}
 SYSTEMS = {
-    "FA": System(
-        lambda b, seed: b.FactorAnalysis(N_LATENTS, seed=seed), ("score_samples",), 0.208, "score_samples", -1304.10
-    ),
+    "FA": System(lambda b, seed: b.FactorAnalysis(N_LATENTS, seed=seed), (MARGINAL,), 0.208, MARGINAL, -1304.10),
     "PCA": System(lambda b, seed: b.PCA(N_LATENTS, seed=seed)),
-    "ZIFA": System(
-        lambda b, seed: b.ZIFA(N_LATENTS, seed=seed), (EXPECTED, "score_samples"), 0.202, EXPECTED, -1366.15
-    ),
+    "ZIFA": System(lambda b, seed: b.ZIFA(N_LATENTS, seed=seed), (EXPECTED, MARGINAL), 0.202, EXPECTED, -1366.15),
     "ZIFA, tol=1e-4": System(
-        lambda b, seed: b.ZIFA(N_LATENTS, seed=seed, tol=1e-4, max_iter=1000), (EXPECTED, "score_samples")
+        lambda b, seed: b.ZIFA(N_LATENTS, seed=seed, tol=1e-4, max_iter=1000), (EXPECTED, MARGINAL)
     ),
-    "ZINB-WaVE": System(lambda b, seed: b.ZINBWaVE(N_LATENTS), ("score_samples",), 0.260, "score_samples", -1228.40),
+    "ZINB-WaVE": System(lambda b, seed: b.ZINBWaVE(N_LATENTS), (MARGINAL,), 0.260, MARGINAL, -1228.40),
 }
 
 
@@ -121,9 +122,13 @@ def measure(name: str, task: str, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     system, counts = SYSTEMS[name], TASKS[task]()
-    before, started = peak_mb(), time.process_time()
+    before, started = peak_megabytes(), time.process_time()
     method = system.make(baselines, seed).fit(counts.train)
-    row: dict[str, Any] = {"cpu_seconds": time.process_time() - started, "before_mb": before, "peak_mb": peak_mb()}
+    row: dict[str, Any] = {
+        "cpu_seconds": time.process_time() - started,
+        "before_mb": before,
+        "peak_mb": peak_megabytes(),
+    }
     row |= {"n_cells": counts.train.shape[0], "n_genes": counts.train.shape[1]}
     row["iterations"] = getattr(method, "n_iter_", None)
     if counts.labels is not None:
@@ -131,7 +136,7 @@ def measure(name: str, task: str, seed: int) -> dict[str, Any]:
         row["paper_silhouette"] = system.silhouette
     if counts.test is not None:
         for score in system.scores:
-            values = getattr(method, score)(counts.test)
+            values = SCORES[score](method, counts.test)
             row |= {score: float(values.mean()), f"{score}_se": float(values.std(ddof=1) / math.sqrt(len(values)))}
         row |= {"authors": system.authors, "authors_score": system.scored}
     return row
@@ -139,16 +144,13 @@ def measure(name: str, task: str, seed: int) -> dict[str, Any]:
 
 def in_a_process(name: str, task: str, seed: int) -> dict[str, Any]:
     """What :func:`measure` gives in a new process with one thread; its errors go where ours go."""
-    command = [sys.executable, "-m", "benchmarks.quality.baselines", "--measure", name, task, str(seed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+    return json.loads(printed_by(MODULE, "--measure", name, task, str(seed)))
 
 
 def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
     """Measure every system on every task for every seed; ``--out`` is written after each."""
     rows: list[dict[str, Any]] = []
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
-    origin = {"command": command, "versions": versions}
+    origin = {"command": command, "versions": {"python": platform.python_version(), **versions(PACKAGES)}}
     for task in options.tasks:
         for name in options.systems:
             for seed in options.seeds:
@@ -162,7 +164,7 @@ def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.quality.baselines", description=__doc__)
+    parser = parser_of(MODULE, __doc__)
     parser.add_argument("--out", type=Path, help="JSON file for the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the systems that have one")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
@@ -181,9 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, task, seed = options.measure
         sys.stdout.write(json.dumps(measure(name, task, int(seed))) + "\n")
         return
-    command = shlex.join(
-        ["python", "-m", "benchmarks.quality.baselines", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = command_line(MODULE, arguments)
     table = run(options, command)
     for task, part in table.groupby("task", sort=False):
         shown = part.drop(columns=["task", "command", "versions"]).dropna(axis=1, how="all")

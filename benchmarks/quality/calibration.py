@@ -7,17 +7,19 @@ A right sampler has uniform ranks: p above .001 for every quantity, and 90 % cov
 """
 
 import argparse
-import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
 import pandas as pd
 
 import pyro_scvi as ps
+from benchmarks.harness.commands import parser_of
+from benchmarks.harness.cortex_split import DEFAULT_DATA
 
-DATA = Path(os.environ.get("PYRO_SCVI_DATA", "../shared/data"))
+MODULE = "benchmarks.quality.calibration"
 SAMPLERS = {
     "HMC": (ps.HMC(), 5),
     "Importance": (ps.Importance(), 1),
@@ -26,15 +28,20 @@ SAMPLERS = {
 }
 
 
-def main() -> None:
-    """Fit once, calibrate every sampler, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = parser_of(MODULE, __doc__)
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    cells = ps.Cells.from_anndata(anndata.read_h5ad(DATA / "cortex_558.h5ad"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit once, calibrate every sampler, print and write the table."""
+    options = parse(arguments)
+    cells = ps.Cells.from_anndata(anndata.read_h5ad(DEFAULT_DATA))
     train, _ = cells.split(held_out=752, seed=options.seed)
     fit = ps.fit(ps.SCVI(train.n_genes, seed=options.seed), train, seed=options.seed, progress=False)
     tables = {}

@@ -1,26 +1,22 @@
-"""Differential expression against a reference: ``python -m benchmarks.quality.differential --seeds 0 1 2 --out FILE``.
+"""Differential expression against a reference: bulk microarrays of sorted blood cells.
+
+    python -m benchmarks.quality.differential --seeds 0 1 2 --out FILE
 
 B cells against dendritic cells in two sets of blood cells. A system gives every gene a score; the score is judged by
-how well it finds the genes that bulk microarrays of sorted cells call most significant (area under the ROC curve) and
-by its rank correlation with -log10 of the microarrays' p-value. Nothing is chosen by the reference: all models are
-fitted with default settings and every score that is tried is printed. Two more tables: how many genes are called
-between two random halves of one cell type, and how long all genes of 10,000 against 10,000 cells take.
+how well it finds the genes that the microarrays call most significant (area under the ROC curve) and by its rank
+correlation with -log10 of the microarrays' p-value. Nothing is chosen by the reference: all models are fitted with
+default settings and every score that is tried is printed. Two more tables: how many genes are called between two random
+halves of one cell type, and how long all genes of 10,000 against 10,000 cells take.
 """
 
 import argparse
 import json
-import logging
-import os
-import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
@@ -28,108 +24,16 @@ from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
 import pyro_scvi as ps
+from benchmarks.harness.commands import command_line, parser_of
+from benchmarks.harness.machine import versions
+from benchmarks.harness.paths import DATA
+from benchmarks.systems.gene_scores import SYSTEMS, WILCOXON, System, compared, fitted
 from pyro_scvi.paper.blood import Blood, read_pbmc4k, read_pbmc_3ka
 
-FOLDER = Path(os.environ.get("PYRO_SCVI_DATA", "../shared/data"))
+MODULE = "benchmarks.quality.differential"
 CALLED = 0.05
-WILCOXON = "Wilcoxon rank-sum", "-log p"
 PACKAGES = "torch", "pyro-ppl", "numpy", "scipy", "scvi-tools"
-
-
-Scores = dict[str, np.ndarray]  # by name of the score, (genes,) each
-
-
-class System(NamedTuple):
-    """Something that scores genes; ``seeded`` if another seed gives other scores."""
-
-    name: str
-    score: Callable[[Blood, int], Scores]
-    seeded: bool = True
-
-
 READERS = {"pbmc4k": read_pbmc4k, "pbmc_3kA": read_pbmc_3ka}
-
-
-def score_tests(data: Blood, seed: int, *, test: Callable[..., Any], statistic: bool) -> Scores:
-    """Score by a test of the log counts per 10,000; a gene that is constant in both groups scores 0."""
-    x = data.dense()
-    y = np.log1p(x / x.sum(1, keepdims=True) * 1e4)
-    a, b = (y[(data.adata.obs["labels"] == group).to_numpy()] for group in data.groups)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = test(a, b)
-    scores = {"-log p": -np.log(found.pvalue)} | ({"|t|": np.abs(found.statistic)} if statistic else {})
-    return {name: np.nan_to_num(score, nan=0.0) for name, score in scores.items()}
-
-
-@cache
-def fitted(data: Blood, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps.Cells]:
-    """Fit with default settings: the default model, or a dispersion per gene with dropout 0.1."""
-    cells = ps.Cells.from_anndata(data.adata, batch=data.batch)
-    likelihood = ps.likelihoods.ZINB(ps.likelihoods.PerGene(cells.n_genes)) if gene_dispersion else None
-    dropout = 0.1 if gene_dispersion else 0.0
-    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, likelihood=likelihood, dropout=dropout, seed=seed)
-    guide = ps.guides.DiagonalNormal(model, dropout=dropout, seed=seed)
-    return ps.fit(model, cells, guide, seed=seed, device="cpu", progress=False), cells
-
-
-def score_ours(data: Blood, seed: int, *, gene_dispersion: bool) -> Scores:
-    """Score by P(w_a < w_b) and by P(fold change), with depth taken out and as the paper has it."""
-    fit, cells = fitted(data, seed, gene_dispersion=gene_dispersion)
-    contrasts = {"depth-corrected": ps.differential.DepthCorrected(), "depth-laden": ps.differential.DepthLaden()}
-    scores = {}
-    for name, contrast in contrasts.items():
-        table = _compared(fit, cells, "labels", data.groups, contrast=contrast, seed=seed)
-        scores[f"|log BF|, {name}"] = table["log_bayes_factor"].abs().to_numpy()
-        scores[f"P(change > .5 one way), {name}"] = table["p_lfc"].to_numpy()
-    return scores
-
-
-def _compared(
-    fit: ps.Fit, cells: ps.Cells, groupby: str | np.ndarray, groups: tuple[str, str], **options: Any
-) -> pd.DataFrame:
-    group_a, group_b = groups
-    return ps.differential_expression(fit, cells, groupby=groupby, group_a=group_a, group_b=group_b, **options)
-
-
-def score_scvi_tools(data: Blood, seed: int) -> Scores:
-    """Score by the Bayes factors of scvi-tools, both modes, after its default training."""
-    import scvi
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    scvi.settings.verbosity, scvi.settings.seed = logging.ERROR, seed
-    adata = anndata.AnnData(data.adata.X.astype(np.float32), data.adata.obs.copy(), data.adata.var[[]].copy())
-    scvi.model.SCVI.setup_anndata(adata, batch_key=data.batch)
-    model = scvi.model.SCVI(adata)
-    model.train(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
-    a, b = data.groups
-    scores = {}
-    for mode in ("vanilla", "change"):
-        table = model.differential_expression(groupby="labels", group1=a, group2=b, mode=mode, silent=True)
-        scores[f"|log BF|, {mode}"] = table["bayes_factor"].abs().loc[adata.var_names].to_numpy()
-    scores["|median lfc|, change"] = table["lfc_median"].abs().loc[adata.var_names].to_numpy()
-    return scores
-
-
-SYSTEMS = {
-    "wilcoxon": System(
-        WILCOXON[0],
-        partial(score_tests, test=partial(stats.mannwhitneyu, method="asymptotic"), statistic=False),
-        seeded=False,
-    ),
-    "welch": System(
-        "Welch t", partial(score_tests, test=partial(stats.ttest_ind, equal_var=False), statistic=True), seeded=False
-    ),
-    "default": System("pyro-scvi, default", partial(score_ours, gene_dispersion=False)),
-    "gene": System("pyro-scvi, dispersion per gene, dropout .1", partial(score_ours, gene_dispersion=True)),
-    "scvi-tools": System("scvi-tools, default training", score_scvi_tools),
-}
 
 
 def judged(data: Blood, score: np.ndarray, wilcoxon: np.ndarray, resamples: int = 400) -> dict[str, float]:
@@ -200,7 +104,7 @@ def between_halves(data: Blood, seed: int, splits: int, *, gene_dispersion: bool
         labels = np.full(cells.n_cells, "other", dtype=object)
         half = np.random.default_rng(split).permutation(members)
         labels[half[: len(half) // 2]], labels[half[len(half) // 2 :]] = "first", "second"
-        counts.append(_n_called(_compared(fit, cells, labels, ("first", "second"), seed=split)))
+        counts.append(_n_called(compared(fit, cells, labels, ("first", "second"), seed=split)))
     calls = np.array(counts)
     return {
         "data": data.name,
@@ -215,7 +119,7 @@ def between_halves(data: Blood, seed: int, splits: int, *, gene_dispersion: bool
         "called_most": calls.max(),
         "splits_with_calls": int((calls > 0).sum()),
         "share_called": calls.mean() / cells.n_genes,
-        "called_b_against_dc": _n_called(_compared(fit, cells, "labels", data.groups, seed=seed)),
+        "called_b_against_dc": _n_called(compared(fit, cells, "labels", data.groups, seed=seed)),
     }
 
 
@@ -234,7 +138,7 @@ def timed(data: Blood, seed: int, *, n_cells: int = 20_000) -> list[dict[str, An
     found = []
     for name, options in kinds.items():
         started = time.process_time()
-        _compared(fit, cells, labels, ("first", "second"), seed=seed, **options)
+        compared(fit, cells, labels, ("first", "second"), seed=seed, **options)
         seconds = time.process_time() - started
         found.append(
             {"options": name, "n_cells": n_cells, "n_genes": cells.n_genes, "seed": seed, "cpu_seconds": seconds}
@@ -244,8 +148,8 @@ def timed(data: Blood, seed: int, *, n_cells: int = 20_000) -> list[dict[str, An
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.quality.differential", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the data files")
+    parser = parser_of(MODULE, __doc__)
+    parser.add_argument("--folder", type=Path, default=DATA, help="of the data files")
     parser.add_argument("--data", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one fit each")
@@ -279,16 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print its tables and write them."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    command = shlex.join(
-        ["python", "-m", "benchmarks.quality.differential", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = command_line(MODULE, arguments)
     found = tables(options)
     for name, table in found.items():
         sys.stdout.write(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
     if options.out:
         rows = {name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in found.items()}
-        versions = {name: metadata.version(name) for name in PACKAGES}
-        options.out.write_text(json.dumps({"command": command, "versions": versions, **rows}, indent=1) + "\n")
+        about = {"command": command, "versions": versions(PACKAGES)}
+        options.out.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

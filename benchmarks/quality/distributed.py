@@ -1,6 +1,9 @@
-"""What is learned by several processes: ``python -m benchmarks.quality.distributed FILE.h5ad``, or the same under torchrun.
+"""Held-out evidence bound of data-parallel training by one and by several processes.
 
-Held-out evidence bound after equal epochs, nats per cell, for several seeds and both normalisations; the cells held out
+    python -m benchmarks.quality.distributed FILE.h5ad
+    torchrun --nproc-per-node 2 -m benchmarks.quality.distributed FILE.h5ad
+
+The bound is that after equal epochs, nats per cell, for several seeds and both normalisations; the cells held out
 are the same for every seed and number of processes. One JSON line for each fit.
 """
 
@@ -9,14 +12,17 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
 import torch
 
 import pyro_scvi as ps
+from benchmarks.harness.commands import parser_of
 from pyro_scvi.posterior import bound_terms, evaluating, minibatches
 
+MODULE = "benchmarks.quality.distributed"
 DRAWS = 20  # of the latents of each held-out cell
 
 
@@ -28,13 +34,18 @@ def held_out_bound(fit: ps.Fit, cells: ps.Cells) -> float:
     return float(torch.cat(bounds).mean())
 
 
-def main() -> None:
-    """Fit once for each normalisation and seed."""
-    parser = argparse.ArgumentParser("python -m benchmarks.quality.distributed", description=__doc__)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = parser_of(MODULE, __doc__)
     parser.add_argument("file", type=Path, help="raw counts")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit once for each normalisation and seed."""
+    options = parse(arguments)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".* ha(s|ve) no counts")
     train, test = ps.Cells.from_anndata(anndata.read_h5ad(options.file)).split(0.1, seed=0)

@@ -1,4 +1,4 @@
-"""The held-out evidence bound, estimated for every system by the same few lines in float64."""
+"""Held-out evidence bound (ELBO), estimated for every system by the same few lines in float64."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.systems.peers import log_zinb
+from pyro_scvi.baselines.scvi_tools import log_zinb
 
 AT_ONCE = 256  # cells
 

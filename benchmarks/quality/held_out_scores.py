@@ -1,4 +1,4 @@
-"""How a fit of either side is judged on held-out cells: by its evidence bound, or by its evidence."""
+"""Held-out scores of a fit of this package or of scvi-tools: the evidence bound (ELBO), or the evidence."""
 
 import copy
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import pyro_scvi as ps
-from benchmarks.harness.data import as_cells, dense
+from benchmarks.harness.data import dense
 from benchmarks.quality.elbo import Estimate, Outputs, held_out_elbo
 from benchmarks.systems import peers
+from benchmarks.systems.our_models import as_cells
+from pyro_scvi.baselines.scvi_tools import Generative
 
 
 def our_outputs(fit: ps.Fit) -> Outputs:
@@ -48,11 +50,11 @@ def peer_outputs(model: Any) -> Outputs:
 
 
 def peer_with_evidence(model: Any, train: np.ndarray, test: np.ndarray | None) -> peers.ScviTools:
-    """A fit of scvi-tools as :mod:`benchmarks.systems.peers` takes it: z and the library integrated out of the test cells."""
+    """A fit of scvi-tools with what its evidence needs: z and the library are integrated out of the test cells."""
     network = copy.deepcopy(model.module).cpu().double().eval().requires_grad_(False)
     log_totals = np.log(train.sum(1, dtype=np.float64))
     counts = torch.from_numpy((train if test is None else test).astype(np.float64))
-    loc, scale = peers._encoder_start(network, counts)
+    loc, scale = Generative(network, 0.0, 1.0).start(counts)
     return peers.ScviTools(model, network, log_totals.mean(), log_totals.std(), counts, loc, scale, 0.0)
 
 

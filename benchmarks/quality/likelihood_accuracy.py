@@ -1,4 +1,4 @@
-"""Task: the likelihood in float32 against arithmetic of 60 digits, over a grid of extreme parameters."""
+"""Numerical accuracy of the likelihood in float32, against 60 digits over a grid of extreme parameters."""
 
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -1,12 +1,12 @@
-"""Tasks of this package: a fit to real cells within a budget of epochs, judged on held-out cells."""
+"""Held-out scores of this package: a fit to real cells within a budget of epochs."""
 
 from collections.abc import Callable
 
 import pyro_scvi as ps
-from benchmarks.harness.data import as_cells, real, split
+from benchmarks.harness.data import real, split
 from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.quality.held_out_scores import JUDGES
-from benchmarks.systems.ours import CONFIGURATIONS, HALF
+from benchmarks.systems.our_models import CONFIGURATIONS, HALF, as_cells
 
 WARM_UP_CELLS = 256  # a process's first steps load and compile what later ones find
 

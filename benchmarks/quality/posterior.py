@@ -1,35 +1,38 @@
-"""How good each posterior sampler is on held-out cells: ``python -m benchmarks.quality.posterior --seeds 0 1 2 --out FILE``.
+"""Posterior samplers on held-out cells: Pareto k-hat, R-hat, effective draws, and agreement with NUTS.
 
-The default model and the paper's own are fitted as in ``benchmarks.quality.evidence``. On the same random held-out cells every
-sampler draws the latents, and its own diagnostics say how far to trust it: Pareto k-hat for weighted draws, R-hat,
-effective draws and divergences for Hamiltonian Monte Carlo. For some of the cells the latter is compared with Pyro's
-NUTS on the model as it stands, in the mean and the standard deviation of every latent.
+    python -m benchmarks.quality.posterior --seeds 0 1 2 --out FILE
+
+The default model and the paper's own are fitted as for the evidence. On the same random held-out cells every sampler
+draws the latents, and its own diagnostics say how far to trust it: Pareto k-hat for weighted draws, R-hat, effective
+draws and divergences for Hamiltonian Monte Carlo. For some of the cells the latter is compared with Pyro's NUTS on the
+model as it stands, in the mean and the standard deviation of every latent.
 """
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 import xarray as xr
-from pyro.infer import MCMC, NUTS
-from pyro.ops.stats import effective_sample_size
 
 import pyro_scvi as ps
-from benchmarks.quality.evidence import DEFAULT_DATA, PACKAGES, _version, default_model, read_task, seed_preset
+from benchmarks.harness.commands import command_line, parser_of
+from benchmarks.harness.cortex_split import DEFAULT_DATA, read_task
+from benchmarks.harness.machine import versions
+from benchmarks.quality.nuts import agreement, hamiltonian, moments, nuts
+from benchmarks.systems.our_models import Configured, default, seed_2017
 
+MODULE = "benchmarks.quality.posterior"
+PACKAGES = "torch", "pyro-ppl", "numpy", "scikit-learn", "scvi-tools"
 KHAT_LIMIT, RHAT_LIMIT = 0.7, 1.05
-MODELS: dict[str, Callable[[Any, int], tuple[Any, dict[str, Any]]]] = {"default": default_model, "seed": seed_preset}
+MODELS: dict[str, Callable[[ps.Cells, int], Configured]] = {"default": default, "seed": seed_2017}
 SAMPLERS = {"Amortized": ps.Amortized(), "Refined": ps.Refined(), "Importance": ps.Importance(), "HMC": ps.HMC()}
-Chains = np.ndarray  # (chains, draws, latents)
 
 
 def fitted(train: ps.Cells, model: str, seed: int) -> ps.Fit:
@@ -72,67 +75,6 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return mean.join(sd).join(of_sampler.size().rename("n_seeds")).reset_index()
 
 
-def nuts(fit: ps.Fit, x: torch.Tensor, gamma: torch.Tensor, *, warmup: int, samples: int) -> tuple[Chains, int]:
-    """Sample one cell's latents by Pyro alone; returns the chain and how many of its transitions diverged."""
-    pyro.set_rng_seed(0)
-    with pyro.get_param_store().scope():
-        kernel = MCMC(NUTS(fit.model.eval()), num_samples=samples, warmup_steps=warmup, disable_progbar=True)
-        kernel.run(x, gamma)
-        diverged = kernel.diagnostics()["divergences"]["chain 0"]
-    found = kernel.get_samples(group_by_chain=True)
-    columns = [found["z"].flatten(2)] + ([found["l"].flatten(2).log()] if "l" in found else [])
-    return torch.cat(columns, -1).double().numpy(), len(diverged)
-
-
-def hamiltonian(draws: xr.Dataset, cell: int, chains: int) -> Chains:
-    """One cell's chains from the draws of all: they are stored draw by draw, chain by chain."""
-    one = draws.isel(cell=cell)
-    columns = [one["z"].to_numpy()] + ([np.log(one["l"].to_numpy())[:, None]] if "l" in one else [])
-    flat = np.concatenate(columns, -1).astype(float)
-    return flat.reshape(-1, chains, flat.shape[-1]).swapaxes(0, 1)
-
-
-class Moments(NamedTuple):
-    """Means and standard deviations (latents,) of chains, their standard errors, and the effective draws."""
-
-    mean: np.ndarray
-    mean_se: np.ndarray
-    sd: np.ndarray
-    sd_se: np.ndarray
-    ess: np.ndarray
-
-
-def moments(chains: Chains) -> Moments:
-    r"""Mean and sd of every latent; the error of the sd is that of the mean squared deviation v, se(v) / (2 sd)."""
-    mean, sd = chains.mean((0, 1)), chains.std((0, 1), ddof=1)
-    square = (chains - mean) ** 2
-    ess, ess_square = (_effective(values) for values in (chains, square))
-    return Moments(mean, sd / np.sqrt(ess), sd, square.std((0, 1)) / np.sqrt(ess_square) / (2 * sd), ess)
-
-
-def _effective(chains: Chains) -> np.ndarray:
-    most = chains.shape[0] * chains.shape[1]
-    return effective_sample_size(torch.from_numpy(chains)).numpy().clip(1, most)
-
-
-def agreement(ours: Moments, theirs: Moments) -> dict[str, float]:
-    """Differences of means and sds in units of their Monte Carlo standard errors, over the latents."""
-    of_mean = (ours.mean - theirs.mean) / np.hypot(ours.mean_se, theirs.mean_se)
-    of_sd = (ours.sd - theirs.sd) / np.hypot(ours.sd_se, theirs.sd_se)
-    return {
-        "n_latents": len(of_mean),
-        "rms_z_mean": float(np.sqrt(np.mean(of_mean**2))),
-        "rms_z_sd": float(np.sqrt(np.mean(of_sd**2))),
-        "max_z_mean": float(np.abs(of_mean).max()),
-        "max_z_sd": float(np.abs(of_sd).max()),
-        "max_gap_in_sds": float(np.abs((ours.mean - theirs.mean) / theirs.sd).max()),
-        "least_sd_ratio": float((ours.sd / theirs.sd).min()),
-        "most_sd_ratio": float((ours.sd / theirs.sd).max()),
-        "min_ess": float(ours.ess.min()),
-        "nuts_min_ess": float(theirs.ess.min()),
-    }
-
-
 def compared(fit: ps.Fit, cells: ps.Cells, draws: xr.Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Hamiltonian draws of the first cells against NUTS, one row per cell."""
     rows = []
@@ -172,7 +114,7 @@ def tables(options: argparse.Namespace) -> dict[str, pd.DataFrame]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.quality.posterior", description=__doc__)
+    parser = parser_of(MODULE, __doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="AnnData file with raw counts in X")
     parser.add_argument("--out", type=Path, help="JSON file for the tables")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -189,16 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print its tables and write them."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    command = shlex.join(
-        ["python", "-m", "benchmarks.quality.posterior", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = command_line(MODULE, arguments)
     found = tables(options)
     for name, table in found.items():
         sys.stdout.write(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
     if options.out:
         rows = {name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in found.items()}
-        versions = {name: version for name in PACKAGES if (version := _version(name))}
-        options.out.write_text(json.dumps({"command": command, "versions": versions, **rows}, indent=1) + "\n")
+        about = {"command": command, "versions": versions(PACKAGES)}
+        options.out.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks of scvi-tools: a fit to real cells, judged on held-out cells after some of its epochs."""
+"""Held-out scores of scvi-tools: a fit to real cells, scored after some of its epochs."""
 
 import copy
 from collections.abc import Callable

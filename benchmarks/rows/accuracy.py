@@ -1,11 +1,11 @@
-"""Rows of what speed must not cost: the likelihood in float32, and held-out quality in bfloat16."""
+"""Rows of numerical accuracy: the likelihood in float32, and the held-out ELBO that bfloat16 costs."""
 
 import statistics
 from dataclasses import dataclass
 
 from benchmarks.harness.interleaving import Outcome
 from benchmarks.harness.processes import Bench, System, Unavailable, require_packages
-from benchmarks.harness.report import AtMost, Line
+from benchmarks.harness.results import AtMost, Line
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Rows of ``python -m benchmarks gpu``; a dry run is the same on the CPU with tiny sizes."""
+"""Rows on a GPU: training speed, the share of time bound by kernel launches, large data; a dry run is on the CPU."""
 
 from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.harness.interleaving import Comparison, Interleaved, Outcome, Row
 from benchmarks.harness.processes import Bench, System
-from benchmarks.harness.report import CELLS_PER_WALL_SECOND, Line
+from benchmarks.harness.results import CELLS_PER_WALL_SECOND, Line
 from benchmarks.rows import large_data
 from benchmarks.rows.training import OURS, PEER
 

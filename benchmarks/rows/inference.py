@@ -1,11 +1,11 @@
-"""Rows of what a fit is asked: posterior predictive draws, evidence, differential expression."""
+"""Rows of inference by a fit: posterior predictive draws, evidence, differential expression."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness.interleaving import Comparison, Interleaved
 from benchmarks.harness.processes import System
-from benchmarks.harness.report import NANOSECONDS, SECONDS, VARIANCE, AtLeast
+from benchmarks.harness.results import NANOSECONDS, SECONDS, VARIANCE, AtLeast
 
 
 @dataclass(frozen=True)

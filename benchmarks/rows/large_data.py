@@ -1,4 +1,4 @@
-"""Rows on 1.3 million cells of 720 genes: peak memory on the CPU, seconds of an epoch and of ten on a GPU."""
+"""Rows of large data, 1.3 million cells of 720 genes: peak memory on the CPU, seconds of epochs on a GPU."""
 
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.interleaving import Outcome, lacking
 from benchmarks.harness.processes import Bench, System
-from benchmarks.harness.report import AtMost, Line
+from benchmarks.harness.results import AtMost, Line
 from benchmarks.harness.stopwatch import Sample
 
 SIDES = {"ours": "benchmarks.systems.ours_large", "scvi-tools": "benchmarks.systems.scvi_tools_large"}
@@ -95,7 +95,7 @@ def written(bench: Bench, size: Size) -> Iterator[tuple[str, Sample]]:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cells.h5ad")
         shape = {"n_cells": size.n_cells, "n_genes": size.n_genes}
-        yield path, bench.once(_system("ours", "write", {"path": path, **shape}))
+        yield path, bench.once(System("ours", "benchmarks.harness.simulation:write", {"path": path, **shape}))
 
 
 def of_sides(bench: Bench, task: str, options: dict[str, Any]) -> dict[str, Sample]:

@@ -1,4 +1,4 @@
-"""All rows, by name: each bar of the project's performance targets is one line of one of them."""
+"""Registry of the rows by name: each bar of the project's performance targets is one line of one of them."""
 
 from collections.abc import Iterable
 

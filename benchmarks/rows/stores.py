@@ -1,4 +1,6 @@
-"""Counts larger than memory: ``python -m benchmarks.rows.stores --out FILE`` builds a store and compares how cells are read.
+"""Counts larger than memory: building a store, and reading cells from it, from a backed file and from memory.
+
+    python -m benchmarks.rows.stores --out FILE
 
 Every row is a process of its own, so that its peak of resident memory is its own: imports (``before_mb``) are in it.
 Simulated counts, 12 % non-zero. ``build`` streams an uncompressed .h5ad into a store; ``fit and embed`` opens the cells
@@ -9,9 +11,6 @@ page cache where memory allows it. Seconds are of the wall unless named CPU.
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,10 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.harness.commands import command_line, parser_of, printed_by
+from benchmarks.harness.resident_memory import peak_megabytes
+
+MODULE = "benchmarks.rows.stores"
 BATCH = 128
 LIMIT_MB, CELLS_PER_SECOND = 1200, 100_000
 
@@ -41,9 +44,9 @@ def open_cells(file: Path, way: str) -> Any:
 
 def write(file: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write the simulated cells."""
-    from benchmarks.systems import ours_large
+    from benchmarks.harness import simulation
 
-    return ours_large.write(str(file), options.cells, options.genes)().facts
+    return simulation.write(str(file), options.cells, options.genes)().facts
 
 
 def build(file: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -106,8 +109,6 @@ def measure(task: str, file: Path, options: argparse.Namespace) -> dict[str, Any
     """Run one task in this process, with its peak of resident memory and that before it."""
     import torch
 
-    from benchmarks.systems.ours_large import peak_megabytes
-
     torch.set_num_threads(1)
     before, start = peak_megabytes(), Mark()
     with warnings.catch_warnings():
@@ -119,10 +120,8 @@ def measure(task: str, file: Path, options: argparse.Namespace) -> dict[str, Any
 def in_a_process(task: str, file: Path, n_cells: int, n_genes: int, way: str, draws: int) -> dict[str, Any]:
     """Run this module for one task and return what it found."""
     sizes = ["--cells", n_cells, "--genes", n_genes, "--way", way, "--draws", draws]
-    command = [sys.executable, "-m", "benchmarks.rows.stores", "--measure", task, str(file), *map(str, sizes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    row = {"task": task, "way": way, "n_cells": n_cells, "n_genes": n_genes, **json.loads(done.stdout)}
+    found = json.loads(printed_by(MODULE, "--measure", task, str(file), *map(str, sizes)))
+    row = {"task": task, "way": way, "n_cells": n_cells, "n_genes": n_genes, **found}
     sys.stderr.write(json.dumps(row) + "\n")
     return row
 
@@ -151,7 +150,7 @@ def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.rows.stores", description=__doc__)
+    parser = parser_of(MODULE, __doc__)
     parser.add_argument("--out", type=Path, help="JSON file for the table")
     parser.add_argument("--folder", type=Path, help="where the files are written; removed afterwards")
     parser.add_argument("--cells", type=int, default=1_300_000, help="to fit and embed")
@@ -172,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task, file = options.measure
         sys.stdout.write(json.dumps(measure(task, Path(file), options)) + "\n")
         return
-    command = shlex.join(
-        ["python", "-m", "benchmarks.rows.stores", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = command_line(MODULE, arguments)
     table = run(options, command)
     sys.stdout.write(table.drop(columns="command").to_string(index=False, float_format="{:.1f}".format) + "\n")
     if options.out:

@@ -1,4 +1,4 @@
-"""Rows of time to quality: CPU seconds until ours is as good on held-out cells as scvi-tools after its training."""
+"""Rows of time to quality: CPU seconds until our fit is as good on held-out cells as a trained scvi-tools."""
 
 import math
 import statistics
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness.interleaving import Outcome
 from benchmarks.harness.processes import Bench, System, require_packages
-from benchmarks.harness.report import AtLeast, Line
+from benchmarks.harness.results import AtLeast, Line
+from benchmarks.quality.learning_curves import NAMES
 
 GRID = (1, 2, 3, 4, 5, 7, 10, 15, 20)  # epochs in all of our runs, from the shortest on
 STOCK = {"n_epochs_kl_warmup": 1}
@@ -108,9 +109,6 @@ class TimeToQuality:
         pairs = list(zip(found.values(), targets, strict=True))
         ours, theirs = ([reached(curves[label], target) for curves, target in pairs] for label in ("ours", second))
         return ratio_line(title, ours, theirs, None, f"the peer is {second}")
-
-
-NAMES = {"bound": "held-out ELBO", "evidence": "held-out evidence", "evidence of few": "held-out evidence"}
 
 
 def reached(curve: Sequence[Point], target: float) -> Point | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.harness.interleaving import Comparison, Interleaved
 from benchmarks.harness.processes import System
-from benchmarks.harness.report import CELLS_PER_SECOND, AtLeast
+from benchmarks.harness.results import CELLS_PER_SECOND, AtLeast
 
 OURS, PEER = "benchmarks.systems.ours:train", "benchmarks.systems.scvi_tools:train"
 BARS = {128: AtLeast(2.5), 1024: AtLeast(3.0)}

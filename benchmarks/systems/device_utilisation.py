@@ -1,13 +1,14 @@
-"""Task: how long an accelerator works while a fit trains; the rest it waits for its next kernel."""
+"""Utilisation of an accelerator: how long it works while a fit trains; the rest it waits for its next kernel."""
 
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
 import pyro_scvi as ps
-from benchmarks.harness.data import as_cells, simulated
+from benchmarks.harness.accelerator import synchronise
+from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.systems.ours import matched_constant, synchronise
+from benchmarks.systems.our_models import as_cells, matched_constant
 
 
 def busy(n_cells: int, n_genes: int, batch_size: int, epochs: int, device: str) -> Callable[[], Sample]:

@@ -1,4 +1,4 @@
-"""Tasks: P(w_a < w_b) of pairs by sampling w, and by this package's exact probabilities.
+"""Comparison of gamma variables, P(w_a < w_b) of pairs: by sampling w, and by this package's exact probabilities.
 
 Both give an estimate for every gene by the mean over the same pairs; what they cost is seconds times variance.
 """

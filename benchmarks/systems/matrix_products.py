@@ -1,4 +1,4 @@
-"""What the matrix products of a training step alone cost: the float32 limit of any implementation."""
+"""Matrix products of a training step alone: the float32 limit of any implementation."""
 
 from collections.abc import Callable
 

@@ -1,76 +1,19 @@
-"""Tasks of this package: training of several models, and what a fit is asked."""
+"""Our package: training of several models, posterior predictive draws, evidence, differential expression."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 import pyro_scvi as ps
-from benchmarks.harness.data import as_cells, simulated
+from benchmarks.harness.accelerator import synchronise
+from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
+from benchmarks.systems.our_models import CONFIGURATIONS, HALF, as_cells, matched
 from pyro_scvi.coordinates import log_joint
-from pyro_scvi.networks import BatchNorm, Encoder, Layers
 from pyro_scvi.posterior import draws_at_once, evaluating
 from pyro_scvi.recorded import RecordedJoint
-from pyro_scvi.seeding import seeded
-
-Configured = tuple[ps.SCVI, dict[str, Any]]  # a model, and options of fit
-PEER_OPTIMISER = {"learning_rate": ps.schedules.Constant(1e-3), "eps": 0.01}
-
-
-class DropoutLast(Layers):
-    """A hidden layer with dropout behind it, where scvi-tools has it, and not in front as this package has it."""
-
-    def forward(self, hidden: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        """(cells, genes) -> (cells, n_hidden)."""
-        (linear,), (norm,) = self.linear, self.norm
-        return self.dropout(torch.relu(norm(linear(hidden))))
-
-
-def matched_encoder(n_genes: int, seed: int) -> Encoder:
-    """The encoder that scvi-tools has by default: one layer of 128, dropout of 0.1 behind it."""
-    with seeded(seed):
-        encoder = Encoder(n_genes, 10, n_layers=1)
-        encoder.layers = DropoutLast(n_genes, 0, 128, 1, 0.1, BatchNorm())
-    return encoder
-
-
-def matched(cells: ps.Cells, seed: int) -> Configured:
-    """The model that scvi-tools has by default: dispersion per gene, observed library, one layer, encoder dropout."""
-    model = ps.SCVI(
-        cells.n_genes,
-        n_covariates=cells.n_covariates,
-        likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(cells.n_genes)),
-        library=ps.libraries.ObservedLibrary(),
-        n_layers=1,
-        seed=seed,
-    )
-    encoder = matched_encoder(cells.n_genes, seed)
-    return model, {"guide": ps.guides.DiagonalNormal(model, encoder=encoder, seed=seed), "seed": seed}
-
-
-def matched_constant(cells: ps.Cells, seed: int) -> Configured:
-    """The same, trained with scvi-tools' optimiser: Adam at 1e-3 with epsilon 0.01."""
-    model, options = matched(cells, seed)
-    return model, options | PEER_OPTIMISER
-
-
-def default(cells: ps.Cells, seed: int) -> Configured:
-    """The package's default model and training."""
-    return ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, seed=seed), {"seed": seed}
-
-
-def seed_2017(cells: ps.Cells, seed: int) -> Configured:
-    """The preset of the paper."""
-    return ps.presets.seed_2017(cells, seed=seed)
-
-
-CONFIGURATIONS = {made.__name__: made for made in (matched, matched_constant, default, seed_2017)}
-
-
-HALF = {"autocast": torch.bfloat16}
 
 
 def autocast_available() -> Callable[[], Sample]:
@@ -206,9 +149,3 @@ def differential_expression(n_cells: int, n_genes: int) -> Callable[[], Sample]:
         return watch.sample(work=1, largest_se=float(table.se.max()))
 
     return measure
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device, without which its work would not be timed."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()

@@ -1,46 +1,19 @@
-"""Tasks on as many cells as the mouse brain data has: writing them to a file, and what loading and training take."""
+"""Our package on as many cells as the mouse brain data has: what loading and training take."""
 
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import anndata
-import numpy as np
-import pandas as pd
-from scipy import sparse
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import pyro_scvi as ps
-from benchmarks.harness.simulation import zinb_counts
+from benchmarks.harness.accelerator import synchronise
+from benchmarks.harness.resident_memory import peak_megabytes
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.systems.ours import matched, synchronise
-
-SIMULATED = 20_000  # cells, of which the file has as many copies as it needs
-
-
-def write(path: str, n_cells: int, n_genes: int) -> Callable[[], Sample]:
-    """Write an h5ad file of ``n_cells``, CSR of uint16 counts, made of copies of 20,000 simulated cells."""
-
-    def measure() -> Sample:
-        with Stopwatch() as watch:
-            block = zinb_counts(min(n_cells, SIMULATED), n_genes).astype(np.uint16)
-            copies = -(-n_cells // block.shape[0])
-            data = np.tile(block.data, copies)
-            starts = np.arange(copies)[:, None] * block.nnz + block.indptr[:-1]
-            indptr = np.append(starts.ravel(), copies * block.nnz)[: n_cells + 1]
-            nnz = indptr[-1]
-            indices = np.tile(block.indices, copies)[:nnz]
-            counts = sparse.csr_matrix((data[:nnz], indices, indptr.astype(np.int32)), shape=(n_cells, n_genes))
-            names = pd.DataFrame(index=np.arange(n_cells).astype(str))
-            anndata.AnnData(counts, obs=names).write_h5ad(path)
-        return watch.sample(work=1, nnz=int(nnz), megabytes=Path(path).stat().st_size / 1e6)
-
-    return measure
+from benchmarks.systems.our_models import matched
 
 
 class EnoughSteps(Exception):
@@ -104,13 +77,3 @@ def epochs(path: str, n_epochs: int, batch_size: int, device: str) -> Callable[[
         return watch.sample(work=1, seconds_per_epoch=float(later.median()), seconds=watch.wall)
 
     return measure
-
-
-def peak_megabytes() -> float:
-    """Largest resident memory of this process so far, in units of 10^6 bytes; since its start, not its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure starts from what the parent held when it started this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

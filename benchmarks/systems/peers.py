@@ -1,4 +1,4 @@
-"""Held-out log probabilities of counts under the two peers: factor analysis and scvi-tools.
+"""The two peers, factor analysis and scvi-tools: held-out log probabilities of counts.
 
 Every function takes dense matrices of raw counts, train (cells, genes) and test (cells, genes). Both peers are scored
 in nats per test cell, in float64, with the latents integrated out by the importance sampler that also scores this
@@ -14,10 +14,8 @@ from torch import Tensor
 
 from pyro_scvi.baselines import FactorAnalysis
 from pyro_scvi.baselines.integration import Evidence, integrate
-from pyro_scvi.baselines.scvi_tools import Generative, log_zinb, trained
+from pyro_scvi.baselines.scvi_tools import Generative, trained
 from pyro_scvi.importance import LogJoint
-
-__all__ = ["Evidence", "FactorScores", "ScviTools", "factor_analysis", "integrate", "log_zinb", "scvi_tools"]
 
 
 class FactorScores(NamedTuple):
@@ -131,8 +129,3 @@ def scvi_tools(train: np.ndarray, test: np.ndarray, epochs: int, seed: int, *, n
     generative = Generative.of(model, train)
     counts = torch.from_numpy(test.astype(np.float64))
     return ScviTools(model, *generative, counts, *generative.start(counts), fit_seconds)
-
-
-@torch.no_grad()
-def _encoder_start(network: torch.nn.Module, counts: Tensor) -> tuple[Tensor, Tensor]:
-    return Generative(network, 0.0, 1.0).start(counts)

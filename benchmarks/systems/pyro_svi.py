@@ -1,4 +1,4 @@
-"""The same model trained otherwise: by a user's plain Pyro, and by the evidence bound written out without Pyro."""
+"""Plain Pyro: the same model trained by SVI as a user would, and the evidence bound written out without Pyro."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_scvi as ps
-from benchmarks.harness.data import as_cells, simulated
+from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.systems.ours import matched, matched_constant
+from benchmarks.systems.our_models import as_cells, matched, matched_constant
 from pyro_scvi.likelihoods import ZINB
 
 

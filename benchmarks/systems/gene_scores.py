@@ -1,0 +1,108 @@
+"""Systems that score genes for differential expression: rank and t tests, scvi-tools, and this package."""
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+import pyro_scvi as ps
+from pyro_scvi.paper.blood import Blood
+
+WILCOXON = "Wilcoxon rank-sum", "-log p"
+Scores = dict[str, np.ndarray]  # by name of the score, (genes,) each
+
+
+class System(NamedTuple):
+    """Something that scores genes; ``seeded`` if another seed gives other scores."""
+
+    name: str
+    score: Callable[[Blood, int], Scores]
+    seeded: bool = True
+
+
+def score_tests(data: Blood, seed: int, *, test: Callable[..., Any], statistic: bool) -> Scores:
+    """Score by a test of the log counts per 10,000; a gene that is constant in both groups scores 0."""
+    x = data.dense()
+    y = np.log1p(x / x.sum(1, keepdims=True) * 1e4)
+    a, b = (y[(data.adata.obs["labels"] == group).to_numpy()] for group in data.groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = test(a, b)
+    scores = {"-log p": -np.log(found.pvalue)} | ({"|t|": np.abs(found.statistic)} if statistic else {})
+    return {name: np.nan_to_num(score, nan=0.0) for name, score in scores.items()}
+
+
+@cache
+def fitted(data: Blood, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps.Cells]:
+    """Fit with default settings: the default model, or a dispersion per gene with dropout 0.1."""
+    cells = ps.Cells.from_anndata(data.adata, batch=data.batch)
+    likelihood = ps.likelihoods.ZINB(ps.likelihoods.PerGene(cells.n_genes)) if gene_dispersion else None
+    dropout = 0.1 if gene_dispersion else 0.0
+    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, likelihood=likelihood, dropout=dropout, seed=seed)
+    guide = ps.guides.DiagonalNormal(model, dropout=dropout, seed=seed)
+    return ps.fit(model, cells, guide, seed=seed, device="cpu", progress=False), cells
+
+
+def score_ours(data: Blood, seed: int, *, gene_dispersion: bool) -> Scores:
+    """Score by P(w_a < w_b) and by P(fold change), with depth taken out and as the paper has it."""
+    fit, cells = fitted(data, seed, gene_dispersion=gene_dispersion)
+    contrasts = {"depth-corrected": ps.differential.DepthCorrected(), "depth-laden": ps.differential.DepthLaden()}
+    scores = {}
+    for name, contrast in contrasts.items():
+        table = compared(fit, cells, "labels", data.groups, contrast=contrast, seed=seed)
+        scores[f"|log BF|, {name}"] = table["log_bayes_factor"].abs().to_numpy()
+        scores[f"P(change > .5 one way), {name}"] = table["p_lfc"].to_numpy()
+    return scores
+
+
+def compared(
+    fit: ps.Fit, cells: ps.Cells, groupby: str | np.ndarray, groups: tuple[str, str], **options: Any
+) -> pd.DataFrame:
+    """Differential expression between two groups of cells by a fit."""
+    group_a, group_b = groups
+    return ps.differential_expression(fit, cells, groupby=groupby, group_a=group_a, group_b=group_b, **options)
+
+
+def score_scvi_tools(data: Blood, seed: int) -> Scores:
+    """Score by the Bayes factors of scvi-tools, both modes, after its default training."""
+    import scvi
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    scvi.settings.verbosity, scvi.settings.seed = logging.ERROR, seed
+    adata = anndata.AnnData(data.adata.X.astype(np.float32), data.adata.obs.copy(), data.adata.var[[]].copy())
+    scvi.model.SCVI.setup_anndata(adata, batch_key=data.batch)
+    model = scvi.model.SCVI(adata)
+    model.train(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    a, b = data.groups
+    scores = {}
+    for mode in ("vanilla", "change"):
+        table = model.differential_expression(groupby="labels", group1=a, group2=b, mode=mode, silent=True)
+        scores[f"|log BF|, {mode}"] = table["bayes_factor"].abs().loc[adata.var_names].to_numpy()
+    scores["|median lfc|, change"] = table["lfc_median"].abs().loc[adata.var_names].to_numpy()
+    return scores
+
+
+SYSTEMS = {
+    "wilcoxon": System(
+        WILCOXON[0],
+        partial(score_tests, test=partial(stats.mannwhitneyu, method="asymptotic"), statistic=False),
+        seeded=False,
+    ),
+    "welch": System(
+        "Welch t", partial(score_tests, test=partial(stats.ttest_ind, equal_var=False), statistic=True), seeded=False
+    ),
+    "default": System("pyro-scvi, default", partial(score_ours, gene_dispersion=False)),
+    "gene": System("pyro-scvi, dispersion per gene, dropout .1", partial(score_ours, gene_dispersion=True)),
+    "scvi-tools": System("scvi-tools, default training", score_scvi_tools),
+}
