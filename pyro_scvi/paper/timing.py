@@ -198,7 +198,8 @@ TEXT = (
     "ran out of 32 GB at 100,000, and that scVI fitted 1.3 million cells in less than two hours on a GPU. The "
     "implementations here are not theirs: ZIFA's EM is in closed form, ZINB-WaVE is maximised with analytic "
     "gradients. Nothing is extrapolated to 1.3 million cells; the speed in cells per second stands beside, and what "
-    "ours takes for an epoch of 1.3 million simulated cells on disk is measured by python -m benchmarks.stores.",
+    "ours takes for an epoch of 1.3 million simulated cells on disk is measured by "
+    "python -m benchmarks.rows.stores.",
 )
 
 EXPERIMENT = Experiment(
