@@ -1,9 +1,14 @@
-"""The speed benchmarks: their arithmetic, their estimator, and that both commands run."""
+"""The benchmarks: arithmetic of the harness, systems that should agree, that commands run, and how folders depend."""
 
+import ast
+import importlib
 import io
 import json
 import math
+import re
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -15,15 +20,16 @@ from pyro_scvi.posterior import bound_terms, evaluating
 
 pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, not in the package")
 
+import benchmarks  # noqa: E402
 from benchmarks import cli  # noqa: E402
 from benchmarks.harness import processes, report, results, simulation, worker  # noqa: E402
-from benchmarks.harness.interleaving import Outcome  # noqa: E402
+from benchmarks.harness.interleaving import Interleaved, Outcome  # noqa: E402
 from benchmarks.harness.simulation import batch_labels, zinb_counts  # noqa: E402
 from benchmarks.harness.stopwatch import Sample, Stopwatch  # noqa: E402
 from benchmarks.quality import learning_curves  # noqa: E402
 from benchmarks.quality.elbo import held_out_elbo  # noqa: E402
 from benchmarks.quality.held_out_scores import our_outputs  # noqa: E402
-from benchmarks.rows import time_to_quality  # noqa: E402
+from benchmarks.rows import large_data, time_to_quality  # noqa: E402
 from benchmarks.systems import matrix_products, ours_large, pyro_svi  # noqa: E402
 from benchmarks.systems.our_models import matched, matched_constant  # noqa: E402
 
@@ -272,3 +278,54 @@ def test_gpu_dry_run(capsys):
 def test_gpu_without_a_device_says_so():
     with pytest.raises(SystemExit, match="no CUDA device; --dry-run"):
         cli.main(["gpu"])
+
+
+# --- folders ---
+
+ROOT = Path(benchmarks.__file__).parent
+FOLDERS = ["harness", "systems", "quality", "rows"]  # each imports only from those before it and from itself
+COMMANDS = re.findall(r"python -m (benchmarks\.\S+)", benchmarks.__doc__)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_of_a_folder_only_go_forward(folder):
+    files = [file for file in (ROOT / folder).glob("*.py") if file.name != "__init__.py"]
+    allowed = {f"benchmarks.{name}" for name in FOLDERS[: FOLDERS.index(folder) + 1]}
+    for file in files:
+        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {".".join(node.module.split(".")[:2]) for node in imports if node.module.startswith("benchmarks")}
+        assert found <= allowed, file
+    assert len(files) <= 16
+
+
+def test_every_task_is_a_function_of_its_module():
+    rows = [*cli.cpu_rows(quick=True).values(), *cli.gpu_rows(dry=True).values()]
+    tasks = {system.task for row in rows if isinstance(row, Interleaved) for system in row.systems.values()}
+    tasks |= {f"{side}:{task}" for side in large_data.SIDES.values() for task in ("load_and_train", "epochs")}
+    for file in (ROOT / "rows").glob("*.py"):
+        tasks |= set(re.findall(r"benchmarks[.\w]+:\w+", file.read_text()))
+    assert len(tasks) > 20
+    for task in tasks:  # read and not imported, since scvi-tools may be absent
+        module, function = task.split(":")
+        tree = ast.parse((ROOT.parent / module.replace(".", "/")).with_suffix(".py").read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, task
+
+
+def test_processes_that_start_others_import_nothing_large():
+    code = "import sys, benchmarks.cli, benchmarks.rows.memory, benchmarks.rows.stores, benchmarks.quality.baselines\n"
+    code += "sys.exit(' '.join({'torch', 'scipy', 'anndata', 'matplotlib', 'pyro_scvi'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, stderr=subprocess.PIPE, text=True)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_have_help(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(["--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m {module} " in capsys.readouterr().out
+
+
+def test_every_module_that_can_run_is_a_documented_command():
+    files = [file for file in ROOT.glob("*/*.py") if "__main__" in file.read_text() and file.name != "worker.py"]
+    assert {f"benchmarks.{file.parent.name}.{file.stem}" for file in files} == set(COMMANDS)
