@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 import pyro_scvi as ps
 from pyro_scvi import baselines
-from pyro_scvi.baselines.integration import Evidence
+from pyro_scvi.baselines.evidence import Evidence
 from pyro_scvi.errors import DataError
 from pyro_scvi.paper import data, held_out, systems
 from pyro_scvi.paper.floor import IndependentGenes

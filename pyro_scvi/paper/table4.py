@@ -12,7 +12,7 @@ import numpy as np
 from sklearn import decomposition
 
 from pyro_scvi import baselines
-from pyro_scvi.baselines.scone import Normalisation
+from pyro_scvi.baselines.normalization.scone import Normalisation
 from pyro_scvi.baselines.scvi_tools import trained
 from pyro_scvi.cells import Cells
 from pyro_scvi.paper import data, pbmc, systems

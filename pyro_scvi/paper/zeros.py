@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi import baselines
-from pyro_scvi.baselines import zinbwave_law
+from pyro_scvi.baselines.zinbwave import model as zinbwave_model
 from pyro_scvi.cells import Cells
 from pyro_scvi.fit import Fit
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
@@ -69,12 +69,12 @@ def of_scvi_tools(method: baselines.SCVITools, counts: np.ndarray, *, samples: i
 
 def of_zinb_wave(method: baselines.ZINBWaVE, counts: np.ndarray) -> Answers:
     """:func:`answers` of ZINB-WaVE at the W and gamma of its fit to these counts."""
-    cells = zinbwave_law.CellParameters(*map(torch.from_numpy, (method.W_, method.gamma_mu_, method.gamma_pi_)))
+    cells = zinbwave_model.CellParameters(*map(torch.from_numpy, (method.W_, method.gamma_mu_, method.gamma_pi_)))
     fitted = method.alpha_mu_, method.alpha_pi_, method.beta_mu_, method.beta_pi_, method.zeta_
-    genes = zinbwave_law.GeneParameters(*map(torch.from_numpy, fitted))
+    genes = zinbwave_model.GeneParameters(*map(torch.from_numpy, fitted))
     ones, v_cov = torch.ones(len(counts), 1, dtype=torch.float64), torch.from_numpy(method.gene_covariates_)
-    gate = zinbwave_law.gate_logits(ones, v_cov, cells.w, cells.gamma_pi, genes.alpha_pi, genes.beta_pi)
-    log_mean = zinbwave_law.log_mean(ones, v_cov, cells, genes)
+    gate = zinbwave_model.gate_logits(ones, v_cov, cells.w, cells.gamma_pi, genes.alpha_pi, genes.beta_pi)
+    log_mean = zinbwave_model.log_mean(ones, v_cov, cells, genes)
     theta = {"log_mean": log_mean, "log_inverse_dispersion": genes.zeta, "gate_logits": gate}
     return _joined([answers(ZINB(), torch.from_numpy(counts), {name: value[None] for name, value in theta.items()})])
 

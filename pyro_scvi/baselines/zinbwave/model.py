@@ -1,4 +1,4 @@
-"""The law of ZINB-WaVE (Risso et al. 2018): its parameters, likelihood, penalty and orthogonal form."""
+"""The model of ZINB-WaVE (Risso et al. 2018): its parameters, likelihood, penalty and orthogonal form."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol

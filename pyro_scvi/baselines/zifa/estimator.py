@@ -1,4 +1,4 @@
-"""Zero-inflated factor analysis (Pierson and Yau 2015), in its exact form with K dimensions per cell."""
+"""The estimator ZIFA (Pierson and Yau 2015), in its exact form with K dimensions per cell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pyro_scvi.baselines import zifa_law
+from pyro_scvi.baselines.evidence import Evidence, integrate
 from pyro_scvi.baselines.inputs import (
     dense_counts,
     remember_genes,
@@ -23,10 +23,10 @@ from pyro_scvi.baselines.inputs import (
     require_latents,
     require_varying_genes,
 )
-from pyro_scvi.baselines.integration import Evidence, integrate
 from pyro_scvi.baselines.unit_bins import VARIANCE
-from pyro_scvi.baselines.zifa_em import LEAST_VARIANCE, Seen, Sums, maximised
-from pyro_scvi.baselines.zifa_law import Parameters, Posterior, posterior
+from pyro_scvi.baselines.zifa import model
+from pyro_scvi.baselines.zifa.em import LEAST_VARIANCE, Seen, Sums, maximised
+from pyro_scvi.baselines.zifa.model import Parameters, Posterior, posterior
 from pyro_scvi.errors import DataError, require_at_least
 
 Question = Callable[[Tensor, Parameters, Posterior], Tensor]
@@ -40,7 +40,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         z_n \sim N(0, I), \quad u_n | z_n \sim N(A z_n + \mu, diag(\sigma^2)), \quad
         \log(1 + x_{nj}) = 0 \text{ with probability } e^{-\lambda u_{nj}^2}, \text{ else } u_{nj}
 
-    Fitted by EM in float64; zifa_law and zifa_em beside this file have the mathematics. Memory: the dense counts twice,
+    Fitted by EM in float64; ``model`` and ``em`` beside this file have the mathematics. Memory: the dense counts twice,
     their latents' second moments for one minibatch, and genes x latents^2.
 
     Parameters
@@ -144,7 +144,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """
 
         def log_marginal(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
-            return zifa_law.log_marginal(y, parameters, found) + zifa_law.log_kept(y, parameters.decay) - y.sum(1)
+            return model.log_marginal(y, parameters, found) + model.log_kept(y, parameters.decay) - y.sum(1)
 
         return self._ask(counts, log_marginal)
 
@@ -152,7 +152,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """Log probability of the counts, nats per cell, z integrated out by ``samples`` draws of importance sampling.
 
         A probability of counts, where :meth:`score_samples` is a density above 0: a count that is kept falls into its
-        unit bin, with everything below 1/2 for a zero (:func:`~pyro_scvi.baselines.zifa_law.binned_log_joint`).
+        unit bin, with everything below 1/2 for a zero (:func:`~pyro_scvi.baselines.zifa.model.binned_log_joint`).
 
         Raises
         ------
@@ -166,7 +166,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         found = posterior(x.log1p(), law._replace(scale=(law.scale.square() + VARIANCE).sqrt()))  # bins are wide
         scale = found.covariance.diagonal(dim1=1, dim2=2).sqrt()
         return integrate(
-            lambda rows: zifa_law.binned_log_joint(x[rows], law), found.mean, scale, samples=samples, seed=seed
+            lambda rows: model.binned_log_joint(x[rows], law), found.mean, scale, samples=samples, seed=seed
         )
 
     def expected_complete_log_likelihood(self, counts: Any) -> np.ndarray:
@@ -183,7 +183,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, or the genes are not those of the fit.
         """
-        return self._ask(counts, lambda *of: zifa_law.expected_complete(*of) - of[0].sum(1))
+        return self._ask(counts, lambda *of: model.expected_complete(*of) - of[0].sum(1))
 
     def impute(self, counts: Any) -> np.ndarray:
         """exp(E[u | x]) - 1 where x = 0, else x: (cells, genes), counts.
@@ -197,7 +197,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, or the genes are not those of the fit.
         """
-        return self._ask(counts, lambda *of: torch.expm1(zifa_law.log_counts(*of)[0]))
+        return self._ask(counts, lambda *of: torch.expm1(model.log_counts(*of)[0]))
 
     def technical_zero_probability(self, counts: Any) -> np.ndarray:
         """exp(-lambda E[u | x]^2) where x = 0, else 0: (cells, genes).
@@ -214,7 +214,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """
 
         def lost(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
-            u, _ = zifa_law.log_counts(y, parameters, found)
+            u, _ = model.log_counts(y, parameters, found)
             return torch.where(y == 0, torch.exp(-parameters.decay * u.square()), 0.0)
 
         return self._ask(counts, lost)
@@ -247,7 +247,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
         def of(part: Tensor) -> tuple[Sums, float]:
             found = posterior(part, parameters)
-            return Sums.of(part, found), float(zifa_law.log_marginal(part, parameters, found).sum())
+            return Sums.of(part, found), float(model.log_marginal(part, parameters, found).sum())
 
         return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), map(of, y.split(self.batch_size)))
 

@@ -1,4 +1,4 @@
-"""One step of EM for zero-inflated factor analysis, from sums over cells."""
+"""One step of the EM algorithm of zero-inflated factor analysis, from sums over cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from pyro_scvi.baselines.zifa_law import Parameters, Posterior
+from pyro_scvi.baselines.zifa.model import Parameters, Posterior
 
 LEAST_VARIANCE = 1e-8  # a gene whose counts are all alike where seen drives sigma^2 to 0 and the likelihood to infinity
 

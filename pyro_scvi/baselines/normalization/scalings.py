@@ -1,4 +1,4 @@
-"""Ways to bring cells to a common depth; each takes counts (cells, genes) and gives scaled counts of the same shape.
+"""Scaling methods, which bring cells to a common depth: each takes and gives counts (cells, genes).
 
 Factors are per cell. Those that edgeR defines (TMM, RLE, upper quartile) correct the total: cell n is divided by its
 total times its factor, and all are multiplied by the mean of these products, as SCONE does (Cole et al. 2019).

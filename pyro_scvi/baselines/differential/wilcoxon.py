@@ -1,4 +1,4 @@
-"""The Wilcoxon rank-sum test on scaled counts."""
+"""Differential expression by the Wilcoxon rank-sum test on scaled counts."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import pandas as pd
 from scipy.stats import mannwhitneyu
 from sklearn.base import BaseEstimator
 
-from pyro_scvi.baselines.scalings import Scaling, TotalScaling
-from pyro_scvi.baselines.two_groups import two_groups
+from pyro_scvi.baselines.differential.two_groups import two_groups
+from pyro_scvi.baselines.normalization.scalings import Scaling, TotalScaling
 
 
 class Wilcoxon(BaseEstimator):
@@ -26,7 +26,7 @@ class Wilcoxon(BaseEstimator):
     Parameters
     ----------
     scaling
-        How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.scalings`.
+        How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.normalization.scalings`.
     pseudocount
         Added to both means, in scaled counts, before the fold change is taken.
 
@@ -58,7 +58,7 @@ class Wilcoxon(BaseEstimator):
         Raises
         ------
         DataError
-            As :func:`~pyro_scvi.baselines.two_groups.two_groups`.
+            As :func:`~pyro_scvi.baselines.differential.two_groups.two_groups`.
         """
         data = two_groups(counts, group)
         scaled = self.scaling(data.x)

@@ -1,4 +1,4 @@
-"""ZINB-WaVE, the zero-inflated negative binomial factor model of Risso et al. (2018), fitted by joint L-BFGS."""
+"""The estimator ZINBWaVE: the zero-inflated negative binomial factor model of Risso et al. (2018), fitted by L-BFGS."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,9 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted, require_latents
-from pyro_scvi.baselines.minimise import Minimum
-from pyro_scvi.baselines.zinbwave_fit import Law, Problem
-from pyro_scvi.baselines.zinbwave_law import (
+from pyro_scvi.baselines.zinbwave.lbfgs import Minimum
+from pyro_scvi.baselines.zinbwave.model import (
     CellParameters,
     CommonDispersion,
     Dispersion,
@@ -22,6 +21,7 @@ from pyro_scvi.baselines.zinbwave_law import (
     Penalties,
     orthogonal,
 )
+from pyro_scvi.baselines.zinbwave.optimization import Law, Problem
 from pyro_scvi.errors import DataError, ModelError, require_at_least
 
 __all__ = ["CommonDispersion", "GenewiseDispersion", "ZINBWaVE"]
@@ -37,12 +37,12 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
               logit\, \pi = X \beta_\pi + (V \gamma_\pi)^T + W \alpha_\pi
 
     X (cells, covariates) and V (genes, covariates) begin with an intercept (Risso et al. 2018, Eqs. 1-5). All
-    parameters maximise the log likelihood less :class:`~pyro_scvi.baselines.zinbwave_law.Penalties` together, by L-BFGS
-    in float64; the original alternates over genes and cells, which ends lower. W is then made orthogonal. The fit stops
-    when 10 iterations gain less than ``tol`` relative to the objective, and at no other point: scores of clusters on W
-    drift long after the objective has settled to the eye. There is no randomness. Where nearly all counts are 0 or 1,
-    mu, pi and theta hardly differ in what they predict: zeta then grows without end and convergence takes thousands of
-    iterations.
+    parameters maximise the log likelihood less :class:`~pyro_scvi.baselines.zinbwave.model.Penalties` together, by
+    L-BFGS in float64; the original alternates over genes and cells, which ends lower. W is then made orthogonal. The
+    fit stops when 10 iterations gain less than ``tol`` relative to the objective, and at no other point: scores of
+    clusters on W drift long after the objective has settled to the eye. There is no randomness. Where nearly all counts
+    are 0 or 1, mu, pi and theta hardly differ in what they predict: zeta then grows without end and convergence takes
+    thousands of iterations.
 
     Parameters
     ----------

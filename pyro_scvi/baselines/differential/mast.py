@@ -1,4 +1,4 @@
-"""The two-group hurdle test of MAST (Finak et al. 2015), in closed form."""
+"""Differential expression by the two-group hurdle test of MAST (Finak et al. 2015), in closed form."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from scipy.special import xlogy
 from scipy.stats import chi2
 from sklearn.base import BaseEstimator
 
-from pyro_scvi.baselines.scalings import NoScaling, Scaling
-from pyro_scvi.baselines.two_groups import two_groups
+from pyro_scvi.baselines.differential.two_groups import two_groups
+from pyro_scvi.baselines.normalization.scalings import NoScaling, Scaling
 
 EQUAL = 1e-12  # a residual sum of squares below this share of the sum of squares is rounding
 
@@ -33,8 +33,8 @@ class MAST(BaseEstimator):
     Parameters
     ----------
     scaling
-        How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.scalings`. By default they are not: depth
-        that differs between the groups is then found as a difference of nearly all genes.
+        How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.normalization.scalings`. By default they
+        are not: depth that differs between the groups is then found as a difference of nearly all genes.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class MAST(BaseEstimator):
         Raises
         ------
         DataError
-            As :func:`~pyro_scvi.baselines.two_groups.two_groups`.
+            As :func:`~pyro_scvi.baselines.differential.two_groups.two_groups`.
         """
         data = two_groups(counts, group)
         y = np.log2(self.scaling(data.x) + 1)

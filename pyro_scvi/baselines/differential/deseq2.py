@@ -1,4 +1,4 @@
-"""DESeq2 (Love et al. 2014) through InMoose, its port to Python."""
+"""Differential expression by DESeq2 (Love et al. 2014) through InMoose, its port to Python."""
 
 import warnings
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator
 
+from pyro_scvi.baselines.differential.two_groups import two_groups
 from pyro_scvi.baselines.inputs import missing_extra
-from pyro_scvi.baselines.two_groups import two_groups
 from pyro_scvi.errors import DataError
 
 
@@ -53,7 +53,7 @@ class DESeq2(BaseEstimator):
         Raises
         ------
         DataError
-            For counts that are not integers, and as :func:`~pyro_scvi.baselines.two_groups.two_groups`.
+            For counts that are not integers, and as :func:`~pyro_scvi.baselines.differential.two_groups.two_groups`.
         ValueError
             From inmoose, for counts with no gene that varies more than a Poisson law; DESeq2 in R refuses these too.
         ImportError

@@ -1,4 +1,4 @@
-"""The contract of a test for two groups of cells: test(counts, group) -> a table by gene."""
+"""What every test of two groups of cells takes and returns: test(counts, group) -> a table by gene."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Where the fit of ZINB-WaVE starts: matrix completion of the log counts, then a logistic regression of the zeros."""
+"""Starting values of ZINB-WaVE: matrix completion of the log counts, then a logistic regression of the zeros."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.baselines.minimise import Separable, Tensors, minimise
-from pyro_scvi.baselines.zinbwave_law import (
+from pyro_scvi.baselines.zinbwave.lbfgs import Separable, Tensors, minimise
+from pyro_scvi.baselines.zinbwave.model import (
     CellParameters,
     GammaTerms,
     GeneParameters,

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_scvi.baselines.minimise import Minimum, Separable, Tensors, minimise
-from pyro_scvi.baselines.zinbwave_law import (
+from pyro_scvi.baselines.zinbwave.initialization import regressed_logs, start
+from pyro_scvi.baselines.zinbwave.lbfgs import Minimum, Separable, Tensors, minimise
+from pyro_scvi.baselines.zinbwave.model import (
     CellParameters,
     GammaTerms,
     GeneParameters,
@@ -17,7 +18,6 @@ from pyro_scvi.baselines.zinbwave_law import (
     log_mean,
     without_gamma,
 )
-from pyro_scvi.baselines.zinbwave_start import regressed_logs, start
 
 ENTRIES = 2**17  # cells x genes treated together on a processor, whose cache then holds the intermediate results
 ENTRIES_OF_GPU = 2**22  # on a GPU, which wants large pieces: some GB of its memory

@@ -1,4 +1,4 @@
-"""SCONE (Cole et al. 2019), a subset: many normalisations of one data set, scored and ranked."""
+"""A subset of SCONE (Cole et al. 2019): many normalisations of one data set, scored and ranked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,16 @@ from scipy.special import entr
 from sklearn.base import BaseEstimator
 
 from pyro_scvi.baselines.inputs import dense_counts, require_fitted
-from pyro_scvi.baselines.scalings import RLE, TMM, FullQuantile, NoScaling, Scaling, TotalScaling, UpperQuartile
-from pyro_scvi.baselines.scone_scores import PAM_CELLS, Known, components, scores
+from pyro_scvi.baselines.normalization.scalings import (
+    RLE,
+    TMM,
+    FullQuantile,
+    NoScaling,
+    Scaling,
+    TotalScaling,
+    UpperQuartile,
+)
+from pyro_scvi.baselines.normalization.scone_scores import PAM_CELLS, Known, components, scores
 from pyro_scvi.errors import DataError, ModelError
 
 SCALINGS: tuple[Scaling, ...] = (NoScaling(), TotalScaling(), TMM(), RLE(), UpperQuartile(), FullQuantile())
@@ -33,7 +41,7 @@ class Normalisation:
     Parameters
     ----------
     scaling
-        Of :mod:`pyro_scvi.baselines.scalings`.
+        Of :mod:`pyro_scvi.baselines.normalization.scalings`.
     quality
         Number of principal components of the quality metrics, 0 for no regression on them, None for all that there are.
     batch, bio

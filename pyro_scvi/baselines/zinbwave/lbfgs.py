@@ -1,4 +1,4 @@
-"""Minimise a sum over cells plus a penalty by L-BFGS, a chunk of cells at a time."""
+"""L-BFGS for a sum over cells plus a penalty, computed a chunk of cells at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-r"""The law of zero-inflated factor analysis: posterior and marginal likelihood, exactly, in K dimensions per cell.
+r"""The model of zero-inflated factor analysis: posterior and marginal likelihood, exactly, in K dimensions per cell.
 
 With y = log(1 + x) (cells, genes), latents z, and a latent log count u (cells, genes):
 

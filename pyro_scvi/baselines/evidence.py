@@ -1,4 +1,4 @@
-"""Latents integrated out of a baseline's joint law of counts, by the sampler that also scores this package's models."""
+"""Log p(x) of a baseline by importance sampling, the same sampler that scores this package's models."""
 
 from collections.abc import Callable
 from typing import NamedTuple
