@@ -28,7 +28,7 @@ from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
 import pyro_scvi as ps
-from pyro_scvi.paper.blood import Blood, read_pbmc4k, read_pbmc_3ka
+from pyro_scvi.paper.data.blood import Blood, read_pbmc4k, read_pbmc_3ka
 
 FOLDER = Path(os.environ.get("PYRO_SCVI_DATA", "../shared/data"))
 CALLED = 0.05

@@ -12,10 +12,11 @@ from scipy import sparse
 import pyro_scvi as ps
 from pyro_scvi.baselines import AUTHORS_START, idr, reproducibility
 from pyro_scvi.differential import DepthCorrected, DepthLaden
-from pyro_scvi.paper import concordance, figure2
-from pyro_scvi.paper.blood import Blood
-from pyro_scvi.paper.concordance import AUC, MIXTURE, RHO, SPEARMAN, judged, significance
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
+from pyro_scvi.paper.data.blood import Blood
+from pyro_scvi.paper.figures import figure2
+from pyro_scvi.paper.metrics import concordance
+from pyro_scvi.paper.metrics.concordance import AUC, MIXTURE, RHO, SPEARMAN, judged, significance
 from pyro_scvi.paper.steps import Outcome
 
 

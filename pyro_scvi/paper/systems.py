@@ -1,4 +1,4 @@
-"""Our own models as rows of the tables: which configuration, fitted how long, with which seed."""
+"""Our own models in the tables: their configurations, and how long and with which seed they are fitted."""
 
 from collections.abc import Callable
 from typing import Any

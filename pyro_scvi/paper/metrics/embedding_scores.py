@@ -1,4 +1,4 @@
-"""What latents (cells, latents) say of types, batches and quality."""
+"""Scores of an embedding (cells, latents): how it separates types, mixes batches and depends on quality."""
 
 from __future__ import annotations
 

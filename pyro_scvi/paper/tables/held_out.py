@@ -24,14 +24,15 @@ from pyro_scvi.cells import Cells
 from pyro_scvi.evidence import evidence
 from pyro_scvi.fit import Fit
 from pyro_scvi.importance import KHAT_LIMIT
-from pyro_scvi.paper import data, systems
-from pyro_scvi.paper.floor import IndependentGenes
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.data import files
+from pyro_scvi.paper.tables.independent_genes import IndependentGenes
 from pyro_scvi.posterior import bound_terms, embed, evaluating, minibatches
 from pyro_scvi.schedules import Constant, Weight
 
 Result = dict[str, Any]
 
-HELD_OUT = {data.CORTEX: 0.25, data.BRAIN: 0.1}  # the authors' shares, drawn with their random state 0
+HELD_OUT = {files.CORTEX: 0.25, files.BRAIN: 0.1}  # the authors' shares, drawn with their random state 0
 VALIDATION = 0.1  # of the training cells, by which fit() chooses the epoch: its default, for every model of ours
 N_LATENTS = 10
 DRAWS = 100  # of the guide, for the bound and the conditional
@@ -68,7 +69,7 @@ def split(file: str, n: int | None, least: int | None, test_cells: int, at_most:
     at_most
         Read at most so many cells of the file.
     """
-    adata = data.read(file, at_most)
+    adata = files.read(file, at_most)
     train, test = train_test_split(np.arange(adata.n_obs), test_size=HELD_OUT[file], random_state=0)
     train, test = train[:n], test[:test_cells]
     seen = np.asarray(adata.X[train[:least]].sum(0)).ravel() > 0

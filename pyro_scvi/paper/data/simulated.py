@@ -1,4 +1,4 @@
-"""Cells drawn from the default model fitted to the mouse brain, in any number."""
+"""Simulated cells, any number, from the default model fitted to the mouse brain."""
 
 from functools import cache
 
@@ -8,7 +8,8 @@ from scipy import sparse
 from pyro_scvi.cells import Cells
 from pyro_scvi.criticism import prior_predictive
 from pyro_scvi.fit import Fit
-from pyro_scvi.paper import data, systems
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.data import files
 
 BLOCK = 5_000  # cells drawn together
 SEEN_IN = 10  # expected cells with a count, of a gene in the fewest cells that are drawn
@@ -40,7 +41,7 @@ def counts(n_cells: int, fewest: int, at_most: int | None, epochs: int | None, s
 
 @cache
 def _generator(fewest: int, at_most: int | None, epochs: int | None, seed: int) -> Fit:
-    adata = data.read(data.BRAIN, at_most)
+    adata = files.read(files.BRAIN, at_most)
     often = np.asarray((adata.X > 0).mean(0)).ravel() >= SEEN_IN / fewest
     adata = adata[:, often]
     counted = np.asarray(adata.X.sum(1)).ravel() > 0

@@ -1,4 +1,4 @@
-"""Table 3: how well latents of mouse cortex cells separate their known types, and a choice that sees no label."""
+"""Table 3: clustering of mouse cortex cells by their latents, and choosing a model without labels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
-from pyro_scvi.paper import data, held_out, systems, table1
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.budget import Budget
+from pyro_scvi.paper.data import files
 from pyro_scvi.paper.experiment import Experiment, Picture
-from pyro_scvi.paper.held_out import Result, clustering, reported_otherwise
 from pyro_scvi.paper.rows import Row, over_cells, over_seeds
 from pyro_scvi.paper.steps import Results, Step
-from pyro_scvi.paper.table1 import FA, OURS, PEER, WAVE, ZIFA, done, our_step
+from pyro_scvi.paper.tables import held_out, table1
+from pyro_scvi.paper.tables.held_out import Result, clustering, reported_otherwise
+from pyro_scvi.paper.tables.table1 import FA, OURS, PEER, WAVE, ZIFA, done, our_step
 from pyro_scvi.plots.canvas import CALM
 from pyro_scvi.posterior import embed
 
@@ -74,84 +76,84 @@ def embedded_baseline(system: str, seed: int, settings: Result, at_most: int | N
 
 
 def _cortex(at_most: int | None) -> Cells:
-    return Cells.from_anndata(data.read(data.CORTEX, at_most))
+    return Cells.from_anndata(files.read(files.CORTEX, at_most))
 
 
-def of_systems(effort: Effort) -> dict[str, list[Step]]:
+def of_systems(budget: Budget) -> dict[str, list[Step]]:
     """The steps of every system that is fitted to all cells, one for each seed."""
-    epochs = min(400, math.ceil(table1.VISITS / CELLS), effort.epochs or 400)
+    epochs = min(400, math.ceil(table1.VISITS / CELLS), budget.epochs or 400)
     settings: dict[str, Result] = {
-        WAVE: {"max_iter": ITERATIONS if effort.epochs is None else 10 * effort.epochs},
+        WAVE: {"max_iter": ITERATIONS if budget.epochs is None else 10 * budget.epochs},
         PEER: {"epochs": epochs},
     }
     found = {
-        system: [_baseline_step(system, seed, settings.get(system, {}), effort) for seed in _seeds(system, effort)]
+        system: [_baseline_step(system, seed, settings.get(system, {}), budget) for seed in _seeds(system, budget)]
         for system in METHODS
     }
     for as_parameter, names in ((False, systems.MODELS), (True, AS_PARAMETER)):
         for name in names:
             label = name + PARAMETER * as_parameter
-            found[label] = [_step(name, seed, as_parameter, effort) for seed in _seeds(label, effort)]
+            found[label] = [_step(name, seed, as_parameter, budget) for seed in _seeds(label, budget)]
     return found
 
 
-def _seeds(system: str, effort: Effort) -> tuple[int, ...]:
-    return effort.seeds[: SEEDS.get(system)]
+def _seeds(system: str, budget: Budget) -> tuple[int, ...]:
+    return budget.seeds[: SEEDS.get(system)]
 
 
-def _baseline_step(system: str, seed: int, settings: Result, effort: Effort) -> Step:
-    asked = {"system": system, "seed": seed, "settings": settings, "at_most": effort.cells}
-    return Step(embedded_baseline, asked, (data.CORTEX,))
+def _baseline_step(system: str, seed: int, settings: Result, budget: Budget) -> Step:
+    asked = {"system": system, "seed": seed, "settings": settings, "at_most": budget.cells}
+    return Step(embedded_baseline, asked, (files.CORTEX,))
 
 
-def _step(name: str, seed: int, as_parameter: bool, effort: Effort) -> Step:
+def _step(name: str, seed: int, as_parameter: bool, budget: Budget) -> Step:
     asked = {"name": name, "seed": seed, "as_parameter": as_parameter}
-    return Step(embedded, asked | {"epochs": effort.epochs, "at_most": effort.cells}, (data.CORTEX,))
+    return Step(embedded, asked | {"epochs": budget.epochs, "at_most": budget.cells}, (files.CORTEX,))
 
 
-def with_evidence(effort: Effort) -> dict[str, list[Step]]:
+def with_evidence(budget: Budget) -> dict[str, list[Step]]:
     """The steps that give held-out log p(x), of Table 1 where it has them."""
-    cortex = table1.datasets(effort)[0]
-    found = {name: of for name, of in table1.of_systems(cortex, effort).items() if name in METHODS or "scVI" in name}
-    found[GENE] = candidates(effort)[GENE]
+    cortex = table1.datasets(budget)[0]
+    found = {name: of for name, of in table1.of_systems(cortex, budget).items() if name in METHODS or "scVI" in name}
+    found[GENE] = candidates(budget)[GENE]
     # As Table 3 trains it; Table 1's own is trained on the evidence bound.
-    found["scVI, 2018 preset"] = [our_step(cortex, "scVI, 2018 preset", effort.seeds[0], effort, kl=0.0)]
+    found["scVI, 2018 preset"] = [our_step(cortex, "scVI, 2018 preset", budget.seeds[0], budget, kl=0.0)]
     return found
 
 
-def candidates(effort: Effort) -> dict[str, list[Step]]:
+def candidates(budget: Budget) -> dict[str, list[Step]]:
     """Configurations under one budget, among which held-out evidence chooses."""
-    cortex = table1.datasets(effort)[0]
-    seeds = effort.seeds[: CANDIDATE_SEEDS if effort.epochs is None else 1]
-    return {name: [our_step(cortex, name, seed, effort) for seed in seeds] for name in systems.CANDIDATES}
+    cortex = table1.datasets(budget)[0]
+    seeds = budget.seeds[: CANDIDATE_SEEDS if budget.epochs is None else 1]
+    return {name: [our_step(cortex, name, seed, budget) for seed in seeds] for name in systems.CANDIDATES}
 
 
-def along_training(effort: Effort) -> dict[str, dict[int, Step]]:
+def along_training(budget: Budget) -> dict[str, dict[int, Step]]:
     """Full runs of fewer epochs, and the default's 60, by model and number of epochs."""
-    cortex, seed = table1.datasets(effort)[0], effort.seeds[0]
+    cortex, seed = table1.datasets(budget)[0], budget.seeds[0]
     return {
-        name: {epochs: our_step(cortex, name, seed, effort, epochs=epochs) for epochs in BUDGETS}
-        | {60: our_step(cortex, name, seed, effort)}
+        name: {epochs: our_step(cortex, name, seed, budget, epochs=epochs) for epochs in BUDGETS}
+        | {60: our_step(cortex, name, seed, budget)}
         for name in TRAINED
     }
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """Fits to all cells, fits to three quarters of them, candidates, and shorter runs."""
-    groups = (of_systems(effort), with_evidence(effort), candidates(effort))
+    groups = (of_systems(budget), with_evidence(budget), candidates(budget))
     fits = [step for group in groups for of in group.values() for step in of]
-    return fits + [step for of in along_training(effort).values() for step in of.values()]
+    return fits + [step for of in along_training(budget).values() for step in of.values()]
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """Separation of types and held-out log p(x) of every system; then the choice without labels."""
-    held_out_steps = with_evidence(effort)
+    held_out_steps = with_evidence(budget)
     found: list[Row] = []
-    for system, of in of_systems(effort).items():
+    for system, of in of_systems(budget).items():
         found += _separation(system, of, results)
         found.append(_evidence(system, held_out_steps.get(system, []), results))
-    found += list(_choice(results, effort))
-    return found + list(_answers(found)) + list(_shorter(results, effort))
+    found += list(_choice(results, budget))
+    return found + list(_answers(found)) + list(_shorter(results, budget))
 
 
 def _separation(system: str, of: list[Step], results: Results) -> Iterator[Row]:
@@ -183,9 +185,9 @@ def _evidence(system: str, of: list[Step], results: Results) -> Row:
     return Row("cortex", system, HELD_OUT, mean, se, "se over cells", n, seeds, note=note)
 
 
-def _choice(results: Results, effort: Effort) -> Iterator[Row]:
+def _choice(results: Results, budget: Budget) -> Iterator[Row]:
     """Every candidate, then the one with the best evidence: no label has a part in that."""
-    known = {name: done(of, results) for name, of in candidates(effort).items()}
+    known = {name: done(of, results) for name, of in candidates(budget).items()}
     level: dict[str, np.ndarray] = {}
     for name, (found, seeds, reason) in known.items():
         label = f"candidate: {name}"
@@ -238,9 +240,9 @@ def _of_candidate(label: str, found: list[Result], level: np.ndarray, seeds: tup
         yield Row("cortex", label, quantity, value, sd, "sd over seeds", n, seeds, note=note)
 
 
-def _shorter(results: Results, effort: Effort) -> Iterator[Row]:
+def _shorter(results: Results, budget: Budget) -> Iterator[Row]:
     """What each budget gives, and which model its evidence would choose."""
-    runs = along_training(effort)
+    runs = along_training(budget)
     for epochs in (*BUDGETS, 60):
         outcomes = {name: results.of(of[epochs]) for name, of in runs.items()}
         found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
@@ -251,19 +253,19 @@ def _shorter(results: Results, effort: Effort) -> Iterator[Row]:
                 yield Row("cortex", label, HELD_OUT, math.nan, note=outcome.reason)
                 continue
             note = "the better held-out log p(x) at this budget" if name == chosen else ""
-            result, seeds = found[name], effort.seeds[:1]
+            result, seeds = found[name], budget.seeds[:1]
             mean, se, n = over_cells(result["log_p"])
             yield Row("cortex", label, HELD_OUT, mean, se, "se over cells", n, seeds, note=note)
             yield Row("cortex", label, SCORES["silhouette"], result["silhouette"], n=1, seeds=seeds)
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """Silhouette and held-out evidence along training."""
     from matplotlib.figure import Figure  # only here: tables need no drawing
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     types, evidence = figure.subplots(1, 2)
-    for name, of in along_training(effort).items():
+    for name, of in along_training(budget).items():
         outcomes = {epochs: results.of(step) for epochs, step in of.items()}
         found = {epochs: outcome.result for epochs, outcome in outcomes.items() if outcome.result is not None}
         types.plot(list(found), [result["silhouette"] for result in found.values()], marker="o", label=name)

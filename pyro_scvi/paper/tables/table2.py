@@ -1,4 +1,4 @@
-"""Table 2: counts set to zero are imputed, and told from the other zeros."""
+"""Table 2: imputation of counts that were set to zero, and telling them from the other zeros."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ import numpy as np
 
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
-from pyro_scvi.paper import corruption, data, systems, zeros
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.budget import Budget
+from pyro_scvi.paper.data import corruption, files
 from pyro_scvi.paper.experiment import Experiment, Picture
+from pyro_scvi.paper.metrics import zeros
 from pyro_scvi.paper.rows import Row, over_seeds
 from pyro_scvi.paper.steps import Outcome, Results, Step
 
 Result = dict[str, Any]
 
 DRAWS = 10  # of the guide, for each cell: one draw changes a median by 0.025 at most
-PEER_EPOCHS = {data.CORTEX: 150}  # of scvi-tools
-ZINB_WAVE_ITERATIONS = {data.CORTEX: 1000, data.BRAIN: 40}  # an iteration on the brain cells takes 1.5 s
+PEER_EPOCHS = {files.CORTEX: 150}  # of scvi-tools
+ZINB_WAVE_ITERATIONS = {files.CORTEX: 1000, files.BRAIN: 40}  # an iteration on the brain cells takes 1.5 s
 EPOCHS: dict[str, dict[str, int | None]] = {  # most passes; None: as many as the configuration has
-    "scVI, 2017 preset": {data.CORTEX: None, data.BRAIN: 50},  # the authors name 10 for the largest data to 150
-    "scVI, default": {data.CORTEX: None, data.BRAIN: None},
-    "scVI, gene dispersion, dropout 0.1": {data.CORTEX: None, data.BRAIN: None},
+    "scVI, 2017 preset": {files.CORTEX: None, files.BRAIN: 50},  # the authors name 10 for the largest data to 150
+    "scVI, default": {files.CORTEX: None, files.BRAIN: None},
+    "scVI, gene dispersion, dropout 0.1": {files.CORTEX: None, files.BRAIN: None},
 }
 
 
@@ -116,7 +118,7 @@ def _reported_in_rows() -> Iterator[None]:
 
 
 class Setting(NamedTuple):
-    """A data set under one corruption: its name in the table, and how many of the effort's seeds it is run with."""
+    """A data set under one corruption: its name in the table, and how many of the budget's seeds it is run with."""
 
     name: str
     file: str
@@ -125,10 +127,10 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("cortex_558, ZIFA corruption", data.CORTEX, True, 3),
-    Setting("cortex_558, uniform corruption", data.CORTEX, False, 3),
-    Setting("brain10k, ZIFA corruption", data.BRAIN, True, 2),
-    Setting("brain10k, uniform corruption", data.BRAIN, False, 2),
+    Setting("cortex_558, ZIFA corruption", files.CORTEX, True, 3),
+    Setting("cortex_558, uniform corruption", files.CORTEX, False, 3),
+    Setting("brain10k, ZIFA corruption", files.BRAIN, True, 2),
+    Setting("brain10k, uniform corruption", files.BRAIN, False, 2),
 )
 PAPER = {  # Lopez et al. 2017: error, mean cross-entropy, on the brain cells with the 720 most variable genes
     "ZIFA": (3.0, 1.955),
@@ -139,19 +141,19 @@ PAPER = {  # Lopez et al. 2017: error, mean cross-entropy, on the brain cells wi
 QUESTIONS = {zeros.PI: "P(h = 1 | z)", zeros.RHO: "P(h = 1 | x = 0, z)", zeros.ZERO: "P(x = 0 | z)"}
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """One for each system, data set, corruption and seed."""
-    return [step for setting in SETTINGS for _, steps in _systems(setting, effort) for step in steps]
+    return [step for setting in SETTINGS for _, steps in _systems(setting, budget) for step in steps]
 
 
-def _systems(setting: Setting, effort: Effort) -> list[tuple[str, list[Step]]]:
+def _systems(setting: Setting, budget: Budget) -> list[tuple[str, list[Step]]]:
     """By name, the steps of a system over seeds: of its mask and of its fit alike."""
-    file, seeds, most = setting.file, effort.seeds[: setting.seeds], effort.epochs
+    file, seeds, most = setting.file, budget.seeds[: setting.seeds], budget.epochs
     iterations = ZINB_WAVE_ITERATIONS[file] if most is None else 10
     samples = DRAWS if most is None else 2
 
     def of(function: Callable[..., Result], seeds: Sequence[int], **settings: Any) -> list[Step]:
-        return [Step(function, {"case": _case(setting, effort, seed)} | settings, (file,)) for seed in seeds]
+        return [Step(function, {"case": _case(setting, budget, seed)} | settings, (file,)) for seed in seeds]
 
     def fits(function: Callable[..., Result], seeds: Sequence[int], epochs: int | None, **settings: Any) -> list[Step]:
         given = [number for number in (epochs, most) if number is not None]
@@ -168,17 +170,17 @@ def _systems(setting: Setting, effort: Effort) -> list[tuple[str, list[Step]]]:
     ]
 
 
-def _case(setting: Setting, effort: Effort, seed: int) -> Result:
-    return {"file": setting.file, "at_most": effort.cells, "by_zifa": setting.by_zifa, "seed": seed}
+def _case(setting: Setting, budget: Budget, seed: int) -> Result:
+    return {"file": setting.file, "at_most": budget.cells, "by_zifa": setting.by_zifa, "seed": seed}
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """Errors, cross-entropies and areas of every system, and what was zeroed."""
-    return [row for setting in SETTINGS for row in _rows_of(setting, results, effort)]
+    return [row for setting in SETTINGS for row in _rows_of(setting, results, budget)]
 
 
-def _rows_of(setting: Setting, results: Results, effort: Effort) -> Iterator[Row]:
-    for name, steps in _systems(setting, effort):
+def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row]:
+    for name, steps in _systems(setting, budget):
         outcomes = {step.settings["case"]["seed"]: results.of(step) for step in steps}
         found = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
         if not found:
@@ -247,20 +249,20 @@ def _note(found: list[Result]) -> str:
 def _paper(setting: Setting, system: str) -> tuple[float, float]:
     """The paper's error and cross-entropy, which it has of brain cells under ZIFA corruption alone."""
     none = (np.nan, np.nan)
-    return PAPER.get(system, none) if setting.file == data.BRAIN and setting.by_zifa else none
+    return PAPER.get(system, none) if setting.file == files.BRAIN and setting.by_zifa else none
 
 
 def _reasons(outcomes: Iterable[Outcome]) -> str:
     return "; ".join(sorted({outcome.reason for outcome in outcomes})) or "not run: left out for its time"
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """Errors by system, one panel for each data set and corruption."""
     from matplotlib.figure import Figure
 
     from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN
 
-    table = rows(results, effort)
+    table = rows(results, budget)
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     for ax, setting in zip(figure.subplots(2, 2).flat, SETTINGS, strict=True):
         of = [row for row in table if row.data == setting.name and row.quantity in (MEDIAN, MEAN)]
@@ -321,8 +323,8 @@ TEXT = (
     "Seeds are of mask and fit together: "
     + ", ".join(f"{setting.seeds} on {setting.name}" for setting in SETTINGS)
     + "; 1 of ZINB-WaVE and scvi-tools. Where there is one, errors are standard errors over entries, as if these were "
-    f"independent. scvi-tools is trained for {PEER_EPOCHS[data.CORTEX]} epochs on cortex_558, the 2017 preset for its "
-    f"150 there and for {EPOCHS['scVI, 2017 preset'][data.BRAIN]} on brain10k (the authors name 10 for the largest "
+    f"independent. scvi-tools is trained for {PEER_EPOCHS[files.CORTEX]} epochs on cortex_558, the 2017 preset for its "
+    f"150 there and for {EPOCHS['scVI, 2017 preset'][files.BRAIN]} on brain10k (the authors name 10 for the largest "
     "data to 150 for the smallest).",
 )
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from pyro_scvi import plots
 from pyro_scvi.libraries import NoLibrary
 from pyro_scvi.model import SCVI
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results, Step
@@ -17,17 +17,17 @@ N_GENES, N_COVARIATES = 558, 2
 MODELS = {"Lopez et al. (2017)": NoLibrary, "the default, with a library size": None}
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """None: nothing is fitted."""
     return []
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """None: it is a drawing."""
     return []
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """The program of the paper's model and that of the default, side by side."""
     figure = Figure(figsize=(7.5, 5.2), layout="constrained")
     for ax, (name, library) in zip(figure.subplots(1, 2), MODELS.items(), strict=True):

@@ -1,4 +1,4 @@
-"""The two sets of blood cells of Table 4: counts, known types, batches, and the metrics of a cell's quality."""
+"""The two sets of blood cells of Table 4: counts, known types, batches, and quality metrics of each cell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 from scipy import sparse
 
-from pyro_scvi.paper import data
+from pyro_scvi.paper.data import files
 
 MOST_VARIABLE = 1000  # genes of the data set that has all
 COMPONENTS = tuple(f"qc_pc{i}" for i in range(1, 8))
@@ -56,8 +56,8 @@ class Blood(NamedTuple):
 
 def read(file: str, at_most: int | None) -> Blood:
     """One of the two data sets; genes, and then cells, without a count among those read are left out."""
-    adata = data.read(file, at_most)
-    return _with_own_metrics(adata) if file == data.PBMC_3KA else _with_authors_metrics(_counted(adata))
+    adata = files.read(file, at_most)
+    return _with_own_metrics(adata) if file == files.PBMC_3KA else _with_authors_metrics(_counted(adata))
 
 
 def _with_authors_metrics(adata: anndata.AnnData) -> Blood:

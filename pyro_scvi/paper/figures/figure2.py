@@ -18,11 +18,12 @@ from pyro_scvi.differential import DepthCorrected, DepthLaden, differential_expr
 from pyro_scvi.fit import Fit
 from pyro_scvi.gamma_ratio import probability_less
 from pyro_scvi.pairs import Groups
-from pyro_scvi.paper import blood, data, systems
-from pyro_scvi.paper.blood import Blood
-from pyro_scvi.paper.concordance import AUC, MIXTURE, RHO, SPEARMAN, judged, significance
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.budget import Budget
+from pyro_scvi.paper.data import blood, files
+from pyro_scvi.paper.data.blood import Blood
 from pyro_scvi.paper.experiment import Experiment, Picture
+from pyro_scvi.paper.metrics.concordance import AUC, MIXTURE, RHO, SPEARMAN, judged, significance
 from pyro_scvi.paper.rows import Row, over_seeds
 from pyro_scvi.paper.steps import Outcome, Results, Step
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN
@@ -211,48 +212,48 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting(data.PBMC_4K, "pbmc4k_top2000", 3_934),
-    Setting(data.PBMC_3KA, "pbmc_3kA", 5_534),
+    Setting(files.PBMC_4K, "pbmc4k_top2000", 3_934),
+    Setting(files.PBMC_3KA, "pbmc_3kA", 5_534),
 )
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """Every system on both data sets, and the arrays."""
-    of_systems = [steps for setting in SETTINGS for steps in systems_of(setting, effort).values()]
-    found = [*(reference(setting, effort) for setting in SETTINGS), *(step for steps in of_systems for step in steps)]
+    of_systems = [steps for setting in SETTINGS for steps in systems_of(setting, budget).values()]
+    found = [*(reference(setting, budget) for setting in SETTINGS), *(step for steps in of_systems for step in steps)]
     return sorted(found, key=lambda step: step.settings.get("seed", -1))  # the first fit of every system comes first
 
 
-def systems_of(setting: Setting, effort: Effort) -> dict[str, list[Step]]:
+def systems_of(setting: Setting, budget: Budget) -> dict[str, list[Step]]:
     """By name, the steps of a system over seeds."""
-    case, needs = _case(setting, effort), (setting.file, data.ARRAYS)
+    case, needs = _case(setting, budget), (setting.file, files.ARRAYS)
     found = {}
     for name, n_seeds in SEEDS.items():
-        options = {"case": case, "name": name, "epochs": _epochs(name, setting, effort), "pairs": _pairs(effort)}
-        found[name] = [Step(ours, options | {"seed": seed}, needs) for seed in effort.seeds[:n_seeds]]
-    options = {"case": case, "seed": effort.seeds[0], "epochs": _epochs("scvi-tools", setting, effort)}
+        options = {"case": case, "name": name, "epochs": _epochs(name, setting, budget), "pairs": _pairs(budget)}
+        found[name] = [Step(ours, options | {"seed": seed}, needs) for seed in budget.seeds[:n_seeds]]
+    options = {"case": case, "seed": budget.seeds[0], "epochs": _epochs("scvi-tools", setting, budget)}
     found["scvi-tools"] = [Step(peer, options, needs)]
     return found | {name: [Step(two_group_test, {"case": case, "name": name}, needs)] for name in TESTS}
 
 
-def reference(setting: Setting, effort: Effort) -> Step:
+def reference(setting: Setting, budget: Budget) -> Step:
     """The step of the arrays."""
-    return Step(arrays, {"case": _case(setting, effort)}, (setting.file, data.ARRAYS))
+    return Step(arrays, {"case": _case(setting, budget)}, (setting.file, files.ARRAYS))
 
 
-def _case(setting: Setting, effort: Effort) -> Result:
-    return {"file": setting.file, "at_most": effort.cells, "draws": effort.repeats, "size": CELLS_OF_A_GROUP}
+def _case(setting: Setting, budget: Budget) -> Result:
+    return {"file": setting.file, "at_most": budget.cells, "draws": budget.repeats, "size": CELLS_OF_A_GROUP}
 
 
-def _epochs(name: str, setting: Setting, effort: Effort) -> int | None:
+def _epochs(name: str, setting: Setting, budget: Budget) -> int | None:
     """As many as the configuration asks, but no more than make VISITS cells; None: what fit() takes."""
     if name not in EPOCHS:
-        return effort.epochs
-    return min(EPOCHS[name], math.ceil(VISITS / setting.cells), effort.epochs or EPOCHS[name])
+        return budget.epochs
+    return min(EPOCHS[name], math.ceil(VISITS / setting.cells), budget.epochs or EPOCHS[name])
 
 
-def _pairs(effort: Effort) -> int:
-    return PAIRS if effort.epochs is None else 50
+def _pairs(budget: Budget) -> int:
+    return PAIRS if budget.epochs is None else 50
 
 
 QUANTITIES = {
@@ -267,13 +268,13 @@ NULLS = (MIXED, AT_RANDOM)
 NO_EDGER = "not run: edgeR with ZINB-WaVE's weights exists in R alone"
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """Agreement of every system with the arrays, and what was drawn."""
-    return [row for setting in SETTINGS for row in _rows_of(setting, results, effort)]
+    return [row for setting in SETTINGS for row in _rows_of(setting, results, budget)]
 
 
-def _rows_of(setting: Setting, results: Results, effort: Effort) -> Iterator[Row]:
-    systems_steps = systems_of(setting, effort)
+def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row]:
+    systems_steps = systems_of(setting, budget)
     bases = {other: _auc_of(other, systems_steps, results) for other in LEADS}
     for name, steps in systems_steps.items():
         outcomes = [results.of(step) for step in steps]
@@ -295,7 +296,7 @@ def _rows_of(setting: Setting, results: Results, effort: Effort) -> Iterator[Row
                     note = _met(lead, LEADS[other]) if name in SEEDS else ""
                     yield _over_draws_row(setting, system, f"AUC less {other}'s", lead, seeds, seconds, note)
     yield Row(setting.name, "edgeR", QUANTITIES[AUC], np.nan, note=NO_EDGER)
-    known = results.of(reference(setting, effort))
+    known = results.of(reference(setting, budget))
     if known.result is None:
         yield Row(setting.name, OF_ARRAYS, QUANTITIES[AUC], np.nan, note=known.reason)
     else:
@@ -348,11 +349,11 @@ def _reasons(outcomes: Sequence[Outcome]) -> str:
     return "; ".join(sorted({outcome.reason for outcome in outcomes}))
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """AUC, mixture weight and rho by system, one row of panels for each data set."""
     from matplotlib.figure import Figure
 
-    table = rows(results, effort)
+    table = rows(results, budget)
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     grid = figure.subplots(len(SETTINGS), len(SHOWN), sharey="row", squeeze=False)
     for line, setting in zip(grid, SETTINGS, strict=True):

@@ -1,10 +1,10 @@
-"""How much is computed: everything for the report, or a little of everything for a test."""
+"""The computing budget of a run: everything for the report, or a little of everything for a test."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Effort:
+class Budget:
     """Sizes of an experiment.
 
     Attributes
@@ -40,7 +40,7 @@ class Effort:
     isolated: bool
 
 
-FULL = Effort(
+FULL = Budget(
     seeds=(0, 1, 2, 3, 4),
     epochs=None,
     samples=1000,
@@ -53,7 +53,7 @@ FULL = Effort(
 )
 """What the report shows."""
 
-QUICK = Effort(
+QUICK = Budget(
     seeds=(0, 1),
     epochs=3,
     samples=60,

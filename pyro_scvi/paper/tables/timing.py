@@ -1,4 +1,4 @@
-"""Seconds and memory of every system by the number of cells."""
+"""Run time and memory of every system by the number of cells."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from scipy import sparse, stats
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
 from pyro_scvi.fit import default_epochs
-from pyro_scvi.paper import data, simulated, systems
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.budget import Budget
+from pyro_scvi.paper.data import files, simulated
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results, Step
@@ -73,34 +74,34 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def epochs_of(system: str, n_cells: int, effort: Effort) -> int | None:
+def epochs_of(system: str, n_cells: int, budget: Budget) -> int | None:
     """As each system's defaults have it; the 2017 preset, which names no rule, as long as the default."""
     if system == "ZINB-WaVE":
-        return None if effort.epochs is None else ITERATIONS_OF_A_TEST
+        return None if budget.epochs is None else ITERATIONS_OF_A_TEST
     own = {
         "scVI, 2017 preset": default_epochs(n_cells),
         "scVI, default": default_epochs(n_cells),
         "scvi-tools": min(PEER_EPOCHS, round(PEER_EPOCHS * PEER_CELLS / n_cells)),
     }
-    return min(own[system], effort.epochs or own[system]) if system in own else None
+    return min(own[system], budget.epochs or own[system]) if system in own else None
 
 
-def step(system: str, n_cells: int, effort: Effort) -> Step:
+def step(system: str, n_cells: int, budget: Budget) -> Step:
     """One fit."""
     settings = {
         "system": system,
         "n_cells": n_cells,
-        "fewest": min(effort.sizes),
-        "epochs": epochs_of(system, n_cells, effort),
-        "at_most": effort.cells,
-        "seed": effort.seeds[0],
+        "fewest": min(budget.sizes),
+        "epochs": epochs_of(system, n_cells, budget),
+        "at_most": budget.cells,
+        "seed": budget.seeds[0],
     }
-    return Step(timed, settings, (data.BRAIN,))
+    return Step(timed, settings, (files.BRAIN,))
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """Every system at every size, small ones first."""
-    return [step(system, n, effort) for n in effort.sizes for system in SYSTEMS if n <= LARGEST.get(system, n)]
+    return [step(system, n, budget) for n in budget.sizes for system in SYSTEMS if n <= LARGEST.get(system, n)]
 
 
 SIMULATED = "cells simulated from brain10k"
@@ -108,20 +109,20 @@ SLOPE = "slope of log CPU seconds over log n"
 RATE = "cells per CPU second in training"
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """Seconds and memory at every size, the slope, and the speed of those that train in epochs."""
-    return [row for system in SYSTEMS for row in _rows_of(system, results, effort)]
+    return [row for system in SYSTEMS for row in _rows_of(system, results, budget)]
 
 
-def _rows_of(system: str, results: Results, effort: Effort) -> Iterator[Row]:
+def _rows_of(system: str, results: Results, budget: Budget) -> Iterator[Row]:
     found: dict[int, Result] = {}
-    seeds = effort.seeds[:1]
-    for n in effort.sizes:
+    seeds = budget.seeds[:1]
+    for n in budget.sizes:
         quantity = f"CPU seconds, n = {n:,}"
         if n > LARGEST.get(system, n):
-            yield Row(SIMULATED, system, quantity, math.nan, seeds=seeds, note=_beyond(found, n, effort.limit))
+            yield Row(SIMULATED, system, quantity, math.nan, seeds=seeds, note=_beyond(found, n, budget.limit))
             continue
-        outcome = results.of(step(system, n, effort))
+        outcome = results.of(step(system, n, budget))
         if outcome.result is None:
             yield Row(SIMULATED, system, quantity, math.nan, seeds=seeds, note=outcome.reason)
             continue
@@ -134,7 +135,7 @@ def _rows_of(system: str, results: Results, effort: Effort) -> Iterator[Row]:
         line = stats.linregress(np.log(list(found)), np.log([result["seconds"] for result in found.values()]))
         yield Row(SIMULATED, system, SLOPE, line.slope, line.stderr, "se of the line", len(found), seeds)
     for n in list(found)[-1:]:
-        epochs = epochs_of(system, n, effort)
+        epochs = epochs_of(system, n, budget)
         if epochs is not None and system not in LARGEST:
             rate = n * epochs / found[n]["seconds"]
             yield Row(SIMULATED, system, RATE, rate, n=1, seeds=seeds, note=f"{epochs} epochs of {n:,} cells")
@@ -148,11 +149,11 @@ def _beyond(found: dict[int, Result], n: int, limit: int) -> str:
     return f"not run: in proportion to {largest:,} cells it would take {seconds:,.0f} CPU s, the limit is {limit:,}"
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """Seconds and memory over the number of cells, both logarithmic."""
     from matplotlib.figure import Figure
 
-    table = rows(results, effort)
+    table = rows(results, budget)
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     panels = zip(figure.subplots(1, 2), ("CPU seconds, n = ", "peak MB, n = "), strict=True)
     for ax, start in panels:

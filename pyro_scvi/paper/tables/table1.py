@@ -1,4 +1,4 @@
-"""Table 1: log likelihood of held-out cells, each system's figure under the name of what it is."""
+"""Table 1: log likelihood of held-out cells, each figure named by what it measures."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pyro_scvi.criticism import prior_predictive
 from pyro_scvi.evidence import evidence
 from pyro_scvi.fit import Fit
 from pyro_scvi.importance import KHAT_LIMIT
-from pyro_scvi.paper import data, held_out, systems
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.budget import Budget
+from pyro_scvi.paper.data import files
 from pyro_scvi.paper.experiment import Experiment, Picture
-from pyro_scvi.paper.held_out import Result, reported_otherwise
 from pyro_scvi.paper.rows import Row, over_cells
 from pyro_scvi.paper.steps import Results, Step
+from pyro_scvi.paper.tables import held_out
+from pyro_scvi.paper.tables.held_out import Result, reported_otherwise
 from pyro_scvi.plots.canvas import CALM
 
 TEST_CELLS, SAMPLES, REFIT = 80, 400, 100  # with which all fits are scored in half an hour of one core
@@ -69,37 +71,37 @@ class Data(NamedTuple):
     case: Result
 
 
-def datasets(effort: Effort) -> list[Data]:
+def datasets(budget: Budget) -> list[Data]:
     """The cortex, and the brain at every size that its file has."""
-    common = {"test_cells": scored_cells(effort), "at_most": effort.cells}
-    found = [Data("cortex", 0, {"file": data.CORTEX, "n": None, "least": None, **common})]
-    available = min(BRAIN_CELLS, effort.cells or BRAIN_CELLS)
-    available -= math.ceil(available * held_out.HELD_OUT[data.BRAIN])
-    for size in real_sizes(effort):
+    common = {"test_cells": scored_cells(budget), "at_most": budget.cells}
+    found = [Data("cortex", 0, {"file": files.CORTEX, "n": None, "least": None, **common})]
+    available = min(BRAIN_CELLS, budget.cells or BRAIN_CELLS)
+    available -= math.ceil(available * held_out.HELD_OUT[files.BRAIN])
+    for size in real_sizes(budget):
         n = min(size, available)
-        case = {"file": data.BRAIN, "n": n, "least": min(*effort.sizes, available), **common}
+        case = {"file": files.BRAIN, "n": n, "least": min(*budget.sizes, available), **common}
         found.append(Data(f"brain10k, n = {n:,}", size, case))
     return found
 
 
-def scored_cells(effort: Effort) -> int:
+def scored_cells(budget: Budget) -> int:
     """A quarter of the test cells of other tables: no other has as many systems."""
-    return min(effort.test_cells // 4, TEST_CELLS)
+    return min(budget.test_cells // 4, TEST_CELLS)
 
 
-def seeds_of(name: str, effort: Effort) -> tuple[int, ...]:
+def seeds_of(name: str, budget: Budget) -> tuple[int, ...]:
     """Seeds of a system; a quick run fits each once."""
-    return effort.seeds[: SEEDS[name] if effort.epochs is None else 1]
+    return budget.seeds[: SEEDS[name] if budget.epochs is None else 1]
 
 
-def real_sizes(effort: Effort) -> list[int]:
+def real_sizes(budget: Budget) -> list[int]:
     """Sizes for which there are real cells."""
-    return [size for size in effort.sizes if size <= BRAIN_CELLS]
+    return [size for size in budget.sizes if size <= BRAIN_CELLS]
 
 
-def of_systems(on: Data, effort: Effort) -> dict[str, list[Step]]:
+def of_systems(on: Data, budget: Budget) -> dict[str, list[Step]]:
     """The steps of every system on one training set, one for each seed."""
-    case, needs, samples = on.case, (on.case["file"],), min(effort.samples, SAMPLES)
+    case, needs, samples = on.case, (on.case["file"],), min(budget.samples, SAMPLES)
     found = {
         FLOOR: [Step(held_out.independent_genes, {"case": case}, needs)],
         FA: [Step(held_out.factor_analysis, {"case": case, "samples": samples}, needs)],
@@ -107,34 +109,34 @@ def of_systems(on: Data, effort: Effort) -> dict[str, list[Step]]:
         WAVE: [Step(held_out.zinb_wave, {"case": case, "tol": TOL, "max_iter": ITERATIONS}, needs)],
     }
     for name in ("scVI, 2017 preset", "scVI, 2018 preset", OURS):
-        found[name] = [our_step(on, name, seed, effort) for seed in seeds_of(name, effort)]
-    peer = {"case": case, "epochs": epochs_of(PEER, on, effort), "samples": samples}
-    found[PEER] = [Step(held_out.scvi_tools, peer | {"seed": seed}, needs) for seed in seeds_of(PEER, effort)]
+        found[name] = [our_step(on, name, seed, budget) for seed in seeds_of(name, budget)]
+    peer = {"case": case, "epochs": epochs_of(PEER, on, budget), "samples": samples}
+    found[PEER] = [Step(held_out.scvi_tools, peer | {"seed": seed}, needs) for seed in seeds_of(PEER, budget)]
     return found
 
 
-def our_step(on: Data, name: str, seed: int, effort: Effort, *, kl: float = 1.0, epochs: int | None = None) -> Step:
+def our_step(on: Data, name: str, seed: int, budget: Budget, *, kl: float = 1.0, epochs: int | None = None) -> Step:
     """A fit of ours with all its scores; ``epochs`` in place of the configuration's own."""
     settings = {
         "case": on.case,
         "name": name,
         "seed": seed,
-        "epochs": epochs_of(name, on, effort) if epochs is None else min(epochs, effort.epochs or epochs),
-        "rate": RATE_ON_BRAIN.get(name) if on.case["file"] == data.BRAIN else None,
+        "epochs": epochs_of(name, on, budget) if epochs is None else min(epochs, budget.epochs or epochs),
+        "rate": RATE_ON_BRAIN.get(name) if on.case["file"] == files.BRAIN else None,
         "kl": kl,
-        "samples": min(effort.samples, SAMPLES),
-        "refit": min(REFIT, effort.epochs or REFIT),
+        "samples": min(budget.samples, SAMPLES),
+        "refit": min(REFIT, budget.epochs or REFIT),
     }
     return Step(held_out.ours, settings, (on.case["file"],))
 
 
-def epochs_of(name: str, on: Data, effort: Effort) -> int | None:
+def epochs_of(name: str, on: Data, budget: Budget) -> int | None:
     """As many as the configuration asks; of ours no more than make VISITS cells; None: what fit() takes."""
-    own = EPOCHS | (EPOCHS_ON_BRAIN if on.case["file"] == data.BRAIN else {})
+    own = EPOCHS | (EPOCHS_ON_BRAIN if on.case["file"] == files.BRAIN else {})
     if name not in own:
-        return effort.epochs
+        return budget.epochs
     at_most = own[name] if name == PEER else math.ceil(VISITS / (on.case["n"] or 2_253))
-    return min(own[name], at_most, effort.epochs or own[name])
+    return min(own[name], at_most, budget.epochs or own[name])
 
 
 def simulated(
@@ -144,7 +146,7 @@ def simulated(
 
     One step, because all its fits are of cells of the same generator. ZIFA is not fitted beyond 10,000 cells.
     """
-    adata = data.read(data.BRAIN, at_most)
+    adata = files.read(files.BRAIN, at_most)
     often = np.asarray((adata.X > 0).mean(0)).ravel() >= SEEN_ONCE_IN / min(sizes)
     with reported_otherwise():  # cells without counts are cells as well here
         real = Cells.from_anndata(adata[:, often].copy())
@@ -200,23 +202,23 @@ def _baseline(method: Any, train: Cells, test: Cells, samples: int) -> Result:
     }
 
 
-def simulation(effort: Effort) -> Step:
+def simulation(budget: Budget) -> Step:
     """The step of the simulated cells."""
     settings = {
-        "sizes": list(effort.sizes),
-        "test_cells": scored_cells(effort),
-        "samples": min(effort.samples, SAMPLES),
-        "at_most": effort.cells,
-        "epochs": effort.epochs,
-        "seed": effort.seeds[0],
+        "sizes": list(budget.sizes),
+        "test_cells": scored_cells(budget),
+        "samples": min(budget.samples, SAMPLES),
+        "at_most": budget.cells,
+        "epochs": budget.epochs,
+        "seed": budget.seeds[0],
     }
-    return Step(simulated, settings, (data.BRAIN,))
+    return Step(simulated, settings, (files.BRAIN,))
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """Every system on every training set, and the simulation."""
-    real = [step for on in datasets(effort) for of in of_systems(on, effort).values() for step in of]
-    return [*real, simulation(effort)]
+    real = [step for on in datasets(budget) for of in of_systems(on, budget).values() for step in of]
+    return [*real, simulation(budget)]
 
 
 class Found(NamedTuple):
@@ -235,10 +237,10 @@ class Found(NamedTuple):
         return np.mean(values, 0) if values else None
 
 
-def found(results: Results, effort: Effort) -> list[Found]:
+def found(results: Results, budget: Budget) -> list[Found]:
     """What is known of every system on every training set."""
-    real = [_found(on, system, of, results) for on in datasets(effort) for system, of in of_systems(on, effort).items()]
-    return real + list(_found_simulated(results, effort))
+    real = [_found(on, system, of, results) for on in datasets(budget) for system, of in of_systems(on, budget).items()]
+    return real + list(_found_simulated(results, budget))
 
 
 def _found(on: Data, system: str, of: list[Step], results: Results) -> Found:
@@ -253,9 +255,9 @@ def done(of: list[Step], results: Results) -> tuple[list[Result], tuple[int, ...
     return [result for _, result in known], tuple(seed for seed, _ in known if seed is not None), reason
 
 
-def _found_simulated(results: Results, effort: Effort) -> Iterator[Found]:
-    outcome, seed = results.of(simulation(effort)), effort.seeds[:1]
-    for size in effort.sizes:
+def _found_simulated(results: Results, budget: Budget) -> Iterator[Found]:
+    outcome, seed = results.of(simulation(budget)), budget.seeds[:1]
+    for size in budget.sizes:
         name = f"{SIMULATED}, n = {size:,}"
         if outcome.result is None:
             yield Found(name, size, OURS, [], seed, outcome.reason)
@@ -271,9 +273,9 @@ def _found_simulated(results: Results, effort: Effort) -> Iterator[Found]:
             )
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """Every score of every system, and by how much the default leads."""
-    everything = found(results, effort)
+    everything = found(results, budget)
     return [row for of in everything for row in _scores(of)] + list(_leads(everything))
 
 
@@ -351,11 +353,11 @@ def _paired(lead: np.ndarray) -> tuple[float, float, str, int]:
     return mean, se, "se over cells", n
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """The lead against the number of cells."""
     from matplotlib.figure import Figure  # only here: tables need no drawing
 
-    everything = found(results, effort)
+    everything = found(results, budget)
     leads = [row for row in _leads(everything) if row.quantity == LEAD and not math.isnan(row.value)]
     n = {of.data: of.results[0].get("n", of.size) for of in everything if of.results}
     kinds = [kind for kind in ("brain10k", "simulated") if any(row.data.startswith(kind) for row in leads)]

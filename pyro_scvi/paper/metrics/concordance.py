@@ -1,4 +1,4 @@
-"""How well a score of genes agrees with microarrays of sorted cells."""
+"""Concordance of a score of genes with microarrays of sorted cells: AUC, rank correlation and IDR."""
 
 import warnings
 from typing import Any
@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from pyro_scvi.baselines import AUTHORS_START, idr
-from pyro_scvi.paper.blood import Blood
+from pyro_scvi.paper.data.blood import Blood
 
 AUC, SPEARMAN, MIXTURE, RHO = "auc", "spearman", "mixture", "rho"
 LEAST_P = np.finfo(np.float64).tiny

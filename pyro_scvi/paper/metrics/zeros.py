@@ -1,4 +1,4 @@
-"""What zero-inflated models say of entries that are zero: the questions of Table 2, put to every system."""
+"""What zero-inflated models say of zero counts: technical or not, asked of every system of Table 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyro_scvi.baselines.zinbwave import model as zinbwave_model
 from pyro_scvi.cells import Cells
 from pyro_scvi.fit import Fit
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
-from pyro_scvi.paper.corruption import EXPECTED_ZERO
+from pyro_scvi.paper.data.corruption import EXPECTED_ZERO
 from pyro_scvi.posterior import evaluating, minibatches
 from pyro_scvi.samplers import Amortized
 from pyro_scvi.sampling import decoded

@@ -1,4 +1,4 @@
-"""Counts of which some are set to zero, and how well a system finds and restores them (Lopez et al. 2017, Table 2)."""
+"""Corrupted counts, some set to zero, and the error of a system that restores them (Lopez et al. 2017, Table 2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from pyro_scvi import baselines
-from pyro_scvi.paper import data
+from pyro_scvi.paper.data import files
 
 SHARE = 0.1  # of the non-zero entries, which are candidates
 N_LATENTS = 10
@@ -44,7 +44,7 @@ def read(file: str, at_most: int | None, by_zifa: bool, seed: int) -> Corrupted:
     seed
         Of the candidates and of which are zeroed.
     """
-    counts = np.asarray(data.read(file, at_most).X.toarray(), dtype=np.float64)
+    counts = np.asarray(files.read(file, at_most).X.toarray(), dtype=np.float64)
     counts = counts[counts.any(1)][:, counts.any(0)]
     decay = baselines.ZIFA(N_LATENTS).fit(counts).decay_ if by_zifa else 0.0
     return corrupted(counts, decay, seed)

@@ -1,4 +1,4 @@
-"""The real counts behind the tables, read from the folder that ``PYRO_SCVI_DATA`` names."""
+"""The files of real counts behind the tables, in the folder that ``PYRO_SCVI_DATA`` names."""
 
 import hashlib
 import os

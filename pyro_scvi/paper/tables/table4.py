@@ -1,4 +1,4 @@
-"""Table 4: an embedding that knows the types of blood cells and not the quality of their libraries."""
+"""Table 4: embeddings that separate types of blood cells but do not follow the quality of their libraries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pyro_scvi import baselines
 from pyro_scvi.baselines.normalization.scone import Normalisation
 from pyro_scvi.baselines.scvi_tools import trained
 from pyro_scvi.cells import Cells
-from pyro_scvi.paper import data, pbmc, systems
-from pyro_scvi.paper import embedding_scores as scores
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.budget import Budget
+from pyro_scvi.paper.data import files, pbmc
 from pyro_scvi.paper.experiment import Experiment, Picture
+from pyro_scvi.paper.metrics import embedding_scores as scores
 from pyro_scvi.paper.rows import Row, over_seeds
 from pyro_scvi.paper.steps import Results, Step
 from pyro_scvi.posterior import embed
@@ -99,14 +100,14 @@ def _scored(blood: pbmc.Blood, latents: np.ndarray, seconds: float) -> Result:
 
 
 class Setting(NamedTuple):
-    """A data set: its name in the table, its file, and how many of the effort's seeds are run."""
+    """A data set: its name in the table, its file, and how many of the budget's seeds are run."""
 
     name: str
     file: str
     seeds: int
 
 
-SETTINGS = (Setting("pbmc_8k4k_hvg", data.PBMC_8K4K, 3), Setting("pbmc_3kA", data.PBMC_3KA, 2))
+SETTINGS = (Setting("pbmc_8k4k_hvg", files.PBMC_8K4K, 3), Setting("pbmc_3kA", files.PBMC_3KA, 2))
 PEER_EPOCHS = 50
 EPOCHS: dict[str, int | None] = {  # most passes; None: as many as the configuration has
     "scVI, 2017 preset": 50,  # the authors name 10 for the largest data to 150 for the smallest
@@ -138,26 +139,26 @@ QUANTITIES = {
 }
 
 
-def steps(effort: Effort) -> list[Step]:
+def steps(budget: Budget) -> list[Step]:
     """One for each system, data set and seed."""
     return [
         step
         for setting in SETTINGS
-        for steps in ([_references(setting, effort)], *_systems(setting, effort).values())
+        for steps in ([_references(setting, budget)], *_systems(setting, budget).values())
         for step in steps
     ]
 
 
-def _references(setting: Setting, effort: Effort) -> Step:
-    return Step(references, {"case": _case(setting, effort)}, (setting.file,))
+def _references(setting: Setting, budget: Budget) -> Step:
+    return Step(references, {"case": _case(setting, budget)}, (setting.file,))
 
 
-def _systems(setting: Setting, effort: Effort) -> dict[str, list[Step]]:
+def _systems(setting: Setting, budget: Budget) -> dict[str, list[Step]]:
     """By name, the steps of a system over seeds."""
-    seeds, most = effort.seeds[: setting.seeds], effort.epochs
+    seeds, most = budget.seeds[: setting.seeds], budget.epochs
 
     def of(function: Callable[..., Result], seeds: Sequence[int], **settings: Any) -> list[Step]:
-        case = {"case": _case(setting, effort)}
+        case = {"case": _case(setting, budget)}
         return [Step(function, case | {"seed": seed} | settings, (setting.file,)) for seed in seeds]
 
     def least(epochs: int | None) -> int | None:
@@ -179,23 +180,23 @@ def _systems(setting: Setting, effort: Effort) -> dict[str, list[Step]]:
     }
 
 
-def _case(setting: Setting, effort: Effort) -> Result:
-    return {"file": setting.file, "at_most": effort.cells}
+def _case(setting: Setting, budget: Budget) -> Result:
+    return {"file": setting.file, "at_most": budget.cells}
 
 
-def rows(results: Results, effort: Effort) -> list[Row]:
+def rows(results: Results, budget: Budget) -> list[Row]:
     """What is known by itself, every system's scores, and what gamma changes."""
-    return [row for setting in SETTINGS for row in _rows_of(setting, results, effort)]
+    return [row for setting in SETTINGS for row in _rows_of(setting, results, budget)]
 
 
-def _rows_of(setting: Setting, results: Results, effort: Effort) -> Iterator[Row]:
-    known = results.of(_references(setting, effort))
+def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row]:
+    known = results.of(_references(setting, budget))
     if known.result is None:
         yield Row(setting.name, TYPES, QUANTITIES["r2"], np.nan, note=known.reason)
     else:
         yield from _reference_rows(setting, known.result)
     found: dict[str, dict[int, Result]] = {}
-    for system, steps in _systems(setting, effort).items():
+    for system, steps in _systems(setting, budget).items():
         outcomes = {step.settings["seed"]: results.of(step) for step in steps}
         found[system] = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
         if found[system]:
@@ -220,7 +221,7 @@ def _reference_rows(setting: Setting, found: Result) -> Iterator[Row]:
 
 
 def _score_rows(setting: Setting, system: str, found: Sequence[Result], seeds: tuple[int, ...]) -> Iterator[Row]:
-    silhouette, r2 = PAPER.get(system, (np.nan, np.nan)) if setting.file == data.PBMC_8K4K else (np.nan, np.nan)
+    silhouette, r2 = PAPER.get(system, (np.nan, np.nan)) if setting.file == files.PBMC_8K4K else (np.nan, np.nan)
     paper = {"silhouette": silhouette, "r2": r2}
     seconds = float(np.mean([result["seconds"] for result in found]))
     for score, quantity in QUANTITIES.items():
@@ -248,20 +249,20 @@ def _kept(score: str, value: float, error: float) -> str:
     return f"equal within one sd, or better: {'yes' if value >= -np.nan_to_num(error) else 'no'}"
 
 
-def pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """Silhouette against R^2 of QC, one panel for each data set."""
     from matplotlib.figure import Figure
 
     from pyro_scvi.plots.canvas import INK, MISSING
 
-    table = rows(results, effort)
+    table = rows(results, budget)
     figure = Figure(figsize=(13, 5), layout="constrained")
     for ax, setting in zip(figure.subplots(1, 2), SETTINGS, strict=True):
         of = {(row.system, row.quantity): row for row in table if row.data == setting.name}
         for known in (TYPES, TYPES_AND_BATCH):
             nothing = Row("", known, "", np.nan)
             ax.axvline(of.get((known, QUANTITIES["r2"]), nothing).value, color=MISSING, linewidth=1, zorder=0)
-        points = {system: _point(of, system) for system in _systems(setting, effort)}
+        points = {system: _point(of, system) for system in _systems(setting, budget)}
         for name in EPOCHS:
             (x, y, *_), (to_x, to_y, *_) = (points[f"{name}, {gamma}"] for gamma in (WITHOUT, WITH))
             ax.plot((x, to_x), (y, to_y), color=_mark(name)[1], linewidth=0.8)

@@ -1,4 +1,4 @@
-"""The floor of held-out likelihoods: genes that know nothing of each other or of the cell."""
+"""The lowest baseline of held-out likelihood: genes independent of each other and of the cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two sets of blood cells whose B and dendritic cells are compared, and the microarrays that say which genes differ."""
+"""The blood cells of Figure 2, B against dendritic cells, and the microarrays that say which genes differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.paper import data
+from pyro_scvi.paper.data import files
 
 MOST_SIGNIFICANT = 800
 FEWEST_CELLS = 10  # in which a gene must be seen
@@ -41,15 +41,15 @@ class Blood:
 
 def read_pbmc4k(folder: Path) -> Blood:
     """4k blood cells, 2,000 genes of which 263 have a reference (their names are inferred), one batch."""
-    return _matched(data.PBMC_4K, folder, ("B cells", "Dendritic Cells"), None, only_reference=False)
+    return _matched(files.PBMC_4K, folder, ("B cells", "Dendritic Cells"), None, only_reference=False)
 
 
 def read_pbmc_3ka(folder: Path) -> Blood:
     """3k blood cells and donor A (labels transferred), two batches, the genes of the reference seen in 10 cells."""
-    return _matched(data.PBMC_3KA, folder, ("B", "DC"), "batch", only_reference=True)
+    return _matched(files.PBMC_3KA, folder, ("B", "DC"), "batch", only_reference=True)
 
 
-READERS: dict[str, Callable[[Path], Blood]] = {data.PBMC_4K: read_pbmc4k, data.PBMC_3KA: read_pbmc_3ka}
+READERS: dict[str, Callable[[Path], Blood]] = {files.PBMC_4K: read_pbmc4k, files.PBMC_3KA: read_pbmc_3ka}
 
 
 def read(file: str, at_most: int | None = None) -> Blood:
@@ -60,7 +60,7 @@ def read(file: str, at_most: int | None = None) -> Blood:
     DataError
         If it is not there.
     """
-    blood = READERS[file](data.path(file).parent)
+    blood = READERS[file](files.path(file).parent)
     n_cells = blood.adata.n_obs
     if at_most is None or at_most >= n_cells:
         return blood
@@ -72,7 +72,7 @@ def read(file: str, at_most: int | None = None) -> Blood:
 
 
 def _matched(file: str, folder: Path, groups: tuple[str, str], batch: str | None, *, only_reference: bool) -> Blood:
-    adata, reference = anndata.read_h5ad(folder / file), pd.read_csv(folder / data.ARRAYS, index_col="GS")
+    adata, reference = anndata.read_h5ad(folder / file), pd.read_csv(folder / files.ARRAYS, index_col="GS")
     matched = adata.var["ref_BDC_P_Value"].notna().to_numpy()
     if only_reference:
         matched &= adata.var["n_cells"].to_numpy() >= FEWEST_CELLS
