@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def simulated(
         generator = systems.fitted(OURS, real, seed=seed, epochs=epochs, validation=held_out.VALIDATION)
         drawn = Cells.from_counts(_draws(generator, max(sizes) + test_cells, seed))
     train, test = drawn.take(slice(0, max(sizes))), drawn.take(slice(max(sizes), None))
-    generator.schema = drawn.schema  # the same genes, without their names
+    generator = replace(generator, schema=drawn.schema)  # the same genes, without their names
     found: Result = {"genes": drawn.n_genes, TRUTH: _evidence_of(generator, test, samples)}
     for n in sizes:
         part = train.take(slice(0, n))
