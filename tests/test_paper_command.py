@@ -1,11 +1,11 @@
 """The command paper: names, errors in one line, a run that continues, and everything once in a quick run."""
 
 import json
-from importlib import import_module
 
 import pytest
 from cli_runs import Page, one_line, run, succeed
 
+from pyro_scvi.cli import paper as paper_command
 from pyro_scvi.paper import report
 from pyro_scvi.paper.budget import QUICK
 from pyro_scvi.paper.data import files
@@ -15,7 +15,6 @@ from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Step
 
 CALLS = []
-command = import_module("pyro_scvi.cli.paper")  # as an attribute of cli it is the command itself
 
 
 def square(number):
@@ -40,7 +39,7 @@ def known(monkeypatch):
     CALLS.clear()
 
     def replace(*experiments):
-        monkeypatch.setattr(command, "EXPERIMENTS", {one.name: one for one in experiments})
+        monkeypatch.setattr(paper_command, "EXPERIMENTS", {one.name: one for one in experiments})
 
     replace(experiment("first", 2), experiment("second", 3))
     return replace

@@ -1,4 +1,4 @@
-"""What the page tells of a fit: its sizes, its quality, and what it says of genes and zeros."""
+"""The parts of a fit's report: sizes, quality, differential expression, predictive checks, zeros."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ Row = tuple[str, str, str]  # quantity, value, what it is
 
 
 @dataclass(frozen=True)
-class Findings:
+class EvaluatedFit:
     """A fit with the cells that it was made from and judged on, and what embedding and labels say of them."""
 
     fit: Fit
@@ -41,34 +41,34 @@ class Findings:
     seed: int
 
 
-def embedded(found: Findings, projection: Projection, folder: Path) -> report.Html:
+def embedded(evaluated: EvaluatedFit, projection: Projection, folder: Path) -> report.Html:
     """Picture of the embedding."""
-    coloured = "" if found.labels is None else f", coloured by {found.labels.name}"
-    ax = plots.embedding(projection, found.labels, ax=new_axes(8.8, 5.0))
+    coloured = "" if evaluated.labels is None else f", coloured by {evaluated.labels.name}"
+    ax = plots.embedding(projection, evaluated.labels, ax=new_axes(8.8, 5.0))
     method = projection.method
     return save(ax, folder / f"{method.lower()}.png", f"{method} of the embedding{coloured}")
 
 
-def training(found: Findings, folder: Path) -> report.Html:
+def training(evaluated: EvaluatedFit, folder: Path) -> report.Html:
     """Pictures of the loss and of the program."""
-    ax = plots.loss(found.fit, new_axes(5.4, 3.8))
+    ax = plots.loss(evaluated.fit, new_axes(5.4, 3.8))
     loss = save(ax, folder / "loss.png", "Loss, the negative evidence bound, by epoch")
-    ax = plots.program(found.fit.model, new_axes(3.2, 5.2), n_cells=found.cells.n_cells)
+    ax = plots.program(evaluated.fit.model, new_axes(3.2, 5.2), n_cells=evaluated.cells.n_cells)
     program = save(ax, folder / "program.png", "The model as a plate diagram (Lopez et al. 2017, Fig. 1)")
     return report.beside(loss, program)
 
 
-def numbers(found: Findings) -> report.Html:
+def numbers(evaluated: EvaluatedFit) -> report.Html:
     """Sizes and quality of the fit as a table."""
-    rows = [*_sizes(found), *_quality(found), *_silhouette(found)]
+    rows = [*_sizes(evaluated), *_quality(evaluated), *_silhouette(evaluated)]
     return report.table(rows, ("quantity", "value", ""), numbers=[1])
 
 
-def differing_genes(found: Findings, labels: pd.Series, pair: tuple[str, str], folder: Path) -> list[str]:
+def differing_genes(evaluated: EvaluatedFit, labels: pd.Series, pair: tuple[str, str], folder: Path) -> list[str]:
     """Volcano plot and first genes of two groups of the labels."""
     groups, (a, b) = named(labels), pair
     table = differential_expression(
-        found.fit, found.cells, groupby=groups, group_a=a, group_b=b, delta=DELTA, seed=found.seed
+        evaluated.fit, evaluated.cells, groupby=groups, group_a=a, group_b=b, delta=DELTA, seed=evaluated.seed
     )
     table.to_csv(folder / "differential_expression.csv")
     comparison = compared(table, groups, a, b, DELTA)
@@ -81,12 +81,12 @@ def differing_genes(found: Findings, labels: pd.Series, pair: tuple[str, str], f
     return [sentence, picture, genes.top(comparison, 10), genes.legend(comparison)]
 
 
-def predictions(found: Findings, folder: Path) -> list[str]:
+def predictions(evaluated: EvaluatedFit, folder: Path) -> list[str]:
     """Posterior predictive checks of zeros and totals."""
-    checks = check_predictions(found.fit, found.judged, samples=SAMPLES, interval=BAND, seed=found.seed)
+    checks = check_predictions(evaluated.fit, evaluated.judged, samples=SAMPLES, interval=BAND, seed=evaluated.seed)
     of_genes, of_cells = pd.DataFrame(checks.genes["zero_fraction"]), pd.DataFrame(checks.cells["total"])
     sentence = (
-        f"{SAMPLES} replicas of {found.judged.n_cells:,} held-out cells, each from its posterior. Outside the "
+        f"{SAMPLES} replicas of {evaluated.judged.n_cells:,} held-out cells, each from its posterior. Outside the "
         f"{BAND:.0%} band of the replicas lie the zero fractions of {_outside(of_genes)} genes and the totals of "
         f"{_outside(of_cells)} cells; of a model that is right, about {1 - BAND:.0%} do."
     )
@@ -97,13 +97,13 @@ def predictions(found: Findings, folder: Path) -> list[str]:
     return [sentence, report.beside(first, second)]
 
 
-def zeros(found: Findings) -> list[str]:
+def zeros(evaluated: EvaluatedFit) -> list[str]:
     """What the model says of the counts that are zero."""
-    is_zero = found.judged[:][0].numpy() == 0
-    imputed = impute(found.fit, found.judged, seed=found.seed)[is_zero]
+    is_zero = evaluated.judged[:][0].numpy() == 0
+    imputed = impute(evaluated.fit, evaluated.judged, seed=evaluated.seed)[is_zero]
     rows = [
-        ("zeros", f"{is_zero.mean():.1%}", f"of the counts of {found.judged.n_cells:,} held-out cells"),
-        *_technical(found, is_zero),
+        ("zeros", f"{is_zero.mean():.1%}", f"of the counts of {evaluated.judged.n_cells:,} held-out cells"),
+        *_technical(evaluated, is_zero),
         ("imputed there", f"{imputed.mean():.2f}", "mean of E[w | x] over the zeros, counts"),
     ]
     return [report.table(rows, numbers=[1])]
@@ -117,14 +117,14 @@ def categories(labels: pd.Series | None) -> pd.Series | None:
     return sizes if 1 < len(sizes) < sizes.sum() else None
 
 
-def _sizes(found: Findings) -> list[Row]:
-    fit, train, test, history = found.fit, found.train, found.test, found.fit.history
+def _sizes(evaluated: EvaluatedFit) -> list[Row]:
+    fit, train, test, history = evaluated.fit, evaluated.train, evaluated.test, evaluated.fit.history
     seconds, best = float(history.seconds.sum()), history.held_out_loss.idxmin()
     learned = fit.settings["n_cells"]
     use = f"{learned:,} to train, {train.n_cells - learned:,} to choose the epoch, {test.n_cells:,} held out"
     return [
-        ("cells", f"{found.cells.n_cells:,}", use),
-        ("genes", f"{found.cells.n_genes:,}", ""),
+        ("cells", f"{evaluated.cells.n_cells:,}", use),
+        ("genes", f"{evaluated.cells.n_genes:,}", ""),
         ("epochs", f"{len(history):,}", ""),
         ("training time", f"{seconds:.1f}", f"seconds on {fit.device}"),
         ("training loss", f"{history.train_loss.iloc[-1]:.1f}", "nats per cell, last epoch"),
@@ -132,8 +132,8 @@ def _sizes(found: Findings) -> list[Row]:
     ]
 
 
-def _quality(found: Findings) -> list[Row]:
-    table = evidence(found.fit, found.judged, seed=found.seed)
+def _quality(evaluated: EvaluatedFit) -> list[Row]:
+    table = evidence(evaluated.fit, evaluated.judged, seed=evaluated.seed)
     n, mean = len(table), float(table.log_evidence.mean())
     se = float(table.log_evidence.std()) / n**0.5
     unreliable = float((table.khat > KHAT_LIMIT).mean())
@@ -143,18 +143,18 @@ def _quality(found: Findings) -> list[Row]:
     ]
 
 
-def _silhouette(found: Findings) -> list[Row]:
+def _silhouette(evaluated: EvaluatedFit) -> list[Row]:
     """How well categories lie apart; nothing where there are none."""
-    if found.labels is None or categories(found.labels) is None:
+    if evaluated.labels is None or categories(evaluated.labels) is None:
         return []
-    chosen = np.flatnonzero(found.labels.notna())
+    chosen = np.flatnonzero(evaluated.labels.notna())
     if len(chosen) > SILHOUETTE_CELLS:
-        chosen = np.sort(np.random.default_rng(found.seed).choice(chosen, SILHOUETTE_CELLS, replace=False))
-    names = found.labels.iloc[chosen].astype(str)
+        chosen = np.sort(np.random.default_rng(evaluated.seed).choice(chosen, SILHOUETTE_CELLS, replace=False))
+    names = evaluated.labels.iloc[chosen].astype(str)
     if not 1 < names.nunique() < len(names):
         return []
-    text = f"of {found.labels.name} in the embedding: a description, no target of the fit"
-    return [("silhouette", f"{silhouette_score(found.latent[chosen], names):.3f}", text)]
+    text = f"of {evaluated.labels.name} in the embedding: a description, no target of the fit"
+    return [("silhouette", f"{silhouette_score(evaluated.latent[chosen], names):.3f}", text)]
 
 
 def _outside(statistic: pd.DataFrame) -> str:
@@ -162,10 +162,10 @@ def _outside(statistic: pd.DataFrame) -> str:
     return f"{beyond.sum():,} of {len(beyond):,} ({beyond.mean():.1%})"
 
 
-def _technical(found: Findings, is_zero: np.ndarray) -> list[Row]:
-    if "gate_logits" not in found.fit.model.likelihood.heads:
+def _technical(evaluated: EvaluatedFit, is_zero: np.ndarray) -> list[Row]:
+    if "gate_logits" not in evaluated.fit.model.likelihood.heads:
         return []
-    probability = technical_zero_probability(found.fit, found.judged, seed=found.seed)[is_zero]
+    probability = technical_zero_probability(evaluated.fit, evaluated.judged, seed=evaluated.seed)[is_zero]
     return [
         ("technical zeros", f"{(probability > 0.5).mean():.1%}", "of the zeros, with P(h = 1 | x) > 0.5"),
         ("technical, expected", f"{probability.mean():.1%}", "of the zeros: mean of P(h = 1 | x)"),

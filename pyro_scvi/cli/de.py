@@ -1,4 +1,4 @@
-"""The command that compares groups of cells gene by gene, by a saved fit."""
+"""The command ``de``: differential expression between groups of cells, by a saved fit."""
 
 from dataclasses import dataclass
 from pathlib import Path

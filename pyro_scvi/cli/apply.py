@@ -1,4 +1,4 @@
-"""The commands that add to a copy of a file what a saved fit says of its cells: embedding and expression."""
+"""The commands ``embed`` and ``impute``: apply a saved fit to the cells of a file and add the results to a copy."""
 
 import warnings
 from typing import Annotated, Any
