@@ -31,11 +31,12 @@ from IPython.display import display
 
 import pyro_scvi as ps
 from pyro_scvi import baselines
-from pyro_scvi.paper import data, held_out, table1
-from pyro_scvi.paper.effort import QUICK
+from pyro_scvi.paper.budget import QUICK
+from pyro_scvi.paper.data import files
 from pyro_scvi.paper.experiments import EXPERIMENTS
 from pyro_scvi.paper.layout import laid_out
 from pyro_scvi.paper.rows import Row, over_cells
+from pyro_scvi.paper.tables import held_out, table1
 
 SHORT = os.environ.get("PYRO_SCVI_NOTEBOOKS") == "short"  # for tests: less of everything but the headline
 pd.set_option("display.max_colwidth", None)
@@ -136,10 +137,10 @@ print(f"standard error over {len(lead)} cells, paired: {lead.std(ddof=1) / np.sq
 # The command needs the real counts in the folder that `PYRO_SCVI_DATA` names. Every number is the outcome of a *step*,
 # a function with its settings, which is kept under a hash of both, of the code and of the data: that is why an
 # interrupted run goes on, and why a changed setting is computed anew. Here the steps of two systems on the mouse cortex
-# at the effort of `--quick`: three epochs on 225 cells, four test cells.
+# with the budget of `--quick`: three epochs on 225 cells, four test cells.
 
 # %%
-if data.folder().joinpath(data.CORTEX).is_file():
+if files.folder().joinpath(files.CORTEX).is_file():
     cortex = table1.datasets(QUICK)[0]
     steps = table1.of_systems(cortex, QUICK)
     rows = []
@@ -154,7 +155,7 @@ if data.folder().joinpath(data.CORTEX).is_file():
                 rows.append(Row("cortex", system, table1.QUANTITIES[key], mean, error, "se over cells", n, note=note))
     shown(rows)
 else:
-    print(f"{data.CORTEX} is not here: set PYRO_SCVI_DATA to the folder that holds the counts")
+    print(f"{files.CORTEX} is not here: set PYRO_SCVI_DATA to the folder that holds the counts")
 
 # %% [markdown]
 # These numbers mean nothing, and the note says so: they show that every step works. A note in square brackets is how

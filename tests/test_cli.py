@@ -14,7 +14,7 @@ from cli_runs import Page, check_table, make_adata, one_line, run, succeed
 
 import pyro_scvi as ps
 from pyro_scvi import report
-from pyro_scvi.cli import findings, options, training
+from pyro_scvi.cli import fit_report, options, training
 from pyro_scvi.cli.files import write_h5ad
 
 PICTURES = {"loss.png", "pca.png", "predictive_cells.png", "predictive_genes.png", "program.png", "volcano.png"}
@@ -123,7 +123,7 @@ def test_demo_tells_what_the_library_says_of_genes_and_zeros(demo):
 
 def test_demo_adds_umap_where_it_is_made(without_umap, demo, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings.plots.projection, "_umap", lambda latent, seed: latent[:, :2])
+        patch.setattr(fit_report.plots.projection, "_umap", lambda latent, seed: latent[:, :2])
         succeed("demo", "--out", tmp_path, "--epochs", 1, "--no-progress")
     adata = anndata.read_h5ad(tmp_path / "demo.h5ad")
     np.testing.assert_array_equal(adata.obsm["X_umap"], adata.obsm["X_pyro_scvi"][:, :2])
@@ -211,7 +211,7 @@ def test_a_folder_that_is_not_empty_is_refused(demo):
     ],
 )
 def test_groups_that_labels_make(labels, expected):
-    found = findings.categories(labels)
+    found = fit_report.categories(labels)
     assert (None if found is None else dict(found)) == expected
 
 

@@ -13,7 +13,7 @@ import torch
 from cli_runs import Page, check_table, make_adata, one_line, run, succeed
 
 import pyro_scvi as ps
-from pyro_scvi.cli import comparing, genes
+from pyro_scvi.cli import de, genes
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_de_errors_name_what_exists(folder, query, tmp_path, monkeypatch):
     assert "the groups are ['1', '2']" in line
     assert "name two of" in one_line(run("de", folder, query, *column, "--group-a", "1", "--group-b", "1", *out))
     assert "group_b without group_a" in one_line(run("de", folder, query, *column, "--group-b", "1", *out))
-    monkeypatch.setattr(comparing, "MOST_GROUPS", 20)
+    monkeypatch.setattr(de, "MOST_GROUPS", 20)
     assert "30 groups" in one_line(run("de", folder, query, "--groupby", "age", *out))
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,14 @@ from scipy.integrate import dblquad
 from scipy.stats import multivariate_normal, norm
 
 from pyro_scvi.baselines import idr
-from pyro_scvi.baselines.idr import AUTHORS_START, STARTS, Mixture, _expectation, _maximisation, _normal_scores
+from pyro_scvi.baselines.reproducibility import (
+    AUTHORS_START,
+    STARTS,
+    Mixture,
+    _expectation,
+    _maximisation,
+    _normal_scores,
+)
 from pyro_scvi.errors import DataError, ModelError
 
 RUNS = {  # scores, start, most renewals, parameters, local and global values

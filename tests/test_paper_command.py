@@ -1,20 +1,20 @@
 """The command paper: names, errors in one line, a run that continues, and everything once in a quick run."""
 
 import json
-from importlib import import_module
 
 import pytest
 from cli_runs import Page, one_line, run, succeed
 
-from pyro_scvi.paper import data, report
-from pyro_scvi.paper.effort import QUICK
+from pyro_scvi.cli import paper as paper_command
+from pyro_scvi.paper import report
+from pyro_scvi.paper.budget import QUICK
+from pyro_scvi.paper.data import files
 from pyro_scvi.paper.experiment import Experiment
 from pyro_scvi.paper.experiments import EXPERIMENTS
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Step
 
 CALLS = []
-command = import_module("pyro_scvi.cli.paper")  # as an attribute of cli it is the command itself
 
 
 def square(number):
@@ -27,10 +27,10 @@ def square(number):
 def experiment(name, *numbers, needs=()):
     steps = [Step(square, {"number": number}, needs) for number in numbers]
 
-    def rows(results, effort):
+    def rows(results, budget):
         return [Row("set", "ours", "square", results.of(step).result) for step in steps]
 
-    return Experiment(name, f"Table of {name}", ("Squares.",), lambda effort: steps, rows)
+    return Experiment(name, f"Table of {name}", ("Squares.",), lambda budget: steps, rows)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def known(monkeypatch):
     CALLS.clear()
 
     def replace(*experiments):
-        monkeypatch.setattr(command, "EXPERIMENTS", {one.name: one for one in experiments})
+        monkeypatch.setattr(paper_command, "EXPERIMENTS", {one.name: one for one in experiments})
 
     replace(experiment("first", 2), experiment("second", 3))
     return replace
@@ -112,7 +112,7 @@ def test_a_result_that_was_changed_is_not_replaced(known, tmp_path):
 
 def test_missing_data_are_one_line(known, tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_SCVI_DATA", str(tmp_path / "nowhere"))
-    data.digest.cache_clear()
+    files.digest.cache_clear()
     known(experiment("first", 2, needs=("brain10k.h5ad",)))
     said = one_line(quick("first", tmp_path / "out"))
     expected = f"brain10k.h5ad is not in {tmp_path / 'nowhere'}; set PYRO_SCVI_DATA to the folder that holds it"

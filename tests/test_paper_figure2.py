@@ -10,12 +10,13 @@ from conftest import simulated_counts
 from scipy import sparse
 
 import pyro_scvi as ps
-from pyro_scvi.baselines import AUTHORS_START, idr
+from pyro_scvi.baselines import AUTHORS_START, idr, reproducibility
 from pyro_scvi.differential import DepthCorrected, DepthLaden
-from pyro_scvi.paper import concordance, figure2
-from pyro_scvi.paper.blood import Blood
-from pyro_scvi.paper.concordance import AUC, MIXTURE, RHO, SPEARMAN, judged, significance
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
+from pyro_scvi.paper.data.blood import Blood
+from pyro_scvi.paper.figures import figure2
+from pyro_scvi.paper.metrics import concordance
+from pyro_scvi.paper.metrics.concordance import AUC, MIXTURE, RHO, SPEARMAN, judged, significance
 from pyro_scvi.paper.steps import Outcome
 
 
@@ -59,14 +60,13 @@ def test_the_mixture_is_that_of_the_authors_start():
 @pytest.mark.parametrize("kind", ["ties", "opposite", "two values"])
 def test_the_mixture_of_scores_that_say_nothing_ends_and_is_finite(kind, monkeypatch):
     of, calls = blood(), []
-    module = __import__("pyro_scvi.baselines.idr", fromlist=["idr"])
-    expectation = module._expectation
-    monkeypatch.setattr(module, "_expectation", lambda *given: (calls.append(1), expectation(*given))[1])
+    expectation = reproducibility._expectation
+    monkeypatch.setattr(reproducibility, "_expectation", lambda *given: (calls.append(1), expectation(*given))[1])
     score = np.zeros(len(of.matched))
     score[of.matched] = {"ties": np.round(-np.log(of.p)), "opposite": np.log(of.p), "two values": of.p < 0.5}[kind]
     found = judged(of, score)
     assert all(math.isfinite(value) for value in found.values())
-    assert len(calls) <= 21 * (module.LONGEST_EM + 2) + 1
+    assert len(calls) <= 21 * (reproducibility.LONGEST_EM + 2) + 1
 
 
 def test_draws_are_of_both_groups_with_replacement_and_each_cell_once():

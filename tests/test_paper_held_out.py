@@ -11,14 +11,16 @@ from torch.distributions import Normal, kl_divergence
 
 import pyro_scvi as ps
 from pyro_scvi import baselines
-from pyro_scvi.baselines.integration import Evidence
+from pyro_scvi.baselines.evidence import Evidence
 from pyro_scvi.errors import DataError
-from pyro_scvi.paper import data, held_out, systems
-from pyro_scvi.paper.floor import IndependentGenes
+from pyro_scvi.paper import systems
+from pyro_scvi.paper.data import files
+from pyro_scvi.paper.tables import held_out
+from pyro_scvi.paper.tables.independent_genes import IndependentGenes
 from pyro_scvi.posterior import bound_terms, evaluating
 from tests.conftest import simulated_counts
 
-CASE = {"file": data.CORTEX, "n": 60, "least": 40, "test_cells": 10}
+CASE = {"file": files.CORTEX, "n": 60, "least": 40, "test_cells": 10}
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def file(tmp_path, monkeypatch):
         obs = pd.DataFrame({"labels": np.where(np.arange(len(counts)) % 2, "a", "b")}, index=names)
         obs.index = obs.index.astype(str)
         adata = anndata.AnnData(sparse.csr_matrix(counts.astype(np.int32)), obs=obs)
-        adata.write_h5ad(folder / data.CORTEX)
+        adata.write_h5ad(folder / files.CORTEX)
         monkeypatch.setenv("PYRO_SCVI_DATA", str(folder))
 
     return write

@@ -10,7 +10,7 @@ from cli_runs import Page
 from matplotlib.figure import Figure
 
 from pyro_scvi.paper import layout, report
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results
@@ -29,7 +29,7 @@ ROWS = [
 ]
 
 
-def draw(results, effort, folder):
+def draw(results, budget, folder):
     figure = Figure(figsize=(1, 1))
     figure.savefig(folder / "a.png", dpi=20)
     return [Picture(folder / "a.png", f"alt {HOSTILE}", f"caption {HOSTILE}")]

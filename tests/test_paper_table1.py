@@ -7,9 +7,9 @@ import pytest
 
 import pyro_scvi as ps
 from pyro_scvi.criticism import prior_predictive
-from pyro_scvi.paper import table1
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
 from pyro_scvi.paper.steps import Outcome
+from pyro_scvi.paper.tables import table1
 from tests.conftest import simulated_counts
 
 CELLS = np.array([-900.0, -1100.0, -1300.0, -1500.0])

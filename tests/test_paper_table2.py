@@ -15,9 +15,11 @@ from pyro_scvi.fit import fit
 from pyro_scvi.imputation import impute, mean_given_no_dropout
 from pyro_scvi.likelihoods import NB, ZINB
 from pyro_scvi.model import SCVI
-from pyro_scvi.paper import corruption, data, table2, zeros
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
+from pyro_scvi.paper.data import corruption, files
+from pyro_scvi.paper.metrics import zeros
 from pyro_scvi.paper.steps import Outcome
+from pyro_scvi.paper.tables import table2
 
 
 def counts_of_rank_one(cells=400, genes=60, seed=0):
@@ -142,7 +144,7 @@ def test_errors_of_cross_entropies_and_facts_about_a_corruption():
 
 def test_uniform_corruption_asks_no_zifa(monkeypatch):
     adata = ad.AnnData(sparse.csr_matrix(counts_of_rank_one(40, 10)))
-    monkeypatch.setattr(corruption.data, "read", lambda file, at_most: adata)
+    monkeypatch.setattr(corruption.files, "read", lambda file, at_most: adata)
     of = corruption.read("cells", None, by_zifa=False, seed=0)
     assert of.decay == 0
     assert of.zeroed.all()
@@ -225,7 +227,7 @@ def result(step, error=1.0):
 
 
 def test_rows_are_means_over_seeds_with_the_papers_numbers_beside_the_brain(monkeypatch):
-    settings = [each._replace(seeds=1 if each.file == data.BRAIN else 3) for each in table2.SETTINGS]
+    settings = [each._replace(seeds=1 if each.file == files.BRAIN else 3) for each in table2.SETTINGS]
     monkeypatch.setattr(table2, "SETTINGS", settings)
 
     def of(step):
@@ -262,4 +264,4 @@ def test_the_settings_of_a_step_hold_seed_epochs_and_draws(monkeypatch):
         step.settings["name"]: step.settings["epochs"] for step in table2.steps(FULL) if step.function is table2.ours
     }
     assert most["scVI, default"] is None
-    assert {step.settings["case"]["file"] for step in steps} == {data.CORTEX, data.BRAIN}
+    assert {step.settings["case"]["file"] for step in steps} == {files.CORTEX, files.BRAIN}

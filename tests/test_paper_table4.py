@@ -10,10 +10,11 @@ from scipy import sparse
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import silhouette_score
 
-from pyro_scvi.paper import data, pbmc, table4
-from pyro_scvi.paper import embedding_scores as scores
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
+from pyro_scvi.paper.data import files, pbmc
+from pyro_scvi.paper.metrics import embedding_scores as scores
 from pyro_scvi.paper.steps import Outcome
+from pyro_scvi.paper.tables import table4
 
 
 def test_explained_pools_metrics_by_their_variance():
@@ -83,8 +84,8 @@ def test_quality_of_cells_without_the_authors_metrics_is_z_scored_and_types_of_o
     adata.obs["labels"] = rng.choice(["B", "NK"], 40)
     for name in ("n_umi", "n_genes", "pct_mt", "pct_ribo"):
         adata.obs[name] = rng.integers(1, 100, 40)
-    monkeypatch.setattr(data, "read", lambda file, at_most: adata)
-    blood = pbmc.read(data.PBMC_3KA, None)
+    monkeypatch.setattr(files, "read", lambda file, at_most: adata)
+    blood = pbmc.read(files.PBMC_3KA, None)
     assert blood.adata.n_vars == 8
     assert_allclose(blood.quality.mean(0), 0, atol=1e-12)
     assert_allclose(blood.quality.std(0), 1)
@@ -164,5 +165,5 @@ def test_models_differ_in_gamma_alone_and_steps_hold_their_settings():
         of = [step.settings for step in steps if not step.settings["batch"] and step.settings["quality"] == gamma]
         fits = {(each["case"]["file"], each["name"], each["seed"]) for each in of}
         assert len(fits) == len(of)
-        assert {file for file, _, _ in fits} == {data.PBMC_8K4K, data.PBMC_3KA}
+        assert {file for file, _, _ in fits} == {files.PBMC_8K4K, files.PBMC_3KA}
         assert {name for _, name, _ in fits} == set(table4.EPOCHS)

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from pyro_scvi.paper import simulated, timing
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
+from pyro_scvi.paper.data import simulated
 from pyro_scvi.paper.steps import Outcome
+from pyro_scvi.paper.tables import timing
 
 
 class Made:

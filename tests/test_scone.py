@@ -12,9 +12,9 @@ from scipy import sparse
 from sklearn.base import clone
 from sklearn.metrics import silhouette_score
 
-from pyro_scvi.baselines.scalings import RLE, TMM, FullQuantile, NoScaling, TotalScaling, UpperQuartile
-from pyro_scvi.baselines.scone import SCALINGS, SCONE, SEED_CHOICE, Normalisation, grid, quality_metrics
-from pyro_scvi.baselines.scone_scores import Known, components, medoids, scores
+from pyro_scvi.baselines.normalization.scalings import RLE, TMM, FullQuantile, NoScaling, TotalScaling, UpperQuartile
+from pyro_scvi.baselines.normalization.scone import SCALINGS, SCONE, SEED_CHOICE, Normalisation, grid, quality_metrics
+from pyro_scvi.baselines.normalization.scone_scores import Known, components, medoids, scores
 from pyro_scvi.errors import DataError, ModelError
 from tests.conftest import simulated_counts
 

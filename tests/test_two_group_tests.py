@@ -13,10 +13,10 @@ import pytest
 from scipy import sparse, stats
 from sklearn.base import clone
 
-from pyro_scvi.baselines.deseq2 import DESeq2
-from pyro_scvi.baselines.mast import MAST, detection_ratio, level_ratio
-from pyro_scvi.baselines.scalings import NoScaling, TotalScaling
-from pyro_scvi.baselines.wilcoxon import Wilcoxon
+from pyro_scvi.baselines.differential.deseq2 import DESeq2
+from pyro_scvi.baselines.differential.mast import MAST, detection_ratio, level_ratio
+from pyro_scvi.baselines.differential.wilcoxon import Wilcoxon
+from pyro_scvi.baselines.normalization.scalings import NoScaling, TotalScaling
 from pyro_scvi.errors import DataError
 from tests.conftest import simulated_counts
 

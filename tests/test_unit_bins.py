@@ -7,9 +7,10 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 
-from pyro_scvi.baselines import ZIFA, FactorAnalysis, zifa_law
+from pyro_scvi.baselines import ZIFA, FactorAnalysis
 from pyro_scvi.baselines.factor_analysis import gaussian_posterior
 from pyro_scvi.baselines.unit_bins import UnitBins, log_bin_probability
+from pyro_scvi.baselines.zifa import model as zifa_model
 from tests.conftest import simulated_counts
 
 COUNTS = simulated_counts(200, 6)
@@ -79,7 +80,7 @@ def test_zifa_given_z_against_quadrature(zifa):
         norm.logpdf(value) + sum(np.log(of_count(zifa, value, count, gene)) for gene, count in enumerate(x[0].numpy()))
         for value in z.flatten().numpy()
     ]
-    np.testing.assert_allclose(zifa_law.binned_log_joint(x, law)(z)[:, 0], expected, rtol=1e-7)
+    np.testing.assert_allclose(zifa_model.binned_log_joint(x, law)(z)[:, 0], expected, rtol=1e-7)
 
 
 def test_zifa_probabilities_of_all_counts_sum_to_one():
@@ -97,5 +98,5 @@ def test_gradients_are_finite_for_any_count(zifa, scale):
     law = law._replace(scale=scale * law.scale)
     x = torch.tensor([[0, 0, 1, 3, 500, 40_000]], dtype=torch.float64)
     z = torch.tensor([[[3.0]], [[-3.0]]], dtype=torch.float64, requires_grad=True)
-    zifa_law.binned_log_joint(x, law)(z).sum().backward()
+    zifa_model.binned_log_joint(x, law)(z).sum().backward()
     assert torch.isfinite(z.grad).all()

@@ -14,9 +14,9 @@ from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 
 from pyro_scvi.baselines import ZIFA
-from pyro_scvi.baselines.zifa import _relative_change
-from pyro_scvi.baselines.zifa_em import LEAST_VARIANCE, Seen, Sums, maximised
-from pyro_scvi.baselines.zifa_law import Parameters, expected_complete, log_counts, log_kept, log_marginal, posterior
+from pyro_scvi.baselines.zifa.em import LEAST_VARIANCE, Seen, Sums, maximised
+from pyro_scvi.baselines.zifa.estimator import _relative_change
+from pyro_scvi.baselines.zifa.model import Parameters, expected_complete, log_counts, log_kept, log_marginal, posterior
 from pyro_scvi.errors import DataError, ModelError
 
 COUNTS = simulated_counts()

@@ -13,11 +13,17 @@ from scipy import sparse, stats
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
-from pyro_scvi.baselines.minimise import Separable, minimise
-from pyro_scvi.baselines.zinbwave import CommonDispersion, GenewiseDispersion, ZINBWaVE, technical_zero, zeros_imputed
-from pyro_scvi.baselines.zinbwave_fit import Problem
-from pyro_scvi.baselines.zinbwave_law import CellParameters, GeneParameters, Penalties, orthogonal
-from pyro_scvi.baselines.zinbwave_start import intercepts
+from pyro_scvi.baselines.zinbwave.estimator import (
+    CommonDispersion,
+    GenewiseDispersion,
+    ZINBWaVE,
+    technical_zero,
+    zeros_imputed,
+)
+from pyro_scvi.baselines.zinbwave.initialization import intercepts
+from pyro_scvi.baselines.zinbwave.lbfgs import Separable, minimise
+from pyro_scvi.baselines.zinbwave.model import CellParameters, GeneParameters, Penalties, orthogonal
+from pyro_scvi.baselines.zinbwave.optimization import Problem
 from pyro_scvi.errors import DataError, ModelError
 from tests.conftest import simulated_counts
 

@@ -28,7 +28,7 @@ from benchmarks.harness.commands import command_line, parser_of
 from benchmarks.harness.machine import versions
 from benchmarks.harness.paths import DATA
 from benchmarks.systems.gene_scores import SYSTEMS, WILCOXON, System, compared, fitted
-from pyro_scvi.paper.blood import Blood, read_pbmc4k, read_pbmc_3ka
+from pyro_scvi.paper.data.blood import Blood, read_pbmc4k, read_pbmc_3ka
 
 MODULE = "benchmarks.quality.differential"
 CALLED = 0.05

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.baselines import FactorAnalysis
-from pyro_scvi.baselines.integration import Evidence, integrate
+from pyro_scvi.baselines.evidence import Evidence, integrate
 from pyro_scvi.baselines.scvi_tools import Generative, trained
 from pyro_scvi.importance import LogJoint
 

@@ -10,6 +10,7 @@ from sklearn import decomposition
 from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor
 
+from pyro_scvi.baselines.evidence import Evidence, integrate
 from pyro_scvi.baselines.inputs import (
     dense_counts,
     remember_genes,
@@ -17,7 +18,6 @@ from pyro_scvi.baselines.inputs import (
     require_latents,
     require_varying_genes,
 )
-from pyro_scvi.baselines.integration import Evidence, integrate
 from pyro_scvi.baselines.unit_bins import VARIANCE, UnitBins, standard_normal_log_prob
 from pyro_scvi.importance import LogJoint
 

@@ -1,4 +1,4 @@
-"""What every baseline asks of its input: one dense matrix of counts, and a fit before a question."""
+"""Checks of a baseline's input: one dense matrix of counts, and a fit before anything is asked of it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Seurat-like clusters: Leiden communities in a graph of nearest neighbours, through scanpy."""
+"""Clusters as in Seurat: Leiden communities in a graph of nearest neighbours, through scanpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MAGIC (van Dijk et al. 2018): counts smoothed over a graph of similar cells."""
+"""Imputation by MAGIC (van Dijk et al. 2018): counts smoothed over a graph of similar cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Principal components of log1p counts."""
+"""PCA: principal components of log1p counts."""
 
 from __future__ import annotations
 

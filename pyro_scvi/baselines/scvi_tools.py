@@ -1,4 +1,4 @@
-"""scvi-tools' SCVI (Lopez et al. 2018) as a peer on the contract of the baselines; optional, extra ``peer``."""
+"""scvi-tools' SCVI (Lopez et al. 2018) as a baseline; needs the extra ``peer``."""
 
 import copy
 import logging
@@ -11,8 +11,8 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_scvi.baselines.evidence import Evidence, integrate
 from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted
-from pyro_scvi.baselines.integration import Evidence, integrate
 from pyro_scvi.errors import DataError
 from pyro_scvi.importance import LogJoint
 from pyro_scvi.seeding import global_state_kept, seeded

@@ -1,4 +1,4 @@
-r"""Normal laws of log counts as probabilities of counts: each count has its unit bin.
+r"""Probabilities of counts from normal distributions of log counts: each count is a bin of width one.
 
 A density of y = log(1 + x) is no probability of x: where counts repeat, it can be made arbitrarily large. The like of a
 count model's figure is the probability of the bin [x - 1/2, x + 1/2], for a zero of everything below 1/2; in y that is

@@ -1,14 +1,20 @@
-"""The command line: fit a model to a data set, ask the fit, and leave files to open and to go on from."""
+"""The command line: fit a model to a data set, then embed, impute and compare cells, with files as results."""
 
 import typer
 
-from pyro_scvi.cli.comparing import de
+from pyro_scvi.cli import apply, de, paper, sharding, storing, training
 from pyro_scvi.cli.options import Recorded
-from pyro_scvi.cli.paper import paper
-from pyro_scvi.cli.sharding import infer
-from pyro_scvi.cli.storing import store
-from pyro_scvi.cli.training import demo, fit
-from pyro_scvi.cli.verbs import embed, impute
+
+COMMANDS = (
+    training.demo,
+    training.fit,
+    apply.embed,
+    apply.impute,
+    de.de,
+    sharding.infer,
+    storing.store,
+    paper.paper,
+)
 
 app = typer.Typer(
     name="pyro-scvi",
@@ -18,5 +24,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (demo, fit, embed, impute, de, infer, store, paper):
+for command in COMMANDS:
     app.command(cls=Recorded)(command)

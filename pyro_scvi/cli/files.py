@@ -1,4 +1,4 @@
-"""What the commands read and write: h5ad files, saved fits, and the cells of one as the other wants them."""
+"""Files of the commands: reading and writing h5ad, loading a saved fit, matching the cells of a file to it."""
 
 import warnings
 from collections.abc import MutableMapping

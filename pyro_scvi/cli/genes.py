@@ -1,4 +1,4 @@
-"""Differential expression for a page: how many genes differ, which ones most, and the volcano plot."""
+"""Differential expression on a page: how many genes differ, which ones most, and the volcano plot."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Options of the commands: what each name stands for, and the types that several commands share."""
+"""Options that several commands share, and what the names of priors, likelihoods and guides stand for."""
 
 import shlex
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The page of a fit: what was found, how it was made, how to go on."""
+"""The page of a fit: what was evaluated, how it was made, how to go on."""
 
 import platform
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 
 import pyro_scvi
 from pyro_scvi import report
-from pyro_scvi.cli import findings
-from pyro_scvi.cli.findings import Findings
+from pyro_scvi.cli import fit_report
+from pyro_scvi.cli.fit_report import EvaluatedFit
 from pyro_scvi.fit import Fit
 
 
@@ -36,14 +36,14 @@ def summary(job: Job, fit: Fit) -> str:
     )
 
 
-def results(job: Job, found: Findings, folder: Path) -> list[report.Section]:
+def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[report.Section]:
     """Sections on what the fit says; their pictures and tables are written into the folder."""
     return [
-        ("Numbers", [findings.numbers(found)]),
-        *_genes(job, found, folder),
-        ("Data against replicas", findings.predictions(found, folder)),
-        ("Zeros", findings.zeros(found)),
-        ("Model and training", [findings.training(found, folder)]),
+        ("Numbers", [fit_report.numbers(evaluated)]),
+        *_genes(job, evaluated, folder),
+        ("Data against replicas", fit_report.predictions(evaluated, folder)),
+        ("Zeros", fit_report.zeros(evaluated)),
+        ("Model and training", [fit_report.training(evaluated, folder)]),
     ]
 
 
@@ -89,7 +89,7 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def _genes(job: Job, found: Findings, folder: Path) -> list[report.Section]:
-    if job.pair is None or found.labels is None:
+def _genes(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[report.Section]:
+    if job.pair is None or evaluated.labels is None:
         return []
-    return [("Genes that differ", findings.differing_genes(found, found.labels, job.pair, folder))]
+    return [("Genes that differ", fit_report.differing_genes(evaluated, evaluated.labels, job.pair, folder))]

@@ -9,7 +9,7 @@ from pyro_scvi.cli.options import Progress
 from pyro_scvi.cli.page import versions
 from pyro_scvi.cli.workspace import STEPS, resumable_folder
 from pyro_scvi.paper import report
-from pyro_scvi.paper.effort import FULL, QUICK
+from pyro_scvi.paper.budget import FULL, QUICK
 from pyro_scvi.paper.experiments import EXPERIMENTS
 from pyro_scvi.paper.steps import Results
 
@@ -37,9 +37,9 @@ def paper(
     code, settings and data, so that an interrupted run continues. DIR/report.md says the same as the page, DIR/rows.csv
     and DIR/rows.json hold every number.
     """
-    effort = QUICK if quick else FULL
+    budget = QUICK if quick else FULL
     chosen = list(EXPERIMENTS.values()) if name == ALL else [EXPERIMENTS[name]]
     with resumable_folder(out, report.FILES) as space:
-        results = Results(out / STEPS, isolated=effort.isolated, limit=effort.limit, jobs=jobs, progress=progress)
-        results.compute(step for experiment in chosen for step in experiment.steps(effort))
-        report.write(chosen, results, effort, space.path, versions())
+        results = Results(out / STEPS, isolated=budget.isolated, limit=budget.limit, jobs=jobs, progress=progress)
+        results.compute(step for experiment in chosen for step in experiment.steps(budget))
+        report.write(chosen, results, budget, space.path, versions())

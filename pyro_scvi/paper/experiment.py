@@ -1,10 +1,10 @@
-"""What a table or a figure of the paper is made of."""
+"""An experiment: the steps, rows and pictures of one table or figure of the paper."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_scvi.paper.effort import Effort
+from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results, Step
 
@@ -18,7 +18,7 @@ class Picture:
     caption: str
 
 
-def no_pictures(results: Results, effort: Effort, folder: Path) -> list[Picture]:
+def no_pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """For experiments without a picture."""
     return []
 
@@ -44,6 +44,6 @@ class Experiment:
     name: str
     title: str
     text: Sequence[str]
-    steps: Callable[[Effort], list[Step]]
-    rows: Callable[[Results, Effort], list[Row]]
-    pictures: Callable[[Results, Effort, Path], list[Picture]] = no_pictures
+    steps: Callable[[Budget], list[Step]]
+    rows: Callable[[Results, Budget], list[Row]]
+    pictures: Callable[[Results, Budget, Path], list[Picture]] = no_pictures

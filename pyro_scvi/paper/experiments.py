@@ -1,7 +1,8 @@
-"""The experiments by the name that they are asked for."""
+"""The list of all experiments, by the name that the command takes."""
 
-from pyro_scvi.paper import figure1, figure2, table1, table2, table3, table4, timing
 from pyro_scvi.paper.experiment import Experiment
+from pyro_scvi.paper.figures import figure1, figure2
+from pyro_scvi.paper.tables import table1, table2, table3, table4, timing
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment

@@ -1,4 +1,4 @@
-"""Rows laid out for reading: systems by quantities, the paper's numbers beside, reasons and exceptions as footnotes."""
+"""The layout of rows as a table: systems by quantities, the paper's numbers beside them, notes as footnotes."""
 
 import math
 import re

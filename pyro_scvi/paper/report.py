@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pyro_scvi import report
-from pyro_scvi.paper.effort import QUICK, Effort
+from pyro_scvi.paper.budget import QUICK, Budget
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.layout import TEXTS, Layout, laid_out
 from pyro_scvi.paper.rows import Row
@@ -45,13 +45,13 @@ class Section:
         )
 
 
-def write(experiments: Sequence[Experiment], results: Results, effort: Effort, folder: Path, about: str) -> None:
+def write(experiments: Sequence[Experiment], results: Results, budget: Budget, folder: Path, about: str) -> None:
     """Write the page, the Markdown, the pictures and the rows of experiments into a folder.
 
     ``about`` says with which versions they were computed. Steps that are not known yet are computed.
     """
-    sections = [_section(experiment, results, effort, folder) for experiment in experiments]
-    notes = introduction(effort)
+    sections = [_section(experiment, results, budget, folder) for experiment in experiments]
+    notes = introduction(budget)
     (folder / PAGE).write_text(html(sections, notes, about), encoding="utf-8")
     (folder / MARKDOWN).write_text(markdown(sections, notes, about), encoding="utf-8")
     table = pd.DataFrame([record for section in sections for record in records(section)], columns=COLUMNS)
@@ -59,14 +59,14 @@ def write(experiments: Sequence[Experiment], results: Results, effort: Effort, f
     (folder / JSON).write_text(json.dumps(json.loads(table.to_json(orient="records")), indent=1) + "\n")
 
 
-def introduction(effort: Effort) -> list[str]:
-    """What every table has in common, and a warning where the effort means nothing."""
+def introduction(budget: Budget) -> list[str]:
+    """What every table has in common, and a warning where the budget means nothing."""
     quick = (
         "This is a quick run on a few cells and epochs: it shows that every step works, its numbers mean nothing. "
         "Numbers of cells, epochs, draws and seeds in the texts are those of a full run."
     )
     return [
-        *[quick] * (effort == QUICK),
+        *[quick] * (budget == QUICK),
         "Value ± error, with its kind and the number n behind it in the column's name or the table's; a letter in a "
         "header leads to its full name, a number in square brackets to a note, both under the table. NA is a number "
         "that was asked for and is not there, for the reason noted. A dash stands where a system has no such quantity "
@@ -137,12 +137,12 @@ def _under(layout: Layout) -> list[str]:
     return [*layout.columns, *[f"[{number}] {note}" for number, note in enumerate(layout.notes, 1)]]
 
 
-def _section(experiment: Experiment, results: Results, effort: Effort, folder: Path) -> Section:
-    steps = {step.key: step for step in experiment.steps(effort)}
-    rows = experiment.rows(results, effort)
+def _section(experiment: Experiment, results: Results, budget: Budget, folder: Path) -> Section:
+    steps = {step.key: step for step in experiment.steps(budget)}
+    rows = experiment.rows(results, budget)
     seconds = sum(results.of(step).seconds for step in steps.values())
-    command = f"python -m pyro_scvi paper {experiment.name} --out DIR{' --quick' if effort == QUICK else ''}"
-    return Section(experiment, rows, experiment.pictures(results, effort, folder), seconds, command)
+    command = f"python -m pyro_scvi paper {experiment.name} --out DIR{' --quick' if budget == QUICK else ''}"
+    return Section(experiment, rows, experiment.pictures(results, budget, folder), seconds, command)
 
 
 def _html_table(layout: Layout) -> report.Html:

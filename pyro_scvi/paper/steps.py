@@ -1,4 +1,4 @@
-"""Steps of an experiment: each computed once, kept by the hash of its configuration, and found again after a break."""
+"""Steps of an experiment, cached: each is computed once and kept under the hash of its configuration."""
 
 import hashlib
 import inspect
@@ -22,7 +22,7 @@ import torch
 
 from pyro_scvi.bars import each, progress_bar
 from pyro_scvi.errors import FitError
-from pyro_scvi.paper import data
+from pyro_scvi.paper.data import files
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Step:
         What the function calls is not in it: after a change there that moves numbers, start in an empty folder.
         """
         source = inspect.getsource(self.function)
-        parts = [self.name, source, self.settings, [data.digest(file) for file in self.needs], _versions()]
+        parts = [self.name, source, self.settings, [files.digest(file) for file in self.needs], _versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
     def __call__(self) -> Any:

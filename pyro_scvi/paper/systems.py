@@ -1,4 +1,4 @@
-"""Our own models as rows of the tables: which configuration, fitted how long, with which seed."""
+"""Our own models in the tables: their configurations, and how long and with which seed they are fitted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +12,23 @@ from pyro_scvi.guides import DiagonalNormal, Point
 from pyro_scvi.likelihoods import ZINB, PerGene
 from pyro_scvi.model import SCVI
 from pyro_scvi.presets import Preset
-from pyro_scvi.priors import Flat, GaussianMixture, VampPrior
+from pyro_scvi.priors import Flat, GaussianMixture, Prior, VampPrior
 
 Configure = Callable[..., Preset]
 
 
 def clusters(cells: Cells, *, seed: int = 0) -> Preset:
     """The default's library and training with a dispersion per gene and dropout 0.1, which separates cells better."""
-    model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=ZINB(PerGene(cells.n_genes)), dropout=0.1, seed=seed)
+    return _with_dropout(_clustering_model(cells, seed), seed)
+
+
+def _clustering_model(cells: Cells, seed: int, n_latent: int = 10, prior: Prior | None = None) -> SCVI:
+    likelihood = ZINB(PerGene(cells.n_genes))
+    sizes = cells.n_genes, n_latent, cells.n_covariates
+    return SCVI(*sizes, prior=prior, likelihood=likelihood, dropout=0.1, seed=seed)
+
+
+def _with_dropout(model: SCVI, seed: int) -> Preset:
     return model, {"guide": DiagonalNormal(model, dropout=0.1, seed=seed), "seed": seed}
 
 
@@ -34,31 +43,27 @@ MODELS: dict[str, Configure] = {
 
 def with_mixture(cells: Cells, *, seed: int = 0) -> Preset:
     """:func:`clusters` with a mixture of 16 normals as the prior of z."""
-    model, options = clusters(cells, seed=seed)
-    model.prior = GaussianMixture(model.n_latent, 16, seed=seed)
-    return model, options | {"guide": DiagonalNormal(model, dropout=0.1, seed=seed)}
+    return _with_dropout(_clustering_model(cells, seed, prior=GaussianMixture(10, 16, seed=seed)), seed)
 
 
 def with_vamp_prior(cells: Cells, *, seed: int = 0) -> Preset:
     """:func:`clusters` with the aggregate posterior at 50 learned pseudo-cells as the prior of z."""
-    model, options = clusters(cells, seed=seed)
     rows = np.random.default_rng(seed).permutation(cells.n_cells)[:50]
     pseudo_cells, _ = cells[rows]
-    model.prior = VampPrior(cells.n_genes, model.n_latent, len(rows), pseudo_cells=pseudo_cells, seed=seed)
-    return model, options | {"guide": DiagonalNormal(model, seed=seed)}
+    prior = VampPrior(cells.n_genes, 10, len(rows), pseudo_cells=pseudo_cells, seed=seed)
+    model = _clustering_model(cells, seed, prior=prior)
+    return model, {"guide": DiagonalNormal(model, seed=seed), "seed": seed}  # the prior's encoder, without dropout
 
 
 def with_few_latents(cells: Cells, *, seed: int = 0) -> Preset:
     """:func:`clusters` with 5 latents."""
-    model = SCVI(cells.n_genes, 5, cells.n_covariates, likelihood=ZINB(PerGene(cells.n_genes)), dropout=0.1, seed=seed)
-    return model, {"guide": DiagonalNormal(model, dropout=0.1, seed=seed), "seed": seed}
+    return _with_dropout(_clustering_model(cells, seed, n_latent=5), seed)
 
 
 def default_with_mixture(cells: Cells, *, seed: int = 0) -> Preset:
     """The default with a mixture of 16 normals as the prior of z."""
     model, options = presets.default(cells, seed=seed)
-    model.prior = GaussianMixture(model.n_latent, 16, seed=seed)
-    return model, options
+    return rebuilt(model, GaussianMixture(model.n_latent, 16, seed=seed)), options
 
 
 CANDIDATES: dict[str, Configure] = {
@@ -82,10 +87,15 @@ def as_parameter(configure: Configure) -> Configure:
     def configured(cells: Cells, *, seed: int = 0) -> Preset:
         model, options = configure(cells, seed=seed)
         made: dict[str, Any] = options["guide"].arguments if "guide" in options else {"seed": seed}
-        model.prior = Flat(model.n_latent)
-        return model, options | {"guide": Point(model, **{name: made[name] for name in made if name != "model"})}
+        flat = rebuilt(model, Flat(model.n_latent))
+        return flat, options | {"guide": Point(flat, **{name: made[name] for name in made if name != "model"})}
 
     return configured
+
+
+def rebuilt(model: SCVI, prior: Prior) -> SCVI:
+    """A model made of the same arguments, and so with the same initial weights, under another prior of z."""
+    return SCVI(**(model.makeup() | {"prior": prior}))
 
 
 def fitted(name: str, cells: Cells, *, seed: int, epochs: int | None = None, **options: Any) -> Fit:

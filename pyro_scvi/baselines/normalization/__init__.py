@@ -1,0 +1,1 @@
+"""Normalization of sequencing depth: scaling methods, and SCONE, which ranks many normalizations."""

@@ -1,0 +1,1 @@
+"""ZIFA, zero-inflated factor analysis: the model, its EM algorithm and the estimator."""

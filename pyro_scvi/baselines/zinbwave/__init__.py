@@ -1,0 +1,1 @@
+"""ZINB-WaVE: the model, its initialization and optimization, and the estimator."""

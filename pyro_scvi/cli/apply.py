@@ -1,0 +1,116 @@
+"""The commands ``embed`` and ``impute``: apply a saved fit to the cells of a file and add the results to a copy."""
+
+import warnings
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from anndata import AnnData
+
+from pyro_scvi import imputation, posterior
+from pyro_scvi.annotate import in_genes_of
+from pyro_scvi.cells import Cells
+from pyro_scvi.cli.files import add, load_fit, matched, read_h5ad, record, write_h5ad
+from pyro_scvi.cli.options import (
+    Device,
+    Fill,
+    FitFolder,
+    Force,
+    Input,
+    OutFile,
+    QueryLayer,
+    Sampling,
+    Seed,
+)
+from pyro_scvi.cli.workspace import new_file
+from pyro_scvi.samplers import Amortized
+
+
+def embed(
+    fit_folder: FitFolder,
+    file: Input,
+    out: OutFile,
+    layer: QueryLayer = None,
+    fill_missing_genes: Fill = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Embed the cells of FILE.h5ad by a saved fit.
+
+    OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"]. Genes are matched by name, in any order; genes that
+    the fit does not know are kept but play no part.
+    """
+    with new_file(out, force, file) as space:
+        fit = load_fit(fit_folder, device)
+        adata = read_h5ad(file)
+        cells = matched(fit, adata, layer, fill_missing_genes)
+        typer.echo(f"embedding {cells.n_cells:,} cells")
+        add(adata.obsm, "X_pyro_scvi", posterior.embed(fit, cells, seed=seed))
+        record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
+        write_h5ad(adata, space.path)
+
+
+def impute(
+    fit_folder: FitFolder,
+    file: Input,
+    out: OutFile,
+    no_dropout: Annotated[
+        bool, typer.Option("--no-dropout", help="The mean given no dropout, mu, instead of E[w | x].")
+    ] = False,
+    technical_zeros: Annotated[
+        bool, typer.Option("--technical-zeros", help="Add P(h = 1 | x), that a zero is technical.")
+    ] = False,
+    batch_as: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="As if of this batch, the mean over all given; takes --no-dropout."),
+    ] = None,
+    layer: QueryLayer = None,
+    fill_missing_genes: Fill = False,
+    samples: Annotated[int, typer.Option(min=1, help="Draws of the latents of each cell.")] = 25,
+    sampler: Sampling = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Add the posterior mean expression of every gene in every cell of FILE.h5ad, by a saved fit.
+
+    OUT.h5ad is a copy of FILE with the layer "pyro_scvi_expression", E[w | x] in counts, float32. With --no-dropout its
+    name is "pyro_scvi_no_dropout", with --batch-as "pyro_scvi_no_dropout_batch_swapped"; --technical-zeros adds the
+    layer "pyro_scvi_technical_zero".
+
+    Genes are matched by name, in any order, and OUT keeps all genes of FILE: those that the fit does not know are NaN
+    in these layers, and var["pyro_scvi_modelled"] says which are known.
+    """
+    if batch_as and not no_dropout:
+        raise typer.BadParameter(
+            "in another batch nothing was observed; add --no-dropout for the mean there", param_hint="'--batch-as'"
+        )
+    quantity = imputation.mean_given_no_dropout if no_dropout else imputation.expression
+    name = "pyro_scvi_no_dropout" if no_dropout else "pyro_scvi_expression"
+    name += "_batch_swapped" if batch_as else ""
+    with new_file(out, force, file) as space:
+        fit = load_fit(fit_folder, device)
+        adata = read_h5ad(file)
+        cells = matched(fit, adata, layer, fill_missing_genes)
+        drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)(), "seed": seed}
+        typer.echo(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
+        found = {}
+        if technical_zeros:  # first: it is refused at once where the model has none
+            found["pyro_scvi_technical_zero"] = imputation.technical_zero_probability(fit, cells, **drawing)
+        found[name] = imputation.impute(fit, cells, quantity=quantity, batches=batch_as or (), **drawing)
+        _add_layers(adata, cells, found)
+        asked = drawing | {"sampler": repr(drawing["sampler"]), "batch_as": ", ".join(batch_as or ())}
+        record(adata, "pyro_scvi_impute", fit_folder, layers=", ".join(found), **asked)
+        write_h5ad(adata, space.path)
+
+
+def _add_layers(adata: AnnData, cells: Cells, found: dict[str, np.ndarray]) -> None:
+    """Put (cells, genes of the fit) where the file has these genes; NaN at the others."""
+    modelled = adata.var_names.isin(cells.gene_names)
+    for name, values in found.items():
+        add(adata.layers, name, in_genes_of(adata, cells, values))
+    adata.var["pyro_scvi_modelled"] = modelled
+    if not modelled.all():
+        text = f"{(~modelled).sum():,} of {adata.n_vars:,} genes are unknown to the fit: NaN in the new layers"
+        warnings.warn(text, UserWarning, stacklevel=2)

@@ -1,0 +1,144 @@
+"""The command ``de``: differential expression between groups of cells, by a saved fit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from anndata import AnnData
+
+from pyro_scvi import report
+from pyro_scvi.cli import genes
+from pyro_scvi.cli.files import column, load_fit, matched, read_h5ad
+from pyro_scvi.cli.genes import REST, Comparison
+from pyro_scvi.cli.options import Device, Fill, FitFolder, Force, Input, QueryLayer, Sampling, Seed, called
+from pyro_scvi.cli.page import versions
+from pyro_scvi.cli.workspace import PAGE, Workspace, new_file, new_folder
+from pyro_scvi.differential import DepthCorrected, DepthLaden, differential_expression
+from pyro_scvi.errors import DataError
+from pyro_scvi.fit import Fit
+from pyro_scvi.samplers import Amortized
+
+MOST_GROUPS = 100  # each against the rest; a column with more of them names no cell types
+
+
+def de(
+    ctx: typer.Context,
+    fit_folder: FitFolder,
+    file: Input,
+    groupby: Annotated[str, typer.Option(metavar="COLUMN", help="Column of obs with the groups.")],
+    out: Annotated[Path, typer.Option(metavar="DIR|OUT.csv", help="Folder for table and page, or the table alone.")],
+    group_a: Annotated[
+        str | None, typer.Option(metavar="A", help="A group.", show_default="each group in turn")
+    ] = None,
+    group_b: Annotated[
+        str | None, typer.Option(metavar="B", help="The group to compare it with.", show_default="all other cells")
+    ] = None,
+    depth_laden: Annotated[
+        bool, typer.Option("--depth-laden", help="Compare w itself, not w over the cell's depth.")
+    ] = False,
+    delta: Annotated[float, typer.Option(min=0, help="Log2 fold changes beyond this count as changes.")] = 0.5,
+    within_batch: Annotated[bool, typer.Option("--within-batch", help="Compare cells of the same batch only.")] = False,
+    layer: QueryLayer = None,
+    fill_missing_genes: Fill = False,
+    sampler: Sampling = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Find the genes that differ between groups of cells of FILE.h5ad, by a saved fit.
+
+    Compares group A with group B, or with all other cells, or each group in turn with all other cells. DIR/table.csv
+    holds every gene, DIR/index.html shows the first ones, DIR/volcano.png two groups compared. Fold changes are log2 of
+    B over A: negative ones are higher in A.
+    """
+    options = {
+        "contrast": DepthLaden() if depth_laden else DepthCorrected(),
+        "delta": delta,
+        "within_batch": within_batch,
+        "sampler": (sampler or Amortized)(),
+        "seed": seed,
+    }
+    question = Question(groupby, group_a, group_b, options)
+
+    def answer() -> Answer:
+        return _answer(load_fit(fit_folder, device), read_h5ad(file), question, layer, fill_missing_genes)
+
+    if out.suffix == ".csv":
+        with new_file(out, force, file) as space:
+            answer().table.to_csv(space.path)
+        return
+    with new_folder(out, ("table.csv",), force, file) as space:
+        found = answer()
+        found.table.to_csv(space.path / "table.csv")
+        source = f"{file.name} by the fit {fit_folder}"
+        page = report.page(f"pyro-scvi: {file.name}", _sections(space, question, found, source, called(ctx)))
+        (space.path / PAGE).write_text(page, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which groups of which column are compared, and how."""
+
+    groupby: str
+    group_a: str | None
+    group_b: str | None
+    options: dict[str, Any]
+
+    @property
+    def groups(self) -> dict[str, Any]:
+        """The groups as ``differential_expression`` takes them."""
+        return {"group_a": self.group_a, "group_b": self.group_b}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The table of all comparisons, and each of them."""
+
+    table: pd.DataFrame
+    comparisons: list[Comparison]
+
+
+def _answer(fit: Fit, adata: AnnData, question: Question, layer: str | None, fill_missing_genes: bool) -> Answer:
+    labels = genes.named(column(adata.obs, question.groupby, "--groupby"))
+    n_groups = pd.Series(labels).nunique()
+    if question.group_a is None and n_groups > MOST_GROUPS:
+        raise DataError(
+            f"column {question.groupby!r} has {n_groups:,} groups, too many to compare each with the rest; "
+            "name one or two by --group-a and --group-b, or take another column"
+        )
+    cells = matched(fit, adata, layer, fill_missing_genes)
+    typer.echo(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {question.groupby}")
+    table = differential_expression(fit, cells, groupby=labels, **question.groups, **question.options)
+    delta, b = question.options["delta"], question.group_b
+    if question.group_a is None:
+        tables = {str(group): part.droplevel("group") for group, part in table.groupby(level="group", sort=False)}
+    else:
+        tables = {question.group_a: table}
+    return Answer(table, [genes.compared(part, labels, a, b, delta) for a, part in tables.items()])
+
+
+def _sections(space: Workspace, question: Question, found: Answer, source: str, command: str) -> list[report.Section]:
+    options = [(name.replace("_", " "), f"{value}") for name, value in question.options.items()]
+    made = [
+        f"The cells of {source}; table.csv holds every gene.",
+        report.code(command),
+        report.table([("column", question.groupby), *options]),
+    ]
+    return [*_shown(space, question.groupby, found), ("How it was made", [*made, versions(), *space.notes])]
+
+
+def _shown(space: Workspace, groupby: str, found: Answer) -> list[report.Section]:
+    comparison, *others = found.comparisons
+    if others:
+        text = f"Each group of {groupby} against {REST} of {comparison.n_a + comparison.n_b:,} cells."
+        return [
+            ("", [text, f"Genes are called for {comparison.criterion}. {genes.NOT_CALLED}"]),
+            ("Genes by group", [genes.by_group(found.comparisons)]),
+        ]
+    return [
+        ("", [f"By {groupby}: {genes.sides(comparison)}", genes.volcano(comparison, space.path / "volcano.png")]),
+        ("Numbers", [report.table(genes.counted(comparison), ("quantity", "value", ""), numbers=[1])]),
+        ("First genes", [genes.top(comparison, 25), genes.legend(comparison)]),
+    ]

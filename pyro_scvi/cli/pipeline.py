@@ -1,0 +1,98 @@
+"""From cells to a page: train on nine tenths of the cells, evaluate the fit on the others, write the report."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import typer
+from anndata import AnnData
+
+import pyro_scvi
+from pyro_scvi import plots, report
+from pyro_scvi.cells import Cells
+from pyro_scvi.cli import fit_report, page
+from pyro_scvi.cli.files import column, write_h5ad
+from pyro_scvi.cli.fit_report import EvaluatedFit
+from pyro_scvi.cli.page import Job
+from pyro_scvi.cli.workspace import FIT, PAGE, Workspace
+from pyro_scvi.errors import FitError
+from pyro_scvi.fit import Fit, fit
+from pyro_scvi.guides import Guide
+from pyro_scvi.indexing import number_held_out
+from pyro_scvi.model import SCVI
+from pyro_scvi.plots import Projection
+from pyro_scvi.plots.projection import UMAP
+from pyro_scvi.posterior import embed
+
+HELD_OUT = 0.1  # of the cells: the fit never sees them
+JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
+
+BuildModel = Callable[[Cells], tuple[SCVI, Guide | None]]
+
+
+def fit_and_report(space: Workspace, adata: AnnData, cells: Cells, build_model: BuildModel, job: Job) -> None:
+    """Hold out a tenth of the cells, fit the rest, embed all, and write tables, pictures and the page."""
+    held_out = number_held_out(HELD_OUT, cells.n_cells)
+    typer.echo(f"fitting {cells.n_cells - held_out:,} cells x {cells.n_genes:,} genes, {held_out:,} cells held out")
+    fitted, train_cells, test_cells = train(cells, build_model, job.seed, job.training)
+    _require_finished(fitted, job)
+    fitted.save(space.path / FIT)
+    labels = None if job.labels is None else adata.obs[job.labels]
+    evaluated = evaluate(fitted, cells, train_cells, test_cells, labels, job.seed)
+    write_report(space, adata, evaluated, job)
+
+
+def train(cells: Cells, build_model: BuildModel, seed: int, training: dict[str, Any]) -> tuple[Fit, Cells, Cells]:
+    """Hold out a tenth of the cells and fit the rest: the fit, its cells and the others."""
+    train_cells, test_cells = cells.split(held_out=HELD_OUT, seed=seed)
+    model, guide = build_model(train_cells)
+    return fit(model, train_cells, guide, seed=seed, **training), train_cells, test_cells
+
+
+def evaluate(
+    fitted: Fit, cells: Cells, train_cells: Cells, test_cells: Cells, labels: pd.Series | None, seed: int
+) -> EvaluatedFit:
+    """Embed all cells, and choose the held-out cells that the fit is judged on."""
+    latent = embed(fitted, cells, seed=seed)
+    few = test_cells.n_cells <= JUDGED_CELLS
+    judged = test_cells if few else test_cells.split(JUDGED_CELLS, seed=seed)[1]
+    typer.echo(f"judging the fit on {judged.n_cells:,} held-out cells")
+    return EvaluatedFit(fitted, cells, train_cells, test_cells, judged, latent, labels, seed)
+
+
+def write_report(space: Workspace, adata: AnnData, evaluated: EvaluatedFit, job: Job) -> None:
+    """Write the page with its pictures and tables, and the file with the embedding."""
+    settings = page.settings_of(evaluated.fit, job)
+    results = page.results(job, evaluated, space.path)
+    projection = plots.project(evaluated.latent, seed=job.seed)
+    _annotate(adata, evaluated.latent, projection, settings)
+    write_h5ad(adata, space.path / job.table)
+    picture = fit_report.embedded(evaluated, projection, space.path)
+    first = ("", [page.summary(job, evaluated.fit), picture, *space.notes])
+    text = report.page(f"pyro-scvi: {job.title}", [first, *results, *page.making(job, settings)])
+    (space.path / PAGE).write_text(text, encoding="utf-8")
+
+
+def largest_groups(adata: AnnData, labels: str | None) -> tuple[str, str] | None:
+    """The two largest groups of a column of obs; None without a column, or where it makes no groups."""
+    if labels is None:
+        return None
+    groups = fit_report.categories(column(adata.obs, labels, "--labels"))
+    return None if groups is None else (groups.index[0], groups.index[1])
+
+
+def _require_finished(fitted: Fit, job: Job) -> None:
+    """Refuse to report on a training that was interrupted and can go on."""
+    if "interrupted" in fitted.settings and (folder := job.training.get("checkpoint")):
+        stopped = f"training was interrupted by {fitted.settings['interrupted']}; {folder} holds its state"
+        raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")
+
+
+def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settings: dict[str, Any]) -> None:
+    adata.obsm["X_pyro_scvi"] = latent
+    key = {UMAP: "X_umap"}.get(projection.method)
+    if key:
+        adata.obsm[key] = projection.coordinates
+    made = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}
+    adata.uns["pyro_scvi"] = {"X_pyro_scvi": made}

@@ -1,0 +1,53 @@
+"""The files of real counts behind the tables, in the folder that ``PYRO_SCVI_DATA`` names."""
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+import anndata
+import numpy as np
+
+from pyro_scvi.errors import DataError
+
+CORTEX, BRAIN, PBMC_8K4K, PBMC_3KA, PBMC_4K, ARRAYS = (
+    "cortex_558.h5ad",
+    "brain10k.h5ad",
+    "pbmc_8k4k_hvg.h5ad",
+    "pbmc_3kA.h5ad",
+    "pbmc4k_top2000.h5ad",
+    "microarray_reference.csv",
+)
+
+
+def folder() -> Path:
+    """Where the data lie: ``PYRO_SCVI_DATA``, by default ../shared/data."""
+    return Path(os.environ.get("PYRO_SCVI_DATA", "../shared/data"))
+
+
+def path(name: str) -> Path:
+    """A file of the data folder.
+
+    Raises
+    ------
+    DataError
+        If it is not there.
+    """
+    found = folder() / name
+    if not found.is_file():
+        raise DataError(f"{name} is not in {folder()}; set PYRO_SCVI_DATA to the folder that holds it")
+    return found
+
+
+@cache
+def digest(name: str) -> str:
+    """SHA-256 of a file of the data folder."""
+    return hashlib.sha256(path(name).read_bytes()).hexdigest()
+
+
+def read(name: str, at_most: int | None = None) -> anndata.AnnData:
+    """Counts and annotations (cells, genes); at most so many cells, spread evenly over the file."""
+    adata = anndata.read_h5ad(path(name))
+    if at_most is not None and at_most < adata.n_obs:
+        adata = adata[np.arange(at_most) * adata.n_obs // at_most].copy()
+    return adata
