@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number, require_positive
+from pyro_scvi.execution import execution
 from pyro_scvi.opaque import opaque
 from pyro_scvi.parts import Part
 from pyro_scvi.random_bits import random_bits
@@ -97,21 +96,9 @@ class LayerNorm:
 
 Norm = Callable[[int], nn.Module]
 
-_product_type = ContextVar[torch.dtype | None]("_product_type", default=None)
-
-
-@contextmanager
-def matrix_products_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, encoders and decoders multiply matrices in ``dtype``; what they return keeps the type of their input."""
-    token = _product_type.set(dtype)
-    try:
-        yield
-    finally:
-        _product_type.reset(token)
-
 
 def _autocast(like: Tensor) -> torch.autocast:
-    dtype = _product_type.get()
+    dtype = execution().matrix_products
     return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
