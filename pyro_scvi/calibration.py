@@ -31,6 +31,7 @@ def __dir__():
 
 
 Sites = dict[str, Tensor]
+LEVELS = (0.5, 0.9)
 
 
 class Source(Protocol):
@@ -160,9 +161,6 @@ class Calibration(NamedTuple):
                 f"hold {shares.min():.0%} to {shares.max():.0%} of the truths (se {ses.iloc[0]:.1%})"
             )
         return facts
-
-
-LEVELS = (0.5, 0.9)
 
 
 def calibrate(

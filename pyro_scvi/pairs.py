@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PairDraws = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 
 LEVELS = 0.025, 0.975  # of the interval of a log fold change
+PAIRS, AT_ONCE = 1000, 250  # pairs between looks at the standard errors, draws at a time
 
 
 class Contrast(Protocol):
@@ -87,9 +88,6 @@ class Groups:
             log_r = log_r.expand(log_mean.shape[-1]) if log_r.dim() < 2 else log_r.expand(log_mean.shape)[0]
             log_r = log_r.cpu()
         return Side(log_mean[0].cpu(), log_r)
-
-
-PAIRS, AT_ONCE = 1000, 250  # pairs between looks at the standard errors, draws at a time
 
 
 @dataclass(frozen=True)
