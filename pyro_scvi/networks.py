@@ -128,7 +128,7 @@ def running_statistics(*parts: nn.Module) -> Iterator[Tensor]:
                 yield from (module.running_mean, module.running_var)
 
 
-class _Dropout(nn.Dropout):
+class Dropout(nn.Dropout):
     """Dropout by 16 random bits an entry: on a CPU torch's own masks cost three times as much.
 
     The share that is dropped is p to one part in 65,536, and what is kept is scaled by the share that is kept.
@@ -161,7 +161,7 @@ class Layers(nn.Module):
         if norm is not None and (isinstance(norm, type) or not callable(norm)):
             raise ModelError(f"norm must be None or an object such as ps.networks.LayerNorm(), got {brief(norm)}")
         widths = [n_in] + [n_hidden] * n_layers
-        self.dropout = _Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # A bias in front of a normalisation that subtracts the mean would never matter nor receive a gradient.
         self.linear = nn.ModuleList(nn.Linear(n + n_covariates, n_hidden, bias=norm is None) for n in widths[:-1])
         self.norm = nn.ModuleList(norm(n_hidden) if norm else nn.Identity() for _ in range(n_layers))

@@ -14,7 +14,7 @@ from pyro_scvi.coordinates import log_joint
 from pyro_scvi.elbo import Bound, MeanFieldELBO
 from pyro_scvi.errors import FitError
 from pyro_scvi.execution import executing
-from pyro_scvi.networks import _Dropout as Dropout
+from pyro_scvi.networks import Dropout
 from pyro_scvi.posterior import evaluating
 from pyro_scvi.recorded import Recorded, RecordedJoint
 from tests.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
