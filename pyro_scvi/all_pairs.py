@@ -14,6 +14,8 @@ from pyro_scvi.errors import ModelError, require_at_least
 from pyro_scvi.gamma_ratio import SharedDispersion
 from pyro_scvi.pairs import LEVELS, Estimate, Groups
 
+AT_ONCE = 64  # genes, so that their histograms stay within the cache
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllPairs:
@@ -76,9 +78,6 @@ class AllPairs:
                 "have; leave pairing out, or fit with likelihoods.ZINB(likelihoods.PerGene(n_genes))"
             )
         return over_all_pairs(a.log_mean, b.log_mean, a.log_r, delta, self.bins)
-
-
-AT_ONCE = 64  # genes, so that their histograms stay within the cache
 
 
 def over_all_pairs(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> Estimate:

@@ -155,7 +155,7 @@ def _write(target: Path, content: Content, keep_previous: bool) -> None:
     digest = hashlib.sha256(blob).hexdigest()
     weights = {"file": f"weights-{digest[:16]}.safetensors", "sha256": digest}
     head = {"format": FORMAT, "kind": content.kind, "versions": _versions()}
-    config = _signed({**head, **content.facts, "weights": weights})
+    config = signed({**head, **content.facts, "weights": weights})
     is_new = not (target / weights["file"]).exists()
     try:
         _replace(target / weights["file"], blob)
@@ -198,7 +198,8 @@ def _sync(folder: Path) -> None:
             os.close(number)
 
 
-def _signed(facts: dict[str, Any]) -> bytes:
+def signed(facts: dict[str, Any]) -> bytes:
+    """What ``config.json`` holds for these facts: JSON that ends with the digest of all that precedes it."""
     body = json.dumps(facts, indent=1).removesuffix("\n}").encode()
     return body + _SIGNATURE.format(hashlib.sha256(body).hexdigest()).encode()
 

@@ -31,6 +31,7 @@ def __dir__():
 
 
 Sites = dict[str, Tensor]
+LEVELS = (0.5, 0.9)
 
 
 class Source(Protocol):
@@ -162,9 +163,6 @@ class Calibration(NamedTuple):
         return facts
 
 
-LEVELS = (0.5, 0.9)
-
-
 def calibrate(
     fit: Fit,
     n_cells: int = 200,
@@ -293,11 +291,12 @@ def _quantities(fit: Fit) -> list[str]:
 
 
 def _summary(ranks: pd.DataFrame, draws: int) -> pd.DataFrame:
-    rows = {name: _of_quantity(values.to_numpy(), draws) for name, values in ranks.items()}
+    rows = {name: rank_summary(values.to_numpy(), draws) for name, values in ranks.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
 
 
-def _of_quantity(ranks: np.ndarray, draws: int) -> dict[str, float]:
+def rank_summary(ranks: np.ndarray, draws: int) -> dict[str, float]:
+    """How uniform the ranks (cells,) of one quantity among so many draws are, and how often intervals cover it."""
     from scipy.stats import chisquare  # 45 MB, which no training needs
 
     bins = max(size for size in (1, 2, 4, 5, 10, 20) if size <= max(1, len(ranks) // 10))  # 10 cells or more in each

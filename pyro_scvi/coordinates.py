@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_scvi.distributions import Law
+from pyro_scvi.execution import executing
 from pyro_scvi.importance import LogJoint
 from pyro_scvi.likelihoods import Theta
 from pyro_scvi.model import SCVI
-from pyro_scvi.plates import cells_plate, optimised_directly
+from pyro_scvi.plates import cells_plate
 from pyro_scvi.seeding import seeded
 
 LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -80,7 +81,7 @@ def cell_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
 
 def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
     """The marginalised program's trace with the latents in ``sites`` and its log densities."""
-    with pyro.get_param_store().scope(), optimised_directly():
+    with pyro.get_param_store().scope(), executing(register_parameters=False):
         trace = pyro.poutine.trace(pyro.poutine.condition(model, data=sites)).get_trace(x, gamma)
         trace.compute_log_prob()
     return trace

@@ -9,6 +9,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_scvi.execution import execution
+
 
 class MeanFieldELBO(TraceMeanField_ELBO):
     r"""One draw of the evidence bound, with the KL divergence of every latent in closed form where there is one.
@@ -17,8 +19,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     (Lopez et al. 2017, Eq. 1). The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``,
     which also evaluates the densities of latents whose divergence it then takes in closed form, and which needs every
-    parameter to be registered in every step. For reparameterised guides; while Pyro validates, its own runs, which
-    refuses others.
+    parameter to be registered in every step. For reparameterised guides. Pyro's own runs wherever programs are to be
+    checked (:class:`~pyro_scvi.execution.Execution`): it refuses guides that do not match the model.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Negative bound, nats; adds its gradients to those of the parameters."""
-        if pyro.infer.util.is_validation_enabled():
+        if execution().check_programs:
             return super().loss_and_grads(model, guide, *args, **kwargs)
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
@@ -34,7 +36,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Negative bound, nats, a scalar."""
-        if pyro.infer.util.is_validation_enabled():
+        if execution().check_programs:
             return super().differentiable_loss(model, guide, *args, **kwargs)
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
         modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)

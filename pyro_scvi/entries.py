@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.opaque import recording
+from pyro_scvi.execution import tracing
 
 
 class Gathered(NamedTuple):
@@ -108,7 +108,7 @@ def distinct(parameter: Tensor) -> Tensor:
 
 def gathers(device: torch.device) -> bool:
     """Whether entries are gathered."""
-    return device.type == "cpu" and not recording()
+    return device.type == "cpu" and not tracing()
 
 
 def true_places(mask: Tensor) -> Tensor:

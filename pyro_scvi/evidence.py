@@ -21,6 +21,8 @@ from pyro_scvi.recorded import RecordedJoint
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
+COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
+
 
 def evidence(
     fit: Fit,
@@ -106,9 +108,6 @@ def evidence(
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
     return table
-
-
-COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 
 
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, effort: Effort, joint: Joint) -> Tensor:

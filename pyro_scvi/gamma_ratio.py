@@ -10,6 +10,9 @@ import torch
 from scipy.special import betainc, betaln, expit, polygamma
 from torch import Tensor
 
+CACHED = 2**18  # numbers at a time, so that steps upon them find them in the cache
+NEARLY_NORMAL = 1e8  # beyond it the law of t no longer changes, and float64 would not hold its constant
+
 
 class Side(NamedTuple):
     """One cell per pair: log mean of w (pairs, genes), and log r.
@@ -98,10 +101,6 @@ class SharedDispersion:
         index = below.add_(self.start).reshape(-1)
         low, high = self.table.index_select(0, index), self.table.index_select(0, index + 1)
         return torch.lerp(low, high, position.reshape(-1)).view(gap.shape).copysign_(gap).add_(0.5)
-
-
-CACHED = 2**18  # numbers at a time, so that steps upon them find them in the cache
-NEARLY_NORMAL = 1e8  # beyond it the law of t no longer changes, and float64 would not hold its constant
 
 
 def _above_half(r: Tensor, scale: Tensor, reach: float, steps: int) -> Tensor:

@@ -64,13 +64,17 @@ class Guide(Part):
         self._model = (model,)  # in a tuple, so that it is no submodule: parameters have one owner
         self.coordinates = Coordinates(model)
         self.weights = GlobalNormal(model)
-        if self.stochastic and isinstance(model.prior, Flat):
-            raise ModelError("the prior Flat has no density to integrate: take the guide Point, or another prior")
+        self.require_prior()
 
     @property
     def model(self) -> SCVI:
         """The model whose posterior this approximates."""
         return self._model[0]
+
+    def require_prior(self) -> None:
+        """Refuse priors of the model that this guide cannot be fitted under."""
+        if self.stochastic and isinstance(self.model.prior, Flat):
+            raise ModelError("the prior Flat has no density to integrate: take the guide Point, or another prior")
 
     def forward(
         self,
@@ -438,7 +442,7 @@ class Point(AmortizedGuide):
 
     stochastic = False
 
-    def build(self) -> None:
+    def require_prior(self) -> None:
         """Refuse priors that could collapse onto the points."""
         if getattr(self.model.prior, "learned", False):
             raise ModelError(

@@ -18,6 +18,7 @@ LogJoint = Callable[[Tensor], Tensor]
 
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
 DEGREES_OF_FREEDOM = 7.0  # of the Student-t proposal: tails heavier than the posterior's, finite fourth moment
+FEWEST_IN_TAIL = 5
 
 
 class Proposal(NamedTuple):
@@ -243,9 +244,6 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     usable = torch.isfinite(smooth).all(0)
     ordered[-tail:] = torch.where(usable, smooth, ordered[-tail:])
     return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), law.shape.to(log_weights.dtype)
-
-
-FEWEST_IN_TAIL = 5
 
 
 class _GeneralisedPareto(NamedTuple):

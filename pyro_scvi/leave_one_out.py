@@ -110,7 +110,7 @@ def leave_one_out(
             log_p = law.log_prob(x)
             below = law.expand(log_p.shape).sample() < x
             rows = slice(done, done := done + len(x))
-            found[:, rows] = _left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
+            found[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
     elpd, khat, pit = found.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
     of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
@@ -129,7 +129,7 @@ def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
             )
 
 
-def _left_out(log_p: Tensor, below: Tensor) -> Tensor:
+def left_out(log_p: Tensor, below: Tensor) -> Tensor:
     """Elpd, k-hat and PIT (3, entries) from log p(x | z) and x' < x, each (draws, entries)."""
     log_weights, khat = pareto_smoothed(-log_p)
     spread = log_p.amax(0) - log_p.amin(0)

@@ -225,7 +225,7 @@ class Likelihood(Part):
         if logits is not None:
             h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _NEVER)))
         law = self.rate(**theta)
-        w = theta["log_mean"].exp() if law is None else pyro.sample("w", _updated(law, x, h))
+        w = theta["log_mean"].exp() if law is None else pyro.sample("w", updated_rate(law, x, h))
         y = dist.Delta(x.expand(w.shape))
         if logits is not None:
             y = dist.MaskedMixture(h == 1, y, dist.Poisson(w))
@@ -279,7 +279,8 @@ class Likelihood(Part):
             )
 
 
-def _updated(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
+def updated_rate(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
+    """The law of the Gamma rate w given the count and whether it is a technical zero."""
     # 1 - h first: added to 1, a rate below 6e-8 would be lost, and w infinite where h = 1.
     return dist.Gamma(law.concentration + x * (1 - h), law.rate + (1 - h))
 

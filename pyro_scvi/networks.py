@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError, brief, require_at_least, require_number, require_positive
+from pyro_scvi.execution import execution
 from pyro_scvi.opaque import opaque
 from pyro_scvi.parts import Part
 from pyro_scvi.random_bits import random_bits
@@ -97,21 +96,9 @@ class LayerNorm:
 
 Norm = Callable[[int], nn.Module]
 
-_product_type = ContextVar[torch.dtype | None]("_product_type", default=None)
-
-
-@contextmanager
-def matrix_products_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, encoders and decoders multiply matrices in ``dtype``; what they return keeps the type of their input."""
-    token = _product_type.set(dtype)
-    try:
-        yield
-    finally:
-        _product_type.reset(token)
-
 
 def _autocast(like: Tensor) -> torch.autocast:
-    dtype = _product_type.get()
+    dtype = execution().matrix_products
     return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -141,7 +128,7 @@ def running_statistics(*parts: nn.Module) -> Iterator[Tensor]:
                 yield from (module.running_mean, module.running_var)
 
 
-class _Dropout(nn.Dropout):
+class Dropout(nn.Dropout):
     """Dropout by 16 random bits an entry: on a CPU torch's own masks cost three times as much.
 
     The share that is dropped is p to one part in 65,536, and what is kept is scaled by the share that is kept.
@@ -174,7 +161,7 @@ class Layers(nn.Module):
         if norm is not None and (isinstance(norm, type) or not callable(norm)):
             raise ModelError(f"norm must be None or an object such as ps.networks.LayerNorm(), got {brief(norm)}")
         widths = [n_in] + [n_hidden] * n_layers
-        self.dropout = _Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # A bias in front of a normalisation that subtracts the mean would never matter nor receive a gradient.
         self.linear = nn.ModuleList(nn.Linear(n + n_covariates, n_hidden, bias=norm is None) for n in widths[:-1])
         self.norm = nn.ModuleList(norm(n_hidden) if norm else nn.Identity() for _ in range(n_layers))

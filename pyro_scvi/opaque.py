@@ -6,12 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-
-def recording() -> bool:
-    """Whether operations are written down rather than run."""
-    return get_proxy_mode() is not None
+from pyro_scvi.execution import tracing
 
 
 def opaque(name: str, *changed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -25,7 +21,7 @@ def opaque(name: str, *changed: str) -> Callable[[Callable[..., None]], Callable
 
         @wraps(function)
         def called(x: Tensor, *others: Any) -> None:
-            (operation if x.device.type == "cpu" and recording() else function)(x, *others)
+            (operation if x.device.type == "cpu" and tracing() else function)(x, *others)
 
         return called
 

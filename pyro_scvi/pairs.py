@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PairDraws = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 
 LEVELS = 0.025, 0.975  # of the interval of a log fold change
+PAIRS, AT_ONCE = 1000, 250  # pairs between looks at the standard errors, draws at a time
 
 
 class Contrast(Protocol):
@@ -89,9 +90,6 @@ class Groups:
         return Side(log_mean[0].cpu(), log_r)
 
 
-PAIRS, AT_ONCE = 1000, 250  # pairs between looks at the standard errors, draws at a time
-
-
 @dataclass(frozen=True)
 class MatchedPairs:
     """Every draw serves one pair; pairs are added until all standard errors are small.
@@ -116,7 +114,7 @@ class MatchedPairs:
 
     def estimate(self, groups: Groups, generator: np.random.Generator, delta: float) -> Estimate:
         """Averages over pairs, the standard error that of independent ones."""
-        draw_pairs = _pairs_within_batches(groups) if self.within_batch else _any_pairs(groups)
+        draw_pairs = pairs_within_batches(groups) if self.within_batch else any_pairs(groups)
         total, squares, changes, n = np.zeros(()), np.zeros(()), list[np.ndarray](), 0
         less: Less | None = None
         while n < self.most_pairs:
@@ -130,24 +128,26 @@ class MatchedPairs:
             se = np.sqrt(np.maximum(squares / n - np.square(mean), 0) / n)
             if se.max() <= self.largest_se:
                 break
-        return Estimate(mean, se, n, *_of_changes(np.concatenate(changes), delta))
+        return Estimate(mean, se, n, *summary_of_changes(np.concatenate(changes), delta))
 
 
 def _sum(values: Tensor) -> np.ndarray:
     return values.sum(0, dtype=torch.float64).numpy()
 
 
-def _of_changes(changes: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
+def summary_of_changes(changes: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
+    """Mean, sd, quantiles and one-way share beyond delta, (genes,) each, of log2 fold changes (pairs, genes)."""
     low, high = np.quantile(changes, LEVELS, axis=0)
     one_way = np.maximum((changes > delta).mean(0), (changes < -delta).mean(0))  # both: spread would count as change
     return changes.mean(0), changes.std(0), low, high, one_way
 
 
-def _any_pairs(groups: Groups) -> PairDraws:
+def any_pairs(groups: Groups) -> PairDraws:
+    """Pairs of any cells of the two groups."""
     return lambda generator, n: (generator.choice(groups.rows_a, n), generator.choice(groups.rows_b, n))
 
 
-def _pairs_within_batches(groups: Groups) -> PairDraws:
+def pairs_within_batches(groups: Groups) -> PairDraws:
     """Pairs within a batch, batches in proportion to how many cells of both groups they hold."""
     cells, rows_a, rows_b = groups.cells, groups.rows_a, groups.rows_b
     if not cells.n_batches:

@@ -1,8 +1,5 @@
 """What model and guide have in common: plate over cells, check of arguments, registration of parameters."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import pyro
@@ -10,30 +7,16 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.errors import ModelError
+from pyro_scvi.execution import execution
 
 if TYPE_CHECKING:
     from pyro_scvi.model import SCVI
     from pyro_scvi.parts import Part
 
-_optimised_directly = ContextVar("_optimised_directly", default=False)
-
-
-@contextmanager
-def optimised_directly() -> Iterator[None]:
-    """Inside, programs do not tell Pyro of their parameters.
-
-    For an optimiser that has them already; with 30 parameters the telling costs more than the networks' own overhead.
-    """
-    token = _optimised_directly.set(True)
-    try:
-        yield
-    finally:
-        _optimised_directly.reset(token)
-
 
 def register(program: "Part") -> None:
     """Tell Pyro of a program's parameters, for whoever trains it with Pyro's own tools."""
-    if not _optimised_directly.get():
+    if execution().register_parameters:
         pyro.module(program.pyro_name, program)
 
 

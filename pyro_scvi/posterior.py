@@ -26,6 +26,9 @@ from pyro_scvi.seeding import seeded
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
 
+CANDIDATES = 64  # prior draws that compete with the guide as a start
+MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is
+
 
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
@@ -132,10 +135,6 @@ def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
     law = guide.z_law(guide.encode(x, gamma, None))
     mean = law.sample((200,)).mean(0) if isinstance(law, dist.TransformedDistribution) else law.mean
     return mean.squeeze(-2)
-
-
-CANDIDATES = 64  # prior draws that compete with the guide as a start
-MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is
 
 
 def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> tuple[LogJoint, Tensor, Tensor]:

@@ -16,6 +16,11 @@ from pyro_scvi.sources import Backed, Collection, genes_of
 from pyro_scvi.stores import CountStore
 from pyro_scvi.validation import check_counts
 
+_OF_ZEROS = {
+    "cell": "Results for such cells are mostly the prior's; sc.pp.filter_cells(adata, min_counts=1) leaves them out.",
+    "gene": "A fit learns of such genes that they are rare; sc.pp.filter_genes(adata, min_counts=1) leaves them out.",
+}
+
 
 class Table(NamedTuple):
     """Counts with the names of their rows and columns, not validated yet."""
@@ -149,12 +154,6 @@ def _check_names(table: Table) -> None:
             f"cell names occur more than once: {quoted(doubled)}. Tables and messages cannot tell these cells apart; "
             "adata.obs_names_make_unique() gives each its own name."
         )
-
-
-_OF_ZEROS = {
-    "cell": "Results for such cells are mostly the prior's; sc.pp.filter_cells(adata, min_counts=1) leaves them out.",
-    "gene": "A fit learns of such genes that they are rare; sc.pp.filter_genes(adata, min_counts=1) leaves them out.",
-}
 
 
 def _warn_of_zeros(kind: str, names: pd.Index) -> None:

@@ -38,6 +38,7 @@ def __dir__():
     return __all__
 
 
+Mode = Literal["r", "r+", "w"]
 Verb = Callable[..., np.ndarray | pd.DataFrame]
 """(fit, cells, seed=) -> a row for each cell, such as ``ps.embed`` or ``functools.partial(ps.impute, samples=10)``."""
 
@@ -313,9 +314,6 @@ def _reached(kind: _Format, path: Path, mode: Mode) -> Iterator[Any]:
 def _something_else(path: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
     return f"{path} holds something else than results of ps.shards.write ({reason}); choose another path"
-
-
-Mode = Literal["r", "r+", "w"]
 
 
 class _Format(ABC):

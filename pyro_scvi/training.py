@@ -19,14 +19,13 @@ from pyro_scvi.distributed import Alone, LossAndGrads
 from pyro_scvi.divergence import HALVINGS, Diverged, numberless, suspects
 from pyro_scvi.elbo import Bound, MeanFieldELBO
 from pyro_scvi.errors import FitError, PyroScviError
+from pyro_scvi.execution import executing
 from pyro_scvi.guards import TemperedZ, check_gradients, check_sites, unique_parameters
 from pyro_scvi.guides import Guide
 from pyro_scvi.interrupts import Interrupted, Interrupts
 from pyro_scvi.memory import keep_freed_memory
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
-from pyro_scvi.networks import matrix_products_in
-from pyro_scvi.plates import optimised_directly
 from pyro_scvi.posterior import bound_terms, evaluating
 from pyro_scvi.progress import Progress, Snapshot
 from pyro_scvi.recorded import NotCompiled, Recorded
@@ -237,7 +236,7 @@ class Run:
     def _quickly(self, checked: bool) -> Iterator[None]:
         """Matrix products as asked for; parameters unregistered, but for Pyro's own ELBOs, which look for them."""
         own = isinstance(self.elbo, MeanFieldELBO) and not checked
-        with matrix_products_in(self.autocast), optimised_directly() if own else nullcontext():
+        with executing(matrix_products=self.autocast, register_parameters=not own, check_programs=checked):
             yield
 
     def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:

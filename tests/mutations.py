@@ -122,7 +122,7 @@ def _edit(path, other, rng):
 def _sign(path, other, rng):
     config = _edited(path, rng)
     config.pop("sha256", None)
-    (path / "config.json").write_bytes(archive._signed(config))
+    (path / "config.json").write_bytes(archive.signed(config))
     return "signed"
 
 
@@ -147,7 +147,7 @@ def _sign_tensors(path, other, rng):
     file.write_bytes(blob)
     config["weights"]["sha256"] = hashlib.sha256(blob).hexdigest()
     config.pop("sha256")
-    (path / "config.json").write_bytes(archive._signed(config))
+    (path / "config.json").write_bytes(archive.signed(config))
     return "signed"
 
 

@@ -20,9 +20,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyro_scvi as ps
 from pyro_scvi.elbo import Bound, MeanFieldELBO
+from pyro_scvi.execution import executing
 from pyro_scvi.guards import unique_parameters
 from pyro_scvi.minibatches import Minibatches
-from pyro_scvi.plates import optimised_directly
 from pyro_scvi.recorded import Recorded
 
 N_GENES = 20
@@ -84,7 +84,8 @@ def compiled(ranks, folder):
     ranks.loss_and_grads(MeanFieldELBO(), model, guide)
     parameters = unique_parameters((model, guide))
     bound = ranks.reduced(Recorded(Bound(MeanFieldELBO(), model, guide)), parameters)
-    with noise_of(rows), optimised_directly(), pyro.validation_enabled(False):
+    direct = executing(register_parameters=False, check_programs=False)
+    with noise_of(rows), direct, pyro.validation_enabled(False):
         bound(x, gamma, len_all=len(batch), index=rows, n_cells=cells.n_cells)
     grads = [parameter.grad.flatten() for part in (model, guide) for parameter in part.parameters()]
     torch.save(torch.cat(grads), folder / f"compiled-{ranks.size}-{ranks.rank}.pt")

@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 
 from pyro_scvi import baselines
 from pyro_scvi.baselines.inputs import dense_counts
-from pyro_scvi.baselines.leiden import _normalised, _shared_neighbours
+from pyro_scvi.baselines.leiden import normalised, shared_neighbours
 from pyro_scvi.errors import DataError, ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore:no parametric trend fits the dispersions")  # DESeq2, of 20 genes
@@ -356,15 +356,15 @@ def test_leiden_graph_is_the_overlap_of_neighbourhoods():
     expected = np.array([[len(a & b) / len(a | b) for a in near] for b in near])
     expected[expected < 1 / 15] = 0
     np.fill_diagonal(expected, 0)
-    np.testing.assert_allclose(_shared_neighbours(points, 6).toarray(), expected)
+    np.testing.assert_allclose(shared_neighbours(points, 6).toarray(), expected)
 
 
 def test_leiden_takes_logs_of_scaled_counts():
     scanpy = pytest.importorskip("scanpy")
     totals = COUNTS.sum(1, keepdims=True)
     expected = np.log1p(COUNTS / totals * np.median(totals))
-    np.testing.assert_allclose(_normalised(scanpy, COUNTS.astype(float), 20), expected)
-    kept = _normalised(scanpy, COUNTS.astype(float), 5)
+    np.testing.assert_allclose(normalised(scanpy, COUNTS.astype(float), 20), expected)
+    kept = normalised(scanpy, COUNTS.astype(float), 5)
     assert 5 <= kept.shape[1] < 20  # few genes: some tie
     assert all((np.abs(expected - column[:, None]).max(0) < 1e-12).any() for column in kept.T)
 

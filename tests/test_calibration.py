@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 import pyro_scvi as ps
-from pyro_scvi.calibration import AggregatePosterior, Calibration, Prior, _of_quantity, calibrate
+from pyro_scvi.calibration import AggregatePosterior, Calibration, Prior, calibrate, rank_summary
 from pyro_scvi.coordinates import theta_at
 from pyro_scvi.errors import ModelError
 from pyro_scvi.posterior import evaluating, start
@@ -159,7 +159,7 @@ def test_one_seed_gives_one_result_and_the_global_state_is_untouched(fit_and_cel
 
 def test_the_summary_by_hand():
     """Of 100 possible ranks, 5 to 94 are in the central 90 % and 25 to 74 in the central half."""
-    row = _of_quantity(np.array([4, 5, 24, 25, 74, 75, 94, 95] * 10), 99)
+    row = rank_summary(np.array([4, 5, 24, 25, 74, 75, 94, 95] * 10), 99)
     assert row["coverage_90"] == 6 / 8
     assert row["coverage_50"] == 2 / 8
     assert row["se_90"] == pytest.approx((0.9 * 0.1 / 80) ** 0.5)
@@ -190,7 +190,7 @@ def test_a_flat_prior_is_refused():
 
 def test_the_repr_says_what_matters_in_a_few_lines():
     ranks = pd.DataFrame({"z_0": np.arange(40) % 20, "z_1": np.zeros(40, dtype=int)})
-    summary = pd.DataFrame({name: _of_quantity(values.to_numpy(), 19) for name, values in ranks.items()}).T
+    summary = pd.DataFrame({name: rank_summary(values.to_numpy(), 19) for name, values in ranks.items()}).T
     found = Calibration(ranks, summary, 19)
     assert len(repr(found).splitlines()) == 5
     assert ", z_1, of 2 quantities" in repr(found)

@@ -11,7 +11,7 @@ import pyro_scvi as ps
 from pyro_scvi.differential import AllPairs, DepthCorrected, DepthLaden, expected_fdr
 from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.gamma_ratio import Side, probability_less
-from pyro_scvi.pairs import Groups, _pairs_within_batches
+from pyro_scvi.pairs import Groups, pairs_within_batches
 
 COLUMNS = ["p_a_lt_b", "se", "log_bayes_factor", "lfc_mean", "lfc_sd", "lfc_low", "lfc_high", "p_lfc", "fdr"]
 COLUMNS += ["mean_a", "detected_a", "mean_b", "detected_b"]
@@ -279,7 +279,7 @@ def test_pairs_within_a_batch_stay_there(three_batches):
     cells, labels, batch = three_batches
     rows = [np.flatnonzero(labels == group) for group in "xy"]
     groups = Groups(None, cells, None, *rows, None, None)  # pairs are drawn by cells alone
-    a, b = _pairs_within_batches(groups)(np.random.default_rng(0), 5000)
+    a, b = pairs_within_batches(groups)(np.random.default_rng(0), 5000)
     assert len(a) == len(b) == 5000
     assert (batch[a] == batch[b]).all()
     assert (labels[a] == "x").all()

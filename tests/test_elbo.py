@@ -8,8 +8,8 @@ from pyro.infer import TraceMeanField_ELBO
 
 import pyro_scvi as ps
 from pyro_scvi.elbo import MeanFieldELBO
+from pyro_scvi.execution import executing
 from pyro_scvi.guards import TemperedZ
-from pyro_scvi.plates import optimised_directly
 
 GUIDES = [ps.guides.DiagonalNormal, ps.guides.FullRankNormal, ps.guides.InverseAutoregressiveFlow, ps.guides.Point]
 PRIORS = {
@@ -57,7 +57,7 @@ PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if (prior, guide
 def test_value_and_gradients_are_those_of_pyro(cells, prior, guide, weights):
     parts = model_and_guide(cells, prior, guide, weights)
     expected = loss_and_gradients(TraceMeanField_ELBO(), *parts, cells)
-    with pyro.validation_enabled(False):
+    with executing(check_programs=False):
         assert_same(loss_and_gradients(MeanFieldELBO(), *parts, cells), expected)
 
 
@@ -65,7 +65,7 @@ def test_value_and_gradients_are_those_of_pyro(cells, prior, guide, weights):
 def test_masks_are_those_of_pyro(cells, options):
     parts = model_and_guide(cells)
     expected = loss_and_gradients(TraceMeanField_ELBO(), *parts, cells, **options)
-    with pyro.validation_enabled(False):
+    with executing(check_programs=False):
         found = loss_and_gradients(MeanFieldELBO(), *parts, cells, **options)
     for name, gradient in expected[1].items():  # of parameters that a mask leaves without effect
         found[1].setdefault(name, torch.zeros_like(gradient))
@@ -74,12 +74,12 @@ def test_masks_are_those_of_pyro(cells, options):
 
 def test_a_tempered_divergence_is_that_of_pyro(cells):
     parts = model_and_guide(cells)
-    with TemperedZ(0.3), pyro.validation_enabled(False):
+    with TemperedZ(0.3), executing(check_programs=False):
         expected = loss_and_gradients(TraceMeanField_ELBO(), *parts, cells)
         assert_same(loss_and_gradients(MeanFieldELBO(), *parts, cells), expected)
 
 
-def test_pyro_checks_while_it_validates(cells):
+def test_pyro_checks_programs_unless_told_otherwise(cells):
     """A site of the guide that the model lacks passes in silence without Pyro's own estimator."""
     model, guide = model_and_guide(cells)
 
@@ -96,7 +96,7 @@ def test_registration_may_be_left_out(cells):
     x, gamma = (t.double() for t in cells[:])
     with pyro.get_param_store().scope():
         assert len(list(pyro.poutine.trace(model).get_trace(x, gamma).param_nodes))
-        with optimised_directly():
+        with executing(register_parameters=False):
             trace = pyro.poutine.trace(model).get_trace(x, gamma)
             assert not list(trace.param_nodes)
         assert len(list(pyro.poutine.trace(guide).get_trace(x, gamma).param_nodes))
@@ -147,6 +147,6 @@ def test_a_site_that_only_the_guide_needs_is_counted_as_pyro_counts_it(cells):
     losses = []
     for elbo in (TraceMeanField_ELBO(), MeanFieldELBO()):
         torch.manual_seed(1)
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with pyro.get_param_store().scope(), executing(check_programs=False):
             losses.append(elbo.differentiable_loss(model, more, x, gamma).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)

@@ -300,9 +300,9 @@ class ShiftedLibrary(ps.libraries.LatentLibrary):
         super().__init__(4.0, 0.3)
         self.shift = torch.nn.Parameter(torch.tensor([0.5]))
 
-    def _law(self, gamma):
-        loc, scale = super()._law(gamma)
-        return loc + self.shift, scale
+    def law(self, gamma):
+        law = super().law(gamma)
+        return pyro.distributions.LogNormal(law.loc + self.shift, law.scale)
 
 
 def test_the_prior_has_global_latents_at_their_medians_too(named_cells):

@@ -15,9 +15,9 @@ from pyro_scvi.baselines.reproducibility import (
     AUTHORS_START,
     STARTS,
     Mixture,
-    _expectation,
-    _maximisation,
-    _normal_scores,
+    expectation,
+    maximisation,
+    normal_scores,
 )
 from pyro_scvi.errors import DataError, ModelError
 
@@ -71,7 +71,7 @@ def test_of_all_starts_the_likeliest_ranks_win():
 
 def test_density_of_z_integrates_to_one():
     total, _ = dblquad(
-        lambda y, x: np.exp(_expectation(np.array([[x], [y]]), Mixture(0.4, 0.6, 1.0, 0.7))[1]),
+        lambda y, x: np.exp(expectation(np.array([[x], [y]]), Mixture(0.4, 0.6, 1.0, 0.7))[1]),
         -6,
         6,
         -6,
@@ -86,7 +86,7 @@ def test_log_likelihood_is_that_of_the_copula():
     found = idr(score_1, score_2)
     p, rho, mu, sigma = found[:4]
     u = np.stack([(np.argsort(np.argsort(score)) + 1) / 201 for score in (score_1, score_2)])
-    z = _normal_scores(u, Mixture(p, rho, mu, sigma))
+    z = normal_scores(u, Mixture(p, rho, mu, sigma))
     covariance = sigma**2 * np.array([[1, rho], [rho, 1]])
     h = p * multivariate_normal.pdf(z.T, [mu, mu], covariance) + (1 - p) * norm.pdf(z).prod(0)
     f = p * norm.pdf(z, mu, sigma) + (1 - p) * norm.pdf(z)
@@ -97,9 +97,9 @@ def test_em_at_given_z_climbs():
     z = np.random.default_rng(0).normal(size=(2, 500)) + [[0.5]]
     mixture, values = AUTHORS_START, []
     for _ in range(50):
-        reproducible, value = _expectation(z, mixture)
+        reproducible, value = expectation(z, mixture)
         values.append(value)
-        mixture = _maximisation(z, reproducible)
+        mixture = maximisation(z, reproducible)
     assert np.diff(values).min() > -1e-9
 
 

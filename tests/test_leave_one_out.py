@@ -9,7 +9,7 @@ from scipy.stats import kstest
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
-from pyro_scvi.leave_one_out import _left_out
+from pyro_scvi.leave_one_out import left_out
 
 
 def by_quadrature(fit, cells, points=401, width=6.0):
@@ -79,7 +79,7 @@ def test_transforms_are_uniform_under_the_model_and_not_under_another(toy):
 
 def test_entries_on_which_all_draws_agree_have_no_tail():
     log_p = torch.full((100, 1), -0.7, dtype=torch.float64)
-    elpd, khat, pit = _left_out(log_p, torch.zeros(100, 1, dtype=torch.bool))
+    elpd, khat, pit = left_out(log_p, torch.zeros(100, 1, dtype=torch.bool))
     assert float(elpd) == pytest.approx(-0.7)
     assert float(khat) == 0
     assert 0 <= float(pit) <= math.exp(-0.7)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyro_scvi.networks import BatchNorm, Decoder, Encoder, LayerNorm, _Dropout
+from pyro_scvi.networks import BatchNorm, Decoder, Dropout, Encoder, LayerNorm
 
 NORMS = [BatchNorm(), LayerNorm(), None]
 
@@ -55,7 +55,7 @@ def test_initial_sd():
 @pytest.mark.parametrize("shape", [(2001,), (3, 5, 401)])
 def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p, shape):
     """Share within 5 standard errors: fails by chance once in a million."""
-    dropout = _Dropout(p).train()
+    dropout = Dropout(p).train()
     x = torch.ones(40, *shape, requires_grad=True)
     out = dropout(x)
     kept = out > 0
@@ -68,7 +68,7 @@ def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p, shape):
 
 
 def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
-    dropout, x = _Dropout(0.3), torch.ones(1000)
+    dropout, x = Dropout(0.3), torch.ones(1000)
     masks = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -76,5 +76,5 @@ def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
     assert torch.equal(dropout.eval()(x), x)
-    assert torch.equal(_Dropout(0.0).train()(x), x)
-    assert not _Dropout(1.0).train()(x).any()
+    assert torch.equal(Dropout(0.0).train()(x), x)
+    assert not Dropout(1.0).train()(x).any()

@@ -8,7 +8,7 @@ from conftest import simulated_counts
 import pyro_scvi as ps
 from pyro_scvi.differential import DepthCorrected
 from pyro_scvi.minibatches import Minibatches
-from pyro_scvi.pairs import Groups, MatchedPairs, _of_changes
+from pyro_scvi.pairs import Groups, MatchedPairs, summary_of_changes
 from pyro_scvi.posterior import evaluating
 from pyro_scvi.samplers import Amortized, Refined
 
@@ -86,7 +86,7 @@ def test_a_change_counts_in_its_likelier_direction():
         [0.4, -0.4, 0.1, -0.1, 0.0, 0.2],
         [0.5, 0.5, 0.5, -0.5, -0.5, -0.5],
     ]
-    mean, sd, low, high, one_way = _of_changes(np.array(changes).T, 0.5)
+    mean, sd, low, high, one_way = summary_of_changes(np.array(changes).T, 0.5)
     np.testing.assert_allclose(one_way, [3 / 6, 4 / 6, 5 / 6, 0, 0])
     np.testing.assert_allclose(mean, np.mean(changes, 1))
     np.testing.assert_allclose(sd, np.std(changes, 1))

@@ -60,8 +60,8 @@ def test_the_mixture_is_that_of_the_authors_start():
 @pytest.mark.parametrize("kind", ["ties", "opposite", "two values"])
 def test_the_mixture_of_scores_that_say_nothing_ends_and_is_finite(kind, monkeypatch):
     of, calls = blood(), []
-    expectation = reproducibility._expectation
-    monkeypatch.setattr(reproducibility, "_expectation", lambda *given: (calls.append(1), expectation(*given))[1])
+    expectation = reproducibility.expectation
+    monkeypatch.setattr(reproducibility, "expectation", lambda *given: (calls.append(1), expectation(*given))[1])
     score = np.zeros(len(of.matched))
     score[of.matched] = {"ties": np.round(-np.log(of.p)), "opposite": np.log(of.p), "two values": of.p < 0.5}[kind]
     found = judged(of, score)

@@ -13,8 +13,8 @@ import pyro_scvi as ps
 from pyro_scvi.coordinates import log_joint
 from pyro_scvi.elbo import Bound, MeanFieldELBO
 from pyro_scvi.errors import FitError
-from pyro_scvi.networks import _Dropout as Dropout
-from pyro_scvi.plates import optimised_directly
+from pyro_scvi.execution import executing
+from pyro_scvi.networks import Dropout
 from pyro_scvi.posterior import evaluating
 from pyro_scvi.recorded import Recorded, RecordedJoint
 from tests.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
@@ -46,7 +46,7 @@ def step_of(model, guide, cells, *, recorded, sizes=(30,), seed=5):
     take = Recorded(Bound(MeanFieldELBO(), model, guide)) if recorded else None
     torch.manual_seed(seed)
     losses = []
-    with pyro.validation_enabled(False), optimised_directly():
+    with pyro.validation_enabled(False), executing(register_parameters=False, check_programs=False):
         for size in sizes:
             rows = torch.arange(size)
             x, gamma = (t[:size].double() for t in cells[:])
@@ -102,7 +102,7 @@ def test_covariates_are_arguments(batched_cells, uncompiled):
     take = Recorded(Bound(MeanFieldELBO(), model, guide))
     x, gamma = (t[:30].double() for t in batched_cells[:])
     losses = []
-    with pyro.validation_enabled(False), optimised_directly():
+    with pyro.validation_enabled(False), executing(register_parameters=False, check_programs=False):
         for given in (gamma, 1 - gamma):
             torch.manual_seed(0)
             losses.append(take(x, given, index=torch.arange(30), n_cells=60, len_all=30))

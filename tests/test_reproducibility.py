@@ -326,7 +326,7 @@ CASES |= {
     ),
     "networks.BatchNorm": lambda: model(norm=ps.networks.BatchNorm()),
     "networks.LayerNorm": lambda: model(norm=ps.networks.LayerNorm()),
-    "networks.matrix_products_in": scheduled(autocast=torch.bfloat16),
+    "fit, bfloat16": scheduled(autocast=torch.bfloat16),
     "schedules.OneCycle": scheduled(learning_rate=ps.schedules.OneCycle(0.01)),
     "schedules.Constant": scheduled(learning_rate=ps.schedules.Constant(0.01)),
     "schedules.Every": lambda: ps.schedules.Every(epochs=2),

@@ -215,7 +215,7 @@ def weights_of(path):
 
 def sign(path, config):
     """Write a config with the digest that it should have."""
-    (path / "config.json").write_bytes(archive._signed({k: v for k, v in config.items() if k != "sha256"}))
+    (path / "config.json").write_bytes(archive.signed({k: v for k, v in config.items() if k != "sha256"}))
 
 
 def sign_weights(path, tensors):

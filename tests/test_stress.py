@@ -10,7 +10,7 @@ from scipy import sparse
 
 import pyro_scvi as ps
 from pyro_scvi.errors import DataError
-from pyro_scvi.likelihoods import _updated
+from pyro_scvi.likelihoods import updated_rate
 from pyro_scvi.validation import LARGEST_EXACT_COUNT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -210,5 +210,5 @@ def test_the_rate_of_w_keeps_its_digits_where_a_zero_is_technical():
     """Gamma(r, r / mu) given h = 1: with 1 added and taken away again, a rate below 6e-8 becomes 0 and w infinite."""
     rate = torch.tensor([1e-12, 1e-5, 1.0])
     law = pyro.distributions.Gamma(torch.ones(3), rate)
-    assert torch.equal(_updated(law, torch.zeros(3), torch.ones(3)).rate, rate)
-    torch.testing.assert_close(_updated(law, torch.zeros(3), torch.zeros(3)).rate, rate + 1)
+    assert torch.equal(updated_rate(law, torch.zeros(3), torch.ones(3)).rate, rate)
+    torch.testing.assert_close(updated_rate(law, torch.zeros(3), torch.zeros(3)).rate, rate + 1)

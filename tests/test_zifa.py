@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from pyro_scvi.baselines import ZIFA
 from pyro_scvi.baselines.zifa.em import LEAST_VARIANCE, Seen, Sums, maximised
-from pyro_scvi.baselines.zifa.estimator import _relative_change
+from pyro_scvi.baselines.zifa.estimator import relative_change
 from pyro_scvi.baselines.zifa.model import Parameters, expected_complete, log_counts, log_kept, log_marginal, posterior
 from pyro_scvi.errors import DataError, ModelError
 
@@ -204,8 +204,8 @@ def test_a_gene_without_variation_keeps_a_variance():
 
 def test_stop_rule_is_the_largest_mean_change_relative_to_the_new_value():
     old = SMALL._replace(loadings=2 * SMALL.loadings, decay=1.25 * SMALL.decay)
-    assert _relative_change(old, SMALL) == pytest.approx(1)
-    assert _relative_change(SMALL, old) == pytest.approx(0.5)
+    assert relative_change(old, SMALL) == pytest.approx(1)
+    assert relative_change(SMALL, old) == pytest.approx(0.5)
 
 
 def test_cortex_held_out(data_path):

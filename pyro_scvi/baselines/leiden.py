@@ -97,10 +97,10 @@ class LeidenClusters(ClusterMixin, BaseEstimator):
         x = dense_counts(counts)
         self._check(x)
         with _undisturbed():
-            cells = _normalised(scanpy, x, self.n_variable_genes)
+            cells = normalised(scanpy, x, self.n_variable_genes)
             points = PCA(self.n_components, random_state=self.seed).fit_transform(cells)
             data = scanpy.AnnData(obs=pd.DataFrame(index=[str(cell) for cell in range(len(x))]))
-            graph = _shared_neighbours(points, self.n_neighbors)
+            graph = shared_neighbours(points, self.n_neighbors)
             settings = {"resolution": self.resolution, "random_state": self.seed, "adjacency": graph}
             scanpy.tl.leiden(data, flavor="igraph", directed=False, n_iterations=UNTIL_STABLE, **settings)
         self.labels_ = _by_size(data.obs["leiden"].cat.codes.to_numpy())
@@ -128,7 +128,7 @@ def _package() -> Any:
     return scanpy
 
 
-def _normalised(scanpy: Any, x: np.ndarray, n_variable_genes: int) -> np.ndarray:
+def normalised(scanpy: Any, x: np.ndarray, n_variable_genes: int) -> np.ndarray:
     """log(1 + .) of counts scaled to the median total, of the highly variable genes: (cells, kept genes)."""
     data = scanpy.AnnData(x.copy())
     scanpy.pp.normalize_total(data)
@@ -138,7 +138,7 @@ def _normalised(scanpy: Any, x: np.ndarray, n_variable_genes: int) -> np.ndarray
     return data.X
 
 
-def _shared_neighbours(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
+def shared_neighbours(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
     """Seurat's graph: the Jaccard index of two cells' neighbourhoods (cells, cells), links below 1/15 cut."""
     near = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors_graph(points)  # a cell is its own neighbour
     shared = (near @ near.T).tocsr()

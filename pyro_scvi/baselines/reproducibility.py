@@ -157,8 +157,8 @@ def _fit(uniform: np.ndarray, mixture: Mixture, tol: float, max_iter: int) -> _F
     """Alternate between the normal scores z of the ranks and the EM at given z."""
     before = math.inf
     for _ in range(max_iter + 1):
-        z = _normal_scores(uniform, mixture)
-        renewed = _expectation(z, mixture)[1]
+        z = normal_scores(uniform, mixture)
+        renewed = expectation(z, mixture)[1]
         mixture, reproducible, now = _em(z, mixture, tol)
         if abs(renewed - before) < tol * (1 + abs(before)):
             break
@@ -169,17 +169,17 @@ def _fit(uniform: np.ndarray, mixture: Mixture, tol: float, max_iter: int) -> _F
 def _em(z: np.ndarray, mixture: Mixture, tol: float) -> tuple[Mixture, np.ndarray, float]:
     """The mixture at the end, the posterior probabilities (items,) that it was computed from, and its L in nats."""
     before = math.inf
-    reproducible, _ = _expectation(z, mixture)
+    reproducible, _ = expectation(z, mixture)
     for _ in range(LONGEST_EM):
-        mixture = _maximisation(z, reproducible)
-        renewed, now = _expectation(z, mixture)
+        mixture = maximisation(z, reproducible)
+        renewed, now = expectation(z, mixture)
         if abs(now - before) < tol * (1 + abs(before)):
             break
         reproducible, before = renewed, now
     return mixture, reproducible, now
 
 
-def _expectation(z: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, float]:
+def expectation(z: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, float]:
     """Posterior probability of being reproducible (items,), and the log likelihood of z (2, items), nats."""
     p, rho, mu, sigma = mixture
     x, y = (z - mu) / sigma
@@ -190,7 +190,8 @@ def _expectation(z: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, float]:
     return np.exp(log_h1 - log_h), float(log_h.sum()) - z.shape[1] * math.log(2 * math.pi)
 
 
-def _maximisation(z: np.ndarray, reproducible: np.ndarray) -> Mixture:
+def maximisation(z: np.ndarray, reproducible: np.ndarray) -> Mixture:
+    """The mixture that maximises the expected log likelihood of z (2, items) at these probabilities (items,)."""
     reproducible = np.maximum(reproducible, 1e-200)  # none of opposite rankings may be left
     weight = reproducible.sum()
     mu = (reproducible * z).sum() / (2 * weight)
@@ -202,7 +203,7 @@ def _maximisation(z: np.ndarray, reproducible: np.ndarray) -> Mixture:
     return Mixture(float(p), float(np.clip(rho, EDGE - 1, 1 - EDGE)), float(mu), sigma)
 
 
-def _normal_scores(uniform: np.ndarray, mixture: Mixture) -> np.ndarray:
+def normal_scores(uniform: np.ndarray, mixture: Mixture) -> np.ndarray:
     """F^-1(u), same shape, by linear interpolation; constant beyond the grid."""
     p, _, mu, sigma = mixture
     grid = np.linspace(min(-3, mu - 3 * sigma), max(3, mu + 3 * sigma), GRID)
@@ -212,9 +213,9 @@ def _normal_scores(uniform: np.ndarray, mixture: Mixture) -> np.ndarray:
 def _copula(uniform: np.ndarray, mixture: Mixture) -> float:
     """Log likelihood of the ranks, nats."""
     p, _, mu, sigma = mixture
-    z = _normal_scores(uniform, mixture)
+    z = normal_scores(uniform, mixture)
     marginal = np.logaddexp(math.log(p) + norm.logpdf(z, mu, sigma), math.log(1 - p) + norm.logpdf(z))
-    return _expectation(z, mixture)[1] - float(marginal.sum())
+    return expectation(z, mixture)[1] - float(marginal.sum())
 
 
 def _running_mean(local_idr: np.ndarray) -> np.ndarray:

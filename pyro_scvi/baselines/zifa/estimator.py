@@ -233,7 +233,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
             log_likelihood += seen.log_kept(float(parameters.decay)) - float(seen.y.sum())
             self.log_likelihoods_ = np.append(self.log_likelihoods_, log_likelihood / len(y))
             old, parameters = parameters, maximised(sums, seen, parameters)
-            if _relative_change(old, parameters) < self.tol:
+            if relative_change(old, parameters) < self.tol:
                 return parameters
         warnings.warn(
             f"EM stopped after {self.max_iter} iterations with a relative change above tol={self.tol}; raise max_iter",
@@ -286,5 +286,6 @@ def _decay_of_zeros(y: np.ndarray) -> float:
     return float(np.exp(least_squares(misfit, np.log(0.05), xtol=1e-12).x[0]))
 
 
-def _relative_change(old: Parameters, new: Parameters) -> float:
+def relative_change(old: Parameters, new: Parameters) -> float:
+    """The largest mean absolute change of a parameter, relative to its new mean absolute value."""
     return max(float((b - a).abs().mean() / b.abs().mean()) for a, b in zip(old, new, strict=True))
