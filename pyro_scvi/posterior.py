@@ -24,7 +24,7 @@ from pyro_scvi.parts import evaluation_mode
 from pyro_scvi.seeding import seeded
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 
 @contextmanager

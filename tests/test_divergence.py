@@ -12,7 +12,7 @@ from pyro_scvi.divergence import HALVINGS
 from pyro_scvi.errors import FitError
 from pyro_scvi.networks import Decoder
 from pyro_scvi.schedules import Constant, OneCycle
-from pyro_scvi.training import Run
+from pyro_scvi.training import Trainer
 
 
 def broken(monkeypatch, *steps):
@@ -73,7 +73,7 @@ def test_a_run_that_diverged_resumes_to_the_same_end(cells, tmp_path, monkeypatc
             whole = run(cells)
     with monkeypatch.context() as patch:
         broken(patch, 6)
-        epoch, left = Run.epoch, [4]  # the second, its retry, and two more
+        epoch, left = Trainer.epoch, [4]  # the second, its retry, and two more
 
         def counted(self, *args, **kwargs):
             left[0] -= 1
@@ -81,7 +81,7 @@ def test_a_run_that_diverged_resumes_to_the_same_end(cells, tmp_path, monkeypatc
                 raise ZeroDivisionError
             return epoch(self, *args, **kwargs)
 
-        patch.setattr(Run, "epoch", counted)
+        patch.setattr(Trainer, "epoch", counted)
         with pytest.raises(ZeroDivisionError):
             run(cells, checkpoint=tmp_path / "run")
     with pytest.warns(UserWarning, match="halved 1 times"):
@@ -125,8 +125,8 @@ def test_a_loss_that_is_no_number_before_any_step_is_an_error_at_once(cells, mon
     monkeypatch.setattr(
         Decoder, "forward", lambda self, z, gamma: {n: z.squeeze() @ torch.full((3, 20), torch.nan) for n in self.heads}
     )
-    epoch, tried = Run.epoch, []
-    monkeypatch.setattr(Run, "epoch", lambda *a, **k: tried.append(0) or epoch(*a, **k))
+    epoch, tried = Trainer.epoch, []
+    monkeypatch.setattr(Trainer, "epoch", lambda *a, **k: tried.append(0) or epoch(*a, **k))
     with pytest.raises(FitError, match="cannot score these cells"):
         run(cells)
     assert len(tried) == 1

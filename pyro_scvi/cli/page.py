@@ -10,7 +10,7 @@ import pyro_scvi
 from pyro_scvi import report
 from pyro_scvi.cli import findings
 from pyro_scvi.cli.findings import Findings
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 
 
 @dataclass(frozen=True)

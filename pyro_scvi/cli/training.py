@@ -35,8 +35,8 @@ from pyro_scvi.cli.options import (
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.workspace import FIT, PAGE, Workspace, errors_in_one_line, new_folder
 from pyro_scvi.errors import FitError
-from pyro_scvi.fit import Fit
 from pyro_scvi.fit import fit as train_model
+from pyro_scvi.fitted import Fit
 from pyro_scvi.guides import Guide
 from pyro_scvi.indexing import number_held_out
 from pyro_scvi.model import SCVI

@@ -15,7 +15,7 @@ from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
 from pyro_scvi.criticism import prior_predictive
 from pyro_scvi.evidence import evidence
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.importance import KHAT_LIMIT
 from pyro_scvi.paper import data, held_out, systems
 from pyro_scvi.paper.effort import Effort

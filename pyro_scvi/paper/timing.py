@@ -15,7 +15,7 @@ from scipy import sparse, stats
 
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
-from pyro_scvi.fit import default_epochs
+from pyro_scvi.options import default_epochs
 from pyro_scvi.paper import data, simulated, systems
 from pyro_scvi.paper.effort import Effort
 from pyro_scvi.paper.experiment import Experiment, Picture
