@@ -5,13 +5,15 @@ import pyro
 import pytest
 import torch
 from conftest import simulated_counts
-from test_checkpoint import check_equal, parts, run
+from test_checkpoint import check_equal, parts, run, stopped
 
 import pyro_scvi as ps
+from pyro_scvi import archive
+from pyro_scvi.checkpoint import CHECKPOINT_FACTS
 from pyro_scvi.divergence import HALVINGS
 from pyro_scvi.errors import FitError
 from pyro_scvi.networks import Decoder
-from pyro_scvi.schedules import Constant, OneCycle
+from pyro_scvi.schedules import Constant, ConstantKL, OneCycle
 from pyro_scvi.training import Trainer
 
 
@@ -86,6 +88,36 @@ def test_a_run_that_diverged_resumes_to_the_same_end(cells, tmp_path, monkeypatc
             run(cells, checkpoint=tmp_path / "run")
     with pytest.warns(UserWarning, match="halved 1 times"):
         check_equal(run(cells, checkpoint=tmp_path / "run", resume=True), whole)
+
+
+def as_written_before(folder, scale):
+    """Rewrite a checkpoint as it was once: the class by its old name, the schedule's own rates halved, no scale."""
+    content = archive.read(folder, {"checkpoint": CHECKPOINT_FACTS})
+    assert content.facts["run"]["kl_weight"]["part"] == "ConstantKL"
+    content.facts["run"]["kl_weight"]["part"] = "Weight"
+    state = content.facts["progress"]
+    assert state.pop("rate_scale") == scale
+    for name in ("base_lrs", "_last_lr"):
+        state["schedule"][name] = [rate * scale for rate in state["schedule"][name]]
+    for group in state["groups"]:
+        rates = group.keys() & {"lr", "initial_lr", "max_lr", "min_lr"}
+        group.update({name: group[name] * scale for name in rates})
+    archive.write(folder, content)
+
+
+@pytest.mark.parametrize("rate", [OneCycle(0.02), Constant(0.02)], ids=["one cycle", "constant"])
+def test_an_earlier_checkpoint_of_a_halved_rate_resumes_to_the_same_end(cells, tmp_path, monkeypatch, rate):
+    options = {"learning_rate": rate, "kl_weight": ConstantKL(0.5)}
+    with monkeypatch.context() as patch:
+        broken(patch, 6, 12)
+        with pytest.warns(UserWarning, match="halved 2 times"):
+            whole = run(cells, **options)
+    with monkeypatch.context() as patch:
+        broken(patch, 6, 12)
+        stopped(cells, tmp_path / "run", patch, 6, **options)  # four epochs and the two that were tried again
+    as_written_before(tmp_path / "run", 0.25)
+    with pytest.warns(UserWarning, match="halved 2 times"):
+        check_equal(run(cells, checkpoint=tmp_path / "run", resume=True, **options), whole)
 
 
 def test_when_halving_does_not_help_the_error_carries_the_last_good_fit(cells, tmp_path, monkeypatch):

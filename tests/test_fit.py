@@ -1,4 +1,6 @@
+import inspect
 import math
+from dataclasses import fields
 
 import numpy as np
 import pyro
@@ -9,7 +11,7 @@ from scipy import sparse
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.minibatches import Minibatches
-from pyro_scvi.options import default_epochs
+from pyro_scvi.options import TrainingOptions, default_epochs
 from pyro_scvi.posterior import bound_terms
 
 
@@ -373,6 +375,10 @@ def test_data_start_takes_depth_and_means_from_the_cells(cells):
     assert float(model.library.scale) == pytest.approx(log_totals.std(), rel=1e-5)
     bias = model.decoder.heads["log_mean"].bias.detach().numpy()
     np.testing.assert_allclose(bias, np.log(cells.counts.mean(0) + 1 / 60), rtol=1e-5)
+
+
+def test_the_options_are_the_arguments_of_fit_beside_model_cells_and_guide():
+    assert [option.name for option in fields(TrainingOptions)] == list(inspect.signature(ps.fit).parameters)[3:]
 
 
 def test_default_epochs_fall_with_the_square_root():
