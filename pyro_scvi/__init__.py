@@ -31,7 +31,8 @@ from pyro_scvi.criticism import check_predictions, posterior_predictive, prior_p
 from pyro_scvi.differential import differential_expression
 from pyro_scvi.evidence import evidence
 from pyro_scvi.export import to_datatree
-from pyro_scvi.fit import Fit, fit
+from pyro_scvi.fit import fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.imputation import impute, technical_zero_probability
 from pyro_scvi.leave_one_out import leave_one_out
 from pyro_scvi.model import SCVI

@@ -20,7 +20,7 @@ from pyro_scvi.posterior import evaluating, minibatches, require_question, start
 from pyro_scvi.priors import require_proper
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 PILOTS = 8  # chains that set the step size for the others and are then dropped: those stay independent of it
 TARGET, GAIN = 0.8, 0.2  # acceptance aimed at, and how fast the log step size follows

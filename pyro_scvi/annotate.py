@@ -21,7 +21,7 @@ from pyro_scvi.posterior import embed, require_fit
 from pyro_scvi.samplers import Amortized, Sampler, require_sampler
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 EMBEDDING, EXPRESSION, TECHNICAL, PROVENANCE = (
     "X_pyro_scvi",

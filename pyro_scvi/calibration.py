@@ -21,7 +21,7 @@ from pyro_scvi.priors import require_proper
 from pyro_scvi.samplers import HMC, Refined, Sampler, require_sampler
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 __all__ = ["AggregatePosterior", "Prior", "calibrate"]
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,11 @@ from torch import Tensor
 from pyro_scvi import archive
 from pyro_scvi.cells import Cells
 from pyro_scvi.counts import Source, gene_totals
-from pyro_scvi.descriptions import FIT_FACTS, describe, history_of
+from pyro_scvi.descriptions import FIT_FACTS, describe, history_of, with_new_names
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.model import SCVI
-from pyro_scvi.progress import HISTORY, Progress, Snapshot, under
-from pyro_scvi.schedules import Every
+from pyro_scvi.progress import HISTORY, Snapshot, TrainingState, under
+from pyro_scvi.schedules import CheckpointInterval
 
 _log = logging.getLogger(__name__)
 
@@ -34,16 +35,19 @@ class Checkpoints:
     """The checkpoint of one run in the directory ``folder``, of which nobody else may write meanwhile.
 
     ``facts`` says, of a history, everything about the fit but its weights; ``run`` with which cells and options it is
-    trained, by which another run is told apart.
+    trained, by which another run is told apart. ``epoch`` and ``written`` say after which epoch and when, by the
+    monotonic clock, the last checkpoint was written or read.
     """
 
     folder: Path
-    every: Every
+    every: CheckpointInterval
     resume: bool
     facts: Callable[[pd.DataFrame], dict[str, Any]]
     run: dict[str, Any]
+    epoch: int = dataclasses.field(default=0, init=False)
+    written: float = dataclasses.field(default=-math.inf, init=False)
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, state: TrainingState) -> None:
         """Go on from the checkpoint that is there, or write the first one.
 
         Raises
@@ -57,37 +61,37 @@ class Checkpoints:
         if config is None:
             if self.resume:
                 _log.info("there is no checkpoint in %s: training starts from the beginning", self.folder)
-            self._write(progress)
+            self._write(state)
         else:
-            self._go_on(progress, config)
+            self._go_on(state, config)
         archive.remove_orphans(self.folder)
 
-    def note(self, progress: Progress, *, last: bool = False) -> None:
+    def note(self, state: TrainingState, *, last: bool = False) -> None:
         """Write a checkpoint if one is due after the epoch that ended, or if it is the ``last``."""
-        epoch, seconds = len(progress.rows) - self.epoch, time.monotonic() - self.written
-        if epoch and (last or (epoch >= self.every.epochs and seconds >= self.every.seconds)):
-            self._write(progress)
+        epochs, seconds = len(state.rows) - self.epoch, time.monotonic() - self.written
+        if epochs and (last or (epochs >= self.every.epochs and seconds >= self.every.seconds)):
+            self._write(state)
 
-    def _write(self, progress: Progress) -> None:
-        state, facts = progress.good, self.facts(progress.history)
-        facts |= {"run": self.run, "progress": state.facts}
-        archive.write(self.folder, archive.Content("checkpoint", facts, state.tensors), keep_previous=True)
-        self.epoch, self.written = len(progress.rows), time.monotonic()
+    def _write(self, state: TrainingState) -> None:
+        facts = self.facts(state.history) | {"run": self.run, "progress": state.good.facts}
+        archive.write(self.folder, archive.Content("checkpoint", facts, state.good.tensors), keep_previous=True)
+        self.epoch, self.written = len(state.rows), time.monotonic()
 
-    def _go_on(self, progress: Progress, config: str) -> None:
-        found, start = self._read(config), progress.good
+    def _go_on(self, state: TrainingState, config: str) -> None:
+        found, start = self._read(config), state.good
         if not self.resume:
             raise CheckpointError(
                 f"{self.folder} holds a checkpoint after epoch {_epochs(found)}; pass resume=True to go on from it, or "
                 "another directory"
             )
-        ours = self.facts(progress.history) | {"run": self.run}
-        self._require_same({key: found.facts[key] for key in _IDENTITY}, {key: ours[key] for key in _IDENTITY})
+        ours = self.facts(state.history) | {"run": self.run}
+        then = {key: with_new_names(found.facts[key]) for key in _IDENTITY}
+        self._require_same(then, {key: ours[key] for key in _IDENTITY})
         try:
             rows: Any = history_of(found.facts["history"])[list(HISTORY)].to_dict("records")
-            progress.restore(Snapshot(found.facts["progress"], rows, found.tensors))
+            state.restore(Snapshot(found.facts["progress"], rows, found.tensors))
         except Exception as error:  # whatever pandas and torch say of a state that this version does not write
-            progress.restore(start)
+            state.restore(start)
             raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
         self.epoch, self.written = len(rows), time.monotonic()
         _log.info("going on from %s, after epoch %d", self.folder / config, self.epoch)
@@ -126,16 +130,16 @@ def _epochs(content: archive.Content) -> int:
         raise CheckpointError("it holds no history of epochs") from error
 
 
-def identity(model: SCVI, cells: Cells, validation: float | int | Cells, options: dict[str, Any]) -> dict[str, Any]:
+def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:
     """What tells a run apart from others, as JSON takes it: its cells and its options."""
-    elbo = options["elbo"]
+    elbo, validation = options["elbo"], options["validation"]
     plain = {name: value for name, value in vars(elbo).items() if isinstance(value, bool | int | float | str)}
-    return {
-        **{name: describe(value, model) for name, value in options.items()},
+    told = {
         "elbo": {"class": type(elbo).__name__, **plain},
         "cells": _told_apart(cells),
         "validation": _told_apart(validation) if isinstance(validation, Cells) else describe(validation, model),
     }
+    return {name: describe(value, model) for name, value in options.items() if name not in told} | told
 
 
 def _told_apart(cells: Cells) -> dict[str, Any]:

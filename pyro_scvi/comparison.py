@@ -11,7 +11,7 @@ import pandas as pd
 from pyro_scvi.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.evidence import evidence
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.importance import KHAT_LIMIT
 from pyro_scvi.leave_one_out import WHY_NOT_CELLS
 

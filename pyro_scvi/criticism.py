@@ -27,7 +27,7 @@ from pyro_scvi.sampling import decoded
 from pyro_scvi.seeding import seeded
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 __all__ = ["Checks", "check_predictions", "posterior_predictive", "prior_predictive"]
 

@@ -19,6 +19,9 @@ from pyro_scvi.schema import Schema
 
 FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
 
+RENAMED = {"Weight": "ConstantKL"}
+"""Old name -> new name of classes that saves or checkpoints hold by name: written as the old one, read as the new."""
+
 
 def describe(value: Any, model: SCVI) -> Any:
     """JSON for a part: its class's name and its constructor's arguments; the model itself where a guide names it."""
@@ -59,6 +62,17 @@ def build(description: Any, model: SCVI | None) -> Any:
         case {"foreign": text}:
             raise CheckpointError(f"it was made with {text}, which is not this package's: pass model= (and guide=)")
     raise CheckpointError(f"unknown description {description!r}")
+
+
+def with_new_names(description: Any) -> Any:
+    """The same description with today's names of classes, whenever it was written."""
+    if isinstance(description, list):
+        return [with_new_names(item) for item in description]
+    if not isinstance(description, dict):
+        return description
+    renewed = {key: with_new_names(item) for key, item in description.items()}
+    part = renewed.get("part")
+    return renewed | {"part": RENAMED[part]} if isinstance(part, str) and part in RENAMED else renewed
 
 
 def facts_of(
@@ -145,6 +159,6 @@ def _is_part(candidate: type) -> bool:
 
 def _class_called(name: str) -> Callable[..., Any]:
     for known, label in _own().items():
-        if label == name:
+        if label == RENAMED.get(name, name):
             return known
     raise CheckpointError(f"unknown part {name!r}")

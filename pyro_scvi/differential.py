@@ -21,7 +21,7 @@ from pyro_scvi.posterior import evaluating, minibatches, require_question
 from pyro_scvi.samplers import Amortized, Sampler, require_sampler
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 __all__ = ["AllPairs", "DepthCorrected", "DepthLaden", "differential_expression"]
 

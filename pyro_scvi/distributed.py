@@ -3,10 +3,11 @@
 import os
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.networks import running_statistics
 from pyro_scvi.seeding import seed_of
 
-__all__ = ["Alone", "Ranks", "joined"]
+__all__ = ["ProcessGroup", "Processes", "SingleProcess", "joined"]
 
 
 def __dir__():
@@ -31,24 +32,35 @@ T = TypeVar("T")
 LossAndGrads = Callable[..., float]
 """Arguments of the programs -> negative bound of these cells, nats; its gradients are added to the parameters."""
 
+# Of gloo and NCCL come plain RuntimeErrors, as of a user's own part in the backward pass.
+_LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
 
-class Alone:
-    """One process with all of the cells: what every run is unless ``joined`` says otherwise.
+# Its name since torch 2.13, which deprecates the earlier one.
+_SYNC = "forward_sync_buffers"
+_KNOWN = signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
+
+
+class Processes(ABC):
+    """The processes that train one model together, as one of them sees them.
+
+    Every ``size``-th training cell is this process' own, from its ``rank`` on. Parameters are the same everywhere.
+
+    Attributes
+    ----------
+    rank, size
+        The number of this process, from 0, and how many there are.
 
     Examples
     --------
-    >>> alone = ps.distributed.Alone()
-    >>> alone.rank, alone.size, alone.first
-    (0, 1, True)
-    >>> ps.fit(ps.SCVI(20, 2), cells, ranks=alone, epochs=1, progress=False).settings["epochs"]
-    1
+    >>> with ps.distributed.joined() as ranks:
+    ...     isinstance(ranks, ps.distributed.Processes), ranks.batch_sizes(10, 4)
+    ...
+    (True, [4, 3, 3])
     """
 
-    rank = 0
-    size = 1
-
-    def __repr__(self) -> str:
-        return "Alone()"
+    rank: int
+    size: int
 
     @property
     def first(self) -> bool:
@@ -58,10 +70,6 @@ class Alone:
     def shard(self, rows: np.ndarray) -> np.ndarray:
         """Those rows that are this process' own: every ``size``-th, so that files sorted by type are shared evenly."""
         return rows[self.rank :: self.size]
-
-    def among_all(self, rows: Tensor) -> Tensor:
-        """Positions among the rows of all processes, of positions in the own shard."""
-        return rows
 
     def batch_sizes(self, n_cells: int, batch_size: int) -> list[int]:
         """Cells of every step of one epoch, over all processes; each has at least one cell in each step.
@@ -80,34 +88,35 @@ class Alone:
         shards = [len(range(rank, n_cells, self.size)) for rank in range(self.size)]
         return [sum(n // n_batches + (step < n % n_batches) for n in shards) for step in range(n_batches)]
 
+    @abstractmethod
+    def among_all(self, rows: Tensor) -> Tensor:
+        """Positions among the rows of all processes, of positions in the own shard."""
+
+    @abstractmethod
     def noise_seed(self, *numbers: int) -> int:
         """A seed of this process' own; of the first, the first of the numbers."""
-        return numbers[0]
 
+    @abstractmethod
     def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
         """The bound of a minibatch, ``len_all`` cells over all processes, with gradients for the whole of it."""
 
-        def of_minibatch(*args: Any, len_all: int, **kwargs: Any) -> float:
-            return elbo.loss_and_grads(model, guide, *args, **kwargs)
-
-        return of_minibatch
-
+    @abstractmethod
     def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
         """The same for a bound that leaves the gradients of this process' cells alone in ``parameters``."""
-        return own
 
+    @abstractmethod
     def sum(self, *values: float) -> tuple[float, ...]:
         """Sums over all processes."""
-        return values
 
+    @abstractmethod
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """The rows of all processes, one shard after the other."""
-        return rows
 
+    @abstractmethod
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, for all; its errors are raised in all."""
-        return make()
 
+    @abstractmethod
     def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
         """Refuse a run that is not the same on all processes.
 
@@ -117,11 +126,71 @@ class Alone:
             In all of them, naming what differs.
         """
 
+    @abstractmethod
     def average_statistics(self, *parts: nn.Module) -> None:
         """Give all processes the same running statistics, the mean of theirs."""
 
 
-class Ranks(Alone):
+@final
+class SingleProcess(Processes):
+    """One process with all of the cells: what every run is unless ``joined`` says otherwise.
+
+    Examples
+    --------
+    >>> alone = ps.distributed.SingleProcess()
+    >>> alone.rank, alone.size, alone.first
+    (0, 1, True)
+    >>> ps.fit(ps.SCVI(20, 2), cells, ranks=alone, epochs=1, progress=False).settings["epochs"]
+    1
+    """
+
+    rank = 0
+    size = 1
+
+    def __repr__(self) -> str:
+        return "SingleProcess()"
+
+    def among_all(self, rows: Tensor) -> Tensor:
+        """All rows are its own."""
+        return rows
+
+    def noise_seed(self, *numbers: int) -> int:
+        """The first of the numbers."""
+        return numbers[0]
+
+    def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
+        """By the ELBO itself."""
+
+        def of_minibatch(*args: Any, len_all: int, **kwargs: Any) -> float:
+            return elbo.loss_and_grads(model, guide, *args, **kwargs)
+
+        return of_minibatch
+
+    def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
+        """There is nothing to add to its own."""
+        return own
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """The values."""
+        return values
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows."""
+        return rows
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Made here."""
+        return make()
+
+    def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """There is no other process to differ from, so the facts are not asked for."""
+
+    def average_statistics(self, *parts: nn.Module) -> None:
+        """They are the mean already."""
+
+
+@final
+class ProcessGroup(Processes):
     """The processes of torch's process group: each trains on its own share of the cells, with noise of its own.
 
     A step's gradient is that of the cells of all ranks together. Batch normalisation takes the statistics of each
@@ -140,7 +209,7 @@ class Ranks(Alone):
     >>> with ps.distributed.joined() as ranks:
     ...     print(ranks)
     ...
-    Ranks(rank 0 of 1)
+    ProcessGroup(rank 0 of 1)
     >>> torch.distributed.destroy_process_group()
     """
 
@@ -148,7 +217,7 @@ class Ranks(Alone):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def __repr__(self) -> str:
-        return f"Ranks(rank {self.rank} of {self.size})"
+        return f"ProcessGroup(rank {self.rank} of {self.size})"
 
     def among_all(self, rows: Tensor) -> Tensor:
         """Shards are every ``size``-th row."""
@@ -273,17 +342,8 @@ def _apart(*texts: str) -> list[str]:
     return [text if len(text) <= 80 else f"{'...' * (start > 0)}{text[start : start + 80]}..." for text in texts]
 
 
-# Of gloo and NCCL come plain RuntimeErrors, as of a user's own part in the backward pass.
-_LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
-
-# Its name since torch 2.13, which deprecates the earlier one.
-_SYNC = "forward_sync_buffers"
-_KNOWN = signature(DistributedDataParallel.__init__).parameters
-_OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
-
-
 @contextmanager
-def joined() -> Iterator[Alone]:
+def joined() -> Iterator[Processes]:
     """Join the ranks that torchrun started; without torchrun, one process alone.
 
     On a machine with CUDA each rank takes the GPU of its local rank. Pass what this yields to ``fit`` and, where files
@@ -299,7 +359,7 @@ def joined() -> Iterator[Alone]:
 
     Yields
     ------
-    Alone or Ranks
+    SingleProcess or ProcessGroup
         What ``fit`` takes as ``ranks``.
 
     Warns
@@ -316,7 +376,7 @@ def joined() -> Iterator[Alone]:
     (True, 1)
     """
     if distributed.is_available() and distributed.is_initialized():
-        yield Ranks()
+        yield ProcessGroup()
         return
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
         if (size := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
@@ -326,13 +386,13 @@ def joined() -> Iterator[Alone]:
                 UserWarning,
                 stacklevel=3,
             )
-        yield Alone()
+        yield SingleProcess()
         return
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        yield Ranks()
+        yield ProcessGroup()
     finally:
         distributed.destroy_process_group()

@@ -25,7 +25,7 @@ class Diverged(Exception):
 
 def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
     """In words: parameters, a prior or the first counts whose values are no numbers, or else the largest count."""
-    if lost := numberless(model, guide):
+    if lost := nonfinite_parameters(model, guide):
         return lost
     largest = (-math.inf, 0, 0)
     with evaluating(model, guide, 0):
@@ -46,7 +46,7 @@ def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
     return f"every count has a finite log probability; the largest is {value:,.0f}, of {_entry(cells, row, gene)}"
 
 
-def numberless(model: SCVI, guide: Guide) -> str:
+def nonfinite_parameters(model: SCVI, guide: Guide) -> str:
     """In words, the first parameters that are no numbers; nothing where all are."""
     named = [(name, value) for part in (model, guide) for name, value in part.named_parameters()]
     lost = [name for name, value in named if not value.isfinite().all()]

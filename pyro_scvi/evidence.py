@@ -19,7 +19,7 @@ from pyro_scvi.priors import require_proper
 from pyro_scvi.recorded import RecordedJoint
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 

@@ -22,7 +22,7 @@ from pyro_scvi.sampling import DIMS, check_sites, draw_sites
 from pyro_scvi.seeding import seeded
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 Groups = dict[str, dict[str, Tensor]]
 """Group -> variable -> values."""

@@ -1,14 +1,10 @@
-"""fit: stochastic variational inference on minibatches, and the Fit that it returns."""
+"""fit: stochastic variational inference on minibatches."""
 
-import hashlib
-import math
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyro
 import torch
 from pyro.infer import ELBO
@@ -17,110 +13,20 @@ from pyro_scvi import archive
 from pyro_scvi.cells import Cells
 from pyro_scvi.checkpoint import Checkpoints, identity
 from pyro_scvi.descriptions import facts_of
-from pyro_scvi.display import curves, table
-from pyro_scvi.distributed import Alone
-from pyro_scvi.elbo import MeanFieldELBO
-from pyro_scvi.errors import CheckpointError, FitError, ModelError, SchemaError, brief
-from pyro_scvi.guards import check_kinds, check_run
+from pyro_scvi.distributed import Processes, SingleProcess
+from pyro_scvi.errors import CheckpointError, FitError, ModelError
+from pyro_scvi.fitted import Fit
+from pyro_scvi.guards import check_kinds
 from pyro_scvi.guides import DiagonalNormal, Guide
 from pyro_scvi.interrupts import noted_interrupts
-from pyro_scvi.minibatches import Minibatches, resolve_device
+from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.model import SCVI
-from pyro_scvi.parts import lasting_repr
-from pyro_scvi.schedules import Every, KLWeight, LearningRate, OneCycle, Weight
-from pyro_scvi.schema import Schema
+from pyro_scvi.options import TrainingOptions
+from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
 from pyro_scvi.seeding import seeded
-from pyro_scvi.training import Run, spread
+from pyro_scvi.training import Trainer, TrainingData, evenly_spaced
 
 WATCHED = 2048  # held-out cells at most, after every epoch
-
-
-@dataclass(eq=False)
-class Fit:
-    """A trained model, as :func:`fit` and :func:`load` return it.
-
-    Attributes
-    ----------
-    model, guide
-        The law, and q.
-    history
-        By epoch: ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats per
-        cell, ``learning_rate``, ``kl_weight`` and ``seconds``.
-    schema
-        Of its cells: what further cells are read by.
-    settings
-        How the fit was made.
-
-    Examples
-    --------
-    >>> fit.settings
-    {'epochs': 5, 'batch_size': 128, 'seed': 0, 'n_cells': 43}
-    >>> len(fit.history), fit.schema == train.schema
-    (5, True)
-    >>> fit.save(folder / "fit")
-    >>> bool((ps.embed(ps.load(folder / "fit"), test) == ps.embed(fit, test)).all())
-    True
-    """
-
-    model: SCVI
-    guide: Guide
-    history: pd.DataFrame
-    schema: Schema
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.guide.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' precision."""
-        return next(self.guide.parameters()).dtype
-
-    def to(self, device: str | torch.device) -> "Fit":
-        """Move model and guide in place; returns the fit."""
-        self.model.to(device)
-        self.guide.to(device)
-        return self
-
-    def save(self, path: str | Path) -> None:
-        """Write weights (safetensors) and configuration (JSON) into the directory ``path``; see :func:`load`.
-
-        Raises
-        ------
-        CheckpointError
-            If the directory holds something else than a save, or cannot be written; what was there is intact then.
-        """
-        from pyro_scvi.store import save  # the store builds Fits, so it imports this module
-
-        save(self, path)
-
-    def __repr__(self) -> str:
-        return "Fit\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
-
-    def _repr_html_(self) -> str:
-        lines = {"training": self.history.train_loss.tolist(), "held out": self.history.held_out_loss.tolist()}
-        return table("Fit", self._facts(), curves(lines))
-
-    def _facts(self) -> dict[str, str]:
-        epochs, last = len(self.history), self.history.iloc[-1]
-        n_epochs = f"{epochs} epoch{'s' * (epochs != 1)}"
-        # As it was judged in training: without the prior of z where its weight ends at 0.
-        weight = self.history.kl_weight
-        lasting = weight.iloc[0] if weight.nunique() == 1 else 1.0
-        judged = self.history.held_out_loss - (1 - lasting) * self.history.kl
-        watched = bool(judged.notna().any())
-        kept = self.history.iloc[int(np.nanargmin(judged))] if watched else last
-        held_out = f"{kept.held_out_loss:.2f} nats per cell in epoch {kept.name}, the best, which was kept"
-        return {
-            "model": repr(self.model),
-            "guide": type(self.guide).__name__,
-            "training": f"{n_epochs} of {self.settings['n_cells']} cells, {self.history.seconds.sum():.1f} s",
-            "device": str(self.device),
-            "training loss": f"{kept.train_loss:.2f} nats per cell in epoch {kept.name}",
-            "held-out loss": held_out if watched else "no cells held out; the last epoch was kept",
-        }
 
 
 def fit(
@@ -139,13 +45,13 @@ def fit(
     patience: int | None = None,
     learning_rate: LearningRate = OneCycle(),
     eps: float = 1e-8,
-    kl_weight: KLWeight = Weight(),
+    kl_weight: KLWeight = ConstantKL(),
     elbo: ELBO | None = None,
     data_start: bool = True,
     checkpoint: str | Path | None = None,
-    checkpoint_every: Every = Every(),
+    checkpoint_every: CheckpointInterval = CheckpointInterval(),
     resume: bool = False,
-    ranks: Alone = Alone(),
+    ranks: Processes = SingleProcess(),
     progress: bool = True,
 ) -> Fit:
     r"""Train model and guide, in place, by stochastic gradient steps on the evidence bound.
@@ -255,147 +161,49 @@ def fit(
     >>> bool(fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0])
     True
     """
+    options = TrainingOptions.among(locals())  # first, while these are the arguments
     check_kinds(model, cells, guide)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
     if guide.model is not model:
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
-    place = resolve_device(device)
-    _check_cells(model, cells, validation)
-    _check_precision(dtype, autocast)
-    if not isinstance(ranks, Alone):
-        raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(ranks)}")
-    _check_compiled(compiled, elbo)
-    ranks.require_alike(
-        lambda: (
-            {"epochs": epochs, "batch_size": batch_size, "seed": seed, "patience": patience, "eps": eps}
-            | {"learning_rate": lasting_repr(learning_rate), "kl_weight": lasting_repr(kl_weight)}
-            | {"elbo": type(elbo).__name__, "dtype": dtype, "autocast": autocast, "device": place.type}
-            | {"compiled": compiled, "data_start": data_start, "cells": _brief(cells), "validation": _brief(validation)}
-            | {"model": lasting_repr(model), "guide": lasting_repr(guide), "trained before": model.trained}
-        )
-    )
+    options = options.checked(model, cells)
+    ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
-    n_cells = len(train_rows)
-    epochs = default_epochs(n_cells) if epochs is None else epochs
-    check_run(epochs, batch_size, patience, eps)
-    epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # NumPy's integers are none to torch and JSON
-    _check_options(learning_rate, kl_weight, elbo, epochs)
-    _check_checkpoint(checkpoint, checkpoint_every, resume)
-    sizes = ranks.batch_sizes(n_cells, batch_size)
-    train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
-    watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
+    options = options.for_cells(len(train_rows))
+    data = _on_device(cells, train_rows, held_out, options)
     if data_start and not model.trained:
-        start_from_data(model, train, ranks)
-    model.to(place, dtype)
-    guide.to(place, dtype)
-    settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "n_cells": n_cells}
-    elbo = MeanFieldELBO() if elbo is None else elbo
-    run = Run(model, guide, train, watched, n_cells, elbo, autocast, compiled, seed, ranks)
-    if checkpoint is not None and ranks.first:
-        options: dict[str, Any] = {
-            "patience": patience,
-            "learning_rate": learning_rate,
-            "eps": eps,
-            "kl_weight": kl_weight,
-        }
-        options |= {"elbo": run.elbo, "autocast": autocast, "device": place.type, "data_start": data_start}
-        options |= {"compiled": compiled} if compiled else {}  # earlier checkpoints do not say
-        run.checkpoints = Checkpoints(
-            archive.folder(checkpoint),
-            checkpoint_every,
-            resume,
-            lambda history: facts_of(model, guide, history, cells.schema, settings),
-            identity(model, cells, validation, settings | options),
-        )
-    try:
-        with seeded(seed), pyro.get_param_store().scope(), noted_interrupts() as run.interrupts:
-            run.train(epochs, sizes, learning_rate, eps, kl_weight, patience, progress)
-    except (FitError, CheckpointError) as error:
-        error.fit = _made(run, cells.schema, settings) if run.done and run.done.rows else None
-        raise
-    made = _made(run, cells.schema, settings)
+        start_from_data(model, data.train, ranks)
+    model.to(options.device, dtype)
+    guide.to(options.device, dtype)
+    made = _trained(model, guide, cells, data, options)
     _warn(made)
     return made
 
 
-def _made(run: Run, schema: Schema, settings: dict[str, Any]) -> Fit:
-    """The Fit of the epochs that have ended."""
-    done: Any = run.done
-    notes: dict[str, Any] = {"halvings": done.halvings} if done.halvings else {}
-    if run.interrupts.received and len(done.rows) < settings["epochs"] and not done.best.waited_out:
-        notes["interrupted"] = f"{run.interrupts.received} after epoch {len(done.rows)} of {settings['epochs']}"
-    run.model.trained = True
-    return Fit(run.model.eval(), run.guide.eval(), done.history, schema, settings | notes)
+def _held_out(
+    cells: Cells, validation: float | int | Cells, seed: int
+) -> tuple[np.ndarray, tuple[Cells, np.ndarray] | None]:
+    """Rows of the training cells, and the cells to watch with their rows; of the same matrix no copy is made."""
+    if isinstance(validation, Cells):
+        return np.arange(cells.n_cells), (validation, evenly_spaced(WATCHED, validation.n_cells).numpy())
+    if not validation:
+        return np.arange(cells.n_cells), None
+    train, held_out = cells.split_rows(held_out=validation, seed=seed)
+    return train, (cells, held_out[evenly_spaced(WATCHED, len(held_out)).numpy()])
 
 
-def _warn(made: Fit) -> None:
-    if halvings := made.settings.get("halvings"):
-        text = f"the loss was no number; the learning rate was halved {halvings} times: start with a smaller one"
-        warnings.warn(text, UserWarning, stacklevel=3)
-    if interrupted := made.settings.get("interrupted"):
-        text = f"training was interrupted by {interrupted}; this is the fit of the epochs that had ended"
-        warnings.warn(text, UserWarning, stacklevel=3)
+def _on_device(
+    cells: Cells, train_rows: np.ndarray, held_out: tuple[Cells, np.ndarray] | None, options: TrainingOptions
+) -> TrainingData:
+    """What this process has of the training cells and of the cells to watch."""
+    place, dtype, ranks = options.device, options.dtype, options.ranks
+    sizes = ranks.batch_sizes(len(train_rows), options.batch_size)
+    train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
+    watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
+    return TrainingData(train, watched, len(train_rows), sizes)
 
 
-def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:
-    if not isinstance(learning_rate, LearningRate):
-        raise FitError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
-    if not isinstance(kl_weight, KLWeight):
-        raise FitError(f"kl_weight must be an object, as in ps.schedules.Weight(0.5); got {kl_weight!r}")
-    if elbo is not None and not isinstance(elbo, ELBO):
-        raise FitError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
-    kl_weight.at(0, epochs)
-
-
-def _check_precision(dtype: Any, autocast: Any) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise FitError(
-            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; autocast=torch.bfloat16 is faster"
-        )
-    if autocast is not None and dtype != torch.float32:
-        raise FitError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
-    if autocast not in (None, torch.bfloat16):
-        raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
-
-
-def _check_compiled(compiled: Any, elbo: Any) -> None:
-    if not isinstance(compiled, bool):
-        raise FitError(f"compiled must be True or False, got {brief(compiled)}")
-    if compiled and elbo is not None:
-        raise FitError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
-
-
-def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
-    if resume and checkpoint is None:
-        raise FitError("resume needs the directory to go on from: pass checkpoint=")
-    if not isinstance(every, Every):
-        raise FitError(f"checkpoint_every must be an object, as in ps.schedules.Every(epochs=5); got {every!r}")
-
-
-def _brief(cells: Any) -> str:
-    """Cells by what is cheap to compare; what is none, such as a share of them, as it is."""
-    if not isinstance(cells, Cells):
-        return repr(cells)
-    digest = hashlib.sha256(cells.totals.tobytes() + cells.covariates.tobytes()).hexdigest()[:8]
-    return f"{cells.n_cells} x {cells.n_genes} with digest {digest} of totals and covariates"
-
-
-def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
-    if (cells.n_genes, cells.n_covariates) != (model.n_genes, model.n_covariates):
-        raise ModelError(
-            f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
-            f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
-        )
-    if isinstance(held_out, Cells) and held_out.schema != cells.schema:
-        raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
-
-
-def default_epochs(n_cells: int) -> int:
-    """60 epochs up to 2,500 cells, fewer with the square root of more cells, but at least 8."""
-    return max(8, min(60, round(60 * math.sqrt(2500 / n_cells))))
-
-
-def start_from_data(model: SCVI, cells: Minibatches, ranks: Alone = Alone()) -> None:
+def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:
     """Set the genes' biases to their log mean counts, and the library's law to the log totals' mean and sd."""
     totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
@@ -406,13 +214,50 @@ def start_from_data(model: SCVI, cells: Minibatches, ranks: Alone = Alone()) -> 
             bias.copy_((means + 1 / len(totals)).log())
 
 
-def _held_out(
-    cells: Cells, validation: float | int | Cells, seed: int
-) -> tuple[np.ndarray, tuple[Cells, np.ndarray] | None]:
-    """Rows of the training cells, and the cells to watch with their rows; of the same matrix no copy is made."""
-    if isinstance(validation, Cells):
-        return np.arange(cells.n_cells), (validation, spread(WATCHED, validation.n_cells).numpy())
-    if not validation:
-        return np.arange(cells.n_cells), None
-    train, held_out = cells.split_rows(held_out=validation, seed=seed)
-    return train, (cells, held_out[spread(WATCHED, len(held_out)).numpy()])
+def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, options: TrainingOptions) -> Fit:
+    """The Fit of a run; an error carries that of the epochs that had ended, if there are any."""
+    settings: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
+    settings |= {"n_cells": data.n_cells}
+    checkpoints = _checkpoints(model, guide, cells, options, settings)
+    with seeded(options.seed), pyro.get_param_store().scope(), noted_interrupts() as interrupts:
+        trainer = Trainer.at_start(model, guide, data, options, checkpoints, interrupts)
+        try:
+            trainer.train()
+        except (FitError, CheckpointError) as error:
+            error.fit = _made(trainer, cells, settings) if trainer.state.rows else None
+            raise
+    return _made(trainer, cells, settings)
+
+
+def _checkpoints(
+    model: SCVI, guide: Guide, cells: Cells, options: TrainingOptions, settings: dict[str, Any]
+) -> Checkpoints | None:
+    """The run's checkpoint, where one was asked for and this process writes it."""
+    if options.checkpoint is None or not options.ranks.first:
+        return None
+    return Checkpoints(
+        archive.folder(options.checkpoint),
+        options.checkpoint_every,
+        options.resume,
+        lambda history: facts_of(model, guide, history, cells.schema, settings),
+        identity(model, cells, settings | options.for_checkpoint()),
+    )
+
+
+def _made(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> Fit:
+    """The Fit of the epochs that have ended."""
+    state, received = trainer.state, trainer.interrupts.received
+    notes: dict[str, Any] = {"halvings": state.halvings} if state.halvings else {}
+    if received and len(state.rows) < settings["epochs"] and not state.best.waited_out:
+        notes["interrupted"] = f"{received} after epoch {len(state.rows)} of {settings['epochs']}"
+    trainer.model.trained = True
+    return Fit(trainer.model.eval(), trainer.guide.eval(), state.history, cells.schema, settings | notes)
+
+
+def _warn(made: Fit) -> None:
+    if halvings := made.settings.get("halvings"):
+        text = f"the loss was no number; the learning rate was halved {halvings} times: start with a smaller one"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    if interrupted := made.settings.get("interrupted"):
+        text = f"training was interrupted by {interrupted}; this is the fit of the epochs that had ended"
+        warnings.warn(text, UserWarning, stacklevel=3)

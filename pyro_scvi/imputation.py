@@ -17,7 +17,7 @@ from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.sampling import decoded
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 __all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
 

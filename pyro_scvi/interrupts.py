@@ -17,9 +17,10 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """The first signal that asked for an end: its name, or None."""
+    """The first signal that asked for an end, ``received``: its name, or None."""
 
-    received: str | None = None
+    def __init__(self) -> None:
+        self.received: str | None = None
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal; the second raises KeyboardInterrupt."""
@@ -28,6 +29,10 @@ class Interrupts:
             raise KeyboardInterrupt(f"{name} after {self.received}: training stopped at once")
         self.received = name
         _log.warning("%s: training ends after the running step; once more ends it at once", name)
+
+    def note_another_rank(self) -> None:
+        """A signal reached another of the processes that train together: all end after the same step."""
+        self.received = self.received or "a signal to another rank"
 
 
 @contextmanager

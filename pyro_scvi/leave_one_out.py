@@ -21,7 +21,7 @@ from pyro_scvi.sampling import decoded
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 LIMITS = {"sampler_khat": KHAT_LIMIT, "sampler_rhat": 1.05}
 

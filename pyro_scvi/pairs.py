@@ -19,7 +19,7 @@ from pyro_scvi.samplers import Sampler
 from pyro_scvi.sampling import decoded
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 PairDraws = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 

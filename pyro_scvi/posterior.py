@@ -24,7 +24,7 @@ from pyro_scvi.parts import evaluation_mode
 from pyro_scvi.seeding import seeded
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
 MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is

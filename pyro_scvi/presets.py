@@ -11,7 +11,7 @@ from pyro_scvi.libraries import LatentLibrary, NoLibrary
 from pyro_scvi.likelihoods import ZINB, PerGene
 from pyro_scvi.model import SCVI
 from pyro_scvi.networks import BatchNorm
-from pyro_scvi.schedules import Constant, Weight
+from pyro_scvi.schedules import Constant, ConstantKL
 
 __all__ = ["default", "nature_methods_2018", "seed_2017"]
 
@@ -129,7 +129,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
     --------
     >>> model, options = ps.presets.nature_methods_2018(cells)
     >>> options["epochs"], options["kl_weight"]
-    (250, Weight(value=0.0))
+    (250, ConstantKL(value=0.0))
     """
     _require_cells(cells)
     hidden: dict[str, Any] = {
@@ -142,7 +142,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
     likelihood, library = ZINB(PerGene(cells.n_genes)), LatentLibrary(*_law_of_totals(cells))
     model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=likelihood, library=library, **hidden)
     guide = DiagonalNormal(model, dropout=0.1, **hidden)
-    return model, _options(guide, epochs=250, learning_rate=Constant(4e-4), seed=seed) | {"kl_weight": Weight(0.0)}
+    return model, _options(guide, epochs=250, learning_rate=Constant(4e-4), seed=seed) | {"kl_weight": ConstantKL(0.0)}
 
 
 def _require_cells(cells: Any) -> None:

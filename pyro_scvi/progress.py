@@ -14,7 +14,7 @@ from pyro_scvi.guides import Guide
 from pyro_scvi.model import SCVI
 
 HISTORY = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds")
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # what torch's schedules compute the next rate from
+_UNSAID = {"rate_scale": 1.0}  # in earlier checkpoints, of runs that halved the schedule's own rates instead
 
 
 class Snapshot(NamedTuple):
@@ -46,23 +46,24 @@ class Best:
             self.loss, self.waited, self.states = loss, 0, states
 
 
-class Progress:
+class TrainingState:
     """One run's model, guide, optimiser and schedule, its history, its best state, where it started and was last good.
 
-    ``halvings`` counts how often the learning rate was halved after a loss that was not finite.
+    ``halvings`` counts how often the learning rate was halved after a loss that was not finite. ``rate_scale`` is what
+    the schedule's rates are multiplied by: a power of 1/2, so that the product is exact.
     """
 
     def __init__(self, model: SCVI, guide: Guide, optimiser: Any, schedule: Any, patience: int | None) -> None:
         self.model, self.guide, self.optimiser, self.schedule = model, guide, optimiser, schedule
         self.rows: list[dict[str, float]] = []
-        self.best, self.halvings = Best(patience), 0
+        self.best, self.halvings, self.rate_scale = Best(patience), 0, 1.0
         self.parameters = [p for group in optimiser.param_groups for p in group["params"]]
         self.good = self.start = self._snapshot(self._states())
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        return float(self.schedule.get_last_lr()[0])
+        return float(self.schedule.get_last_lr()[0]) * self.rate_scale
 
     @property
     def finite(self) -> bool:
@@ -75,6 +76,19 @@ class Progress:
         index = pd.RangeIndex(1, len(self.rows) + 1, name="epoch")
         return pd.DataFrame(self.rows, index=index, columns=list(HISTORY), dtype=float)
 
+    def step(self) -> None:
+        """One step of the optimiser along its gradients, which are then empty, and one of the schedule."""
+        scheduled = self.schedule.get_last_lr()
+        self._set_rates([rate * self.rate_scale for rate in scheduled])
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self._set_rates(scheduled)  # from which some of torch's schedules compute the next
+        self.schedule.step()
+
+    def _set_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate
+
     def advance(self, row: dict[str, float], loss: float) -> None:
         """Note that an epoch is finished; ``loss`` is what epochs are judged by."""
         self.rows.append(row)
@@ -86,10 +100,7 @@ class Progress:
         """Go back to the last good state, with half its learning rate."""
         self.restore(self.good)
         self.halvings += 1
-        for group in self.optimiser.param_groups:
-            group.update({name: group[name] / 2 for name in _RATES if name in group})
-        for name in ("base_lrs", "_last_lr"):
-            setattr(self.schedule, name, [rate / 2 for rate in getattr(self.schedule, name)])
+        self.rate_scale /= 2
         self.good = self._snapshot(self._states())
 
     def finish(self) -> None:
@@ -106,6 +117,7 @@ class Progress:
         CheckpointError, KeyError, TypeError, ValueError, RuntimeError
             If the snapshot, read from a file, is not one of such a run; model and guide are as they were then.
         """
+        snapshot = snapshot._replace(facts=_UNSAID | snapshot.facts)
         facts, tensors = copy.deepcopy(snapshot.facts), snapshot.tensors
         best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]  # JSON has no infinity
         _require_alike({**self.good.facts, "best_loss": math.inf}, {**facts, "best_loss": best_loss})
@@ -117,7 +129,7 @@ class Progress:
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         self.optimiser.zero_grad()
         self.schedule.load_state_dict(facts["schedule"])
-        self.rows, self.halvings = list(snapshot.rows), facts["halvings"]
+        self.rows, self.halvings, self.rate_scale = list(snapshot.rows), facts["halvings"], facts["rate_scale"]
         self.best.loss, self.best.waited = best_loss, facts["waited"]
         self.best.states = under("now" if facts["best_is_now"] else "best", tensors)
         self.good = snapshot
@@ -141,6 +153,7 @@ class Progress:
             "schedule": self.schedule.state_dict(),
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in moments["param_groups"]],
             "halvings": self.halvings,
+            "rate_scale": self.rate_scale,
             "best_loss": None if math.isinf(self.best.loss) else self.best.loss,
             "waited": self.best.waited,
             "best_is_now": self.best.states is states,

@@ -18,7 +18,7 @@ from pyro_scvi.posterior import evaluating, minibatches, require_question
 from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 Reducer = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

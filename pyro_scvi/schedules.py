@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_scvi.errors import FitError, require_number
 
-__all__ = ["Constant", "Every", "OneCycle", "WarmUp", "Weight"]
+__all__ = ["CheckpointInterval", "Constant", "ConstantKL", "OneCycle", "WarmUp"]
 
 
 def __dir__():
@@ -84,7 +84,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Weight:
+class ConstantKL:
     r"""The same KL weight, beta, throughout: 1 is the evidence bound, 0 leaves the prior of z out of training.
 
     .. math:: L_\beta(n) = E_{q(z | x_n)} \log p(x_n | z) - \beta\, KL(q(z | x_n) \| p(z))
@@ -101,7 +101,7 @@ class Weight:
 
     Examples
     --------
-    >>> made = ps.fit(ps.SCVI(20, 2), cells, kl_weight=ps.schedules.Weight(0.5), epochs=2, progress=False)
+    >>> made = ps.fit(ps.SCVI(20, 2), cells, kl_weight=ps.schedules.ConstantKL(0.5), epochs=2, progress=False)
     >>> made.history.kl_weight.tolist()
     [0.5, 0.5]
     """
@@ -154,7 +154,7 @@ class WarmUp:
 
 
 @dataclass(frozen=True)
-class Every:
+class CheckpointInterval:
     """Checkpoints at the end of epochs: when so many epochs and so many seconds have passed since the last one.
 
     Parameters
@@ -169,7 +169,7 @@ class Every:
 
     Examples
     --------
-    >>> every = ps.schedules.Every(epochs=2)
+    >>> every = ps.schedules.CheckpointInterval(epochs=2)
     >>> run = {"checkpoint": folder / "run", "checkpoint_every": every, "epochs": 2, "progress": False}
     >>> made = ps.fit(ps.SCVI(20, 2), cells, **run)
     >>> len(ps.load(folder / "run").history)
@@ -185,4 +185,4 @@ class Every:
 
 
 LearningRate = OneCycle | Constant
-KLWeight = Weight | WarmUp
+KLWeight = ConstantKL | WarmUp

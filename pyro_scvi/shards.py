@@ -29,7 +29,7 @@ from pyro_scvi.posterior import require_question
 from pyro_scvi.seeding import seed_of
 
 if TYPE_CHECKING:
-    from pyro_scvi.fit import Fit
+    from pyro_scvi.fitted import Fit
 
 __all__ = ["write"]
 

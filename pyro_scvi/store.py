@@ -1,4 +1,4 @@
-"""Saving and loading a Fit: weights as safetensors, everything else as JSON, nothing ever unpickled."""
+"""Loading a saved Fit, or that of a checkpoint: nothing is ever unpickled."""
 
 from pathlib import Path
 from typing import Any
@@ -7,26 +7,14 @@ import torch
 
 from pyro_scvi import archive
 from pyro_scvi.checkpoint import CHECKPOINT_FACTS, best_states
-from pyro_scvi.descriptions import FIT_FACTS, build, check_shapes, facts_of, history_of, put_states, states_of
+from pyro_scvi.descriptions import FIT_FACTS, build, check_shapes, history_of, put_states
 from pyro_scvi.errors import CheckpointError
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.guides import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.schema import Schema
 
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-
-
-def save(fit: Fit, path: str | Path) -> None:
-    """Write a fit into the directory ``path``; an existing save there is replaced once the new one is complete.
-
-    Raises
-    ------
-    CheckpointError
-        If the directory holds something else than a save, or cannot be written; what was there is intact then.
-    """
-    facts = facts_of(fit.model, fit.guide, fit.history, fit.schema, fit.settings)
-    archive.write(archive.folder(path), archive.Content("fit", facts, states_of(fit.model, fit.guide)))
 
 
 def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = None) -> Fit:

@@ -117,7 +117,7 @@ def trained(ranks, folder):
 
 
 @dataclass(frozen=True)
-class Fatal(ps.schedules.Weight):
+class Fatal(ps.schedules.ConstantKL):
     """Weight 1, until the second rank is killed in the fourth epoch."""
 
     def at(self, epoch, epochs):
@@ -141,7 +141,7 @@ def signalled(ranks, folder):
     """SIGTERM to one rank ends all after the same step."""
 
     @dataclass(frozen=True)
-    class Ended(ps.schedules.Weight):
+    class Ended(ps.schedules.ConstantKL):
         def at(self, epoch, epochs):
             if epoch == 3 and ranks.rank == ranks.size - 1 and epochs == 8 and not ended:
                 ended.append(True)
@@ -202,7 +202,7 @@ def unlike(ranks, folder):
         {"validation": 7},
         {"validation": ps.Cells.from_counts(cells[:20])},
         {"learning_rate": ps.schedules.OneCycle(0.003)},
-        {"kl_weight": ps.schedules.Weight(0.5)},
+        {"kl_weight": ps.schedules.ConstantKL(0.5)},
         {"patience": 1},
         {"eps": 1e-4},
         {"elbo": Trace_ELBO()},

@@ -14,7 +14,7 @@ from mutations import mutate
 import pyro_scvi as ps
 from pyro_scvi import archive
 from pyro_scvi.errors import CheckpointError, FitError, PyroScviError
-from pyro_scvi.schedules import Every
+from pyro_scvi.schedules import CheckpointInterval
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
 
@@ -35,7 +35,7 @@ def run(cells, model=None, guide=None, **options):
 
 def stop_after(monkeypatch, epochs):
     """Have the run stop like a crash, after so many epochs and some steps."""
-    epoch, left = ps.training.Run.epoch, [epochs]
+    epoch, left = ps.training.Trainer.epoch, [epochs]
 
     def counted(self, *args, **kwargs):
         left[0] -= 1
@@ -44,7 +44,7 @@ def stop_after(monkeypatch, epochs):
             raise Stopped
         return value
 
-    monkeypatch.setattr("pyro_scvi.training.Run.epoch", counted)
+    monkeypatch.setattr("pyro_scvi.training.Trainer.epoch", counted)
 
 
 def stopped(cells, folder, monkeypatch, ended, **options):
@@ -109,7 +109,7 @@ def test_every_kind_of_guide_resumes(cells, tmp_path, monkeypatch, make):
 def test_a_checkpoint_changes_nothing_and_a_finished_run_resumes_at_its_end(cells, tmp_path, monkeypatch):
     whole = run(cells)
     check_equal(run(cells, checkpoint=tmp_path / "run"), whole)
-    monkeypatch.setattr("pyro_scvi.training.Run.epoch", None)  # no epoch is left to train
+    monkeypatch.setattr("pyro_scvi.training.Trainer.epoch", None)  # no epoch is left to train
     check_equal(run(cells, checkpoint=tmp_path / "run", resume=True), whole)
     loaded = ps.load(tmp_path / "run")
     check_equal(loaded, whole)
@@ -138,16 +138,16 @@ def test_checkpoints_are_written_as_often_as_asked(cells, tmp_path, monkeypatch)
     run(cells, checkpoint=tmp_path / "a")
     assert written == [0, 1, 2, 3, 4, 5, 6]
     written.clear()
-    run(cells, checkpoint=tmp_path / "b", checkpoint_every=Every(epochs=4))
+    run(cells, checkpoint=tmp_path / "b", checkpoint_every=CheckpointInterval(epochs=4))
     assert written == [0, 4, 6]
     written.clear()
-    run(cells, checkpoint=tmp_path / "c", checkpoint_every=Every(seconds=1e6))
+    run(cells, checkpoint=tmp_path / "c", checkpoint_every=CheckpointInterval(seconds=1e6))
     assert written == [0, 6]
     with pytest.raises(FitError, match="epochs >= 1"):
-        Every(epochs=0)
+        CheckpointInterval(epochs=0)
     with pytest.raises(FitError, match="epochs >= 1"):
-        Every(seconds=float("nan"))
-    with pytest.raises(FitError, match="Every"):
+        CheckpointInterval(seconds=float("nan"))
+    with pytest.raises(FitError, match="CheckpointInterval"):
         run(cells, checkpoint=tmp_path / "d", checkpoint_every=5)
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import simulated_counts
 
 import pyro_scvi as ps
-from pyro_scvi.distributed import Alone, Ranks
+from pyro_scvi.distributed import ProcessGroup, SingleProcess
 from pyro_scvi.minibatches import Minibatches
 from pyro_scvi.seeding import seed_of
 
@@ -100,7 +100,7 @@ DIFFERENT = [
     "validation is 0.1 on rank 0 and 7 on rank 1",
     "validation is 0.1 on rank 0 and 20 x 20 with digest",
     "learning_rate is OneCycle",
-    "kl_weight is Weight",
+    "kl_weight is ConstantKL",
     "patience is None on rank 0 and 1 on rank 1",
     "eps is 1e-08 on rank 0 and 0.0001 on rank 1",
     "elbo is NoneType on rank 0 and Trace_ELBO on rank 1",
@@ -142,10 +142,10 @@ def test_several_processes_that_nothing_joined_are_warned_of(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(UserWarning, match="WORLD_SIZE is 2, but .*each process trains alone"):
         with ps.distributed.joined() as ranks:
-            assert type(ranks) is Alone
+            assert type(ranks) is SingleProcess
     monkeypatch.setenv("WORLD_SIZE", "1")
     with ps.distributed.joined() as ranks:
-        assert type(ranks) is Alone
+        assert type(ranks) is SingleProcess
 
 
 def test_errors_of_the_first_rank_are_those_of_all(folder):
@@ -216,14 +216,14 @@ def test_steps_share_out_all_cells(n_cells, batch_size, size):
 
 def rank_of(rank, size):
     """A rank without a process group."""
-    ranks = Ranks.__new__(Ranks)
+    ranks = ProcessGroup.__new__(ProcessGroup)
     ranks.rank, ranks.size = rank, size
     return ranks
 
 
 def test_one_process_is_what_joined_yields_without_torchrun():
     with ps.distributed.joined() as ranks:
-        assert type(ranks) is Alone
+        assert type(ranks) is SingleProcess
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
 
 

@@ -5,14 +5,16 @@ import pyro
 import pytest
 import torch
 from conftest import simulated_counts
-from test_checkpoint import check_equal, parts, run
+from test_checkpoint import check_equal, parts, run, stopped
 
 import pyro_scvi as ps
+from pyro_scvi import archive
+from pyro_scvi.checkpoint import CHECKPOINT_FACTS
 from pyro_scvi.divergence import HALVINGS
 from pyro_scvi.errors import FitError
 from pyro_scvi.networks import Decoder
-from pyro_scvi.schedules import Constant, OneCycle
-from pyro_scvi.training import Run
+from pyro_scvi.schedules import Constant, ConstantKL, OneCycle
+from pyro_scvi.training import Trainer
 
 
 def broken(monkeypatch, *steps):
@@ -73,7 +75,7 @@ def test_a_run_that_diverged_resumes_to_the_same_end(cells, tmp_path, monkeypatc
             whole = run(cells)
     with monkeypatch.context() as patch:
         broken(patch, 6)
-        epoch, left = Run.epoch, [4]  # the second, its retry, and two more
+        epoch, left = Trainer.epoch, [4]  # the second, its retry, and two more
 
         def counted(self, *args, **kwargs):
             left[0] -= 1
@@ -81,11 +83,41 @@ def test_a_run_that_diverged_resumes_to_the_same_end(cells, tmp_path, monkeypatc
                 raise ZeroDivisionError
             return epoch(self, *args, **kwargs)
 
-        patch.setattr(Run, "epoch", counted)
+        patch.setattr(Trainer, "epoch", counted)
         with pytest.raises(ZeroDivisionError):
             run(cells, checkpoint=tmp_path / "run")
     with pytest.warns(UserWarning, match="halved 1 times"):
         check_equal(run(cells, checkpoint=tmp_path / "run", resume=True), whole)
+
+
+def as_written_before(folder, scale):
+    """Rewrite a checkpoint as it was once: the class by its old name, the schedule's own rates halved, no scale."""
+    content = archive.read(folder, {"checkpoint": CHECKPOINT_FACTS})
+    assert content.facts["run"]["kl_weight"]["part"] == "ConstantKL"
+    content.facts["run"]["kl_weight"]["part"] = "Weight"
+    state = content.facts["progress"]
+    assert state.pop("rate_scale") == scale
+    for name in ("base_lrs", "_last_lr"):
+        state["schedule"][name] = [rate * scale for rate in state["schedule"][name]]
+    for group in state["groups"]:
+        rates = group.keys() & {"lr", "initial_lr", "max_lr", "min_lr"}
+        group.update({name: group[name] * scale for name in rates})
+    archive.write(folder, content)
+
+
+@pytest.mark.parametrize("rate", [OneCycle(0.02), Constant(0.02)], ids=["one cycle", "constant"])
+def test_an_earlier_checkpoint_of_a_halved_rate_resumes_to_the_same_end(cells, tmp_path, monkeypatch, rate):
+    options = {"learning_rate": rate, "kl_weight": ConstantKL(0.5)}
+    with monkeypatch.context() as patch:
+        broken(patch, 6, 12)
+        with pytest.warns(UserWarning, match="halved 2 times"):
+            whole = run(cells, **options)
+    with monkeypatch.context() as patch:
+        broken(patch, 6, 12)
+        stopped(cells, tmp_path / "run", patch, 6, **options)  # four epochs and the two that were tried again
+    as_written_before(tmp_path / "run", 0.25)
+    with pytest.warns(UserWarning, match="halved 2 times"):
+        check_equal(run(cells, checkpoint=tmp_path / "run", resume=True, **options), whole)
 
 
 def test_when_halving_does_not_help_the_error_carries_the_last_good_fit(cells, tmp_path, monkeypatch):
@@ -125,8 +157,8 @@ def test_a_loss_that_is_no_number_before_any_step_is_an_error_at_once(cells, mon
     monkeypatch.setattr(
         Decoder, "forward", lambda self, z, gamma: {n: z.squeeze() @ torch.full((3, 20), torch.nan) for n in self.heads}
     )
-    epoch, tried = Run.epoch, []
-    monkeypatch.setattr(Run, "epoch", lambda *a, **k: tried.append(0) or epoch(*a, **k))
+    epoch, tried = Trainer.epoch, []
+    monkeypatch.setattr(Trainer, "epoch", lambda *a, **k: tried.append(0) or epoch(*a, **k))
     with pytest.raises(FitError, match="cannot score these cells"):
         run(cells)
     assert len(tried) == 1

@@ -1,4 +1,6 @@
+import inspect
 import math
+from dataclasses import fields
 
 import numpy as np
 import pyro
@@ -8,8 +10,8 @@ from scipy import sparse
 
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError, ModelError, SchemaError
-from pyro_scvi.fit import default_epochs
 from pyro_scvi.minibatches import Minibatches
+from pyro_scvi.options import TrainingOptions, default_epochs
 from pyro_scvi.posterior import bound_terms
 
 
@@ -58,7 +60,7 @@ def test_a_fit_without_held_out_cells_says_so(cells):
 
 def test_a_fit_without_prior_is_judged_without_it(cells):
     """As in training, whose kept parameters must be those of the epoch that is named."""
-    fit = small_fit(cells, epochs=5, learning_rate=ps.schedules.Constant(0.03), kl_weight=ps.schedules.Weight(0.0))
+    fit = small_fit(cells, epochs=5, learning_rate=ps.schedules.Constant(0.03), kl_weight=ps.schedules.ConstantKL(0.0))
     best = (fit.history.held_out_loss - fit.history.kl).idxmin()
     assert f"in epoch {best}, the best" in repr(fit)
 
@@ -201,7 +203,7 @@ def test_any_elbo_trains(cells, elbo):
 
 
 def test_kl_weight_zero_lets_z_say_more_and_the_history_stays_untempered(cells):
-    free, bound = (small_fit(cells, kl_weight=ps.schedules.Weight(w), epochs=60) for w in (0.0, 1.0))
+    free, bound = (small_fit(cells, kl_weight=ps.schedules.ConstantKL(w), epochs=60) for w in (0.0, 1.0))
     assert free.history.kl.iloc[-1] > 2 * bound.history.kl.iloc[-1]
     untempered = free.history.train_loss.iloc[-5:].mean()
     assert untempered == pytest.approx(free.history.held_out_loss.iloc[-5:].mean(), rel=0.35)
@@ -236,7 +238,7 @@ def test_the_best_epoch_is_kept_under_the_weight_that_was_trained_for(cells):
         torch.manual_seed(0)
         kept = -float(bound_terms(fit.guide, x, gamma, 50)[0].mean())
     assert kept == pytest.approx(losses.min(), abs=1.5)
-    free = small_fit(train, validation=held_out, epochs=40, batch_size=8, kl_weight=ps.schedules.Weight(0.0))
+    free = small_fit(train, validation=held_out, epochs=40, batch_size=8, kl_weight=ps.schedules.ConstantKL(0.0))
     without_prior = free.history.held_out_loss - free.history.kl
     with torch.no_grad():
         torch.manual_seed(0)
@@ -275,7 +277,7 @@ def test_the_untempered_loss_does_not_depend_on_how_particles_are_laid_out(cells
             elbo=elbo,
             epochs=1,
             validation=0,
-            kl_weight=ps.schedules.Weight(0.0),
+            kl_weight=ps.schedules.ConstantKL(0.0),
             learning_rate=ps.schedules.Constant(0.0),
         )
         losses.append(fit.history.train_loss.iloc[0])
@@ -293,7 +295,7 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
     ("option", "says"),
     [
         ({"learning_rate": 0.01}, "OneCycle"),
-        ({"kl_weight": 0.5}, "Weight"),
+        ({"kl_weight": 0.5}, "ConstantKL"),
         ({"kl_weight": ps.schedules.WarmUp(0)}, "1 epoch or more"),
         ({"kl_weight": ps.schedules.WarmUp(float("nan"))}, "1 epoch or more"),
         ({"elbo": pyro.infer.Trace_ELBO}, "Trace_ELBO"),
@@ -373,6 +375,10 @@ def test_data_start_takes_depth_and_means_from_the_cells(cells):
     assert float(model.library.scale) == pytest.approx(log_totals.std(), rel=1e-5)
     bias = model.decoder.heads["log_mean"].bias.detach().numpy()
     np.testing.assert_allclose(bias, np.log(cells.counts.mean(0) + 1 / 60), rtol=1e-5)
+
+
+def test_the_options_are_the_arguments_of_fit_beside_model_cells_and_guide():
+    assert [option.name for option in fields(TrainingOptions)] == list(inspect.signature(ps.fit).parameters)[3:]
 
 
 def test_default_epochs_fall_with_the_square_root():

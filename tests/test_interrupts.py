@@ -14,7 +14,7 @@ import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.interrupts import noted_interrupts
 from pyro_scvi.minibatches import Minibatches
-from pyro_scvi.training import Run
+from pyro_scvi.training import Trainer
 
 STEPS = 4  # of an epoch: 54 cells in batches of 16
 
@@ -55,7 +55,7 @@ def test_a_signal_ends_the_step_and_gives_the_fit_of_the_epochs_before(cells, tm
     with monkeypatch.context() as patch:
         steps = sent(patch, (3 * STEPS + 2, number))
         with pytest.warns(UserWarning, match=f"interrupted by {number.name} after epoch 3 of 6"):
-            fit = run(cells, checkpoint=folder, checkpoint_every=ps.schedules.Every(epochs=5))
+            fit = run(cells, checkpoint=folder, checkpoint_every=ps.schedules.CheckpointInterval(epochs=5))
         assert steps[0] == 3 * STEPS + 2  # no step after the one that ran
     assert handlers == [number]  # a handler of one's own is called, once
     assert fit.settings["interrupted"] == f"{number.name} after epoch 3 of 6"
@@ -67,7 +67,7 @@ def test_a_signal_ends_the_step_and_gives_the_fit_of_the_epochs_before(cells, tm
 
 
 def test_a_signal_after_the_last_step_does_not_make_the_run_an_interrupted_one(cells, monkeypatch, handlers):
-    evaluate, seen = Run.evaluate, []
+    evaluate, seen = Trainer.evaluate, []
 
     def last(self, *args):
         seen.append(args)
@@ -75,7 +75,7 @@ def test_a_signal_after_the_last_step_does_not_make_the_run_an_interrupted_one(c
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate(self, *args)
 
-    monkeypatch.setattr(Run, "evaluate", last)
+    monkeypatch.setattr(Trainer, "evaluate", last)
     fit = run(cells)
     assert len(fit.history) == 6
     assert handlers == [signal.SIGINT]

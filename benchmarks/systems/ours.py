@@ -23,7 +23,7 @@ def autocast_available() -> Callable[[], Sample]:
 
 
 @dataclass(frozen=True)
-class FromTheSecond(ps.schedules.Weight):
+class FromTheSecond(ps.schedules.ConstantKL):
     """The weight 1, which starts a watch when the second epoch begins."""
 
     watch: Stopwatch = field(default_factory=Stopwatch)

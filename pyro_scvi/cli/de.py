@@ -17,7 +17,7 @@ from pyro_scvi.cli.page import versions
 from pyro_scvi.cli.workspace import PAGE, Workspace, new_file, new_folder
 from pyro_scvi.differential import DepthCorrected, DepthLaden, differential_expression
 from pyro_scvi.errors import DataError
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.samplers import Amortized
 
 MOST_GROUPS = 100  # each against the rest; a column with more of them names no cell types

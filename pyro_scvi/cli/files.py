@@ -14,7 +14,7 @@ from pyro_scvi.archive import CONFIG
 from pyro_scvi.cells import Cells
 from pyro_scvi.cli.workspace import FIT
 from pyro_scvi.errors import CheckpointError, DataError, SchemaError
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.minibatches import resolve_device
 from pyro_scvi.store import load
 

@@ -15,7 +15,7 @@ from pyro_scvi.cli.pictures import new_axes, save
 from pyro_scvi.criticism import check_predictions
 from pyro_scvi.differential import differential_expression
 from pyro_scvi.evidence import evidence
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.importance import KHAT_LIMIT
 from pyro_scvi.imputation import impute, technical_zero_probability
 from pyro_scvi.plots import Projection

@@ -10,7 +10,7 @@ import pyro_scvi
 from pyro_scvi import report
 from pyro_scvi.cli import fit_report
 from pyro_scvi.cli.fit_report import EvaluatedFit
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 
 
 @dataclass(frozen=True)

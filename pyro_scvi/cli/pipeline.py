@@ -17,7 +17,8 @@ from pyro_scvi.cli.fit_report import EvaluatedFit
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.workspace import FIT, PAGE, Workspace
 from pyro_scvi.errors import FitError
-from pyro_scvi.fit import Fit, fit
+from pyro_scvi.fit import fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.guides import Guide
 from pyro_scvi.indexing import number_held_out
 from pyro_scvi.model import SCVI

@@ -14,7 +14,7 @@ from pyro_scvi.cli.workspace import errors_in_one_line
 from pyro_scvi.distributed import joined
 from pyro_scvi.errors import DataError
 from pyro_scvi.evidence import evidence as log_evidence
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.imputation import impute, technical_zero_probability
 from pyro_scvi.posterior import embed
 from pyro_scvi.samplers import Amortized

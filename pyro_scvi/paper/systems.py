@@ -7,7 +7,8 @@ import numpy as np
 
 from pyro_scvi import presets
 from pyro_scvi.cells import Cells
-from pyro_scvi.fit import Fit, fit
+from pyro_scvi.fit import fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.guides import DiagonalNormal, Point
 from pyro_scvi.likelihoods import ZINB, PerGene
 from pyro_scvi.model import SCVI

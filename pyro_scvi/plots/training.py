@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.plots.canvas import HELD_OUT, TRAIN, given_or_new
 from pyro_scvi.posterior import require_fit
 

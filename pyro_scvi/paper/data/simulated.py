@@ -7,7 +7,7 @@ from scipy import sparse
 
 from pyro_scvi.cells import Cells
 from pyro_scvi.criticism import prior_predictive
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.data import files
 

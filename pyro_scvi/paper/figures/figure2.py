@@ -15,7 +15,7 @@ from pyro_scvi import baselines
 from pyro_scvi.baselines.scvi_tools import trained
 from pyro_scvi.cells import Cells
 from pyro_scvi.differential import DepthCorrected, DepthLaden, differential_expression
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.gamma_ratio import probability_less
 from pyro_scvi.pairs import Groups
 from pyro_scvi.paper import systems

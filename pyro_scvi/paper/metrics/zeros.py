@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_scvi import baselines
 from pyro_scvi.baselines.zinbwave import model as zinbwave_model
 from pyro_scvi.cells import Cells
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
 from pyro_scvi.paper.data.corruption import EXPECTED_ZERO
 from pyro_scvi.posterior import evaluating, minibatches

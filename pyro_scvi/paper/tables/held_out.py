@@ -22,13 +22,13 @@ from sklearn.model_selection import train_test_split
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
 from pyro_scvi.evidence import evidence
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.importance import KHAT_LIMIT
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.data import files
 from pyro_scvi.paper.tables.independent_genes import IndependentGenes
 from pyro_scvi.posterior import bound_terms, embed, evaluating, minibatches
-from pyro_scvi.schedules import Constant, Weight
+from pyro_scvi.schedules import Constant, ConstantKL
 
 Result = dict[str, Any]
 
@@ -94,7 +94,7 @@ def ours(
     training, ``refit`` how often the encoder passes over the test cells to be refitted to them.
     """
     of = split(**case)
-    options: Result = {"kl_weight": Weight(kl)} | ({} if rate is None else {"learning_rate": Constant(rate)})
+    options: Result = {"kl_weight": ConstantKL(kl)} | ({} if rate is None else {"learning_rate": Constant(rate)})
     started = time.process_time()
     fit = systems.fitted(name, of.train, seed=seed, epochs=epochs, validation=VALIDATION, **options)
     seconds = time.process_time() - started

@@ -16,7 +16,7 @@ from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
 from pyro_scvi.criticism import prior_predictive
 from pyro_scvi.evidence import evidence
-from pyro_scvi.fit import Fit
+from pyro_scvi.fitted import Fit
 from pyro_scvi.importance import KHAT_LIMIT
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget

@@ -15,7 +15,7 @@ from scipy import sparse, stats
 
 from pyro_scvi import baselines
 from pyro_scvi.cells import Cells
-from pyro_scvi.fit import default_epochs
+from pyro_scvi.options import default_epochs
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import files, simulated
