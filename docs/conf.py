@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.util.inspect import stringify_signature
 
-from pyro_scvi.parts import Part
+from pyro_scvi.nn.component import Component
 
 _HERE = Path(__file__).parent
 (_HERE / "notebooks").mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def _mathml(formula: str, display: str) -> str:
 
 def _signature(_app: object, _what: str, _name: str, thing: Any, *_: object) -> tuple[str, str] | None:
     """That of a part's constructor: its __new__ takes whatever comes, and Sphinx would show that."""
-    if inspect.isclass(thing) and issubclass(thing, Part):
+    if inspect.isclass(thing) and issubclass(thing, Component):
         return stringify_signature(inspect.signature(thing), show_annotation=False), ""
     return None
 

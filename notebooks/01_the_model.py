@@ -159,7 +159,7 @@ print(f"largest gap: {gap:.1f} standard errors over {len(support)} counts")
 
 # %% [markdown]
 # Second check, without Monte Carlo error. The conditional of $w, y, h$ given $x$ and $z$ is known exactly
-# (`model.likelihood.explain` samples it), so for *every single draw* of it
+# (`model.likelihood.condition` samples it), so for *every single draw* of it
 #
 # $$\log p(x, y, w, h \mid z) - \log p(y, w, h \mid x, z) = \log p(x \mid z).$$
 #
@@ -174,7 +174,7 @@ with torch.no_grad():
     marginal = exact.likelihood.marginal(**theta).log_prob(x)  # (cells, genes)
 
     with pyro.plate("cells", n_cells, dim=-2), pyro.plate("genes", n_genes, dim=-1):
-        posterior = poutine.trace(exact.likelihood.explain).get_trace(x, theta)
+        posterior = poutine.trace(exact.likelihood.condition).get_trace(x, theta)
     posterior.compute_log_prob()
     sites = {name: posterior.nodes[name]["value"] for name in ("w", "y", "h")}
     joint = poutine.trace(poutine.condition(exact, data={"z": z, **sites})).get_trace(x, gamma, marginal=False)

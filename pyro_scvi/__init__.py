@@ -3,45 +3,36 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pyro_scvi import (
-    calibration,
-    criticism,
-    datasets,
-    differential,
-    distributed,
-    errors,
-    guides,
-    imputation,
-    libraries,
-    likelihoods,
-    networks,
-    presets,
-    priors,
-    schedules,
-    shards,
-    stores,
-    weights,
-)
-from pyro_scvi.annealing import annealed_evidence
-from pyro_scvi.annotate import add_rank_genes_groups, annotate
-from pyro_scvi.calibration import calibrate
-from pyro_scvi.cells import Cells
-from pyro_scvi.comparison import compare
-from pyro_scvi.criticism import check_predictions, posterior_predictive, prior_predictive
-from pyro_scvi.differential import differential_expression
-from pyro_scvi.evidence import evidence
-from pyro_scvi.export import to_datatree
-from pyro_scvi.fit import fit
-from pyro_scvi.fitted import Fit
-from pyro_scvi.imputation import impute, technical_zero_probability
-from pyro_scvi.leave_one_out import leave_one_out
+from pyro_scvi import errors, guides, likelihoods, presets, priors, schedules
+from pyro_scvi import nn as networks
+from pyro_scvi.analysis import differential
+from pyro_scvi.analysis.differential import differential_expression
+from pyro_scvi.analysis.evidence.annealed import annealed_evidence
+from pyro_scvi.analysis.evidence.comparison import compare
+from pyro_scvi.analysis.evidence.evidence import evidence
+from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
+from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.posterior_samples import sample_posterior
+from pyro_scvi.analysis.predictive import calibration, imputation
+from pyro_scvi.analysis.predictive import checks as criticism
+from pyro_scvi.analysis.predictive.calibration import calibrate
+from pyro_scvi.analysis.predictive.checks import check_predictions, posterior_predictive, prior_predictive
+from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
+from pyro_scvi.analysis.prior_sensitivity import prior_sensitivity
+from pyro_scvi.data import datasets, stores
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.schema import Schema
+from pyro_scvi.export import blocks as shards
+from pyro_scvi.export.arviz import to_datatree
+from pyro_scvi.export.scanpy import add_rank_genes_groups, annotate
+from pyro_scvi.inference.samplers import HMC, Amortized, Importance, Refined
+from pyro_scvi.likelihoods import library_size as libraries
 from pyro_scvi.model import SCVI
-from pyro_scvi.posterior import embed
-from pyro_scvi.samplers import HMC, Amortized, Importance, Refined
-from pyro_scvi.sampling import sample_posterior
-from pyro_scvi.schema import Schema
-from pyro_scvi.sensitivity import prior_sensitivity
-from pyro_scvi.store import load
+from pyro_scvi.priors import weights
+from pyro_scvi.training import distributed
+from pyro_scvi.training.fit import fit
+from pyro_scvi.training.fitted import Fit
+from pyro_scvi.training.loading import load
 
 if TYPE_CHECKING:
     from pyro_scvi import baselines, plots

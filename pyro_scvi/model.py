@@ -5,16 +5,18 @@ from collections.abc import Callable
 import pyro
 from torch import BoolTensor, Tensor, nn
 
-from pyro_scvi.distributions import Law
-from pyro_scvi.errors import ModelError, brief, require_at_least, require_kind
-from pyro_scvi.libraries import LatentLibrary, Library
-from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
-from pyro_scvi.networks import BatchNorm, Decoder, Norm
-from pyro_scvi.plates import cells_plate, constants, register
-from pyro_scvi.priors import StandardNormal
-from pyro_scvi.seeding import seeded
-from pyro_scvi.sites import Program
-from pyro_scvi.weights import RandomWeights
+from pyro_scvi.errors import ModelError
+from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.library_size import LatentLibrary, Library
+from pyro_scvi.likelihoods.negative_binomial import ZINB
+from pyro_scvi.nn.networks import Decoder
+from pyro_scvi.nn.normalization import BatchNorm, Norm
+from pyro_scvi.priors.normal import StandardNormal
+from pyro_scvi.priors.weights import RandomWeights
+from pyro_scvi.program import Program, cells_plate, check_inputs, register
+from pyro_scvi.types import Distribution, Theta
+from pyro_scvi.utils.checks import brief, require_at_least, require_kind
+from pyro_scvi.utils.random_state import seeded
 
 
 class SCVI(Program):
@@ -40,7 +42,7 @@ class SCVI(Program):
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         The decoder's hidden layers, and the seed of the initial weights.
     weight_priors
-        Parameter name pattern -> prior on it, see :mod:`pyro_scvi.weights`.
+        Parameter name pattern -> prior on it, see :mod:`pyro_scvi.priors.weights`.
 
     Raises
     ------
@@ -60,7 +62,7 @@ class SCVI(Program):
         n_latent: int = 10,
         n_covariates: int = 0,
         *,
-        prior: Callable[[], Law] | None = None,
+        prior: Callable[[], Distribution] | None = None,
         likelihood: Likelihood | None = None,
         library: Library | None = None,
         n_hidden: int = 128,
@@ -133,7 +135,7 @@ class SCVI(Program):
             If genes, covariates or rows do not agree, or there are no w, y and h to ask for.
         """
         register(self)
-        gamma = constants(self, x, gamma)
+        gamma = check_inputs(self, x, gamma)
         with self.weights.drawn_into(self):
             with cells_plate(gamma, index, n_cells):
                 z = pyro.sample("z", self.prior())  # (cells, 1, latents)

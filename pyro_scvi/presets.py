@@ -1,17 +1,19 @@
-"""Named configurations: a model and the options of its fit, each made of the same parts as any other."""
+"""Presets: named configurations, each a model and the options of its fit."""
 
 from typing import Any
 
 import numpy as np
 
-from pyro_scvi.cells import Cells
-from pyro_scvi.errors import require_kind
-from pyro_scvi.guides import DiagonalNormal, Guide
-from pyro_scvi.libraries import LatentLibrary, NoLibrary
-from pyro_scvi.likelihoods import ZINB, PerGene
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.guides.amortized import DiagonalNormal
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.likelihoods.dispersion import PerGene
+from pyro_scvi.likelihoods.library_size import LatentLibrary, NoLibrary
+from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.model import SCVI
-from pyro_scvi.networks import BatchNorm
+from pyro_scvi.nn.normalization import BatchNorm
 from pyro_scvi.schedules import Constant, ConstantKL
+from pyro_scvi.utils.checks import require_kind
 
 __all__ = ["default", "nature_methods_2018", "seed_2017"]
 

@@ -1,11 +1,12 @@
-"""Schedules of the learning rate, of the KL weight and of checkpoints, as objects that a fit is given."""
+"""Schedules of the learning rate, the KL weight and checkpoints, passed to fit as objects."""
 
 from dataclasses import dataclass
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_scvi.errors import FitError, require_number
+from pyro_scvi.errors import FitError
+from pyro_scvi.utils.checks import require_number
 
 __all__ = ["CheckpointInterval", "Constant", "ConstantKL", "OneCycle", "WarmUp"]
 

@@ -1,8 +1,6 @@
 """Shared state and data: every test starts from one seed, one thread, validation on and an empty parameter store."""
 
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,12 +8,11 @@ import pyro
 import pytest
 import torch
 
-from pyro_scvi.cells import Cells
+from pyro_scvi.data.cells import Cells
+from tests.support.paths import DATA, GOLDEN
+from tests.support.simulate import simulated_counts
 
 torch.set_num_threads(1)  # also for fixtures that outlive a test
-
-DATA = Path(os.environ.get("PYRO_SCVI_DATA", Path(__file__).parents[1] / "../shared/data"))
-GOLDEN = Path(os.environ.get("PYRO_SCVI_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +51,6 @@ def golden():
             return dict(file)
 
     return arrays
-
-
-def simulated_counts(n_cells=60, n_genes=20, seed=0):
-    """Two groups of cells of unequal depth, overdispersed counts, a fifth of them lost."""
-    rng = np.random.default_rng(seed)
-    group = np.arange(n_cells) % 2
-    profile = rng.gamma(1.0, 3.0, size=(2, n_genes)) + 0.3
-    depth = rng.lognormal(0.0, 0.3, size=(n_cells, 1))
-    counts = rng.poisson(depth * profile[group] * rng.gamma(2.0, 0.5, size=(n_cells, n_genes)))
-    counts *= rng.random(counts.shape) > 0.2
-    counts[:, 0] += 1  # no cell without counts
-    counts[0] += 1  # no gene without counts
-    return counts
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 import pyro_scvi as ps
 from pyro_scvi import errors
 from pyro_scvi.errors import PyroScviError
-from pyro_scvi.likelihoods import PerGene, PerGeneAndBatch
+from pyro_scvi.likelihoods.dispersion import PerGene, PerGeneAndBatch
 
 BUILT_IN = {
     "DataError": ValueError,

@@ -8,9 +8,10 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 import pyro_scvi as ps
-from pyro_scvi.distributions import NegativeBinomial, ZeroInflated
+from pyro_scvi.distributions.negative_binomial import NegativeBinomial
+from pyro_scvi.distributions.zero_inflated import ZeroInflated
 from pyro_scvi.errors import ModelError
-from pyro_scvi.model import cells_plate, constants
+from pyro_scvi.model import cells_plate, check_inputs
 
 LIKELIHOODS = [ps.likelihoods.ZINB, ps.likelihoods.NB, ps.likelihoods.ZIP, ps.likelihoods.Poisson]
 LIBRARIES = [ps.libraries.NoLibrary, ps.libraries.ObservedLibrary, ps.libraries.LatentLibrary]
@@ -60,7 +61,7 @@ def enumerated(model):
 
     def program(x, gamma=None):
         pyro.module(model.pyro_name, model)
-        gamma = constants(model, x, gamma)
+        gamma = check_inputs(model, x, gamma)
         with cells_plate(gamma, None, None):
             theta = model.decode(pyro.sample("z", model.prior()), model.library(x, gamma), gamma)
             gate = theta.pop("gate_logits")

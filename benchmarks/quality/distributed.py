@@ -20,7 +20,8 @@ import torch
 
 import pyro_scvi as ps
 from benchmarks.harness.commands import parser_of
-from pyro_scvi.posterior import bound_terms, evaluating, minibatches
+from pyro_scvi.analysis.inputs import minibatches
+from pyro_scvi.inference.evaluation import bound_terms, evaluating
 
 MODULE = "benchmarks.quality.distributed"
 DRAWS = 20  # of the latents of each held-out cell

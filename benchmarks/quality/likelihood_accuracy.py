@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from pyro_scvi.likelihoods import ZINB
+from pyro_scvi.likelihoods.negative_binomial import ZINB
 
 INVERSE_DISPERSIONS = [10.0**k for k in range(-6, 9)]
 MEANS = [10.0**k for k in range(-8, 6)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from pyro_scvi.gamma_ratio import Side, less_for
+from pyro_scvi.distributions.gamma_ratio import Side, less_for
 
 AT_ONCE = 500  # pairs
 

@@ -8,8 +8,9 @@ import anndata
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.networks import BatchNorm, Encoder, Layers
-from pyro_scvi.seeding import seeded
+from pyro_scvi.nn.networks import Encoder, Layers
+from pyro_scvi.nn.normalization import BatchNorm
+from pyro_scvi.utils.random_state import seeded
 
 Configured = tuple[ps.SCVI, dict[str, Any]]  # a model, and options of fit
 PEER_OPTIMISER = {"learning_rate": ps.schedules.Constant(1e-3), "eps": 0.01}

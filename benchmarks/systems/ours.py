@@ -11,9 +11,9 @@ from benchmarks.harness.accelerator import synchronise
 from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.systems.our_models import CONFIGURATIONS, HALF, as_cells, matched
-from pyro_scvi.coordinates import log_joint
-from pyro_scvi.posterior import draws_at_once, evaluating
-from pyro_scvi.recorded import RecordedJoint
+from pyro_scvi.guides.coordinates import log_joint
+from pyro_scvi.inference.compiled import RecordedJoint
+from pyro_scvi.inference.evaluation import draws_at_once, evaluating
 
 
 def autocast_available() -> Callable[[], Sample]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_scvi.baselines import FactorAnalysis
 from pyro_scvi.baselines.evidence import Evidence, integrate
 from pyro_scvi.baselines.scvi_tools import Generative, trained
-from pyro_scvi.importance import LogJoint
+from pyro_scvi.types import LogJoint
 
 
 class FactorScores(NamedTuple):

@@ -13,7 +13,7 @@ import pyro_scvi as ps
 from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.systems.our_models import as_cells, matched, matched_constant
-from pyro_scvi.likelihoods import ZINB
+from pyro_scvi.likelihoods.negative_binomial import ZINB
 
 
 class PyroZINB(ZINB):

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.importance import Effort, LogJoint, Question, persistent_importance
-from pyro_scvi.seeding import seeded
+from pyro_scvi.inference.importance import SamplingBudget, Target, persistent_importance
+from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.random_state import seeded
 
 STEPS, ROUNDS = 100, 3  # of evidence(): whatever error the sampler has left is on every side of a comparison
 AT_ONCE = 32  # cells that are integrated together
@@ -36,7 +37,7 @@ def integrate(
     samples: int = 1000,
     seed: int = 0,
 ) -> Evidence:
-    """Integrate the latents out of every cell, with the refinement and the second attempts of ``pyro_scvi.evidence``.
+    """Integrate the latents out of every cell, with the refinement and second attempts of ``ps.evidence``.
 
     Parameters
     ----------
@@ -48,11 +49,11 @@ def integrate(
         Draws of the sampler, and its seed.
     """
 
-    def question(rows: Tensor) -> Question:
-        return Question(log_joint_of(rows), loc[rows], scale[rows], _BLOCK)
+    def target(rows: Tensor) -> Target:
+        return Target(log_joint_of(rows), loc[rows], scale[rows], _BLOCK)
 
     with seeded(seed):
-        effort = Effort(samples, STEPS, ROUNDS)
-        parts = [persistent_importance(question, rows, effort) for rows in torch.arange(len(loc)).split(AT_ONCE)]
+        budget = SamplingBudget(samples, STEPS, ROUNDS)
+        parts = [persistent_importance(target, rows, budget) for rows in torch.arange(len(loc)).split(AT_ONCE)]
     columns = zip(*((part.log_evidence, part.se, part.ess, part.khat) for part in parts), strict=True)
     return Evidence(*(torch.cat(column).cpu().numpy() for column in columns))

@@ -19,7 +19,7 @@ from pyro_scvi.baselines.inputs import (
     require_varying_genes,
 )
 from pyro_scvi.baselines.unit_bins import VARIANCE, UnitBins, standard_normal_log_prob
-from pyro_scvi.importance import LogJoint
+from pyro_scvi.types import LogJoint
 
 
 class FactorAnalysis(TransformerMixin, BaseEstimator):

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.counts import canonical
-from pyro_scvi.errors import DataError, ModelError, require_at_least
+from pyro_scvi.data.counts import canonical
+from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.utils.checks import require_at_least
 
 
 def dense_counts(

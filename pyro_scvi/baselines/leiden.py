@@ -16,8 +16,9 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from pyro_scvi.baselines.inputs import dense_counts, missing_extra
-from pyro_scvi.errors import ModelError, require_at_least
-from pyro_scvi.seeding import global_state_kept
+from pyro_scvi.errors import ModelError
+from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.random_state import global_state_kept
 
 LEAST_JACCARD = 1 / 15  # Seurat's prune.SNN
 UNTIL_STABLE = -1

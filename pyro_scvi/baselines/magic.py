@@ -11,8 +11,9 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from pyro_scvi.baselines.inputs import dense_counts, missing_extra, remember_genes, require_fitted
-from pyro_scvi.errors import DataError, ModelError, require_at_least
-from pyro_scvi.seeding import global_state_kept
+from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.random_state import global_state_kept
 
 
 class MAGIC(BaseEstimator):

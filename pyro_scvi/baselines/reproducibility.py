@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import norm, rankdata
 
-from pyro_scvi.errors import DataError, ModelError, require_at_least
+from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.utils.checks import require_at_least
 
 
 class Mixture(NamedTuple):

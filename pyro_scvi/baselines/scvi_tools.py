@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from pyro_scvi.baselines.evidence import Evidence, integrate
 from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fitted
 from pyro_scvi.errors import DataError
-from pyro_scvi.importance import LogJoint
-from pyro_scvi.seeding import global_state_kept, seeded
+from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.random_state import global_state_kept, seeded
 
 LIBRARY_START_SCALE = 0.1  # of the log library around the observed log total, before refinement
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)

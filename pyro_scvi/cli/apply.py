@@ -7,23 +7,14 @@ import numpy as np
 import typer
 from anndata import AnnData
 
-from pyro_scvi import imputation, posterior
-from pyro_scvi.annotate import in_genes_of
-from pyro_scvi.cells import Cells
+from pyro_scvi.analysis.integration import embedding
+from pyro_scvi.analysis.predictive import imputation
 from pyro_scvi.cli.files import add, load_fit, matched, read_h5ad, record, write_h5ad
-from pyro_scvi.cli.options import (
-    Device,
-    Fill,
-    FitFolder,
-    Force,
-    Input,
-    OutFile,
-    QueryLayer,
-    Sampling,
-    Seed,
-)
+from pyro_scvi.cli.options import Device, Fill, FitFolder, Force, Input, OutFile, QueryLayer, Sampling, Seed
 from pyro_scvi.cli.workspace import new_file
-from pyro_scvi.samplers import Amortized
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.export.scanpy import in_genes_of
+from pyro_scvi.inference.samplers import Amortized
 
 
 def embed(
@@ -46,7 +37,7 @@ def embed(
         adata = read_h5ad(file)
         cells = matched(fit, adata, layer, fill_missing_genes)
         typer.echo(f"embedding {cells.n_cells:,} cells")
-        add(adata.obsm, "X_pyro_scvi", posterior.embed(fit, cells, seed=seed))
+        add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
         write_h5ad(adata, space.path)
 

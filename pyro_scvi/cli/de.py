@@ -8,17 +8,17 @@ import pandas as pd
 import typer
 from anndata import AnnData
 
-from pyro_scvi import report
+from pyro_scvi.analysis.differential.differential import DepthCorrected, Uncorrected, differential_expression
 from pyro_scvi.cli import genes
 from pyro_scvi.cli.files import column, load_fit, matched, read_h5ad
 from pyro_scvi.cli.genes import REST, Comparison
 from pyro_scvi.cli.options import Device, Fill, FitFolder, Force, Input, QueryLayer, Sampling, Seed, called
 from pyro_scvi.cli.page import versions
 from pyro_scvi.cli.workspace import PAGE, Workspace, new_file, new_folder
-from pyro_scvi.differential import DepthCorrected, DepthLaden, differential_expression
 from pyro_scvi.errors import DataError
-from pyro_scvi.fitted import Fit
-from pyro_scvi.samplers import Amortized
+from pyro_scvi.export import html_page
+from pyro_scvi.inference.samplers import Amortized
+from pyro_scvi.training.fitted import Fit
 
 MOST_GROUPS = 100  # each against the rest; a column with more of them names no cell types
 
@@ -54,7 +54,7 @@ def de(
     B over A: negative ones are higher in A.
     """
     options = {
-        "contrast": DepthLaden() if depth_laden else DepthCorrected(),
+        "contrast": Uncorrected() if depth_laden else DepthCorrected(),
         "delta": delta,
         "within_batch": within_batch,
         "sampler": (sampler or Amortized)(),
@@ -73,7 +73,7 @@ def de(
         found = answer()
         found.table.to_csv(space.path / "table.csv")
         source = f"{file.name} by the fit {fit_folder}"
-        page = report.page(f"pyro-scvi: {file.name}", _sections(space, question, found, source, called(ctx)))
+        page = html_page.page(f"pyro-scvi: {file.name}", _sections(space, question, found, source, called(ctx)))
         (space.path / PAGE).write_text(page, encoding="utf-8")
 
 
@@ -119,17 +119,19 @@ def _answer(fit: Fit, adata: AnnData, question: Question, layer: str | None, fil
     return Answer(table, [genes.compared(part, labels, a, b, delta) for a, part in tables.items()])
 
 
-def _sections(space: Workspace, question: Question, found: Answer, source: str, command: str) -> list[report.Section]:
+def _sections(
+    space: Workspace, question: Question, found: Answer, source: str, command: str
+) -> list[html_page.Section]:
     options = [(name.replace("_", " "), f"{value}") for name, value in question.options.items()]
     made = [
         f"The cells of {source}; table.csv holds every gene.",
-        report.code(command),
-        report.table([("column", question.groupby), *options]),
+        html_page.code(command),
+        html_page.table([("column", question.groupby), *options]),
     ]
     return [*_shown(space, question.groupby, found), ("How it was made", [*made, versions(), *space.notes])]
 
 
-def _shown(space: Workspace, groupby: str, found: Answer) -> list[report.Section]:
+def _shown(space: Workspace, groupby: str, found: Answer) -> list[html_page.Section]:
     comparison, *others = found.comparisons
     if others:
         text = f"Each group of {groupby} against {REST} of {comparison.n_a + comparison.n_b:,} cells."
@@ -139,6 +141,6 @@ def _shown(space: Workspace, groupby: str, found: Answer) -> list[report.Section
         ]
     return [
         ("", [f"By {groupby}: {genes.sides(comparison)}", genes.volcano(comparison, space.path / "volcano.png")]),
-        ("Numbers", [report.table(genes.counted(comparison), ("quantity", "value", ""), numbers=[1])]),
+        ("Numbers", [html_page.table(genes.counted(comparison), ("quantity", "value", ""), numbers=[1])]),
         ("First genes", [genes.top(comparison, 25), genes.legend(comparison)]),
     ]

@@ -10,13 +10,13 @@ import pandas as pd
 from anndata import AnnData
 
 import pyro_scvi
-from pyro_scvi.archive import CONFIG
-from pyro_scvi.cells import Cells
 from pyro_scvi.cli.workspace import FIT
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.errors import CheckpointError, DataError, SchemaError
-from pyro_scvi.fitted import Fit
-from pyro_scvi.minibatches import resolve_device
-from pyro_scvi.store import load
+from pyro_scvi.persistence.archive import CONFIG
+from pyro_scvi.training.fitted import Fit
+from pyro_scvi.training.loading import load
 
 
 def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 from anndata import AnnData
 
-from pyro_scvi.cells import Cells
 from pyro_scvi.cli.options import DISPERSIONS, GUIDES, LIBRARIES, LIKELIHOODS, PRIORS, choice
-from pyro_scvi.guides import Guide
-from pyro_scvi.libraries import Library
-from pyro_scvi.likelihoods import Dispersion, GammaPoisson, Likelihood
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.dispersion import Dispersion
+from pyro_scvi.likelihoods.library_size import Library
+from pyro_scvi.likelihoods.negative_binomial import GammaPoisson
 from pyro_scvi.model import SCVI
-from pyro_scvi.priors import Prior
+from pyro_scvi.priors.base import Prior
 
 Batch = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of obs with the batch.")]
 Covariates = Annotated[

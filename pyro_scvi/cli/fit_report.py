@@ -7,18 +7,19 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import silhouette_score
 
-from pyro_scvi import plots, report
-from pyro_scvi.cells import Cells
+from pyro_scvi import plots
+from pyro_scvi.analysis.differential.differential import differential_expression
+from pyro_scvi.analysis.evidence.evidence import evidence
+from pyro_scvi.analysis.predictive.checks import check_predictions
+from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli import genes
 from pyro_scvi.cli.genes import compared, named
 from pyro_scvi.cli.pictures import new_axes, save
-from pyro_scvi.criticism import check_predictions
-from pyro_scvi.differential import differential_expression
-from pyro_scvi.evidence import evidence
-from pyro_scvi.fitted import Fit
-from pyro_scvi.importance import KHAT_LIMIT
-from pyro_scvi.imputation import impute, technical_zero_probability
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.export import html_page
+from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.plots import Projection
+from pyro_scvi.training.fitted import Fit
 
 SILHOUETTE_CELLS = 5000  # the silhouette compares all pairs
 DELTA = 0.5
@@ -41,7 +42,7 @@ class EvaluatedFit:
     seed: int
 
 
-def embedded(evaluated: EvaluatedFit, projection: Projection, folder: Path) -> report.Html:
+def embedded(evaluated: EvaluatedFit, projection: Projection, folder: Path) -> html_page.Html:
     """Picture of the embedding."""
     coloured = "" if evaluated.labels is None else f", coloured by {evaluated.labels.name}"
     ax = plots.embedding(projection, evaluated.labels, ax=new_axes(8.8, 5.0))
@@ -49,19 +50,19 @@ def embedded(evaluated: EvaluatedFit, projection: Projection, folder: Path) -> r
     return save(ax, folder / f"{method.lower()}.png", f"{method} of the embedding{coloured}")
 
 
-def training(evaluated: EvaluatedFit, folder: Path) -> report.Html:
+def training(evaluated: EvaluatedFit, folder: Path) -> html_page.Html:
     """Pictures of the loss and of the program."""
     ax = plots.loss(evaluated.fit, new_axes(5.4, 3.8))
     loss = save(ax, folder / "loss.png", "Loss, the negative evidence bound, by epoch")
     ax = plots.program(evaluated.fit.model, new_axes(3.2, 5.2), n_cells=evaluated.cells.n_cells)
     program = save(ax, folder / "program.png", "The model as a plate diagram (Lopez et al. 2017, Fig. 1)")
-    return report.beside(loss, program)
+    return html_page.beside(loss, program)
 
 
-def numbers(evaluated: EvaluatedFit) -> report.Html:
+def numbers(evaluated: EvaluatedFit) -> html_page.Html:
     """Sizes and quality of the fit as a table."""
     rows = [*_sizes(evaluated), *_quality(evaluated), *_silhouette(evaluated)]
-    return report.table(rows, ("quantity", "value", ""), numbers=[1])
+    return html_page.table(rows, ("quantity", "value", ""), numbers=[1])
 
 
 def differing_genes(evaluated: EvaluatedFit, labels: pd.Series, pair: tuple[str, str], folder: Path) -> list[str]:
@@ -94,7 +95,7 @@ def predictions(evaluated: EvaluatedFit, folder: Path) -> list[str]:
     first = save(ax, folder / "predictive_genes.png", "Zero fraction of every gene", width=450)
     ax = plots.predictive(of_cells, new_axes(6.0, 4.0), name="total count")
     second = save(ax, folder / "predictive_cells.png", "Total count of every cell", width=450)
-    return [sentence, report.beside(first, second)]
+    return [sentence, html_page.beside(first, second)]
 
 
 def zeros(evaluated: EvaluatedFit) -> list[str]:
@@ -106,7 +107,7 @@ def zeros(evaluated: EvaluatedFit) -> list[str]:
         *_technical(evaluated, is_zero),
         ("imputed there", f"{imputed.mean():.2f}", "mean of E[w | x] over the zeros, counts"),
     ]
-    return [report.table(rows, numbers=[1])]
+    return [html_page.table(rows, numbers=[1])]
 
 
 def categories(labels: pd.Series | None) -> pd.Series | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pyro_scvi import plots, report
+from pyro_scvi import plots
 from pyro_scvi.cli.pictures import new_axes, save
+from pyro_scvi.export import html_page
 
 FDR = 0.05
 REST = "the rest"
@@ -82,13 +83,13 @@ def counted(comparison: Comparison) -> list[tuple[str, str, str]]:
     ]
 
 
-def volcano(comparison: Comparison, path: Path) -> report.Html:
+def volcano(comparison: Comparison, path: Path) -> html_page.Html:
     """Draw the fold changes against their evidence into ``path``; returns the picture for the page."""
     ax = plots.volcano(comparison.table, new_axes(7.6, 4.8), fdr=FDR)
     return save(ax, path, f"Every gene: a is {comparison.a}, b is {comparison.b}")
 
 
-def top(comparison: Comparison, n: int) -> report.Html:
+def top(comparison: Comparison, n: int) -> html_page.Html:
     """The first genes called, as a table."""
     header = ("gene", "higher in", "log2 change", "95% interval", "P(change)", "mean a", "mean b")
     rows = [
@@ -103,7 +104,7 @@ def top(comparison: Comparison, n: int) -> report.Html:
         )
         for gene, row in comparison.called.head(n).iterrows()
     ]
-    return report.table(rows or [("none", *[""] * 6)], header, numbers=range(2, 7))
+    return html_page.table(rows or [("none", *[""] * 6)], header, numbers=range(2, 7))
 
 
 def legend(comparison: Comparison) -> str:
@@ -115,7 +116,7 @@ def legend(comparison: Comparison) -> str:
     )
 
 
-def by_group(comparisons: Sequence[Comparison], n: int = 8) -> report.Html:
+def by_group(comparisons: Sequence[Comparison], n: int = 8) -> html_page.Html:
     """One row per group compared with the rest, largest first: genes called, and some that are higher in it."""
     header = ("group", "cells", "called", "higher in it", "first of these")
     rows = [
@@ -128,4 +129,4 @@ def by_group(comparisons: Sequence[Comparison], n: int = 8) -> report.Html:
         )
         for found in sorted(comparisons, key=lambda comparison: -comparison.n_a)
     ]
-    return report.table(rows, header, numbers=(1, 2, 3))
+    return html_page.table(rows, header, numbers=(1, 2, 3))

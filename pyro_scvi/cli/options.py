@@ -9,11 +9,15 @@ import numpy as np
 import typer
 from typer.core import TyperCommand
 
-from pyro_scvi import guides, libraries, likelihoods, priors, samplers
-from pyro_scvi.cells import Cells
+from pyro_scvi import guides, likelihoods, priors
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.errors import FitError, ModelError
-from pyro_scvi.guides import Guide
-from pyro_scvi.minibatches import resolve_device
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.inference import samplers
+from pyro_scvi.likelihoods import library_size
+from pyro_scvi.likelihoods.dispersion import Dispersion
+from pyro_scvi.priors.base import Prior
 
 
 def _vamp(cells: Cells, n_latent: int) -> priors.VampPrior:
@@ -27,7 +31,7 @@ def _per_gene_and_batch(cells: Cells) -> likelihoods.PerGeneAndBatch:
     return likelihoods.PerGeneAndBatch(cells.n_genes, cells.n_batches)
 
 
-PRIORS: dict[str, Callable[[Cells, int], priors.Prior]] = {
+PRIORS: dict[str, Callable[[Cells, int], Prior]] = {
     "normal": lambda cells, n: priors.StandardNormal(n),
     "student-t": lambda cells, n: priors.StudentT(n),
     "laplace": lambda cells, n: priors.Laplace(n),
@@ -44,15 +48,15 @@ LIKELIHOODS: dict[str, type[likelihoods.Likelihood]] = {
     "zip": likelihoods.ZIP,
     "poisson": likelihoods.Poisson,
 }
-DISPERSIONS: dict[str, Callable[[Cells], likelihoods.Dispersion]] = {
+DISPERSIONS: dict[str, Callable[[Cells], Dispersion]] = {
     "cell-gene": lambda cells: likelihoods.PerCellAndGene(),
     "gene": lambda cells: likelihoods.PerGene(cells.n_genes),
     "gene-batch": _per_gene_and_batch,
 }
-LIBRARIES: dict[str, Callable[[], libraries.Library]] = {
-    "latent": libraries.LatentLibrary,
-    "observed": libraries.ObservedLibrary,
-    "none": libraries.NoLibrary,
+LIBRARIES: dict[str, Callable[[], library_size.Library]] = {
+    "latent": library_size.LatentLibrary,
+    "observed": library_size.ObservedLibrary,
+    "none": library_size.NoLibrary,
 }
 GUIDES: dict[str, Callable[..., Guide]] = {
     "diagonal": guides.DiagonalNormal,

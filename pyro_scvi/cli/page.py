@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pyro_scvi
-from pyro_scvi import report
 from pyro_scvi.cli import fit_report
 from pyro_scvi.cli.fit_report import EvaluatedFit
-from pyro_scvi.fitted import Fit
+from pyro_scvi.export import html_page
+from pyro_scvi.training.fitted import Fit
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def summary(job: Job, fit: Fit) -> str:
     )
 
 
-def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[report.Section]:
+def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:
     """Sections on what the fit says; their pictures and tables are written into the folder."""
     return [
         ("Numbers", [fit_report.numbers(evaluated)]),
@@ -47,14 +47,14 @@ def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[report.Sect
     ]
 
 
-def making(job: Job, settings: dict[str, Any]) -> list[report.Section]:
+def making(job: Job, settings: dict[str, Any]) -> list[html_page.Section]:
     """Sections on how the fit was made and how to go on."""
     start = 'import pyro_scvi as ps\n\nfit = ps.load("fit")'
     kept = f"{job.table} holds the cells with their embedding; the fit is in the folder fit:"
     return [
-        ("Settings", [report.table([(name.replace("_", " "), f"{value}") for name, value in settings.items()])]),
-        ("How it was made", [report.code(job.command), versions()]),
-        ("Going on", [kept, report.code(start)]),
+        ("Settings", [html_page.table([(name.replace("_", " "), f"{value}") for name, value in settings.items()])]),
+        ("How it was made", [html_page.code(job.command), versions()]),
+        ("Going on", [kept, html_page.code(start)]),
     ]
 
 
@@ -89,7 +89,7 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def _genes(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[report.Section]:
+def _genes(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:
     if job.pair is None or evaluated.labels is None:
         return []
     return [("Genes that differ", fit_report.differing_genes(evaluated, evaluated.labels, job.pair, folder))]

@@ -9,22 +9,23 @@ import typer
 from anndata import AnnData
 
 import pyro_scvi
-from pyro_scvi import plots, report
-from pyro_scvi.cells import Cells
+from pyro_scvi import plots
+from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.cli import fit_report, page
 from pyro_scvi.cli.files import column, write_h5ad
 from pyro_scvi.cli.fit_report import EvaluatedFit
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.workspace import FIT, PAGE, Workspace
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.indexing import number_held_out
 from pyro_scvi.errors import FitError
-from pyro_scvi.fit import fit
-from pyro_scvi.fitted import Fit
-from pyro_scvi.guides import Guide
-from pyro_scvi.indexing import number_held_out
+from pyro_scvi.export import html_page
+from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots import Projection
 from pyro_scvi.plots.projection import UMAP
-from pyro_scvi.posterior import embed
+from pyro_scvi.training.fit import fit
+from pyro_scvi.training.fitted import Fit
 
 HELD_OUT = 0.1  # of the cells: the fit never sees them
 JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
@@ -71,7 +72,7 @@ def write_report(space: Workspace, adata: AnnData, evaluated: EvaluatedFit, job:
     write_h5ad(adata, space.path / job.table)
     picture = fit_report.embedded(evaluated, projection, space.path)
     first = ("", [page.summary(job, evaluated.fit), picture, *space.notes])
-    text = report.page(f"pyro-scvi: {job.title}", [first, *results, *page.making(job, settings)])
+    text = html_page.page(f"pyro-scvi: {job.title}", [first, *results, *page.making(job, settings)])
     (space.path / PAGE).write_text(text, encoding="utf-8")
 
 

@@ -6,19 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from pyro_scvi import shards
-from pyro_scvi.cells import Cells
+from pyro_scvi.analysis.evidence.evidence import evidence as log_evidence
+from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli.files import load_fit, read_h5ad
 from pyro_scvi.cli.options import Device, Fill, FitFolder, Progress, QueryLayer, Sampling, Seed
 from pyro_scvi.cli.workspace import errors_in_one_line
-from pyro_scvi.distributed import joined
+from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
-from pyro_scvi.evidence import evidence as log_evidence
-from pyro_scvi.fitted import Fit
-from pyro_scvi.imputation import impute, technical_zero_probability
-from pyro_scvi.posterior import embed
-from pyro_scvi.samplers import Amortized
-from pyro_scvi.shards import Verb
+from pyro_scvi.export import blocks
+from pyro_scvi.export.blocks import Verb
+from pyro_scvi.inference.samplers import Amortized
+from pyro_scvi.training.distributed import joined
+from pyro_scvi.training.fitted import Fit
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def infer(
         verbs |= {"pyro_scvi": log_evidence} if evidence else {}
         index, of = shard or (0, 1)
         shares = index * ranks.size + ranks.rank, of * ranks.size
-        left = shards.write(
+        left = blocks.write(
             fit, cells, out, verbs, shard=shares, block=block, seed=seed, progress=progress and ranks.first
         )
         typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")

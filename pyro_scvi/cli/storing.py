@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from pyro_scvi import stores
 from pyro_scvi.cli.options import Layer, Progress
 from pyro_scvi.cli.workspace import reporting
-from pyro_scvi.stores import CountStore
+from pyro_scvi.data import stores
+from pyro_scvi.data.stores import CountStore
 
 
 def store(

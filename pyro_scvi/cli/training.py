@@ -6,8 +6,6 @@ from typing import Any
 
 import typer
 
-from pyro_scvi import datasets, distributed
-from pyro_scvi.cells import Cells
 from pyro_scvi.cli.files import read_h5ad
 from pyro_scvi.cli.fit_options import (
     Batch,
@@ -30,8 +28,11 @@ from pyro_scvi.cli.options import Device, Epochs, Force, Input, Layer, Out, Prog
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.pipeline import fit_and_report, largest_groups, train
 from pyro_scvi.cli.workspace import FIT, errors_in_one_line, new_folder
-from pyro_scvi.likelihoods import ZINB
+from pyro_scvi.data import datasets
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.model import SCVI
+from pyro_scvi.training import distributed
 
 
 def demo(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import typer
 
-from pyro_scvi.archive import CONFIG
 from pyro_scvi.errors import PyroScviError
+from pyro_scvi.persistence.archive import CONFIG
 
 FIT, PAGE = "fit", "index.html"
 STEPS, WRITTEN = "steps", "written.json"

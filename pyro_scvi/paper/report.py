@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from pyro_scvi import report
+from pyro_scvi.export import html_page
 from pyro_scvi.paper.budget import QUICK, Budget
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.layout import TEXTS, Layout, laid_out
@@ -101,15 +101,15 @@ def read_rows(file: Path) -> list[Row]:
 
 def html(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
     """One page that needs no other file."""
-    parts: list[report.Section] = [("", list(notes))]
+    parts: list[html_page.Section] = [("", list(notes))]
     for section in sections:
         blocks: list[str] = section.paragraphs
         for layout in laid_out(section.rows):
-            blocks += [report.subheading(layout.heading)] if layout.heading else []
-            blocks += [_html_table(layout), *[report.footnotes(_under(layout))] * bool(_under(layout))]
+            blocks += [html_page.subheading(layout.heading)] if layout.heading else []
+            blocks += [_html_table(layout), *[html_page.footnotes(_under(layout))] * bool(_under(layout))]
         blocks += [_html_picture(picture) for picture in section.pictures]
-        parts.append((section.experiment.title, [*blocks, report.code(section.command)]))
-    return report.page(TITLE, [*parts, ("Versions", [about])])
+        parts.append((section.experiment.title, [*blocks, html_page.code(section.command)]))
+    return html_page.page(TITLE, [*parts, ("Versions", [about])])
 
 
 def markdown(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
@@ -145,16 +145,16 @@ def _section(experiment: Experiment, results: Results, budget: Budget, folder: P
     return Section(experiment, rows, experiment.pictures(results, budget, folder), seconds, command)
 
 
-def _html_table(layout: Layout) -> report.Html:
+def _html_table(layout: Layout) -> html_page.Html:
     numbers = [i for i, name in enumerate(layout.header) if name not in TEXTS]
-    return report.table(layout.rows, layout.header, numbers=numbers)
+    return html_page.table(layout.rows, layout.header, numbers=numbers)
 
 
-def _html_picture(picture: Picture) -> report.Html:
+def _html_picture(picture: Picture) -> html_page.Html:
     from matplotlib.image import imread
 
     png = picture.file.read_bytes()
-    return report.picture(png, picture.alt, picture.caption, width=min(WIDEST, imread(picture.file).shape[1]))
+    return html_page.picture(png, picture.alt, picture.caption, width=min(WIDEST, imread(picture.file).shape[1]))
 
 
 def _markdown_table(layout: Layout) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from pyro_scvi.bars import each, progress_bar
 from pyro_scvi.errors import FitError
 from pyro_scvi.paper.data import files
+from pyro_scvi.utils.progress_bars import each, progress_bar
 
 _log = logging.getLogger(__name__)
 

@@ -6,14 +6,18 @@ from typing import Any
 import numpy as np
 
 from pyro_scvi import presets
-from pyro_scvi.cells import Cells
-from pyro_scvi.fit import fit
-from pyro_scvi.fitted import Fit
-from pyro_scvi.guides import DiagonalNormal, Point
-from pyro_scvi.likelihoods import ZINB, PerGene
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.guides.amortized import DiagonalNormal
+from pyro_scvi.guides.point import Point
+from pyro_scvi.likelihoods.dispersion import PerGene
+from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.model import SCVI
 from pyro_scvi.presets import Preset
-from pyro_scvi.priors import Flat, GaussianMixture, Prior, VampPrior
+from pyro_scvi.priors.base import Prior
+from pyro_scvi.priors.flat import Flat
+from pyro_scvi.priors.mixture import GaussianMixture, VampPrior
+from pyro_scvi.training.fit import fit
+from pyro_scvi.training.fitted import Fit
 
 Configure = Callable[..., Preset]
 
@@ -96,13 +100,13 @@ def as_parameter(configure: Configure) -> Configure:
 
 def rebuilt(model: SCVI, prior: Prior) -> SCVI:
     """A model made of the same arguments, and so with the same initial weights, under another prior of z."""
-    return SCVI(**(model.makeup() | {"prior": prior}))
+    return SCVI(**(model.config() | {"prior": prior}))
 
 
 def fitted(name: str, cells: Cells, *, seed: int, epochs: int | None = None, **options: Any) -> Fit:
     """Fit the model ``name`` to all of ``cells``: no cell is held out, no epoch chosen.
 
-    ``epochs`` is the most; ``options`` go to :func:`pyro_scvi.fit`, over those of the preset.
+    ``epochs`` is the most; ``options`` go to :func:`pyro_scvi.training.fit`, over those of the preset.
     """
     return fitted_as((MODELS | CANDIDATES)[name], cells, seed=seed, epochs=epochs, **options)
 

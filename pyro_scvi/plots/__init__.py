@@ -1,4 +1,4 @@
-"""Figures of fits, models and results: each takes matplotlib axes, or makes some, and returns them."""
+"""Figures of fits, models and results: each takes matplotlib axes, or makes them, and returns them."""
 
 from pyro_scvi.plots.diagram import program
 from pyro_scvi.plots.expression import volcano

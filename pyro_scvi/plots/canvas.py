@@ -1,4 +1,4 @@
-"""What the figures share: colours, axes, a legend beside them, and the refusal of tables that are not theirs."""
+"""What all figures share: colours, axes, legends, and checks of the tables they are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from matplotlib.axes import Axes
 
-from pyro_scvi.errors import DataError, require_kind
+from pyro_scvi.errors import DataError
+from pyro_scvi.utils.checks import require_kind
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -1,4 +1,4 @@
-"""The explicit program of a model as a plate diagram."""
+"""Plate diagram of a model's program."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, R
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
-from pyro_scvi.errors import require_at_least, require_kind
-from pyro_scvi.guides import GlobalNormal
+from pyro_scvi.guides.base import GlobalNormal
+from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots.canvas import INK, SHADE, given_or_new
-from pyro_scvi.posterior import evaluating
+from pyro_scvi.utils.checks import require_at_least, require_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

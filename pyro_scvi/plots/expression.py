@@ -1,4 +1,4 @@
-"""Genes by how much, and how surely, they differ between two groups of cells."""
+"""Volcano and MA-like figures of differential expression."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from pyro_scvi.differential import half_step
-from pyro_scvi.errors import DataError, brief, require_at_least
+from pyro_scvi.analysis.differential.differential import half_step
+from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN, given_or_new, legend_beside, require
+from pyro_scvi.utils.checks import brief, require_at_least
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

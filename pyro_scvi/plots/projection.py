@@ -1,4 +1,4 @@
-"""Cells in two dimensions, coloured by what is known of them."""
+"""Scatter plots of cells in two dimensions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
-from pyro_scvi.errors import DataError, require_seed, warn
+from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
-from pyro_scvi.seeding import global_state_kept
+from pyro_scvi.utils.checks import require_seed, warn
+from pyro_scvi.utils.random_state import global_state_kept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

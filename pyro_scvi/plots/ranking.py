@@ -1,4 +1,4 @@
-"""Models compared by the evidence of held-out cells."""
+"""Forest plot of a model comparison."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.importance import KHAT_LIMIT
+from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.plots.canvas import INK, MISSING, SHADE, TRAIN, given_or_new, require
 
 if TYPE_CHECKING:

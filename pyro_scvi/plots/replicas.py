@@ -1,4 +1,4 @@
-"""What was observed against what a fitted model produces."""
+"""Posterior predictive figures: observed against replicated counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The course of training."""
+"""Training curves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from pyro_scvi.fitted import Fit
+from pyro_scvi.analysis.inputs import require_fit
 from pyro_scvi.plots.canvas import HELD_OUT, TRAIN, given_or_new
-from pyro_scvi.posterior import require_fit
+from pyro_scvi.training.fitted import Fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

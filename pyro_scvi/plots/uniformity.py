@@ -1,4 +1,4 @@
-"""What is uniform where a posterior or a prediction is right: ranks of the truth, and probability transforms."""
+"""Calibration figures: ranks and PIT values against the uniform distribution."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 from scipy.stats import binom
 
-from pyro_scvi.errors import DataError, brief
+from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import BAND, CALM, INK, SHADE, STRONG, given_or_new, legend_beside
+from pyro_scvi.utils.checks import brief
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_scvi.calibration import Calibration
+    from pyro_scvi.analysis.predictive.calibration import Calibration
 
 LEVEL = 0.95
 MOST_THRESHOLDS, SIMULATIONS = 100, 4000

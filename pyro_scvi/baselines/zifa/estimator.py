@@ -27,7 +27,8 @@ from pyro_scvi.baselines.unit_bins import VARIANCE
 from pyro_scvi.baselines.zifa import model
 from pyro_scvi.baselines.zifa.em import LEAST_VARIANCE, Seen, Sums, maximised
 from pyro_scvi.baselines.zifa.model import Parameters, Posterior, posterior
-from pyro_scvi.errors import DataError, require_at_least
+from pyro_scvi.errors import DataError
+from pyro_scvi.utils.checks import require_at_least
 
 Question = Callable[[Tensor, Parameters, Posterior], Tensor]
 

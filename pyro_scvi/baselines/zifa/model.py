@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.baselines.unit_bins import UnitBins, standard_normal_log_prob
-from pyro_scvi.importance import LogJoint
+from pyro_scvi.types import LogJoint
 
 
 class Parameters(NamedTuple):

@@ -21,8 +21,9 @@ from pyro_scvi.baselines.zinbwave.model import (
     Penalties,
     orthogonal,
 )
-from pyro_scvi.baselines.zinbwave.optimization import Law, Problem
-from pyro_scvi.errors import DataError, ModelError, require_at_least
+from pyro_scvi.baselines.zinbwave.optimization import Distribution, Problem
+from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.utils.checks import require_at_least
 
 __all__ = ["CommonDispersion", "GenewiseDispersion", "ZINBWaVE"]
 
@@ -230,7 +231,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         self._warn(found)
         return problem, CellParameters(*found.rows)
 
-    def _laws(self, counts: Any, cell_covariates: Any) -> Iterator[Law]:
+    def _laws(self, counts: Any, cell_covariates: Any) -> Iterator[Distribution]:
         problem, cells = self._refitted(counts, cell_covariates)
         return problem.laws(cells, self._genes())
 
@@ -265,13 +266,13 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
             )
 
 
-def technical_zero(law: Law) -> Tensor:
+def technical_zero(law: Distribution) -> Tensor:
     r"""P(technical | zero), (cells, genes): :math:`\pi / (\pi + (1 - \pi) (1 + \mu / \theta)^{-\theta})`."""
     log_zero = -law.zeta.exp() * torch.logaddexp(torch.zeros_like(law.log_mu), law.log_mu - law.zeta)
     return torch.sigmoid(law.gate - log_zero)
 
 
-def zeros_imputed(law: Law) -> Tensor:
+def zeros_imputed(law: Distribution) -> Tensor:
     """Counts (cells, genes), with mu P(technical | zero) for the zeros."""
     return torch.where(law.x > 0, law.x, law.log_mu.exp() * technical_zero(law))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.negative_binomial import log_negative_binomial, log_zero_inflated
+from pyro_scvi.distributions.nb_log_prob import log_negative_binomial, log_zero_inflated
 
 GATE_INTERCEPTS = 1e-3  # penalty of the intercepts of logit pi, in zinbwave's units; those of log mu are free
 

@@ -23,7 +23,7 @@ ENTRIES = 2**17  # cells x genes treated together on a processor, whose cache th
 ENTRIES_OF_GPU = 2**22  # on a GPU, which wants large pieces: some GB of its memory
 
 
-class Law(NamedTuple):
+class Distribution(NamedTuple):
     """Counts of some cells with their log mean and dropout logits, (cells, genes), and log theta, (genes or 1,)."""
 
     x: Tensor
@@ -50,13 +50,13 @@ class Problem(NamedTuple):
         """The own start of the fit."""
         return start(self.x, self.x_cov, self.v_cov, latents, self.penalties, self.chunks)
 
-    def law(self, chunk: slice, cells: CellParameters, genes: GeneParameters) -> Law:
+    def law(self, chunk: slice, cells: CellParameters, genes: GeneParameters) -> Distribution:
         """The law of one slice of cells; ``cells`` are the parameters of that slice."""
         x_cov, gate = self.x_cov[chunk], (genes.alpha_pi, genes.beta_pi)
         logits = gate_logits(x_cov, self.v_cov, cells.w, cells.gamma_pi, *gate)
-        return Law(self.x[chunk], log_mean(x_cov, self.v_cov, cells, genes), logits, genes.zeta)
+        return Distribution(self.x[chunk], log_mean(x_cov, self.v_cov, cells, genes), logits, genes.zeta)
 
-    def laws(self, cells: CellParameters, genes: GeneParameters) -> Iterator[Law]:
+    def laws(self, cells: CellParameters, genes: GeneParameters) -> Iterator[Distribution]:
         """The law of every slice in turn."""
         for chunk in self.chunks:
             yield self.law(chunk, CellParameters(*(t[chunk] for t in cells)), genes)

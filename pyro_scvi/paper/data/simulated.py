@@ -5,11 +5,11 @@ from functools import cache
 import numpy as np
 from scipy import sparse
 
-from pyro_scvi.cells import Cells
-from pyro_scvi.criticism import prior_predictive
-from pyro_scvi.fitted import Fit
+from pyro_scvi.analysis.predictive.checks import prior_predictive
+from pyro_scvi.data.cells import Cells
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.data import files
+from pyro_scvi.training.fitted import Fit
 
 BLOCK = 5_000  # cells drawn together
 SEEN_IN = 10  # expected cells with a count, of a gene in the fewest cells that are drawn

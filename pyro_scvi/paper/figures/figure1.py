@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pyro_scvi import plots
-from pyro_scvi.libraries import NoLibrary
+from pyro_scvi.likelihoods.library_size import NoLibrary
 from pyro_scvi.model import SCVI
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.experiment import Experiment, Picture

@@ -12,12 +12,14 @@ import numpy as np
 from scipy import stats
 
 from pyro_scvi import baselines
+from pyro_scvi.analysis.differential.differential import DepthCorrected, Uncorrected, differential_expression
+from pyro_scvi.analysis.differential.matched_pairs import Groups
+from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.baselines.scvi_tools import trained
-from pyro_scvi.cells import Cells
-from pyro_scvi.differential import DepthCorrected, DepthLaden, differential_expression
-from pyro_scvi.fitted import Fit
-from pyro_scvi.gamma_ratio import probability_less
-from pyro_scvi.pairs import Groups
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.distributions.gamma_ratio import probability_less
+from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.samplers import Amortized
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import blood, files
@@ -27,9 +29,8 @@ from pyro_scvi.paper.metrics.concordance import AUC, MIXTURE, RHO, SPEARMAN, jud
 from pyro_scvi.paper.rows import Row, over_seeds
 from pyro_scvi.paper.steps import Outcome, Results, Step
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized
-from pyro_scvi.seeding import global_state_kept, seeded
+from pyro_scvi.training.fitted import Fit
+from pyro_scvi.utils.random_state import global_state_kept, seeded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,7 @@ def ours(case: Result, name: str, seed: int, epochs: int | None, pairs: int) -> 
         options = {"pairs": pairs, "seed": draw}
         return {
             "P(w_a < w_b), depth-corrected": with_noise(fit, cells, rows, DepthCorrected(), **options),
-            "P(w_a < w_b), depth-laden": with_noise(fit, cells, rows, DepthLaden(), **options),
+            "P(w_a < w_b), depth-laden": with_noise(fit, cells, rows, Uncorrected(), **options),
             "P(mu_a < mu_b), means only": means_only(fit, cells, rows, **options),
         }
 
@@ -78,7 +79,7 @@ def with_noise(
     fit: Fit,
     cells: Cells,
     rows: tuple[np.ndarray, np.ndarray],
-    contrast: DepthCorrected | DepthLaden,
+    contrast: DepthCorrected | Uncorrected,
     *,
     pairs: int,
     seed: int,

@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 
 from pyro_scvi import baselines
+from pyro_scvi.analysis.inputs import minibatches
+from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.baselines.zinbwave import model as zinbwave_model
-from pyro_scvi.cells import Cells
-from pyro_scvi.fitted import Fit
-from pyro_scvi.likelihoods import ZINB, Likelihood, Theta
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.samplers import Amortized
+from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.paper.data.corruption import EXPECTED_ZERO
-from pyro_scvi.posterior import evaluating, minibatches
-from pyro_scvi.samplers import Amortized
-from pyro_scvi.sampling import decoded
-from pyro_scvi.seeding import seeded
+from pyro_scvi.training.fitted import Fit
+from pyro_scvi.types import Theta
+from pyro_scvi.utils.random_state import seeded
 
 MEAN, RATE = "mu", "E[w | x]"
 PI, RHO, ZERO = "pi", "rho", EXPECTED_ZERO

@@ -20,15 +20,17 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.model_selection import train_test_split
 
 from pyro_scvi import baselines
-from pyro_scvi.cells import Cells
-from pyro_scvi.evidence import evidence
-from pyro_scvi.fitted import Fit
-from pyro_scvi.importance import KHAT_LIMIT
+from pyro_scvi.analysis.evidence.evidence import evidence
+from pyro_scvi.analysis.inputs import minibatches
+from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.inference.evaluation import bound_terms, evaluating
+from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.data import files
 from pyro_scvi.paper.tables.independent_genes import IndependentGenes
-from pyro_scvi.posterior import bound_terms, embed, evaluating, minibatches
 from pyro_scvi.schedules import Constant, ConstantKL
+from pyro_scvi.training.fitted import Fit
 
 Result = dict[str, Any]
 

@@ -11,7 +11,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from pyro_scvi.baselines.inputs import dense_counts
-from pyro_scvi.negative_binomial import log_negative_binomial
+from pyro_scvi.distributions.nb_log_prob import log_negative_binomial
 
 MOST = 12.0  # log of the inverse dispersion above which counts are Poisson's
 

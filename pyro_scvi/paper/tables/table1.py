@@ -13,11 +13,10 @@ import numpy as np
 from scipy import sparse
 
 from pyro_scvi import baselines
-from pyro_scvi.cells import Cells
-from pyro_scvi.criticism import prior_predictive
-from pyro_scvi.evidence import evidence
-from pyro_scvi.fitted import Fit
-from pyro_scvi.importance import KHAT_LIMIT
+from pyro_scvi.analysis.evidence.evidence import evidence
+from pyro_scvi.analysis.predictive.checks import prior_predictive
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import files
@@ -27,6 +26,7 @@ from pyro_scvi.paper.steps import Results, Step
 from pyro_scvi.paper.tables import held_out
 from pyro_scvi.paper.tables.held_out import Result, reported_otherwise
 from pyro_scvi.plots.canvas import CALM
+from pyro_scvi.training.fitted import Fit
 
 TEST_CELLS, SAMPLES, REFIT = 80, 400, 100  # with which all fits are scored in half an hour of one core
 SEEDS = {"scVI, 2017 preset": 1, "scVI, 2018 preset": 1, "scVI, default": 3, "scvi-tools": 2}

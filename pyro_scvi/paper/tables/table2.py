@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyro_scvi import baselines
-from pyro_scvi.cells import Cells
+from pyro_scvi.data.cells import Cells
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import corruption, files

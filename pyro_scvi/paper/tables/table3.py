@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pyro_scvi import baselines
-from pyro_scvi.cells import Cells
+from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.data.cells import Cells
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import files
@@ -22,7 +23,6 @@ from pyro_scvi.paper.tables import held_out, table1
 from pyro_scvi.paper.tables.held_out import Result, clustering, reported_otherwise
 from pyro_scvi.paper.tables.table1 import FA, OURS, PEER, WAVE, ZIFA, done, our_step
 from pyro_scvi.plots.canvas import CALM
-from pyro_scvi.posterior import embed
 
 PCA, GENE = "PCA", "scVI, gene dispersion, dropout 0.1"
 METHODS: dict[str, Callable[[int, Result], Any]] = {

@@ -12,9 +12,10 @@ import numpy as np
 from sklearn import decomposition
 
 from pyro_scvi import baselines
+from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.baselines.normalization.scone import Normalisation
 from pyro_scvi.baselines.scvi_tools import trained
-from pyro_scvi.cells import Cells
+from pyro_scvi.data.cells import Cells
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import files, pbmc
@@ -22,7 +23,6 @@ from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.metrics import embedding_scores as scores
 from pyro_scvi.paper.rows import Row, over_seeds
 from pyro_scvi.paper.steps import Results, Step
-from pyro_scvi.posterior import embed
 
 Result = dict[str, Any]
 

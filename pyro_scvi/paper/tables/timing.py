@@ -14,8 +14,7 @@ import numpy as np
 from scipy import sparse, stats
 
 from pyro_scvi import baselines
-from pyro_scvi.cells import Cells
-from pyro_scvi.options import default_epochs
+from pyro_scvi.data.cells import Cells
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.data import files, simulated
@@ -23,6 +22,7 @@ from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results, Step
 from pyro_scvi.plots.canvas import CALM, HELD_OUT, MISSING, TRAIN
+from pyro_scvi.training.options import default_epochs
 
 Result = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""Analyses of a fit: posterior draws, evidence, differential expression, predictive checks, embeddings."""

@@ -1,0 +1,1 @@
+"""Evidence log p(x): importance sampling, annealing, leave-one-out, and comparison of models."""

@@ -1,0 +1,105 @@
+"""compare: models ranked by the evidence of held-out cells, with paired differences and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyro_scvi.analysis.evidence.evidence import evidence
+from pyro_scvi.analysis.evidence.leave_one_out import WHY_NOT_CELLS
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.errors import ModelError
+from pyro_scvi.inference.importance import KHAT_LIMIT
+from pyro_scvi.training.fitted import Fit
+
+
+def compare(
+    fits: Mapping[str, Fit | Sequence[Fit]],
+    cells: Cells,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    r"""Compare models by the evidence of held-out cells.
+
+    .. math:: difference_m = \frac1N \sum_n [\log p_m(x_n) - \log p_{best}(x_n)], \qquad
+        difference\_se_m = \frac{1}{\sqrt N}\, sd_n [\log p_m(x_n) - \log p_{best}(x_n)]
+
+    Parameters
+    ----------
+    fits
+        Name -> a fit, or several fits of the same model with other seeds: a difference between models means little
+        unless it is larger than what a refit changes.
+    cells
+        Cells that no fit has seen.
+    samples, seed, progress
+        As in ``evidence``; every fit is scored with the same draws and seed.
+
+    Returns
+    -------
+    DataFrame by model, best first
+        ``log_evidence`` (nats per cell, mean over cells and refits) and its ``se`` over cells, ``difference`` from the
+        best model, paired by cell, with ``difference_se``, ``refit_sd`` (spread of the mean over refits, NaN for one),
+        ``bound_gap`` (evidence minus the guide's bound), median ``ess``, ``khat_bad`` (share of cells above 0.7),
+        ``parameters``, ``seconds`` of training, ``fits``.
+
+    Raises
+    ------
+    ModelError
+        If no fit is given, if a prior has no density, or for log likelihoods or leave-one-out results in place of fits:
+        leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
+
+    Examples
+    --------
+    >>> other = ps.fit(ps.SCVI(20, 2, prior=ps.priors.StudentT(2)), train, epochs=5, progress=False)
+    >>> table = ps.compare({"normal": fit, "student-t": other}, test.take(range(4)), samples=100)
+    >>> sorted(table.index), float(table.difference.iloc[0])
+    (['normal', 'student-t'], 0.0)
+    """
+    listed = _listed(fits)
+    options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
+    tables = {name: [evidence(fit, cells, **options) for fit in of] for name, of in listed.items()}
+    by_cell = pd.DataFrame({name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()})
+    order = by_cell.mean().sort_values(ascending=False).index
+    gaps = by_cell.sub(by_cell[order[0]], axis=0)
+    rows = [_row(listed[name], tables[name], by_cell[name], gaps[name]) for name in order]
+    return pd.DataFrame(rows, index=pd.Index(order, name="model"))
+
+
+def _listed(fits: Mapping[str, Any]) -> dict[str, list[Fit]]:
+    if not isinstance(fits, Mapping):
+        raise ModelError(f'compare takes fits by name, as in {{"normal": fit}}, got {type(fits).__name__}')
+    listed = {name: list(value) if isinstance(value, Sequence) else [value] for name, value in fits.items()}
+    if not any(listed.values()):
+        raise ModelError("compare needs at least one fit by name")
+    for name, values in listed.items():
+        if not values:
+            raise ModelError(f"compare got no fit for {name!r}")
+        for value in values:
+            if not isinstance(value, Fit):
+                raise ModelError(f"compare takes fits, got {type(value).__name__} for {name!r}; {WHY_NOT_CELLS}")
+    return listed
+
+
+def _row(fits: list[Fit], tables: list[pd.DataFrame], values: pd.Series, gap: pd.Series) -> dict[str, Any]:
+    pooled = pd.concat(tables)
+    means = [table.log_evidence.mean() for table in tables]
+    return {
+        "log_evidence": values.mean(),
+        "se": values.sem(),
+        "difference": gap.mean(),
+        "difference_se": gap.sem(),
+        "refit_sd": np.std(means, ddof=1) if len(means) > 1 else np.nan,
+        "bound_gap": (pooled.log_evidence - pooled.amortized_bound).mean(),
+        "ess": pooled.ess.median(),
+        "khat_bad": (~(pooled.khat <= KHAT_LIMIT)).mean(),
+        "parameters": sum(p.numel() for p in fits[0].model.parameters()),
+        "seconds": float(np.mean([fit.history.seconds.sum() for fit in fits])),
+        "fits": len(fits),
+    }

@@ -1,0 +1,63 @@
+"""Inputs of analyses: a Fit and Cells of the same schema, checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.errors import ModelError, SchemaError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.model import SCVI
+
+if TYPE_CHECKING:
+    from pyro_scvi.training.fitted import Fit
+
+
+def require_fit(fit: Any) -> None:
+    """Refuse what is no Fit, before anything is asked of it.
+
+    Raises
+    ------
+    ModelError
+        Naming what came.
+    """
+    if not (isinstance(getattr(fit, "model", None), SCVI) and isinstance(getattr(fit, "guide", None), Guide)):
+        raise ModelError(f"expected the Fit that ps.fit or ps.load returns, got {type(fit).__name__}")
+
+
+def require_question(fit: Any, cells: Any) -> None:
+    """Refuse what is no Fit and what are no Cells, an AnnData above all.
+
+    Raises
+    ------
+    ModelError
+        Naming what came.
+    """
+    require_fit(fit)
+    if not isinstance(cells, Cells):
+        raise ModelError(
+            f"expected Cells, got {type(cells).__name__}; make them with Cells.from_anndata(adata, schema=fit.schema)"
+        )
+
+
+def minibatches(fit: Fit, cells: Cells) -> Minibatches:
+    """The cells on the fit's device, after a check that their genes and covariates are the model's."""
+    fitted, given = fit.schema, cells.schema
+    if fitted.gene_names != given.gene_names:
+        same = len(set(fitted.gene_names) & set(given.gene_names))
+        raise SchemaError(
+            f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
+            "fit, or in another order; make them with Cells.from_anndata(adata, schema=fit.schema)"
+        )
+    if (fitted.batches, fitted.covariates, fitted.means, fitted.sds) != (
+        given.batches,
+        given.covariates,
+        given.means,
+        given.sds,
+    ):
+        raise SchemaError(
+            f"the fit has batches {fitted.batches} and covariates {fitted.covariates}, the cells have {given.batches} "
+            f"and {given.covariates}, or other scales; make them with Cells.from_anndata(adata, schema=fit.schema)"
+        )
+    return Minibatches(cells, fit.device, fit.dtype)

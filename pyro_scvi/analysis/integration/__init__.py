@@ -1,0 +1,1 @@
+"""Integration: embeddings of cells across batches."""

@@ -1,0 +1,69 @@
+"""embed: the posterior mean of z for every cell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.utils.checks import require_at_least
+
+if TYPE_CHECKING:
+    from pyro_scvi.training.fitted import Fit
+from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.proposals import refined
+
+
+def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
+    r"""Posterior mean of z under the guide, E_q[z | x].
+
+    .. math:: \hat z_n = \int z\, q(z | x_n)\, dz
+
+    Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
+    the nearest fitted cell where the guide is not amortized.
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and cells of its schema, which need not be those it was fitted on.
+    batch_size
+        Cells at a time.
+    seed
+        Of the draws, where there are any.
+
+    Returns
+    -------
+    ndarray (cells, latents)
+
+    Raises
+    ------
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
+    ModelError
+        If ``fit`` or ``cells`` is of the wrong kind, ``batch_size`` below 1, or the seed is no integer of 0 or more.
+
+    Examples
+    --------
+    >>> ps.embed(fit, test).shape
+    (12, 2)
+    """
+    require_question(fit, cells)
+    require_at_least(1, batch_size=batch_size)
+    with evaluating(fit.model, fit.guide, seed):
+        means = [_mean(fit.guide, x, gamma) for x, gamma in minibatches(fit, cells).in_order(batch_size)]
+        return torch.cat(means).cpu().numpy()
+
+
+def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
+    if not guide.amortized:
+        loc, _ = refined(guide, x, gamma)
+        return guide.coordinates.sites(loc)["z"].squeeze(-2)
+    law = guide.z_law(guide.encode(x, gamma, None))
+    mean = law.sample((200,)).mean(0) if isinstance(law, dist.TransformedDistribution) else law.mean
+    return mean.squeeze(-2)

@@ -1,0 +1,1 @@
+"""Predictions of a fit: predictive checks, calibration, imputation."""

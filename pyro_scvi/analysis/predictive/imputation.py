@@ -1,0 +1,266 @@
+"""Imputation: expected expression where a count is zero, and which zeros are technical (Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.posterior_samples import decoded
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.errors import ModelError
+from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
+from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.types import Theta
+from pyro_scvi.utils.checks import brief, require_at_least
+
+if TYPE_CHECKING:
+    from pyro_scvi.training.fitted import Fit
+
+__all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
+
+
+def __dir__():
+    return __all__
+
+
+Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
+
+
+def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
+    r"""E[w | x, z], counts: the rate given what was seen, for :func:`impute`.
+
+    .. math:: E[w | x, z] = \rho \mu + (1 - \rho) \frac{r + x}{r / \mu + 1}
+
+    with rho the probability that a zero is technical, 0 where x > 0; mu where w = mu (Lopez et al. 2017, Sec. 3.2).
+
+    Parameters
+    ----------
+    likelihood
+        Of the model.
+    x
+        Counts (cells, genes).
+    theta
+        The likelihood's parameters at draws of the latents, (samples, cells, genes).
+
+    Returns
+    -------
+    Tensor
+        (samples, cells, genes), counts.
+
+    Raises
+    ------
+    ModelError
+        If the likelihood says nothing of w.
+
+    Examples
+    --------
+    >>> mean = ps.impute(fit, test, quantity=ps.imputation.expression)  # the default
+    >>> mean.shape, bool((mean > 0).all())
+    ((12, 20), True)
+    """
+    return likelihood.expected_rate(x, theta)
+
+
+def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
+    r"""mu, counts: the mean of y given z alone, the paper's authors' choice, for :func:`impute`.
+
+    .. math:: E[y_{ng} | z_n] = \mu_{ng}
+
+    Parameters
+    ----------
+    likelihood
+        Of the model.
+    x
+        Counts (cells, genes).
+    theta
+        The likelihood's parameters at draws of the latents, (samples, cells, genes).
+
+    Returns
+    -------
+    Tensor
+        (samples, cells, genes), counts.
+
+    Examples
+    --------
+    >>> by_donor = ps.Cells.from_anndata(adata, batch="donor")
+    >>> made = ps.fit(ps.SCVI(20, 2, n_covariates=2), by_donor, epochs=1, progress=False)
+    >>> ps.impute(made, by_donor, quantity=ps.imputation.mean_given_no_dropout, batches=["x", "y"]).shape
+    (60, 20)
+    """
+    return theta["log_mean"].exp().expand(torch.broadcast_shapes(x.shape, theta["log_mean"].shape))
+
+
+def impute(
+    fit: Fit,
+    cells: Cells,
+    *,
+    quantity: Quantity = expression,
+    quantiles: Sequence[float] = (),
+    batches: Sequence[str] = (),
+    samples: int = 25,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+    out: Any = None,
+) -> np.ndarray:
+    r"""Posterior mean of the expression of every gene in every cell, or its posterior quantiles.
+
+    .. math:: \hat w_{ng} = E_{z, l | x_n} E[w_{ng} | x_n, z, l]
+
+    or ``quantity`` in the place of the inner mean (Lopez et al. 2017, Sec. 3.2).
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and any cells of its schema.
+    quantity
+        ``imputation.expression`` (default) or ``imputation.mean_given_no_dropout``; averaged over draws of z and l.
+    quantiles
+        Instead of the mean, these quantiles of draws of w given x.
+    batches
+        What the cells would look like in these batches: z as inferred in their own batch, decoded in each of these,
+        and averaged over them. Counts of another batch were not observed, so ``quantity`` must then be
+        ``mean_given_no_dropout``.
+    samples, sampler, seed, batch_size
+        As in ``sample_posterior``.
+    out
+        What takes the result row by row, and is returned: a dataset of h5py or zarr, or a NumPy array, mapped or not,
+        of that shape. Memory then does not grow with cells.
+
+    Returns
+    -------
+    ndarray, or out
+        (cells, genes), or (quantiles, cells, genes); counts.
+
+    Raises
+    ------
+    ModelError
+        If batches are given with another quantity or with quantiles, the likelihood says nothing of w, a number is out
+        of range, or an argument is of the wrong kind or ``out`` of another shape.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit, or there is no such batch.
+
+    Examples
+    --------
+    >>> ps.impute(fit, test).shape
+    (12, 20)
+    >>> low, high = ps.impute(fit, test, quantiles=(0.05, 0.95))
+    >>> bool((low <= high).all())
+    True
+    """
+    require_question(fit, cells)
+    require_sampler(sampler)
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    _check_wishes(quantity, quantiles, batches)
+    if batches and (quantiles or quantity is not mean_given_no_dropout):
+        raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
+    swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
+    lead = (len(quantiles),) if quantiles else ()
+    found, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    with evaluating(fit.model, fit.guide, seed):
+        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+            rows = slice(done, done := done + len(x))
+            draws = sampler.draw(fit.guide, x, gamma, samples)
+            if quantiles:
+                found[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
+            else:
+                constants = [other[rows].to(gamma) for other in swapped] or [gamma]
+                means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
+                found[rows] = torch.stack(means).mean(0).cpu().numpy()
+    return found
+
+
+def technical_zero_probability(
+    fit: Fit,
+    cells: Cells,
+    *,
+    samples: int = 25,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+    out: Any = None,
+) -> np.ndarray:
+    r"""P(h = 1 | x), averaged over draws of z: the posterior probability that a zero is technical; 0 where x > 0.
+
+    .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
+
+    (Lopez et al. 2017, Sec. 3.2).
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and any cells of its schema.
+    samples, sampler, seed, batch_size, out
+        As in :func:`impute`.
+
+    Returns
+    -------
+    ndarray (cells, genes), or ``out``, as in :func:`impute`
+
+    Raises
+    ------
+    ModelError
+        If the likelihood has no technical zeros, a number is below 1, an argument is of the wrong kind, or ``out`` is
+        of another shape.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
+
+    Examples
+    --------
+    >>> technical = ps.technical_zero_probability(fit, test)
+    >>> technical.shape, bool((technical[test.counts > 0] == 0).all())
+    ((12, 20), True)
+    """
+    require_question(fit, cells)
+    require_sampler(sampler)
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    fit.model.likelihood.require_explicit()
+    found, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
+    with evaluating(fit.model, fit.guide, seed):
+        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+            rows = slice(done, done := done + len(x))
+            logits = fit.model.likelihood.technical_zero_logits(
+                **decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
+            )
+            if logits is None:
+                raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
+            found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
+    return found
+
+
+def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
+    """Where results go as they come: thousands of small ones among large temporaries leave memory in pieces."""
+    if out is None:
+        return torch.empty(shape, dtype=fit.dtype).numpy()
+    if getattr(out, "shape", None) != shape:
+        found = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ModelError(f"out must be an array of shape {shape}, got {found}")
+    return out
+
+
+def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:
+    if not callable(quantity):
+        raise ModelError(
+            f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
+        )
+    if not isinstance(quantiles, Iterable) or isinstance(quantiles, str):
+        raise ModelError(f"quantiles must be numbers in a list or tuple, got {brief(quantiles)}")
+    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in quantiles):
+        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
+    if isinstance(batches, str):
+        raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
+
+
+def _mean(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantity: Quantity) -> Tensor:
+    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, found)).mean(0)
+
+
+def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantiles: Sequence[float]) -> Tensor:
+    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, found))["w"]
+    return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)

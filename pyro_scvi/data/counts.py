@@ -1,0 +1,278 @@
+"""Count matrices: one canonical form for whatever a caller holds, in memory or not."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from pyro_scvi.errors import DataError
+
+_SCAN_SIZE = 2**22  # entries per block: the scan's temporaries stay at a few MB whatever the matrix
+_CELLS_AT_ONCE = 2**14  # whose totals are added up together
+_BLOCK_ENTRIES = 2**24  # zeros included, of the rows that are read together from a source
+
+Matrix = np.ndarray | sparse.csr_array
+"""Counts in memory, (cells, genes)."""
+
+Look = Callable[[slice, Matrix], None]
+
+
+class Source(ABC):
+    """Counts (cells, genes) that stay where they lie and are read by rows.
+
+    ``source[rows]`` is all that minibatches ask for; arrays in memory, dense or CSR, are indexed in the same way.
+
+    Parameters
+    ----------
+    shape, dtype
+        Of the matrix.
+    kind
+        What to call it when cells are shown, such as ``"backed sparse"``.
+    checked
+        Whether its entries are known to be counts, so that they need not be scanned again.
+    totals, detected
+        Total count of each cell, (cells,), and number of cells that have each gene, (genes,), where they are known.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        kind: str,
+        *,
+        checked: bool = False,
+        totals: np.ndarray | None = None,
+        detected: np.ndarray | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.kind, self.checked = shape, np.dtype(dtype), kind, checked
+        self._totals, self._detected = totals, detected
+
+    @abstractmethod
+    def __getitem__(self, rows: np.ndarray) -> Matrix:
+        """Rows in memory, (rows, genes), for integer positions in any order, of which some may be equal."""
+
+    @property
+    def totals(self) -> np.ndarray:
+        """Total count of each cell, (cells,); the source is scanned for it where it is not known."""
+        return self.scan()[0] if self._totals is None else self._totals
+
+    @property
+    def detected(self) -> np.ndarray:
+        """Number of cells that have each gene, (genes,); the source is scanned for it where it is not known."""
+        return self.scan()[1] if self._detected is None else self._detected
+
+    def scan(self, look: Look = lambda rows, block: None) -> tuple[np.ndarray, np.ndarray]:
+        """Read all rows once in their order, show each block to ``look``, and keep totals and detected."""
+        totals, detected = np.empty(self.shape[0]), np.zeros(self.shape[1], dtype=np.int64)
+        for rows, block in row_blocks(self, np.arange(self.shape[0])):
+            look(rows, block)
+            totals[rows] = cell_totals(block)
+            detected += cells_by_gene(block)
+        self._totals, self._detected = totals, detected
+        return totals, detected
+
+
+Counts = Matrix | Source
+
+
+def row_blocks(counts: Counts, rows: np.ndarray) -> Iterator[tuple[slice, Matrix]]:
+    """Yield the given rows in blocks that fit in memory, each with its place among them."""
+    for place in block_slices(len(rows), counts.shape[1]):
+        yield place, counts[rows[place]]
+
+
+def block_slices(n_rows: int, n_genes: int) -> Iterator[slice]:
+    """Yield the slices that divide rows into blocks that fit in memory."""
+    size = max(1, _BLOCK_ENTRIES // n_genes)
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def canonical(matrix: Any, source: str) -> Matrix:
+    """Bring a matrix to row-major form without densifying it and without changing the caller's object.
+
+    Parameters
+    ----------
+    matrix
+        Counts, (cells, genes): NumPy, any SciPy sparse format, torch, a backed AnnData matrix or a DataFrame.
+    source
+        What to call the matrix in errors, such as ``"X"``.
+
+    Returns
+    -------
+    csr_array or ndarray
+        (cells, genes), counts. Sparse input gives CSR, duplicates summed, int32 indices where they fit;
+        dense input gives a C-ordered array. The data are shared with the input where no conversion is needed.
+
+    Raises
+    ------
+    DataError
+        If the matrix is missing, boolean, not numeric, not two-dimensional, without cells or without genes.
+    """
+    if matrix is None:
+        raise DataError(f"{source} is None: there are no counts to read.")
+    matrix = _in_memory(matrix)
+    if not sparse.issparse(matrix):
+        matrix = _dense(matrix, source)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise DataError(
+            f"{source} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}."
+        )
+    if matrix.dtype.kind not in "iuf":
+        raise DataError(f"{source} must hold counts; its values are of type {matrix.dtype}. Pass integer counts.")
+    # float16 overflows in comparisons with large numbers, and SciPy converts no sparse matrix of it
+    return _row_major(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix, source)
+
+
+def cell_totals(counts: Counts) -> np.ndarray:
+    """Total count per cell, (cells,), float64; no converted copy of the matrix is made."""
+    if isinstance(counts, Source):
+        return counts.totals
+    if isinstance(counts, np.ndarray):
+        return counts.sum(axis=1, dtype=np.float64)
+    totals = np.zeros(counts.shape[0])
+    for start in range(0, len(totals), _CELLS_AT_ONCE):  # a sum in float64 converts what it is given all at once
+        bounds = counts.indptr[start : start + _CELLS_AT_ONCE + 1]
+        filled = np.flatnonzero(np.diff(bounds))
+        if filled.size:
+            values, firsts = counts.data[bounds[0] : bounds[-1]], bounds[filled] - bounds[0]
+            totals[start + filled] = np.add.reduceat(values, firsts, dtype=np.float64)
+    return totals
+
+
+def expressed_genes(counts: Counts) -> np.ndarray:
+    """Which genes have a count in any cell: (genes,), bool."""
+    if isinstance(counts, Source):
+        return counts.detected > 0
+    if isinstance(counts, np.ndarray):
+        return np.asarray(counts.any(axis=0))
+    seen = np.zeros(counts.shape[1], dtype=bool)
+    for start, values in blocks(counts.data):
+        seen[counts.indices[start : start + values.size][values != 0]] = True
+    return seen
+
+
+def gene_totals(counts: Counts) -> np.ndarray:
+    """Total count per gene, (genes,), float64; a source is read once, in blocks."""
+    if not isinstance(counts, Source):
+        return np.asarray(counts.sum(axis=0, dtype=np.float64))
+    return np.sum([block.sum(0, dtype=np.float64) for _, block in row_blocks(counts, np.arange(counts.shape[0]))], 0)
+
+
+def cells_by_gene(counts: Matrix) -> np.ndarray:
+    """How many cells have a count of each gene: (genes,)."""
+    if isinstance(counts, np.ndarray):
+        return np.count_nonzero(counts, axis=0)
+    return np.bincount(counts.indices[counts.data != 0], minlength=counts.shape[1])
+
+
+def n_nonzero(counts: Counts) -> int:
+    """Count the entries that are not zero."""
+    if isinstance(counts, Source):
+        return int(counts.detected.sum())
+    return sum(int(np.count_nonzero(values)) for _, values in blocks(stored_values(counts)))
+
+
+def select_genes(counts: Matrix, positions: np.ndarray) -> Matrix:
+    """Reorder and select genes; a position of -1 gives a gene of zeros.
+
+    Parameters
+    ----------
+    counts
+        (cells, genes).
+    positions
+        (new genes,): for each new gene its old position, or -1.
+    """
+    if np.array_equal(positions, np.arange(counts.shape[1])):
+        return counts
+    found = np.flatnonzero(positions >= 0)
+    shape = (counts.shape[0], positions.size)
+    chosen = counts[:, positions[found]]
+    if isinstance(chosen, np.ndarray):
+        filled = np.zeros(shape, dtype=counts.dtype)
+        filled[:, found] = chosen
+        return filled
+    return sparse.csr_array((chosen.data, found.astype(np.int32)[chosen.indices], chosen.indptr), shape=shape)
+
+
+def narrow(counts: Matrix) -> Matrix:
+    """Change 64-bit and other unusual types to float32; counts in smaller ones are returned as they are."""
+    kind, size = counts.dtype.kind, counts.dtype.itemsize
+    if counts.dtype.isnative and (
+        (kind == "f" and size == 4) or kind == "i" and size <= 4 or kind == "u" and size <= 2
+    ):
+        return counts
+    return counts.astype(np.float32)
+
+
+def smallest_type(counts: Counts) -> np.dtype:
+    """The smallest of uint8, int16 and float32 that holds every count; float32 if one is no integer.
+
+    A source is not scanned for it: its own type decides.
+    """
+    if isinstance(counts, Source):
+        return counts.dtype if counts.dtype in (np.uint8, np.int16) else np.dtype("f4")
+    largest = 0.0
+    for _, values in blocks(stored_values(counts)):
+        if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+            return np.dtype(np.float32)
+        largest = max(largest, float(values.max(initial=0)))
+    return next((np.dtype(kind) for kind in (np.uint8, np.int16) if largest <= np.iinfo(kind).max), np.dtype("f4"))
+
+
+def stored_values(counts: Matrix) -> np.ndarray:
+    """All values that are stored, one-dimensional: for a sparse matrix, those that may be other than zero."""
+    return counts.reshape(-1) if isinstance(counts, np.ndarray) else counts.data
+
+
+def blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield consecutive blocks of a long array, each with the position of its first value."""
+    for start in range(0, values.size, _SCAN_SIZE):
+        yield start, values[start : start + _SCAN_SIZE]
+
+
+def _in_memory(matrix: Any) -> Any:
+    if isinstance(matrix, torch.Tensor):
+        return _from_torch(matrix)
+    if hasattr(matrix, "to_memory"):  # sparse matrix of a backed AnnData
+        return matrix.to_memory()
+    return matrix
+
+
+def _from_torch(tensor: torch.Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
+    if tensor.layout == torch.strided:
+        return tensor.numpy()
+    entries = tensor.to_sparse_coo().coalesce()
+    return sparse.coo_array((entries.values().numpy(), tuple(entries.indices().numpy())), shape=tuple(entries.shape))
+
+
+def _dense(matrix: Any, source: str) -> np.ndarray:
+    if np.ma.isMaskedArray(matrix):
+        raise DataError(f"{source} is a masked array; fill or drop the masked entries first.")
+    try:
+        return np.asarray(matrix)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{source} is no matrix that NumPy can read: {type(matrix).__name__}.") from error
+
+
+def _row_major(matrix: Any, source: str) -> Matrix:
+    if isinstance(matrix, np.ndarray):
+        return np.ascontiguousarray(matrix)
+    rows = matrix.tocsr()
+    # SciPy keeps mixed index types, and then converts all of them at every row selection: 100 times slower.
+    index = np.int32 if max(rows.nnz, *rows.shape) <= np.iinfo(np.int32).max else np.int64
+    parts = (rows.data, rows.indices.astype(index, copy=False), rows.indptr.astype(index, copy=False))
+    try:
+        counts = sparse.csr_array(parts, shape=rows.shape)
+        counts.check_format(full_check=True)
+    except ValueError as error:
+        raise DataError(f"{source} is a broken sparse matrix: {error}.") from error
+    if not counts.has_canonical_format:
+        counts = counts.astype(np.float64)  # a copy, in which small integer types cannot overflow
+        counts.sum_duplicates()
+    return counts

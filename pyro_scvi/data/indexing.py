@@ -1,0 +1,72 @@
+"""Indexing of cells: which rows an index selects, and how many cells a share holds out."""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+
+from pyro_scvi.errors import DataError
+
+CellIndex = int | slice | Sequence[int] | np.ndarray | torch.Tensor
+
+
+def positions(index: CellIndex, n_cells: int) -> np.ndarray:
+    """Turn an index into integer positions: indexing by those copies, so that a minibatch never aliases the counts.
+
+    Raises
+    ------
+    DataError
+        If the index is neither integers nor a slice nor a mask over all cells.
+    """
+    if isinstance(index, slice):
+        return np.arange(*index.indices(n_cells))
+    rows = np.atleast_1d(index.cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index))
+    if rows.dtype == bool and rows.shape == (n_cells,):
+        return np.flatnonzero(rows)
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+        raise DataError(
+            f"index cells by integers, (cells,), or by a mask, ({n_cells},); got {rows.dtype} of shape {rows.shape}."
+        )
+    return rows.astype(np.int64, copy=False)
+
+
+def number_held_out(held_out: float, n_cells: int) -> int:
+    """Cells to hold out, from a share or a number; at least one is held out and one is left.
+
+    Raises
+    ------
+    DataError
+        If it is no share between 0 and 1 and no number between 0 and ``n_cells``.
+    """
+    if isinstance(held_out, Integral) and not isinstance(held_out, bool):
+        number = int(held_out)
+    elif isinstance(held_out, Real) and not isinstance(held_out, bool) and 0 < held_out < 1:
+        number = max(1, min(round(held_out * n_cells), n_cells - 1))
+    else:
+        raise DataError(f"held_out is a share between 0 and 1 or an int number of cells; got {held_out!r}.")
+    if not 0 < number < n_cells:
+        raise DataError(
+            f"cannot hold out {number} of {n_cells} cells: both parts need at least one "
+            "(in fit, validation=0 holds out none)."
+        )
+    return number
+
+
+def within(rows: np.ndarray, n: int) -> np.ndarray:
+    """Positions from 0 to n - 1 for positions that may count from the end.
+
+    Raises
+    ------
+    IndexError
+        If one is outside.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    if rows.size and not (-n <= rows.min() and rows.max() < n):
+        raise IndexError(f"cells are numbered from 0 to {n - 1}; asked for {rows.min()} to {rows.max()}.")
+    return np.where(rows < 0, rows + n, rows)
+
+
+def consecutive(rows: np.ndarray) -> bool:
+    """Whether each position is one more than the one before."""
+    return bool((np.diff(rows) == 1).all())

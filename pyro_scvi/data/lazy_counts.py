@@ -1,0 +1,125 @@
+"""Lazy counts: count matrices outside memory, of which some rows or genes are read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from anndata.abc import CSCDataset, CSRDataset
+
+from pyro_scvi.data.counts import Counts, Matrix, Source, canonical, select_genes
+from pyro_scvi.data.indexing import consecutive, within
+from pyro_scvi.errors import DataError
+
+
+def rows_of(counts: Counts, rows: np.ndarray) -> Counts:
+    """Some of the rows: a copy if they are in memory, else a source that reads them when asked."""
+    return RowsOf(counts, rows) if isinstance(counts, Source) else counts[rows]
+
+
+def genes_of(counts: Counts, positions: np.ndarray) -> Counts:
+    """Reorder and select genes as :func:`select_genes` does; those of a source when its rows are read."""
+    if not isinstance(counts, Source):
+        return select_genes(counts, positions)
+    unchanged = np.array_equal(positions, np.arange(counts.shape[1]))
+    return counts if unchanged else GenesOf(counts, positions)
+
+
+class RowsOf(Source):
+    """The given rows of another source."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        shape, totals = (len(rows), source.shape[1]), source.totals[rows]
+        super().__init__(shape, source.dtype, source.kind, checked=source.checked, totals=totals)
+        self.source: Source = source
+        self.rows: np.ndarray = within(rows, source.shape[0])
+        if isinstance(source, RowsOf):
+            self.source, self.rows = source.source, source.rows[rows]
+
+    def __getitem__(self, rows: np.ndarray) -> Matrix:
+        return self.source[self.rows[rows]]
+
+
+class GenesOf(Source):
+    """Genes of another source, in another order; a position of -1 gives a gene of zeros."""
+
+    def __init__(self, source: Source, positions: np.ndarray) -> None:
+        super().__init__((source.shape[0], len(positions)), source.dtype, source.kind, checked=source.checked)
+        self.source, self.positions = source, positions
+
+    def __getitem__(self, rows: np.ndarray) -> Matrix:
+        return select_genes(self.source[rows], self.positions)
+
+
+class Backed(Source):
+    """A matrix that anndata leaves in its file: CSR or dense, HDF5 or zarr.
+
+    Parameters
+    ----------
+    matrix
+        (cells, genes): ``X`` of a backed AnnData, a ``CSRDataset``, or a dense array on disk.
+    name
+        What to call it in errors.
+
+    Raises
+    ------
+    DataError
+        If it is stored by columns, or is in memory already.
+    """
+
+    def __init__(self, matrix: Any, name: str) -> None:
+        if isinstance(matrix, CSCDataset):
+            raise DataError(
+                f"{name} is stored by genes (CSC), so that a cell's counts lie all over the file; write it by cells, "
+                "as in adata.X = adata.X.tocsr(), or read it into memory."
+            )
+        is_sparse = isinstance(matrix, CSRDataset)
+        if not is_sparse and (isinstance(matrix, np.ndarray) or not hasattr(matrix, "chunks")):
+            raise DataError(f"{name} is no matrix on disk ({type(matrix).__name__}); read it without backed=True.")
+        if len(matrix.shape) != 2 or 0 in matrix.shape:
+            raise DataError(
+                f"{name} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}."
+            )
+        super().__init__(tuple(matrix.shape), matrix.dtype, f"backed {'sparse' if is_sparse else 'dense'}")
+        self.matrix, self.name = matrix, name
+
+    def __getitem__(self, rows: np.ndarray) -> Matrix:
+        return in_file_order(lambda wanted: canonical(self.matrix[wanted], self.name), rows, self)
+
+
+class Collection(Source):
+    """Counts of an ``anndata.experimental.AnnCollection``: several AnnData, backed ones too, as one.
+
+    Parameters
+    ----------
+    collection
+        Made with ``join_vars="inner"`` where the genes differ.
+    layer
+        Layer with the counts, or None for ``X``.
+    name
+        What to call it in errors.
+    """
+
+    def __init__(self, collection: Any, layer: str | None, name: str) -> None:
+        self.collection, self.layer, self.name = collection, layer, name
+        first = self._read(slice(0, 1))
+        super().__init__(collection.shape, first.dtype, "collected")
+
+    def __getitem__(self, rows: np.ndarray) -> Matrix:
+        return in_file_order(self._read, rows, self)
+
+    def _read(self, rows: np.ndarray | slice) -> Matrix:
+        view = self.collection[rows]
+        return canonical(view.X if self.layer is None else view.layers[self.layer], self.name)
+
+
+def in_file_order(read: Callable[[np.ndarray | slice], Matrix], rows: np.ndarray, source: Source) -> Matrix:
+    """Rows in the order asked for, read in the order of the file, each once; as one run where they lie close."""
+    rows = within(rows, source.shape[0])
+    if rows.size == 0:
+        return np.empty((0, source.shape[1]), dtype=source.dtype)
+    wanted, place = np.unique(rows, return_inverse=True)
+    first, end = int(wanted[0]), int(wanted[-1]) + 1
+    if end - first > 2 * len(wanted):
+        return read(wanted)[place]
+    block = read(slice(first, end))
+    return block if consecutive(rows) else block[rows - first]

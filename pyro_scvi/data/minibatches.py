@@ -1,0 +1,100 @@
+"""Minibatches of cells on a device: kept there when they fit, otherwise copied row by row."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.counts import Matrix, smallest_type
+from pyro_scvi.errors import FitError
+
+RESIDENT_BYTES = 2**28  # up to here a dense copy of the counts is held in main memory, beside the matrix of the cells
+_BLOCK = 2**22  # entries moved at a time
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device meant by its name; "auto" is CUDA, else MPS, else the CPU."""
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            reason = str(error).splitlines()[0]
+            raise FitError(f"the device {device!r} cannot be used: {reason}; 'auto' takes one that can") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resident_bytes(device: torch.device) -> int:
+    """How large a dense copy of the counts may be: on a GPU half of the memory that is free."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES
+
+
+class Minibatches:
+    """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
+
+    The counts lie on the device in the smallest type that holds them, unless they are too many: then minibatches come
+    from the matrix of the cells.
+    """
+
+    def __init__(
+        self,
+        cells: Cells,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        selected: np.ndarray | None = None,
+    ) -> None:
+        self.cells, self.device, self.dtype = cells, device, dtype
+        self.selected = np.arange(cells.n_cells) if selected is None else selected
+        self.n_cells = len(self.selected)
+        self.gamma = torch.from_numpy(cells.covariates[self.selected]).to(device, dtype)
+        stored = smallest_type(cells.counts)
+        fits = self.n_cells * cells.n_genes * stored.itemsize <= resident_bytes(device)
+        self.resident = self._moved(stored) if fits else None
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts (rows, genes) and covariates (rows, covariates) of the given rows."""
+        gamma = self.gamma.index_select(0, index)
+        if self.resident is None:
+            x, _ = self.cells[self.selected[index.cpu().numpy()]]
+            return x.to(self.device, self.dtype), gamma
+        return self.resident.index_select(0, index).to(self.dtype), gamma
+
+    def shuffled(self, batch_size: int) -> Iterator[Tensor]:
+        """Row indices of one epoch: every cell once, in batches of as equal size as possible."""
+        yield from self.shuffled_into(math.ceil(self.n_cells / batch_size))
+
+    def shuffled_into(self, n_batches: int) -> Iterator[Tensor]:
+        """Row indices of one epoch: every cell once, in ``n_batches`` batches of which the first may be one larger."""
+        yield from torch.randperm(self.n_cells).to(self.device).tensor_split(n_batches)
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Counts and covariates of all cells, in the order of the file."""
+        for rows in torch.arange(self.n_cells, device=self.device).split(batch_size):
+            yield self.rows(rows)
+
+    def totals(self) -> np.ndarray:
+        """Total count of each cell, (cells,)."""
+        return self.cells.totals[self.selected]
+
+    def gene_totals(self) -> np.ndarray:
+        """Total count of each gene, (genes,)."""
+        return sum((np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()), np.zeros(self.cells.n_genes))
+
+    def _moved(self, stored: np.dtype) -> Tensor:
+        """All counts on the device; no dense copy of a wider type is ever held."""
+        shape = self.n_cells, self.cells.n_genes
+        moved = torch.empty(shape, dtype=getattr(torch, stored.name), device=self.device)
+        for rows, block in self._blocks():
+            dense = block if isinstance(block, np.ndarray) else block.toarray()
+            moved[rows] = torch.from_numpy(dense.astype(stored, copy=False)).to(self.device)
+        return moved
+
+    def _blocks(self) -> Iterator[tuple[slice, Matrix]]:
+        size = max(1, _BLOCK // self.cells.n_genes)
+        for start in range(0, self.n_cells, size):
+            rows = slice(start, start + size)
+            yield rows, self.cells.counts[self.selected[rows]]

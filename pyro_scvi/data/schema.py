@@ -1,0 +1,242 @@
+"""Schema: genes, batch categories and covariate scales that a model was fitted on and a query must match."""
+
+import logging
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyro_scvi.data.obs_columns import categories, numbers, quoted
+from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.utils.checks import brief, warn
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the columns of counts and covariates mean.
+
+    Parameters
+    ----------
+    gene_names
+        (genes,), in the order of the columns of the counts.
+    layer
+        Layer of the AnnData that holds the counts; None for ``X``.
+    batch
+        Column of ``obs`` with the batch of each cell; None without batches.
+    batches
+        (batches,): its categories, in the order of the one-hot columns.
+    covariates
+        Names of the continuous columns of ``obs``, in the order of the columns after the batches.
+    means, sds
+        (continuous covariates,): what standardises them, in the columns' own units.
+
+    Examples
+    --------
+    >>> cells.schema
+    Schema(genes: 'gene_0', 'gene_1', 'gene_2', ... (20 in all))
+    >>> query = ps.Cells.from_anndata(adata[:5, ::-1].copy(), schema=cells.schema)
+    >>> query.schema == cells.schema
+    True
+    """
+
+    gene_names: tuple[str, ...]
+    layer: str | None = None
+    batch: str | None = None
+    batches: tuple[str, ...] = ()
+    covariates: tuple[str, ...] = ()
+    means: tuple[float, ...] = ()
+    sds: tuple[float, ...] = ()
+
+    @classmethod
+    def learn(
+        cls,
+        gene_names: Sequence[str] | pd.Index,
+        obs: pd.DataFrame,
+        layer: str | None,
+        batch: str | None,
+        covariates: Sequence[str],
+    ) -> "Schema":
+        """Read categories, means and standard deviations off the annotations, (cells, columns), of a first data set.
+
+        Raises
+        ------
+        SchemaError
+            If a column is not there.
+        DataError
+            If a batch is missing or looks continuous, or a covariate is missing, not numeric or constant.
+        """
+        names = _listed(covariates)
+        for name in (batch, *names):
+            if not isinstance(name, Hashable):
+                raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
+        if len({*names, batch}) <= len(names):
+            raise DataError(f"batch and covariates must be different columns; got batch {batch!r}, covariates {names}.")
+        values = [numbers(obs, name) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if not value.std() > 1e-10 * abs(value.mean()):  # the rounding error of a constant column is below this
+                raise DataError(f"covariate column {name!r} is constant ({value[0]:g}); leave it out of covariates.")
+        return cls(
+            gene_names=tuple(map(str, gene_names)),
+            layer=layer,
+            batch=batch,
+            batches=() if batch is None else tuple(dict.fromkeys(categories(obs, batch)[0])),
+            covariates=names,
+            means=tuple(float(value.mean()) for value in values),
+            sds=tuple(float(value.std()) for value in values),
+        )
+
+    def __repr__(self) -> str:
+        parts = [f"genes: {quoted(self.gene_names, 3)}"]
+        parts += [f"layer: {self.layer!r}"] if self.layer else []
+        parts += [f"batch: {self.batch!r} of {quoted(self.batches, 3)}"] if self.batch else []
+        parts += [f"covariates: {quoted(self.covariates)}"] if self.covariates else []
+        return f"Schema({'; '.join(parts)})"
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return len(self.gene_names)
+
+    @property
+    def n_batches(self) -> int:
+        """Number of one-hot columns; 0 without a batch column."""
+        return len(self.batches)
+
+    @property
+    def n_covariates(self) -> int:
+        """Number of columns of gamma: batches, then continuous covariates."""
+        return len(self.batches) + len(self.covariates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, strings and numbers, as JSON takes them."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Schema":
+        """Rebuild a schema from :meth:`to_dict`.
+
+        Raises
+        ------
+        SchemaError
+            If keys are unknown or missing, or lengths disagree.
+        """
+        expected = {field.name for field in fields(cls)}
+        if set(values) != expected:
+            raise SchemaError(f"a schema has the keys {sorted(expected)}; got {sorted(values)}.")
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        schema = cls(**plain)
+        if not len(schema.covariates) == len(schema.means) == len(schema.sds):
+            raise SchemaError("a schema has one mean and one sd for each covariate; the lengths differ.")
+        return schema
+
+    def check_columns(self, batch: str | None, covariates: Sequence[str]) -> None:
+        """Refuse other columns than the schema's own; None and () stand for those.
+
+        Raises
+        ------
+        SchemaError
+            If a column is named that is not the schema's.
+        """
+        names = _listed(covariates)
+        if batch not in (None, self.batch) or names not in ((), self.covariates):
+            raise SchemaError(
+                f"the schema has batch {self.batch!r} and covariates {self.covariates}, got {batch!r} and {names}; "
+                "leave both out, and rename the columns of obs if they have other names."
+            )
+
+    def gene_positions(self, query: pd.Index, *, fill_missing: bool) -> np.ndarray:
+        """Match genes by name.
+
+        Parameters
+        ----------
+        query
+            (query genes,): unique names.
+        fill_missing
+            Give -1 for genes that the query lacks, with a warning, instead of an error.
+
+        Returns
+        -------
+        ndarray
+            (genes,): where each gene of the schema lies in the query.
+
+        Raises
+        ------
+        SchemaError
+            If no gene is found, or some are missing and ``fill_missing`` is False.
+        """
+        wanted = pd.Index(self.gene_names)
+        positions = query.get_indexer(wanted)
+        missing = wanted[positions < 0]
+        n_found = self.n_genes - len(missing)
+        found = f"{n_found} of the {self.n_genes} genes of the schema are in the query"
+        if n_found == 0:
+            raise SchemaError(
+                f"{found}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
+            )
+        if len(missing) and not fill_missing:
+            raise SchemaError(
+                f"{found}; {len(missing)} are missing: {quoted(missing)}. "
+                "Pass fill_missing_genes=True to count them as zero in every cell."
+            )
+        if len(missing):
+            text = f"{found}; {len(missing)} are filled with zeros: {quoted(missing)}."
+            warn(text)
+        if len(query) > n_found:
+            extra = query.difference(wanted, sort=False)
+            _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
+        return positions
+
+    def encode(self, obs: pd.DataFrame) -> np.ndarray:
+        """One-hot batches, then standardised covariates: (cells, covariates), float32.
+
+        Raises
+        ------
+        SchemaError
+            If a column is not there, or a batch is not one of the schema's.
+        DataError
+            If a value is missing or not numeric.
+        """
+        encoded = np.empty((len(obs), self.n_covariates), dtype=np.float32)
+        if self.batch is not None:
+            encoded[:, : self.n_batches] = self._one_hot(obs, self.batch)
+        for i, name in enumerate(self.covariates):
+            encoded[:, self.n_batches + i] = (numbers(obs, name) - self.means[i]) / self.sds[i]
+        return encoded
+
+    def batch_position(self, name: str) -> int:
+        """Column of a batch among the one-hot columns.
+
+        Raises
+        ------
+        SchemaError
+            If there is no batch column, or no such batch.
+        """
+        if self.batch is None:
+            raise SchemaError(f"there is no batch {name!r}: these cells were made without batch=.")
+        if name not in self.batches:
+            raise SchemaError(f"column {self.batch!r} has no batch {name!r}; its batches are {quoted(self.batches)}.")
+        return self.batches.index(name)
+
+    def _one_hot(self, obs: pd.DataFrame, batch: str) -> np.ndarray:
+        labels, codes = categories(obs, batch)
+        unseen = [label for label in labels if label not in self.batches]
+        if unseen:
+            raise SchemaError(
+                f"column {batch!r} holds {quoted(unseen)}, which the schema does not know; its batches are "
+                f"{quoted(self.batches)}. For cells of an unknown batch, set the column to any known batch, then "
+                "average the results of cells.with_batch(name) over the known names."
+            )
+        positions = np.array([self.batches.index(label) for label in labels])
+        return np.eye(self.n_batches, dtype=np.float32)[positions[codes]]
+
+
+def _listed(covariates: Any) -> tuple[str, ...]:
+    if not isinstance(covariates, Iterable):
+        raise DataError(f"covariates must be names of columns, as in ['age'] or (), got {brief(covariates)}.")
+    return (covariates,) if isinstance(covariates, str) else tuple(covariates)

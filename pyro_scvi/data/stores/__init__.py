@@ -1,0 +1,10 @@
+"""Stores: counts on disk that exceed memory, built once from .h5ad or zarr files and read by random rows."""
+
+from pyro_scvi.data.stores.building import build
+from pyro_scvi.data.stores.count_store import CountStore
+
+__all__ = ["CountStore", "build"]
+
+
+def __dir__():
+    return __all__

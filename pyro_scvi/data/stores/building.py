@@ -1,0 +1,291 @@
+"""Building a store: files are read once, in blocks; an interrupted build continues."""
+
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from anndata.io import write_elem
+from scipy import sparse
+
+from pyro_scvi.data.count_checks import Check
+from pyro_scvi.data.counts import Matrix, block_slices, cell_totals, cells_by_gene, select_genes, smallest_type
+from pyro_scvi.data.stores.inputs import (
+    Input,
+    check_names,
+    common_genes,
+    joined_obs,
+    named_files,
+    opened,
+    origin,
+    positions_of,
+)
+from pyro_scvi.data.stores.layout import (
+    ANNOTATIONS,
+    ARRAYS,
+    DATA,
+    DETECTED,
+    FORMAT,
+    INDICES,
+    INDPTR,
+    SCHEMA,
+    TOTALS,
+    StoreSchema,
+    doubled_names_allowed,
+    durably,
+    fingerprint,
+    sync_folder,
+    work_of,
+)
+from pyro_scvi.errors import StoreError
+from pyro_scvi.utils.progress_bars import progress_bar
+
+PLAN, COMPLETE = "plan.json", "store"
+
+_log = logging.getLogger(__name__)
+
+
+def build(
+    files: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    path: str | Path,
+    *,
+    layer: str | None = None,
+    genes: Sequence[str] | None = None,
+    label: str | None = None,
+    index_unique: str | None = None,
+    allow_non_integer: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write the counts of one file, or of several as one, into a store for ``Cells.from_store``.
+
+    Every file is read once from beginning to end, and its counts are validated as ``Cells.from_anndata`` does. Until
+    the store is complete, its parts lie beside it in ``PATH.partial``, and need the same space again. After an
+    interruption the same call goes on with the parts that are whole; if the store is there already, it does nothing.
+
+    Parameters
+    ----------
+    files
+        .h5ad files or zarr folders as anndata writes them, dense or CSR; a dict gives them names.
+    path
+        The folder to write.
+    layer
+        Layer with the raw counts; None for ``X``.
+    genes
+        The genes to keep, which every file must have; None for those that are in all files, in the order of the first.
+    label
+        Column of ``obs`` to hold the name of each cell's file, to be used as ``batch``.
+    index_unique
+        Appended to names of cells, with the name of their file, as ``anndata.concat`` does.
+    allow_non_integer
+        Accept values that are no integers.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    Path
+        The store.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read, is stored by genes (CSC), holds other values than counts (cell and gene are named),
+        has no gene in common with the others, or shares names of cells with another; if names are none.
+    SchemaError
+        If a layer or gene is not there.
+    StoreError
+        If something else or a broken store is at ``path``, or parts of another build are beside it.
+
+    Warns
+    -----
+    UserWarning
+        At an implausibly large count.
+
+    Examples
+    --------
+    >>> adata.write_h5ad(folder / "cells.h5ad")
+    >>> path = ps.stores.build(folder / "cells.h5ad", folder / "cells.store", progress=False)
+    >>> ps.Cells.from_store(path, batch="donor").n_covariates
+    2
+    """
+    target = Path(path).expanduser().absolute()
+    named = named_files(files)
+    check_names(genes=genes, label=label, index_unique=index_unique)
+    with ExitStack() as stack:
+        inputs = [stack.enter_context(opened(name, file, layer)) for name, file in named.items()]
+        shared = common_genes(inputs, genes)
+        obs = joined_obs(inputs, label, index_unique)
+        plan = {
+            "format": FORMAT,
+            "files": {each.name: origin(each.path) for each in inputs},
+            "layer": layer,
+            "genes": shared.tolist(),
+            "label": label,
+            "index_unique": index_unique,
+            "allow_non_integer": allow_non_integer,
+        }
+        if target.exists():
+            _require_built_by(plan, target)
+        else:
+            work = work_of(target)
+            _begin(work, plan)
+            with _without_parts_removed(work):
+                parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
+            _assemble(parts, obs, shared, plan, work / COMPLETE)
+            (work / COMPLETE).rename(target)
+            sync_folder(target.parent)
+    shutil.rmtree(work_of(target), ignore_errors=True)
+    return target
+
+
+def _require_built_by(plan: dict[str, Any], target: Path) -> None:
+    if not (target / SCHEMA).is_file():
+        raise StoreError(f"{target} is there already and is no store; choose another path")
+    schema = StoreSchema.read(target)
+    if schema.plan != plan:
+        raise StoreError(
+            f"{target} is there already and was not built from these files with these options, or the files' size or "
+            "time of change is another now; choose another path"
+        )
+    schema.check(target, verify=False)
+    _log.info("%s was built already", target)
+
+
+def _begin(work: Path, plan: dict[str, Any]) -> None:
+    """Make the folder of the parts, or see that those in it are of the same build."""
+    try:
+        found = json.loads((work / PLAN).read_bytes())
+    except FileNotFoundError:
+        if work.is_dir() and any(item.name != f"{PLAN}.new" for item in work.iterdir()):
+            raise StoreError(f"{work} holds something else than parts of a store; move it away") from None
+        work.mkdir(parents=True, exist_ok=True)
+        durably(work / PLAN, lambda file: file.write(json.dumps(plan).encode()))
+        return
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{work / PLAN} cannot be read ({error}); delete {work} to build from the start") from error
+    if found != plan:
+        raise StoreError(
+            f"{work} holds parts of a build from other files or with other options; repeat that call, or delete the "
+            "folder to build from the start"
+        )
+
+
+@contextmanager
+def _without_parts_removed(work: Path) -> Iterator[None]:
+    """Leave nothing behind of a build that was refused before its first part: the next call may have other options."""
+    try:
+        yield
+    except BaseException:
+        if not any(work.glob("part-*.npz")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+class _Part(NamedTuple):
+    """One block of cells on disk, and what is known of it."""
+
+    path: Path
+    lengths: np.ndarray  # (cells,): non-zeros of each
+    totals: np.ndarray  # (cells,)
+    detected: np.ndarray  # (genes,)
+    dtype: np.dtype
+
+
+def _parts(
+    inputs: Sequence[Input], cells: pd.Index, genes: pd.Index, allow_non_integer: bool, work: Path, progress: bool
+) -> list[_Part]:
+    """All blocks of all files, in order: those that an earlier call wrote are verified, the others written."""
+    parts: list[_Part] = []
+    with progress_bar(len(cells), "cell", progress) as bar:
+        first = 0
+        for each in inputs:
+            check = Check(genes, each.counts.name, "Pass layer= with raw counts.", allow_non_integer)
+            for rows in block_slices(*each.counts.shape):
+                path = work / f"part-{len(parts):06d}.npz"
+                block = _kept(path, rows.stop - rows.start, len(genes))
+                if block is None:
+                    read = select_genes(each.counts[np.arange(rows.start, rows.stop)], positions_of(genes, each))
+                    check(read, cells[first + rows.start : first + rows.stop])
+                    block = _written(read, path)
+                parts.append(_Part(path, np.diff(block.indptr), cell_totals(block), cells_by_gene(block), block.dtype))
+                bar.update(block.shape[0])
+            check.warn()
+            first += each.counts.shape[0]
+    return parts
+
+
+def _written(block: Matrix, path: Path) -> sparse.csr_array:
+    """Keep a block of validated counts in the smallest types, zeros left out."""
+    rows = sparse.csr_array(block)
+    rows.eliminate_zeros()
+    rows.sort_indices()
+    rows = sparse.csr_array((rows.data.astype(smallest_type(rows)), rows.indices, rows.indptr), shape=rows.shape)
+    narrow = rows.indices.astype(_index_type(rows.shape[1]))
+    durably(path, lambda file: np.savez(file, indptr=rows.indptr, indices=narrow, data=rows.data))
+    return rows
+
+
+def _kept(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
+    """The block that an earlier call wrote, if it is there and whole: npz files hold a checksum of every array."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as part:
+            indices = part["indices"].astype(part["indptr"].dtype)
+            block = sparse.csr_array((part["data"], indices, part["indptr"]), shape=(n_cells, n_genes))
+            block.check_format(full_check=True)
+            return block
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        _log.warning("%s is damaged (%s): its cells are read again", path, error)
+        return None
+
+
+def _assemble(parts: Sequence[_Part], obs: pd.DataFrame, genes: pd.Index, plan: dict[str, Any], folder: Path) -> None:
+    """Put the parts one after the other into the arrays of a store, and describe it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]), dtype=np.int64)])
+    n_nonzero, dtype = int(indptr[-1]), np.result_type(*(part.dtype for part in parts))
+    durably(folder / INDPTR, lambda file: np.save(file, indptr))
+    durably(folder / TOTALS, lambda file: np.save(file, np.concatenate([part.totals for part in parts])))
+    durably(folder / DETECTED, lambda file: np.save(file, np.sum([part.detected for part in parts], 0, dtype=np.int64)))
+    durably(folder / INDICES, lambda file: _stack(file, parts, "indices", n_nonzero, _index_type(len(genes))))
+    durably(folder / DATA, lambda file: _stack(file, parts, "data", n_nonzero, dtype))
+    durably(folder / ANNOTATIONS, lambda file: _write_annotations(file, obs, genes))
+    files = {name: fingerprint(folder / name) for name in (*ARRAYS, ANNOTATIONS)}
+    StoreSchema(FORMAT, len(obs), len(genes), n_nonzero, plan, files).write(folder)
+    sync_folder(folder)
+
+
+def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.dtype) -> None:
+    """Write one array of all parts, of which no more than one is in memory, as a .npy file."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
+    np.lib.format.write_array_header_2_0(file, header)
+    for part in parts:
+        try:
+            with np.load(part.path, allow_pickle=False) as arrays:
+                values = arrays[name]
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise StoreError(f"{part.path} was damaged meanwhile ({error}); call build again") from error
+        file.write(values.astype(dtype, copy=False).data)
+
+
+def _write_annotations(file: BinaryIO, obs: pd.DataFrame, genes: pd.Index) -> None:
+    """Write obs and the names of the genes as an .h5ad without counts; strings stay strings."""
+    with doubled_names_allowed():
+        annotations = AnnData(obs=obs, var=pd.DataFrame(index=genes))
+    with anndata.settings.override(allow_write_nullable_strings=True), h5py.File(file, "w") as group:
+        write_elem(group, "/", annotations)
+
+
+def _index_type(n_genes: int) -> np.dtype:
+    return np.dtype(np.uint16 if n_genes <= np.iinfo(np.uint16).max + 1 else np.int32)

@@ -1,0 +1,182 @@
+"""Inputs of a store: counts, genes and annotations of one or several files."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from anndata.io import read_elem, sparse_dataset
+
+from pyro_scvi.data.lazy_counts import Backed
+from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.stores.layout import doubled_names_allowed
+from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.utils.checks import brief
+
+_log = logging.getLogger(__name__)
+
+
+class Input(NamedTuple):
+    """One file: its counts where they lie, and the names of its genes and cells."""
+
+    name: str
+    path: Path
+    counts: Backed
+    genes: pd.Index
+    obs: pd.DataFrame
+
+
+def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Absolute paths by name; a file without a name has that of its stem.
+
+    Raises
+    ------
+    DataError
+        If there is none, or two have the same name.
+    """
+    if isinstance(files, Mapping) and files:
+        return {str(name): Path(file).expanduser().absolute() for name, file in files.items()}
+    listed = [Path(file).expanduser().absolute() for file in ([files] if isinstance(files, str | Path) else files)]
+    named = {file.stem: file for file in listed}
+    if not listed or len(named) < len(listed):
+        raise DataError("pass one file or several of different names, or a dict that names them: {name: file}.")
+    return named
+
+
+def check_names(genes: Any, label: Any, index_unique: Any) -> None:
+    """Refuse what cannot name genes, a column or a separator.
+
+    Raises
+    ------
+    DataError
+        Naming the argument.
+    """
+    if isinstance(genes, str) or (genes is not None and not isinstance(genes, Iterable)):
+        raise DataError(f"genes must be a list of names, such as [{genes!r}]; got {brief(genes)}.")
+    for name, word in {"label": label, "index_unique": index_unique}.items():
+        if word is not None and not isinstance(word, str):
+            raise DataError(f"{name} must be a string, got {brief(word)}.")
+
+
+@contextmanager
+def opened(name: str, path: Path, layer: str | None) -> Iterator[Input]:
+    """Open a .h5ad file or a zarr folder as anndata wrote it.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, its counts are stored by genes, or a gene name occurs twice.
+    SchemaError
+        If the layer is not there.
+    """
+    with _group(path) as group:
+        where, called = ("X", "X") if layer is None else (f"layers/{layer}", f"layer {layer!r}")
+        if where not in group:
+            layers = quoted(list(group["layers"])) if "layers" in group else "none"
+            raise SchemaError(f"{path} has no {called}; its layers are: {layers}.")
+        if missing := [name for name in ("obs", "var") if name not in group]:
+            raise DataError(f"{path} was not written by anndata: it has no {' and no '.join(missing)}.")
+        matrix = group[where]
+        matrix = sparse_dataset(matrix) if "encoding-type" in matrix.attrs and hasattr(matrix, "keys") else matrix
+        genes = read_elem(group["var"]).index
+        doubled = genes[genes.duplicated()].unique()
+        if len(doubled):
+            raise DataError(f"gene names must be unique; in {path}, {quoted(doubled)} occur more than once.")
+        yield Input(name, path, Backed(matrix, f"{called} of {path}"), genes, read_elem(group["obs"]))
+
+
+@contextmanager
+def _group(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        import zarr  # anndata before 0.12 does not need it
+
+        try:
+            group = zarr.open_group(str(path), mode="r")
+        except Exception as error:  # whatever zarr says of a folder that is none of its own
+            raise DataError(f"{path}: cannot read it as zarr: {error}") from error
+        yield group
+        return
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it as h5ad: {error}") from error
+    with file:
+        yield file
+
+
+def common_genes(inputs: Sequence[Input], genes: Sequence[str] | None) -> pd.Index:
+    """The given genes, or those that all files have, in the order of the first.
+
+    Raises
+    ------
+    DataError
+        If no gene is common to all files, or a given one is listed twice.
+    SchemaError
+        If a file lacks a gene that was given.
+    """
+    if genes is None:
+        shared = inputs[0].genes
+        for each in inputs[1:]:
+            shared = shared[shared.isin(each.genes)]
+        if not len(shared):
+            raise DataError(f"no gene is in all of the {len(inputs)} files; are their names of one kind?")
+        for each in inputs:
+            if len(shared) < len(each.genes):
+                _log.info("%d genes of %s are not in all files: left out", len(each.genes) - len(shared), each.path)
+        return shared
+    wanted = pd.Index([str(gene) for gene in genes])
+    if not len(wanted) or wanted.has_duplicates:
+        raise DataError(f"genes must be listed once each; twice: {quoted(wanted[wanted.duplicated()].unique())}.")
+    for each in inputs:
+        missing = wanted.difference(each.genes, sort=False)
+        if len(missing):
+            raise SchemaError(f"{each.path} lacks {len(missing)} of the {len(wanted)} genes: {quoted(missing)}.")
+    return wanted
+
+
+def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | None) -> pd.DataFrame:
+    """Annotations of all cells, (cells, columns), with all columns of any file.
+
+    Raises
+    ------
+    DataError
+        If a file has a column ``label`` already, or files share names of cells and ``index_unique`` is None.
+    """
+    for each in inputs:
+        if label in each.obs:
+            raise DataError(f"obs of {each.path} has a column {label!r} already; choose another label.")
+        if len(each.obs) != each.counts.shape[0]:
+            raise DataError(f"{each.path} has {each.counts.shape[0]} cells and {len(each.obs)} rows of obs.")
+    if len(inputs) == 1 and label is None and index_unique is None:
+        return inputs[0].obs
+    with doubled_names_allowed():
+        annotations = {each.name: AnnData(obs=each.obs) for each in inputs}
+        joined = anndata.concat(annotations, label=label, index_unique=index_unique, join="outer").obs
+    for name in joined.select_dtypes(object).columns[joined.select_dtypes(object).isna().any()]:
+        # missing values among strings or booleans, which no file holds as objects
+        joined[name] = joined[name].convert_dtypes(convert_integer=False, convert_floating=False)
+    doubled = joined.index[joined.index.duplicated()].unique()
+    if len(inputs) > 1 and index_unique is None and len(doubled):
+        raise DataError(
+            f"{len(doubled)} cell names occur more than once in these files: {quoted(doubled)}; pass "
+            "index_unique='-' to append the name of the file to them."
+        )
+    return joined
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """What tells whether a file is still the same: where it is, its size, and when it was last changed."""
+    states = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
+    newest = max((state.st_mtime_ns for state in states), default=0)
+    return {"path": str(path), "bytes": sum(state.st_size for state in states), "modified": newest}
+
+
+def positions_of(genes: pd.Index, each: Input) -> np.ndarray:
+    """Where the genes lie in a file."""
+    return each.genes.get_indexer(genes)

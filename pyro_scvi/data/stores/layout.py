@@ -1,0 +1,136 @@
+"""Layout of a store on disk: its files, and the JSON that describes them."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pyro_scvi.errors import StoreError
+
+FORMAT = 1
+SCHEMA, ANNOTATIONS = "schema.json", "annotations.h5ad"
+INDPTR, INDICES, DATA, TOTALS, DETECTED = "indptr.npy", "indices.npy", "data.npy", "totals.npy", "detected.npy"
+ARRAYS = (INDPTR, INDICES, DATA, TOTALS, DETECTED)
+
+
+@dataclass(frozen=True)
+class StoreSchema:
+    """What a store holds.
+
+    Parameters
+    ----------
+    format
+        Version of the layout.
+    n_cells, n_genes, n_nonzero
+        Sizes of the counts.
+    plan
+        Which files, genes and options the store was built from.
+    files
+        Of each file its size in bytes and its SHA-256.
+    """
+
+    format: int
+    n_cells: int
+    n_genes: int
+    n_nonzero: int
+    plan: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder."""
+        durably(folder / SCHEMA, lambda file: file.write(json.dumps(asdict(self), indent=1).encode()))
+
+    @classmethod
+    def read(cls, folder: Path) -> "StoreSchema":
+        """Read it from a folder.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, broken or of another format.
+        """
+        try:
+            content = json.loads((folder / SCHEMA).read_bytes())
+        except OSError as error:
+            hint = f"its build was interrupted, call build again: {work_of(folder)}"
+            reason = hint if work_of(folder).is_dir() else str(error)
+            raise StoreError(f"{folder} is no store of counts: {reason}") from error
+        except ValueError as error:
+            raise StoreError(f"{folder / SCHEMA} is corrupt: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise StoreError(f"{folder / SCHEMA} is not of format {FORMAT}, the one that this version reads")
+        try:
+            schema = cls(**content)
+            described = {name: sorted(facts) for name, facts in schema.files.items()}
+        except (AttributeError, TypeError) as error:
+            raise StoreError(f"{folder / SCHEMA} is corrupt: {error}") from error
+        if described != {name: ["bytes", "sha256"] for name in (*ARRAYS, ANNOTATIONS)}:
+            raise StoreError(f"{folder / SCHEMA} is corrupt: it lacks files of a store; {rebuild(folder)}")
+        return schema
+
+    def check(self, folder: Path, verify: bool) -> None:
+        """Refuse files that are not of the sizes, and with ``verify`` of the checksums, that are noted here.
+
+        Raises
+        ------
+        StoreError
+            Naming the file.
+        """
+        for name, expected in self.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise StoreError(f"{file} is missing; {rebuild(folder)}")
+            found, size = file.stat().st_size, expected["bytes"]
+            if found != size:
+                what = "truncated" if found < size else "altered"
+                raise StoreError(f"{file} was {what}: it has {found} bytes, not {size}; {rebuild(folder)}")
+            if verify and fingerprint(file) != expected:
+                raise StoreError(f"{file} was altered: its checksum is not the one in the schema; {rebuild(folder)}")
+
+
+def rebuild(folder: Path) -> str:
+    """What to do about a store that is broken."""
+    return f"delete {folder} and build it again"
+
+
+def work_of(target: Path) -> Path:
+    """Where the parts of a store lie until it is complete."""
+    return target.with_name(target.name + ".partial")
+
+
+def durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under another name, and give it its own once all of it is on the disk."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w+b") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+@contextmanager
+def doubled_names_allowed() -> Iterator[None]:
+    """Keep anndata silent about names of cells that occur twice: ``Cells`` warn of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Observation names are not unique", UserWarning)
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

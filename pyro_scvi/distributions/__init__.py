@@ -1,0 +1,1 @@
+"""Count distributions that are stable in float32: negative binomial and zero inflation."""

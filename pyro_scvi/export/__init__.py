@@ -1,0 +1,1 @@
+"""Results in other formats: AnnData for scanpy, DataTree for ArviZ, files by blocks, HTML pages."""

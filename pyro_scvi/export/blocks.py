@@ -1,0 +1,385 @@
+"""Results of many cells, written block by block into one file by one process, several ranks or many jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from pyro_scvi.analysis.inputs import require_question
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.nn.component import lasting_repr
+from pyro_scvi.persistence.serialization import states_of
+from pyro_scvi.utils.checks import brief, require_at_least, require_seed
+from pyro_scvi.utils.progress_bars import each
+from pyro_scvi.utils.random_state import seed_of
+
+if TYPE_CHECKING:
+    from pyro_scvi.training.fitted import Fit
+
+__all__ = ["write"]
+
+
+def __dir__():
+    return __all__
+
+
+Mode = Literal["r", "r+", "w"]
+Verb = Callable[..., np.ndarray | pd.DataFrame]
+"""(fit, cells, seed=) -> a row for each cell, such as ``ps.embed`` or ``functools.partial(ps.impute, samples=10)``."""
+
+DONE, RUN = "pyro_scvi_blocks", "pyro_scvi_run"
+
+
+def write(
+    fit: Fit,
+    cells: Cells,
+    path: str | Path,
+    verbs: Mapping[str, Verb],
+    *,
+    shard: tuple[int, int] = (0, 1),
+    block: int = 4096,
+    seed: int = 0,
+    progress: bool = True,
+) -> int:
+    """Write what verbs say of the cells into an AnnData on disk, block by block; memory does not grow with cells.
+
+    What a verb gives of shape (cells, genes) becomes the layer of its name, (cells, ...) of another shape the ``obsm``
+    of its name, (cells,) the column of ``obs``, and a DataFrame the columns ``name_column``. Results depend on ``seed``
+    and on ``block``, not on the shards: every block has a seed of its own, made of both. Verbs that draw nothing, such
+    as ``ps.embed`` of a normal guide, give what they give for all cells at once.
+
+    Parameters
+    ----------
+    fit, cells
+        The fit and any cells of its schema, in memory or on disk.
+    path
+        A folder that ends in ``.zarr``, into which several processes may write at the same time, each its own shard,
+        on one file system; or a file that ends in ``.h5ad``, for one process. ``anndata.read_zarr`` reads it at any
+        time; what is not there yet is NaN. Where it is there already, only missing blocks are computed.
+    verbs
+        By name, functions of (fit, cells, seed=), such as ``{"X_pyro_scvi": ps.embed, "evidence": ps.evidence}``.
+    shard
+        (i, n): write every n-th block from the i-th on, counted from 0; ``(ranks.rank, ranks.size)`` under torchrun.
+    block
+        Cells at a time.
+    seed
+        Of everything random.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    int
+        How many blocks are still missing, of any shard; 0 when all is there.
+
+    Raises
+    ------
+    DataError
+        If ``path`` is locked or may not be written, holds something else, or results of another fit, other cells or
+        covariates (such as those of ``cells.with_batch``), verbs, seed or blocks. Functions are told apart by module
+        and name, and by what ``functools.partial`` gives them. If a column of ``obs`` holds values of several kinds.
+    ModelError
+        If an argument is of the wrong kind, a verb does not give a row for each cell or not the same for every block,
+        or names are empty, hold a ``/`` or are there twice.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit, as soon as a verb of this package is asked.
+
+    Notes
+    -----
+    A block is noted as done once it is in the file, so a process that is killed loses the block it was at. An .h5ad
+    file that is killed while HDF5 writes its tables may be unreadable as a whole; a .zarr folder has none. What is
+    done is not looked at again: a chunk that was deleted or cut afterwards is not noticed.
+
+    Examples
+    --------
+    Job 3 of 16 that share the work::
+
+        ps.shards.write(fit, cells, "atlas.zarr", {"X_pyro_scvi": ps.embed}, shard=(3, 16))
+
+    The second half of the blocks, then the rest:
+
+    >>> verbs = {"X_pyro_scvi": ps.embed}
+    >>> ps.shards.write(fit, cells, folder / "half.zarr", verbs, shard=(1, 2), block=30, progress=False)
+    1
+    >>> ps.shards.write(fit, cells, folder / "half.zarr", verbs, block=30, progress=False)
+    0
+    """
+    require_question(fit, cells)
+    require_at_least(1, block=block)
+    require_seed(seed)
+    block, seed = int(block), int(seed)  # NumPy's integers are none to JSON
+    index, of = _checked(shard)
+    kind, path = _format_of(path), Path(path)
+    if of > 1 and not kind.shared:
+        raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
+    columns = _columns(fit, cells, verbs, seed)
+    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed}
+    run |= _described(cells, columns) | {f"verb {name!r}": _question(verb) for name, verb in verbs.items()}
+    if not os.path.lexists(path):
+        _create(kind, path, cells, [column for some in columns.values() for column in some], run)
+    with _opened(kind, path, run) as group:
+        done = group["uns"][DONE]
+        todo = [k for k in np.flatnonzero(~done[:]).tolist() if k % of == index]
+        for k in each(todo, "block", progress):
+            rows = slice(k * block, min((k + 1) * block, cells.n_cells))
+            part = cells.take(np.arange(rows.start, rows.stop))
+            for name, verb in verbs.items():
+                found = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
+                _require_alike(name, found, columns[name])
+                for column in found:
+                    group[column.place][rows] = column.values
+            kind.flush(group)  # a block counts as done only where it is in the file
+            done[k] = True
+            kind.flush(group)
+        return int((~done[:]).sum())
+
+
+class _Column(NamedTuple):
+    """An array of results: where it belongs in an AnnData, and its values for some cells."""
+
+    place: str
+    values: np.ndarray
+
+    @property
+    def shape(self) -> list[Any]:
+        """What all blocks have in common: where they belong, type, and shape but for the cells."""
+        return [self.place, self.values.dtype.name, *self.values.shape[1:]]
+
+
+def _split(name: str, found: Any, n_cells: int, n_genes: int) -> list[_Column]:
+    if isinstance(found, pd.DataFrame):
+        try:
+            columns = [_Column(f"obs/{name}_{column}", found[column].to_numpy(float)) for column in found]
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{name!r} must give real numbers in every column: {error}") from error
+    else:
+        values = np.asarray(found)
+        own = "layers" if values.shape == (n_cells, n_genes) else "obsm"
+        columns = [_Column(f"{'obs' if values.ndim == 1 else own}/{name}", values)]
+    for column in columns:
+        if column.values.ndim == 0 or len(column.values) != n_cells or column.values.dtype.kind != "f":
+            what = f"{column.values.dtype} of shape {column.values.shape}"
+            raise ModelError(f"{name!r} must give real numbers, a row for each of {n_cells} cells, got {what}")
+    return columns
+
+
+def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[_Column]]:
+    """The arrays that each verb fills, by what it says of the first cell."""
+    if not isinstance(verbs, Mapping) or not verbs or not all(callable(verb) for verb in verbs.values()):
+        raise ModelError(f"verbs must be functions by name, as in {{'X_pyro_scvi': ps.embed}}, got {brief(verbs)}")
+    for name in verbs:
+        if not isinstance(name, str) or not name.strip("."):
+            raise ModelError(f"names of verbs become names of arrays, such as 'X_pyro_scvi'; got {brief(name)}")
+    first = cells.take(np.arange(1))
+    found = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
+    places = [column.place for some in found.values() for column in some]
+    if within := [place.split("/", 1)[1] for place in places if place.count("/") > 1]:
+        raise ModelError(f"names of verbs and of their columns must be without '/', got {within}")
+    if doubled := sorted({place for place in places if places.count(place) > 1}):
+        raise ModelError(f"verbs give {doubled} more than once; choose another name")
+    if taken := [place for place in places if place.startswith("obs/") and place[4:] in cells.obs]:
+        raise ModelError(f"the cells have the columns {taken} already; choose another name")
+    return found
+
+
+def _require_alike(name: str, found: list[_Column], first: list[_Column]) -> None:
+    shapes, expected = [column.shape for column in found], [column.shape for column in first]
+    if shapes != expected:
+        raise ModelError(f"{name!r} must give the same for every block: of the first cell {expected}, now {shapes}")
+
+
+def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any]:
+    names = "\n".join(map(str, cells.cell_names)).encode()
+    told = {"cell names": names, "totals": cells.totals.tobytes(), "covariates": cells.covariates.tobytes()}
+    arrays = {"arrays": [column.shape for some in columns.values() for column in some]}
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
+
+
+def _question(verb: Verb) -> str:
+    """What is asked: the function by module and name, and what a partial gives it."""
+    if isinstance(verb, partial):
+        named = [f"{name}={lasting_repr(value)}" for name, value in sorted(verb.keywords.items())]
+        return f"{_question(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
+    known = verb if hasattr(verb, "__qualname__") else type(verb)
+    return f"{known.__module__}.{known.__qualname__}"
+
+
+def _digest(fit: Fit) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in states_of(fit.model, fit.guide).items():
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _checked(shard: Any) -> tuple[int, int]:
+    numbers = shard if isinstance(shard, tuple) else ()
+    if len(numbers) != 2 or not all(isinstance(n, Integral) for n in numbers) or not 0 <= numbers[0] < numbers[1]:
+        raise ModelError(f"shard must be (i, n) with 0 <= i < n, got {brief(shard)}")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _create(kind: _Format, path: Path, cells: Cells, columns: list[_Column], run: dict[str, Any]) -> None:
+    """Make the file with empty arrays, beside its place, and move it there unless another process was faster."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = np.zeros(-(-cells.n_cells // run["block"]), bool)
+    adata = AnnData(obs=_writable(cells.obs), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        new = Path(folder) / path.name
+        with kind.opened(new, "w") as group, ad.settings.override(allow_write_nullable_strings=True):
+            ad.io.write_elem(group, "/", adata)
+            kind.add(group["uns"], DONE, done.dtype, done.shape, 1)
+            for column in columns:
+                place, name = column.place.split("/", 1)
+                shape = (cells.n_cells, *column.values.shape[1:])
+                kind.add(group[place], name, column.values.dtype, shape, min(run["block"], cells.n_cells))
+            attributes = group["obs"].attrs
+            attributes["column-order"] = [*attributes["column-order"], *_names(columns, "obs")]
+        try:
+            new.rename(path)
+        except OSError:  # a folder that is not empty: another process was faster
+            if not path.exists():
+                raise
+
+
+def _writable(obs: pd.DataFrame) -> pd.DataFrame:
+    """A copy in which strings with missing values are what anndata takes them for.
+
+    Raises
+    ------
+    DataError
+        If a column holds values of several kinds.
+    """
+    obs = obs.copy()
+    for name in obs.select_dtypes(object):
+        if pd.api.types.infer_dtype(obs[name], skipna=True) not in ("string", "boolean", "empty"):
+            raise DataError(f"the column {name!r} of obs holds values of several kinds; make them strings, or drop it")
+        if obs[name].isna().any():
+            obs[name] = obs[name].convert_dtypes(convert_integer=False, convert_floating=False)
+    return obs
+
+
+def _names(columns: list[_Column], place: str) -> list[str]:
+    return [column.place.removeprefix(f"{place}/") for column in columns if column.place.startswith(f"{place}/")]
+
+
+@contextmanager
+def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
+    """The file, if it holds results of this run."""
+    try:
+        with _reached(kind, path, "r") as group:
+            text = group["uns"][RUN][()]
+            found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
+            differing = [name for name in run if found.get(name) != run[name]]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(_something_else(path, error)) from error
+    if differing:
+        raise DataError(
+            f"{path} holds results of another run: {', '.join(differing)} differ; pass the same as then, or choose "
+            "another path"
+        )
+    with _reached(kind, path, "r+") as group:
+        yield group
+
+
+@contextmanager
+def _reached(kind: _Format, path: Path, mode: Mode) -> Iterator[Any]:
+    """The root group; a file that is locked or may not be written is no other file."""
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(kind.opened(path, mode))
+        except OSError as error:
+            if error.errno is None or isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise DataError(_something_else(path, error)) from error
+            raise DataError(f"{path} cannot be opened: {error}") from error
+        yield group
+
+
+def _something_else(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{path} holds something else than results of ps.shards.write ({reason}); choose another path"
+
+
+class _Format(ABC):
+    """A file format of AnnData: ``shared`` says whether several processes may write into one file."""
+
+    shared: bool
+
+    @abstractmethod
+    def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
+        """The root group."""
+
+    @abstractmethod
+    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
+        """An array in chunks of so many rows, empty: NaN or False."""
+
+    @abstractmethod
+    def flush(self, group: Any) -> None:
+        """See to it that what was written is in the file, also if the process is killed now."""
+
+    def add(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> None:
+        """Add an empty array, which anndata knows as one."""
+        array = self.make(group, name, dtype, shape, rows)
+        array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
+
+
+class _Zarr(_Format):
+    shared = True
+
+    @contextmanager
+    def opened(self, path: Path, mode: Mode) -> Iterator[Any]:
+        import zarr
+
+        yield zarr.open_group(path, mode=mode, zarr_format=2)
+
+    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
+        chunks = (rows, *shape[1:])
+        return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=_empty(dtype))
+
+    def flush(self, group: Any) -> None:
+        """Every chunk is a file, written at once."""
+
+
+class _HDF5(_Format):
+    shared = False
+
+    def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
+        return h5py.File(path, mode)
+
+    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
+        return group.create_dataset(name, shape, dtype, chunks=(rows, *shape[1:]), fillvalue=_empty(dtype))
+
+    def flush(self, group: Any) -> None:
+        group.file.flush()
+
+
+def _empty(dtype: np.dtype) -> Any:
+    return False if dtype.kind == "b" else np.nan
+
+
+_FORMATS: dict[str, _Format] = {".zarr": _Zarr(), ".h5ad": _HDF5()}
+
+
+def _format_of(path: Any) -> _Format:
+    suffix = Path(path).suffix if isinstance(path, str | Path) else None
+    if suffix not in _FORMATS:
+        found = brief(path) if suffix is None else path
+        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {found}")
+    return _FORMATS[suffix]

@@ -1,0 +1,261 @@
+"""Results in AnnData, in the places where scanpy looks for them, with a record of how they were made."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from pyro_scvi.analysis.differential.differential import half_step
+from pyro_scvi.analysis.inputs import require_fit
+from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.errors import DataError
+from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.utils.checks import require_at_least, require_seed
+
+if TYPE_CHECKING:
+    from pyro_scvi.training.fitted import Fit
+
+EMBEDDING, EXPRESSION, TECHNICAL, PROVENANCE = (
+    "X_pyro_scvi",
+    "pyro_scvi_expression",
+    "pyro_scvi_technical_zero",
+    "pyro_scvi",
+)
+
+
+def annotate(
+    adata: AnnData,
+    fit: Fit,
+    *,
+    expression: bool = False,
+    technical_zeros: bool = False,
+    layer: str | None = None,
+    samples: int = 25,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 64,
+    overwrite: bool = False,
+    fill_missing_genes: bool = False,
+    allow_non_integer: bool = False,
+) -> None:
+    """Write the embedding of the cells, and on request their expression, into ``adata``; raw counts are not touched.
+
+    ``obsm["X_pyro_scvi"]`` holds E[z | x], (cells, latents); ``layers["pyro_scvi_expression"]`` E[w | x], counts, and
+    ``layers["pyro_scvi_technical_zero"]`` P(h = 1 | x), (cells, genes) each, NaN for genes that the fit does not know.
+    ``uns["pyro_scvi"]`` says how each of them was made, under its own name: the package's version, seed, the layer that
+    was read, model, guide, settings of the fit, its schema (JSON) and the seconds of the call; samples and sampler of a
+    layer. ``scanpy.pp.neighbors(adata, use_rep="X_pyro_scvi")`` goes on from there.
+
+    Parameters
+    ----------
+    adata
+        Raw counts in the layer of the fit; genes are matched by name, in any order.
+    fit
+        The fit.
+    expression, technical_zeros
+        Which layers to add.
+    layer
+        Layer with the raw counts; None for the layer that the fit was made from, or ``X``. Where ``X`` was normalised
+        after the fit, counts that were kept in a layer are named here.
+    samples, sampler, batch_size
+        Draws of z and l for the layers, as in ``impute``.
+    seed
+        Of all draws.
+    overwrite
+        Replace what an earlier call wrote. A layer of it that this call does not write stays as it is, and so does what
+        ``uns["pyro_scvi"]`` says of that layer.
+    fill_missing_genes
+        Count genes that ``adata`` lacks as zero, with a warning, instead of raising.
+    allow_non_integer
+        Accept values that are no integers, for a fit that was made of such.
+
+    Raises
+    ------
+    DataError
+        If ``adata`` is no AnnData or a view, a name is taken and ``overwrite`` is False, or an entry is no count;
+        nothing is written then.
+    SchemaError
+        If genes, batches or covariates are not those of the fit, or there is no such layer.
+    ModelError
+        If ``fit`` is no Fit, ``technical_zeros`` or ``expression`` are asked of a model that has none, a number is
+        below 1, or an argument is of the wrong kind.
+
+    Examples
+    --------
+    >>> annotated = adata.copy()
+    >>> ps.annotate(annotated, fit)
+    >>> annotated.obsm["X_pyro_scvi"].shape, sorted(annotated.uns["pyro_scvi"]["X_pyro_scvi"])[:3]
+    ((60, 2), ['guide', 'layer', 'model'])
+    """
+    started = time.perf_counter()
+    _require_own(adata, "annotate(adata, fit)")
+    require_fit(fit)
+    require_sampler(sampler)
+    require_seed(seed)
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    wanted: dict[str, Callable[..., np.ndarray]] = {EXPRESSION: impute} if expression else {}
+    wanted |= {TECHNICAL: technical_zero_probability} if technical_zeros else {}
+    taken = [f"obsm[{EMBEDDING!r}]"] * (EMBEDDING in adata.obsm) + [f"uns[{PROVENANCE!r}]"] * (PROVENANCE in adata.uns)
+    taken += [f"layers[{name!r}]" for name in wanted if name in adata.layers]
+    if taken and not overwrite:
+        raise DataError(f"adata has {', '.join(taken)} already; pass overwrite=True to replace, or annotate a copy")
+    cells = Cells.from_anndata(
+        adata,
+        layer=layer,
+        schema=fit.schema,
+        fill_missing_genes=fill_missing_genes,
+        allow_non_integer=allow_non_integer,
+    )
+    drawing: dict[str, Any] = {"samples": samples, "sampler": sampler, "seed": seed, "batch_size": batch_size}
+    found = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
+    latent = embed(fit, cells, seed=seed)
+    adata.obsm[EMBEDDING] = latent
+    for name, values in found.items():
+        adata.layers[name] = in_genes_of(adata, cells, values)
+    made = _provenance(fit, seed, layer) | {"seconds": time.perf_counter() - started}
+    drawn = made | {"samples": samples, "sampler": repr(sampler)}
+    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | dict.fromkeys(found, drawn)
+
+
+def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:
+    """Values (cells, genes of the fit) at the genes of ``adata``: float32, NaN where the fit does not know a gene."""
+    places = adata.var_names.get_indexer(cells.gene_names)
+    known = places >= 0  # the others were filled in
+    layer = np.full(adata.shape, np.nan, dtype=np.float32)
+    layer[:, places[known]] = values[:, known]
+    return layer
+
+
+def add_rank_genes_groups(
+    adata: AnnData, table: pd.DataFrame, groupby: str, *, key: str = "rank_genes_groups", overwrite: bool = False
+) -> None:
+    r"""Write a table of differential expression where scanpy's ``pl.rank_genes_groups`` plots find it.
+
+    ``scores`` are the natural log odds that the gene is higher in the group than in the rest, ``logfoldchanges`` the
+    posterior means of log2 of group over rest, genes ordered by score. scanpy has no place for Bayesian quantities:
+    ``pvals`` hold 1 - ``p_lfc``, ``pvals_adj`` ``fdr``, the expected false discovery rate of all genes up to this one.
+    Both are shares of a finite number of pairs, and scanpy takes their logarithm: what is below half of the smallest
+    distance from 0 or 1 that a ``p_lfc`` of the group has, at most 0.0005, is written as that half.
+
+    Parameters
+    ----------
+    adata
+        Where to write, into ``uns[key]``; it holds all groups and genes of the table, and may have more genes.
+    table
+        Of :func:`pyro_scvi.differential_expression` without ``group_a`` and ``group_b``: every group against the rest.
+    groupby
+        The column of ``adata.obs`` that was compared by.
+    key, overwrite
+        Where in ``uns``, and whether to replace what is there.
+
+    Raises
+    ------
+    DataError
+        If ``adata`` is no AnnData or a view; the table is none, of one pair, or lacks columns or genes of a group; its
+        genes are not in ``adata``; its groups are not those of the column, or there is none; or ``uns[key]`` is taken.
+        Nothing is written then.
+
+    Examples
+    --------
+    >>> annotated = adata.copy()
+    >>> table = ps.differential_expression(fit, cells, groupby="kind", largest_se=0.05)
+    >>> ps.add_rank_genes_groups(annotated, table, "kind")
+    >>> annotated.uns["rank_genes_groups"]["names"].dtype.names
+    ('a', 'b')
+    """
+    _require_own(adata, "add_rank_genes_groups(adata, table, groupby)")
+    _require_table(table)
+    _require_match(adata, table, groupby)
+    if key in adata.uns and not overwrite:
+        raise DataError(f"adata.uns has {key!r} already; pass another key=, or overwrite=True to replace it")
+    ranked = {
+        str(group): part.droplevel("group").sort_values("log_bayes_factor", kind="stable")
+        for group, part in table.groupby(level="group", sort=False)
+    }
+    least = {group: half_step(part.p_lfc.to_numpy()) for group, part in ranked.items()}
+    columns: dict[str, dict[str, Any]] = {
+        "names": {group: part.index.to_numpy(dtype=object) for group, part in ranked.items()},
+        "scores": {group: -part.log_bayes_factor.to_numpy() for group, part in ranked.items()},
+        "logfoldchanges": {group: -part.lfc_mean.to_numpy() for group, part in ranked.items()},
+        "pvals": {group: (1 - part.p_lfc).clip(lower=least[group]).to_numpy() for group, part in ranked.items()},
+        "pvals_adj": {group: part.fdr.clip(lower=least[group]).to_numpy() for group, part in ranked.items()},
+    }
+    records = {name: pd.DataFrame(values).to_records(index=False) for name, values in columns.items()}
+    params = {"groupby": groupby, "reference": "rest", "method": "pyro_scvi", "use_raw": False, "layer": None}
+    target: MutableMapping[str, Any] = adata.uns
+    target[key] = {"params": params, **records}
+
+
+def _require_own(adata: Any, call: str) -> None:
+    """Refuse what is no AnnData of its own: writing into a view makes a copy that the caller may not know of."""
+    if not isinstance(adata, AnnData):
+        raise DataError(f"{call} takes an AnnData first, got {type(adata).__name__}")
+    if adata.is_view:
+        raise DataError("adata is a view of another AnnData; annotate a copy: adata = adata.copy()")
+
+
+def _require_table(table: Any) -> None:
+    if not isinstance(table, pd.DataFrame):
+        raise DataError(f"the table must be the DataFrame of differential_expression, got {type(table).__name__}")
+    if table.index.names != ["group", "gene"]:
+        raise DataError(
+            "the table must hold every group against the rest: differential_expression(fit, cells, groupby=...) "
+            f"without group_a; this one is indexed by {table.index.names}"
+        )
+    missing = [column for column in ("log_bayes_factor", "lfc_mean", "p_lfc", "fdr") if column not in table]
+    if missing:
+        raise DataError(f"the columns {missing} are missing: pass the table of differential_expression as it came")
+    genes = table.index.get_level_values("gene")
+    if not len(table) or table.index.has_duplicates or len(table) != genes.nunique() * len(table.index.unique("group")):
+        raise DataError(
+            "the table must hold every gene once for each group, as it comes from differential_expression; scanpy "
+            "leaves genes out by its own options"
+        )
+
+
+def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
+    """Refuse genes that ``adata`` lacks, and groups that are not those of its column."""
+    if not isinstance(groupby, str) or groupby not in adata.obs:
+        raise DataError(f"adata.obs has no column {groupby!r}; it has {', '.join(map(str, adata.obs)) or 'none'}")
+    compared = set(map(str, table.index.unique("group")))
+    there = set(map(str, adata.obs[groupby].dropna().unique()))
+    if compared != there:
+        raise DataError(
+            f"the groups of the table, {quoted(sorted(compared))}, are not those of adata.obs[{groupby!r}], "
+            f"{quoted(sorted(there))}: pass the column and the cells that were compared"
+        )
+    unknown = table.index.unique("gene").difference(adata.var_names, sort=False)
+    if len(unknown):
+        raise DataError(
+            f"{len(unknown)} genes of the table are not in adata.var_names: {quoted(unknown)}; pass the AnnData whose "
+            "cells were compared"
+        )
+
+
+def _provenance(fit: Fit, seed: int, layer: str | None) -> dict[str, Any]:
+    return {
+        "version": version("pyro-scvi"),
+        "seed": seed,
+        "layer": layer or fit.schema.layer or "X",
+        "model": repr(fit.model),
+        "guide": type(fit.guide).__name__,
+        "settings": json.dumps(fit.settings),
+        "schema": json.dumps(fit.schema.to_dict()),
+    }
+
+
+def _kept(adata: AnnData) -> dict[str, Any]:
+    """What earlier calls said of layers that are still there."""
+    earlier = adata.uns.get(PROVENANCE)
+    known = earlier if isinstance(earlier, Mapping) else {}
+    return {name: known[name] for name in (EXPRESSION, TECHNICAL) if name in known and name in adata.layers}

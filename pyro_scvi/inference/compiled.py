@@ -1,0 +1,232 @@
+"""Compiled training steps and densities: recorded once as tensor operations, then run without Python."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+from pyro_scvi.errors import FitError
+from pyro_scvi.guides.coordinates import Coordinates, log_joint, log_terms_at
+from pyro_scvi.inference.elbo import Bound
+from pyro_scvi.model import SCVI
+from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.random_state import seeded
+
+Step = Callable[..., tuple[Tensor, list[Tensor | None]]]  # parameters, buffers, x, gamma, index -> loss, gradients
+
+
+class NotCompiled(FitError):
+    """A step or density that torch could not record or compile."""
+
+
+class Recorded:
+    """The bound of a minibatch and its gradients, by one compiled recording for every size of a minibatch.
+
+    What is recorded is the run of model and guide under Pyro with a size's first minibatch: what depends on Python (a
+    counter, a tensor that is neither parameter nor buffer) stays as it was then. Parameters and buffers are arguments,
+    which the caller may change between steps; random numbers are drawn anew, as without a recording.
+
+    Parameters
+    ----------
+    bound
+        The evidence bound of a model and a guide.
+    """
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound = bound
+        self.parameters = dict(bound.named_parameters())
+        self.buffers = dict(bound.named_buffers())
+        self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        self.steps: dict[int, Step] = {}
+
+    def __call__(self, x: Tensor, gamma: Tensor, *, index: Tensor, n_cells: int, len_all: int) -> float:
+        """Negative bound, nats; its gradients are added to those of the parameters.
+
+        Raises
+        ------
+        FitError
+            If the programs cannot be recorded, or the recording not compiled; if a parameter has a hook, or a step
+            puts a new tensor in the place of a buffer.
+        """
+        given = (
+            [parameter.detach() for parameter in self.parameters.values()],
+            list(self.buffers.values()),
+            *(x, gamma, index),
+        )
+        if len(x) not in self.steps:
+            with _explained("a training step"):
+                self._require_recordable()
+                self.steps[len(x)] = _compiled(self._step(n_cells), given)
+        with torch.no_grad():
+            loss, gradients = self.steps[len(x)](*given)
+        for name, gradient in zip(self.trained, gradients, strict=True):
+            parameter = self.parameters[name]
+            parameter.grad = gradient if parameter.grad is None or gradient is None else parameter.grad + gradient
+        return loss.item()
+
+    def _require_recordable(self) -> None:
+        """Refuse what a recording would leave out in silence."""
+        hooked = [name for name, parameter in self.parameters.items() if _hooks(parameter)]
+        if hooked:
+            raise FitError(f"{hooked} have hooks, which a compiled step does not call: remove them")
+        replaced = [name for name, buffer in self.bound.named_buffers() if buffer is not self.buffers.get(name)]
+        if replaced:
+            raise FitError(f"a step puts new tensors in the place of {replaced}: change buffers in place, as by copy_")
+
+    def _step(self, n_cells: int) -> Step:
+        def step(
+            parameters: list[Tensor], buffers: list[Tensor], x: Tensor, gamma: Tensor, index: Tensor
+        ) -> tuple[Tensor, list[Tensor | None]]:
+            state = dict(zip((*self.parameters, *self.buffers), (*parameters, *buffers), strict=True))
+            state |= {name: state[name].detach().requires_grad_() for name in self.trained}
+            leaves = [state[name] for name in self.trained]
+            loss = torch.func.functional_call(self.bound, state, (x, gamma), {"index": index, "n_cells": n_cells})
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            # The fused optimiser reads memory, in the order of the parameters' strides.
+            return loss.detach(), [None if g is None else g.contiguous() for g in gradients]
+
+        return step
+
+
+def _hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+class RecordedJoint:
+    """The log joint density of one model and batches of ``n_cells`` cells, by compiled recordings.
+
+    There is one for every shape of u, with and without its gradient, that has been asked for ten times; what is rarer,
+    and batches of other sizes, are left to the program. First derivatives by u only.
+    """
+
+    OFTEN = 10
+
+    def __init__(self, n_cells: int) -> None:
+        self.n_cells = n_cells
+        self.asked: Counter[tuple[torch.Size, bool]] = Counter()
+        self.recordings: dict[tuple[torch.Size, bool], Callable[..., Any]] = {}
+
+    def __call__(self, model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:
+        """Log p(x, z, l) in coordinates u (samples, cells, size), nats, (samples, cells).
+
+        Raises
+        ------
+        FitError
+            When it is evaluated, if the program cannot be recorded, or the recording not compiled.
+        """
+        by_program = log_joint(model, x, gamma, global_latents)
+        if len(x) != self.n_cells:
+            return by_program
+        state = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+        def density(u: Tensor) -> Tensor:
+            kind = u.shape, torch.is_grad_enabled() and u.requires_grad
+            self.asked[kind] += 1
+            if self.asked[kind] < self.OFTEN:
+                return by_program(u)
+            found = self._recorded(kind, model, (u.detach(), x, gamma, global_latents, state))
+            value: Tensor = _WithGradient.apply(u, *found) if kind[1] else found
+            return value
+
+        return density
+
+    def _recorded(self, kind: tuple[torch.Size, bool], model: SCVI, given: tuple[Any, ...]) -> Any:
+        if kind not in self.recordings:
+            with _explained("a density"):
+                self.recordings[kind] = _compiled(_value_and_gradient(model) if kind[1] else _value(model), given)
+        with torch.no_grad():
+            return self.recordings[kind](*given)
+
+
+def _value(model: SCVI) -> Callable[..., Tensor]:
+    """Log p(x, z, l) at u as a function of all it depends on."""
+    coordinates, density = Coordinates(model), _Density(model)
+
+    def value(
+        u: Tensor, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> Tensor:
+        named = {f"model.{name}": t for name, t in state.items()}
+        terms: Tensor = torch.func.functional_call(density, named, (u, coordinates, x, gamma, global_latents))
+        return terms
+
+    return value
+
+
+def _value_and_gradient(model: SCVI) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same with its gradient by u."""
+    value = _value(model)
+
+    def both(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            found = value(u, *others)
+            (gradient,) = torch.autograd.grad(found.sum(), u)
+        return found.detach(), gradient
+
+    return both
+
+
+class _Density(nn.Module):
+    """A model's log joint density as a module, as torch wants what it calls with other parameters."""
+
+    def __init__(self, model: SCVI) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, u: Tensor, coordinates: Coordinates, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]
+    ) -> Tensor:
+        return torch.stack(log_terms_at(u, coordinates, self.model, x, gamma, global_latents)).sum(0)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Values (samples, cells) that depend on u (samples, cells, size) of their own cell and draw, and the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad[..., None] * gradient, None, None
+
+
+def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callable[..., Any]:
+    """A recording of the function's run with the example, compiled by a call with copies of it.
+
+    Compilers of some versions of torch draw random numbers themselves, which no step should notice.
+    """
+    with seeded(0):
+        recording = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        compiled: Callable[..., Any] = torch.compile(recording, options={"fallback_random": True})
+        with torch.no_grad():
+            compiled(*tree_map_only(Tensor, Tensor.clone, example))
+    return compiled
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what it means that torch cannot record or compile something."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler about other parts of torch
+            yield
+    except FitError:
+        raise
+    except Exception as error:
+        text = str(error).rpartition("Output:")[2].partition("Set TORCHDYNAMO_VERBOSE")[0]
+        reason = " ".join(text.split())[:300]
+        raise NotCompiled(
+            f"{what} cannot be compiled ({type(error).__name__}: {reason}); leave compiled=True out. It needs "
+            "a C++ compiler, and programs whose Python does not depend on values of tensors"
+        ) from error

@@ -1,0 +1,213 @@
+"""Adaptive importance sampling of many small posteriors at once, with a Pareto k-hat for each.
+
+Everything here works on a log joint density ``log_joint(u)`` or on log weights alone: u has shape (samples, cells,
+latents) in unconstrained coordinates, the value shape (samples, cells), and cells do not influence each other.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_scvi.inference.pareto_khat import pareto_khat
+from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.random_state import seeded
+
+KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
+DEGREES_OF_FREEDOM = 7.0  # of the Student-t proposal: tails heavier than the posterior's, finite fourth moment
+
+
+class Proposal(NamedTuple):
+    """A multivariate Student-t per cell: loc (cells, latents), scale_tril (cells, latents, latents)."""
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def sample(self, samples: int) -> Tensor:
+        """Draws of shape (samples, cells, latents)."""
+        normal = torch.randn(samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
+        chi2 = torch.distributions.Chi2(torch.full_like(self.loc[:, :1], DEGREES_OF_FREEDOM)).sample((samples,))
+        step = torch.einsum("cij,scj->sci", self.scale_tril, normal) * (DEGREES_OF_FREEDOM / chi2).sqrt()
+        return self.loc + step
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log density of u (samples, cells, latents), shape (samples, cells)."""
+        n, latents = DEGREES_OF_FREEDOM, self.loc.shape[-1]
+        columns = (u - self.loc).permute(1, 2, 0)  # (cells, latents, samples)
+        white = torch.linalg.solve_triangular(self.scale_tril, columns, upper=False)
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = math.lgamma((n + latents) / 2) - math.lgamma(n / 2) - latents / 2 * math.log(n * math.pi)
+        return constant - log_det - (n + latents) / 2 * torch.log1p(white.square().sum(1).T / n)
+
+
+class SamplingBudget(NamedTuple):
+    """How much a cell's proposal is worked on: weighted draws, gradient steps, rounds of adaptation."""
+
+    samples: int
+    steps: int
+    rounds: int
+
+    def doubled(self) -> "SamplingBudget":
+        """What a cell gets whose first proposal did not fit."""
+        return SamplingBudget(self.samples, 2 * self.steps, 2 * self.rounds)
+
+
+class Target(NamedTuple):
+    """What is to be integrated: the cells' log joint density, where to start, (cells, latents) each, draws at once."""
+
+    log_joint: LogJoint
+    loc: Tensor
+    scale: Tensor
+    block: int
+
+
+class Importance(NamedTuple):
+    """Result of :func:`adaptive_importance`: per cell (cells,), with the weighted draws it rests on.
+
+    ``log_evidence`` in nats per cell, ``se`` its standard error (delta method), ``ess`` the effective number of
+    draws, ``khat`` the Pareto tail index of the weights: above 0.7 the estimate cannot be vouched for. ``draws``
+    (samples, cells, latents), ``log_weights`` (samples, cells).
+    """
+
+    log_evidence: Tensor
+    se: Tensor
+    ess: Tensor
+    khat: Tensor
+    draws: Tensor
+    log_weights: Tensor
+
+
+def adaptive_importance(
+    log_joint: LogJoint,
+    loc: Tensor,
+    scale: Tensor,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    steps: int = 100,
+    rounds: int = 2,
+    block: int = 50,
+) -> Importance:
+    """Estimate log integral exp(log_joint(u)) du for every cell, by ``samples`` draws of :func:`corrected_proposal`."""
+    with seeded(seed):
+        proposal = corrected_proposal(
+            log_joint, loc, scale, steps=steps, rounds=rounds, samples=max(samples // 2, 2), block=block
+        )
+        draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
+    return Importance(*evidence_of(log_weights), draws, log_weights)
+
+
+def persistent_importance(
+    target: Callable[[Tensor], Target], rows: Tensor, budget: SamplingBudget, *, attempts: int = 3
+) -> Importance:
+    """:func:`adaptive_importance` of the cells in ``rows``, in which those whose k-hat stays above 0.7 are tried again.
+
+    They get twice the budget, then four times; the best attempt counts. Draws come from the global generator.
+    """
+    log_joint, loc, scale, block = target(rows)
+    seed = int(torch.randint(2**31, ()))
+    found = adaptive_importance(log_joint, loc, scale, **budget._asdict(), seed=seed, block=block)
+    failed = (~(found.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
+    if attempts == 1 or not len(failed):
+        return found
+    again = persistent_importance(target, rows[failed], budget.doubled(), attempts=attempts - 1)
+    better = (~(again.khat >= found.khat[failed])).nonzero().squeeze(-1)
+    for kept, new in zip(found, again, strict=True):
+        of_cells = int(kept.dim() > 1)  # behind the draws
+        kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
+    return found
+
+
+def corrected_proposal(
+    log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, rounds: int, samples: int = 500, block: int = 50
+) -> Proposal:
+    """A Student-t for every cell, made to fit its density.
+
+    A diagonal normal started at (loc, scale), each (cells, latents), is refined by ``steps`` gradient steps on its
+    own bound; its covariance is replaced by that of a Laplace step; ``rounds`` times the Student-t takes the mean and
+    covariance of ``samples`` weighted draws of its own. At most ``block`` draws are evaluated at once.
+    """
+    with torch.enable_grad():
+        loc, scale = refine(log_joint, loc.detach(), scale.detach(), steps=steps)
+        proposal = Proposal(loc, laplace_scale_tril(log_joint, loc, scale))
+    for _ in range(rounds):
+        draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
+        proposal = adapted(proposal, draws, log_weights)
+    return proposal
+
+
+def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws: int = 4) -> tuple[Tensor, Tensor]:
+    """Raise every cell's bound E_q log joint + H(q) over a diagonal normal q by ``steps`` of Adam.
+
+    The step is in units of the starting scale, so that wide and narrow latents move alike.
+    """
+    shift = torch.zeros_like(loc, requires_grad=True)
+    log_stretch = torch.zeros_like(scale, requires_grad=True)
+    optimiser = torch.optim.Adam([shift, log_stretch], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1), eta_min=0.005)
+    for _ in range(steps):
+        half = torch.randn(draws // 2, *loc.shape, dtype=loc.dtype, device=loc.device)
+        noise = torch.cat([half, -half])
+        u = loc + scale * (shift + log_stretch.exp() * noise)
+        loss = -(log_joint(u).mean(0) + log_stretch.sum(-1)).sum()
+        shift.grad, log_stretch.grad = torch.autograd.grad(loss, [shift, log_stretch])
+        optimiser.step()
+        schedule.step()
+    return (loc + scale * shift).detach(), (scale * log_stretch.exp()).detach()
+
+
+def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tensor:
+    """Cholesky factor of the inverse negative Hessian of log_joint at loc, shape (cells, latents, latents).
+
+    Central differences of the gradient at half a posterior standard deviation, not second derivatives: a ReLU
+    network has none at its kinks and is blind to them elsewhere.
+    """
+    latents = loc.shape[-1]
+    step = 0.5 * scale  # (cells, latents)
+    offsets = torch.einsum("kj,cj->kcj", torch.eye(latents, dtype=loc.dtype, device=loc.device), step)
+    u = torch.cat([loc + offsets, loc - offsets]).requires_grad_()
+    (gradient,) = torch.autograd.grad(log_joint(u).sum(), u)
+    difference = gradient[:latents] - gradient[latents:]  # (step along k, cells, latents)
+    # In units of the scale, where the matrix is well conditioned: S H S with S = diag(scale).
+    curvature = -difference.permute(1, 0, 2) / (2 * step[:, :, None]) * scale[:, :, None] * scale[:, None, :]
+    curvature = (curvature + curvature.mT).double().nan_to_num(0.0, 0.0, 0.0) / 2
+    values, vectors = torch.linalg.eigh(curvature)
+    covariance = (vectors / values.clamp(min=0.1)[:, None, :]) @ vectors.mT
+    return scale[:, :, None] * torch.linalg.cholesky(covariance).to(loc.dtype)
+
+
+@torch.no_grad()
+def weighted_draws(log_joint: LogJoint, proposal: Proposal, samples: int, block: int) -> tuple[Tensor, Tensor]:
+    """Draws (samples, cells, latents) from the proposal and their float64 log weights (samples, cells)."""
+    draws = proposal.sample(samples)
+    log_density = torch.cat([log_joint(part) for part in draws.split(block)])
+    log_weights = (log_density - proposal.log_prob(draws)).double()
+    return draws, log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)  # beyond what the numbers can hold
+
+
+def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
+    """The proposal with mean and covariance of the weighted draws, shrunk to the old one where few draws count."""
+    weights = log_weights.softmax(0).nan_to_num(1 / len(log_weights))  # (samples, cells); NaN if none has weight
+    ess = 1 / weights.square().sum(0)
+    kept = (draws.shape[-1] / (draws.shape[-1] + ess))[:, None]  # share of the old proposal
+    u, old = draws.double(), proposal.loc.double()
+    mean = torch.einsum("sc,sci->ci", weights, u)
+    centred = u - mean
+    covariance = torch.einsum("sc,sci,scj->cij", weights, centred, centred)
+    tril = proposal.scale_tril.double()
+    covariance = (1 - kept[..., None]) * covariance + kept[..., None] * (tril @ tril.mT)
+    loc = (1 - kept) * mean + kept * old
+    jitter = 1e-8 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
+    return Proposal(loc.to(proposal.loc.dtype), torch.linalg.cholesky(covariance + jitter * eye).to(proposal.loc.dtype))
+
+
+def evidence_of(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log mean weight, its standard error, effective sample size and k-hat, from (samples, cells) to (cells,)."""
+    samples = log_weights.shape[0]
+    log_mean = log_weights.logsumexp(0) - math.log(samples)
+    ess = 1 / log_weights.softmax(0).square().sum(0)
+    se = ((1 / ess - 1 / samples).clamp(min=0) * samples / max(samples - 1, 1)).sqrt()
+    return log_mean, se, ess, pareto_khat(log_weights)

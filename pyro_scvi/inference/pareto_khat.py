@@ -1,0 +1,68 @@
+"""Pareto-smoothed importance weights and their diagnostic k-hat (Vehtari et al. 2024)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FEWEST_IN_TAIL = 5
+
+
+def pareto_khat(log_weights: Tensor) -> Tensor:
+    """Tail index of every column of (samples, columns) log weights, shape (columns,).
+
+    A generalised Pareto law is fitted to the largest min(S / 5, 3 sqrt(S)) weights (Zhang and Stephens 2009, with the
+    weak prior of Vehtari, Simpson, Gelman, Yao and Gabry 2024, App. C). Fewer than 5 tail draws give infinity.
+    """
+    tail = _tail_length(len(log_weights))
+    if tail < FEWEST_IN_TAIL:
+        return torch.full_like(log_weights[0], math.inf)
+    ordered = (log_weights - log_weights.amax(0)).sort(0).values
+    return _generalised_pareto(ordered, tail).shape.to(log_weights.dtype)
+
+
+def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log weights (samples, columns) that sum to 1, the largest replaced by quantiles of their fitted tail; and k-hat.
+
+    Vehtari et al. 2024, Algorithm 1. With fewer than 5 tail draws nothing is replaced.
+    """
+    tail = _tail_length(len(log_weights))
+    if tail < FEWEST_IN_TAIL:
+        return log_weights.log_softmax(0), torch.full_like(log_weights[0], math.inf)
+    ordered, order = (log_weights - log_weights.amax(0)).sort(0)
+    law = _generalised_pareto(ordered, tail)
+    level = ((torch.arange(tail, dtype=law.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
+    excess = law.scale / law.shape * torch.expm1(-law.shape * torch.log1p(-level))
+    smooth = (law.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
+    usable = torch.isfinite(smooth).all(0)
+    ordered[-tail:] = torch.where(usable, smooth, ordered[-tail:])
+    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), law.shape.to(log_weights.dtype)
+
+
+class _GeneralisedPareto(NamedTuple):
+    """Law of weights above a cutoff, float64 (columns,)."""
+
+    cutoff: Tensor
+    shape: Tensor
+    scale: Tensor
+
+
+def _tail_length(samples: int) -> int:
+    return math.floor(min(0.2 * samples, 3 * math.sqrt(samples)))
+
+
+def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
+    """Fit the ``tail`` largest of ascending log weights (samples, columns), the largest of which is 0."""
+    cutoff = ordered[-tail - 1].double().exp()
+    excess = (ordered[-tail:].double().exp() - cutoff).T.clamp(min=torch.finfo(torch.float64).tiny)  # (columns, tail)
+    grid = 30 + math.isqrt(tail)
+    position = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device)
+    quartile = excess[:, int(tail / 4 + 0.5) - 1, None]
+    b = (1 - (grid / (position - 0.5)).sqrt()) / (3 * quartile) + 1 / excess[:, -1, None]  # (columns, grid)
+    k = torch.stack([torch.log1p(-b[:, i, None] * excess).mean(-1) for i in range(grid)], -1)
+    log_likelihood = tail * ((-b / k).log() - k - 1)
+    b_mean = (b * F.softmax(log_likelihood, -1)).sum(-1, keepdim=True)
+    shape = torch.log1p(-b_mean * excess).mean(-1)
+    return _GeneralisedPareto(cutoff, (tail * shape + 10 * 0.5) / (tail + 10), -shape / b_mean.squeeze(-1))

@@ -1,0 +1,253 @@
+"""Posterior samplers for a cell's latents, from fast to exact, with diagnostics for every cell."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.inference.evaluation import draws_at_once, weigh
+from pyro_scvi.inference.hmc import Chains, bulk_ess, rank_normalised_rhat, sample_chains
+from pyro_scvi.inference.importance import SamplingBudget, corrected_proposal, evidence_of, weighted_draws
+from pyro_scvi.inference.proposals import start, weighted
+from pyro_scvi.priors.base import require_proper
+from pyro_scvi.utils.checks import brief, require_at_least
+
+
+class Draws(NamedTuple):
+    """Sites z (samples, cells, 1, latents) and l (samples, cells, 1), and how to diagnose them.
+
+    ``diagnose()`` gives diagnostics by name, each (cells,); some cost as much as the draws, so they wait to be asked.
+    Of several ``chains``, sample = draw * chains + chain.
+    """
+
+    sites: dict[str, Tensor]
+    diagnose: Callable[[], dict[str, Tensor]]
+    chains: int = 1
+
+
+class Sampler(Protocol):
+    """Anything that draws the latents of cells."""
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """``samples`` draws for counts x (cells, genes) with covariates gamma (cells, covariates)."""
+        ...
+
+
+def require_sampler(sampler: Any) -> None:
+    """Refuse a class or a word in the place of a sampler.
+
+    Raises
+    ------
+    ModelError
+        Naming what came.
+    """
+    if isinstance(sampler, type) or not callable(getattr(sampler, "draw", None)):
+        raise ModelError(f"sampler must be an object such as ps.Importance() or ps.HMC(), got {brief(sampler)}")
+
+
+@dataclass(frozen=True)
+class Amortized:
+    r"""The guide itself: draws from q(z, l | x).
+
+    .. math:: z^s, l^s \sim q(z, l | x_n), \qquad weight_s = p(x_n, z^s, l^s) / q(z^s, l^s | x_n)
+
+    ``khat`` and ``ess`` of the weights say how far the draws are from the posterior: on real cells, far (Vehtari,
+    Simpson, Gelman, Yao and Gabry 2024). The draws of a guide without a density (Point) are one point: ``khat``
+    infinite, ``ess`` 1.
+
+    Raises
+    ------
+    ModelError
+        When it draws, for a guide that cannot encode cells (PerCell).
+
+    Examples
+    --------
+    >>> draws = ps.sample_posterior(fit, test, samples=50, sampler=ps.Amortized())
+    >>> draws.khat.dims, draws.ess.dims
+    (('cell',), ('cell',))
+    """
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """Draw from q(z, l | x)."""
+        if not guide.amortized:
+            raise ModelError(
+                f"{type(guide).__name__} cannot encode cells; take ps.Refined(), ps.Importance() or ps.HMC()"
+            )
+        sites, log_q = guide.draw(x, gamma, samples)
+        if not guide.stochastic:
+            ones = torch.ones_like(log_q[0])
+            return Draws(sites, lambda: {"khat": ones * torch.inf, "ess": ones})
+        return Draws(sites, lambda: _diagnosed(weigh(guide, x, gamma, sites, log_q)[0].double()))
+
+
+@dataclass(frozen=True)
+class Refined:
+    """q refined for the cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
+
+    ``khat`` and ``ess`` are those of the weights p(x, z, l) / q(z, l), as for :class:`Amortized`.
+
+    Parameters
+    ----------
+    steps
+        Gradient steps.
+
+    Raises
+    ------
+    ModelError
+        If ``steps`` is no integer of 0 or more; when it draws, for a prior without a density (Flat).
+
+    Examples
+    --------
+    >>> draws = ps.sample_posterior(fit, test.take(range(3)), samples=50, sampler=ps.Refined(steps=20))
+    >>> draws.z.dims, draws.z.shape
+    (('sample', 'cell', 'latent'), (50, 3, 2))
+    """
+
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        require_at_least(0, steps=self.steps)
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """Draw from the refined proposal."""
+        require_proper(guide.model.prior, "there is no posterior to sample")
+        density, loc, scale = start(guide, x, gamma)
+        proposal = corrected_proposal(density, loc, scale, steps=self.steps, rounds=0)
+        u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
+        return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
+
+
+@dataclass(frozen=True)
+class Importance:
+    r"""Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7.
+
+    .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
+
+    with q_n a Student-t in unconstrained coordinates, refined and given the covariance of a Laplace step as for
+    :class:`Refined`, then the mean and covariance of its own weighted draws. Cells whose ``khat`` (Vehtari, Simpson,
+    Gelman, Yao and Gabry 2024) stays above are tried again with twice the ``steps`` and ``rounds``, then with four
+    times as many.
+
+    Parameters
+    ----------
+    steps, rounds
+        Gradient steps of the refinement, and rounds of adaptation.
+    proposals
+        Weighted draws of a cell, at least as many as are asked for.
+
+    Raises
+    ------
+    ModelError
+        If ``steps`` or ``rounds`` is no integer of 0 or more, or ``proposals`` none of 2 or more; when it draws, for a
+        prior without a density (Flat).
+
+    Examples
+    --------
+    >>> draws = ps.sample_posterior(fit, test.take(range(3)), samples=50, sampler=ps.Importance())
+    >>> bool((draws.khat < 0.7).all())
+    True
+    """
+
+    steps: int = 100
+    rounds: int = 3
+    proposals: int = 1000
+
+    def __post_init__(self) -> None:
+        require_at_least(0, steps=self.steps, rounds=self.rounds)
+        require_at_least(2, proposals=self.proposals)
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
+        require_proper(guide.model.prior, "there is no posterior to sample")
+        found = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
+        chosen = torch.multinomial(found.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
+        u = found.draws.gather(0, chosen[..., None].expand(-1, -1, found.draws.shape[-1]))
+        return Draws(guide.coordinates.sites(u), lambda: {"khat": found.khat, "ess": found.ess})
+
+
+@dataclass(frozen=True)
+class HMC:
+    r"""Hamiltonian Monte Carlo for every cell at once, in the coordinates v of a fitted proposal (Neal 2011).
+
+    .. math:: H(v, m) = -\log p(x_n, u(v)) + \tfrac12 m^T m, \qquad u = loc + L v
+
+    The proposal is a refined one with the covariance of a Laplace step, adapted in ``rounds`` as for
+    :class:`Importance`. Each cell has its own step size, adapted by dual averaging (Hoffman and Gelman 2014, Sec. 3.2).
+
+    Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest; Vehtari,
+    Gelman, Simpson, Carpenter and Buerkner 2021, Secs. 3 and 4) and ``divergences`` (number of draws whose energy error
+    exceeded 1000). They are of all draws that were made: each chain is at least ``least`` draws long, of which evenly
+    spaced ones are kept where fewer are asked for. R-hat and ``ess`` are NaN for chains that never moved.
+
+    Parameters
+    ----------
+    chains
+        Chains of each cell.
+    warmup
+        Draws of each chain that adapt the step size and are dropped.
+    steps, rounds
+        Gradient steps of the proposal, and rounds of adaptation.
+    leapfrog
+        Mean number of leapfrog steps of a draw.
+    least
+        Fewest draws of a chain after warm-up.
+
+    Raises
+    ------
+    ModelError
+        If ``chains`` or ``leapfrog`` is no integer of 1 or more, ``warmup``, ``steps`` or ``rounds`` none of 0 or more,
+        or ``least`` none of 4 or more; when it draws, for a prior without a density (Flat).
+
+    Examples
+    --------
+    >>> sampler = ps.HMC(chains=2, warmup=10, steps=5, rounds=1, leapfrog=4, least=20)  # far fewer than the default
+    >>> draws = ps.sample_posterior(fit, test.take(range(2)), samples=20, sampler=sampler)
+    >>> sorted(draws.data_vars)
+    ['divergences', 'ess', 'rhat', 'z']
+    """
+
+    chains: int = 4
+    warmup: int = 200
+    steps: int = 100
+    rounds: int = 2
+    leapfrog: int = 8
+    least: int = 200
+
+    def __post_init__(self) -> None:
+        require_at_least(1, chains=self.chains, leapfrog=self.leapfrog)
+        require_at_least(0, warmup=self.warmup, steps=self.steps, rounds=self.rounds)
+        require_at_least(4, least=self.least)
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """Run the chains for samples / chains draws each, or more, after warm-up."""
+        require_proper(guide.model.prior, "there is no posterior to sample")
+        density, loc, scale = start(guide, x, gamma)
+        length = -(-samples // self.chains)
+        found = sample_chains(
+            density,
+            corrected_proposal(density, loc, scale, steps=self.steps, rounds=self.rounds, block=draws_at_once(x)),
+            chains=self.chains,
+            draws=max(self.least, length),
+            warmup=self.warmup,
+            leapfrog=self.leapfrog,
+        )
+        kept = torch.linspace(0, len(found.draws) - 1, length).round().long()
+        u = found.draws[kept.to(found.draws.device)].flatten(0, 1)[:samples]
+        return Draws(guide.coordinates.sites(u), lambda: _of_chains(found), self.chains)
+
+
+def _of_chains(found: Chains) -> dict[str, Tensor]:
+    return {
+        "rhat": rank_normalised_rhat(found.draws).amax(-1),
+        "ess": bulk_ess(found.draws).amin(-1),
+        "divergences": found.divergences,
+    }
+
+
+def _diagnosed(log_weights: Tensor) -> dict[str, Tensor]:
+    _, _, ess, khat = evidence_of(log_weights)
+    return {"khat": khat, "ess": ess}

@@ -1,0 +1,12 @@
+"""Likelihoods p(x | z): distributions of counts given the decoder's outputs, and the dispersions they use."""
+
+from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.dispersion import PerCellAndGene, PerGene, PerGeneAndBatch
+from pyro_scvi.likelihoods.negative_binomial import NB, ZINB
+from pyro_scvi.likelihoods.poisson import ZIP, Poisson
+
+__all__ = ["Likelihood", "PerCellAndGene", "PerGene", "PerGeneAndBatch", "NB", "ZINB", "ZIP", "Poisson"]
+
+
+def __dir__():
+    return __all__

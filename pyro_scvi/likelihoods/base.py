@@ -1,0 +1,172 @@
+"""Base class of likelihoods p(x | z): distributions of w, y, h and x, and exact conditionals given x."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_scvi.distributions.negative_binomial import NegativeBinomial
+from pyro_scvi.errors import ModelError
+from pyro_scvi.nn.component import Component
+from pyro_scvi.types import Distribution, Theta
+
+_NEVER = -1e3  # a logit whose sigmoid is 0 in every precision, and whose gradient is finite
+
+
+class Likelihood(Component):
+    r"""A law of counts given the decoder's heads (Lopez et al. 2017, Sec. 1).
+
+    .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng}), \quad y_{ng} \sim Poisson(w_{ng}), \quad
+        h_{ng} \sim Bernoulli(\pi_{ng}), \quad x_{ng} = y_{ng} (1 - h_{ng})
+
+    A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``; that is enough to fit
+    and to compare it. One that is a Poisson law of a fixed or Gamma rate, with or without technical zeros, may set
+    ``explicit`` and then has the explicit program above and its exact conditionals too, which read ``log_mean`` (log
+    mu), ``log_inverse_dispersion`` (log r) and ``gate_logits`` (logit pi) in theta, each (samples, cells, genes).
+
+    Raises
+    ------
+    NotImplementedError
+        If a new likelihood has no ``heads`` or no ``marginal``.
+    ModelError
+        Where w, y or h is asked for and ``explicit`` is not set.
+
+    Examples
+    --------
+    >>> class Geometric(ps.likelihoods.Likelihood):
+    ...     heads = ("log_mean",)
+    ...     def marginal(self, log_mean):
+    ...         return pyro.distributions.Geometric(logits=-log_mean)
+    ...
+    >>> ps.SCVI(20, 2, likelihood=Geometric()).sites(marginal=True)[-1]
+    Site(name='x', law='Geometric', shape='cells x genes')
+    """
+
+    explicit = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the decoder's heads; ``log_mean`` is the one that the library size scales."""
+        raise NotImplementedError
+
+    def theta(self, eta: Theta, gamma: Tensor) -> Theta:
+        """The law's parameters from the heads, each broadcastable to (..., cells, genes)."""
+        return eta
+
+    def marginal(self, *args: Any, **theta: Any) -> Distribution:
+        """The law of x with w, y and h integrated out, batch shape (..., cells, genes)."""
+        raise NotImplementedError
+
+    def rate(self, log_mean: Tensor, **theta: Tensor) -> dist.Gamma | None:
+        """The law of w, or None where w = mu exactly."""
+        r = theta.get("log_inverse_dispersion")
+        return None if r is None else NegativeBinomial(log_mean, r).rate
+
+    def technical_zero_logits(self, log_mean: Tensor, **theta: Tensor) -> Tensor | None:
+        """Log odds of h = 1 given x = 0, or None where no zero is technical."""
+        gate = theta.get("gate_logits")
+        if gate is None:
+            return None
+        r = theta.get("log_inverse_dispersion")
+        counts = dist.Poisson(log_mean.exp()) if r is None else NegativeBinomial(log_mean, r)
+        return gate - counts.log_prob(torch.zeros_like(log_mean))
+
+    def generate(self, x: Tensor | None, theta: Theta) -> Tensor:
+        """The explicit program: sites w, h (where there is one), y and x.
+
+        w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
+        """
+        self.require_explicit()
+        law, gate = self.rate(**theta), theta.get("gate_logits")
+        w = pyro.deterministic("w", theta["log_mean"].exp()) if law is None else pyro.sample("w", law)
+        y = pyro.sample("y", dist.Poisson(w))
+        seen = y
+        if gate is not None:
+            h = pyro.sample("h", dist.Bernoulli(logits=gate))
+            seen = y * (1 - h)
+        return pyro.sample("x", dist.Delta(seen), obs=x)
+
+    def condition(self, x: Tensor, theta: Theta) -> None:
+        """Sample the explicit sites from their exact conditional given x and z, as a guide (Gamma-Poisson conjugacy).
+
+        h ~ Bernoulli(rho 1[x = 0]); w ~ Gamma(r + x (1 - h), r / mu + 1 - h); y = x if h = 0, else Poisson(w).
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
+        """
+        self.require_explicit()
+        logits = self.technical_zero_logits(**theta)
+        h: Tensor | float = 0.0
+        if logits is not None:
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _NEVER)))
+        law = self.rate(**theta)
+        w = theta["log_mean"].exp() if law is None else pyro.sample("w", updated_rate(law, x, h))
+        y = dist.Delta(x.expand(w.shape))
+        if logits is not None:
+            y = dist.MaskedMixture(h == 1, y, dist.Poisson(w))
+        pyro.sample("y", y)
+
+    @torch.no_grad()
+    def explained(self, x: Tensor, theta: Theta) -> Theta:
+        """One draw of w, y and h (..., cells, genes) from their exact conditional; w = mu and h = 0 where constant.
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
+        """
+        nodes: dict[str, Any] = pyro.poutine.trace(self.condition).get_trace(x, theta).nodes
+        drawn: Theta = {name: nodes[name]["value"] for name in ("w", "y", "h") if name in nodes}
+        constant = {"w": theta["log_mean"].exp(), "h": torch.zeros_like(drawn["y"])}
+        return constant | drawn
+
+    def expected_rate(self, x: Tensor, theta: Theta) -> Tensor:
+        """E[w | x, z], counts (..., cells, genes).
+
+        (r + x) / (r / mu + 1) where x > 0 or no zero is technical; at a zero that is technical with probability rho,
+        rho mu + (1 - rho) r mu / (r + mu).
+
+        Raises
+        ------
+        ModelError
+            If the law is not ``explicit``.
+        """
+        self.require_explicit()
+        mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
+        seen = mean if law is None else (law.concentration + x) / (law.rate + 1)
+        if logits is None:
+            return seen
+        rho = torch.sigmoid(logits) * (x == 0)
+        return rho * mean + (1 - rho) * seen
+
+    def require_explicit(self) -> None:
+        """Refuse a law that has no sites w, y and h.
+
+        Raises
+        ------
+        ModelError
+            If ``explicit`` is not set.
+        """
+        if not self.explicit:
+            raise ModelError(
+                f"{type(self).__name__} says nothing of w, y and h: only its marginal law of x is known. If it is a "
+                "Poisson law of a fixed or Gamma rate, set explicit = True"
+            )
+
+
+def updated_rate(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
+    """The law of the Gamma rate w given the count and whether it is a technical zero."""
+    # 1 - h first: added to 1, a rate below 6e-8 would be lost, and w infinite where h = 1.
+    return dist.Gamma(law.concentration + x * (1 - h), law.rate + (1 - h))

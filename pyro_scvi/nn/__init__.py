@@ -1,0 +1,9 @@
+"""Neural networks and their layers, and the base class of all components."""
+
+from pyro_scvi.nn.normalization import BatchNorm, LayerNorm
+
+__all__ = ["BatchNorm", "LayerNorm"]
+
+
+def __dir__():
+    return __all__

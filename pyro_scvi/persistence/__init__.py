@@ -1,0 +1,1 @@
+"""Saving to disk without pickle: archives of tensors and JSON."""

@@ -1,0 +1,167 @@
+"""Serialization of models: components as JSON and back, by the names of this package's classes only."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyro_scvi import guides, likelihoods, priors, schedules
+from pyro_scvi import nn as networks
+from pyro_scvi.data.schema import Schema
+from pyro_scvi.errors import CheckpointError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.likelihoods import library_size
+from pyro_scvi.model import SCVI
+from pyro_scvi.nn.component import Component, lasting_repr
+from pyro_scvi.priors import weights
+
+FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
+
+RENAMED = {"Weight": "ConstantKL"}
+"""Old name -> new name of classes that saves or checkpoints hold by name: written as the old one, read as the new."""
+
+
+def describe(value: Any, model: SCVI) -> Any:
+    """JSON for a part: its class's name and its constructor's arguments; the model itself where a guide names it."""
+    if isinstance(value, Component):
+        arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.config().items()}
+        return {"part": type(value).__name__, "arguments": arguments} if type(value) in _own() else _foreign(value)
+    if dataclasses.is_dataclass(value) and type(value) in _own():
+        arguments = {f.name: describe(getattr(value, f.name), model) for f in dataclasses.fields(value)}
+        return {"part": type(value).__name__, "arguments": arguments}
+    if isinstance(value, Tensor | np.ndarray):
+        return {"tensor": value.tolist()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {"mapping": {k: describe(v, model) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        return [describe(v, model) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return _foreign(value)
+
+
+def build(description: Any, model: SCVI | None) -> Any:
+    """The value that :func:`describe` wrote down. Only classes of this package are ever called."""
+    if isinstance(description, list):
+        return [build(item, model) for item in description]
+    if not isinstance(description, dict):
+        return description
+    match description:
+        case {"the": "model"}:
+            return model
+        case {"tensor": values}:
+            return torch.tensor(values)
+        case {"mapping": items}:
+            return {key: build(item, model) for key, item in items.items()}
+        case {"part": name, "arguments": arguments}:
+            return _class_called(name)(**{key: build(item, model) for key, item in arguments.items()})
+        case {"foreign": text}:
+            raise CheckpointError(f"it was made with {text}, which is not this package's: pass model= (and guide=)")
+    raise CheckpointError(f"unknown description {description!r}")
+
+
+def with_new_names(description: Any) -> Any:
+    """The same description with today's names of classes, whenever it was written."""
+    if isinstance(description, list):
+        return [with_new_names(item) for item in description]
+    if not isinstance(description, dict):
+        return description
+    renewed = {key: with_new_names(item) for key, item in description.items()}
+    part = renewed.get("part")
+    return renewed | {"part": RENAMED[part]} if isinstance(part, str) and part in RENAMED else renewed
+
+
+def facts_of(
+    model: SCVI, guide: Guide, history: pd.DataFrame, schema: Schema, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything of a fit but its weights, as JSON takes it."""
+    return {
+        "model": describe(model, model),
+        "guide": describe(guide, model),
+        "schema": schema.to_dict(),
+        "settings": settings,
+        "dtype": str(next(guide.parameters()).dtype).removeprefix("torch."),
+        "history": columns_of(history),
+    }
+
+
+def columns_of(history: pd.DataFrame) -> dict[str, list[float | None]]:
+    """Columns as JSON numbers, NaN as null."""
+    table = history.reset_index()
+    return {name: [None if pd.isna(v) else v for v in table[name].tolist()] for name in map(str, table)}
+
+
+def history_of(columns: dict[str, list[float | None]]) -> pd.DataFrame:
+    """The table that :func:`columns_of` wrote down."""
+    return pd.DataFrame(columns).set_index("epoch").astype(float)
+
+
+def states_of(model: SCVI, guide: Guide) -> dict[str, Tensor]:
+    """Parameters and buffers of both by name, not copied."""
+    pair = {"model": model, "guide": guide}
+    return {f"{side}.{name}": value for side, part in pair.items() for name, value in part.state_dict().items()}
+
+
+def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not those of model and guide.
+
+    Raises
+    ------
+    CheckpointError
+        If names or shapes differ.
+    """
+    held = states_of(model, guide)
+    if other := sorted(held.keys() ^ tensors.keys()):
+        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+        raise CheckpointError(f"its weights differ from the model's: {', '.join(other[:5])}{more}")
+    for name, tensor in held.items():
+        if tensors[name].shape != tensor.shape:
+            shapes = f"{tuple(tensors[name].shape)}, in the model {tuple(tensor.shape)}"
+            raise CheckpointError(f"{name} has shape {shapes}")
+
+
+def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into model and guide, all of them or none.
+
+    Raises
+    ------
+    CheckpointError
+        If names, shapes or types are not the model's and the guide's.
+    """
+    check_shapes(model, guide, tensors)
+    held = states_of(model, guide)
+    for name, tensor in held.items():
+        if tensors[name].dtype != tensor.dtype:
+            raise CheckpointError(f"{name} is of type {tensors[name].dtype}, in the model {tensor.dtype}")
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(tensors[name])
+
+
+def _foreign(value: Any) -> dict[str, str]:
+    return {"foreign": lasting_repr(value)}
+
+
+def _own() -> dict[type, str]:
+    rooms = (guides, library_size, likelihoods, networks, priors, schedules, weights)
+    classes = [c for room in rooms for _, c in inspect.getmembers(room, inspect.isclass) if _is_part(c)]
+    return {c: c.__name__ for c in (*classes, SCVI)}
+
+
+def _is_part(candidate: type) -> bool:
+    packaged = candidate.__module__.startswith("pyro_scvi.")
+    return packaged and (issubclass(candidate, nn.Module) or dataclasses.is_dataclass(candidate))
+
+
+def _class_called(name: str) -> Callable[..., Any]:
+    for known, label in _own().items():
+        if label == RENAMED.get(name, name):
+            return known
+    raise CheckpointError(f"unknown part {name!r}")

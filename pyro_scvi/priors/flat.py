@@ -1,0 +1,36 @@
+"""Flat prior of z, which is improper."""
+
+import pyro.distributions as dist
+from pyro.distributions import constraints
+
+from pyro_scvi.priors.base import Prior
+from pyro_scvi.types import Distribution
+
+
+class Flat(Prior):
+    r"""No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point.
+
+    .. math:: p(z_n) \propto 1
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1. Guides with a density, samplers other than Amortized, ``evidence`` and whatever else
+        needs a proper prior refuse this one by the same error.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(20, 2, prior=ps.priors.Flat(2))
+    >>> points = ps.fit(model, cells, ps.guides.Point(model), epochs=1, progress=False)
+    >>> ps.embed(points, cells).shape
+    (60, 2)
+    """
+
+    def forward(self) -> Distribution:
+        """A density of 1 everywhere, which cannot be sampled."""
+        return dist.ImproperUniform(constraints.real_vector, (), self.zeros.shape)

@@ -1,0 +1,66 @@
+"""Normalising-flow prior of z."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import transforms
+from pyro.nn import AutoRegressiveNN
+from torch import nn
+
+from pyro_scvi.errors import ModelError
+from pyro_scvi.priors.base import Prior
+from pyro_scvi.types import Distribution
+from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.random_state import seeded
+
+
+class Flow(Prior):
+    r"""A standard normal through learned masked autoregressive layers T (Papamakarios et al. 2017, Sec. 3).
+
+    .. math:: z_n = T(e_n), \quad e_n \sim Normal(0, I), \qquad
+        \log p(z) = \log Normal(T^{-1}(z); 0, I) + \log |\det \partial T^{-1} / \partial z|
+
+    The density of a given z costs one pass; drawing z costs one pass per latent.
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents, 2 or more.
+    layers, n_hidden
+        Autoregressive layers, the latents in reverse order after each, and hidden units of each.
+    seed
+        Of the initial weights.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 2, another size below 1, or the seed is no integer of 0 or more.
+
+    Examples
+    --------
+    >>> prior = ps.priors.Flow(2, layers=1, n_hidden=4)
+    >>> prior().log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    """
+
+    learned = True
+
+    def __init__(self, n_latent: int, layers: int = 2, n_hidden: int = 32, *, seed: int = 0) -> None:
+        super().__init__(n_latent)
+        require_at_least(1, layers=layers, n_hidden=n_hidden)
+        if n_latent < 2:
+            raise ModelError("Flow needs n_latent >= 2; take GaussianMixture for one latent")
+        with seeded(seed):
+            self.layers = nn.ModuleList(
+                transforms.AffineAutoregressive(AutoRegressiveNN(n_latent, [n_hidden]), stable=True)
+                for _ in range(layers)
+            )
+
+    def forward(self) -> Distribution:
+        """The pushed-forward normal."""
+        order = torch.arange(self.n_latent - 1, -1, -1, device=self.zeros.device)
+        steps: list[Any] = []
+        for layer in self.layers:
+            steps += [layer.inv, transforms.Permute(order)]
+        return dist.TransformedDistribution(dist.Normal(self.zeros, 1.0).to_event(1), steps)

@@ -1,0 +1,1 @@
+"""Training: fit, its options and loop, checkpoints, several processes, and the Fit that results."""

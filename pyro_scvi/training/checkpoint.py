@@ -1,0 +1,172 @@
+"""Checkpoints: the training state at the end of an epoch, written to disk and resumed from there."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.counts import Source, gene_totals
+from pyro_scvi.errors import CheckpointError
+from pyro_scvi.model import SCVI
+from pyro_scvi.persistence import archive
+from pyro_scvi.persistence.serialization import FIT_FACTS, describe, history_of, with_new_names
+from pyro_scvi.schedules import CheckpointInterval
+from pyro_scvi.training.state import HISTORY, Snapshot, TrainingState, under
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_FACTS = FIT_FACTS | {"run", "progress"}
+_KINDS = {"checkpoint": CHECKPOINT_FACTS}
+_IDENTITY = ("model", "guide", "schema", "dtype", "run")  # facts that a resumed run must share
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoint of one run in the directory ``folder``, of which nobody else may write meanwhile.
+
+    ``facts`` says, of a history, everything about the fit but its weights; ``run`` with which cells and options it is
+    trained, by which another run is told apart. ``epoch`` and ``written`` say after which epoch and when, by the
+    monotonic clock, the last checkpoint was written or read.
+    """
+
+    folder: Path
+    every: CheckpointInterval
+    resume: bool
+    facts: Callable[[pd.DataFrame], dict[str, Any]]
+    run: dict[str, Any]
+    epoch: int = dataclasses.field(default=0, init=False)
+    written: float = dataclasses.field(default=-math.inf, init=False)
+
+    def begin(self, state: TrainingState) -> None:
+        """Go on from the checkpoint that is there, or write the first one.
+
+        Raises
+        ------
+        CheckpointError
+            If something else is there, or a checkpoint that is corrupt, of another run, or not to be resumed; nothing
+            is overwritten then.
+        """
+        archive.check_replaceable(self.folder, "checkpoint")
+        config = next((c for c in (archive.CONFIG, archive.PREVIOUS) if (self.folder / c).exists()), None)
+        if config is None:
+            if self.resume:
+                _log.info("there is no checkpoint in %s: training starts from the beginning", self.folder)
+            self._write(state)
+        else:
+            self._go_on(state, config)
+        archive.remove_orphans(self.folder)
+
+    def note(self, state: TrainingState, *, last: bool = False) -> None:
+        """Write a checkpoint if one is due after the epoch that ended, or if it is the ``last``."""
+        epochs, seconds = len(state.rows) - self.epoch, time.monotonic() - self.written
+        if epochs and (last or (epochs >= self.every.epochs and seconds >= self.every.seconds)):
+            self._write(state)
+
+    def _write(self, state: TrainingState) -> None:
+        facts = self.facts(state.history) | {"run": self.run, "progress": state.good.facts}
+        archive.write(self.folder, archive.Content("checkpoint", facts, state.good.tensors), keep_previous=True)
+        self.epoch, self.written = len(state.rows), time.monotonic()
+
+    def _go_on(self, state: TrainingState, config: str) -> None:
+        found, start = self._read(config), state.good
+        if not self.resume:
+            raise CheckpointError(
+                f"{self.folder} holds a checkpoint after epoch {_epochs(found)}; pass resume=True to go on from it, or "
+                "another directory"
+            )
+        ours = self.facts(state.history) | {"run": self.run}
+        then = {key: with_new_names(found.facts[key]) for key in _IDENTITY}
+        self._require_same(then, {key: ours[key] for key in _IDENTITY})
+        try:
+            rows: Any = history_of(found.facts["history"])[list(HISTORY)].to_dict("records")
+            state.restore(Snapshot(found.facts["progress"], rows, found.tensors))
+        except Exception as error:  # whatever pandas and torch say of a state that this version does not write
+            state.restore(start)
+            raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
+        self.epoch, self.written = len(rows), time.monotonic()
+        _log.info("going on from %s, after epoch %d", self.folder / config, self.epoch)
+
+    def _read(self, config: str) -> archive.Content:
+        try:
+            return archive.read(self.folder, _KINDS, config=config)
+        except CheckpointError as error:
+            if config == archive.PREVIOUS:
+                raise
+            epoch = _epochs(archive.read(self.folder, _KINDS, config=archive.PREVIOUS))
+            text = f"{error}; the one before it, after epoch {epoch}, is intact: delete {config} to go on from there"
+            raise CheckpointError(text) from error
+
+    def _require_same(self, then: dict[str, Any], now: dict[str, Any]) -> None:
+        found = list(_differences(then, json.loads(json.dumps(now))))
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise CheckpointError(
+                f"{self.folder} holds the checkpoint of another run: {'; '.join(found[:3])}{more}. "
+                "Pass the same model, cells and options as then, or another directory"
+            )
+
+
+def best_states(content: archive.Content) -> dict[str, Tensor]:
+    """The states of model and guide that a fit would return which ended at this checkpoint."""
+    if not _epochs(content):
+        raise CheckpointError("its run has not finished an epoch yet, so there is no fit to load")
+    return under("best", content.tensors) or under("now", content.tensors)
+
+
+def _epochs(content: archive.Content) -> int:
+    try:
+        return len(content.facts["history"]["epoch"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError("it holds no history of epochs") from error
+
+
+def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:
+    """What tells a run apart from others, as JSON takes it: its cells and its options."""
+    elbo, validation = options["elbo"], options["validation"]
+    plain = {name: value for name, value in vars(elbo).items() if isinstance(value, bool | int | float | str)}
+    told = {
+        "elbo": {"class": type(elbo).__name__, **plain},
+        "cells": _told_apart(cells),
+        "validation": _told_apart(validation) if isinstance(validation, Cells) else describe(validation, model),
+    }
+    return {name: describe(value, model) for name, value in options.items() if name not in told} | told
+
+
+def _told_apart(cells: Cells) -> dict[str, Any]:
+    """Their number, and a digest of counts and covariates; of counts on disk only of their sums by cell and gene."""
+    digest = hashlib.sha256()
+    for part in (*_read_once(cells), cells.covariates):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
+
+
+def _read_once(cells: Cells) -> tuple[np.ndarray, ...]:
+    counts = cells.counts
+    if isinstance(counts, Source):
+        return cells.totals, gene_totals(counts)
+    return (counts,) if isinstance(counts, np.ndarray) else (counts.data, counts.indices, counts.indptr)
+
+
+def _differences(then: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """What differs between two values as JSON has them, in words."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in then | now:
+            yield from _differences(then.get(key), now.get(key), (*path, key))
+    elif then != now:
+        name = ".".join(step for step in path if step not in ("run", "arguments"))
+        yield f"{name} was {_brief(then)}, is {_brief(now)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,134 @@
+"""Checks of what fit receives, and of the first training step, for what Pyro would accept silently."""
+
+import math
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.errors import FitError, ModelError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.utils.checks import brief, require_kind
+
+
+class TemperedZ(Messenger):
+    """Weigh z by ``weight`` in guide and model alike, and keep the log density ratio log q(z) - log p(z), untempered.
+
+    In both, because an analytic KL takes the scale of the guide's site, a sampled one that of each.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight, self.log_densities = weight, list[Tensor]()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "z":
+            msg["scale"] = msg["scale"] * self.weight
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "z" and self.weight != 1:
+            with torch.no_grad():
+                log_density = msg["fn"].log_prob(msg["value"])  # (particles, cells, 1) or (cells, 1)
+                self.log_densities.append(log_density.mean() * log_density.shape[-2])
+
+    def missing(self) -> float:
+        """What the weight took from the loss of this step, nats over its cells; empties the memory."""
+        if not self.log_densities:
+            return 0.0
+        log_q, log_p = self.log_densities[0::2], self.log_densities[1::2]  # guide and model take turns, by particle
+        self.log_densities = []
+        return (1 - self.weight) * float(sum(log_q) - sum(log_p)) / len(log_q)
+
+
+def check_kinds(model: Any, cells: Any, guide: Any) -> None:
+    """Refuse what is no model, no cells or no guide, an AnnData or a class above all.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument and what came.
+    """
+    require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
+    require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
+    if guide is not None:
+        require_kind(guide, Guide, "guide", "ps.guides.DiagonalNormal(model)")
+
+
+def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
+    """Refuse lengths of a run that are no integers or below 1 (patience may be None), and an epsilon below 0.
+
+    Raises
+    ------
+    FitError
+        Naming the argument.
+    """
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
+        if name == "patience" and value is None:
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise FitError(f"{name} must be an integer of 1 or more, got {brief(value)}")
+    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
+        raise FitError(f"eps must be a finite number of 0 or more, got {brief(eps)}")
+
+
+def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
+    """Refuse latents on one side only and parameters that no optimiser would see.
+
+    Raises
+    ------
+    ModelError
+        Naming the site or the parameter.
+    """
+    with pyro.get_param_store().scope():
+        guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+        modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
+    in_guide, in_model = _latents(guided), _latents(modelled)
+    if missing := in_model - in_guide:
+        raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")
+    if extra := in_guide - in_model:
+        raise ModelError(f"the guide samples {sorted(extra)}, which the model does not have")
+    own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")
+    for trace in (guided, modelled):
+        for name in trace.param_nodes:
+            if not name.startswith(own):
+                raise ModelError(
+                    f"pyro.param {name!r} would never be trained: make it an nn.Parameter of a module that is part of "
+                    "the model or guide"
+                )
+
+
+def check_gradients(*parts: torch.nn.Module) -> None:
+    """Refuse parameters that the first step left without a gradient.
+
+    Raises
+    ------
+    ModelError
+        Naming them.
+    """
+    named = [(name, parameter) for part in parts for name, parameter in part.named_parameters()]
+    lost = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+    if lost:
+        raise ModelError(f"no gradient reached {lost}: they take no part in the loss and would never be trained")
+
+
+def unique_parameters(parts: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Every parameter to train, once."""
+    found = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
+    return list(found.values())
+
+
+def _latents(trace: pyro.poutine.Trace) -> set[str]:
+    return {
+        name
+        for name in trace.stochastic_nodes
+        if not (
+            isinstance(trace.nodes[name]["fn"], _Subsample) or (trace.nodes[name]["infer"] or {}).get("is_auxiliary")
+        )
+    }

@@ -1,0 +1,398 @@
+"""Distributed training: a single process, or the process group that torchrun started."""
+
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any, TypeVar, final
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pyro_scvi.errors import FitError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.inference.elbo import Bound
+from pyro_scvi.model import SCVI
+from pyro_scvi.nn.normalization import running_statistics
+from pyro_scvi.utils.random_state import seed_of
+
+__all__ = ["ProcessGroup", "Processes", "SingleProcess", "joined"]
+
+
+def __dir__():
+    return __all__
+
+
+T = TypeVar("T")
+LossAndGrads = Callable[..., float]
+"""Arguments of the programs -> negative bound of these cells, nats; its gradients are added to the parameters."""
+
+# Of gloo and NCCL come plain RuntimeErrors, as of a user's own part in the backward pass.
+_LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
+
+# Its name since torch 2.13, which deprecates the earlier one.
+_SYNC = "forward_sync_buffers"
+_KNOWN = signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
+
+
+class Processes(ABC):
+    """The processes that train one model together, as one of them sees them.
+
+    Every ``size``-th training cell is this process' own, from its ``rank`` on. Parameters are the same everywhere.
+
+    Attributes
+    ----------
+    rank, size
+        The number of this process, from 0, and how many there are.
+
+    Examples
+    --------
+    >>> with ps.distributed.joined() as ranks:
+    ...     isinstance(ranks, ps.distributed.Processes), ranks.batch_sizes(10, 4)
+    ...
+    (True, [4, 3, 3])
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def shard(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows that are this process' own: every ``size``-th, so that files sorted by type are shared evenly."""
+        return rows[self.rank :: self.size]
+
+    def batch_sizes(self, n_cells: int, batch_size: int) -> list[int]:
+        """Cells of every step of one epoch, over all processes; each has at least one cell in each step.
+
+        Raises
+        ------
+        FitError
+            If there are fewer cells in a step than processes.
+        """
+        if min(batch_size, n_cells) < self.size:
+            raise FitError(
+                f"batch_size counts the cells of all {self.size} ranks together, and each needs one: got "
+                f"{batch_size} of {n_cells} cells"
+            )
+        n_batches = min(-(-n_cells // batch_size), n_cells // self.size)
+        shards = [len(range(rank, n_cells, self.size)) for rank in range(self.size)]
+        return [sum(n // n_batches + (step < n % n_batches) for n in shards) for step in range(n_batches)]
+
+    @abstractmethod
+    def among_all(self, rows: Tensor) -> Tensor:
+        """Positions among the rows of all processes, of positions in the own shard."""
+
+    @abstractmethod
+    def noise_seed(self, *numbers: int) -> int:
+        """A seed of this process' own; of the first, the first of the numbers."""
+
+    @abstractmethod
+    def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
+        """The bound of a minibatch, ``len_all`` cells over all processes, with gradients for the whole of it."""
+
+    @abstractmethod
+    def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
+        """The same for a bound that leaves the gradients of this process' cells alone in ``parameters``."""
+
+    @abstractmethod
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums over all processes."""
+
+    @abstractmethod
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all processes, one shard after the other."""
+
+    @abstractmethod
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, for all; its errors are raised in all."""
+
+    @abstractmethod
+    def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """Refuse a run that is not the same on all processes.
+
+        Raises
+        ------
+        FitError
+            In all of them, naming what differs.
+        """
+
+    @abstractmethod
+    def average_statistics(self, *parts: nn.Module) -> None:
+        """Give all processes the same running statistics, the mean of theirs."""
+
+
+@final
+class SingleProcess(Processes):
+    """One process with all of the cells: what every run is unless ``joined`` says otherwise.
+
+    Examples
+    --------
+    >>> alone = ps.distributed.SingleProcess()
+    >>> alone.rank, alone.size, alone.first
+    (0, 1, True)
+    >>> ps.fit(ps.SCVI(20, 2), cells, ranks=alone, epochs=1, progress=False).settings["epochs"]
+    1
+    """
+
+    rank = 0
+    size = 1
+
+    def __repr__(self) -> str:
+        return "SingleProcess()"
+
+    def among_all(self, rows: Tensor) -> Tensor:
+        """All rows are its own."""
+        return rows
+
+    def noise_seed(self, *numbers: int) -> int:
+        """The first of the numbers."""
+        return numbers[0]
+
+    def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
+        """By the ELBO itself."""
+
+        def of_minibatch(*args: Any, len_all: int, **kwargs: Any) -> float:
+            return elbo.loss_and_grads(model, guide, *args, **kwargs)
+
+        return of_minibatch
+
+    def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
+        """There is nothing to add to its own."""
+        return own
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """The values."""
+        return values
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows."""
+        return rows
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Made here."""
+        return make()
+
+    def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """There is no other process to differ from, so the facts are not asked for."""
+
+    def average_statistics(self, *parts: nn.Module) -> None:
+        """They are the mean already."""
+
+
+@final
+class ProcessGroup(Processes):
+    """The processes of torch's process group: each trains on its own share of the cells, with noise of its own.
+
+    A step's gradient is that of the cells of all ranks together. Batch normalisation takes the statistics of each
+    rank's own cells in training, and the mean over ranks of the running ones afterwards: keep ``batch_size`` at some
+    dozens of cells for each rank, or take ``ps.networks.LayerNorm()``.
+
+    Raises
+    ------
+    FitError
+        Of every method, if another rank was lost.
+
+    Examples
+    --------
+    >>> store = torch.distributed.HashStore()
+    >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> with ps.distributed.joined() as ranks:
+    ...     print(ranks)
+    ...
+    ProcessGroup(rank 0 of 1)
+    >>> torch.distributed.destroy_process_group()
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def __repr__(self) -> str:
+        return f"ProcessGroup(rank {self.rank} of {self.size})"
+
+    def among_all(self, rows: Tensor) -> Tensor:
+        """Shards are every ``size``-th row."""
+        return rows * self.size + self.rank
+
+    def noise_seed(self, *numbers: int) -> int:
+        """The rank is one of the numbers, but for the first rank."""
+        return seed_of(*numbers, self.rank) if self.rank else numbers[0]
+
+    def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
+        """Wrap bound and programs in DistributedDataParallel, which starts all ranks at the parameters of the first.
+
+        Raises
+        ------
+        FitError
+            If the ELBO has no ``differentiable_loss``, or another rank was lost.
+        """
+        if not hasattr(elbo, "differentiable_loss"):
+            raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
+        with self._together():
+            # Running statistics are each rank's own between steps; average_statistics brings them together.
+            bound = DistributedDataParallel(Bound(elbo, model, guide), **_OWN_BUFFERS)
+            for buffer in bound.buffers():  # which torch before 2.13 leaves as they are
+                distributed.broadcast(buffer, 0)
+
+        def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
+            loss = bound(x, *args, **kwargs)
+            # Ranks weigh alike in the mean over them; cells shall, where one rank has a cell more than another.
+            with self._together():
+                (loss * (len(x) * self.size / len_all)).backward()
+            return loss.item()
+
+        return of_minibatch
+
+    def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
+        """By one message for all gradients."""
+
+        def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
+            loss = own(x, *args, len_all=len_all, **kwargs)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            message = torch.cat([gradient.flatten() for gradient in gradients]) * (len(x) / len_all)
+            with self._together():
+                distributed.all_reduce(message)
+            for gradient, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+            return loss
+
+        return of_minibatch
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Through the CPU: a handful of numbers."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        with self._together():
+            distributed.all_reduce(sums)
+        return tuple(sums.tolist())
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """By torch's all_gather_object."""
+        return np.concatenate(self._of_all(rows))
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """By torch's broadcast_object_list, errors included."""
+        told: list[Any] = [None, None]
+        try:
+            told[0] = make() if self.first else None
+        except Exception as raised:
+            told[1] = raised
+        with self._together():
+            distributed.broadcast_object_list(told)
+        made, error = told
+        if error is not None:
+            raise error
+        return made
+
+    def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """By torch's all_gather_object."""
+        first, *others = self._of_all(facts())
+        differing = [
+            "{} is {} on rank 0 and {} on rank {}".format(name, *_apart(str(first[name]), str(other[name])), rank)
+            for rank, other in enumerate(others, 1)
+            for name in first
+            if other[name] != first[name]
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise FitError(
+                f"all ranks must call fit with the same model, cells and options: {'; '.join(differing[:3])}{more}"
+            )
+
+    def _of_all(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        with self._together():
+            distributed.all_gather_object(found, value)
+        return found
+
+    def average_statistics(self, *parts: nn.Module) -> None:
+        """One small message for each layer, once an epoch."""
+        with self._together():
+            for statistic in running_statistics(*parts):
+                distributed.all_reduce(statistic)
+                statistic /= self.size
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say what it means that torch cannot reach the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, distributed.DistError) and not _LOST.search(str(error)):
+                raise
+            reason = " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]
+            raise FitError(
+                f"rank {self.rank} of {self.size} could not go on with the others ({reason}): one of them was lost, "
+                "and says itself why if it could. With a checkpoint, start again with resume=True and any number of "
+                "ranks"
+            ) from error
+
+
+def _apart(*texts: str) -> list[str]:
+    """Of long descriptions what lies around their first difference."""
+    start = max(0, len(os.path.commonprefix(texts)) - 40)
+    return [text if len(text) <= 80 else f"{'...' * (start > 0)}{text[start : start + 80]}..." for text in texts]
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the ranks that torchrun started; without torchrun, one process alone.
+
+    On a machine with CUDA each rank takes the GPU of its local rank. Pass what this yields to ``fit`` and, where files
+    are written, ask it whether this process is the ``first``::
+
+        with ps.distributed.joined() as ranks:
+            fit = ps.fit(model, cells, ranks=ranks, batch_size=1024)
+            if ranks.first:
+                fit.save("fit")
+
+    and start the script by ``torchrun --nproc-per-node 2 script.py``. Where torch's process group was made before, it
+    is used and left open.
+
+    Yields
+    ------
+    SingleProcess or ProcessGroup
+        What ``fit`` takes as ``ranks``.
+
+    Warns
+    -----
+    UserWarning
+        If WORLD_SIZE says that there are several processes, which nothing has joined: each then trains alone.
+
+    Examples
+    --------
+    >>> with ps.distributed.joined() as ranks:
+    ...     made = ps.fit(ps.SCVI(20, 2), cells, ranks=ranks, epochs=1, progress=False)
+    ...
+    >>> ranks.first, len(made.history)
+    (True, 1)
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        yield ProcessGroup()
+        return
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        if (size := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+            warnings.warn(
+                f"WORLD_SIZE is {size}, but neither torchrun nor a process group is there to join them: each process "
+                "trains alone. Start them by torchrun, or call torch.distributed.init_process_group before",
+                UserWarning,
+                stacklevel=3,
+            )
+        yield SingleProcess()
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield ProcessGroup()
+    finally:
+        distributed.destroy_process_group()

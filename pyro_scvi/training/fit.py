@@ -1,0 +1,264 @@
+"""fit: stochastic variational inference on minibatches."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import ELBO
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.errors import CheckpointError, FitError, ModelError
+from pyro_scvi.guides.amortized import DiagonalNormal
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.persistence import archive
+from pyro_scvi.persistence.serialization import facts_of
+from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
+from pyro_scvi.training.checkpoint import Checkpoints, identity
+from pyro_scvi.training.checks import check_kinds
+from pyro_scvi.training.distributed import Processes, SingleProcess
+from pyro_scvi.training.fitted import Fit
+from pyro_scvi.training.loop import Trainer, TrainingData, evenly_spaced
+from pyro_scvi.training.options import TrainingOptions
+from pyro_scvi.training.signals import noted_interrupts
+from pyro_scvi.utils.random_state import seeded
+
+WATCHED = 2048  # held-out cells at most, after every epoch
+
+
+def fit(
+    model: SCVI,
+    cells: Cells,
+    guide: Guide | None = None,
+    *,
+    epochs: int | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    compiled: bool = False,
+    validation: float | int | Cells = 0.1,
+    patience: int | None = None,
+    learning_rate: LearningRate = OneCycle(),
+    eps: float = 1e-8,
+    kl_weight: KLWeight = ConstantKL(),
+    elbo: ELBO | None = None,
+    data_start: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: CheckpointInterval = CheckpointInterval(),
+    resume: bool = False,
+    ranks: Processes = SingleProcess(),
+    progress: bool = True,
+) -> Fit:
+    r"""Train model and guide, in place, by stochastic gradient steps on the evidence bound.
+
+    .. math:: L(n) = E_{q(z | x_n)} \log p(x_n | z) - KL(q(z | x_n) \| p(z))
+
+    (Lopez et al. 2017, Eq. 1), with the KL divergence in closed form where there is one.
+
+    Parameters
+    ----------
+    model, cells
+        The law and the training cells.
+    guide
+        q(z | x); None: DiagonalNormal(model, seed=seed).
+    epochs
+        Passes through the cells; None: 60 up to 2,500 cells, fewer for more,
+        with the square root of their number, but at least 8.
+    batch_size
+        Cells per step, over all ranks.
+    seed
+        Of shuffling, dropout and reparameterised noise; the global random state is left alone.
+    device
+        "auto" takes CUDA, else MPS, else the CPU.
+    dtype
+        Precision of parameters and likelihood.
+    autocast
+        torch.bfloat16: the networks multiply matrices in that precision during training, which processors that have
+        it do about twice as fast. What is lost in held-out evidence is in the documentation, under performance.
+    compiled
+        Whether steps are recorded once and compiled: seconds to a minute at the start, then about two thirds of the
+        time a step. For the ``elbo`` None, with a C++ compiler (on CUDA: Triton); steps with another KL weight than 1
+        are not. The results are those without, but for rounding. A condition on values in a prior or network of your
+        own is refused; other state that its Python changes between steps stays as it was recorded.
+    validation
+        Cells held out to watch the bound (at most 2,048, spread over them): a share or number of ``cells``, or Cells
+        of their own; 0 for none. The state of the epoch with the best held-out bound (under the last ``kl_weight``)
+        is what the fit returns, so judge it on yet other cells. A guide that is not amortized trains on all cells and
+        watches none.
+    patience
+        Stop when the held-out bound has not improved for so many epochs; None: never.
+    learning_rate, eps
+        Schedule and epsilon of the Adam optimiser.
+    kl_weight
+        Weight of the KL divergence of z. The history always reports the untempered bound.
+    elbo
+        Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
+    data_start
+        Start the genes' means and the library's law at the data's, unless the model was trained before.
+    checkpoint, checkpoint_every
+        Directory that holds the state of training at the end of an epoch, and how often it is written. What is there
+        stays readable until the next is complete. :func:`load` gives the fit that it amounts to.
+    resume
+        Whether to go on from the checkpoint, with the same model, cells and options as before; on one thread of a CPU
+        the result is that of a run that was never stopped, bit for bit. Without a checkpoint training starts from the
+        beginning.
+    ranks
+        Which processes train together, as ``ps.distributed.joined()`` finds them. Each must call ``fit`` with the same
+        arguments; each then has the whole fit. The first writes checkpoints and shows progress.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    Fit
+        Model and guide, in evaluation mode, with the history of the run and the cells' schema.
+
+    Raises
+    ------
+    ModelError
+        If model, guide and cells do not fit together, one of them is of the wrong kind, a parameter takes no part in
+        the loss, or the seed is no integer of 0 or more.
+    SchemaError
+        If validation cells have another schema.
+    DataError
+        If no cell would be left to train on, or none held out.
+    FitError
+        If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
+        run, an option is out of range or of the wrong kind, the device cannot be used, ranks were given different
+        arguments or too few cells, or another rank was lost. Its ``fit`` is the Fit of the last good epoch, if there
+        was one.
+    CheckpointError
+        If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
+        before. Nothing that was there is lost.
+    KeyboardInterrupt
+        If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; model and guide are then in the
+        state of the best epoch so far.
+
+    Warns
+    -----
+    UserWarning
+        If the learning rate had to be halved because the loss was no number (``settings["halvings"]``), or if SIGINT or
+        SIGTERM ended the run early (``settings["interrupted"]``): the Fit is then that of the epochs that had ended.
+
+    Notes
+    -----
+    Fits in several threads take turns: torch's generator and Pyro's handlers belong to the process, and other threads
+    should leave both alone meanwhile. Signals are noted in the main thread only; a handler of your own is called, too.
+    Only one run at a time may write a checkpoint. A resumed run is told apart by its options, its counts (those on disk
+    by their sums) and how model and guide were made; parts of your own by their class and repr only.
+
+    Examples
+    --------
+    >>> model = ps.SCVI(cells.n_genes, n_latent=2)
+    >>> fit = ps.fit(model, cells, epochs=20, seed=0, progress=False)
+    >>> fit.history.columns.tolist()
+    ['train_loss', 'held_out_loss', 'kl', 'learning_rate', 'kl_weight', 'seconds']
+    >>> bool(fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0])
+    True
+    """
+    options = TrainingOptions.among(locals())  # first, while these are the arguments
+    check_kinds(model, cells, guide)
+    guide = DiagonalNormal(model, seed=seed) if guide is None else guide
+    if guide.model is not model:
+        raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
+    options = options.checked(model, cells)
+    ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
+    train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
+    options = options.for_cells(len(train_rows))
+    data = _on_device(cells, train_rows, held_out, options)
+    if data_start and not model.trained:
+        start_from_data(model, data.train, ranks)
+    model.to(options.device, dtype)
+    guide.to(options.device, dtype)
+    made = _trained(model, guide, cells, data, options)
+    _warn(made)
+    return made
+
+
+def _held_out(
+    cells: Cells, validation: float | int | Cells, seed: int
+) -> tuple[np.ndarray, tuple[Cells, np.ndarray] | None]:
+    """Rows of the training cells, and the cells to watch with their rows; of the same matrix no copy is made."""
+    if isinstance(validation, Cells):
+        return np.arange(cells.n_cells), (validation, evenly_spaced(WATCHED, validation.n_cells).numpy())
+    if not validation:
+        return np.arange(cells.n_cells), None
+    train, held_out = cells.split_rows(held_out=validation, seed=seed)
+    return train, (cells, held_out[evenly_spaced(WATCHED, len(held_out)).numpy()])
+
+
+def _on_device(
+    cells: Cells, train_rows: np.ndarray, held_out: tuple[Cells, np.ndarray] | None, options: TrainingOptions
+) -> TrainingData:
+    """What this process has of the training cells and of the cells to watch."""
+    place, dtype, ranks = options.device, options.dtype, options.ranks
+    sizes = ranks.batch_sizes(len(train_rows), options.batch_size)
+    train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
+    watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
+    return TrainingData(train, watched, len(train_rows), sizes)
+
+
+def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:
+    """Set the genes' biases to their log mean counts, and the library's law to the log totals' mean and sd."""
+    totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
+    means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
+    model.library.start_from(torch.as_tensor(totals).float(), torch.as_tensor(gamma))
+    bias = model.decoder.heads["log_mean"]._parameters.get("bias")
+    if bias is not None:
+        with torch.no_grad():
+            bias.copy_((means + 1 / len(totals)).log())
+
+
+def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, options: TrainingOptions) -> Fit:
+    """The Fit of a run; an error carries that of the epochs that had ended, if there are any."""
+    settings: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
+    settings |= {"n_cells": data.n_cells}
+    checkpoints = _checkpoints(model, guide, cells, options, settings)
+    with seeded(options.seed), pyro.get_param_store().scope(), noted_interrupts() as interrupts:
+        trainer = Trainer.at_start(model, guide, data, options, checkpoints, interrupts)
+        try:
+            trainer.train()
+        except (FitError, CheckpointError) as error:
+            error.fit = _made(trainer, cells, settings) if trainer.state.rows else None
+            raise
+    return _made(trainer, cells, settings)
+
+
+def _checkpoints(
+    model: SCVI, guide: Guide, cells: Cells, options: TrainingOptions, settings: dict[str, Any]
+) -> Checkpoints | None:
+    """The run's checkpoint, where one was asked for and this process writes it."""
+    if options.checkpoint is None or not options.ranks.first:
+        return None
+    return Checkpoints(
+        archive.folder(options.checkpoint),
+        options.checkpoint_every,
+        options.resume,
+        lambda history: facts_of(model, guide, history, cells.schema, settings),
+        identity(model, cells, settings | options.for_checkpoint()),
+    )
+
+
+def _made(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> Fit:
+    """The Fit of the epochs that have ended."""
+    state, received = trainer.state, trainer.interrupts.received
+    notes: dict[str, Any] = {"halvings": state.halvings} if state.halvings else {}
+    if received and len(state.rows) < settings["epochs"] and not state.best.waited_out:
+        notes["interrupted"] = f"{received} after epoch {len(state.rows)} of {settings['epochs']}"
+    trainer.model.trained = True
+    return Fit(trainer.model.eval(), trainer.guide.eval(), state.history, cells.schema, settings | notes)
+
+
+def _warn(made: Fit) -> None:
+    if halvings := made.settings.get("halvings"):
+        text = f"the loss was no number; the learning rate was halved {halvings} times: start with a smaller one"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    if interrupted := made.settings.get("interrupted"):
+        text = f"training was interrupted by {interrupted}; this is the fit of the epochs that had ended"
+        warnings.warn(text, UserWarning, stacklevel=3)

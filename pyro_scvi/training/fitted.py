@@ -1,0 +1,103 @@
+"""Fit: a trained model with its guide, history and schema, and how it is saved."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyro_scvi.data.schema import Schema
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.persistence import archive
+from pyro_scvi.persistence.serialization import facts_of, states_of
+from pyro_scvi.utils.html_repr import curves, table
+
+
+@dataclass(eq=False)
+class Fit:
+    """A trained model, as :func:`fit` and :func:`load` return it.
+
+    Attributes
+    ----------
+    model, guide
+        The law, and q.
+    history
+        By epoch: ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats per
+        cell, ``learning_rate``, ``kl_weight`` and ``seconds``.
+    schema
+        Of its cells: what further cells are read by.
+    settings
+        How the fit was made.
+
+    Examples
+    --------
+    >>> fit.settings
+    {'epochs': 5, 'batch_size': 128, 'seed': 0, 'n_cells': 43}
+    >>> len(fit.history), fit.schema == train.schema
+    (5, True)
+    >>> fit.save(folder / "fit")
+    >>> bool((ps.embed(ps.load(folder / "fit"), test) == ps.embed(fit, test)).all())
+    True
+    """
+
+    model: SCVI
+    guide: Guide
+    history: pd.DataFrame
+    schema: Schema
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.guide.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' precision."""
+        return next(self.guide.parameters()).dtype
+
+    def to(self, device: str | torch.device) -> "Fit":
+        """Move model and guide in place; returns the fit."""
+        self.model.to(device)
+        self.guide.to(device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write weights (safetensors) and configuration (JSON) into the directory ``path``; see :func:`load`.
+
+        Raises
+        ------
+        CheckpointError
+            If the directory holds something else than a save, or cannot be written; what was there is intact then.
+        """
+        facts = facts_of(self.model, self.guide, self.history, self.schema, self.settings)
+        archive.write(archive.folder(path), archive.Content("fit", facts, states_of(self.model, self.guide)))
+
+    def __repr__(self) -> str:
+        return "Fit\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        lines = {"training": self.history.train_loss.tolist(), "held out": self.history.held_out_loss.tolist()}
+        return table("Fit", self._facts(), curves(lines))
+
+    def _facts(self) -> dict[str, str]:
+        epochs, last = len(self.history), self.history.iloc[-1]
+        n_epochs = f"{epochs} epoch{'s' * (epochs != 1)}"
+        # As it was judged in training: without the prior of z where its weight ends at 0.
+        weight = self.history.kl_weight
+        lasting = weight.iloc[0] if weight.nunique() == 1 else 1.0
+        judged = self.history.held_out_loss - (1 - lasting) * self.history.kl
+        watched = bool(judged.notna().any())
+        kept = self.history.iloc[int(np.nanargmin(judged))] if watched else last
+        held_out = f"{kept.held_out_loss:.2f} nats per cell in epoch {kept.name}, the best, which was kept"
+        return {
+            "model": repr(self.model),
+            "guide": type(self.guide).__name__,
+            "training": f"{n_epochs} of {self.settings['n_cells']} cells, {self.history.seconds.sum():.1f} s",
+            "device": str(self.device),
+            "training loss": f"{kept.train_loss:.2f} nats per cell in epoch {kept.name}",
+            "held-out loss": held_out if watched else "no cells held out; the last epoch was kept",
+        }

@@ -1,0 +1,81 @@
+"""Loading a saved Fit: weights from safetensors, everything else from JSON, never a pickle."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_scvi.data.schema import Schema
+from pyro_scvi.errors import CheckpointError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.model import SCVI
+from pyro_scvi.persistence import archive
+from pyro_scvi.persistence.serialization import FIT_FACTS, build, check_shapes, history_of, put_states
+from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
+from pyro_scvi.training.fitted import Fit
+
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = None) -> Fit:
+    """Read a fit that :meth:`Fit.save` wrote, or the best state so far from a checkpoint of a run that goes on.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    model, guide
+        Needed where the fit holds parts that are not this package's own (a user's prior or likelihood): the same
+        objects, built again; their weights are then read.
+
+    Returns
+    -------
+    Fit
+        In evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If the save is missing, corrupt or of another format, or holds a part that must be passed.
+
+    Warns
+    -----
+    UserWarning
+        If the save is of format 1, which has no digest.
+
+    Examples
+    --------
+    >>> fit.save(folder / "saved")
+    >>> ps.load(folder / "saved").model
+    SCVI(n_genes=20, n_latent=2, ...)
+    """
+    source = archive.folder(path)
+    content = archive.read(source, {"fit": FIT_FACTS, "checkpoint": CHECKPOINT_FACTS})
+    try:
+        return _rebuilt(content, model, guide)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except Exception as error:  # whatever a constructor says of arguments that this version does not write
+        raise CheckpointError(f"the save {source} does not fit together: {error}") from error
+
+
+def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) -> Fit:
+    facts: dict[str, Any] = content.facts
+    dtype = _PRECISIONS[facts["dtype"]]
+    model = build(facts["model"], None) if model is None else model
+    guide = build(facts["guide"], model) if guide is None else guide
+    if not isinstance(facts["settings"], dict):
+        raise CheckpointError("its settings are no mapping of names to values")
+    if not (isinstance(model, SCVI) and isinstance(guide, Guide)):
+        raise CheckpointError(f"it holds a {type(model).__name__} and a {type(guide).__name__}, no model and guide")
+    if guide.model is not model:
+        raise CheckpointError(
+            "the guide was made for another model; make it with this one, as in DiagonalNormal(model)"
+        )
+    history, schema = history_of(facts["history"]), Schema.from_dict(facts["schema"])
+    tensors = content.tensors if content.kind == "fit" else best_states(content)
+    check_shapes(model, guide, tensors)  # before anything of the caller's is changed
+    made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, schema, facts["settings"])
+    put_states(model, guide, tensors)
+    model.trained = True
+    return made

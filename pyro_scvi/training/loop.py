@@ -1,0 +1,312 @@
+"""The training loop: gradient steps on the evidence bound, and held-out cells after every epoch."""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.errors import FitError, PyroScviError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.inference.compiled import NotCompiled, Recorded
+from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
+from pyro_scvi.inference.evaluation import bound_terms, evaluating
+from pyro_scvi.model import SCVI
+from pyro_scvi.training.checkpoint import Checkpoints
+from pyro_scvi.training.checks import TemperedZ, check_gradients, check_sites, unique_parameters
+from pyro_scvi.training.distributed import LossAndGrads
+from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
+from pyro_scvi.training.options import TrainingOptions
+from pyro_scvi.training.signals import Interrupted, Interrupts
+from pyro_scvi.training.state import Snapshot, TrainingState
+from pyro_scvi.utils.allocator import keep_freed_memory
+from pyro_scvi.utils.execution import executing
+from pyro_scvi.utils.progress_bars import progress_bar
+
+WATCHED_IN_TRAINING = 256  # training cells whose bound is looked at where no cells are held out
+LEAST_KL = -1e4  # nats per cell
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingData(NamedTuple):
+    """Training cells and cells to watch: what this process has of both.
+
+    ``n_cells`` is the number of training cells over all processes, ``sizes`` how many of them each step of an epoch
+    takes.
+    """
+
+    train: Minibatches
+    held_out: Minibatches | None
+    n_cells: int
+    sizes: list[int]
+
+
+class Gradients(NamedTuple):
+    """Two ways to take the gradient of a step: by the programs, and by their recording where there is one."""
+
+    of_programs: LossAndGrads
+    recorded: LossAndGrads
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """One training run: what is trained, on which cells, how far it has come, and what may end it.
+
+    ``checkpoints`` are those that this process writes, None where it writes none.
+    """
+
+    model: SCVI
+    guide: Guide
+    data: TrainingData
+    options: TrainingOptions
+    gradients: Gradients
+    state: TrainingState
+    checkpoints: Checkpoints | None
+    interrupts: Interrupts
+
+    @classmethod
+    def at_start(
+        cls,
+        model: SCVI,
+        guide: Guide,
+        data: TrainingData,
+        options: TrainingOptions,
+        checkpoints: Checkpoints | None,
+        interrupts: Interrupts,
+    ) -> "Trainer":
+        """A run before its first step, with an optimiser and a schedule of its own."""
+        keep_freed_memory()
+        parameters = unique_parameters((model, guide))
+        by_programs = options.ranks.loss_and_grads(options.elbo, model, guide)
+        recorded = by_programs
+        if options.compiled:
+            recorded = options.ranks.reduced(Recorded(Bound(options.elbo, model, guide)), parameters)
+        # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
+        optimiser = torch.optim.Adam(parameters, eps=options.eps * data.n_cells, fused=True)
+        optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
+        schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
+        state = TrainingState(model, guide, optimiser, schedule, options.patience)
+        return cls(model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts)
+
+    def train(self) -> None:
+        """Train for the epochs of the options, until patience runs out or a signal comes; the best state is put back.
+
+        Raises
+        ------
+        FitError
+            If the loss is no number and halving the learning rate does not help.
+        KeyboardInterrupt
+            If a signal comes before the first epoch has ended, or comes twice.
+        """
+        state, epochs = self.state, self.options.epochs
+        try:
+            self._begin()
+            shown = self.options.progress and self.options.ranks.first
+            with warnings.catch_warnings(), progress_bar(epochs, "epoch", shown) as bar:
+                # Pyro warns of a loss that is NaN; here that is an error, which says more.
+                warnings.filterwarnings("ignore", "Encountered NaN")
+                bar.update(len(state.rows))
+                self._epochs(bar)
+        except Interrupted:
+            if not state.rows:
+                raise KeyboardInterrupt(f"{self.interrupts.received} before the first epoch had ended") from None
+        finally:
+            state.finish()
+        if self.checkpoints:
+            self.checkpoints.note(state, last=True)
+        if state.halvings:
+            self._require_improvement()
+
+    def _begin(self) -> None:
+        """Go on from the checkpoint, which the first rank has read, if there is one."""
+        state = self.state
+
+        def begun() -> Snapshot | None:
+            if self.checkpoints:
+                self.checkpoints.begin(state)
+            return state.good if state.rows else None
+
+        found = self.options.ranks.from_first(begun)
+        if found and found is not state.good:
+            state.restore(found)
+
+    def _epochs(self, bar: Any) -> None:
+        state, epochs, kl_weight = self.state, self.options.epochs, self.options.kl_weight
+        lasting = kl_weight.at(epochs - 1, epochs)
+        while len(state.rows) < epochs and not state.best.waited_out:
+            try:
+                row = self._row(TemperedZ(kl_weight.at(len(state.rows), epochs)))
+            except Diverged as failure:
+                self._retreat(failure)
+                continue
+            # Judged by what is trained for: without the prior of z where its weight ends at 0.
+            state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
+            if self.checkpoints:
+                self.checkpoints.note(state)
+            bar.set_postfix_str(_losses(row), refresh=False)
+            bar.update()
+        if state.best.waited_out:
+            _log.info(
+                "stopped after epoch %d: the held-out bound was better %d epochs before",
+                len(state.rows),
+                state.best.waited,
+            )
+
+    def _row(self, tempered: TemperedZ) -> dict[str, float]:
+        """Train for one epoch and look at the held-out cells: the epoch's row of the history."""
+        started, state, ranks = time.perf_counter(), self.state, self.options.ranks
+        epoch = len(state.rows)
+        row: dict[str, float] = {"learning_rate": state.learning_rate, "kl_weight": tempered.weight}
+        try:
+            row["train_loss"] = self.epoch(tempered, epoch)
+        except NotCompiled:
+            if self.interrupts.received:  # a terminal's signal goes to the compiler, too
+                raise Interrupted from None
+            raise
+        except ValueError as error:  # of Pyro's checks in the first step
+            if isinstance(error, PyroScviError):
+                raise
+            raise self._cannot_score(error) from error
+        row["held_out_loss"], row["kl"] = self.evaluate(self.data.held_out or self.data.train, epoch)
+        if not state.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
+            raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
+        if self.data.held_out is None:
+            row["held_out_loss"] = math.nan
+        (seconds,) = ranks.sum(time.perf_counter() - started)
+        return row | {"seconds": seconds / ranks.size}
+
+    def _cannot_score(self, error: ValueError) -> FitError:
+        lost = nonfinite_parameters(self.model, self.guide)
+        what = lost or " ".join(str(error).split())[:300] or type(error).__name__
+        return FitError(f"the model cannot score these cells: {what}; make a new model, or mend its parts")
+
+    def _retreat(self, failure: Diverged) -> None:
+        """Go back to the last good state and halve the learning rate, as long as that can help."""
+        state, rate, epoch = self.state, self.state.learning_rate, len(self.state.rows)
+        _log.info("%s, at learning rate %.2g: back to the end of epoch %d", failure, rate, epoch)
+        if failure.trained and state.halvings < HALVINGS:
+            state.halve()
+            return
+        state.restore(state.good)
+        tried = f", halved {state.halvings} times in this run" if state.halvings else ""
+        raise FitError(
+            f"{failure}, at learning rate {rate:.2g}{tried}. Model and guide are as after epoch {epoch}: there "
+            f"{suspects(self.model, self.guide, self.data.train)}. Try a smaller learning_rate, another prior, "
+            "or leave out such cells or genes"
+        ) from failure
+
+    def _require_improvement(self) -> None:
+        """Refuse what is left of a run that diverged, where the untrained model explains cells better."""
+        state, cells = self.state, self.data.held_out or self.data.train
+        reached = state.good
+        after, kl = self.evaluate(cells, 0)
+        state.restore(state.start)
+        before, _ = self.evaluate(cells, 0)
+        state.restore(reached)
+        state.finish()
+        if after > before or _impossible(after, kl):
+            raise FitError(
+                f"the loss was no number {state.halvings} times, and what was learned at half the learning rate each "
+                f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
+                "make a new model and try a smaller learning_rate"
+            )
+
+    def epoch(self, tempered: TemperedZ, epoch: int) -> float:
+        """One pass through the training cells; returns the untempered loss in nats per cell."""
+        ranks = self.options.ranks
+        self.model.train()
+        self.guide.train()
+        if not ranks.first:  # the first goes on with what it, or the checkpoint, drew before
+            torch.manual_seed(ranks.noise_seed(self.options.seed, epoch))
+        total = 0.0
+        for step, rows in enumerate(self.data.train.shuffled_into(len(self.data.sizes))):
+            loss = self._gradient(rows, step, tempered, checked=epoch == 0 and step == 0)
+            value, ends = ranks.sum(
+                loss / self.data.n_cells * len(rows) + tempered.missing(), bool(self.interrupts.received)
+            )
+            if not math.isfinite(value):
+                raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
+            self.state.step()
+            total += value
+            if ends:  # what came since is for the next step: all ranks end after the same
+                self.interrupts.note_another_rank()
+                raise Interrupted
+        ranks.average_statistics(self.model, self.guide)
+        return total / self.data.n_cells
+
+    def _gradient(self, rows: Tensor, step: int, tempered: TemperedZ, *, checked: bool) -> float:
+        """Take the gradient of one step's cells; returns the loss of the whole step, nats, as if for all cells."""
+        x, gamma = self.data.train.rows(rows)
+        given: dict[str, Any] = {"index": self.options.ranks.among_all(rows), "n_cells": self.data.n_cells}
+        if checked:
+            check_sites(self.model, self.guide, x, gamma, **given)
+        tempers = tempered.weight != 1
+        take = self.gradients.of_programs if checked or tempers else self.gradients.recorded
+        with self._validating(checked, x), self._quickly(checked), tempered if tempers else nullcontext():
+            loss = take(x, gamma, len_all=self.data.sizes[step], **given)
+        if checked:
+            check_gradients(self.model, self.guide)
+        return loss
+
+    @staticmethod
+    @contextmanager
+    def _validating(checked: bool, x: Tensor) -> Iterator[None]:
+        """Pyro's checks of the programs; its laws' only of counts, because corrected ones are outside their support."""
+        with pyro.validation_enabled(checked):
+            with pyro.distributions.validation_enabled(checked and bool((x == x.round()).all())):
+                yield
+
+    @contextmanager
+    def _quickly(self, checked: bool) -> Iterator[None]:
+        """Matrix products as asked for; parameters unregistered, but for Pyro's own ELBOs, which look for them."""
+        own = isinstance(self.options.elbo, MeanFieldELBO) and not checked
+        with executing(matrix_products=self.options.autocast, register_parameters=not own, check_programs=checked):
+            yield
+
+    def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
+        """Negative bound and KL in nats per cell, by one draw for each held-out cell or for 256 training cells.
+
+        Every rank looks at its share of them.
+        """
+        if not self.guide.amortized:
+            return math.nan, math.nan
+        ranks, rows = self.options.ranks, torch.arange(cells.n_cells, device=cells.device)
+        if cells is self.data.train:
+            rows = rows[evenly_spaced(-(-WATCHED_IN_TRAINING // ranks.size), cells.n_cells)]
+        sums, n = [0.0, 0.0], 0
+        with evaluating(self.model, self.guide, ranks.noise_seed(seed)):
+            for some in rows.split(512) if len(rows) else ():
+                log_weight, gap = bound_terms(self.guide, *cells.rows(some))
+                sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
+                n += len(some)
+        loss, kl, seen = ranks.sum(*sums, n)
+        return loss / seen, kl / seen
+
+
+def _losses(row: dict[str, float]) -> str:
+    """What a progress bar says of an epoch: the held-out loss only where cells were watched."""
+    losses = {"train": row["train_loss"], "held out": row["held_out_loss"]}
+    return ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items() if not math.isnan(loss)) + " nats per cell"
+
+
+def evenly_spaced(at_most: int, n: int) -> Tensor:
+    """At most so many of n positions, spread evenly over them: files are sorted by cell type or donor."""
+    few = min(at_most, n)
+    return torch.arange(few) * n // max(few, 1)
+
+
+def _impossible(bound: float, kl: float) -> bool:
+    """Whether a look at cells gave what no law gives: no number, or a divergence far below 0.
+
+    One draw of the divergence may lie some nats below 0; parameters gone wild give millions, and a bound to match.
+    """
+    return not math.isfinite(bound) or kl < LEAST_KL

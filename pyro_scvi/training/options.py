@@ -1,0 +1,184 @@
+"""Options of training: one record of all of them, and their checks."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.minibatches import resolve_device
+from pyro_scvi.errors import FitError, ModelError, SchemaError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.inference.elbo import MeanFieldELBO
+from pyro_scvi.model import SCVI
+from pyro_scvi.nn.component import lasting_repr
+from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
+from pyro_scvi.training.checks import check_run
+from pyro_scvi.training.distributed import Processes
+from pyro_scvi.utils.checks import brief
+
+# Where a run is written and shown. These may differ between ranks, and between a run and its resumption.
+_OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of :func:`fit`, under the names and in the order of its arguments, which have the defaults.
+
+    They are as the user gave them until ``checked`` and ``for_cells`` have put objects and numbers in the place of
+    "auto" and None; the types below are those afterwards.
+    """
+
+    epochs: int
+    batch_size: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    compiled: bool
+    validation: float | int | Cells
+    patience: int | None
+    learning_rate: LearningRate
+    eps: float
+    kl_weight: KLWeight
+    elbo: ELBO
+    data_start: bool
+    checkpoint: str | Path | None
+    checkpoint_every: CheckpointInterval
+    resume: bool
+    ranks: Processes
+    progress: bool
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> "TrainingOptions":
+        """Those of a function's arguments that are options."""
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
+
+    def checked(self, model: SCVI, cells: Cells) -> "TrainingOptions":
+        """The same with the device that "auto" means, after the checks that every rank can make for itself.
+
+        Raises
+        ------
+        ModelError, SchemaError
+            If model, cells and validation cells do not fit together.
+        FitError
+            If the device cannot be used, or another option that no rank may have is wrong.
+        """
+        found = replace(self, device=resolve_device(self.device))
+        _check_cells(model, cells, self.validation)
+        _check_precision(self.dtype, self.autocast)
+        if not isinstance(self.ranks, Processes):
+            raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
+        _check_compiled(self.compiled, self.elbo)
+        return found
+
+    def for_cells(self, n_cells: int) -> "TrainingOptions":
+        """The same with the defaults of a run on so many training cells.
+
+        Raises
+        ------
+        FitError
+            If an option is out of range or of the wrong kind.
+        """
+        epochs = default_epochs(n_cells) if self.epochs is None else self.epochs
+        check_run(epochs, self.batch_size, self.patience, self.eps)
+        _check_options(self.learning_rate, self.kl_weight, self.elbo, int(epochs))
+        _check_checkpoint(self.checkpoint, self.checkpoint_every, self.resume)
+        return replace(
+            self,
+            epochs=int(epochs),  # NumPy's integers are none to torch and JSON
+            batch_size=int(self.batch_size),
+            seed=int(self.seed),
+            elbo=MeanFieldELBO() if self.elbo is None else self.elbo,
+        )
+
+    def of_run(self) -> dict[str, Any]:
+        """By name, those that decide what is learned."""
+        options = {name: value for name, value in vars(self).items() if name not in _OUTSIDE_THE_RUN}
+        return options | {"device": self.device.type}
+
+    def for_ranks(self, model: SCVI, guide: Guide, cells: Cells) -> dict[str, Any]:
+        """What must be alike on all ranks, as they can send and compare it."""
+        return self.of_run() | {
+            "learning_rate": lasting_repr(self.learning_rate),
+            "kl_weight": lasting_repr(self.kl_weight),
+            "elbo": type(self.elbo).__name__,
+            "cells": _brief(cells),
+            "validation": _brief(self.validation),
+            "model": lasting_repr(model),
+            "guide": lasting_repr(guide),
+            "trained before": model.trained,
+        }
+
+    def for_checkpoint(self) -> dict[str, Any]:
+        """What a run and its resumption must share, beside what a fit says of itself."""
+        options = self.of_run()
+        options.pop("dtype")  # a fit says it
+        if not self.compiled:
+            options.pop("compiled")  # earlier checkpoints do not say it
+        return options
+
+
+def default_epochs(n_cells: int) -> int:
+    """60 epochs up to 2,500 cells, fewer with the square root of more cells, but at least 8."""
+    return max(8, min(60, round(60 * math.sqrt(2500 / n_cells))))
+
+
+def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
+    if (cells.n_genes, cells.n_covariates) != (model.n_genes, model.n_covariates):
+        raise ModelError(
+            f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
+            f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
+        )
+    if isinstance(held_out, Cells) and held_out.schema != cells.schema:
+        raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
+
+
+def _check_precision(dtype: Any, autocast: Any) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise FitError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; autocast=torch.bfloat16 is faster"
+        )
+    if autocast is not None and dtype != torch.float32:
+        raise FitError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
+    if autocast not in (None, torch.bfloat16):
+        raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
+
+
+def _check_compiled(compiled: Any, elbo: Any) -> None:
+    if not isinstance(compiled, bool):
+        raise FitError(f"compiled must be True or False, got {brief(compiled)}")
+    if compiled and elbo is not None:
+        raise FitError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
+
+
+def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:
+    if not isinstance(learning_rate, LearningRate):
+        raise FitError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
+    if not isinstance(kl_weight, KLWeight):
+        raise FitError(f"kl_weight must be an object, as in ps.schedules.ConstantKL(0.5); got {kl_weight!r}")
+    if elbo is not None and not isinstance(elbo, ELBO):
+        raise FitError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
+    kl_weight.at(0, epochs)
+
+
+def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
+    if resume and checkpoint is None:
+        raise FitError("resume needs the directory to go on from: pass checkpoint=")
+    if not isinstance(every, CheckpointInterval):
+        raise FitError(
+            f"checkpoint_every must be an object, as in ps.schedules.CheckpointInterval(epochs=5); got {every!r}"
+        )
+
+
+def _brief(cells: Any) -> str:
+    """Cells by what is cheap to compare; what is none, such as a share of them, as it is."""
+    if not isinstance(cells, Cells):
+        return repr(cells)
+    digest = hashlib.sha256(cells.totals.tobytes() + cells.covariates.tobytes()).hexdigest()[:8]
+    return f"{cells.n_cells} x {cells.n_genes} with digest {digest} of totals and covariates"

@@ -1,0 +1,1 @@
+"""Utilities without statistics: argument checks, random state, progress bars, HTML reprs."""

@@ -1,0 +1,97 @@
+"""Checks of plain arguments, and warnings that name the caller's line."""
+
+import math
+import sys
+import warnings
+from numbers import Integral, Real
+from types import FrameType, UnionType
+from typing import Any
+
+from pyro_scvi.errors import ModelError
+
+
+def require_at_least(least: int, /, **named: int) -> None:
+    """Refuse numbers of draws, cells or steps that are no integers or too small.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    for name, value in named.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ModelError(f"{name} must be an integer of {least} or more, got {brief(value)}")
+
+
+def require_number(value: Any, name: str, least: float = 0.0, below: float = math.inf) -> None:
+    """Refuse what is no number from ``least`` to less than ``below``, NaN included.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    if not _is_number(value) or not least <= value < below:
+        limits = f"from {least:g} to below {below:g}" if below < math.inf else f"of {least:g} or more"
+        raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
+
+
+def require_positive(value: Any, name: str, most: float = math.inf) -> None:
+    """Refuse what is no finite number above 0, up to ``most``.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument.
+    """
+    if not _is_number(value) or not (0 < value <= most and value < math.inf):
+        limits = f"above 0, up to {most:g}" if most < math.inf else "above 0"
+        raise ModelError(f"{name} must be a finite number {limits}, got {brief(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def require_seed(seed: Any) -> None:
+    """Refuse seeds that torch and NumPy do not both take.
+
+    Raises
+    ------
+    ModelError
+        If it is no integer from 0 to 2**63 - 1.
+    """
+    is_integer = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not is_integer or not 0 <= seed < 2**63:
+        raise ModelError(f"seed must be an integer from 0 to 2**63 - 1, got {brief(seed)}")
+
+
+def require_kind(value: Any, kind: type | UnionType, name: str, example: str) -> None:
+    """Refuse classes, words and other things in the place of an object.
+
+    Raises
+    ------
+    ModelError
+        Naming the argument, what came and an ``example`` of what would do.
+    """
+    if not isinstance(value, kind):
+        raise ModelError(f"{name} must be an object such as {example}; got {brief(value)}")
+
+
+def warn(text: str) -> None:
+    """Warn the caller of the package: the warning names the nearest line outside it, however deep the call is."""
+    level, frame = 1, sys._getframe().f_back
+    while frame is not None and _is_ours(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level + 1)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+
+
+def brief(value: Any) -> str:
+    """What came, for a message: words and numbers as they are, all else by its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if value is None or isinstance(value, str | Real) else type(value).__name__

@@ -1,0 +1,69 @@
+"""Progress bars: redrawn on a terminal or in a notebook, and one line now and then in a log file."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from time import monotonic
+from typing import Any, TypeVar
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.std import tqdm as text_tqdm
+
+T = TypeVar("T")
+
+EVERY = 30.0  # seconds between the lines of a log file
+SHORT = 5.0  # seconds that a question to a fit may take before it shows how far it is
+
+
+class Lines(text_tqdm):
+    """A line of text for every look, for streams in which no line can be drawn anew."""
+
+    def __init__(self, **options: Any) -> None:
+        form = "{unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+        self.began = monotonic()
+        super().__init__(None, mininterval=EVERY, miniters=1, bar_format=form, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write the line; where it stands among others does not matter."""
+        self.fp.write(f"{str(self) if msg is None else msg}\n")
+        self.fp.flush()
+
+    def close(self) -> None:
+        """Say where it ended, unless the last line did or nothing was said because it was short."""
+        if not self.disable and self.n > self.last_print_n and monotonic() - self.began >= (self.delay or 0.0):
+            self.refresh()
+        self.sp = None  # or tqdm would end the line once more
+        super().close()
+
+
+def progress_bar(total: int, unit: str, shown: bool, *, delay: float = 0.0) -> Any:
+    """A tqdm bar over ``total`` units on stderr, shown from ``delay`` seconds on; ``TQDM_DISABLE=1`` hides all."""
+    kind = tqdm if _redraws(sys.stderr) else Lines
+    return kind(total=total, unit=unit, delay=delay, disable=not (shown and total) or _all_hidden())
+
+
+def each(things: Sequence[T], unit: str, shown: bool) -> Iterator[T]:
+    """The things, with a bar over them."""
+    with progress_bar(len(things), unit, shown) as bar:
+        for thing in things:
+            yield thing
+            bar.update()
+
+
+def over_cells(batches: Iterable[tuple[Tensor, Tensor]], n_cells: int, shown: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of counts and covariates, with a bar over their cells where they take longer than a moment."""
+    with progress_bar(n_cells, "cell", shown, delay=SHORT) as bar:
+        for x, gamma in batches:
+            yield x, gamma
+            bar.update(len(x))
+
+
+def _all_hidden() -> bool:
+    """What TQDM_DISABLE says, which tqdm's own bars in notebooks do not ask."""
+    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+
+
+def _redraws(stream: Any) -> bool:
+    """Whether a line can be drawn anew: on a terminal, and on the stream of a notebook's kernel."""
+    return stream.isatty() or type(stream).__module__.startswith("ipykernel")

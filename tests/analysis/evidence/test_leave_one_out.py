@@ -1,0 +1,119 @@
+"""Leave-one-out of single entries against quadrature, its transforms, and the refusal to leave cells out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+import pyro_scvi as ps
+from pyro_scvi.analysis.evidence.leave_one_out import left_out
+from pyro_scvi.errors import ModelError
+
+
+def by_quadrature(fit, cells, points=401, width=6.0):
+    """Three arrays (cells, genes) by the trapezoidal rule over one latent.
+
+    Log p(x_ng | x_n,-g), log p(x_ng | x_n), which has seen the entry, and P(x' < x_ng | x_n,-g).
+    """
+    x, gamma = (tensor.double() for tensor in cells[:])
+    z = torch.linspace(-width, width, points, dtype=torch.float64)
+    with torch.no_grad():
+        theta = fit.model.decode(z[:, None, None, None].expand(-1, len(x), 1, 1), None, gamma)
+        law = fit.model.likelihood.marginal(**theta)
+        log_p = law.log_prob(x)
+        joint = log_p.sum(-1, keepdim=True) + fit.model.prior().log_prob(z[:, None]).reshape(-1, 1, 1)
+        without, seen = (joint - log_p).softmax(0), joint.softmax(0)
+        below = sum((k < x) * law.log_prob(torch.full_like(x, k)).exp() for k in range(int(x.max())))
+    sums = (without * log_p.exp()).sum(0).log(), (seen * log_p.exp()).sum(0).log(), (without * below).sum(0)
+    return [values.numpy() for values in sums]
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A fit to counts of its own model, whose latent says much about every gene."""
+    torch.set_num_threads(1)
+    model = ps.SCVI(12, 1, library=ps.libraries.NoLibrary(), n_hidden=8, norm=None, initial_sd=0.8, seed=3)
+    with torch.no_grad():
+        model.decoder.heads["log_mean"].bias += 1
+        model.decoder.heads["gate_logits"].bias -= 2
+        model.decoder.heads["log_inverse_dispersion"].bias += 2
+    counts = ps.prior_predictive(model, 200, seed=1)
+    counts = counts[(counts.sum(1) > 0) & (counts.max(1) < 200)]
+    options = {"data_start": False, "validation": 0, "progress": False, "dtype": torch.float64, "device": "cpu"}
+    guide = ps.guides.DiagonalNormal(model, n_hidden=8, norm=None)
+    schedule = ps.schedules.Constant(1e-4)  # the decoder stays all but as it was
+    fit = ps.fit(model, ps.Cells.from_counts(counts), guide, epochs=3, learning_rate=schedule, **options)
+    few = ps.Cells.from_counts(counts).take(range(15))
+    return fit, few, ps.leave_one_out(fit, few, samples=20_000)
+
+
+def test_probabilities_match_quadrature(toy):
+    fit, cells, found = toy
+    without, seen, below = by_quadrature(fit, cells)
+    assert found.elpd.dims == found.khat.dims == found.pit.dims == ("cell", "gene")
+    assert list(found.gene.values) == list(cells.gene_names)
+    assert (found.khat < 0.7).mean() > 0.9
+    vouched = found.khat.values < 0.5
+    error = np.abs(found.elpd.values - without)[vouched]
+    assert error.max() < 0.2
+    assert error.mean() < 0.1 * np.abs(seen - without)[vouched].mean()
+    # The transform of x lies between P(x' < x) and P(x' <= x).
+    assert (found.pit.values > below - 0.05)[vouched].all()
+    assert (found.pit.values < below + np.exp(without) + 0.05)[vouched].all()
+
+
+def test_transforms_are_uniform_under_the_model_and_not_under_another(toy):
+    """Entries of a cell share its latent, but most of their noise is their own: p < .001 is rare under the model."""
+    fit, _, _ = toy
+    counts = ps.prior_predictive(fit.model, 80, seed=8)
+    own = ps.Cells.from_counts(counts[(counts.sum(1) > 0) & (counts.max(1) < 200)][:50])
+    pit = ps.leave_one_out(fit, own, samples=500).pit.values.ravel()
+    assert pit.min() >= 0
+    assert pit.max() <= 1
+    assert kstest(pit, "uniform").pvalue > 0.001
+    poisson = ps.Cells.from_counts(np.random.default_rng(0).poisson(counts.mean(0), size=(50, 12)))
+    assert kstest(ps.leave_one_out(fit, poisson, samples=500).pit.values.ravel(), "uniform").pvalue < 1e-6
+
+
+def test_entries_on_which_all_draws_agree_have_no_tail():
+    log_p = torch.full((100, 1), -0.7, dtype=torch.float64)
+    elpd, khat, pit = left_out(log_p, torch.zeros(100, 1, dtype=torch.bool))
+    assert float(elpd) == pytest.approx(-0.7)
+    assert float(khat) == 0
+    assert 0 <= float(pit) <= math.exp(-0.7)
+
+
+def test_leaving_cells_out_is_refused_with_the_reason(toy):
+    fit, cells, _ = toy
+    with pytest.raises(ModelError, match=r"z_n is inferred from that cell alone.*use ps.evidence"):
+        ps.leave_one_out(fit, cells, over=("cell",))
+
+
+def test_one_seed_gives_one_result_and_the_global_state_is_untouched(toy):
+    fit, cells, found = toy
+    few = cells.take(np.flatnonzero(found.sampler_khat < 0)[:3])  # easy ones, of which a quick sampler does not warn
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    runs = [ps.leave_one_out(fit, few, samples=60, sampler=ps.Refined(), seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert runs[0].identical(runs[1])
+    assert not runs[0].identical(runs[2])
+
+
+def test_draws_that_do_not_follow_the_posterior_are_warned_of(toy):
+    fit, cells, found = toy
+    assert found.sampler_khat.dims == ("cell",)
+    assert (found.sampler_khat < 0.7).mean() > 0.9
+    with pytest.warns(UserWarning, match="sampler_khat is above 0.7"):
+        poor = ps.leave_one_out(fit, cells, samples=200, sampler=ps.Amortized())
+    assert (poor.sampler_khat > 0.7).mean() > 0.1
+
+
+def test_an_observed_library_is_refused():
+    model = ps.SCVI(12, 1, library=ps.libraries.ObservedLibrary(), n_hidden=8)
+    cells = ps.Cells.from_counts(np.random.default_rng(0).poisson(3.0, size=(20, 12)))
+    fit = ps.fit(model, cells, epochs=1, validation=0, progress=False)
+    with pytest.raises(ModelError, match="holds the entry that would be left out"):
+        ps.leave_one_out(fit, cells)

@@ -1,0 +1,331 @@
+"""The benchmarks: arithmetic of the harness, systems that should agree, that commands run, and how folders depend."""
+
+import ast
+import importlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.inference.evaluation import bound_terms, evaluating
+
+pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, not in the package")
+
+import benchmarks  # noqa: E402
+from benchmarks import cli  # noqa: E402
+from benchmarks.harness import processes, report, results, simulation, worker  # noqa: E402
+from benchmarks.harness.interleaving import Interleaved, Outcome  # noqa: E402
+from benchmarks.harness.simulation import batch_labels, zinb_counts  # noqa: E402
+from benchmarks.harness.stopwatch import Sample, Stopwatch  # noqa: E402
+from benchmarks.quality import learning_curves  # noqa: E402
+from benchmarks.quality.elbo import held_out_elbo  # noqa: E402
+from benchmarks.quality.held_out_scores import our_outputs  # noqa: E402
+from benchmarks.rows import large_data, time_to_quality  # noqa: E402
+from benchmarks.systems import matrix_products, ours_large, pyro_svi  # noqa: E402
+from benchmarks.systems.our_models import matched, matched_constant  # noqa: E402
+
+
+def samples(*cpu, work=100):
+    return [Sample(seconds, 2 * seconds, {"work": work}) for seconds in cpu]
+
+
+# --- lines of the table ---
+
+
+def test_ratios_are_of_minima_and_of_medians():
+    line = results.compared(
+        "row", results.CELLS_PER_SECOND, samples(2, 1, 4), samples(9, 6, 3), samples(0.5), bar=results.AtLeast(3)
+    )
+    assert (line.ours, line.peer, line.limit) == (100, pytest.approx(100 / 3), 200)
+    assert (line.ratio_min, line.ratio_median, line.ratio_wall, line.share) == (3, 3, 3, 0.5)
+    assert line.met == "yes"
+
+
+@pytest.mark.parametrize(("theirs", "met"), [((3.1, 3.2, 3.3), "yes"), ((2.9, 3.2, 3.3), "no"), ((3, 2.9, 3), "no")])
+def test_a_bar_on_the_ratio_needs_minima_and_medians(theirs, met):
+    line = results.compared("row", results.SECONDS, samples(1, 1, 1), samples(*theirs), bar=results.AtLeast(3))
+    assert line.met == met
+
+
+def test_a_bar_on_our_figure_needs_every_round():
+    line = results.Line("row", ours=1.0, ours_rounds=[1.0, 1.4])
+    assert line.judged(results.AtMost(1.3)).met == "no"
+    assert line.judged(results.AtMost(1.5)).met == "yes"
+
+
+def test_table_has_every_line_and_its_note():
+    lines = [results.compared("one", results.SECONDS, samples(1), samples(2)), results.skipped("two", "no data")]
+    head, _, one, two, note = report.table(lines).splitlines()
+    assert head.split()[:3] == ["row", "unit", "ours"]
+    assert one.split() == ["one", "CPU", "s", "0.01", "0.02", "2.00", "(2.00)", "2.00"]
+    assert two == "two"
+    assert note.strip() == "skipped: no data"
+
+
+def test_json_keeps_lines(tmp_path):
+    lines = [results.compared("one", results.SECONDS, samples(1, 2), samples(2)), results.skipped("two", "no data")]
+    lines.append(
+        time_to_quality.ratio_line("three", [None], [time_to_quality.Point(1, 2.0, 0.0, 0.0)], results.AtLeast(2), "")
+    )
+    report.write(tmp_path / "out.json", lines, {"command": "c"}, {"one": {"found": math.inf}})
+    assert repr(report.read(tmp_path / "out.json")) == repr(lines)
+    assert json.loads((tmp_path / "out.json").read_text())["details"] == {"one": {"found": "inf"}}
+
+
+@pytest.mark.parametrize(("new", "said"), [((3, 4), "beyond the spread"), ((1.5, 3), "within the spread")])
+def test_changes_say_whether_rounds_overlap(new, said):
+    old, new = (results.compared("row", results.SECONDS, samples(*cpu, work=1), samples(4)) for cpu in ((1, 2), new))
+    text = report.changes([old], [new, results.skipped("other", "")])
+    assert said in text
+    assert text.startswith(f"row: 1 -> {new.ours:.4g} CPU s, x {new.ours:.2f}")
+    assert "other" not in text
+    assert report.changes([], [new]) == "no line in common\n"
+
+
+# --- data and clocks ---
+
+
+def test_simulated_counts_are_seeded_and_sparse():
+    counts = zinb_counts(3000, 300, seed=1)
+    assert (counts != zinb_counts(3000, 300, seed=1)).nnz == 0
+    assert (counts != zinb_counts(3000, 300, seed=2)).nnz > 0
+    assert counts.nnz / 900_000 == pytest.approx(0.12, abs=0.03)
+    assert counts.data.min() > 0
+    assert counts.dtype == np.int32
+    assert set(batch_labels(100)) == {"a", "b"}
+
+
+def test_stopwatch_pauses():
+    watch = Stopwatch()
+    with watch:
+        pass
+    paused = watch.wall
+    sum(range(100_000))
+    assert watch.wall == paused
+    with watch:
+        sum(range(100_000))
+    assert watch.sample(work=2).facts == {"work": 2}
+    assert watch.wall > paused
+    assert watch.cpu > 0
+
+
+def test_gemms_have_the_operations_of_a_step():
+    assert matrix_products.flops_per_cell(720) == pytest.approx(1.5e6, rel=0.01)
+    assert matrix_products.gemms(30, 16, 64, 2)().facts["work"] == 128
+
+
+# --- systems that should be the same ---
+
+
+def test_bound_agrees_with_that_of_the_package(cells):
+    model, options = matched(cells, 0)
+    fit = ps.fit(model, cells, epochs=3, validation=0, progress=False, device="cpu", **options)
+    x, gamma = cells[:]
+    found = held_out_elbo(our_outputs(fit), x.double(), samples=200)
+    with evaluating(fit.model, fit.guide, 1):
+        terms, _ = bound_terms(fit.guide, x, gamma, 200)
+    se = math.hypot(found.se, float((terms.var(0).mean() / terms.numel()).sqrt()))
+    assert abs(found.value - float(terms.mean())) < 5 * se
+    assert se < 0.2
+
+
+def test_bound_by_hand_trains_as_pyro_does(batched_cells):
+    losses = []
+    for elbo in (None, pyro_svi.ByHand()):
+        model, options = matched_constant(batched_cells, 0)
+        options |= {"epochs": 2, "batch_size": 20, "validation": 0, "progress": False, "device": "cpu", "elbo": elbo}
+        losses.append(ps.fit(model, batched_cells, **options).history.train_loss)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_plain_pyro_trains():
+    facts = pyro_svi.plain(n_cells=64, n_genes=80, batch_size=32, epochs=1)().facts
+    assert facts["work"] == 64
+    assert 0 < facts["train_loss"] < 1000
+
+
+@pytest.mark.filterwarnings("ignore:.* ha(s|ve) no counts")
+def test_large_files_load_and_training_ends_after_its_steps(tmp_path):
+    path = str(tmp_path / "cells.h5ad")
+    assert simulation.write(path, 90, 80)().facts["nnz"] > 0
+    facts = ours_large.load_and_train(path, steps=6, batch_size=32)().facts
+    assert facts["cpu_seconds_per_epoch"] > 0
+    assert 0 < facts["before"] <= facts["loaded"] <= facts["peak"]
+
+
+# --- processes and rows ---
+
+
+def test_worker_prepares_measures_and_reports_errors(monkeypatch):
+    module = ModuleType("some_tasks")
+    module.task = lambda n: lambda: Sample(1.0, 2.0, {"work": n})
+    monkeypatch.setitem(sys.modules, "some_tasks", module)
+    requests = [{"prepare": ["a", "some_tasks:task", {"n": 3}]}, {"measure": ["a"]}, {"clear": []}, {"measure": ["a"]}]
+    replies = io.StringIO()
+    worker.serve(map(json.dumps, requests), replies)
+    prepared, measured, cleared, failed = map(json.loads, replies.getvalue().splitlines())
+    assert prepared == cleared == {}
+    assert measured == {"cpu": 1.0, "wall": 2.0, "facts": {"work": 3}}
+    assert "KeyError" in failed["error"]
+
+
+class Scripted:
+    """A bench whose peer reaches -10 in 30 s and whose fits of ours reach -20 / epochs after as many seconds."""
+
+    seeds, whole_curves = (0, 1), False
+
+    def file(self, name):
+        return name
+
+    def once(self, system):
+        if system.side == "scvi-tools":
+            return Sample(30.0, 30.0, {"curve": [[1, 15.0, -12.0, 0.1], [2, 30.0, -10.0, 0.1]]})
+        epochs = system.options["epochs"]
+        return Sample(float(epochs), 1.0, {"value": -20 / epochs, "se": 0.1})
+
+
+def test_time_to_quality_stops_at_the_first_run_that_is_as_good(monkeypatch):
+    monkeypatch.setattr(time_to_quality, "require_packages", lambda names: None)
+    peers = (time_to_quality.PeerRun("peer", 2, {}, results.AtLeast(15)),)
+    row = time_to_quality.TimeToQuality("row", "cells.h5ad", "matched", "bound", peers)
+    (line,), details = row.run(Scripted())
+    assert (line.ours, line.peer, line.ratio_min, line.ratio_median, line.met) == (2, 30, 15, 15, "yes")
+    assert [point.epochs for point in details["curves"][1]["ours"]] == [1, 2]
+
+
+def test_a_target_that_is_not_reached_meets_no_bar():
+    peer = time_to_quality.Point(20, 30.0, -10.0, 0.1)
+    line = time_to_quality.ratio_line(
+        "row", [time_to_quality.Point(2, 1.0, -9.0, 0.1), None], [peer, peer], results.AtLeast(10), ""
+    )
+    assert (line.ratio_min, line.ratio_median, line.met) == (0, 15, "no")
+
+
+def test_curves_are_drawn(tmp_path):
+    points = [[1, 1.0, -12.0, 0.1], [2, 3.0, -10.0, 0.1]]
+    kept = {"file": "cells.h5ad", "judge": "bound", "curves": {0: {"peer": points, "ours": points}}}
+    (path,) = learning_curves.save(tmp_path, {"row": kept, "other": {}})
+    assert path.name == "held-out_ELBO.png"
+    assert path.stat().st_size > 1000
+
+
+def test_rows_are_chosen_by_how_they_begin():
+    rows = cli.cpu_rows(quick=True)
+    assert [row.name for row in cli.chosen(rows, ["training-1024"])] == ["training-1024", "training-1024-bfloat16"]
+    assert len(cli.chosen(rows, None)) == len(rows)
+    with pytest.raises(SystemExit, match="no row is named nothing"):
+        cli.chosen(rows, ["nothing"])
+
+
+def test_a_row_that_fails_leaves_the_others_be():
+    class Failing:
+        name = "failing"
+
+        def run(self, bench):
+            raise processes.TaskError("Traceback\nValueError: no")
+
+    class Working(Failing):
+        name = "working"
+
+        def run(self, bench):
+            return Outcome([results.Line("fine")], {})
+
+    failing, working = cli.measured([Failing(), Working()], None).values()
+    assert [line.note for line in failing.lines] == ["failed: ValueError: no"]
+    assert working.lines[0].title == "fine"
+
+
+@pytest.fixture
+def no_peer(monkeypatch):
+    found = processes.importlib.util.find_spec
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None if name == "scvi" else found(name))
+
+
+@pytest.mark.usefixtures("no_peer")
+def test_cpu_runs_without_the_peer(tmp_path, capsys):
+    rows = ["training-128", "predictive", "differential-kernel", "bound-cortex"]
+    cli.main(["cpu", "--quick", "--rounds", "1", "--out", str(tmp_path / "out.json"), "--rows", *rows])
+    printed = capsys.readouterr().out
+    assert "the figures mean nothing" in printed
+    assert "no peer: scvi is not installed: pip install 'pyro-scvi[peer]'" in printed
+    assert "skipped: scvi is not installed" in printed
+    lines = {line.title: line for line in report.read(tmp_path / "out.json")}
+    assert lines["training at batch 128"].ours > 0
+    assert lines["training at batch 128"].share > 0
+    assert not any(line.met == "failed" for line in lines.values())
+
+
+@pytest.mark.usefixtures("no_peer")
+def test_gpu_dry_run(capsys):
+    cli.main(["gpu", "--dry-run", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert "a dry run" in printed
+    assert "launch-bound share at batch 1024" in printed
+    assert "epochs with load" in printed
+    assert "failed" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_without_a_device_says_so():
+    with pytest.raises(SystemExit, match="no CUDA device; --dry-run"):
+        cli.main(["gpu"])
+
+
+# --- folders ---
+
+ROOT = Path(benchmarks.__file__).parent
+FOLDERS = ["harness", "systems", "quality", "rows"]  # each imports only from those before it and from itself
+COMMANDS = re.findall(r"python -m (benchmarks\.\S+)", benchmarks.__doc__)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_of_a_folder_only_go_forward(folder):
+    files = [file for file in (ROOT / folder).glob("*.py") if file.name != "__init__.py"]
+    allowed = {f"benchmarks.{name}" for name in FOLDERS[: FOLDERS.index(folder) + 1]}
+    for file in files:
+        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {".".join(node.module.split(".")[:2]) for node in imports if node.module.startswith("benchmarks")}
+        assert found <= allowed, file
+    assert len(files) <= 16
+
+
+def test_every_task_is_a_function_of_its_module():
+    rows = [*cli.cpu_rows(quick=True).values(), *cli.gpu_rows(dry=True).values()]
+    tasks = {system.task for row in rows if isinstance(row, Interleaved) for system in row.systems.values()}
+    tasks |= {f"{side}:{task}" for side in large_data.SIDES.values() for task in ("load_and_train", "epochs")}
+    for file in (ROOT / "rows").glob("*.py"):
+        tasks |= set(re.findall(r"benchmarks[.\w]+:\w+", file.read_text()))
+    assert len(tasks) > 20
+    for task in tasks:  # read and not imported, since scvi-tools may be absent
+        module, function = task.split(":")
+        tree = ast.parse((ROOT.parent / module.replace(".", "/")).with_suffix(".py").read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, task
+
+
+def test_processes_that_start_others_import_nothing_large():
+    code = "import sys, benchmarks.cli, benchmarks.rows.memory, benchmarks.rows.stores, benchmarks.quality.baselines\n"
+    code += "sys.exit(' '.join({'torch', 'scipy', 'anndata', 'matplotlib', 'pyro_scvi'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, stderr=subprocess.PIPE, text=True)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_have_help(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(["--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m {module} " in capsys.readouterr().out
+
+
+def test_every_module_that_can_run_is_a_documented_command():
+    files = [file for file in ROOT.glob("*/*.py") if "__main__" in file.read_text() and file.name != "worker.py"]
+    assert {f"benchmarks.{file.parent.name}.{file.stem}" for file in files} == set(COMMANDS)

@@ -1,0 +1,67 @@
+"""The pages of the site: their code runs as it stands, and the reference lists every public name."""
+
+import re
+
+import matplotlib as mpl
+import pytest
+
+import pyro_scvi as ps
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text() and "_build" not in page.parts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """Every block in its order, in one namespace and a folder of its own, warnings being errors."""
+    mpl.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block.group(1), f"{page.name}", "exec"), namespace)
+
+
+def test_the_ten_lines_of_the_readme_give_what_it_says():
+    """Mean and standard error of the evidence, within what other processors' rounding moves a fit by."""
+    text = (DOCS.parent / "README.md").read_text()
+    *body, last = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL).group(1).strip().splitlines()
+    namespace = {}
+    exec(
+        compile(
+            "\n".join(body).replace("ps.fit(model, train)", "ps.fit(model, train, progress=False)"), "README", "exec"
+        ),
+        namespace,
+    )
+    said = [float(number) for number in re.search(r"The last line gives \((\S+), (\S+)\)", text).groups()]
+    assert eval(last, namespace) == pytest.approx(said, abs=1.5)
+
+
+def test_the_readme_links_to_what_is_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", (DOCS.parent / "README.md").read_text())
+    assert len(links) > 20
+    assert not [link for link in links if not (DOCS.parent / link).exists()]
+
+
+def test_the_reference_lists_every_public_name():
+    listed = set(re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    rooms = {name.split(".")[0] for name in listed if "." in name}
+    assert set(ps.__all__) - rooms == {name for name in listed if "." not in name}
+    assert rooms == {name for name in ps.__all__ if type(getattr(ps, name)).__name__ == "module"}
+
+
+def test_the_reference_lists_every_name_of_a_room():
+    """All of them but a value that is no class or function, which the reference cannot show."""
+    listed = set(re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    for room in {name.split(".")[0] for name in listed if "." in name}:
+        names = {name.partition(".")[2] or name for name in listed if name.startswith(f"{room}.")}
+        assert names <= set(getattr(ps, room).__all__), room
+        assert names | set(ps.__all__) | {"AUTHORS_START"} >= set(getattr(ps, room).__all__), room
+
+
+def test_the_reference_lists_nothing_that_is_not_there():
+    for name in re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE):
+        value = ps
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert value.__doc__, name
