@@ -1,4 +1,4 @@
-"""The page of a fit: what was evaluated, how it was made, how to go on."""
+"""The page of a fit: its sections, its settings, how it was made and how to go on."""
 
 import platform
 from dataclasses import dataclass

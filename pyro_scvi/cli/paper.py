@@ -1,4 +1,4 @@
-"""The command that makes the paper's tables and figures again."""
+"""The command ``paper``: make the paper's tables and figures again."""
 
 from pathlib import Path
 from typing import Annotated

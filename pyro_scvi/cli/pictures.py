@@ -1,4 +1,4 @@
-"""Figures as PNG files and in the page."""
+"""Figures, written as PNG files and put into the page."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command that asks a saved fit of many cells, block by block, by one process or many."""
+"""The command ``infer``: apply a saved fit to many cells, block by block, in one process or several."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command that builds a store of counts larger than memory."""
+"""The command ``store``: build a store of counts that do not fit into memory."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The commands that train: the demo, and a fit to a user's file."""
+"""The commands ``demo`` and ``fit``: train a model on example cells or on a user's file."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where results go: complete into their place or not at all, inputs never touched, errors in one line."""
+"""Output folders and files: written completely or not at all, inputs never touched, errors in one line."""
 
 import hashlib
 import json
