@@ -363,7 +363,7 @@ def test_a_schema_that_does_not_belong(store, tmp_path):
 
 def test_a_schema_without_files_is_refused(store):
     schema = json.loads((store / "schema.json").read_text())
-    for files in ({}, {**schema["files"], "../mine": {}}, [], dict.fromkeys(FILES, {}), dict.fromkeys(FILES)):
+    for files in ({}, {**schema["files"], "../mine": {}}, [], {name: {} for name in FILES}, dict.fromkeys(FILES)):
         (store / "schema.json").write_text(json.dumps(schema | {"files": files}))
         with pytest.raises(StoreError, match="schema.json is corrupt"):
             CountStore(store)
