@@ -41,6 +41,7 @@ from pyro_scvi.sampling import sample_posterior
 from pyro_scvi.schema import Schema
 from pyro_scvi.sensitivity import prior_sensitivity
 from pyro_scvi.store import load
+from pyro_scvi.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pyro_scvi import baselines, plots
@@ -55,8 +56,6 @@ else:
     def __dir__():
         return [*__all__, "__version__"]
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "HMC",

@@ -11,7 +11,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-import pyro_scvi
 from pyro_scvi.cells import Cells
 from pyro_scvi.coordinates import cell_terms, prior_sites, scored, theta_at
 from pyro_scvi.errors import ModelError, require_at_least
@@ -20,6 +19,7 @@ from pyro_scvi.priors import require_proper
 from pyro_scvi.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.sampling import DIMS, check_sites, draw_sites
 from pyro_scvi.seeding import seeded
+from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
     from pyro_scvi.fit import Fit
@@ -263,7 +263,7 @@ def _tree(gathered: _Gathered, cells: Cells, n_latent: int, run: dict[str, str |
 def _library() -> dict[str, str | int]:
     return {
         "creation_library": "pyro-scvi",
-        "creation_library_version": pyro_scvi.__version__,
+        "creation_library_version": __version__,
         "creation_library_language": "Python",
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,

@@ -1,6 +1,5 @@
 """The sites of a program as a list to read: names, laws and shapes, found by running it once."""
 
-import inspect
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch.distributions import biject_to
 from pyro_scvi.display import grid
 from pyro_scvi.distributions import ZeroInflated
 from pyro_scvi.errors import ModelError
-from pyro_scvi.parts import Part, evaluation_mode
+from pyro_scvi.parts import Part, constructor_parameters, evaluation_mode
 from pyro_scvi.seeding import seeded
 
 
@@ -68,7 +67,7 @@ class Program(Part):
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
-        defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
+        defaults = {name: one.default for name, one in constructor_parameters(type(self)).items()}
         return defaults | self.makeup()
 
     def _repr_html_(self) -> str:

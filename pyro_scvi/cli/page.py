@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyro_scvi
 from pyro_scvi import report
 from pyro_scvi.cli import findings
 from pyro_scvi.cli.findings import Findings
 from pyro_scvi.fit import Fit
+from pyro_scvi.version import __version__
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def settings_of(fit: Fit, job: Job) -> dict[str, Any]:
 
 def versions() -> str:
     """What a result was computed with."""
-    found = [f"pyro-scvi {pyro_scvi.__version__}", f"Python {platform.python_version()}"]
+    found = [f"pyro-scvi {__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "pyro-ppl", "numpy", "anndata", "scanpy"):
         try:
             found.append(f"{name} {version(name)}")

@@ -9,7 +9,6 @@ import numpy as np
 import typer
 from anndata import AnnData
 
-import pyro_scvi
 from pyro_scvi import datasets, distributed, likelihoods, plots, report
 from pyro_scvi.cells import Cells
 from pyro_scvi.cli import findings, page
@@ -43,6 +42,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.plots import Projection
 from pyro_scvi.plots.projection import UMAP
 from pyro_scvi.posterior import embed
+from pyro_scvi.version import __version__
 
 JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
 
@@ -212,5 +212,5 @@ def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settin
     key = {UMAP: "X_umap"}.get(projection.method)
     if key:
         adata.obsm[key] = projection.coordinates
-    made = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}
+    made = {"version": __version__, "seed": settings["seed"], "settings": settings}
     adata.uns["pyro_scvi"] = {"X_pyro_scvi": made}
