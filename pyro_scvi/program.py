@@ -1,6 +1,5 @@
 """What model and guide share: the plate over cells, checked arguments, and the list of a program's sites."""
 
-import inspect
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch.distributions import biject_to
 
 from pyro_scvi.distributions.zero_inflated import ZeroInflated
 from pyro_scvi.errors import ModelError
-from pyro_scvi.nn.component import Component, evaluation_mode
+from pyro_scvi.nn.component import Component, constructor_parameters, evaluation_mode
 from pyro_scvi.utils.execution import execution
 from pyro_scvi.utils.html_repr import grid
 from pyro_scvi.utils.random_state import seeded
@@ -69,7 +68,7 @@ class Program(Component):
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
-        defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
+        defaults = {name: one.default for name, one in constructor_parameters(type(self)).items()}
         return defaults | self.config()
 
     def _repr_html_(self) -> str:
