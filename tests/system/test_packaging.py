@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import pyro_scvi as ps
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def run(*arguments, folder, imported_from):
