@@ -759,7 +759,7 @@ def test_row(check, value, tmp_path):
         check(value, tmp_path)
 
 
-ELSEWHERE = {"kill -9 at any moment while checkpointing": "test_checkpoint.py"}
+ELSEWHERE = {"kill -9 at any moment while checkpointing": "training/test_checkpoint.py"}
 """Rows whose cases are other modules of this folder."""
 
 
