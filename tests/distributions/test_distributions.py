@@ -246,7 +246,7 @@ def test_float32_samples_far_out_follow_the_law(mean, r, gate):
 def test_chances_below_the_digits_of_a_uniform_are_kept(monkeypatch):
     """Where the first 16 digits are 0, as once in 65,536, a count of chance 0.3 / 2^16 is drawn three times in ten."""
     lowest = torch.full((N_DRAWS,), -(2**15), dtype=torch.int16)
-    monkeypatch.setattr("pyro_scvi.distributions.random_bits", lambda like: lowest)
+    monkeypatch.setattr("pyro_scvi.distributions.nb_sampling.random_bits", lambda like: lowest)
     rare = NegativeBinomial(torch.full((N_DRAWS,), 0.3 / 2**16).log(), torch.zeros(()))
     share = (rare.sample() > 0).double().mean()
     assert abs(share - 0.3) < 5 * (0.21 / N_DRAWS) ** 0.5
