@@ -5,7 +5,7 @@ from typing import Any
 __all__ = ["CheckpointError", "DataError", "FitError", "ModelError", "PyroScviError", "SchemaError", "StoreError"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -136,14 +136,13 @@ class SCVI(Program):
         """
         register(self)
         gamma = check_inputs(self, x, gamma)
-        with self.weights.drawn_into(self):
-            with cells_plate(gamma, index, n_cells):
-                z = pyro.sample("z", self.prior())  # (cells, 1, latents)
-                theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
-                with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
-                    if marginal:
-                        return pyro.sample("x", self.likelihood.marginal(**theta), obs=x)
-                    return self.likelihood.generate(x, theta)
+        with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
+            z = pyro.sample("z", self.prior())  # (cells, 1, latents)
+            theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
+            with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
+                if marginal:
+                    return pyro.sample("x", self.likelihood.marginal(**theta), obs=x)
+                return self.likelihood.generate(x, theta)
 
     def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
         """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""

@@ -18,7 +18,7 @@ from pyro_scvi.utils.checks import require_kind
 __all__ = ["default", "nature_methods_2018", "seed_2017"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -32,10 +32,17 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
 
     A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
     """
-    with evaluation_mode(program), seeded(0), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        with torch.no_grad(), pyro.poutine.trace() as found, _Harmless():
-            program(*args, **kwargs)
-    nodes: list[Any] = [node for node in found.trace.nodes.values() if node["type"] == "sample"]
+    with (
+        evaluation_mode(program),
+        seeded(0),
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        torch.no_grad(),
+        pyro.poutine.trace() as traced,
+        _InitToFeasible(),
+    ):
+        program(*args, **kwargs)
+    nodes: list[Any] = [node for node in traced.trace.nodes.values() if node["type"] == "sample"]
     return [
         Site(node["name"], _law(node["fn"]), _shape(node)) for node in nodes if not isinstance(node["fn"], _Subsample)
     ]
@@ -75,7 +82,7 @@ class Program(Component):
         return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))
 
 
-class _Harmless(Messenger):
+class _InitToFeasible(Messenger):
     """Gives global latents, and latents that cannot be drawn, the value in the middle of their support.
 
     Weights drawn from wide priors overflow the rates of the counts; an improper prior has no draws.

@@ -11,7 +11,7 @@ from pyro_scvi.utils.checks import require_number
 __all__ = ["CheckpointInterval", "Constant", "ConstantKL", "OneCycle", "WarmUp"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -202,7 +202,7 @@ def narrow(counts: Matrix) -> Matrix:
     """Change 64-bit and other unusual types to float32; counts in smaller ones are returned as they are."""
     kind, size = counts.dtype.kind, counts.dtype.itemsize
     if counts.dtype.isnative and (
-        (kind == "f" and size == 4) or kind == "i" and size <= 4 or kind == "u" and size <= 2
+        (kind == "f" and size == 4) or (kind == "i" and size <= 4) or (kind == "u" and size <= 2)
     ):
         return counts
     return counts.astype(np.float32)

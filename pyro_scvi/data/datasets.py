@@ -21,7 +21,7 @@ from pyro_scvi.errors import DataError
 __all__ = ["pbmc68k_reduced", "read_10x", "read_cortex"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -1,6 +1,6 @@
 """Negative binomial distribution of counts, stable in float32."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Gamma, TorchDistribution
@@ -29,7 +29,10 @@ class NegativeBinomial(TorchDistribution):
         log r, broadcastable with ``log_mean``.
     """
 
-    arg_constraints = {"log_mean": constraints.real, "log_inverse_dispersion": constraints.real}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "log_mean": constraints.real,
+        "log_inverse_dispersion": constraints.real,
+    }
     support = constraints.nonnegative_integer
 
     def __init__(self, log_mean: Tensor, log_inverse_dispersion: Tensor, validate_args: bool | None = None) -> None:

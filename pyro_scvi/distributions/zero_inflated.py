@@ -1,6 +1,6 @@
 """Zero-inflated distribution: a count distribution with additional technical zeros, in log space."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -25,7 +25,7 @@ class ZeroInflated(TorchDistribution):
         logit pi, broadcastable with the base's batch shape.
     """
 
-    arg_constraints = {"gate_logits": constraints.real}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"gate_logits": constraints.real}
     support = constraints.nonnegative_integer
 
     def __init__(self, base: TorchDistribution, gate_logits: Tensor, validate_args: bool | None = None) -> None:

@@ -1,10 +1,7 @@
 """Evaluation of a model and guide: evaluation mode, and bound terms of draws from the guide."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -17,17 +14,19 @@ from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.random_state import seeded
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, an own seed and an own parameter store; everything is put back afterwards."""
     keep_freed_memory()
-    with evaluation_mode(model, guide), seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        with torch.no_grad():
-            yield
+    with (
+        evaluation_mode(model, guide),
+        seeded(seed),
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,13 @@
 """Proposals for importance sampling: starts from the guide and from the prior, refined for each cell."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import Joint, log_joint, prior_sites
+from pyro_scvi.inference.evaluation import draws_at_once
 from pyro_scvi.inference.importance import Importance, SamplingBudget, Target, persistent_importance, refine
 from pyro_scvi.types import LogJoint
-
-if TYPE_CHECKING:
-    pass
-from pyro_scvi.inference.evaluation import draws_at_once
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
 MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is

@@ -16,7 +16,7 @@ from pyro_scvi.utils.checks import brief
 __all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

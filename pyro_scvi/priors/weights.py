@@ -16,7 +16,7 @@ from pyro_scvi.utils.checks import require_kind, require_positive
 __all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -24,7 +24,7 @@ from pyro_scvi.utils.random_state import seed_of
 __all__ = ["ProcessGroup", "Processes", "SingleProcess", "joined"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -338,7 +338,8 @@ class ProcessGroup(Processes):
 
 def _apart(*texts: str) -> list[str]:
     """Of long descriptions what lies around their first difference."""
-    start = max(0, len(os.path.commonprefix(texts)) - 40)
+    first_difference = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), None)
+    start = max(0, (min(map(len, texts)) if first_difference is None else first_difference) - 40)
     return [text if len(text) <= 80 else f"{'...' * (start > 0)}{text[start : start + 80]}..." for text in texts]
 
 

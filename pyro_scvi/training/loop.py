@@ -261,9 +261,9 @@ class Trainer:
     @contextmanager
     def _validating(checked: bool, x: Tensor) -> Iterator[None]:
         """Pyro's checks of the programs; its laws' only of counts, because corrected ones are outside their support."""
-        with pyro.validation_enabled(checked):
-            with pyro.distributions.validation_enabled(checked and bool((x == x.round()).all())):
-                yield
+        laws_checked = checked and bool((x == x.round()).all())
+        with pyro.validation_enabled(checked), pyro.distributions.validation_enabled(laws_checked):
+            yield
 
     @contextmanager
     def _quickly(self, checked: bool) -> Iterator[None]:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,7 +16,14 @@ EVERY = 30.0  # seconds between the lines of a log file
 SHORT = 5.0  # seconds that a question to a fit may take before it shows how far it is
 
 
-class Lines(text_tqdm):
+# tqdm's class takes a type parameter in its stubs only.
+if TYPE_CHECKING:
+    TextBar = text_tqdm[Any]
+else:
+    TextBar = text_tqdm
+
+
+class Lines(TextBar):
     """A line of text for every look, for streams in which no line can be drawn anew."""
 
     def __init__(self, **options: Any) -> None:

@@ -6,5 +6,5 @@ from pyro_scvi.data.stores.count_store import CountStore
 __all__ = ["CountStore", "build"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
