@@ -141,7 +141,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
         "initial_sd": 0.01,
         "seed": seed,
     }
-    likelihood, library = ZINB(PerGene(cells.n_genes)), LatentLibrary(*_law_of_totals(cells))
+    likelihood, library = ZINB(PerGene(cells.n_genes)), LatentLibrary(*_log_total_moments(cells))
     model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=likelihood, library=library, **hidden)
     guide = DiagonalNormal(model, dropout=0.1, **hidden)
     return model, _options(guide, epochs=250, learning_rate=Constant(4e-4), seed=seed) | {"kl_weight": ConstantKL(0.0)}
@@ -151,7 +151,7 @@ def _require_cells(cells: Any) -> None:
     require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
 
 
-def _law_of_totals(cells: Cells) -> tuple[list[float], list[float]]:
+def _log_total_moments(cells: Cells) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the log totals, per batch."""
     log_totals = np.log(np.maximum(cells.totals, 1))
     batches = cells.covariates[:, : cells.n_batches].T > 0 if cells.n_batches else [np.ones(cells.n_cells, bool)]

@@ -44,7 +44,9 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
         program(*args, **kwargs)
     nodes: list[Any] = [node for node in traced.trace.nodes.values() if node["type"] == "sample"]
     return [
-        Site(node["name"], _law(node["fn"]), _shape(node)) for node in nodes if not isinstance(node["fn"], _Subsample)
+        Site(node["name"], _distribution_name(node["fn"]), _shape(node))
+        for node in nodes
+        if not isinstance(node["fn"], _Subsample)
     ]
 
 
@@ -91,43 +93,44 @@ class _InitToFeasible(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
             return
-        drawn = _drawn(msg["fn"])
-        if drawn is None:
-            msg["value"] = _middle(msg["fn"])
+        draw = _draw_or_none(msg["fn"])
+        if draw is None:
+            msg["value"] = _feasible_value(msg["fn"])
         elif not msg["cond_indep_stack"]:
-            msg["value"] = _middle(msg["fn"]).to(drawn)
+            msg["value"] = _feasible_value(msg["fn"]).to(draw)
 
 
-def _drawn(law: Any) -> torch.Tensor | None:
+def _draw_or_none(fn: Any) -> torch.Tensor | None:
     try:
-        return law.sample()
-    except NotImplementedError:
+        return fn.sample()
+    except NotImplementedError:  # an improper prior
         return None
 
 
-def _middle(law: Any) -> torch.Tensor:
-    transform = biject_to(law.support)
-    return transform(torch.zeros(transform.inverse_shape(law.shape())))
+def _feasible_value(fn: Any) -> torch.Tensor:
+    """The point of the support whose unconstrained coordinates are all 0."""
+    transform = biject_to(fn.support)
+    return transform(torch.zeros(transform.inverse_shape(fn.shape())))
 
 
-def _unwrapped(law: Any) -> Any:
-    while isinstance(law, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        law = law.base_dist
-    return law
+def _unwrapped(fn: Any) -> Any:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
-def _law(law: Any) -> str:
-    """Name of a distribution, without the wrappers that only reshape it, and of what a mixture or transform is of."""
-    law = _unwrapped(law)
-    name = type(law).__name__
-    if isinstance(law, dist.Delta):
+def _distribution_name(fn: Any) -> str:
+    """Name a distribution without the wrappers that only reshape it; a mixture or transform also names its base."""
+    fn = _unwrapped(fn)
+    name = type(fn).__name__
+    if isinstance(fn, dist.Delta):
         return "a function of those above"
-    if isinstance(law, ZeroInflated):
-        return f"{name} {_law(law.base)}"
-    if isinstance(law, dist.MixtureSameFamily):
-        return f"mixture of {law.mixture_distribution.logits.shape[-1]} {_law(law.component_distribution)}"
+    if isinstance(fn, ZeroInflated):
+        return f"{name} {_distribution_name(fn.base)}"
+    if isinstance(fn, dist.MixtureSameFamily):
+        return f"mixture of {fn.mixture_distribution.logits.shape[-1]} {_distribution_name(fn.component_distribution)}"
     if name == "TransformedDistribution":  # named ones, such as LogNormal, say enough
-        return f"transformed {_law(law.base_dist)}"
+        return f"transformed {_distribution_name(fn.base_dist)}"
     return name
 
 

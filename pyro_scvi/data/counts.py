@@ -188,14 +188,14 @@ def select_genes(counts: Matrix, positions: np.ndarray) -> Matrix:
     """
     if np.array_equal(positions, np.arange(counts.shape[1])):
         return counts
-    found = np.flatnonzero(positions >= 0)
+    present = np.flatnonzero(positions >= 0)
     shape = (counts.shape[0], positions.size)
-    chosen = counts[:, positions[found]]
+    chosen = counts[:, positions[present]]
     if isinstance(chosen, np.ndarray):
         filled = np.zeros(shape, dtype=counts.dtype)
-        filled[:, found] = chosen
+        filled[:, present] = chosen
         return filled
-    return sparse.csr_array((chosen.data, found.astype(np.int32)[chosen.indices], chosen.indptr), shape=shape)
+    return sparse.csr_array((chosen.data, present.astype(np.int32)[chosen.indices], chosen.indptr), shape=shape)
 
 
 def narrow(counts: Matrix) -> Matrix:

@@ -138,7 +138,7 @@ def read_cortex(path: str | Path) -> AnnData:
     ([[0, 7], [3, 0]], ['neuron', 'glia'])
     """
     path = Path(path)
-    with _naming(path):
+    with _errors_name_file(path):
         with _opened(path) as file:
             header = list(takewhile(lambda row: row[0] == "", (line.rstrip("\r\n").split("\t") for line in file)))
         annotations = {row[1]: row[2:] for row in header if len(row) > 1 and row[1]}
@@ -192,7 +192,7 @@ def read_10x(path: str | Path, *, genome: str | None = None) -> AnnData:
     AAAC-1     3
     """
     path = Path(path)
-    with _naming(path):
+    with _errors_name_file(path):
         adata = _read_10x_folder(path) if path.is_dir() else _read_10x_hdf5(path, genome)
     adata.var_names_make_unique()
     return adata
@@ -252,7 +252,7 @@ def _opened(path: Path, mode: Literal["rt", "rb"] = "rt") -> IO[Any]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _errors_name_file(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong while reading into a DataError with the name of the file."""
     try:
         yield

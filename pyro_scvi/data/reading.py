@@ -159,8 +159,8 @@ def _check_names(table: Table) -> None:
 
 def _warn_of_zeros(kind: str, names: pd.Index) -> None:
     if len(names):
-        found = f"1 {kind} has" if len(names) == 1 else f"{len(names)} {kind}s have"
-        warn(f"{found} no counts: {quoted(names)}. {_OF_ZEROS[kind]}")
+        subject = f"1 {kind} has" if len(names) == 1 else f"{len(names)} {kind}s have"
+        warn(f"{subject} no counts: {quoted(names)}. {_OF_ZEROS[kind]}")
 
 
 def _checked_names(names: Any, kind: str, n: int) -> list[str]:

@@ -173,21 +173,21 @@ class Schema:
         wanted = pd.Index(self.gene_names)
         positions = query.get_indexer(wanted)
         missing = wanted[positions < 0]
-        n_found = self.n_genes - len(missing)
-        found = f"{n_found} of the {self.n_genes} genes of the schema are in the query"
-        if n_found == 0:
+        n_matched = self.n_genes - len(missing)
+        summary = f"{n_matched} of the {self.n_genes} genes of the schema are in the query"
+        if n_matched == 0:
             raise SchemaError(
-                f"{found}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
+                f"{summary}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
             )
         if len(missing) and not fill_missing:
             raise SchemaError(
-                f"{found}; {len(missing)} are missing: {quoted(missing)}. "
+                f"{summary}; {len(missing)} are missing: {quoted(missing)}. "
                 "Pass fill_missing_genes=True to count them as zero in every cell."
             )
         if len(missing):
-            text = f"{found}; {len(missing)} are filled with zeros: {quoted(missing)}."
+            text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}."
             warn(text)
-        if len(query) > n_found:
+        if len(query) > n_matched:
             extra = query.difference(wanted, sort=False)
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.distributions.saddle_point import FEW, Positive, beyond_one, log1p_minus
+from pyro_scvi.distributions.saddle_point import SMALL_COUNT, Positive, beyond_one, log1p_minus
 from pyro_scvi.distributions.selected_entries import (
     Entries,
     Gathered,
@@ -130,21 +130,21 @@ def _write_several(
     """Set log p(x) and its gradient by log r where counts are neither 0 nor 1, and the formulas of x = 1 stand."""
     several = neither_zero_nor_one(x)
     if isinstance(several, Gathered):
-        few, several = several.split((several.x <= FEW) & (several.x == several.x.floor()))
-        _raise_few(few, log_mean, log_r, out, by_r)
+        small, several = several.split((several.x <= SMALL_COUNT) & (several.x == several.x.floor()))
+        _correct_small(small, log_mean, log_r, out, by_r)
     value, gradient = _at_positive(several, log_mean, log_r, by_r is not None)
     several.write(value if softplus_gate is None else value - several.of(softplus_gate), out)
     if by_r is not None and gradient is not None:
         several.write(gradient, by_r)
 
 
-def _raise_few(few: Gathered, log_mean: Tensor, log_r: Tensor, out: Tensor, by_r: Tensor | None) -> None:
-    """Add what the formulas of x = 1 lack."""
-    with np.errstate(all="ignore"):  # parameters may be no numbers
-        found = beyond_one(few.x.numpy(), *(few.of(t).exp_().numpy() for t in (log_mean, log_r)))
-    for more, dense in zip(found, (out, by_r), strict=True):
+def _correct_small(small: Gathered, log_mean: Tensor, log_r: Tensor, out: Tensor, by_r: Tensor | None) -> None:
+    """Correct the formulas of x = 1 for counts of 2 to ``SMALL_COUNT``."""
+    with np.errstate(all="ignore"):  # parameters may be NaN or infinite
+        corrections = beyond_one(small.x.numpy(), *(small.of(t).exp_().numpy() for t in (log_mean, log_r)))
+    for correction, dense in zip(corrections, (out, by_r), strict=True):
         if dense is not None:
-            few.write(few.of(dense).add_(torch.from_numpy(more)), dense)
+            small.write(small.of(dense).add_(torch.from_numpy(correction)), dense)
 
 
 def _at_positive(entries: Entries, log_mean: Tensor, log_r: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -154,7 +154,7 @@ def _at_positive(entries: Entries, log_mean: Tensor, log_r: Tensor, gradient: bo
         positive = Positive(*given)
         return positive.log_prob(), positive.by_log_r() if gradient else None
     with np.errstate(all="ignore"):
-        positive = Positive(*(t.numpy() for t in given), large=bool((entries.x > FEW).all()))
+        positive = Positive(*(t.numpy() for t in given), large=bool((entries.x > SMALL_COUNT).all()))
         by_r = torch.from_numpy(positive.by_log_r()) if gradient else None
         return torch.from_numpy(positive.log_prob()), by_r
 

@@ -11,9 +11,9 @@ import torch
 
 Array = Any  # of NumPy or torch
 
-FEW = 8  # whole counts up to here have products in the place of gamma functions
+SMALL_COUNT = 8  # whole counts up to here have products in the place of gamma functions
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-_FACTORIALS = np.array([math.factorial(x) for x in range(FEW + 1)], dtype=float)
+_FACTORIALS = np.array([math.factorial(x) for x in range(SMALL_COUNT + 1)], dtype=float)
 
 
 def beyond_one(x: np.ndarray, mean: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -27,8 +27,8 @@ def beyond_one(x: np.ndarray, mean: np.ndarray, r: np.ndarray) -> tuple[np.ndarr
     The counts are (entries,), the parameters (leading, entries).
     """
     inverse, of_mean = 1 / (r + x), 1 / (r + mean)
-    product, total = np.ones_like(r), (x - FEW) * inverse
-    for j in range(1, FEW):
+    product, total = np.ones_like(r), (x - SMALL_COUNT) * inverse
+    for j in range(1, SMALL_COUNT):
         a = np.minimum(x, j) + r  # from j = x on a factor is 1, and as much is taken off the sum
         total += 1 / a
         a *= inverse

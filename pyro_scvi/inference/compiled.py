@@ -61,7 +61,7 @@ class Recorded:
             *(x, gamma, index),
         )
         if len(x) not in self.steps:
-            with _explained("a training step"):
+            with _compile_errors_explained("a training step"):
                 self._require_recordable()
                 self.steps[len(x)] = _compiled(self._step(n_cells), given)
         with torch.no_grad():
@@ -131,15 +131,15 @@ class RecordedJoint:
             self.asked[kind] += 1
             if self.asked[kind] < self.OFTEN:
                 return by_program(u)
-            found = self._recorded(kind, model, (u.detach(), x, gamma, global_latents, state))
-            value: Tensor = _WithGradient.apply(u, *found) if kind[1] else found
+            result = self._recorded(kind, model, (u.detach(), x, gamma, global_latents, state))
+            value: Tensor = _WithGradient.apply(u, *result) if kind[1] else result
             return value
 
         return density
 
     def _recorded(self, kind: tuple[torch.Size, bool], model: SCVI, given: tuple[Any, ...]) -> Any:
         if kind not in self.recordings:
-            with _explained("a density"):
+            with _compile_errors_explained("a density"):
                 self.recordings[kind] = _compiled(_value_and_gradient(model) if kind[1] else _value(model), given)
         with torch.no_grad():
             return self.recordings[kind](*given)
@@ -166,9 +166,9 @@ def _value_and_gradient(model: SCVI) -> Callable[..., tuple[Tensor, Tensor]]:
     def both(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            found = value(u, *others)
-            (gradient,) = torch.autograd.grad(found.sum(), u)
-        return found.detach(), gradient
+            log_density = value(u, *others)
+            (gradient,) = torch.autograd.grad(log_density.sum(), u)
+        return log_density.detach(), gradient
 
     return both
 
@@ -215,7 +215,7 @@ def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callabl
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _compile_errors_explained(what: str) -> Iterator[None]:
     """Say what it means that torch cannot record or compile something."""
     try:
         with warnings.catch_warnings():

@@ -108,16 +108,16 @@ def persistent_importance(
     """
     log_joint, loc, scale, block = target(rows)
     seed = int(torch.randint(2**31, ()))
-    found = adaptive_importance(log_joint, loc, scale, **budget._asdict(), seed=seed, block=block)
-    failed = (~(found.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
+    result = adaptive_importance(log_joint, loc, scale, **budget._asdict(), seed=seed, block=block)
+    failed = (~(result.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
     if attempts == 1 or not len(failed):
-        return found
+        return result
     again = persistent_importance(target, rows[failed], budget.doubled(), attempts=attempts - 1)
-    better = (~(again.khat >= found.khat[failed])).nonzero().squeeze(-1)
-    for kept, new in zip(found, again, strict=True):
+    better = (~(again.khat >= result.khat[failed])).nonzero().squeeze(-1)
+    for kept, new in zip(result, again, strict=True):
         of_cells = int(kept.dim() > 1)  # behind the draws
         kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
-    return found
+    return result
 
 
 def corrected_proposal(

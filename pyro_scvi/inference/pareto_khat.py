@@ -13,8 +13,8 @@ FEWEST_IN_TAIL = 5
 def pareto_khat(log_weights: Tensor) -> Tensor:
     """Tail index of every column of (samples, columns) log weights, shape (columns,).
 
-    A generalised Pareto law is fitted to the largest min(S / 5, 3 sqrt(S)) weights (Zhang and Stephens 2009, with the
-    weak prior of Vehtari, Simpson, Gelman, Yao and Gabry 2024, App. C). Fewer than 5 tail draws give infinity.
+    A generalised Pareto distribution is fitted to the largest min(S / 5, 3 sqrt(S)) weights (Zhang and Stephens 2009,
+    with the weak prior of Vehtari, Simpson, Gelman, Yao and Gabry 2024, App. C). Fewer than 5 tail draws give infinity.
     """
     tail = _tail_length(len(log_weights))
     if tail < FEWEST_IN_TAIL:
@@ -32,13 +32,13 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     if tail < FEWEST_IN_TAIL:
         return log_weights.log_softmax(0), torch.full_like(log_weights[0], math.inf)
     ordered, order = (log_weights - log_weights.amax(0)).sort(0)
-    law = _generalised_pareto(ordered, tail)
-    level = ((torch.arange(tail, dtype=law.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
-    excess = law.scale / law.shape * torch.expm1(-law.shape * torch.log1p(-level))
-    smooth = (law.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
+    tail_fit = _generalised_pareto(ordered, tail)
+    level = ((torch.arange(tail, dtype=tail_fit.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
+    excess = tail_fit.scale / tail_fit.shape * torch.expm1(-tail_fit.shape * torch.log1p(-level))
+    smooth = (tail_fit.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
     usable = torch.isfinite(smooth).all(0)
     ordered[-tail:] = torch.where(usable, smooth, ordered[-tail:])
-    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), law.shape.to(log_weights.dtype)
+    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), tail_fit.shape.to(log_weights.dtype)
 
 
 class _GeneralisedPareto(NamedTuple):

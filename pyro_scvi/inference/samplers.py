@@ -81,7 +81,7 @@ class Amortized:
         if not guide.stochastic:
             ones = torch.ones_like(log_q[0])
             return Draws(sites, lambda: {"khat": ones * torch.inf, "ess": ones})
-        return Draws(sites, lambda: _diagnosed(weigh(guide, x, gamma, sites, log_q)[0].double()))
+        return Draws(sites, lambda: _weight_diagnostics(weigh(guide, x, gamma, sites, log_q)[0].double()))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Refined:
         density, loc, scale = start(guide, x, gamma)
         proposal = corrected_proposal(density, loc, scale, steps=self.steps, rounds=0)
         u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
-        return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
+        return Draws(guide.coordinates.sites(u), lambda: _weight_diagnostics(log_weights))
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ class Importance:
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
         require_proper(guide.model.prior, "there is no posterior to sample")
-        found = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
-        chosen = torch.multinomial(found.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
-        u = found.draws.gather(0, chosen[..., None].expand(-1, -1, found.draws.shape[-1]))
-        return Draws(guide.coordinates.sites(u), lambda: {"khat": found.khat, "ess": found.ess})
+        result = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
+        chosen = torch.multinomial(result.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
+        u = result.draws.gather(0, chosen[..., None].expand(-1, -1, result.draws.shape[-1]))
+        return Draws(guide.coordinates.sites(u), lambda: {"khat": result.khat, "ess": result.ess})
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class HMC:
         require_proper(guide.model.prior, "there is no posterior to sample")
         density, loc, scale = start(guide, x, gamma)
         length = -(-samples // self.chains)
-        found = sample_chains(
+        chains = sample_chains(
             density,
             corrected_proposal(density, loc, scale, steps=self.steps, rounds=self.rounds, block=draws_at_once(x)),
             chains=self.chains,
@@ -235,19 +235,19 @@ class HMC:
             warmup=self.warmup,
             leapfrog=self.leapfrog,
         )
-        kept = torch.linspace(0, len(found.draws) - 1, length).round().long()
-        u = found.draws[kept.to(found.draws.device)].flatten(0, 1)[:samples]
-        return Draws(guide.coordinates.sites(u), lambda: _of_chains(found), self.chains)
+        kept = torch.linspace(0, len(chains.draws) - 1, length).round().long()
+        u = chains.draws[kept.to(chains.draws.device)].flatten(0, 1)[:samples]
+        return Draws(guide.coordinates.sites(u), lambda: _chain_diagnostics(chains), self.chains)
 
 
-def _of_chains(found: Chains) -> dict[str, Tensor]:
+def _chain_diagnostics(chains: Chains) -> dict[str, Tensor]:
     return {
-        "rhat": rank_normalised_rhat(found.draws).amax(-1),
-        "ess": bulk_ess(found.draws).amin(-1),
-        "divergences": found.divergences,
+        "rhat": rank_normalised_rhat(chains.draws).amax(-1),
+        "ess": bulk_ess(chains.draws).amin(-1),
+        "divergences": chains.divergences,
     }
 
 
-def _diagnosed(log_weights: Tensor) -> dict[str, Tensor]:
+def _weight_diagnostics(log_weights: Tensor) -> dict[str, Tensor]:
     _, _, ess, khat = evidence_of(log_weights)
     return {"khat": khat, "ess": ess}

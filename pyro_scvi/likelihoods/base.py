@@ -12,7 +12,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.types import Distribution, Theta
 
-_NEVER = -1e3  # a logit whose sigmoid is 0 in every precision, and whose gradient is finite
+_LOGIT_OF_ZERO = -1e3  # its sigmoid is 0 in every precision; the gradient of -inf would be NaN
 
 
 class Likelihood(Component):
@@ -110,7 +110,7 @@ class Likelihood(Component):
         logits = self.technical_zero_logits(**theta)
         h: Tensor | float = 0.0
         if logits is not None:
-            h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _NEVER)))
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _LOGIT_OF_ZERO)))
         law = self.rate(**theta)
         w = theta["log_mean"].exp() if law is None else pyro.sample("w", updated_rate(law, x, h))
         y = dist.Delta(x.expand(w.shape))

@@ -188,9 +188,9 @@ class ObservedLibrary(LogNormalLibrary):
 
 def _numbers(value: Any, name: str) -> Tensor:
     try:
-        found = torch.as_tensor(value).float().reshape(-1)
+        values = torch.as_tensor(value).float().reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:  # whatever torch says of words, objects and ragged lists
         raise ModelError(f"{name} must be a number, or a list with one for each batch; got {brief(value)}") from error
-    if not len(found) or not bool(found.isfinite().all()):
-        raise ModelError(f"{name} must hold finite numbers, one or one for each batch; got {found.tolist()}")
-    return found
+    if not len(values) or not bool(values.isfinite().all()):
+        raise ModelError(f"{name} must hold finite numbers, one or one for each batch; got {values.tolist()}")
+    return values

@@ -30,8 +30,8 @@ from pyro_scvi.version import __version__
 FORMAT = 2
 CONFIG, PREVIOUS = "config.json", "previous.json"
 _HEAD = {"format", "kind", "versions", "weights", "sha256"}  # keys beside those of the content
-_UNSIGNED = 1  # the format before digests, and its one name for weights
-_UNSIGNED_WEIGHTS = "weights.safetensors"
+_FORMAT_WITHOUT_DIGEST = 1  # the format before digests, and its one name for weights
+_WEIGHTS_WITHOUT_DIGEST = "weights.safetensors"
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _PARTIAL = re.compile(r"\.(config|previous|weights-[0-9a-f]{16})-[0-9a-f]{16}\.part")
 _SIGNATURE = ',\n "sha256": "{}"\n}}\n'
@@ -55,12 +55,12 @@ def folder(path: Any) -> Path:
         If it names none.
     """
     try:
-        found = Path(path).expanduser()
+        directory = Path(path).expanduser()
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"expected the path of a directory, got {path!r}: {error}") from error
-    if "\0" in str(found):
+    if "\0" in str(directory):
         raise CheckpointError(f"expected the path of a directory, got {path!r}, which no file can be called")
-    return found
+    return directory
 
 
 def write(target: Path, content: Content, *, keep_previous: bool = False) -> None:
@@ -127,16 +127,17 @@ def check_replaceable(target: Path, kind: str) -> None:
         names = {item.name: item.is_file() for item in target.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{target} is no directory that can be written: {error}") from error
-    found = sorted(name for name, is_file in names.items() if not (is_file and _may_be_ours(name, _weights_of(target))))
+    ours = {name for name, is_file in names.items() if is_file and _may_be_ours(name, _weights_of(target))}
+    unexpected = sorted(names.keys() - ours)
     kinds = {config: _kind(target / config) for config in (CONFIG, PREVIOUS) if config in names}
     if kinds.get(CONFIG) is None and kinds.get(PREVIOUS) == kind:  # a corrupt one beside the one before
         kinds.pop(CONFIG, None)
-    found += [
+    unexpected += [
         f"a {held}" if held else f"a broken or strange {config}" for config, held in kinds.items() if held != kind
     ]
-    if found:
+    if unexpected:
         raise CheckpointError(
-            f"{target} holds something else than a saved {kind}: {', '.join(found[:3])}; "
+            f"{target} holds something else than a saved {kind}: {', '.join(unexpected[:3])}; "
             "nothing was overwritten, choose another path"
         )
 
@@ -208,27 +209,27 @@ def signed(facts: dict[str, Any]) -> bytes:
 def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str, Any]:
     """The facts, if every byte is as written, and format, kind and names are those expected."""
     facts = _parsed(raw)
-    if _is_unsigned(facts) and "sha256" not in facts:
+    if _lacks_digest(facts) and "sha256" not in facts:
         facts |= {"format": FORMAT, "kind": "fit", "versions": {}}
-        facts |= {"weights": {"file": _UNSIGNED_WEIGHTS}, "sha256": None}
+        facts |= {"weights": {"file": _WEIGHTS_WITHOUT_DIGEST}, "sha256": None}
     elif raw[-_SIGNED:] != _SIGNATURE.format(hashlib.sha256(raw[:-_SIGNED]).hexdigest()).encode():
-        why = "".join(f"; it has {wrong}" for wrong in _strange(facts, keys)) if facts else ""
+        why = "".join(f"; it has {wrong}" for wrong in _mismatches(facts, keys)) if facts else ""
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one written with it{why}")
-    if wrong := _strange(facts, keys):
+    if wrong := _mismatches(facts, keys):
         raise CheckpointError(f"{path} has {' and '.join(wrong)}")
     if _weights_named(facts) is None:
         raise CheckpointError(f"{path} names {facts['weights']!r}, which is no file of weights")
     return facts
 
 
-def _strange(facts: dict[str, Any], keys: Mapping[str, set[str]]) -> list[str]:
+def _mismatches(facts: dict[str, Any], keys: Mapping[str, set[str]]) -> list[str]:
     """What is not as this version writes it, in words."""
-    found = facts.get("format"), facts.get("kind")
-    if found[0] != FORMAT:
-        return [f"format {found[0]!r}, where this version reads {FORMAT}"]
-    if str(found[1]) not in keys:
-        return [f"a saved {found[1]}, not a {' or '.join(keys)}"]
-    expected = keys[str(found[1])] | _HEAD
+    version, kind = facts.get("format"), facts.get("kind")
+    if version != FORMAT:
+        return [f"format {version!r}, where this version reads {FORMAT}"]
+    if str(kind) not in keys:
+        return [f"a saved {kind}, not a {' or '.join(keys)}"]
+    expected = keys[str(kind)] | _HEAD
     unknown, missing = sorted(facts.keys() - expected), sorted(expected - facts.keys())
     return [f"{what} keys {names}" for what, names in (("unknown", unknown), ("no", missing)) if names]
 
@@ -257,22 +258,22 @@ def _peek(path: Path) -> dict[str, Any]:
 
 def _kind(path: Path) -> str | None:
     facts = _peek(path)
-    return str(facts["kind"]) if "kind" in facts else "fit" if _is_unsigned(facts) else None
+    return str(facts["kind"]) if "kind" in facts else "fit" if _lacks_digest(facts) else None
 
 
 def _weights_named(facts: dict[str, Any]) -> str | None:
     """The file of weights that a config names, if that is a name which this module gives or gave."""
     held = facts.get("weights")
-    name = _UNSIGNED_WEIGHTS if _is_unsigned(facts) else held.get("file") if isinstance(held, dict) else None
-    return name if isinstance(name, str) and (name == _UNSIGNED_WEIGHTS or _WEIGHTS.fullmatch(name)) else None
+    name = _WEIGHTS_WITHOUT_DIGEST if _lacks_digest(facts) else held.get("file") if isinstance(held, dict) else None
+    return name if isinstance(name, str) and (name == _WEIGHTS_WITHOUT_DIGEST or _WEIGHTS.fullmatch(name)) else None
 
 
 def _weights_of(target: Path) -> set[str | None]:
     return {_weights_named(_peek(target / config)) for config in (CONFIG, PREVIOUS)}
 
 
-def _is_unsigned(facts: dict[str, Any]) -> bool:
-    return type(facts.get("format")) is int and facts["format"] == _UNSIGNED  # true is 1, too
+def _lacks_digest(facts: dict[str, Any]) -> bool:
+    return type(facts.get("format")) is int and facts["format"] == _FORMAT_WITHOUT_DIGEST  # true is 1, too
 
 
 def _may_be_ours(name: str, weights: set[str | None]) -> bool:

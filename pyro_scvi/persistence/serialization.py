@@ -30,8 +30,10 @@ def describe(value: Any, model: SCVI) -> Any:
     """JSON for a part: its class's name and its constructor's arguments; the model itself where a guide names it."""
     if isinstance(value, Component):
         arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.config().items()}
-        return {"part": type(value).__name__, "arguments": arguments} if type(value) in _own() else _foreign(value)
-    if dataclasses.is_dataclass(value) and type(value) in _own():
+        return (
+            {"part": type(value).__name__, "arguments": arguments} if type(value) in _own_classes() else _foreign(value)
+        )
+    if dataclasses.is_dataclass(value) and type(value) in _own_classes():
         arguments = {f.name: describe(getattr(value, f.name), model) for f in dataclasses.fields(value)}
         return {"part": type(value).__name__, "arguments": arguments}
     if isinstance(value, Tensor | np.ndarray):
@@ -149,9 +151,9 @@ def _foreign(value: Any) -> dict[str, str]:
     return {"foreign": lasting_repr(value)}
 
 
-def _own() -> dict[type, str]:
-    rooms = (guides, library_size, likelihoods, networks, priors, schedules, weights)
-    classes = [c for room in rooms for _, c in inspect.getmembers(room, inspect.isclass) if _is_part(c)]
+def _own_classes() -> dict[type, str]:
+    packages = (guides, library_size, likelihoods, networks, priors, schedules, weights)
+    classes = [c for package in packages for _, c in inspect.getmembers(package, inspect.isclass) if _is_part(c)]
     return {c: c.__name__ for c in (*classes, SCVI)}
 
 
@@ -161,7 +163,7 @@ def _is_part(candidate: type) -> bool:
 
 
 def _class_called(name: str) -> Callable[..., Any]:
-    for known, label in _own().items():
+    for known, label in _own_classes().items():
         if label == RENAMED.get(name, name):
             return known
     raise CheckpointError(f"unknown part {name!r}")

@@ -78,18 +78,18 @@ class Checkpoints:
         self.epoch, self.written = len(state.rows), time.monotonic()
 
     def _go_on(self, state: TrainingState, config: str) -> None:
-        found, start = self._read(config), state.good
+        content, start = self._read(config), state.good
         if not self.resume:
             raise CheckpointError(
-                f"{self.folder} holds a checkpoint after epoch {_epochs(found)}; pass resume=True to go on from it, or "
-                "another directory"
+                f"{self.folder} holds a checkpoint after epoch {_epochs(content)}; pass resume=True to go on from it, "
+                "or another directory"
             )
         ours = self.facts(state.history) | {"run": self.run}
-        then = {key: with_new_names(found.facts[key]) for key in _IDENTITY}
+        then = {key: with_new_names(content.facts[key]) for key in _IDENTITY}
         self._require_same(then, {key: ours[key] for key in _IDENTITY})
         try:
-            rows: Any = history_of(found.facts["history"])[list(HISTORY)].to_dict("records")
-            state.restore(Snapshot(found.facts["progress"], rows, found.tensors))
+            rows: Any = history_of(content.facts["history"])[list(HISTORY)].to_dict("records")
+            state.restore(Snapshot(content.facts["progress"], rows, content.tensors))
         except Exception as error:  # whatever pandas and torch say of a state that this version does not write
             state.restore(start)
             raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
@@ -107,11 +107,11 @@ class Checkpoints:
             raise CheckpointError(text) from error
 
     def _require_same(self, then: dict[str, Any], now: dict[str, Any]) -> None:
-        found = list(_differences(then, json.loads(json.dumps(now))))
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        differences = list(_differences(then, json.loads(json.dumps(now))))
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise CheckpointError(
-                f"{self.folder} holds the checkpoint of another run: {'; '.join(found[:3])}{more}. "
+                f"{self.folder} holds the checkpoint of another run: {'; '.join(differences[:3])}{more}. "
                 "Pass the same model, cells and options as then, or another directory"
             )
 
@@ -136,21 +136,21 @@ def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, An
     plain = {name: value for name, value in vars(elbo).items() if isinstance(value, bool | int | float | str)}
     told = {
         "elbo": {"class": type(elbo).__name__, **plain},
-        "cells": _told_apart(cells),
-        "validation": _told_apart(validation) if isinstance(validation, Cells) else describe(validation, model),
+        "cells": _cells_digest(cells),
+        "validation": _cells_digest(validation) if isinstance(validation, Cells) else describe(validation, model),
     }
     return {name: describe(value, model) for name, value in options.items() if name not in told} | told
 
 
-def _told_apart(cells: Cells) -> dict[str, Any]:
+def _cells_digest(cells: Cells) -> dict[str, Any]:
     """Their number, and a digest of counts and covariates; of counts on disk only of their sums by cell and gene."""
     digest = hashlib.sha256()
-    for part in (*_read_once(cells), cells.covariates):
+    for part in (*_digested_arrays(cells), cells.covariates):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
 
 
-def _read_once(cells: Cells) -> tuple[np.ndarray, ...]:
+def _digested_arrays(cells: Cells) -> tuple[np.ndarray, ...]:
     counts = cells.counts
     if isinstance(counts, Source):
         return cells.totals, gene_totals(counts)

@@ -120,8 +120,8 @@ def check_gradients(*parts: torch.nn.Module) -> None:
 
 def unique_parameters(parts: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
     """Every parameter to train, once."""
-    found = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
-    return list(found.values())
+    by_identity = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
+    return list(by_identity.values())
 
 
 def _latents(trace: pyro.poutine.Trace) -> set[str]:

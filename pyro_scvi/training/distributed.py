@@ -33,12 +33,12 @@ LossAndGrads = Callable[..., float]
 """Arguments of the programs -> negative bound of these cells, nats; its gradients are added to the parameters."""
 
 # Of gloo and NCCL come plain RuntimeErrors, as of a user's own part in the backward pass.
-_LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
+_CONNECTION_ERROR = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
 
 # Its name since torch 2.13, which deprecates the earlier one.
-_SYNC = "forward_sync_buffers"
-_KNOWN = signature(DistributedDataParallel.__init__).parameters
-_OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
+_SYNC_OPTION = "forward_sync_buffers"
+_DDP_OPTIONS = signature(DistributedDataParallel.__init__).parameters
+_UNSYNCED_BUFFERS: dict[str, Any] = {_SYNC_OPTION if _SYNC_OPTION in _DDP_OPTIONS else "broadcast_buffers": False}
 
 
 class Processes(ABC):
@@ -237,16 +237,16 @@ class ProcessGroup(Processes):
         """
         if not hasattr(elbo, "differentiable_loss"):
             raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
-        with self._together():
+        with self._connection_errors_explained():
             # Running statistics are each rank's own between steps; average_statistics brings them together.
-            bound = DistributedDataParallel(Bound(elbo, model, guide), **_OWN_BUFFERS)
+            bound = DistributedDataParallel(Bound(elbo, model, guide), **_UNSYNCED_BUFFERS)
             for buffer in bound.buffers():  # which torch before 2.13 leaves as they are
                 distributed.broadcast(buffer, 0)
 
         def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
             loss = bound(x, *args, **kwargs)
             # Ranks weigh alike in the mean over them; cells shall, where one rank has a cell more than another.
-            with self._together():
+            with self._connection_errors_explained():
                 (loss * (len(x) * self.size / len_all)).backward()
             return loss.item()
 
@@ -259,7 +259,7 @@ class ProcessGroup(Processes):
             loss = own(x, *args, len_all=len_all, **kwargs)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             message = torch.cat([gradient.flatten() for gradient in gradients]) * (len(x) / len_all)
-            with self._together():
+            with self._connection_errors_explained():
                 distributed.all_reduce(message)
             for gradient, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -270,7 +270,7 @@ class ProcessGroup(Processes):
     def sum(self, *values: float) -> tuple[float, ...]:
         """Through the CPU: a handful of numbers."""
         sums = torch.tensor(values, dtype=torch.float64)
-        with self._together():
+        with self._connection_errors_explained():
             distributed.all_reduce(sums)
         return tuple(sums.tolist())
 
@@ -285,7 +285,7 @@ class ProcessGroup(Processes):
             told[0] = make() if self.first else None
         except Exception as raised:
             told[1] = raised
-        with self._together():
+        with self._connection_errors_explained():
             distributed.broadcast_object_list(told)
         made, error = told
         if error is not None:
@@ -296,7 +296,9 @@ class ProcessGroup(Processes):
         """By torch's all_gather_object."""
         first, *others = self._of_all(facts())
         differing = [
-            "{} is {} on rank 0 and {} on rank {}".format(name, *_apart(str(first[name]), str(other[name])), rank)
+            "{} is {} on rank 0 and {} on rank {}".format(
+                name, *_around_difference(str(first[name]), str(other[name])), rank
+            )
             for rank, other in enumerate(others, 1)
             for name in first
             if other[name] != first[name]
@@ -308,25 +310,25 @@ class ProcessGroup(Processes):
             )
 
     def _of_all(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        with self._together():
-            distributed.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        with self._connection_errors_explained():
+            distributed.all_gather_object(gathered, value)
+        return gathered
 
     def average_statistics(self, *parts: nn.Module) -> None:
         """One small message for each layer, once an epoch."""
-        with self._together():
+        with self._connection_errors_explained():
             for statistic in running_statistics(*parts):
                 distributed.all_reduce(statistic)
                 statistic /= self.size
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _connection_errors_explained(self) -> Iterator[None]:
         """Say what it means that torch cannot reach the others."""
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, distributed.DistError) and not _LOST.search(str(error)):
+            if not isinstance(error, distributed.DistError) and not _CONNECTION_ERROR.search(str(error)):
                 raise
             reason = " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]
             raise FitError(
@@ -336,7 +338,7 @@ class ProcessGroup(Processes):
             ) from error
 
 
-def _apart(*texts: str) -> list[str]:
+def _around_difference(*texts: str) -> list[str]:
     """Of long descriptions what lies around their first difference."""
     first_difference = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), None)
     start = max(0, (min(map(len, texts)) if first_difference is None else first_difference) - 40)

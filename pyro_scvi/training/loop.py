@@ -135,9 +135,9 @@ class Trainer:
                 self.checkpoints.begin(state)
             return state.good if state.rows else None
 
-        found = self.options.ranks.from_first(begun)
-        if found and found is not state.good:
-            state.restore(found)
+        snapshot = self.options.ranks.from_first(begun)
+        if snapshot and snapshot is not state.good:
+            state.restore(snapshot)
 
     def _epochs(self, bar: Any) -> None:
         state, epochs, kl_weight = self.state, self.options.epochs, self.options.kl_weight
@@ -146,7 +146,7 @@ class Trainer:
             try:
                 row = self._row(TemperedZ(kl_weight.at(len(state.rows), epochs)))
             except Diverged as failure:
-                self._retreat(failure)
+                self._roll_back(failure)
                 continue
             # Judged by what is trained for: without the prior of z where its weight ends at 0.
             state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
@@ -177,7 +177,7 @@ class Trainer:
                 raise
             raise self._cannot_score(error) from error
         row["held_out_loss"], row["kl"] = self.evaluate(self.data.held_out or self.data.train, epoch)
-        if not state.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
+        if not state.finite or (self.guide.amortized and _implausible(row["held_out_loss"], row["kl"])):
             raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
         if self.data.held_out is None:
             row["held_out_loss"] = math.nan
@@ -189,7 +189,7 @@ class Trainer:
         what = lost or " ".join(str(error).split())[:300] or type(error).__name__
         return FitError(f"the model cannot score these cells: {what}; make a new model, or mend its parts")
 
-    def _retreat(self, failure: Diverged) -> None:
+    def _roll_back(self, failure: Diverged) -> None:
         """Go back to the last good state and halve the learning rate, as long as that can help."""
         state, rate, epoch = self.state, self.state.learning_rate, len(self.state.rows)
         _log.info("%s, at learning rate %.2g: back to the end of epoch %d", failure, rate, epoch)
@@ -213,7 +213,7 @@ class Trainer:
         before, _ = self.evaluate(cells, 0)
         state.restore(reached)
         state.finish()
-        if after > before or _impossible(after, kl):
+        if after > before or _implausible(after, kl):
             raise FitError(
                 f"the loss was no number {state.halvings} times, and what was learned at half the learning rate each "
                 f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
@@ -251,7 +251,7 @@ class Trainer:
             check_sites(self.model, self.guide, x, gamma, **given)
         tempers = tempered.weight != 1
         take = self.gradients.of_programs if checked or tempers else self.gradients.recorded
-        with self._validating(checked, x), self._quickly(checked), tempered if tempers else nullcontext():
+        with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext():
             loss = take(x, gamma, len_all=self.data.sizes[step], **given)
         if checked:
             check_gradients(self.model, self.guide)
@@ -259,14 +259,14 @@ class Trainer:
 
     @staticmethod
     @contextmanager
-    def _validating(checked: bool, x: Tensor) -> Iterator[None]:
+    def _validation(checked: bool, x: Tensor) -> Iterator[None]:
         """Pyro's checks of the programs; its laws' only of counts, because corrected ones are outside their support."""
         laws_checked = checked and bool((x == x.round()).all())
         with pyro.validation_enabled(checked), pyro.distributions.validation_enabled(laws_checked):
             yield
 
     @contextmanager
-    def _quickly(self, checked: bool) -> Iterator[None]:
+    def _execution(self, checked: bool) -> Iterator[None]:
         """Matrix products as asked for; parameters unregistered, but for Pyro's own ELBOs, which look for them."""
         own = isinstance(self.options.elbo, MeanFieldELBO) and not checked
         with executing(matrix_products=self.options.autocast, register_parameters=not own, check_programs=checked):
@@ -304,7 +304,7 @@ def evenly_spaced(at_most: int, n: int) -> Tensor:
     return torch.arange(few) * n // max(few, 1)
 
 
-def _impossible(bound: float, kl: float) -> bool:
+def _implausible(bound: float, kl: float) -> bool:
     """Whether a look at cells gave what no law gives: no number, or a divergence far below 0.
 
     One draw of the divergence may lie some nats below 0; parameters gone wild give millions, and a bound to match.

@@ -69,13 +69,13 @@ class TrainingOptions:
         FitError
             If the device cannot be used, or another option that no rank may have is wrong.
         """
-        found = replace(self, device=resolve_device(self.device))
+        options = replace(self, device=resolve_device(self.device))
         _check_cells(model, cells, self.validation)
         _check_precision(self.dtype, self.autocast)
         if not isinstance(self.ranks, Processes):
             raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)
-        return found
+        return options
 
     def for_cells(self, n_cells: int) -> "TrainingOptions":
         """The same with the defaults of a run on so many training cells.

@@ -47,14 +47,14 @@ def noted_interrupts() -> Iterator[Interrupts]:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if (earlier := signal.getsignal(number)) not in (None, signal.SIG_IGN):
-                    before[number] = signal.signal(number, _also(interrupts.note, earlier))
+                    before[number] = signal.signal(number, _note_then_call(interrupts.note, earlier))
         yield interrupts
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _also(note: Handler, earlier: Any) -> Handler:
+def _note_then_call(note: Handler, earlier: Any) -> Handler:
     """What notes a signal and then calls a handler of the user's own; Python's would raise at once."""
 
     def handle(number: int, frame: Any) -> None:

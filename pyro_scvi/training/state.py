@@ -14,7 +14,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.persistence.serialization import put_states, states_of
 
 HISTORY = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds")
-_UNSAID = {"rate_scale": 1.0}  # in earlier checkpoints, of runs that halved the schedule's own rates instead
+_DEFAULT_FACTS = {"rate_scale": 1.0}  # in earlier checkpoints, of runs that halved the schedule's own rates instead
 
 
 class Snapshot(NamedTuple):
@@ -117,7 +117,7 @@ class TrainingState:
         CheckpointError, KeyError, TypeError, ValueError, RuntimeError
             If the snapshot, read from a file, is not one of such a run; model and guide are as they were then.
         """
-        snapshot = snapshot._replace(facts=_UNSAID | snapshot.facts)
+        snapshot = snapshot._replace(facts=_DEFAULT_FACTS | snapshot.facts)
         facts, tensors = copy.deepcopy(snapshot.facts), snapshot.tensors
         best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]  # JSON has no infinity
         _require_alike({**self.good.facts, "best_loss": math.inf}, {**facts, "best_loss": best_loss})

@@ -11,7 +11,7 @@ import torch
 
 from pyro_scvi.utils.checks import require_seed
 
-_turn = threading.RLock()
+_lock = threading.RLock()
 
 
 @contextmanager
@@ -21,18 +21,18 @@ def in_turn() -> Iterator[None]:
     torch's generator, Pyro's handlers, its parameter store and its validation belong to the whole process: programs
     that ran in two threads at once would draw each other's numbers and see each other's sites.
     """
-    with _turn:
+    with _lock:
         yield
 
 
-def _another_turn() -> None:
+def _renew_lock() -> None:
     """A child of a fork has only the thread that forked; whoever held the turn in the parent is not there."""
-    global _turn
-    _turn = threading.RLock()
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_another_turn)
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager

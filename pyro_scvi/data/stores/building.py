@@ -138,7 +138,7 @@ def build(
         else:
             work = work_of(target)
             _begin(work, plan)
-            with _without_parts_removed(work):
+            with _removed_if_empty(work):
                 parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
             _assemble(parts, obs, shared, plan, work / COMPLETE)
             (work / COMPLETE).rename(target)
@@ -163,7 +163,7 @@ def _require_built_by(plan: dict[str, Any], target: Path) -> None:
 def _begin(work: Path, plan: dict[str, Any]) -> None:
     """Make the folder of the parts, or see that those in it are of the same build."""
     try:
-        found = json.loads((work / PLAN).read_bytes())
+        earlier = json.loads((work / PLAN).read_bytes())
     except FileNotFoundError:
         if work.is_dir() and any(item.name != f"{PLAN}.new" for item in work.iterdir()):
             raise StoreError(f"{work} holds something else than parts of a store; move it away") from None
@@ -172,7 +172,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise StoreError(f"{work / PLAN} cannot be read ({error}); delete {work} to build from the start") from error
-    if found != plan:
+    if earlier != plan:
         raise StoreError(
             f"{work} holds parts of a build from other files or with other options; repeat that call, or delete the "
             "folder to build from the start"
@@ -180,7 +180,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _without_parts_removed(work: Path) -> Iterator[None]:
+def _removed_if_empty(work: Path) -> Iterator[None]:
     """Leave nothing behind of a build that was refused before its first part: the next call may have other options."""
     try:
         yield
@@ -211,7 +211,7 @@ def _parts(
             check = Check(genes, each.counts.name, "Pass layer= with raw counts.", allow_non_integer)
             for rows in block_slices(*each.counts.shape):
                 path = work / f"part-{len(parts):06d}.npz"
-                block = _kept(path, rows.stop - rows.start, len(genes))
+                block = _reread(path, rows.stop - rows.start, len(genes))
                 if block is None:
                     read = select_genes(each.counts[np.arange(rows.start, rows.stop)], positions_of(genes, each))
                     check(read, cells[first + rows.start : first + rows.stop])
@@ -234,7 +234,7 @@ def _written(block: Matrix, path: Path) -> sparse.csr_array:
     return rows
 
 
-def _kept(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
+def _reread(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
     """The block that an earlier call wrote, if it is there and whole: npz files hold a checksum of every array."""
     if not path.is_file():
         return None

@@ -85,10 +85,10 @@ class StoreSchema:
             file = folder / name
             if not file.is_file():
                 raise StoreError(f"{file} is missing; {rebuild(folder)}")
-            found, size = file.stat().st_size, expected["bytes"]
-            if found != size:
-                what = "truncated" if found < size else "altered"
-                raise StoreError(f"{file} was {what}: it has {found} bytes, not {size}; {rebuild(folder)}")
+            actual, size = file.stat().st_size, expected["bytes"]
+            if actual != size:
+                what = "truncated" if actual < size else "altered"
+                raise StoreError(f"{file} was {what}: it has {actual} bytes, not {size}; {rebuild(folder)}")
             if verify and fingerprint(file) != expected:
                 raise StoreError(f"{file} was altered: its checksum is not the one in the schema; {rebuild(folder)}")
 
