@@ -33,7 +33,7 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
     Parameters
     ----------
     cells
-        The cells that the model is for, as ``fit`` will be given them.
+        The cells that ``fit`` will be given.
     seed
         Of the initial weights and of the fit.
 
@@ -70,7 +70,7 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
     Parameters
     ----------
     cells
-        The cells that the model is for, as ``fit`` will be given them.
+        The cells that ``fit`` will be given.
     seed
         Of the initial weights and of the fit.
 
@@ -105,15 +105,16 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
-    """The configuration of Lopez et al. 2018 (Methods) for the cortex data; for clustering, as there, KL weight 0.
+    """The configuration of Lopez et al. 2018 (Methods) for the cortex data, with their KL weight of 0 for clustering.
 
-    Latent library size with the totals' law, mean l softmax(head), inverse dispersion per gene, log counts into the
-    encoder, one hidden layer of 128, dropout 0.1 in the encoder alone, Adam at 0.0004 with epsilon 0.01, 250 epochs.
+    Latent library size with mean and sd of the log totals, mean l softmax(head), inverse dispersion per gene, log
+    counts into the encoder, one hidden layer of 128, dropout 0.1 in the encoder alone, Adam at 0.0004 with epsilon
+    0.01, 250 epochs.
 
     Parameters
     ----------
     cells
-        The cells that the model is for, as ``fit`` will be given them.
+        The cells that ``fit`` will be given.
     seed
         Of the initial weights and of the fit.
 
@@ -156,6 +157,7 @@ def _log_total_moments(cells: Cells) -> tuple[list[float], list[float]]:
     log_totals = np.log(np.maximum(cells.totals, 1))
     batches = cells.covariates[:, : cells.n_batches].T > 0 if cells.n_batches else [np.ones(cells.n_cells, bool)]
     groups = [log_totals[batch] if batch.any() else log_totals for batch in batches]  # all cells for an absent batch
+    # The floor keeps the LogNormal proper where all cells of a batch have one total.
     return [float(group.mean()) for group in groups], [max(float(group.std()), 0.05) for group in groups]
 
 
@@ -167,6 +169,6 @@ def _options(guide: Guide, *, epochs: int, learning_rate: Constant, seed: int) -
         "learning_rate": learning_rate,
         "eps": 0.01,
         "seed": seed,
-        "data_start": False,
-        "validation": 0,
+        "data_start": False,  # the published code starts from random weights alone
+        "validation": 0,  # and trains on every cell it is given
     }

@@ -20,7 +20,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class Site(NamedTuple):
-    """A random variable of a program: its name, its law, and its shape in words."""
+    """A random variable of a program: its name, its distribution (``law``) and its shape, in words."""
 
     name: str
     law: str
@@ -30,7 +30,7 @@ class Site(NamedTuple):
 def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     """List the sample sites of a program in the order in which it draws them.
 
-    A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
+    A dimension is shown by the name of its plate, or by its size if it has none: "cells x genes", "cells x 10".
     """
     with (
         evaluation_mode(program),
@@ -42,6 +42,7 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
         _InitToFeasible(),
     ):
         program(*args, **kwargs)
+    # Each plate adds a site of its own, for the subsample of rows.
     nodes: list[Any] = [node for node in traced.trace.nodes.values() if node["type"] == "sample"]
     return [
         Site(node["name"], _distribution_name(node["fn"]), _shape(node))
@@ -63,7 +64,7 @@ class Program(Component):
         Raises
         ------
         ModelError
-            Naming the part and both numbers.
+            If there is one; names the part and both numbers.
         """
         for part in self.modules():
             expected = part.expected_genes if isinstance(part, Component) else None
@@ -71,12 +72,12 @@ class Program(Component):
                 raise ModelError(f"{part!r} is for {expected} genes, the model has n_genes={self.n_genes}")
 
     def sites(self, *, marginal: bool = False) -> list[Site]:
-        """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
+        """List the random variables of the explicit program, or of the one with w, y and h integrated out."""
         device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
         return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
 
     def shown(self) -> dict[str, Any]:
-        """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
+        """All arguments, also defaults, so that a printed model shows the sizes of its networks."""
         defaults = {name: one.default for name, one in constructor_parameters(type(self)).items()}
         return defaults | self.config()
 
@@ -85,9 +86,9 @@ class Program(Component):
 
 
 class _InitToFeasible(Messenger):
-    """Gives global latents, and latents that cannot be drawn, the value in the middle of their support.
+    """Sets global latents, and latents that cannot be sampled, to a feasible value (Pyro's ``init_to_feasible``).
 
-    Weights drawn from wide priors overflow the rates of the counts; an improper prior has no draws.
+    Weights drawn from wide priors can overflow the rates of the counts. An improper prior cannot be sampled.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -129,7 +130,7 @@ def _distribution_name(fn: Any) -> str:
         return f"{name} {_distribution_name(fn.base)}"
     if isinstance(fn, dist.MixtureSameFamily):
         return f"mixture of {fn.mixture_distribution.logits.shape[-1]} {_distribution_name(fn.component_distribution)}"
-    if name == "TransformedDistribution":  # named ones, such as LogNormal, say enough
+    if name == "TransformedDistribution":  # subclasses such as LogNormal have a name of their own
         return f"transformed {_distribution_name(fn.base_dist)}"
     return name
 
@@ -145,19 +146,19 @@ def _shape(node: Any) -> str:
 
 
 def register(program: Component) -> None:
-    """Tell Pyro of a program's parameters, for whoever trains it with Pyro's own tools."""
+    """Register a program's parameters with Pyro, whose own tools train what is registered."""
     if execution().register_parameters:
         pyro.module(program.pyro_name, program)
 
 
 def cells_plate(gamma: Tensor, index: Tensor | None, n_cells: int | None) -> pyro.plate:
-    """The plate over cells, for rows ``index`` of ``n_cells`` or for all of them."""
+    """The plate over cells, dimension -2 (genes are -1), for rows ``index`` of ``n_cells`` or for all of them."""
     rows = torch.arange(len(gamma), device=gamma.device) if index is None else index
     return pyro.plate("cells", n_cells or len(gamma), subsample=rows, dim=-2)
 
 
 def check_inputs(model: "Program", x: Tensor | None, gamma: Tensor | None) -> Tensor:
-    """The covariates (cells, covariates), none where the model has none, checked against x and the model.
+    """Check x and gamma against the model; return gamma (cells, covariates), with 0 columns if the model has none.
 
     Raises
     ------
