@@ -16,22 +16,22 @@ _LOGIT_OF_ZERO = -1e3  # its sigmoid is 0 in every precision; the gradient of -i
 
 
 class Likelihood(Component):
-    r"""A law of counts given the decoder's heads (Lopez et al. 2017, Sec. 1).
+    r"""Distribution of counts given the decoder's heads (Lopez et al. 2017, Sec. 1).
 
     .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng}), \quad y_{ng} \sim Poisson(w_{ng}), \quad
         h_{ng} \sim Bernoulli(\pi_{ng}), \quad x_{ng} = y_{ng} (1 - h_{ng})
 
-    A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``; that is enough to fit
-    and to compare it. One that is a Poisson law of a fixed or Gamma rate, with or without technical zeros, may set
-    ``explicit`` and then has the explicit program above and its exact conditionals too, which read ``log_mean`` (log
-    mu), ``log_inverse_dispersion`` (log r) and ``gate_logits`` (logit pi) in theta, each (samples, cells, genes).
+    A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``. That is enough to fit
+    and to compare it. If its counts are Poisson with a fixed or Gamma rate, with or without technical zeros, it may set
+    ``explicit = True``; it then has the explicit program above and its exact conditionals, too. These read ``log_mean``
+    (log mu), ``log_inverse_dispersion`` (log r) and ``gate_logits`` (logit pi) in theta, each (samples, cells, genes).
 
     Raises
     ------
     NotImplementedError
         If a new likelihood has no ``heads`` or no ``marginal``.
     ModelError
-        Where w, y or h is asked for and ``explicit`` is not set.
+        If w, y or h is asked for and ``explicit`` is not set.
 
     Examples
     --------
@@ -51,24 +51,24 @@ class Likelihood(Component):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the decoder's heads; ``log_mean`` is the one that the library size scales."""
+        """Names of the decoder's heads; the library size scales ``log_mean``."""
         raise NotImplementedError
 
     def theta(self, eta: Theta, gamma: Tensor) -> Theta:
-        """The law's parameters from the heads, each broadcastable to (..., cells, genes)."""
+        """The distribution's parameters from the heads, each broadcastable to (..., cells, genes)."""
         return eta
 
     def marginal(self, *args: Any, **theta: Any) -> Distribution:
-        """The law of x with w, y and h integrated out, batch shape (..., cells, genes)."""
+        """The distribution of x with w, y and h integrated out, batch shape (..., cells, genes)."""
         raise NotImplementedError
 
     def rate(self, log_mean: Tensor, **theta: Tensor) -> dist.Gamma | None:
-        """The law of w, or None where w = mu exactly."""
+        """The distribution of w, or None if w = mu exactly."""
         r = theta.get("log_inverse_dispersion")
         return None if r is None else NegativeBinomial(log_mean, r).rate
 
     def technical_zero_logits(self, log_mean: Tensor, **theta: Tensor) -> Tensor | None:
-        """Log odds of h = 1 given x = 0, or None where no zero is technical."""
+        """Log odds of h = 1 given x = 0, or None if no zero is technical."""
         gate = theta.get("gate_logits")
         if gate is None:
             return None
@@ -84,7 +84,7 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         self.require_explicit()
         law, gate = self.rate(**theta), theta.get("gate_logits")
@@ -104,7 +104,7 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         self.require_explicit()
         logits = self.technical_zero_logits(**theta)
@@ -115,6 +115,7 @@ class Likelihood(Component):
         w = theta["log_mean"].exp() if law is None else pyro.sample("w", updated_rate(law, x, h))
         y = dist.Delta(x.expand(w.shape))
         if logits is not None:
+            # A technical zero says nothing about y, which then keeps its prior given w.
             y = dist.MaskedMixture(h == 1, y, dist.Poisson(w))
         pyro.sample("y", y)
 
@@ -125,7 +126,7 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         nodes: dict[str, Any] = pyro.poutine.trace(self.condition).get_trace(x, theta).nodes
         drawn: Theta = {name: nodes[name]["value"] for name in ("w", "y", "h") if name in nodes}
@@ -141,7 +142,7 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         self.require_explicit()
         mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
@@ -152,7 +153,7 @@ class Likelihood(Component):
         return rho * mean + (1 - rho) * seen
 
     def require_explicit(self) -> None:
-        """Refuse a law that has no sites w, y and h.
+        """Refuse a likelihood that has no sites w, y and h.
 
         Raises
         ------
@@ -167,6 +168,6 @@ class Likelihood(Component):
 
 
 def updated_rate(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
-    """The law of the Gamma rate w given the count and whether it is a technical zero."""
+    """The Gamma distribution of the rate w given the count and whether it is a technical zero (conjugacy)."""
     # 1 - h first: added to 1, a rate below 6e-8 would be lost, and w infinite where h = 1.
     return dist.Gamma(law.concentration + x * (1 - h), law.rate + (1 - h))

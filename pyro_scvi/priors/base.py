@@ -1,4 +1,4 @@
-"""Base class of priors p(z), and the refusal of improper ones."""
+"""Base class of priors p(z), and the check that a prior is proper."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class Prior(Component):
-    """A prior on ``n_latent`` latents; ``learned`` says that its own shape is fitted to the data."""
+    """A prior on ``n_latent`` latents; if ``learned``, its own shape is fitted to the data."""
 
     learned = False
     zeros: Tensor
@@ -33,12 +33,12 @@ class Prior(Component):
 
 
 def require_proper(prior: Callable[[], Distribution], what: str) -> None:
-    """Refuse a prior whose density does not integrate to one; ``what`` there is not under it goes into the message.
+    """Refuse a prior whose density does not integrate to one; ``what`` ends the message: what does not exist under it.
 
     Raises
     ------
     ModelError
-        For ``Flat``, and for any law that is improper or masked.
+        For ``Flat``, and for any distribution that is improper or masked.
     """
     with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
         law: Any = prior()
