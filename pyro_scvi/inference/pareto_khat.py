@@ -24,7 +24,7 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
 
 
 def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Log weights (samples, columns) that sum to 1, the largest replaced by quantiles of their fitted tail; and k-hat.
+    """Normalised log weights (samples, columns), the largest replaced by quantiles of the fitted tail; and k-hat.
 
     Vehtari et al. 2024, Algorithm 1. With fewer than 5 tail draws nothing is replaced.
     """
@@ -42,7 +42,7 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _GeneralisedPareto(NamedTuple):
-    """Law of weights above a cutoff, float64 (columns,)."""
+    """Generalised Pareto distribution of the weights above a cutoff, float64 (columns,)."""
 
     cutoff: Tensor
     shape: Tensor
@@ -57,6 +57,7 @@ def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
     """Fit the ``tail`` largest of ascending log weights (samples, columns), the largest of which is 0."""
     cutoff = ordered[-tail - 1].double().exp()
     excess = (ordered[-tail:].double().exp() - cutoff).T.clamp(min=torch.finfo(torch.float64).tiny)  # (columns, tail)
+    # Zhang and Stephens 2009: the mean of b under its profile likelihood, on a grid.
     grid = 30 + math.isqrt(tail)
     position = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device)
     quartile = excess[:, int(tail / 4 + 0.5) - 1, None]
@@ -65,4 +66,5 @@ def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
     log_likelihood = tail * ((-b / k).log() - k - 1)
     b_mean = (b * F.softmax(log_likelihood, -1)).sum(-1, keepdim=True)
     shape = torch.log1p(-b_mean * excess).mean(-1)
+    # The weak prior on k: 10 more draws with a tail index of 0.5.
     return _GeneralisedPareto(cutoff, (tail * shape + 10 * 0.5) / (tail + 10), -shape / b_mean.squeeze(-1))
