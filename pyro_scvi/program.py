@@ -146,7 +146,7 @@ def _shape(node: Any) -> str:
 
 
 def register(program: Component) -> None:
-    """Register a program's parameters with Pyro, whose own tools train what is registered."""
+    """Register a program's parameters with Pyro, so that Pyro's own SVI can train them."""
     if execution().register_parameters:
         pyro.module(program.pyro_name, program)
 

@@ -10,7 +10,7 @@ from scipy import sparse
 
 from pyro_scvi.errors import DataError
 
-_SCAN_SIZE = 2**22  # entries per block: the scan's temporaries stay at a few MB whatever the matrix
+_SCAN_SIZE = 2**22  # entries per block: temporary arrays stay at a few MB for any matrix
 _CELLS_AT_ONCE = 2**14  # rows whose totals are computed together
 _BLOCK_ENTRIES = 2**24  # entries, zeros included, of the rows that are read together from a source
 

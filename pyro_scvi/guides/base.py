@@ -132,13 +132,13 @@ class Guide(Component):
     def draw(self, x: Tensor, gamma: Tensor, samples: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draws of the sites z (samples, cells, 1, latents) and l, and log q of them (samples, cells)."""
         code = self.encode(x, gamma, None)
-        law = self.z_law(code)
-        sites = {"z": law.rsample((samples,))}  # unlike sample, rsample passes NaN on to the loss
-        log_q = law.log_prob(sites["z"])
+        q_z = self.z_law(code)
+        sites = {"z": q_z.rsample((samples,))}  # unlike sample, rsample passes NaN on to the loss
+        log_q = q_z.log_prob(sites["z"])
         if self.coordinates.has_library:
-            law = self.l_law(code, sites["z"]).expand(log_q.shape)
-            sites["l"] = law.rsample()
-            log_q = log_q + law.log_prob(sites["l"])
+            q_l = self.l_law(code, sites["z"]).expand(log_q.shape)
+            sites["l"] = q_l.rsample()
+            log_q = log_q + q_l.log_prob(sites["l"])
         return sites, log_q.squeeze(-1)
 
 

@@ -17,7 +17,7 @@ from pyro_scvi.utils.random_state import seeded
 
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
-    """Evaluation mode without gradients, with a seed and parameter store of its own; all is put back afterwards."""
+    """Evaluation mode without gradients, with a separate seed and parameter store; all is restored afterwards."""
     keep_freed_memory()
     with (
         evaluation_mode(model, guide),

@@ -142,7 +142,7 @@ def corrected_proposal(
 def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws: int = 4) -> tuple[Tensor, Tensor]:
     """Raise every cell's bound E_q log joint + H(q) over a diagonal normal q by ``steps`` of Adam.
 
-    The step is in units of the starting scale, so that wide and narrow latents move alike.
+    The step is in units of the starting scale, so that wide and narrow latents move at the same relative rate.
     """
     shift = torch.zeros_like(loc, requires_grad=True)
     log_stretch = torch.zeros_like(scale, requires_grad=True)

@@ -77,7 +77,7 @@ class Likelihood(Component):
         return gate - counts.log_prob(torch.zeros_like(log_mean))
 
     def generate(self, x: Tensor | None, theta: Theta) -> Tensor:
-        """The explicit program: sites w, h (where there is one), y and x.
+        """The explicit program: sites w, y, h (if zeros may be technical) and x.
 
         w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
 
@@ -87,8 +87,8 @@ class Likelihood(Component):
             If the likelihood is not ``explicit``.
         """
         self.require_explicit()
-        law, gate = self.rate(**theta), theta.get("gate_logits")
-        w = pyro.deterministic("w", theta["log_mean"].exp()) if law is None else pyro.sample("w", law)
+        rate, gate = self.rate(**theta), theta.get("gate_logits")
+        w = pyro.deterministic("w", theta["log_mean"].exp()) if rate is None else pyro.sample("w", rate)
         y = pyro.sample("y", dist.Poisson(w))
         seen = y
         if gate is not None:
@@ -111,8 +111,8 @@ class Likelihood(Component):
         h: Tensor | float = 0.0
         if logits is not None:
             h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _LOGIT_OF_ZERO)))
-        law = self.rate(**theta)
-        w = theta["log_mean"].exp() if law is None else pyro.sample("w", updated_rate(law, x, h))
+        rate = self.rate(**theta)
+        w = theta["log_mean"].exp() if rate is None else pyro.sample("w", updated_rate(rate, x, h))
         y = dist.Delta(x.expand(w.shape))
         if logits is not None:
             # A technical zero says nothing about y, which then keeps its prior given w.
@@ -145,8 +145,8 @@ class Likelihood(Component):
             If the likelihood is not ``explicit``.
         """
         self.require_explicit()
-        mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
-        seen = mean if law is None else (law.concentration + x) / (law.rate + 1)
+        mean, prior, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
+        seen = mean if prior is None else (prior.concentration + x) / (prior.rate + 1)
         if logits is None:
             return seen
         rho = torch.sigmoid(logits) * (x == 0)
@@ -167,7 +167,7 @@ class Likelihood(Component):
             )
 
 
-def updated_rate(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
+def updated_rate(prior: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
     """The Gamma distribution of the rate w given the count and whether it is a technical zero (conjugacy)."""
-    # 1 - h first: added to 1, a rate below 6e-8 would be lost, and w infinite where h = 1.
-    return dist.Gamma(law.concentration + x * (1 - h), law.rate + (1 - h))
+    # 1 - h first: 1 + rate - h would lose a rate below 6e-8, and w would be infinite where h = 1.
+    return dist.Gamma(prior.concentration + x * (1 - h), prior.rate + (1 - h))

@@ -95,8 +95,8 @@ class ZINB(GammaPoisson):
 
     Examples
     --------
-    >>> law = ps.likelihoods.ZINB(ps.likelihoods.PerGene(20))
-    >>> ps.SCVI(20, 2, likelihood=law).sites(marginal=True)[-1]
+    >>> likelihood = ps.likelihoods.ZINB(ps.likelihoods.PerGene(20))
+    >>> ps.SCVI(20, 2, likelihood=likelihood).sites(marginal=True)[-1]
     Site(name='x', law='ZeroInflated NegativeBinomial', shape='cells x genes')
     """
 

@@ -41,10 +41,10 @@ def require_proper(prior: Callable[[], Distribution], what: str) -> None:
         For ``Flat``, and for any distribution that is improper or masked.
     """
     with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
-        law: Any = prior()
+        distribution: Any = prior()
     improper = dist.ImproperUniform | dist.MaskedDistribution
-    while not isinstance(law, improper) and hasattr(law, "base_dist"):
-        law = law.base_dist
-    if isinstance(law, improper):
+    while not isinstance(distribution, improper) and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    if isinstance(distribution, improper):
         name = getattr(prior, "__name__", type(prior).__name__)
         raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")

@@ -147,9 +147,10 @@ class HierarchicalWeights(Component):
 
     Examples
     --------
-    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
+    >>> likelihood = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
     >>> borrowing = {"likelihood.dispersion.*": ps.weights.HierarchicalWeights()}
-    >>> [(site.law, site.shape) for site in ps.SCVI(20, 2, likelihood=law, weight_priors=borrowing).sites()[:3]]
+    >>> model = ps.SCVI(20, 2, likelihood=likelihood, weight_priors=borrowing)
+    >>> [(site.law, site.shape) for site in model.sites()[:3]]
     [('Normal', '1'), ('HalfNormal', '1'), ('Normal', '20')]
     """
 

@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """One training run: what is trained, on which cells, how far it has come, and what may end it.
+    """One training run: model, guide, cells, options, state, and the signals that may end it.
 
     ``checkpoints`` is None if this process writes none.
     """
@@ -83,7 +83,7 @@ class Trainer:
         checkpoints: Checkpoints | None,
         interrupts: Interrupts,
     ) -> "Trainer":
-        """A run before its first step, with an optimiser and a schedule of its own."""
+        """A run before its first step, with a new optimiser and schedule."""
         keep_freed_memory()
         parameters = unique_parameters((model, guide))
         by_programs = options.ranks.loss_and_grads(options.elbo, model, guide)
