@@ -77,12 +77,12 @@ class Component(nn.Module):
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
 
 
-def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """What the constructor takes, by name, without the object itself.
+def constructor_parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of the constructor by name, without self.
 
-    Asked of the class, the first releases of Python 3.11 give the signature of :meth:`Part.__new__`.
+    From ``__init__``, because of a class the first releases of Python 3.11 give the signature of ``__new__``.
     """
-    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])  # type: ignore[misc]
+    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
 
 
 def lasting_repr(value: Any) -> str:
