@@ -61,7 +61,7 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
-    """The model and training of Lopez et al. 2017 (Secs. 1 and 2), as their code of that week had them.
+    """The model and training of Lopez et al. 2017 (Secs. 1 and 2), as in their code of that week.
 
     No library size, mean exp(head), inverse dispersion per cell and gene, raw counts into the encoder, two hidden
     layers of 128, dropout 0.1, batch normalisation momentum 0.01, truncated normal weights of sd 0.01, Adam at 0.005

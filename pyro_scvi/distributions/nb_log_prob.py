@@ -19,7 +19,7 @@ from pyro_scvi.distributions.selected_entries import (
 )
 from pyro_scvi.utils.custom_ops import opaque
 
-FAR = 43  # bound of |log mu| and |log r|: exp(43) exceeds every count, and log1p of its square is finite in float32
+FAR = 43  # bound of |log mu| and |log r|: exp(43) exceeds every count, and every torch has a finite log1p of its square
 
 
 def log_negative_binomial(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def log_zero_inflated(x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor) 
 
 
 def inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
-    """Log p(x) with technical zeros of odds o = exp(gate): p(x) is (1 + p / o) pi at x = 0 and (p / o) pi above."""
+    """Log p(x) with technical zeros: (1 + q / o) pi at x = 0, (q / o) pi above; q the base's p(x), o = exp(gate)."""
     odds = log_prob - gate
     return torch.where(x == 0, _softplus(odds), odds) - _softplus(-gate)
 

@@ -55,7 +55,7 @@ class NegativeBinomial(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """Mu + mu^2 / r, counts squared."""
+        """The variance mu + mu^2 / r, counts squared."""
         return self.mean + (2 * self.log_mean - self.log_inverse_dispersion).exp()
 
     @property

@@ -108,7 +108,7 @@ class _Gamma:
         return self._plus(series, (self.low + 0.5) * self.log_shift - self.k - self.xp.log(product))
 
     def log_minus_psi(self) -> Array:
-        """Log a - psi(a), psi the digamma function."""
+        """The difference log a - psi(a), with psi the digamma function."""
         series = _series(self.square, (1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132), single=5) * self.square
         of_low = sum(1 / (self.low + j) for j in range(self.k)) - self.log_shift
         return self._plus(series + 0.5 * self.inverse, of_low)

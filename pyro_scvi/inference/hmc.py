@@ -42,13 +42,13 @@ def sample_chains(
     step = _DualAveraging(torch.full_like(state.value[0], 0.5), target)
     kept, divergences, acceptance = [], torch.zeros_like(step.size), torch.zeros_like(step.size)
     for iteration in range(warmup + draws):
-        state, error = transition(density, state, step.size, leapfrog)
-        probability = error.clamp(max=0).exp().mean(0)
+        state, log_ratio = transition(density, state, step.size, leapfrog)
+        probability = log_ratio.clamp(max=0).exp().mean(0)
         if iteration < warmup:
             step.update(probability, last=iteration == warmup - 1)
         else:
             kept.append(density.coordinates(state.v))
-            divergences += (error < -MAX_ENERGY_ERROR).sum(0)
+            divergences += (log_ratio < -MAX_ENERGY_ERROR).sum(0)
             acceptance += probability / draws
     return Chains(torch.stack(kept), divergences, acceptance, step.size)
 
@@ -102,11 +102,11 @@ def transition(density: Whitened, state: State, size: Tensor, leapfrog: int) -> 
     jitter = 1 + 0.1 * (2 * torch.rand_like(state.value) - 1)
     count = int(torch.randint(1, 2 * leapfrog, ()))
     new, momentum = _leap(density, state, start, (size * jitter)[..., None], count)
-    error = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
-    error = error.nan_to_num(-torch.inf)  # a trajectory that left the numbers is rejected
-    accepted = torch.rand_like(error).log() < error
+    log_ratio = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
+    log_ratio = log_ratio.nan_to_num(-torch.inf)  # a trajectory that left the numbers is rejected
+    accepted = torch.rand_like(log_ratio).log() < log_ratio
     pairs = zip(new, state, strict=True)
-    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs)), error
+    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs)), log_ratio
 
 
 def _leap(density: Whitened, state: State, momentum: Tensor, size: Tensor, count: int) -> tuple[State, Tensor]:

@@ -33,7 +33,7 @@ class Prior(Component):
 
 
 def require_proper(prior: Callable[[], Distribution], what: str) -> None:
-    """Refuse a prior whose density does not integrate to one; ``what`` ends the message: what does not exist under it.
+    """Refuse a prior whose density does not integrate to one; ``what`` completes the message.
 
     Raises
     ------
