@@ -1,16 +1,16 @@
-"""Exceptions of the package; each is also the built-in exception that a caller would catch."""
+"""Exceptions of the package; each is also the built-in exception that a caller would expect."""
 
 from typing import Any
 
 __all__ = ["CheckpointError", "DataError", "FitError", "ModelError", "PyroScviError", "SchemaError", "StoreError"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
 class PyroScviError(Exception):
-    """Root of every error that this package raises on purpose; each kind is a built-in exception, too.
+    """Base class of every error that this package raises on purpose; each subclass is also a built-in exception.
 
     Examples
     --------
@@ -24,7 +24,7 @@ class PyroScviError(Exception):
 
 
 class DataError(PyroScviError, ValueError):
-    """Counts or annotations that no count model can take: negative, missing, not integers, empty. A ValueError.
+    """Counts or annotations that a count model cannot use: negative, missing, not integers, empty. A ValueError.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class ModelError(PyroScviError, ValueError):
 
 
 class FitError(PyroScviError, RuntimeError):
-    """Training that could not go on; ``fit`` is the last good Fit, where an epoch had ended. A RuntimeError.
+    """Training that failed; ``fit`` is the Fit of the last good epoch, None if no epoch had ended. A RuntimeError.
 
     Examples
     --------
@@ -73,7 +73,7 @@ class FitError(PyroScviError, RuntimeError):
     pyro_scvi.errors.FitError: epochs must be an integer of 1 or more, got 0
     """
 
-    fit: Any = None
+    fit: Any = None  # a Fit, whose module imports this one
 
 
 class CheckpointError(PyroScviError, OSError):

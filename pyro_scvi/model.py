@@ -20,7 +20,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class SCVI(Program):
-    r"""The law of counts x (cells, genes) given constants gamma (cells, covariates) (Lopez et al. 2017, Sec. 1).
+    r"""Distribution of counts x (cells, genes) given covariates gamma (cells, covariates) (Lopez et al. 2017, Sec. 1).
 
     .. math::
 
@@ -98,7 +98,9 @@ class SCVI(Program):
                 initial_sd=initial_sd,
             )
         self.require_genes()
+        # After all parts exist: it takes parameters out of them.
         self.weights = RandomWeights(self, weight_priors or {})
+        # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
         with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block():
             shape = tuple(self.prior().event_shape)
         if shape != (n_latent,):
@@ -121,29 +123,29 @@ class SCVI(Program):
         x
             Counts (cells, genes), or None to draw them.
         gamma
-            Covariates (cells, covariates); may be left out where the model has none and x is given.
+            Covariates (cells, covariates); may be left out if the model has none and x is given.
         marginal
             Whether w, y and h are integrated out (Sec. 2).
         mask
             Which entries (cells, genes) count in the likelihood.
         index, n_cells
-            Rows of this minibatch among all cells and how many those are: cell terms then weigh n_cells / len(index).
+            Rows of this minibatch among all cells, and the number of all cells. Terms of a cell are then scaled by
+            n_cells / len(index).
 
         Raises
         ------
         ModelError
-            If genes, covariates or rows do not agree, or there are no w, y and h to ask for.
+            If genes, covariates or rows do not agree, or ``marginal=False`` and the likelihood has no w, y and h.
         """
         register(self)
         gamma = check_inputs(self, x, gamma)
-        with self.weights.drawn_into(self):
-            with cells_plate(gamma, index, n_cells):
-                z = pyro.sample("z", self.prior())  # (cells, 1, latents)
-                theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
-                with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
-                    if marginal:
-                        return pyro.sample("x", self.likelihood.marginal(**theta), obs=x)
-                    return self.likelihood.generate(x, theta)
+        with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
+            z = pyro.sample("z", self.prior())  # (cells, 1, latents)
+            theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
+            with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
+                if marginal:
+                    return pyro.sample("x", self.likelihood.marginal(**theta), obs=x)
+                return self.likelihood.generate(x, theta)
 
     def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
         """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""

@@ -18,7 +18,7 @@ from pyro_scvi.utils.checks import require_kind
 __all__ = ["default", "nature_methods_2018", "seed_2017"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -33,7 +33,7 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
     Parameters
     ----------
     cells
-        The cells that the model is for, as ``fit`` will be given them.
+        The cells that ``fit`` will be given.
     seed
         Of the initial weights and of the fit.
 
@@ -61,7 +61,7 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
-    """The model and training of Lopez et al. 2017 (Secs. 1 and 2), as their code of that week had them.
+    """The model and training of Lopez et al. 2017 (Secs. 1 and 2), as in their code of that week.
 
     No library size, mean exp(head), inverse dispersion per cell and gene, raw counts into the encoder, two hidden
     layers of 128, dropout 0.1, batch normalisation momentum 0.01, truncated normal weights of sd 0.01, Adam at 0.005
@@ -70,7 +70,7 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
     Parameters
     ----------
     cells
-        The cells that the model is for, as ``fit`` will be given them.
+        The cells that ``fit`` will be given.
     seed
         Of the initial weights and of the fit.
 
@@ -105,15 +105,16 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
-    """The configuration of Lopez et al. 2018 (Methods) for the cortex data; for clustering, as there, KL weight 0.
+    """The configuration of Lopez et al. 2018 (Methods) for the cortex data, with their KL weight of 0 for clustering.
 
-    Latent library size with the totals' law, mean l softmax(head), inverse dispersion per gene, log counts into the
-    encoder, one hidden layer of 128, dropout 0.1 in the encoder alone, Adam at 0.0004 with epsilon 0.01, 250 epochs.
+    Latent library size with mean and sd of the log totals, mean l softmax(head), inverse dispersion per gene, log
+    counts into the encoder, one hidden layer of 128, dropout 0.1 in the encoder alone, Adam at 0.0004 with epsilon
+    0.01, 250 epochs.
 
     Parameters
     ----------
     cells
-        The cells that the model is for, as ``fit`` will be given them.
+        The cells that ``fit`` will be given.
     seed
         Of the initial weights and of the fit.
 
@@ -141,7 +142,7 @@ def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
         "initial_sd": 0.01,
         "seed": seed,
     }
-    likelihood, library = ZINB(PerGene(cells.n_genes)), LatentLibrary(*_law_of_totals(cells))
+    likelihood, library = ZINB(PerGene(cells.n_genes)), LatentLibrary(*_log_total_moments(cells))
     model = SCVI(cells.n_genes, 10, cells.n_covariates, likelihood=likelihood, library=library, **hidden)
     guide = DiagonalNormal(model, dropout=0.1, **hidden)
     return model, _options(guide, epochs=250, learning_rate=Constant(4e-4), seed=seed) | {"kl_weight": ConstantKL(0.0)}
@@ -151,11 +152,12 @@ def _require_cells(cells: Any) -> None:
     require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
 
 
-def _law_of_totals(cells: Cells) -> tuple[list[float], list[float]]:
+def _log_total_moments(cells: Cells) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the log totals, per batch."""
     log_totals = np.log(np.maximum(cells.totals, 1))
     batches = cells.covariates[:, : cells.n_batches].T > 0 if cells.n_batches else [np.ones(cells.n_cells, bool)]
     groups = [log_totals[batch] if batch.any() else log_totals for batch in batches]  # all cells for an absent batch
+    # The floor keeps the LogNormal proper where all cells of a batch have one total.
     return [float(group.mean()) for group in groups], [max(float(group.std()), 0.05) for group in groups]
 
 
@@ -167,6 +169,6 @@ def _options(guide: Guide, *, epochs: int, learning_rate: Constant, seed: int) -
         "learning_rate": learning_rate,
         "eps": 0.01,
         "seed": seed,
-        "data_start": False,
-        "validation": 0,
+        "data_start": False,  # the published code starts from random weights alone
+        "validation": 0,  # and trains on every cell it is given
     }

@@ -20,7 +20,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class Site(NamedTuple):
-    """A random variable of a program: its name, its law, and its shape in words."""
+    """A random variable of a program: its name, its distribution (``law``) and its shape, in words."""
 
     name: str
     law: str
@@ -30,14 +30,24 @@ class Site(NamedTuple):
 def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     """List the sample sites of a program in the order in which it draws them.
 
-    A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
+    A dimension is shown by the name of its plate, or by its size if it has none: "cells x genes", "cells x 10".
     """
-    with evaluation_mode(program), seeded(0), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        with torch.no_grad(), pyro.poutine.trace() as found, _Harmless():
-            program(*args, **kwargs)
-    nodes: list[Any] = [node for node in found.trace.nodes.values() if node["type"] == "sample"]
+    with (
+        evaluation_mode(program),
+        seeded(0),
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        torch.no_grad(),
+        pyro.poutine.trace() as traced,
+        _InitToFeasible(),
+    ):
+        program(*args, **kwargs)
+    # Each plate adds a site of its own, for the subsample of rows.
+    nodes: list[Any] = [node for node in traced.trace.nodes.values() if node["type"] == "sample"]
     return [
-        Site(node["name"], _law(node["fn"]), _shape(node)) for node in nodes if not isinstance(node["fn"], _Subsample)
+        Site(node["name"], _distribution_name(node["fn"]), _shape(node))
+        for node in nodes
+        if not isinstance(node["fn"], _Subsample)
     ]
 
 
@@ -54,7 +64,7 @@ class Program(Component):
         Raises
         ------
         ModelError
-            Naming the part and both numbers.
+            If there is one; names the part and both numbers.
         """
         for part in self.modules():
             expected = part.expected_genes if isinstance(part, Component) else None
@@ -62,12 +72,12 @@ class Program(Component):
                 raise ModelError(f"{part!r} is for {expected} genes, the model has n_genes={self.n_genes}")
 
     def sites(self, *, marginal: bool = False) -> list[Site]:
-        """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
+        """List the random variables of the explicit program, or of the one with w, y and h integrated out."""
         device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
         return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
 
     def shown(self) -> dict[str, Any]:
-        """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
+        """All arguments, also defaults, so that a printed model shows the sizes of its networks."""
         defaults = {name: one.default for name, one in constructor_parameters(type(self)).items()}
         return defaults | self.config()
 
@@ -75,52 +85,53 @@ class Program(Component):
         return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))
 
 
-class _Harmless(Messenger):
-    """Gives global latents, and latents that cannot be drawn, the value in the middle of their support.
+class _InitToFeasible(Messenger):
+    """Sets global latents, and latents that cannot be sampled, to a feasible value (Pyro's ``init_to_feasible``).
 
-    Weights drawn from wide priors overflow the rates of the counts; an improper prior has no draws.
+    Weights drawn from wide priors can overflow the rates of the counts. An improper prior cannot be sampled.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
             return
-        drawn = _drawn(msg["fn"])
-        if drawn is None:
-            msg["value"] = _middle(msg["fn"])
+        draw = _draw_or_none(msg["fn"])
+        if draw is None:
+            msg["value"] = _feasible_value(msg["fn"])
         elif not msg["cond_indep_stack"]:
-            msg["value"] = _middle(msg["fn"]).to(drawn)
+            msg["value"] = _feasible_value(msg["fn"]).to(draw)
 
 
-def _drawn(law: Any) -> torch.Tensor | None:
+def _draw_or_none(fn: Any) -> torch.Tensor | None:
     try:
-        return law.sample()
-    except NotImplementedError:
+        return fn.sample()
+    except NotImplementedError:  # an improper prior
         return None
 
 
-def _middle(law: Any) -> torch.Tensor:
-    transform = biject_to(law.support)
-    return transform(torch.zeros(transform.inverse_shape(law.shape())))
+def _feasible_value(fn: Any) -> torch.Tensor:
+    """The point of the support whose unconstrained coordinates are all 0."""
+    transform = biject_to(fn.support)
+    return transform(torch.zeros(transform.inverse_shape(fn.shape())))
 
 
-def _unwrapped(law: Any) -> Any:
-    while isinstance(law, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        law = law.base_dist
-    return law
+def _unwrapped(fn: Any) -> Any:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
-def _law(law: Any) -> str:
-    """Name of a distribution, without the wrappers that only reshape it, and of what a mixture or transform is of."""
-    law = _unwrapped(law)
-    name = type(law).__name__
-    if isinstance(law, dist.Delta):
+def _distribution_name(fn: Any) -> str:
+    """Name a distribution without the wrappers that only reshape it; a mixture or transform also names its base."""
+    fn = _unwrapped(fn)
+    name = type(fn).__name__
+    if isinstance(fn, dist.Delta):
         return "a function of those above"
-    if isinstance(law, ZeroInflated):
-        return f"{name} {_law(law.base)}"
-    if isinstance(law, dist.MixtureSameFamily):
-        return f"mixture of {law.mixture_distribution.logits.shape[-1]} {_law(law.component_distribution)}"
-    if name == "TransformedDistribution":  # named ones, such as LogNormal, say enough
-        return f"transformed {_law(law.base_dist)}"
+    if isinstance(fn, ZeroInflated):
+        return f"{name} {_distribution_name(fn.base)}"
+    if isinstance(fn, dist.MixtureSameFamily):
+        return f"mixture of {fn.mixture_distribution.logits.shape[-1]} {_distribution_name(fn.component_distribution)}"
+    if name == "TransformedDistribution":  # subclasses such as LogNormal have a name of their own
+        return f"transformed {_distribution_name(fn.base_dist)}"
     return name
 
 
@@ -135,19 +146,19 @@ def _shape(node: Any) -> str:
 
 
 def register(program: Component) -> None:
-    """Tell Pyro of a program's parameters, for whoever trains it with Pyro's own tools."""
+    """Register a program's parameters with Pyro, so that Pyro's own SVI can train them."""
     if execution().register_parameters:
         pyro.module(program.pyro_name, program)
 
 
 def cells_plate(gamma: Tensor, index: Tensor | None, n_cells: int | None) -> pyro.plate:
-    """The plate over cells, for rows ``index`` of ``n_cells`` or for all of them."""
+    """The plate over cells, dimension -2 (genes are -1), for rows ``index`` of ``n_cells`` or for all of them."""
     rows = torch.arange(len(gamma), device=gamma.device) if index is None else index
     return pyro.plate("cells", n_cells or len(gamma), subsample=rows, dim=-2)
 
 
 def check_inputs(model: "Program", x: Tensor | None, gamma: Tensor | None) -> Tensor:
-    """The covariates (cells, covariates), none where the model has none, checked against x and the model.
+    """Check x and gamma against the model; return gamma (cells, covariates), with 0 columns if the model has none.
 
     Raises
     ------

@@ -11,18 +11,18 @@ from pyro_scvi.utils.checks import require_number
 __all__ = ["CheckpointInterval", "Constant", "ConstantKL", "OneCycle", "WarmUp"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
 @dataclass(frozen=True)
 class OneCycle:
-    r"""Learning rate up over the first 30 % of all steps, then down to nearly nothing (Smith 2018).
+    r"""A learning rate that rises over the first 30 % of all steps, then falls to nearly zero (Smith 2018).
 
     .. math:: a \to b: \quad \tfrac12 (a + b) + \tfrac12 (a - b) \cos(\pi u), \quad 0 \le u \le 1
 
-    from peak / 25 to ``peak`` and from there to peak / 250,000; torch's OneCycleLR, which moves Adam's first beta from
-    .95 to .85 and back.
+    from peak / 25 to ``peak``, then from there to peak / 250,000. This is torch's OneCycleLR, which also moves Adam's
+    first beta from .95 to .85 and back.
 
     Parameters
     ----------
@@ -48,6 +48,7 @@ class OneCycle:
 
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser that will make ``steps`` steps."""
+        # At least 2: of a single step torch takes the end of the cycle, a rate of nearly zero.
         return torch.optim.lr_scheduler.OneCycleLR(optimiser, float(self.peak), total_steps=max(steps, 2))
 
 
@@ -80,13 +81,13 @@ class Constant:
     def __call__(self, optimiser: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """Attach to an optimiser."""
         for group in optimiser.param_groups:
-            group["lr"] = float(self.rate)  # NumPy's numbers are none to JSON
+            group["lr"] = float(self.rate)  # JSON takes no number of NumPy
         return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0, total_iters=0)
 
 
 @dataclass(frozen=True)
 class ConstantKL:
-    r"""The same KL weight, beta, throughout: 1 is the evidence bound, 0 leaves the prior of z out of training.
+    r"""The same KL weight, beta, throughout: 1 gives the evidence bound, 0 leaves the prior of z out of training.
 
     .. math:: L_\beta(n) = E_{q(z | x_n)} \log p(x_n | z) - \beta\, KL(q(z | x_n) \| p(z))
 
@@ -131,7 +132,7 @@ class WarmUp:
     Raises
     ------
     FitError
-        By ``fit``: if ``epochs`` is below 1, or not below the number of epochs of the run.
+        Raised by ``fit``, if ``epochs`` is below 1, or not below the number of epochs of the run.
 
     Examples
     --------
@@ -144,7 +145,7 @@ class WarmUp:
 
     def at(self, epoch: int, epochs: int) -> float:
         """Weight in ``epoch`` of ``epochs``; raises FitError if the warm-up would not end inside the run."""
-        if not self.epochs >= 1:  # NaN neither
+        if not self.epochs >= 1:  # refuses NaN, too
             raise FitError(f"a KL warm-up takes 1 epoch or more, got {self.epochs}")
         if self.epochs >= epochs:
             raise FitError(
@@ -156,12 +157,12 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class CheckpointInterval:
-    """Checkpoints at the end of epochs: when so many epochs and so many seconds have passed since the last one.
+    """Checkpoints at the end of an epoch, once enough epochs and seconds have passed since the last one.
 
     Parameters
     ----------
     epochs, seconds
-        Least distances; both must have passed.
+        Fewest epochs and seconds between two checkpoints; both must have passed.
 
     Raises
     ------
@@ -181,7 +182,7 @@ class CheckpointInterval:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.epochs >= 1 and self.seconds >= 0):  # NaN neither
+        if not (self.epochs >= 1 and self.seconds >= 0):  # refuses NaN, too
             raise FitError(f"checkpoints need epochs >= 1 and seconds >= 0, got {self}")
 
 

@@ -23,7 +23,7 @@ from pyro_scvi.utils.html_repr import table
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cells:
-    """Counts x with their covariates gamma, ready for a model: by ``from_anndata``, ``from_counts`` or ``from_store``.
+    """Counts x with covariates gamma, ready for a model; see ``from_anndata``, ``from_counts`` and ``from_store``.
 
     ``len(cells)`` is the number of cells, and ``cells[index]`` a minibatch ``(x, gamma)`` of float32 tensors,
     (cells, genes) and (cells, covariates); gamma has 0 columns without batches and covariates.
@@ -31,19 +31,19 @@ class Cells:
     Attributes
     ----------
     counts
-        (cells, genes), counts: a CSR array if the input was sparse, else an ndarray; of a store or a file that is left
-        in place, a source that is indexed by rows.
+        (cells, genes), counts: a CSR array if the input was sparse, else an ndarray. For a store, or a file left in
+        place, a source that is indexed by rows.
     covariates
         (cells, covariates), float32: one-hot batches first, then standardised continuous covariates.
     schema
-        What the columns mean; pass it to ``from_anndata`` to read a query in the same way.
+        The meaning of the columns; pass it to ``from_anndata`` to read a query in the same way.
     obs
         Annotations of the cells, as the AnnData had them.
 
     Raises
     ------
     DataError
-        Of an index that is neither integers nor a mask of the cells; an IndexError beyond the last cell.
+        If an index is neither integers nor a mask of the cells; beyond the last cell it is an IndexError.
 
     Examples
     --------
@@ -76,7 +76,7 @@ class Cells:
         allow_non_integer: bool = False,
         backed: bool = False,
     ) -> "Cells":
-        """Read an AnnData, which is not changed; whatever is wrong with its counts and columns is raised here.
+        """Read an AnnData, which is not changed; errors in its counts and columns are raised here.
 
         Parameters
         ----------
@@ -96,9 +96,9 @@ class Cells:
         allow_non_integer
             Accept values that are no integers, such as corrected counts.
         backed
-            Leave the counts of a backed AnnData, or of an ``anndata.experimental.AnnCollection``, where they are: they
-            are scanned once, then every minibatch is read from the file, which must stay open. Random cells of a store
-            (``ps.stores.build``) are read some ten times as fast.
+            Leave the counts of a backed AnnData, or of an ``anndata.experimental.AnnCollection``, where they are. They
+            are scanned once; then every minibatch is read from the file, which must stay open. A store
+            (``ps.stores.build``) gives random cells about ten times as fast.
 
         Raises
         ------
@@ -106,12 +106,12 @@ class Cells:
             If an entry is NaN, infinite, negative or no integer, if there are no cells or genes, if a gene name
             occurs twice, or a column of ``obs`` cannot serve as batch or covariate.
         SchemaError
-            If a column or layer is not there, or genes or categories do not match the schema.
+            If a column or layer does not exist, or genes or categories do not match the schema.
 
         Warns
         -----
         UserWarning
-            At cells or genes without counts, implausibly large counts, and cell names that occur twice.
+            For cells or genes without counts, implausibly large counts, and cell names that occur twice.
         """
         layer = schema.layer if layer is None and isinstance(schema, Schema) else layer
         table = table_in_place(adata, layer) if backed else table_of_anndata(adata, layer)
@@ -132,7 +132,7 @@ class Cells:
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
     ) -> "Cells":
-        """Take a matrix without an AnnData, under the same validation as :meth:`from_anndata`.
+        """Take a matrix without an AnnData, validated in the same way as by :meth:`from_anndata`.
 
         Parameters
         ----------
@@ -169,7 +169,7 @@ class Cells:
         fill_missing_genes: bool = False,
         verify: bool = True,
     ) -> "Cells":
-        """Cells of a store that ``ps.stores.build`` wrote; counts stay on disk, and memory grows with cells only.
+        """Read a store that ``ps.stores.build`` wrote; counts stay on disk, and memory grows only with the cells.
 
         Parameters
         ----------
@@ -178,12 +178,12 @@ class Cells:
         batch, covariates, schema, fill_missing_genes
             As in :meth:`from_anndata`.
         verify
-            Compare the checksum of every array, which reads the store once; sizes are always compared.
+            Whether to compare the checksum of every array, which reads the store once. Sizes are always compared.
 
         Raises
         ------
         StoreError
-            If there is no store, or it was truncated or altered.
+            If there is no store, or it was truncated or changed.
         DataError, SchemaError
             As in :meth:`from_anndata`.
         """
@@ -237,7 +237,7 @@ class Cells:
         return torch.from_numpy(x.astype(np.float32, copy=False)), torch.from_numpy(self.covariates[rows])
 
     def take(self, index: CellIndex) -> "Cells":
-        """Return some of the cells, with their annotations, in the order of ``index``; what lies on disk stays there.
+        """Return some of the cells, with annotations, in the order of ``index``; counts on disk stay there.
 
         Raises
         ------
@@ -255,9 +255,9 @@ class Cells:
         Parameters
         ----------
         held_out
-            Share of the cells in test, between 0 and 1, or, as an int, their number.
+            Fraction of the cells in test, between 0 and 1, or their number, as an int.
         seed
-            Seed of a generator of its own; the global random state is not touched.
+            Seed of a separate generator; the global random state is not changed.
 
         Raises
         ------
@@ -284,15 +284,15 @@ class Cells:
         return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
     def with_batch(self, name: str) -> "Cells":
-        """Return the same cells as if all were of one batch; ``obs`` keeps the batches as recorded.
+        """Return the same cells as if all were from one batch; ``obs`` keeps the recorded batches.
 
-        To marginalise over the batch of cells whose batch is unknown, average a prediction over
+        For cells of an unknown batch, average a prediction over
         ``cells.with_batch(name) for name in cells.schema.batches``.
 
         Raises
         ------
         SchemaError
-            If there is no such batch.
+            If there is no batch of this name.
         """
         covariates = self.covariates.copy()
         covariates[:, : self.n_batches] = 0.0

@@ -1,4 +1,4 @@
-"""Check of a whole count matrix for values that cannot be counts."""
+"""Check of a count matrix for values that cannot be counts."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 
 LARGEST_USUAL_COUNT = 1e6
-"""A single entry above this is hardly ever a molecule count: it is warned about."""
+"""A single entry above this is hardly ever a number of molecules, so it raises a warning."""
 
 LARGEST_EXACT_COUNT = 2**24
 """Above this, float32 no longer holds every integer."""
@@ -26,7 +26,7 @@ def check_counts(
     *,
     allow_non_integer: bool = False,
 ) -> Counts:
-    """Scan every entry, and return the matrix in a type that becomes float32 without loss.
+    """Scan every entry, and return the matrix in a type that converts to float32 without loss.
 
     Parameters
     ----------
@@ -35,24 +35,24 @@ def check_counts(
     genes, cells
         Names for messages.
     source, hint
-        What the matrix is called, and where raw counts might be found instead.
+        Name of the matrix in messages, and where raw counts might be instead.
     allow_non_integer
         Accept finite non-negative values that are no integers.
 
     Returns
     -------
     csr_array, ndarray or Source
-        (cells, genes); in memory of float32 or an integer type of at most 32 bits.
+        (cells, genes); a matrix in memory has float32 or an integer type of at most 32 bits.
 
     Raises
     ------
     DataError
-        At a NaN, infinite, negative, non-integer or too large entry; names its cell and gene.
+        If an entry is NaN, infinite, negative, no integer or too large; names its cell and gene.
 
     Warns
     -----
     UserWarning
-        At an entry above ``LARGEST_USUAL_COUNT``.
+        If an entry is above ``LARGEST_USUAL_COUNT``.
     """
     check = Check(genes, source, hint, allow_non_integer)
     if isinstance(counts, Source):
@@ -66,7 +66,7 @@ def check_counts(
 
 
 class Check:
-    """Refuses blocks of a matrix that hold other values than counts; arguments as in :func:`check_counts`."""
+    """Refuses blocks of a matrix with values that are no counts; arguments as in :func:`check_counts`."""
 
     def __init__(
         self, genes: Sequence[str] | pd.Index, source: str, hint: str, allow_non_integer: bool = False
@@ -86,7 +86,7 @@ class Check:
             self.implausible = _describe(counts, position, self.genes, cells)
 
     def warn(self) -> None:
-        """Warn of an implausibly large count, once for all blocks."""
+        """Warn about an implausibly large count, once for all blocks."""
         if self.implausible is not None:
             warn(
                 f"{self.source} has an implausibly large count: {self.implausible}. It is taken as it is and weighs on "
@@ -125,7 +125,7 @@ def _rules(allow_non_integer: bool) -> list[_Rule]:
 
 
 def _first(counts: Matrix, breaks: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """Position, among the stored values, of the first that breaks a rule."""
+    """Position, among the stored values, of the first value that breaks a rule."""
     for start, values in blocks(stored_values(counts)):
         broken = breaks(values)
         if broken.any():

@@ -1,4 +1,4 @@
-"""Count matrices: one canonical form for whatever a caller holds, in memory or not."""
+"""Count matrices: one canonical form of all kinds of input, in memory or on disk."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -10,9 +10,9 @@ from scipy import sparse
 
 from pyro_scvi.errors import DataError
 
-_SCAN_SIZE = 2**22  # entries per block: the scan's temporaries stay at a few MB whatever the matrix
-_CELLS_AT_ONCE = 2**14  # whose totals are added up together
-_BLOCK_ENTRIES = 2**24  # zeros included, of the rows that are read together from a source
+_SCAN_SIZE = 2**22  # entries per block: temporary arrays stay at a few MB for any matrix
+_CELLS_AT_ONCE = 2**14  # rows whose totals are computed together
+_BLOCK_ENTRIES = 2**24  # entries, zeros included, of the rows that are read together from a source
 
 Matrix = np.ndarray | sparse.csr_array
 """Counts in memory, (cells, genes)."""
@@ -21,20 +21,20 @@ Look = Callable[[slice, Matrix], None]
 
 
 class Source(ABC):
-    """Counts (cells, genes) that stay where they lie and are read by rows.
+    """Counts (cells, genes) that stay where they are, such as on disk, and are read by rows.
 
-    ``source[rows]`` is all that minibatches ask for; arrays in memory, dense or CSR, are indexed in the same way.
+    Minibatches use ``source[rows]`` only. Arrays in memory, dense or CSR, are indexed in the same way.
 
     Parameters
     ----------
     shape, dtype
         Of the matrix.
     kind
-        What to call it when cells are shown, such as ``"backed sparse"``.
+        Name of the storage in the repr of cells, such as ``"backed sparse"``.
     checked
         Whether its entries are known to be counts, so that they need not be scanned again.
     totals, detected
-        Total count of each cell, (cells,), and number of cells that have each gene, (genes,), where they are known.
+        Total count of each cell, (cells,), and number of cells with each gene, (genes,), if they are known.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Source(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: np.ndarray) -> Matrix:
-        """Rows in memory, (rows, genes), for integer positions in any order, of which some may be equal."""
+        """Rows in memory, (rows, genes), for integer positions in any order, repetitions included."""
 
     @property
     def totals(self) -> np.ndarray:
-        """Total count of each cell, (cells,); the source is scanned for it where it is not known."""
+        """Total count of each cell, (cells,); the source is scanned if they are not known."""
         return self.scan()[0] if self._totals is None else self._totals
 
     @property
     def detected(self) -> np.ndarray:
-        """Number of cells that have each gene, (genes,); the source is scanned for it where it is not known."""
+        """Number of cells with each gene, (genes,); the source is scanned if they are not known."""
         return self.scan()[1] if self._detected is None else self._detected
 
     def scan(self, look: Look = lambda rows, block: None) -> tuple[np.ndarray, np.ndarray]:
@@ -79,13 +79,13 @@ Counts = Matrix | Source
 
 
 def row_blocks(counts: Counts, rows: np.ndarray) -> Iterator[tuple[slice, Matrix]]:
-    """Yield the given rows in blocks that fit in memory, each with its place among them."""
+    """Yield the given rows in blocks that fit in memory, each with its slice of ``rows``."""
     for place in block_slices(len(rows), counts.shape[1]):
         yield place, counts[rows[place]]
 
 
 def block_slices(n_rows: int, n_genes: int) -> Iterator[slice]:
-    """Yield the slices that divide rows into blocks that fit in memory."""
+    """Yield slices of rows, as blocks that fit in memory."""
     size = max(1, _BLOCK_ENTRIES // n_genes)
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
@@ -99,13 +99,13 @@ def canonical(matrix: Any, source: str) -> Matrix:
     matrix
         Counts, (cells, genes): NumPy, any SciPy sparse format, torch, a backed AnnData matrix or a DataFrame.
     source
-        What to call the matrix in errors, such as ``"X"``.
+        Name of the matrix in errors, such as ``"X"``.
 
     Returns
     -------
     csr_array or ndarray
         (cells, genes), counts. Sparse input gives CSR, duplicates summed, int32 indices where they fit;
-        dense input gives a C-ordered array. The data are shared with the input where no conversion is needed.
+        dense input gives a C-ordered array. The data are shared with the input if no conversion is needed.
 
     Raises
     ------
@@ -134,17 +134,18 @@ def cell_totals(counts: Counts) -> np.ndarray:
     if isinstance(counts, np.ndarray):
         return counts.sum(axis=1, dtype=np.float64)
     totals = np.zeros(counts.shape[0])
-    for start in range(0, len(totals), _CELLS_AT_ONCE):  # a sum in float64 converts what it is given all at once
+    for start in range(0, len(totals), _CELLS_AT_ONCE):  # NumPy converts the whole input of a sum to float64 at once
         bounds = counts.indptr[start : start + _CELLS_AT_ONCE + 1]
         filled = np.flatnonzero(np.diff(bounds))
         if filled.size:
             values, firsts = counts.data[bounds[0] : bounds[-1]], bounds[filled] - bounds[0]
+            # reduceat gives an empty slice its next value, so empty rows are left out.
             totals[start + filled] = np.add.reduceat(values, firsts, dtype=np.float64)
     return totals
 
 
 def expressed_genes(counts: Counts) -> np.ndarray:
-    """Which genes have a count in any cell: (genes,), bool."""
+    """Whether each gene has a count in any cell, (genes,), bool."""
     if isinstance(counts, Source):
         return counts.detected > 0
     if isinstance(counts, np.ndarray):
@@ -163,7 +164,7 @@ def gene_totals(counts: Counts) -> np.ndarray:
 
 
 def cells_by_gene(counts: Matrix) -> np.ndarray:
-    """How many cells have a count of each gene: (genes,)."""
+    """Number of cells with a count of each gene, (genes,)."""
     if isinstance(counts, np.ndarray):
         return np.count_nonzero(counts, axis=0)
     return np.bincount(counts.indices[counts.data != 0], minlength=counts.shape[1])
@@ -177,7 +178,7 @@ def n_nonzero(counts: Counts) -> int:
 
 
 def select_genes(counts: Matrix, positions: np.ndarray) -> Matrix:
-    """Reorder and select genes; a position of -1 gives a gene of zeros.
+    """Reorder and select genes; a position of -1 gives a gene with zeros only.
 
     Parameters
     ----------
@@ -188,21 +189,21 @@ def select_genes(counts: Matrix, positions: np.ndarray) -> Matrix:
     """
     if np.array_equal(positions, np.arange(counts.shape[1])):
         return counts
-    found = np.flatnonzero(positions >= 0)
+    present = np.flatnonzero(positions >= 0)
     shape = (counts.shape[0], positions.size)
-    chosen = counts[:, positions[found]]
+    chosen = counts[:, positions[present]]
     if isinstance(chosen, np.ndarray):
         filled = np.zeros(shape, dtype=counts.dtype)
-        filled[:, found] = chosen
+        filled[:, present] = chosen
         return filled
-    return sparse.csr_array((chosen.data, found.astype(np.int32)[chosen.indices], chosen.indptr), shape=shape)
+    return sparse.csr_array((chosen.data, present.astype(np.int32)[chosen.indices], chosen.indptr), shape=shape)
 
 
 def narrow(counts: Matrix) -> Matrix:
-    """Change 64-bit and other unusual types to float32; counts in smaller ones are returned as they are."""
+    """Convert 64-bit and other unusual types to float32; smaller types are returned unchanged."""
     kind, size = counts.dtype.kind, counts.dtype.itemsize
     if counts.dtype.isnative and (
-        (kind == "f" and size == 4) or kind == "i" and size <= 4 or kind == "u" and size <= 2
+        (kind == "f" and size == 4) or (kind == "i" and size <= 4) or (kind == "u" and size <= 2)
     ):
         return counts
     return counts.astype(np.float32)
@@ -211,7 +212,7 @@ def narrow(counts: Matrix) -> Matrix:
 def smallest_type(counts: Counts) -> np.dtype:
     """The smallest of uint8, int16 and float32 that holds every count; float32 if one is no integer.
 
-    A source is not scanned for it: its own type decides.
+    A source is not scanned; its own type decides.
     """
     if isinstance(counts, Source):
         return counts.dtype if counts.dtype in (np.uint8, np.int16) else np.dtype("f4")
@@ -224,7 +225,7 @@ def smallest_type(counts: Counts) -> np.dtype:
 
 
 def stored_values(counts: Matrix) -> np.ndarray:
-    """All values that are stored, one-dimensional: for a sparse matrix, those that may be other than zero."""
+    """All stored values, one-dimensional; a sparse matrix stores at least all that are not zero."""
     return counts.reshape(-1) if isinstance(counts, np.ndarray) else counts.data
 
 

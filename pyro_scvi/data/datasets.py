@@ -21,12 +21,12 @@ from pyro_scvi.errors import DataError
 __all__ = ["pbmc68k_reduced", "read_10x", "read_cortex"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
 LOG_TOLERANCE = 5.1e-4
-"""How far, in log(1 + normalised count), a recovered count may lie from the stored value, which has 3 decimals."""
+"""Largest difference in log(1 + normalised count) of a recovered count from the stored value, which has 3 decimals."""
 
 _TARGET = 1e4  # total to which pbmc68k_reduced was normalised
 _GENE_EXPRESSION = "Gene Expression"
@@ -35,9 +35,9 @@ _GENE_EXPRESSION = "Gene Expression"
 def pbmc68k_reduced() -> AnnData:
     """Return 700 peripheral blood cells x 765 genes with 10 cell types, recovered from a file that scanpy ships.
 
-    That file holds log(1 + 10000 x / n), rounded to 3 decimals, with the total n of each cell over all its genes
-    (obs column ``n_counts``), so that the counts x are known exactly: for a count of c the rounding moves the
-    recovered value by c / 2000 at most, and the largest is 259.
+    That file holds log(1 + 10000 x / n), rounded to 3 decimals, and the total n of each cell over all its genes
+    (obs column ``n_counts``). This determines the counts x exactly: for a count of c the rounding moves the recovered
+    value by at most c / 2000, and the largest count is 259.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def pbmc68k_reduced() -> AnnData:
 
 
 def recover_counts(log_values: Any, totals: np.ndarray) -> sparse.csr_matrix:
-    """Invert log(1 + 10000 x / n): the counts x from values that were stored with 3 decimals.
+    """Invert log(1 + 10000 x / n): counts x from values that were stored with 3 decimals.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def read_cortex(path: str | Path) -> AnnData:
     r"""Read the mouse cortex counts of Zeisel et al. 2015, ``expression_mRNA_17-Aug-2014.txt`` (plain or .gz).
 
     The tab-separated file starts with rows of cell annotations (tissue, group #, ..., cell_id, level1class,
-    level2class) whose first field is empty; an empty row follows, and then one row per gene: name, gene group, counts.
+    level2class), whose first field is empty. An empty row follows, then one row per gene: name, gene group, counts.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def read_cortex(path: str | Path) -> AnnData:
     ([[0, 7], [3, 0]], ['neuron', 'glia'])
     """
     path = Path(path)
-    with _naming(path):
+    with _errors_name_file(path):
         with _opened(path) as file:
             header = list(takewhile(lambda row: row[0] == "", (line.rstrip("\r\n").split("\t") for line in file)))
         annotations = {row[1]: row[2:] for row in header if len(row) > 1 and row[1]}
@@ -168,7 +168,7 @@ def read_10x(path: str | Path, *, genome: str | None = None) -> AnnData:
     path
         File or folder.
     genome
-        Which genome to take from an HDF5 file that holds several.
+        The genome to read from an HDF5 file that holds several.
 
     Returns
     -------
@@ -192,7 +192,7 @@ def read_10x(path: str | Path, *, genome: str | None = None) -> AnnData:
     AAAC-1     3
     """
     path = Path(path)
-    with _naming(path):
+    with _errors_name_file(path):
         adata = _read_10x_folder(path) if path.is_dir() else _read_10x_hdf5(path, genome)
     adata.var_names_make_unique()
     return adata
@@ -203,7 +203,7 @@ def _read_10x_hdf5(path: Path, genome: str | None) -> AnnData:
         raise DataError("there is no such file.")
     scanpy = _scanpy()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Variable names are not unique")  # they are made unique by the caller
+        warnings.filterwarnings("ignore", message="Variable names are not unique")  # the caller makes them unique
         return scanpy.read_10x_h5(path, genome=genome)
 
 
@@ -238,7 +238,7 @@ def _table(path: Path) -> pd.DataFrame:
 
 
 def _typed(values: list[str]) -> pd.Series:
-    """Numbers where all values are numbers, else categories unless every value differs."""
+    """A column of numbers if all values are numbers, else of categories, or of strings if every value differs."""
     column = pd.Series(values)
     try:
         return pd.to_numeric(column)
@@ -252,8 +252,8 @@ def _opened(path: Path, mode: Literal["rt", "rb"] = "rt") -> IO[Any]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while reading into a DataError with the name of the file."""
+def _errors_name_file(path: Path) -> Iterator[None]:
+    """Turn any error while reading into a DataError that names the file."""
     try:
         yield
     except ImportError:

@@ -1,4 +1,4 @@
-"""Indexing of cells: which rows an index selects, and how many cells a share holds out."""
+"""Indexing of cells: the rows that an index selects, and the number of cells to hold out."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -12,7 +12,7 @@ CellIndex = int | slice | Sequence[int] | np.ndarray | torch.Tensor
 
 
 def positions(index: CellIndex, n_cells: int) -> np.ndarray:
-    """Turn an index into integer positions: indexing by those copies, so that a minibatch never aliases the counts.
+    """Turn an index into integer positions; indexing by these copies, so a minibatch never aliases the counts.
 
     Raises
     ------
@@ -32,12 +32,12 @@ def positions(index: CellIndex, n_cells: int) -> np.ndarray:
 
 
 def number_held_out(held_out: float, n_cells: int) -> int:
-    """Cells to hold out, from a share or a number; at least one is held out and one is left.
+    """Number of cells to hold out, from a fraction or a number; at least one is held out and one is left.
 
     Raises
     ------
     DataError
-        If it is no share between 0 and 1 and no number between 0 and ``n_cells``.
+        If it is no fraction between 0 and 1 and no number between 0 and ``n_cells``.
     """
     if isinstance(held_out, Integral) and not isinstance(held_out, bool):
         number = int(held_out)
@@ -54,12 +54,12 @@ def number_held_out(held_out: float, n_cells: int) -> int:
 
 
 def within(rows: np.ndarray, n: int) -> np.ndarray:
-    """Positions from 0 to n - 1 for positions that may count from the end.
+    """Positions from 0 to n - 1, from positions that may be negative and then count from the end.
 
     Raises
     ------
     IndexError
-        If one is outside.
+        If a position is out of range.
     """
     rows = np.asarray(rows, dtype=np.int64)
     if rows.size and not (-n <= rows.min() and rows.max() < n):
@@ -68,5 +68,5 @@ def within(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def consecutive(rows: np.ndarray) -> bool:
-    """Whether each position is one more than the one before."""
+    """Whether each position is one more than the previous."""
     return bool((np.diff(rows) == 1).all())

@@ -1,4 +1,4 @@
-"""Lazy counts: count matrices outside memory, of which some rows or genes are read."""
+"""Lazy counts: count matrices on disk, whose rows and genes are selected when they are read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from pyro_scvi.errors import DataError
 
 
 def rows_of(counts: Counts, rows: np.ndarray) -> Counts:
-    """Some of the rows: a copy if they are in memory, else a source that reads them when asked."""
+    """Select rows: a copy if they are in memory, else a source that reads them on request."""
     return RowsOf(counts, rows) if isinstance(counts, Source) else counts[rows]
 
 
 def genes_of(counts: Counts, positions: np.ndarray) -> Counts:
-    """Reorder and select genes as :func:`select_genes` does; those of a source when its rows are read."""
+    """Reorder and select genes as :func:`select_genes` does; for a source, when its rows are read."""
     if not isinstance(counts, Source):
         return select_genes(counts, positions)
     unchanged = np.array_equal(positions, np.arange(counts.shape[1]))
@@ -40,7 +40,7 @@ class RowsOf(Source):
 
 
 class GenesOf(Source):
-    """Genes of another source, in another order; a position of -1 gives a gene of zeros."""
+    """Selected genes of another source; a position of -1 gives a gene with zeros only."""
 
     def __init__(self, source: Source, positions: np.ndarray) -> None:
         super().__init__((source.shape[0], len(positions)), source.dtype, source.kind, checked=source.checked)
@@ -51,19 +51,19 @@ class GenesOf(Source):
 
 
 class Backed(Source):
-    """A matrix that anndata leaves in its file: CSR or dense, HDF5 or zarr.
+    """A matrix that anndata leaves in its file, CSR or dense, in HDF5 or zarr.
 
     Parameters
     ----------
     matrix
         (cells, genes): ``X`` of a backed AnnData, a ``CSRDataset``, or a dense array on disk.
     name
-        What to call it in errors.
+        Name of the matrix in errors.
 
     Raises
     ------
     DataError
-        If it is stored by columns, or is in memory already.
+        If it is stored by genes, or is in memory already.
     """
 
     def __init__(self, matrix: Any, name: str) -> None:
@@ -96,7 +96,7 @@ class Collection(Source):
     layer
         Layer with the counts, or None for ``X``.
     name
-        What to call it in errors.
+        Name of the matrix in errors.
     """
 
     def __init__(self, collection: Any, layer: str | None, name: str) -> None:
@@ -113,13 +113,13 @@ class Collection(Source):
 
 
 def in_file_order(read: Callable[[np.ndarray | slice], Matrix], rows: np.ndarray, source: Source) -> Matrix:
-    """Rows in the order asked for, read in the order of the file, each once; as one run where they lie close."""
+    """Rows in the order of ``rows``, read once each in the order of the file; as one block if they lie close."""
     rows = within(rows, source.shape[0])
     if rows.size == 0:
         return np.empty((0, source.shape[1]), dtype=source.dtype)
     wanted, place = np.unique(rows, return_inverse=True)
     first, end = int(wanted[0]), int(wanted[-1]) + 1
-    if end - first > 2 * len(wanted):
+    if end - first > 2 * len(wanted):  # else one block costs less than many single rows
         return read(wanted)[place]
     block = read(slice(first, end))
     return block if consecutive(rows) else block[rows - first]

@@ -1,4 +1,4 @@
-"""Minibatches of cells on a device: kept there when they fit, otherwise copied row by row."""
+"""Minibatches of cells on a device; all counts are kept there if they fit, else copied for each minibatch."""
 
 import math
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Matrix, smallest_type
 from pyro_scvi.errors import FitError
 
-RESIDENT_BYTES = 2**28  # up to here a dense copy of the counts is held in main memory, beside the matrix of the cells
+RESIDENT_BYTES = 2**28  # largest dense copy of the counts in main memory, beside the matrix of the cells
 _BLOCK = 2**22  # entries moved at a time
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device meant by its name; "auto" is CUDA, else MPS, else the CPU."""
+    """The device of this name; "auto" is CUDA, else MPS, else the CPU."""
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises an AssertionError
             reason = str(error).splitlines()[0]
             raise FitError(f"the device {device!r} cannot be used: {reason}; 'auto' takes one that can") from error
     if torch.cuda.is_available():
@@ -29,15 +29,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """How large a dense copy of the counts may be: on a GPU half of the memory that is free."""
+    """Largest dense copy of the counts, in bytes; on a GPU half of the free memory."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES
 
 
 class Minibatches:
     """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
 
-    The counts lie on the device in the smallest type that holds them, unless they are too many: then minibatches come
-    from the matrix of the cells.
+    The counts lie on the device in the smallest type that holds them. If they are too many, minibatches are copied from
+    the matrix of the cells instead.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Minibatches:
         yield from self.shuffled_into(math.ceil(self.n_cells / batch_size))
 
     def shuffled_into(self, n_batches: int) -> Iterator[Tensor]:
-        """Row indices of one epoch: every cell once, in ``n_batches`` batches of which the first may be one larger."""
+        """Row indices of one epoch: every cell once, in ``n_batches`` batches; the first may have one cell more."""
         yield from torch.randperm(self.n_cells).to(self.device).tensor_split(n_batches)
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,7 +85,7 @@ class Minibatches:
         return sum((np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()), np.zeros(self.cells.n_genes))
 
     def _moved(self, stored: np.dtype) -> Tensor:
-        """All counts on the device; no dense copy of a wider type is ever held."""
+        """All counts on the device; moved in blocks, so that no dense copy of a wider type is held."""
         shape = self.n_cells, self.cells.n_genes
         moved = torch.empty(shape, dtype=getattr(torch, stored.name), device=self.device)
         for rows, block in self._blocks():

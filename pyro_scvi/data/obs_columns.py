@@ -9,7 +9,7 @@ import pandas as pd
 from pyro_scvi.errors import DataError, SchemaError
 
 MOST_FLOAT_LEVELS = 20
-"""A batch column of floats with more levels than this is taken for a continuous covariate by mistake."""
+"""A batch column of floats with more levels than this is refused: it is probably a continuous covariate."""
 
 
 def categories(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
@@ -18,14 +18,14 @@ def categories(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
     Returns
     -------
     labels
-        Names of the categories that occur, in the order of a categorical column, else sorted.
+        Names of the categories that occur, in the order of the column's categories, else sorted.
     codes
         (cells,): position of each cell's category among the labels.
 
     Raises
     ------
     SchemaError
-        If there is no such column.
+        If there is no column of this name.
     DataError
         If a cell has no value, or the column looks continuous.
     """
@@ -52,14 +52,14 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
     Raises
     ------
     SchemaError
-        If there is no such column.
+        If there is no column of this name.
     DataError
         If it is not numeric, or a value is NaN or infinite.
     """
     column = _column(obs, name)
     levels = column.dtype.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
     try:
-        if levels.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and count dates in nanoseconds
+        if levels.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and turn dates into nanoseconds
             raise TypeError
         values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
@@ -95,5 +95,5 @@ def _first(obs: pd.DataFrame, mask: np.ndarray) -> str:
 
 
 def _label(level: Any) -> str:
-    """Name of a category; 1.0 is 1, since one missing value turns a column of integers into floats."""
+    """Name of a category; 1.0 is named 1, because a missing value turns a column of integers into floats."""
     return str(int(level)) if isinstance(level, float | np.floating) and float(level).is_integer() else str(level)

@@ -24,13 +24,13 @@ _OF_ZEROS = {
 
 
 class Table(NamedTuple):
-    """Counts with the names of their rows and columns, not validated yet."""
+    """Counts with the names of their rows and columns, before validation."""
 
     counts: Counts  # (cells, genes)
     genes: pd.Index
     obs: pd.DataFrame  # one row per cell, indexed by cell name
-    source: str  # what errors call the counts
-    hint: str  # where raw counts may be found instead
+    source: str  # name of the counts in errors
+    hint: str  # where raw counts may be instead
     layer: str | None
 
 
@@ -59,7 +59,7 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
 def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:
     try:
         return adata.X if layer is None else adata.layers[layer]
-    except Exception as error:  # whatever anndata, h5py and SciPy say of a closed file or a view that they cannot take
+    except Exception as error:  # what anndata, h5py and SciPy raise for a closed file, or a view that they cannot read
         raise DataError(f"{source} cannot be read: {error}; is its file open? adata.to_memory() may help.") from error
 
 
@@ -93,7 +93,7 @@ def table_of_store(path: str | Path, verify: bool) -> Table:
 def table_of_matrix(
     matrix: Any, gene_names: Sequence[str] | None, cell_names: Sequence[str] | None, obs: pd.DataFrame | None
 ) -> Table:
-    """Take a bare matrix; names that are not given are numbered."""
+    """Take a matrix; names that are not given are numbered."""
     if obs is not None and not isinstance(obs, pd.DataFrame):
         raise DataError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
     counts = canonical(matrix, "counts")
@@ -115,7 +115,7 @@ def read(
     fill_missing_genes: bool,
     allow_non_integer: bool,
 ) -> tuple[Counts, np.ndarray, Schema]:
-    """Validate a table and match it with a schema, or learn one.
+    """Validate a table, and match it with a schema or learn one.
 
     Returns
     -------
@@ -138,7 +138,7 @@ def read(
         genes = pd.Index(schema.gene_names)
     counts = check_counts(counts, genes, table.obs.index, table.source, table.hint, allow_non_integer=allow_non_integer)
     _warn_of_zeros("cell", table.obs.index[cell_totals(counts) == 0])
-    if learning:  # a gene that some query happens to lack teaches the model nothing wrong
+    if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
     return counts, schema.encode(table.obs), schema
 
@@ -159,8 +159,8 @@ def _check_names(table: Table) -> None:
 
 def _warn_of_zeros(kind: str, names: pd.Index) -> None:
     if len(names):
-        found = f"1 {kind} has" if len(names) == 1 else f"{len(names)} {kind}s have"
-        warn(f"{found} no counts: {quoted(names)}. {_OF_ZEROS[kind]}")
+        subject = f"1 {kind} has" if len(names) == 1 else f"{len(names)} {kind}s have"
+        warn(f"{subject} no counts: {quoted(names)}. {_OF_ZEROS[kind]}")
 
 
 def _checked_names(names: Any, kind: str, n: int) -> list[str]:

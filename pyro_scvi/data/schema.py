@@ -1,4 +1,4 @@
-"""Schema: genes, batch categories and covariate scales that a model was fitted on and a query must match."""
+"""Schema: genes, batches and covariate scales on which a model was fitted, and which a query must match."""
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schema:
-    """What the columns of counts and covariates mean.
+    """The meaning of the columns of counts and covariates.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class Schema:
     covariates
         Names of the continuous columns of ``obs``, in the order of the columns after the batches.
     means, sds
-        (continuous covariates,): what standardises them, in the columns' own units.
+        (continuous covariates,): mean and standard deviation of each, in the column's own unit.
 
     Examples
     --------
@@ -60,12 +60,12 @@ class Schema:
         batch: str | None,
         covariates: Sequence[str],
     ) -> "Schema":
-        """Read categories, means and standard deviations off the annotations, (cells, columns), of a first data set.
+        """Take categories, means and standard deviations from the annotations, (cells, columns), of the training cells.
 
         Raises
         ------
         SchemaError
-            If a column is not there.
+            If a column does not exist.
         DataError
             If a batch is missing or looks continuous, or a covariate is missing, not numeric or constant.
         """
@@ -73,7 +73,7 @@ class Schema:
         for name in (batch, *names):
             if not isinstance(name, Hashable):
                 raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
-        if len({*names, batch}) <= len(names):
+        if len({*names, batch}) <= len(names):  # without a batch, None is the extra element
             raise DataError(f"batch and covariates must be different columns; got batch {batch!r}, covariates {names}.")
         values = [numbers(obs, name) for name in names]
         for name, value in zip(names, values, strict=True):
@@ -136,12 +136,12 @@ class Schema:
         return schema
 
     def check_columns(self, batch: str | None, covariates: Sequence[str]) -> None:
-        """Refuse other columns than the schema's own; None and () stand for those.
+        """Refuse columns other than the schema's own, which None and () stand for.
 
         Raises
         ------
         SchemaError
-            If a column is named that is not the schema's.
+            If another column is named.
         """
         names = _listed(covariates)
         if batch not in (None, self.batch) or names not in ((), self.covariates):
@@ -158,36 +158,36 @@ class Schema:
         query
             (query genes,): unique names.
         fill_missing
-            Give -1 for genes that the query lacks, with a warning, instead of an error.
+            Return -1 for genes that the query lacks, with a warning, instead of raising an error.
 
         Returns
         -------
         ndarray
-            (genes,): where each gene of the schema lies in the query.
+            (genes,): position of each gene of the schema in the query.
 
         Raises
         ------
         SchemaError
-            If no gene is found, or some are missing and ``fill_missing`` is False.
+            If no gene matches, or some are missing and ``fill_missing`` is False.
         """
         wanted = pd.Index(self.gene_names)
         positions = query.get_indexer(wanted)
         missing = wanted[positions < 0]
-        n_found = self.n_genes - len(missing)
-        found = f"{n_found} of the {self.n_genes} genes of the schema are in the query"
-        if n_found == 0:
+        n_matched = self.n_genes - len(missing)
+        summary = f"{n_matched} of the {self.n_genes} genes of the schema are in the query"
+        if n_matched == 0:
             raise SchemaError(
-                f"{found}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
+                f"{summary}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
             )
         if len(missing) and not fill_missing:
             raise SchemaError(
-                f"{found}; {len(missing)} are missing: {quoted(missing)}. "
+                f"{summary}; {len(missing)} are missing: {quoted(missing)}. "
                 "Pass fill_missing_genes=True to count them as zero in every cell."
             )
         if len(missing):
-            text = f"{found}; {len(missing)} are filled with zeros: {quoted(missing)}."
+            text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}."
             warn(text)
-        if len(query) > n_found:
+        if len(query) > n_matched:
             extra = query.difference(wanted, sort=False)
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
@@ -198,7 +198,7 @@ class Schema:
         Raises
         ------
         SchemaError
-            If a column is not there, or a batch is not one of the schema's.
+            If a column does not exist, or a batch is not one of the schema's.
         DataError
             If a value is missing or not numeric.
         """
@@ -215,7 +215,7 @@ class Schema:
         Raises
         ------
         SchemaError
-            If there is no batch column, or no such batch.
+            If there is no batch column, or no batch of this name.
         """
         if self.batch is None:
             raise SchemaError(f"there is no batch {name!r}: these cells were made without batch=.")

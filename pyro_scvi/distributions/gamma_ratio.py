@@ -10,14 +10,14 @@ import torch
 from scipy.special import betainc, betaln, expit, polygamma
 from torch import Tensor
 
-CACHED = 2**18  # numbers at a time, so that steps upon them find them in the cache
-NEARLY_NORMAL = 1e8  # beyond it the law of t no longer changes, and float64 would not hold its constant
+CACHED = 2**18  # entries processed at a time, so that successive operations find them in the cache
+NEARLY_NORMAL = 1e8  # for larger r the distribution of t is normal to rounding, and float64 could not hold its constant
 
 
 class Side(NamedTuple):
     """One cell per pair: log mean of w (pairs, genes), and log r.
 
-    ``log_r`` is (genes,) where all cells share it, else (pairs, genes), and None where w is its mean exactly.
+    ``log_r`` is (genes,) if all cells share it, else (pairs, genes); None if w equals its mean exactly.
     """
 
     log_mean: Tensor
@@ -33,23 +33,23 @@ Less = Callable[[Side, Side], Tensor]
 
 
 def less_for(side: Side) -> Less:
-    """The fastest exact P(w_a < w_b) for pairs of such sides, a function of two of them."""
+    """The fastest function of two such sides that gives P(w_a < w_b): a table if all cells share r, else exact."""
     return SharedDispersion(side.log_r) if side.log_r is not None and side.shares_dispersion else probability_less
 
 
 def probability_less(a: Side, b: Side) -> Tensor:
-    r"""P(w_a < w_b), float64 (pairs, genes); where w is its mean, 1, 0, or 1/2 for equals.
+    r"""P(w_a < w_b), float64 (pairs, genes); if w equals its mean, this is 1, 0, or 1/2 for equal means.
 
     .. math:: P(w_a < w_b) = I_{b_a / (b_a + b_b)}(r_a, r_b), \qquad b = r / \mu
 
-    (regularised incomplete beta function; Lopez et al. 2017, Sec. 4, with the integral over w done exactly).
+    (the regularised incomplete beta function; Lopez et al. 2017, Sec. 4, with the integral over w exact).
     """
     gap = b.log_mean.double() - a.log_mean.double()
     if a.log_r is None or b.log_r is None:
         return 0.5 * (1 + gap.sign())
     log_r_a, log_r_b = a.log_r.double(), b.log_r.double()
     log_odds = log_r_a - log_r_b + gap  # of b_a against b_b, with log b = log r - log mu
-    # From the smaller share: the digits of the other end at 1 - 1e-16, which is not yet 1 to small r.
+    # From the smaller of the two shares: near 1 float64 has too few digits for a small r.
     swapped = log_odds > 0
     first, second = torch.where(swapped, log_r_b, log_r_a).exp(), torch.where(swapped, log_r_a, log_r_b).exp()
     lower = torch.from_numpy(betainc(first.numpy(), second.numpy(), expit(-log_odds.abs().numpy())))
@@ -57,16 +57,17 @@ def probability_less(a: Side, b: Side) -> Tensor:
 
 
 class SharedDispersion:
-    r"""P(w_a < w_b) where both have the gene's r, by linear interpolation in a table of |t| per gene.
+    r"""P(w_a < w_b) if both cells have the gene's r, by linear interpolation in a table of |t| per gene.
 
     .. math:: P = I_{\sigma(gap)}(r, r), \qquad gap = \log \mu_b - \log \mu_a = t \sqrt{2 \psi_1(r)}
 
-    With :math:`\psi_1` the trigamma function, t is the gap in standard deviations of log (w_b / w_a); its law runs
-    from Laplace's (r to 0) to the normal (r to infinity). The table is the integral of the density of t,
+    With :math:`\psi_1` the trigamma function, t is the gap in standard deviations of log (w_b / w_a). Its distribution
+    goes from Laplace (r to 0) to normal (r to infinity). The table is the integral of the density of t,
     :math:`\propto \cosh(t \sqrt{\psi_1 / 2})^{-2 r}`, from 0, by Simpson's rule.
 
     The error is at most 1e-5. Interpolation over steps of 1/128 costs at most (1/128)^2 / 8 times the largest slope of
-    the density, 1 of Laplace's: 7.6e-6; beyond t = 8, where P is held, at most Laplace's tail, 6.1e-6, is missing.
+    the density, which is 1 for Laplace: 7.6e-6. Beyond t = 8 P is held constant, which misses at most the tail of
+    Laplace, 6.1e-6.
 
     Parameters
     ----------
@@ -78,12 +79,13 @@ class SharedDispersion:
     REACH, STEPS = 8.0, 1024
 
     def __init__(self, log_r: Tensor) -> None:
-        r = log_r.detach().double().cpu().clamp(-60, 60).exp()
+        r = log_r.detach().double().cpu().clamp(-60, 60).exp()  # keeps the trigamma function finite
         scale = torch.from_numpy(polygamma(1, r.numpy())).mul(2).sqrt()
-        self.per_unit = (self.STEPS / self.REACH / scale).float()  # table steps by unit of the gap, (genes,)
+        self.per_unit = (self.STEPS / self.REACH / scale).float()  # table steps per unit of the gap, (genes,)
         genes = CACHED // self.STEPS // 8
         parts = zip(r.split(genes), scale.split(genes), strict=True)
         table = torch.cat([_above_half(*part, self.REACH, self.STEPS) for part in parts])
+        # The last entry twice: interpolation at |t| = REACH reads one further.
         self.table = torch.cat([table, table[:, -1:]], 1).reshape(-1)
         self.start = torch.arange(len(r), dtype=torch.int32) * (self.STEPS + 2)
 
@@ -96,7 +98,7 @@ class SharedDispersion:
     def at(self, gap: Tensor) -> Tensor:
         """P at log mu_b - log mu_a, (..., genes)."""
         position = (gap.float() * self.per_unit).abs_().clamp_(max=self.STEPS)
-        below = position.int().clamp_(min=0)  # NaN has no integer; the remainder keeps it NaN
+        below = position.int().clamp_(min=0)  # NaN has no integer; the fraction below stays NaN
         position.sub_(below)
         index = below.add_(self.start).reshape(-1)
         low, high = self.table.index_select(0, index), self.table.index_select(0, index + 1)
@@ -109,5 +111,6 @@ def _above_half(r: Tensor, scale: Tensor, reach: float, steps: int) -> Tensor:
     gap = scale[:, None] * torch.linspace(0, reach, 2 * steps + 1, dtype=torch.float64)
     log_density = (scale.log() - torch.from_numpy(betaln(r.numpy(), r.numpy())))[:, None]
     density = (log_density - r[:, None] * (gap + 2 * (-gap).exp().log1p())).exp()
+    # Simpson's rule over each step, with its midpoint.
     parts = (density[:, :-1:2] + 4 * density[:, 1::2] + density[:, 2::2]) * (reach / steps / 6)
     return torch.nn.functional.pad(parts.cumsum(1).float(), (1, 0))

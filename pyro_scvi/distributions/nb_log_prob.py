@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_scvi.distributions.saddle_point import FEW, Positive, beyond_one, log1p_minus
+from pyro_scvi.distributions.saddle_point import SMALL_COUNT, Positive, beyond_one, log1p_minus
 from pyro_scvi.distributions.selected_entries import (
     Entries,
     Gathered,
@@ -19,7 +19,7 @@ from pyro_scvi.distributions.selected_entries import (
 )
 from pyro_scvi.utils.custom_ops import opaque
 
-FAR = 43  # exp(43) is past every count, and log1p of its square is a number in every torch
+FAR = 43  # bound of |log mu| and |log r|: exp(43) exceeds every count, and every torch has a finite log1p of its square
 
 
 def log_negative_binomial(x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def log_zero_inflated(x: Tensor, log_mean: Tensor, log_r: Tensor, gate: Tensor) 
 
 
 def inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
-    """Log p(x) with technical zeros: (1 + p / o) pi at x = 0 and (p / o) pi above, o = exp(gate) the odds of one."""
+    """Log p(x) with technical zeros: (1 + q / o) pi at x = 0, (q / o) pi above; q the base's p(x), o = exp(gate)."""
     odds = log_prob - gate
     return torch.where(x == 0, _softplus(odds), odds) - _softplus(-gate)
 
 
 def _aligned(x: Tensor, log_mean: Tensor, log_r: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Counts and parameters in one precision and of one shape, but for leading dimensions that counts may lack."""
+    """Counts and parameters with one type and one shape, except that counts may lack leading dimensions."""
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in (log_mean, log_r, *others)))
     x, *parameters = (t.to(dtype) for t in (x, log_mean, log_r, *others))
     if all(parameter.shape == x.shape for parameter in parameters):
@@ -58,18 +58,19 @@ def _trained(*inputs: Tensor) -> bool:
 class _LogProb(torch.autograd.Function):
     """Log p(x) of a negative binomial, zero-inflated where there is a gate g, and its gradients, in one pass.
 
-    With m = mu / (r + mu), n = r log(1 - m) the log probability that the base gives to 0 and s its share in a zero,
+    With m = mu / (r + mu), n = r log(1 - m) the base's log probability of 0, and s the base's share in a zero:
 
         x = 0:  log p = log(exp(n) + exp(g)) - softplus(g),  s = sigmoid(n - g)
                 d / dg = 1 - s - sigmoid(g),  d / d log mu = -s r m,  d / d log r = s (n + r m)
         x = 1:  log p = n + log mu + log(1 - m) - softplus(g),
                 d / dg = -sigmoid(g),  d / d log mu = 1 - m - r m,  d / d log r = n + r m + m
-        x > 1:  log p = log NB(x) - softplus(g),  d / dg = -sigmoid(g), the others those of the base
+        x > 1:  log p = log NB(x) - softplus(g),  d / dg = -sigmoid(g), the others as for the base
 
-    Without a gate log p(0) = n and s = 1. Most counts of a cell are 0 or 1: they need no gamma function and are
-    computed everywhere, with s = 1 above zero and the gradients by g and log mu = (x - s mu) (1 - m) right for every
-    count. What is more than one is gathered for the rest. n + r m is exact to mu times the rounding of 1, not relative
-    to itself where r is far above mu. Second derivatives come from the same law composed of differentiable steps.
+    Without a gate log p(0) = n and s = 1. Most counts of a cell are 0 or 1. These need no gamma function, and their
+    formulas are computed for all entries, with s = 1 above zero; the gradients by g and log mu, (x - s mu) (1 - m), are
+    then right for every count. Counts above 1 are gathered for the rest. The error of n + r m is mu times the rounding
+    of 1, which is large relative to n + r m where r is far above mu. Second derivatives come from the same density
+    written in differentiable operations.
     """
 
     @staticmethod
@@ -77,6 +78,7 @@ class _LogProb(torch.autograd.Function):
         inputs = x, log_mean, log_r, gate
         log_mean = log_mean.contiguous().clamp(-FAR, FAR)
         log_r = distinct(log_r).clamp(-FAR, FAR)
+        # Parameters may have leading dimensions that the counts lack; r then needs them, too.
         if any(n > 1 for n in log_r.shape[: log_mean.dim() - x.dim()]):
             log_r = log_r.expand_as(log_mean)
         seen = x.sign()
@@ -87,9 +89,9 @@ class _LogProb(torch.autograd.Function):
         if gate is None:
             out, softplus_gate = zero.clone(), None
         else:
-            gate = gate.contiguous().clamp(max=1e30)
+            gate = gate.contiguous().clamp(max=1e30)  # an infinite gate would give infinity - infinity
             softplus_gate = _softplus(gate)
-            out = torch.logaddexp(zero, gate).lerp_(zero, seen).sub_(softplus_gate)
+            out = torch.logaddexp(zero, gate).lerp_(zero, seen).sub_(softplus_gate)  # where x > 0, n without the gate
         out.addcmul_(log_mean, seen).addcmul_(log_odds, seen, value=-1)
         if not gradients:
             _write_several(x, log_mean, log_r, softplus_gate, out, None)
@@ -111,7 +113,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # no second derivatives are wanted: forward has computed the first
             return None, *(None if by is None else grad * by for by in ctx.saved_tensors[4:]), None
         x, *parameters = ctx.saved_tensors[:4]
         log_mean, log_r, gate = parameters
@@ -127,24 +129,24 @@ class _LogProb(torch.autograd.Function):
 def _write_several(
     x: Tensor, log_mean: Tensor, log_r: Tensor, softplus_gate: Tensor | None, out: Tensor, by_r: Tensor | None
 ) -> None:
-    """Set log p(x) and its gradient by log r where counts are neither 0 nor 1, and the formulas of x = 1 stand."""
+    """Correct log p(x) and its gradient by log r, set by the formulas of x = 1, where counts are neither 0 nor 1."""
     several = neither_zero_nor_one(x)
     if isinstance(several, Gathered):
-        few, several = several.split((several.x <= FEW) & (several.x == several.x.floor()))
-        _raise_few(few, log_mean, log_r, out, by_r)
+        small, several = several.split((several.x <= SMALL_COUNT) & (several.x == several.x.floor()))
+        _correct_small(small, log_mean, log_r, out, by_r)
     value, gradient = _at_positive(several, log_mean, log_r, by_r is not None)
     several.write(value if softplus_gate is None else value - several.of(softplus_gate), out)
     if by_r is not None and gradient is not None:
         several.write(gradient, by_r)
 
 
-def _raise_few(few: Gathered, log_mean: Tensor, log_r: Tensor, out: Tensor, by_r: Tensor | None) -> None:
-    """Add what the formulas of x = 1 lack."""
-    with np.errstate(all="ignore"):  # parameters may be no numbers
-        found = beyond_one(few.x.numpy(), *(few.of(t).exp_().numpy() for t in (log_mean, log_r)))
-    for more, dense in zip(found, (out, by_r), strict=True):
+def _correct_small(small: Gathered, log_mean: Tensor, log_r: Tensor, out: Tensor, by_r: Tensor | None) -> None:
+    """Correct the formulas of x = 1 for counts of 2 to ``SMALL_COUNT``."""
+    with np.errstate(all="ignore"):  # parameters may be NaN or infinite
+        corrections = beyond_one(small.x.numpy(), *(small.of(t).exp_().numpy() for t in (log_mean, log_r)))
+    for correction, dense in zip(corrections, (out, by_r), strict=True):
         if dense is not None:
-            few.write(few.of(dense).add_(torch.from_numpy(more)), dense)
+            small.write(small.of(dense).add_(torch.from_numpy(correction)), dense)
 
 
 def _at_positive(entries: Entries, log_mean: Tensor, log_r: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -154,13 +156,13 @@ def _at_positive(entries: Entries, log_mean: Tensor, log_r: Tensor, gradient: bo
         positive = Positive(*given)
         return positive.log_prob(), positive.by_log_r() if gradient else None
     with np.errstate(all="ignore"):
-        positive = Positive(*(t.numpy() for t in given), large=bool((entries.x > FEW).all()))
+        positive = Positive(*(t.numpy() for t in given), large=bool((entries.x > SMALL_COUNT).all()))
         by_r = torch.from_numpy(positive.by_log_r()) if gradient else None
         return torch.from_numpy(positive.log_prob()), by_r
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """Log NB(x) whose gradients are composed of steps that can be differentiated."""
+    """Log NB(x) whose gradients can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Negative binomial distribution of counts, stable in float32."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Gamma, TorchDistribution
@@ -19,7 +19,7 @@ class NegativeBinomial(TorchDistribution):
 
     with mean :math:`\mu` and variance :math:`\mu + \mu^2 / r` (Lopez et al. 2017, Sec. 1). Counts above 8 are evaluated
     in Loader's saddle-point form (C. Loader 2000, "Fast and accurate computation of binomial probabilities"), others by
-    products, with analytic gradients: torch's own negative binomial is wrong by nats in float32 once r passes 1e5.
+    products; gradients are analytic. torch's own negative binomial is wrong by nats in float32 once r exceeds 1e5.
 
     Parameters
     ----------
@@ -29,7 +29,10 @@ class NegativeBinomial(TorchDistribution):
         log r, broadcastable with ``log_mean``.
     """
 
-    arg_constraints = {"log_mean": constraints.real, "log_inverse_dispersion": constraints.real}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "log_mean": constraints.real,
+        "log_inverse_dispersion": constraints.real,
+    }
     support = constraints.nonnegative_integer
 
     def __init__(self, log_mean: Tensor, log_inverse_dispersion: Tensor, validate_args: bool | None = None) -> None:
@@ -37,7 +40,7 @@ class NegativeBinomial(TorchDistribution):
         super().__init__(self.log_mean.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "NegativeBinomial":
-        """The same law with parameters expanded to ``batch_shape``."""
+        """The same distribution with parameters expanded to ``batch_shape``."""
         new = self._get_checked_instance(NegativeBinomial, _instance)
         new.log_mean = self.log_mean.expand(batch_shape)
         new.log_inverse_dispersion = self.log_inverse_dispersion.expand(batch_shape)
@@ -52,12 +55,12 @@ class NegativeBinomial(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """Mu + mu^2 / r, counts squared."""
+        """The variance mu + mu^2 / r, counts squared."""
         return self.mean + (2 * self.log_mean - self.log_inverse_dispersion).exp()
 
     @property
     def rate(self) -> Gamma:
-        """The law of w, the Gamma rate of the counts."""
+        """The Gamma distribution of w, the rate of the counts."""
         return Gamma(
             self.log_inverse_dispersion.exp(), (self.log_inverse_dispersion - self.log_mean).exp(), validate_args=False
         )

@@ -1,4 +1,4 @@
-"""Functions of selected entries of a tensor: gathered on a CPU, masked on a GPU."""
+"""Selected entries of a tensor: gathered on a CPU, masked on a GPU."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from pyro_scvi.utils.execution import tracing
 class Gathered(NamedTuple):
     """Some entries of the counts, gathered: their values and their positions ``at`` in the flattened counts.
 
-    Parameters may have leading dimensions that the counts lack; theirs are (leading, entries).
+    Parameters may have leading dimensions that the counts lack; their entries are (leading, entries).
     """
 
     x: Tensor
@@ -20,18 +20,18 @@ class Gathered(NamedTuple):
     shape: torch.Size
 
     def split(self, chosen: Tensor) -> tuple["Gathered", "Gathered"]:
-        """Those that are chosen, and the others."""
+        """The chosen entries, and the others."""
         return self._take(true_places(chosen)), self._take(true_places(~chosen))
 
     def _take(self, some: Tensor) -> "Gathered":
         return Gathered(self.x.index_select(0, some), self.at.index_select(0, some), self.shape)
 
     def of(self, dense: Tensor) -> Tensor:
-        """These entries of a tensor; of one with entries for genes only it is not made as large as the counts."""
+        """These entries of a tensor; one with a single row of genes is not expanded to the size of the counts."""
         if dense.dim() and dense.numel() == dense.shape[-1] == self.shape[-1]:
             at, n = self.at.cpu().numpy(), self.shape[-1]
             at = at.astype(np.int32) if self.shape.numel() < 2**31 else at
-            gene = torch.from_numpy(at - at // n * n)  # in 32 bits, and so, several times faster than at % n
+            gene = torch.from_numpy(at - at // n * n)  # at % n, several times faster
             return dense.reshape(1, -1).index_select(1, gene.to(dense.device))
         return _flat(dense, self.shape).index_select(1, self.at)
 
@@ -45,9 +45,9 @@ class Gathered(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Some entries of the counts, left in their places: everything is computed everywhere, with x = 1 elsewhere.
+    """Some entries of the counts, left in place: all entries are computed, with x = 1 outside the mask.
 
-    For devices that compute faster than they can tell the host how many entries there are.
+    For devices on which counting the entries, which the host must wait for, takes longer than computing all of them.
     """
 
     x: Tensor
@@ -72,12 +72,12 @@ Entries = Gathered | Masked
 
 
 def neither_zero_nor_one(x: Tensor) -> Entries:
-    """The entries of the counts that are more than 1, and what is no count: fractions, negative numbers, NaN."""
+    """The entries above 1, and those that are no counts: fractions, negative numbers, NaN."""
     if not gathers(x.device):
         return _masked(x, (x != 0) & (x != 1))
     counts = x.numpy()
     mask, zero, one = counts > 1, counts == 0, counts == 1
-    if sum(map(np.count_nonzero, (mask, zero, one))) < counts.size:
+    if sum(map(np.count_nonzero, (mask, zero, one))) < counts.size:  # rare: some entries are no counts
         mask = ~(zero | one)
     return _gathered(x, mask)
 
@@ -94,12 +94,12 @@ def _masked(x: Tensor, mask: Tensor) -> Masked:
 
 def _gathered(x: Tensor, mask: np.ndarray) -> Gathered:
     at = torch.from_numpy(np.flatnonzero(mask))
-    shape = torch.Size(x.shape)  # a tuple where Pyro follows what depends on what
+    shape = torch.Size(x.shape)  # a plain tuple where Pyro tracks the provenance of values
     return Gathered(x.reshape(-1).index_select(0, at), at, shape)
 
 
 def distinct(parameter: Tensor) -> Tensor:
-    """A tensor without the repetitions that an expansion gave it: one entry along those dimensions."""
+    """Undo an expansion: keep one entry along every dimension that only repeats it."""
     for dim, stride in enumerate(parameter.stride()):
         if stride == 0 and parameter.shape[dim] > 1:
             parameter = parameter.narrow(dim, 0, 1)
@@ -107,19 +107,19 @@ def distinct(parameter: Tensor) -> Tensor:
 
 
 def gathers(device: torch.device) -> bool:
-    """Whether entries are gathered."""
+    """Whether entries are gathered: on a CPU, unless torch is tracing and tensors have no values."""
     return device.type == "cpu" and not tracing()
 
 
 def true_places(mask: Tensor) -> Tensor:
-    """Positions of what is true in the flattened mask; NumPy finds them several times faster than torch."""
+    """Positions of True in the flattened mask; NumPy finds them several times faster than torch."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.reshape(-1).nonzero().squeeze(-1)
 
 
 def _flat(dense: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor as (leading, entries), a view where it is contiguous and as large as the counts."""
+    """A tensor as (leading, entries); a view if it is contiguous and as large as the counts."""
     if dense.shape[-len(shape) :] != shape:
         dense = dense.expand(torch.broadcast_shapes(dense.shape, shape))
     size = shape.numel()

@@ -1,6 +1,6 @@
 """Zero-inflated distribution: a count distribution with additional technical zeros, in log space."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,19 +13,19 @@ from pyro_scvi.distributions.negative_binomial import NegativeBinomial
 
 
 class ZeroInflated(TorchDistribution):
-    r"""Counts of a base law that are set to zero with probability :math:`\pi = \sigma(gate)`.
+    r"""Counts of a base distribution, set to zero with probability :math:`\pi = \sigma(gate)`.
 
     .. math:: p(0) = \pi + (1 - \pi)\, p_{base}(0), \qquad p(x) = (1 - \pi)\, p_{base}(x) \quad (x > 0)
 
     Parameters
     ----------
     base
-        A law of counts with an empty event shape.
+        A distribution of counts with an empty event shape.
     gate_logits
         logit pi, broadcastable with the base's batch shape.
     """
 
-    arg_constraints = {"gate_logits": constraints.real}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"gate_logits": constraints.real}
     support = constraints.nonnegative_integer
 
     def __init__(self, base: TorchDistribution, gate_logits: Tensor, validate_args: bool | None = None) -> None:
@@ -36,7 +36,7 @@ class ZeroInflated(TorchDistribution):
         super().__init__(base.batch_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ZeroInflated":
-        """The same law with parameters expanded to ``batch_shape``."""
+        """The same distribution with parameters expanded to ``batch_shape``."""
         new = self._get_checked_instance(ZeroInflated, _instance)
         new.base, new.gate_logits = self.base.expand(batch_shape), self.gate_logits.expand(batch_shape)
         super(ZeroInflated, new).__init__(torch.Size(batch_shape), validate_args=False)

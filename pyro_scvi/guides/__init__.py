@@ -7,8 +7,8 @@ from pyro_scvi.guides.full_rank import FullRankNormal
 from pyro_scvi.guides.per_cell import PerCell
 from pyro_scvi.guides.point import Point
 
-__all__ = ["DiagonalNormal", "Guide", "InverseAutoregressiveFlow", "FullRankNormal", "PerCell", "Point"]
+__all__ = ["DiagonalNormal", "FullRankNormal", "Guide", "InverseAutoregressiveFlow", "PerCell", "Point"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

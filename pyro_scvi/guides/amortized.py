@@ -31,13 +31,13 @@ class AmortizedGuide(Guide):
     Parameters
     ----------
     model
-        The model; its parameters stay its own.
+        The model; the guide does not own its parameters.
     encoder
-        The network for z; None: the prior's where it has one (VampPrior), else a new one made with what follows.
+        The network for z; None: the prior's if it has one (VampPrior), else a new one with the settings below.
     encode_covariates
-        Whether gamma enters the encoder beside x.
+        Whether gamma is an input of the encoder, beside x.
     log_input
-        Whether log(1 + x) enters rather than x.
+        Whether log(1 + x) is the input rather than x.
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         Hidden layers of the new encoder, and the seed of its initial weights.
     """
@@ -90,7 +90,7 @@ class AmortizedGuide(Guide):
         return prior.encoder if self.own_encoder is None else self.own_encoder
 
     def build(self) -> None:
-        """Make what a guide needs beside the encoder."""
+        """Make the guide's own layers beside the encoder; a hook for subclasses."""
 
     def encode(self, x: Tensor, gamma: Tensor, index: Tensor | None) -> Code:
         """The encoder's normals; l is centred on the cell's total."""
@@ -98,6 +98,7 @@ class AmortizedGuide(Guide):
         l_loc = l_scale = x.new_zeros(len(x), 1)
         if self.coordinates.has_library:
             shift, log_scale = self.library(encoded.hidden).split(1, -1)
+            # Starts l at the total, with a sd of exp(-2) = 0.14 on the log scale.
             l_loc, l_scale = torch.log1p(x.sum(-1, keepdim=True)) + shift, (log_scale - 2).exp()
         return Code(encoded.hidden, encoded.loc, encoded.log_scale.exp(), l_loc, l_scale)
 
@@ -130,21 +131,21 @@ class DiagonalNormal(AmortizedGuide):
     Parameters
     ----------
     model
-        The model; its parameters stay its own.
+        The model; the guide does not own its parameters.
     encoder
-        The network for z; None: the prior's where it has one (VampPrior), else a new one made with what follows.
+        The network for z; None: the prior's if it has one (VampPrior), else a new one with the settings below.
     encode_covariates
-        Whether gamma enters the encoder beside x.
+        Whether gamma is an input of the encoder, beside x.
     log_input
-        Whether log(1 + x) enters rather than x.
+        Whether log(1 + x) is the input rather than x.
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         Hidden layers of the new encoder, and the seed of its initial weights.
 
     Raises
     ------
     ModelError
-        If ``model`` is no SCVI, its prior is Flat, a setting of the layers is out of range, or settings are given that
-        an encoder shared with the prior leaves without effect.
+        If ``model`` is no SCVI, its prior is Flat, a setting of the layers is out of range, or settings of an encoder
+        are given although the prior's is shared.
 
     Examples
     --------

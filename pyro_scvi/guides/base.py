@@ -24,14 +24,14 @@ class Guide(Component):
 
     .. math:: q(z, l | x) = \prod_n q(z_n | x_n)\, q(l_n | z_n, x_n)
 
-    A guide says how it encodes cells and gives the laws :meth:`z_law` and :meth:`l_law`, and :meth:`start`, a normal
-    from which a cell's posterior can be refined. ``amortized`` says whether it can encode cells it has not seen,
-    ``stochastic`` whether q has a density. Global latents have independent normals in unconstrained coordinates.
+    A guide defines how it encodes cells, the distributions :meth:`z_law` and :meth:`l_law`, and :meth:`start`, a normal
+    from which a cell's posterior can be refined. ``amortized``: it can encode cells that it has not seen.
+    ``stochastic``: q has a density. Global latents have independent normals in unconstrained coordinates.
 
     Parameters
     ----------
     model
-        The model; its parameters stay its own.
+        The model; the guide does not own its parameters.
 
     Raises
     ------
@@ -53,7 +53,7 @@ class Guide(Component):
     def __init__(self, model: SCVI) -> None:
         super().__init__()
         require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
-        self._model = (model,)  # in a tuple, so that it is no submodule: parameters have one owner
+        self._model = (model,)  # in a tuple, or torch would make it a submodule: parameters have one owner
         self.coordinates = Coordinates(model)
         self.weights = GlobalNormal(model)
         self.require_prior()
@@ -64,7 +64,7 @@ class Guide(Component):
         return self._model[0]
 
     def require_prior(self) -> None:
-        """Refuse priors of the model that this guide cannot be fitted under."""
+        """Refuse a prior with which this guide cannot be fitted."""
         if self.stochastic and isinstance(self.model.prior, Flat):
             raise ModelError("the prior Flat has no density to integrate: take the guide Point, or another prior")
 
@@ -90,7 +90,7 @@ class Guide(Component):
         Returns
         -------
         dict
-            By site: z (cells, 1, latents), l (cells, 1) where it is latent, counts per cell, and global latents.
+            By site: z (cells, 1, latents), l (cells, 1) if it is latent, counts per cell, and global latents.
 
         Raises
         ------
@@ -114,7 +114,7 @@ class Guide(Component):
         return drawn
 
     def encode(self, x: Tensor, gamma: Tensor, index: Tensor | None) -> Any:
-        """Whatever the laws below need to know of the cells."""
+        """What :meth:`z_law` and :meth:`l_law` need to know of the cells."""
         raise NotImplementedError
 
     def z_law(self, code: Any) -> Distribution:
@@ -132,20 +132,20 @@ class Guide(Component):
     def draw(self, x: Tensor, gamma: Tensor, samples: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draws of the sites z (samples, cells, 1, latents) and l, and log q of them (samples, cells)."""
         code = self.encode(x, gamma, None)
-        law = self.z_law(code)
-        sites = {"z": law.rsample((samples,))}  # unlike sample, it lets NaN through to the loss
-        log_q = law.log_prob(sites["z"])
+        q_z = self.z_law(code)
+        sites = {"z": q_z.rsample((samples,))}  # unlike sample, rsample passes NaN on to the loss
+        log_q = q_z.log_prob(sites["z"])
         if self.coordinates.has_library:
-            law = self.l_law(code, sites["z"]).expand(log_q.shape)
-            sites["l"] = law.rsample()
-            log_q = log_q + law.log_prob(sites["l"])
+            q_l = self.l_law(code, sites["z"]).expand(log_q.shape)
+            sites["l"] = q_l.rsample()
+            log_q = log_q + q_l.log_prob(sites["l"])
         return sites, log_q.squeeze(-1)
 
 
 class GlobalNormal(nn.Module):
     """Independent normals, in unconstrained coordinates, for the model's global latents (weights, dispersions).
 
-    Pyro's AutoNormal would do but for its parameter names, which are the same for every model of a session.
+    Pyro's AutoNormal would give its parameters the same names for every model of a session.
     """
 
     def __init__(self, model: SCVI) -> None:
@@ -156,6 +156,7 @@ class GlobalNormal(nn.Module):
         self.supports = {name: node["fn"].support for name, node in nodes.items()}
         starts = {name: model.weights.start_of(name, node["value"]) for name, node in nodes.items()}
         self.loc = nn.ParameterList(starts.values())
+        # A sd of 0.05: draws start close to the initial weights.
         self.log_scale = nn.ParameterList(torch.full_like(start, -3.0) for start in starts.values())
 
     def forward(self) -> dict[str, Tensor]:

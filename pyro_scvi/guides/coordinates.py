@@ -17,19 +17,19 @@ from pyro_scvi.utils.execution import executing
 from pyro_scvi.utils.random_state import seeded
 
 LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
-Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or what takes its place
+Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or a compiled form of it
 
 
 class Coordinates:
-    """Unconstrained coordinates u of a cell's latents: z through the bijection to its support, then log l.
+    """Unconstrained coordinates u of a cell's latents: those that a bijection maps to z, then log l.
 
-    ``size`` is their number, ``n_z`` how many of them make z.
+    ``size`` is their number; the first ``n_z`` are those of z.
     """
 
     def __init__(self, model: SCVI) -> None:
         with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
             prior = model.prior()
-        mixture = isinstance(prior, dist.MixtureSameFamily)
+        mixture = isinstance(prior, dist.MixtureSameFamily)  # biject_to knows the support of its components only
         self.support = prior.component_distribution.support if mixture else prior.support
         self.real, self.to_z = is_real(self.support), biject_to(self.support)
         self.n_z = self.to_z.inverse_shape(torch.Size([model.n_latent]))[-1]
@@ -55,17 +55,19 @@ class Coordinates:
         return total + self.to_z.log_abs_det_jacobian(z, self.to_z(z)).reshape(*total.shape, -1).sum(-1)
 
     def law(self, base: Distribution, *steps: Any) -> Distribution:
-        """The law of z when ``base``, through ``steps``, is the law of its unconstrained coordinates."""
+        """The distribution of z if its unconstrained coordinates are ``base``, transformed by ``steps``."""
         return transform_distribution(base, self.support, *steps)
 
 
 def is_real(support: Any) -> bool:
     """Whether a support is all of the real line or space, where coordinates need no transform."""
-    return isinstance(getattr(support, "base_constraint", support), type(constraints.real))  # copies are not identical
+    return isinstance(
+        getattr(support, "base_constraint", support), type(constraints.real)
+    )  # by type: a copied model has a copy of it
 
 
 def transform_distribution(base: Distribution, support: Any, *steps: Any) -> Distribution:
-    """The law of ``base`` through ``steps`` and onto ``support``; ``base`` itself where nothing is to be done."""
+    """``base`` transformed by ``steps`` and mapped onto ``support``; ``base`` itself if neither changes it."""
     steps = steps if is_real(support) else (*steps, biject_to(support))
     return dist.TransformedDistribution(base, list(steps)) if steps else base
 
@@ -92,7 +94,7 @@ def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tens
 
 
 def prior_sites(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Sites z (n, cells, 1, latents) and, where it is latent, l (n, cells, 1), drawn from the prior of each cell.
+    """Sites z (n, cells, 1, latents) and, if it is latent, l (n, cells, 1), drawn from the prior of each cell.
 
     Raises NotImplementedError if the prior is improper.
     """

@@ -15,7 +15,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class InverseAutoregressiveFlow(AmortizedGuide):
-    r"""A diagonal normal through autoregressive layers that see the cell (Kingma et al. 2016, Sec. 4).
+    r"""A diagonal normal transformed by autoregressive layers conditioned on the cell (Kingma et al. 2016, Sec. 4).
 
     .. math:: u^0 \sim Normal(m(x_n), diag(s(x_n)^2)), \quad
         u^t = \sigma^t u^{t-1} + (1 - \sigma^t) \mu^t, \quad (\mu^t, \sigma^t) = f_t(u^{t-1}, x_n), \quad z_n = u^T
@@ -48,6 +48,7 @@ class InverseAutoregressiveFlow(AmortizedGuide):
         n = self.coordinates.n_z
         if n < 2:
             raise ModelError("InverseAutoregressiveFlow needs two or more latents; take DiagonalNormal for one")
+        # A bias of 4 starts every sigma at 0.98: the flow starts close to the identity.
         self.flows = nn.ModuleList(
             transforms.ConditionalAffineAutoregressive(
                 ConditionalAutoRegressiveNN(n, self.encoder.n_hidden, [4 * n]), stable=True, sigmoid_bias=4.0
@@ -56,7 +57,7 @@ class InverseAutoregressiveFlow(AmortizedGuide):
         )
 
     def z_law(self, code: Code) -> Distribution:
-        """The pushed-forward normal, on the support of z."""
+        """The transformed normal, on the support of z."""
         order = torch.arange(self.coordinates.n_z - 1, -1, -1, device=code.loc.device)
         steps: list[Any] = []
         flows: Any = self.flows

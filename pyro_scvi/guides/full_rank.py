@@ -10,7 +10,7 @@ from pyro_scvi.types import Distribution
 
 
 class FullRankNormal(AmortizedGuide):
-    r"""Every covariance between the latents of a cell, L lower triangular.
+    r"""A normal with all covariances between the latents of a cell; L is lower triangular.
 
     .. math:: q(z_n, \log l_n | x_n) = Normal(m(x_n), L(x_n) L(x_n)^T)
 
@@ -47,7 +47,7 @@ class FullRankNormal(AmortizedGuide):
         rows, columns = torch.tril_indices(n, n, -1, device=entries.device)
         lower = entries.new_zeros(len(entries), n, n)
         lower[:, rows, columns] = entries
-        # The diagonal scales each row, so that entries are correlations of a kind and start near zero.
+        # The scale multiplies whole rows, so that the entries below the diagonal have no unit and start near zero.
         return code.scale[:, :, None] * (lower + torch.eye(n, dtype=lower.dtype, device=lower.device)), slope
 
     def z_law(self, code: Code) -> Distribution:

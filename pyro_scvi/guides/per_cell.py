@@ -18,14 +18,14 @@ class PerCell(Guide):
 
     .. math:: q(z_n | x_n) = Normal(m_n, diag(s_n^2)), \qquad q(l_n | x_n) = LogNormal(a_n, b_n^2)
 
-    Knows only the ``n_cells`` cells it is fitted on, by row; other cells are refined from the nearest of those.
+    It knows only the ``n_cells`` cells that it is fitted on, by row. Other cells are refined from the nearest of these.
 
     Parameters
     ----------
     model
-        The model; its parameters stay its own.
+        The model; the guide does not own its parameters.
     n_cells
-        Number of cells that it is fitted on.
+        Number of training cells.
     seed
         Of the initial locations.
 
@@ -33,7 +33,7 @@ class PerCell(Guide):
     ------
     ModelError
         If ``model`` is no SCVI, its prior is Flat, or the seed is no integer of 0 or more. When called, if there are
-        other than ``n_cells`` cells and no ``index`` says which they are.
+        other than ``n_cells`` cells and no ``index`` gives their rows.
 
     Examples
     --------
@@ -69,12 +69,12 @@ class PerCell(Guide):
         return dist.LogNormal(code.l_loc, code.l_scale)
 
     def start(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """For each cell the fitted cell, among at most 200, whose latents explain it best."""
+        """For each cell, the normal of the fitted cell, among at most 200, whose latents explain it best."""
         with torch.no_grad():
             rows = torch.linspace(0, len(self.loc) - 1, min(200, len(self.loc)), device=x.device).long()
             known = self.loc[rows, None].expand(-1, len(x), -1).clone()  # (candidates, cells, size)
             known[..., self.coordinates.n_z :] += torch.log1p(x.sum(-1, keepdim=True))
             density = log_joint(self.model, x, gamma, self.weights.medians())
-            best = torch.cat([density(part) for part in known.split(10)]).argmax(0)
+            best = torch.cat([density(part) for part in known.split(10)]).argmax(0)  # 10 at a time, for the memory
             loc = known[best, torch.arange(len(x), device=x.device)]
             return loc, self.log_scale[rows][best].exp()

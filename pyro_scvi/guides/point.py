@@ -24,8 +24,8 @@ class Point(AmortizedGuide):
     Raises
     ------
     ModelError
-        If the prior's shape is learned: its density at the points would grow without bound. Else as in
-        :class:`DiagonalNormal`, but for the prior Flat.
+        If the prior's shape is learned: its density at the points would grow without bound. Otherwise as in
+        :class:`DiagonalNormal`, except that the prior Flat is allowed.
 
     Examples
     --------

@@ -27,11 +27,11 @@ class NotCompiled(FitError):
 
 
 class Recorded:
-    """The bound of a minibatch and its gradients, by one compiled recording for every size of a minibatch.
+    """The bound of a minibatch and its gradients, compiled once for each size of a minibatch.
 
-    What is recorded is the run of model and guide under Pyro with a size's first minibatch: what depends on Python (a
-    counter, a tensor that is neither parameter nor buffer) stays as it was then. Parameters and buffers are arguments,
-    which the caller may change between steps; random numbers are drawn anew, as without a recording.
+    Model and guide are recorded while they run under Pyro on the first minibatch of a size. State in Python (a counter,
+    a tensor that is neither parameter nor buffer) stays as it was in that run. Parameters and buffers are arguments,
+    which the caller may change between steps. Random numbers are drawn anew in every step.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ class Recorded:
         Raises
         ------
         FitError
-            If the programs cannot be recorded, or the recording not compiled; if a parameter has a hook, or a step
-            puts a new tensor in the place of a buffer.
+            If the programs cannot be recorded, the recording cannot be compiled, a parameter has a hook, or a step
+            replaces a buffer by a new tensor.
         """
         given = (
             [parameter.detach() for parameter in self.parameters.values()],
@@ -61,7 +61,7 @@ class Recorded:
             *(x, gamma, index),
         )
         if len(x) not in self.steps:
-            with _explained("a training step"):
+            with _compile_errors_explained("a training step"):
                 self._require_recordable()
                 self.steps[len(x)] = _compiled(self._step(n_cells), given)
         with torch.no_grad():
@@ -72,7 +72,7 @@ class Recorded:
         return loss.item()
 
     def _require_recordable(self) -> None:
-        """Refuse what a recording would leave out in silence."""
+        """Refuse hooks and replaced buffers, which a recording would leave out silently."""
         hooked = [name for name, parameter in self.parameters.items() if _hooks(parameter)]
         if hooked:
             raise FitError(f"{hooked} have hooks, which a compiled step does not call: remove them")
@@ -89,7 +89,7 @@ class Recorded:
             leaves = [state[name] for name in self.trained]
             loss = torch.func.functional_call(self.bound, state, (x, gamma), {"index": index, "n_cells": n_cells})
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-            # The fused optimiser reads memory, in the order of the parameters' strides.
+            # The fused optimiser assumes that gradients lie in memory as the parameters do.
             return loss.detach(), [None if g is None else g.contiguous() for g in gradients]
 
         return step
@@ -102,8 +102,8 @@ def _hooks(parameter: Tensor) -> bool:
 class RecordedJoint:
     """The log joint density of one model and batches of ``n_cells`` cells, by compiled recordings.
 
-    There is one for every shape of u, with and without its gradient, that has been asked for ten times; what is rarer,
-    and batches of other sizes, are left to the program. First derivatives by u only.
+    A shape of u, with or without its gradient, is compiled when it is evaluated for the tenth time. Rarer shapes, and
+    batches of other sizes, are evaluated by the program itself. Only first derivatives by u are available.
     """
 
     OFTEN = 10
@@ -119,7 +119,7 @@ class RecordedJoint:
         Raises
         ------
         FitError
-            When it is evaluated, if the program cannot be recorded, or the recording not compiled.
+            When it is evaluated, if the program cannot be recorded, or the recording cannot be compiled.
         """
         by_program = log_joint(model, x, gamma, global_latents)
         if len(x) != self.n_cells:
@@ -131,15 +131,15 @@ class RecordedJoint:
             self.asked[kind] += 1
             if self.asked[kind] < self.OFTEN:
                 return by_program(u)
-            found = self._recorded(kind, model, (u.detach(), x, gamma, global_latents, state))
-            value: Tensor = _WithGradient.apply(u, *found) if kind[1] else found
+            result = self._recorded(kind, model, (u.detach(), x, gamma, global_latents, state))
+            value: Tensor = _WithGradient.apply(u, *result) if kind[1] else result
             return value
 
         return density
 
     def _recorded(self, kind: tuple[torch.Size, bool], model: SCVI, given: tuple[Any, ...]) -> Any:
         if kind not in self.recordings:
-            with _explained("a density"):
+            with _compile_errors_explained("a density"):
                 self.recordings[kind] = _compiled(_value_and_gradient(model) if kind[1] else _value(model), given)
         with torch.no_grad():
             return self.recordings[kind](*given)
@@ -166,15 +166,15 @@ def _value_and_gradient(model: SCVI) -> Callable[..., tuple[Tensor, Tensor]]:
     def both(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            found = value(u, *others)
-            (gradient,) = torch.autograd.grad(found.sum(), u)
-        return found.detach(), gradient
+            log_density = value(u, *others)
+            (gradient,) = torch.autograd.grad(log_density.sum(), u)
+        return log_density.detach(), gradient
 
     return both
 
 
 class _Density(nn.Module):
-    """A model's log joint density as a module, as torch wants what it calls with other parameters."""
+    """A model's log joint density as a module: torch's functional_call takes nothing else."""
 
     def __init__(self, model: SCVI) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class _Density(nn.Module):
 
 
 class _WithGradient(torch.autograd.Function):
-    """Values (samples, cells) that depend on u (samples, cells, size) of their own cell and draw, and the gradient."""
+    """Values (samples, cells), each of its own cell and draw, and their gradient by u (samples, cells, size)."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -195,19 +195,21 @@ class _WithGradient(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return grad[..., None] * gradient, None, None
 
 
 def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callable[..., Any]:
-    """A recording of the function's run with the example, compiled by a call with copies of it.
+    """Record the function's run on the example, and compile the recording by a call on copies of the example.
 
-    Compilers of some versions of torch draw random numbers themselves, which no step should notice.
+    The compilers of some versions of torch draw random numbers themselves; the seed keeps these out of training.
     """
     with seeded(0):
+        # Not fake: constants of a model that are neither parameters nor buffers.
         recording = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        # fallback_random: the same random numbers as without compiling.
         compiled: Callable[..., Any] = torch.compile(recording, options={"fallback_random": True})
         with torch.no_grad():
             compiled(*tree_map_only(Tensor, Tensor.clone, example))
@@ -215,15 +217,15 @@ def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callabl
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Say what it means that torch cannot record or compile something."""
+def _compile_errors_explained(what: str) -> Iterator[None]:
+    """Turn an error of torch's compiler into one that says what cannot be compiled and what to do."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler about other parts of torch
             yield
     except FitError:
         raise
-    except Exception as error:
+    except Exception as error:  # torch raises many kinds, with the compiler's output somewhere in the text
         text = str(error).rpartition("Output:")[2].partition("Set TORCHDYNAMO_VERBOSE")[0]
         reason = " ".join(text.split())[:300]
         raise NotCompiled(

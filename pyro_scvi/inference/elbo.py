@@ -13,18 +13,18 @@ from pyro_scvi.utils.execution import execution
 
 
 class MeanFieldELBO(TraceMeanField_ELBO):
-    r"""One draw of the evidence bound, with the KL divergence of every latent in closed form where there is one.
+    r"""One draw of the evidence bound, with the KL divergence of each latent in closed form if there is one.
 
     .. math:: \log p(x | z) - KL(q(z | x) \| p(z)), \qquad z \sim q(z | x)
 
-    (Lopez et al. 2017, Eq. 1). The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``,
-    which also evaluates the densities of latents whose divergence it then takes in closed form, and which needs every
-    parameter to be registered in every step. For reparameterised guides. Pyro's own runs wherever programs are to be
-    checked (:class:`~pyro_scvi.utils.execution.Execution`): it refuses guides that do not match the model.
+    (Lopez et al. 2017, Eq. 1). The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``. That
+    one also evaluates densities of latents whose divergence has a closed form, and needs every parameter registered in
+    every step. Only for reparameterised guides. If programs are to be checked
+    (:class:`~pyro_scvi.utils.execution.Execution`), Pyro's own runs: it refuses guides that do not match the model.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # no options: there is one draw
+        super().__init__()  # without Pyro's options, such as more than one draw
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Negative bound, nats; adds its gradients to those of the parameters."""
@@ -44,7 +44,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         for name, site in _sites(modelled):
             loss = loss - _log_prob(site) if site["is_observed"] else loss + _divergence(guided.nodes[name], site)
         for name, site in _sites(guided):
-            if name not in modelled.nodes:  # auxiliary: a site that the guide needs for itself
+            if name not in modelled.nodes:  # an auxiliary site, which the guide alone has
                 loss = loss + _log_prob(site)
         return loss
 
@@ -69,7 +69,7 @@ def _divergence(guided: Any, modelled: Any) -> Tensor:
 
 
 def _total(site: Any, terms: Tensor) -> Tensor:
-    """Sum over the plates with the site's mask and scale; a scale that is one number multiplies the sum."""
+    """Sum over the plates, with the site's mask and scale; a scalar scale multiplies the sum, which is cheaper."""
     if site["mask"] is False:
         return terms.new_zeros(())
     if isinstance(site["mask"], Tensor):
@@ -80,7 +80,7 @@ def _total(site: Any, terms: Tensor) -> Tensor:
 
 
 class Bound(nn.Module):
-    """An evidence bound as a module, as torch wants what it differentiates."""
+    """An evidence bound as a module, which functional_call and DistributedDataParallel need."""
 
     def __init__(self, elbo: Any, model: nn.Module, guide: nn.Module) -> None:
         super().__init__()

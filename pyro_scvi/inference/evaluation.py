@@ -1,10 +1,7 @@
 """Evaluation of a model and guide: evaluation mode, and bound terms of draws from the guide."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -17,21 +14,23 @@ from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.random_state import seeded
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, an own seed and an own parameter store; everything is put back afterwards."""
+    """Evaluation mode without gradients, with a separate seed and parameter store; all is restored afterwards."""
     keep_freed_memory()
-    with evaluation_mode(model, guide), seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        with torch.no_grad():
-            yield
+    with (
+        evaluation_mode(model, guide),
+        seeded(seed),
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
-    """Log weight log p(x, z, l) - log q(z, l | x) of draws from the guide, and its part log q - log p of the latents.
+    """Log weights log p(x, z, l) - log q(z, l | x) of draws from the guide, and the part log q - log p of the latents.
 
     Each (samples, cells), nats; the mean of the first is the ELBO, of the second the KL divergence.
     """
@@ -40,7 +39,7 @@ def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tup
 
 
 def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log p(x, z, l) - log q of given draws (samples, cells, ...), and its part log q - log p of the latents."""
+    """Log p(x, z, l) - log q of given draws (samples, cells, ...), and the part log q - log p of the latents."""
     fixed, size, terms = guide.weights.medians(), draws_at_once(x), []
     for start in range(0, len(log_q), size):
         part = {name: value[start : start + size] for name, value in sites.items()}
@@ -51,5 +50,5 @@ def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_
 
 
 def draws_at_once(x: Tensor, megabytes: int = 5) -> int:
-    """How many draws of (cells, genes) at once keep one tensor within a few megabytes, what caches hold."""
+    """Number of draws for which a tensor (draws, cells, genes) has a few megabytes, and so stays in the cache."""
     return max(1, megabytes * 2**20 // (x.numel() * x.element_size()))

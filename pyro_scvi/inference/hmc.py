@@ -8,6 +8,8 @@ from torch import Tensor
 from pyro_scvi.inference.importance import Proposal, weighted_draws
 from pyro_scvi.types import LogJoint
 
+MAX_ENERGY_ERROR = 1000.0  # nats; a larger error is counted as a divergence, as in Stan
+
 
 class Chains(NamedTuple):
     """Draws (draws, chains, cells, latents), divergences (cells,), mean acceptance (cells,), step size (cells,)."""
@@ -31,30 +33,31 @@ def sample_chains(
     """Sample every cell's density exp(log_joint(u)) in coordinates v, u = loc + L v, of the proposal.
 
     Each cell has its own step size, adapted in ``warmup`` by dual averaging towards an acceptance of ``target``
-    (Hoffman and Gelman 2014, Sec. 3.2); the length of an orbit is random, so that none repeats itself. Chains start at
-    draws of the proposal, resampled by their weights: from a draw far out in its heavy tails, where the density is
-    steep, a step that suits the other chains may never be accepted.
+    (Hoffman and Gelman 2014, Sec. 3.2). The length of a trajectory is random, so that no chain is periodic. Chains
+    start at draws of the proposal, resampled by their weights. Without resampling one might start far out in the heavy
+    tails, where the density is steep and a step that suits the other chains may never be accepted.
     """
     density = Whitened(log_joint, proposal)
     state = density.at(density.inverse(_starts(log_joint, proposal, chains)))
     step = _DualAveraging(torch.full_like(state.value[0], 0.5), target)
     kept, divergences, acceptance = [], torch.zeros_like(step.size), torch.zeros_like(step.size)
     for iteration in range(warmup + draws):
-        state, error = transition(density, state, step.size, leapfrog)
-        probability = error.clamp(max=0).exp().mean(0)
+        state, log_ratio = transition(density, state, step.size, leapfrog)
+        probability = log_ratio.clamp(max=0).exp().mean(0)
         if iteration < warmup:
             step.update(probability, last=iteration == warmup - 1)
         else:
             kept.append(density.coordinates(state.v))
-            divergences += (error < -1000).sum(0)
+            divergences += (log_ratio < -MAX_ENERGY_ERROR).sum(0)
             acceptance += probability / draws
     return Chains(torch.stack(kept), divergences, acceptance, step.size)
 
 
 def _starts(log_joint: LogJoint, proposal: Proposal, chains: int) -> Tensor:
-    """(chains, cells, latents)."""
+    """Starting points (chains, cells, latents): draws of the proposal, resampled by their weights."""
     draws, log_weights = weighted_draws(log_joint, proposal, 10 * chains, chains)
-    chosen = torch.multinomial(log_weights.softmax(0).nan_to_num(1.0).T, chains, replacement=True).T
+    weights = log_weights.softmax(0).nan_to_num(1.0)  # equal ones if no draw has any weight
+    chosen = torch.multinomial(weights.T, chains, replacement=True).T
     return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]))
 
 
@@ -91,19 +94,19 @@ class Whitened:
 
 
 def transition(density: Whitened, state: State, size: Tensor, leapfrog: int) -> tuple[State, Tensor]:
-    """One draw of every chain with step sizes (cells,): the next state, and the error of the energy (chains, cells).
+    """One draw of every chain with step sizes (cells,): the next state, and the log acceptance ratio (chains, cells).
 
-    The number of leapfrog steps is uniform on 1 to 2 ``leapfrog`` - 1 and the step is jittered by a tenth.
+    The number of leapfrog steps is uniform on 1 to 2 ``leapfrog`` - 1, and the step size varies by a tenth.
     """
     start = torch.randn_like(state.v)
     jitter = 1 + 0.1 * (2 * torch.rand_like(state.value) - 1)
     count = int(torch.randint(1, 2 * leapfrog, ()))
     new, momentum = _leap(density, state, start, (size * jitter)[..., None], count)
-    error = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
-    error = error.nan_to_num(-torch.inf)
-    accepted = torch.rand_like(error).log() < error
+    log_ratio = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
+    log_ratio = log_ratio.nan_to_num(-torch.inf)  # a trajectory that left the numbers is rejected
+    accepted = torch.rand_like(log_ratio).log() < log_ratio
     pairs = zip(new, state, strict=True)
-    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs)), error
+    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs)), log_ratio
 
 
 def _leap(density: Whitened, state: State, momentum: Tensor, size: Tensor, count: int) -> tuple[State, Tensor]:
@@ -115,7 +118,7 @@ def _leap(density: Whitened, state: State, momentum: Tensor, size: Tensor, count
 
 
 class _DualAveraging:
-    """Nesterov's dual averaging of log step sizes (cells,), constants as in Hoffman and Gelman 2014."""
+    """Dual averaging of log step sizes (cells,); t0 = 10, gamma = 0.05, kappa = 0.75 (Hoffman and Gelman 2014)."""
 
     def __init__(self, size: Tensor, target: float) -> None:
         self.size, self.target, self.time = size, target, 0
@@ -156,7 +159,7 @@ def bulk_ess(draws: Tensor) -> Tensor:
     rho = 1 - (within - covariance.mean(1)) / total  # (lags, ...)
     rho[0] = 1
     pairs = rho[: n - n % 2].unflatten(0, (n // 2, 2)).sum(1)
-    positive = (pairs > 0).cumprod(0)  # up to the first negative pair
+    positive = (pairs > 0).cumprod(0)  # 1 up to the first negative pair
     monotone = pairs.cummin(0).values * positive
     tau = (2 * monotone.sum(0) - 1).clamp(min=1 / torch.log10(torch.tensor(float(n * m))))
     return n * m / tau
@@ -168,7 +171,7 @@ def _split(draws: Tensor) -> Tensor:
 
 
 def _median(flat: Tensor) -> Tensor:
-    ordered = flat.sort(0).values  # torch's own median of an even number of draws is the lower of two
+    ordered = flat.sort(0).values  # torch.median takes the lower of the two middle values
     return (ordered[(len(flat) - 1) // 2] + ordered[len(flat) // 2]) / 2
 
 

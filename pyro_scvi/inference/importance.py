@@ -1,7 +1,7 @@
 """Adaptive importance sampling of many small posteriors at once, with a Pareto k-hat for each.
 
-Everything here works on a log joint density ``log_joint(u)`` or on log weights alone: u has shape (samples, cells,
-latents) in unconstrained coordinates, the value shape (samples, cells), and cells do not influence each other.
+Everything here needs only a log joint density ``log_joint(u)`` or log weights. u has shape (samples, cells, latents) in
+unconstrained coordinates, the value has shape (samples, cells), and cells do not influence each other.
 """
 
 import math
@@ -43,19 +43,19 @@ class Proposal(NamedTuple):
 
 
 class SamplingBudget(NamedTuple):
-    """How much a cell's proposal is worked on: weighted draws, gradient steps, rounds of adaptation."""
+    """Effort for a cell's proposal: weighted draws, gradient steps, rounds of adaptation."""
 
     samples: int
     steps: int
     rounds: int
 
     def doubled(self) -> "SamplingBudget":
-        """What a cell gets whose first proposal did not fit."""
+        """Twice the steps and rounds, for cells whose proposal did not fit."""
         return SamplingBudget(self.samples, 2 * self.steps, 2 * self.rounds)
 
 
 class Target(NamedTuple):
-    """What is to be integrated: the cells' log joint density, where to start, (cells, latents) each, draws at once."""
+    """The cells' log joint density, location and scale to start from, (cells, latents) each, and draws at once."""
 
     log_joint: LogJoint
     loc: Tensor
@@ -67,7 +67,7 @@ class Importance(NamedTuple):
     """Result of :func:`adaptive_importance`: per cell (cells,), with the weighted draws it rests on.
 
     ``log_evidence`` in nats per cell, ``se`` its standard error (delta method), ``ess`` the effective number of
-    draws, ``khat`` the Pareto tail index of the weights: above 0.7 the estimate cannot be vouched for. ``draws``
+    draws, ``khat`` the Pareto tail index of the weights: above 0.7 the estimate is unreliable. ``draws``
     (samples, cells, latents), ``log_weights`` (samples, cells).
     """
 
@@ -102,22 +102,22 @@ def adaptive_importance(
 def persistent_importance(
     target: Callable[[Tensor], Target], rows: Tensor, budget: SamplingBudget, *, attempts: int = 3
 ) -> Importance:
-    """:func:`adaptive_importance` of the cells in ``rows``, in which those whose k-hat stays above 0.7 are tried again.
+    """Run :func:`adaptive_importance` for the cells in ``rows``, again for cells whose k-hat is above 0.7.
 
-    They get twice the budget, then four times; the best attempt counts. Draws come from the global generator.
+    These get twice the budget, then four times; the best attempt counts. The seed comes from the global generator.
     """
     log_joint, loc, scale, block = target(rows)
     seed = int(torch.randint(2**31, ()))
-    found = adaptive_importance(log_joint, loc, scale, **budget._asdict(), seed=seed, block=block)
-    failed = (~(found.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # NaN has failed too
+    result = adaptive_importance(log_joint, loc, scale, **budget._asdict(), seed=seed, block=block)
+    failed = (~(result.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # written so that NaN fails, too
     if attempts == 1 or not len(failed):
-        return found
+        return result
     again = persistent_importance(target, rows[failed], budget.doubled(), attempts=attempts - 1)
-    better = (~(again.khat >= found.khat[failed])).nonzero().squeeze(-1)
-    for kept, new in zip(found, again, strict=True):
-        of_cells = int(kept.dim() > 1)  # behind the draws
+    better = (~(again.khat >= result.khat[failed])).nonzero().squeeze(-1)
+    for kept, new in zip(result, again, strict=True):
+        of_cells = int(kept.dim() > 1)  # the dimension of cells: draws come first
         kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
-    return found
+    return result
 
 
 def corrected_proposal(
@@ -125,9 +125,10 @@ def corrected_proposal(
 ) -> Proposal:
     """A Student-t for every cell, made to fit its density.
 
-    A diagonal normal started at (loc, scale), each (cells, latents), is refined by ``steps`` gradient steps on its
-    own bound; its covariance is replaced by that of a Laplace step; ``rounds`` times the Student-t takes the mean and
-    covariance of ``samples`` weighted draws of its own. At most ``block`` draws are evaluated at once.
+    First, a diagonal normal started at (loc, scale), each (cells, latents), is refined by ``steps`` gradient steps on
+    its own bound. Second, its covariance is replaced by that of a Laplace step. Third, ``rounds`` times, the Student-t
+    takes the mean and covariance of ``samples`` weighted draws of its own. At most ``block`` draws are evaluated at
+    once.
     """
     with torch.enable_grad():
         loc, scale = refine(log_joint, loc.detach(), scale.detach(), steps=steps)
@@ -141,7 +142,7 @@ def corrected_proposal(
 def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws: int = 4) -> tuple[Tensor, Tensor]:
     """Raise every cell's bound E_q log joint + H(q) over a diagonal normal q by ``steps`` of Adam.
 
-    The step is in units of the starting scale, so that wide and narrow latents move alike.
+    The step is in units of the starting scale, so that wide and narrow latents move at the same relative rate.
     """
     shift = torch.zeros_like(loc, requires_grad=True)
     log_stretch = torch.zeros_like(scale, requires_grad=True)
@@ -149,7 +150,7 @@ def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1), eta_min=0.005)
     for _ in range(steps):
         half = torch.randn(draws // 2, *loc.shape, dtype=loc.dtype, device=loc.device)
-        noise = torch.cat([half, -half])
+        noise = torch.cat([half, -half])  # antithetic pairs: the gradient by loc has less noise
         u = loc + scale * (shift + log_stretch.exp() * noise)
         loss = -(log_joint(u).mean(0) + log_stretch.sum(-1)).sum()
         shift.grad, log_stretch.grad = torch.autograd.grad(loss, [shift, log_stretch])
@@ -161,8 +162,8 @@ def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws
 def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tensor:
     """Cholesky factor of the inverse negative Hessian of log_joint at loc, shape (cells, latents, latents).
 
-    Central differences of the gradient at half a posterior standard deviation, not second derivatives: a ReLU
-    network has none at its kinks and is blind to them elsewhere.
+    By central differences of the gradient over half a posterior standard deviation, not by second derivatives: those of
+    a ReLU network do not exist at its kinks and miss them elsewhere.
     """
     latents = loc.shape[-1]
     step = 0.5 * scale  # (cells, latents)
@@ -174,6 +175,7 @@ def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tenso
     curvature = -difference.permute(1, 0, 2) / (2 * step[:, :, None]) * scale[:, :, None] * scale[:, None, :]
     curvature = (curvature + curvature.mT).double().nan_to_num(0.0, 0.0, 0.0) / 2
     values, vectors = torch.linalg.eigh(curvature)
+    # The floor bounds the variance along directions without curvature, at 10 times the scale squared.
     covariance = (vectors / values.clamp(min=0.1)[:, None, :]) @ vectors.mT
     return scale[:, :, None] * torch.linalg.cholesky(covariance).to(loc.dtype)
 
@@ -184,11 +186,11 @@ def weighted_draws(log_joint: LogJoint, proposal: Proposal, samples: int, block:
     draws = proposal.sample(samples)
     log_density = torch.cat([log_joint(part) for part in draws.split(block)])
     log_weights = (log_density - proposal.log_prob(draws)).double()
-    return draws, log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)  # beyond what the numbers can hold
+    return draws, log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)  # an overflow gets no weight
 
 
 def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
-    """The proposal with mean and covariance of the weighted draws, shrunk to the old one where few draws count."""
+    """The proposal with mean and covariance of the weighted draws, shrunk to the old one if few draws count."""
     weights = log_weights.softmax(0).nan_to_num(1 / len(log_weights))  # (samples, cells); NaN if none has weight
     ess = 1 / weights.square().sum(0)
     kept = (draws.shape[-1] / (draws.shape[-1] + ess))[:, None]  # share of the old proposal

@@ -13,8 +13,8 @@ FEWEST_IN_TAIL = 5
 def pareto_khat(log_weights: Tensor) -> Tensor:
     """Tail index of every column of (samples, columns) log weights, shape (columns,).
 
-    A generalised Pareto law is fitted to the largest min(S / 5, 3 sqrt(S)) weights (Zhang and Stephens 2009, with the
-    weak prior of Vehtari, Simpson, Gelman, Yao and Gabry 2024, App. C). Fewer than 5 tail draws give infinity.
+    A generalised Pareto distribution is fitted to the largest min(S / 5, 3 sqrt(S)) weights (Zhang and Stephens 2009,
+    with the weak prior of Vehtari, Simpson, Gelman, Yao and Gabry 2024, App. C). Fewer than 5 tail draws give infinity.
     """
     tail = _tail_length(len(log_weights))
     if tail < FEWEST_IN_TAIL:
@@ -24,7 +24,7 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
 
 
 def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Log weights (samples, columns) that sum to 1, the largest replaced by quantiles of their fitted tail; and k-hat.
+    """Normalised log weights (samples, columns), the largest replaced by quantiles of the fitted tail; and k-hat.
 
     Vehtari et al. 2024, Algorithm 1. With fewer than 5 tail draws nothing is replaced.
     """
@@ -32,17 +32,17 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     if tail < FEWEST_IN_TAIL:
         return log_weights.log_softmax(0), torch.full_like(log_weights[0], math.inf)
     ordered, order = (log_weights - log_weights.amax(0)).sort(0)
-    law = _generalised_pareto(ordered, tail)
-    level = ((torch.arange(tail, dtype=law.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
-    excess = law.scale / law.shape * torch.expm1(-law.shape * torch.log1p(-level))
-    smooth = (law.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
+    tail_fit = _generalised_pareto(ordered, tail)
+    level = ((torch.arange(tail, dtype=tail_fit.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
+    excess = tail_fit.scale / tail_fit.shape * torch.expm1(-tail_fit.shape * torch.log1p(-level))
+    smooth = (tail_fit.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
     usable = torch.isfinite(smooth).all(0)
     ordered[-tail:] = torch.where(usable, smooth, ordered[-tail:])
-    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), law.shape.to(log_weights.dtype)
+    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), tail_fit.shape.to(log_weights.dtype)
 
 
 class _GeneralisedPareto(NamedTuple):
-    """Law of weights above a cutoff, float64 (columns,)."""
+    """Generalised Pareto distribution of the weights above a cutoff, float64 (columns,)."""
 
     cutoff: Tensor
     shape: Tensor
@@ -57,6 +57,7 @@ def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
     """Fit the ``tail`` largest of ascending log weights (samples, columns), the largest of which is 0."""
     cutoff = ordered[-tail - 1].double().exp()
     excess = (ordered[-tail:].double().exp() - cutoff).T.clamp(min=torch.finfo(torch.float64).tiny)  # (columns, tail)
+    # Zhang and Stephens 2009: the mean of b under its profile likelihood, on a grid.
     grid = 30 + math.isqrt(tail)
     position = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device)
     quartile = excess[:, int(tail / 4 + 0.5) - 1, None]
@@ -65,4 +66,5 @@ def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
     log_likelihood = tail * ((-b / k).log() - k - 1)
     b_mean = (b * F.softmax(log_likelihood, -1)).sum(-1, keepdim=True)
     shape = torch.log1p(-b_mean * excess).mean(-1)
+    # The weak prior on k: 10 more draws with a tail index of 0.5.
     return _GeneralisedPareto(cutoff, (tail * shape + 10 * 0.5) / (tail + 10), -shape / b_mean.squeeze(-1))

@@ -1,30 +1,24 @@
 """Proposals for importance sampling: starts from the guide and from the prior, refined for each cell."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import Joint, log_joint, prior_sites
+from pyro_scvi.inference.evaluation import draws_at_once
 from pyro_scvi.inference.importance import Importance, SamplingBudget, Target, persistent_importance, refine
 from pyro_scvi.types import LogJoint
 
-if TYPE_CHECKING:
-    pass
-from pyro_scvi.inference.evaluation import draws_at_once
-
 CANDIDATES = 64  # prior draws that compete with the guide as a start
-MARGIN = 10.0  # nats by which they must win: within one posterior, density says little of where the mass is
+MARGIN = 10.0  # nats by which they must win; smaller differences in density say little about where the mass is
 
 
 def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> tuple[LogJoint, Tensor, Tensor]:
-    """The log joint density of cells, by ``joint``, and location and scale (cells, size) from where to look for them.
+    """The log joint density of cells, by ``joint``, and location and scale (cells, size) to start from.
 
-    The guide's, but for cells to which a draw from the prior gives a much higher density: those lie so far from what
-    the guide was trained on that gradient steps from there may end in a mode that holds no mass, unseen by any k-hat.
+    The start is the guide's, except for cells where a draw from the prior has a much higher density. These are so far
+    from the training cells that gradient steps from the guide's start may end in a mode without mass, which k-hat
+    cannot detect.
     """
     fixed = guide.weights.medians()
     density = joint(guide.model, x, gamma, fixed)
@@ -47,14 +41,14 @@ def _drawn_from_prior(guide: Guide, gamma: Tensor) -> list[Tensor]:
 
 @torch.enable_grad()
 def refined(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int = 100) -> tuple[Tensor, Tensor]:
-    """Location and scale (cells, size) of a diagonal normal, raised from the start by gradient steps."""
+    """Location and scale (cells, size) of a diagonal normal, refined from the start by gradient steps on its bound."""
     return refine(*start(guide, x, gamma), steps=steps)
 
 
 def weighted(
     guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, *, joint: Joint = log_joint, attempts: int = 3
 ) -> Importance:
-    """Weighted draws of every cell's latents, from a proposal corrected for that cell.
+    """Weighted draws of every cell's latents, from a proposal fitted to that cell.
 
     Cells whose k-hat is above 0.7 are tried again with twice the budget, then four times; the best attempt counts.
     """

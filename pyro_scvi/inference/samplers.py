@@ -20,8 +20,8 @@ from pyro_scvi.utils.checks import brief, require_at_least
 class Draws(NamedTuple):
     """Sites z (samples, cells, 1, latents) and l (samples, cells, 1), and how to diagnose them.
 
-    ``diagnose()`` gives diagnostics by name, each (cells,); some cost as much as the draws, so they wait to be asked.
-    Of several ``chains``, sample = draw * chains + chain.
+    ``diagnose()`` gives diagnostics by name, each (cells,). Some cost as much as the draws, so they are computed on
+    request. With several ``chains``, sample = draw * chains + chain.
     """
 
     sites: dict[str, Tensor]
@@ -38,12 +38,12 @@ class Sampler(Protocol):
 
 
 def require_sampler(sampler: Any) -> None:
-    """Refuse a class or a word in the place of a sampler.
+    """Refuse a class or a string in the place of a sampler.
 
     Raises
     ------
     ModelError
-        Naming what came.
+        If it is no sampler; names what was passed.
     """
     if isinstance(sampler, type) or not callable(getattr(sampler, "draw", None)):
         raise ModelError(f"sampler must be an object such as ps.Importance() or ps.HMC(), got {brief(sampler)}")
@@ -55,9 +55,9 @@ class Amortized:
 
     .. math:: z^s, l^s \sim q(z, l | x_n), \qquad weight_s = p(x_n, z^s, l^s) / q(z^s, l^s | x_n)
 
-    ``khat`` and ``ess`` of the weights say how far the draws are from the posterior: on real cells, far (Vehtari,
-    Simpson, Gelman, Yao and Gabry 2024). The draws of a guide without a density (Point) are one point: ``khat``
-    infinite, ``ess`` 1.
+    ``khat`` and ``ess`` of the weights measure how far the draws are from the posterior; on real cells they are far
+    (Vehtari, Simpson, Gelman, Yao and Gabry 2024). The draws of a guide without a density (Point) are one point, with
+    an infinite ``khat`` and an ``ess`` of 1.
 
     Raises
     ------
@@ -81,12 +81,12 @@ class Amortized:
         if not guide.stochastic:
             ones = torch.ones_like(log_q[0])
             return Draws(sites, lambda: {"khat": ones * torch.inf, "ess": ones})
-        return Draws(sites, lambda: _diagnosed(weigh(guide, x, gamma, sites, log_q)[0].double()))
+        return Draws(sites, lambda: _weight_diagnostics(weigh(guide, x, gamma, sites, log_q)[0].double()))
 
 
 @dataclass(frozen=True)
 class Refined:
-    """q refined for the cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
+    """q refined for each cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
 
     ``khat`` and ``ess`` are those of the weights p(x, z, l) / q(z, l), as for :class:`Amortized`.
 
@@ -118,26 +118,26 @@ class Refined:
         density, loc, scale = start(guide, x, gamma)
         proposal = corrected_proposal(density, loc, scale, steps=self.steps, rounds=0)
         u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
-        return Draws(guide.coordinates.sites(u), lambda: _diagnosed(log_weights))
+        return Draws(guide.coordinates.sites(u), lambda: _weight_diagnostics(log_weights))
 
 
 @dataclass(frozen=True)
 class Importance:
-    r"""Draws resampled from an adapted proposal by their importance weights; trust cells with ``khat`` below 0.7.
+    r"""Draws resampled from an adapted proposal by importance weights; reliable for cells with ``khat`` below 0.7.
 
     .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
 
-    with q_n a Student-t in unconstrained coordinates, refined and given the covariance of a Laplace step as for
-    :class:`Refined`, then the mean and covariance of its own weighted draws. Cells whose ``khat`` (Vehtari, Simpson,
-    Gelman, Yao and Gabry 2024) stays above are tried again with twice the ``steps`` and ``rounds``, then with four
-    times as many.
+    with q_n a Student-t in unconstrained coordinates. It is refined and given the covariance of a Laplace step as for
+    :class:`Refined`; it then takes the mean and covariance of its own weighted draws. Cells whose ``khat`` (Vehtari,
+    Simpson, Gelman, Yao and Gabry 2024) stays above 0.7 are tried again with twice the ``steps`` and ``rounds``, then
+    with four times as many.
 
     Parameters
     ----------
     steps, rounds
         Gradient steps of the refinement, and rounds of adaptation.
     proposals
-        Weighted draws of a cell, at least as many as are asked for.
+        Weighted draws of a cell; at least as many as the draws asked for are made.
 
     Raises
     ------
@@ -163,10 +163,10 @@ class Importance:
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
         require_proper(guide.model.prior, "there is no posterior to sample")
-        found = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
-        chosen = torch.multinomial(found.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
-        u = found.draws.gather(0, chosen[..., None].expand(-1, -1, found.draws.shape[-1]))
-        return Draws(guide.coordinates.sites(u), lambda: {"khat": found.khat, "ess": found.ess})
+        result = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
+        chosen = torch.multinomial(result.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
+        u = result.draws.gather(0, chosen[..., None].expand(-1, -1, result.draws.shape[-1]))
+        return Draws(guide.coordinates.sites(u), lambda: {"khat": result.khat, "ess": result.ess})
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ class HMC:
 
     Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest; Vehtari,
     Gelman, Simpson, Carpenter and Buerkner 2021, Secs. 3 and 4) and ``divergences`` (number of draws whose energy error
-    exceeded 1000). They are of all draws that were made: each chain is at least ``least`` draws long, of which evenly
-    spaced ones are kept where fewer are asked for. R-hat and ``ess`` are NaN for chains that never moved.
+    exceeded 1000). They use all draws that were made: each chain has at least ``least`` draws, and if fewer are asked
+    for, evenly spaced ones are returned. R-hat and ``ess`` are NaN for chains that never moved.
 
     Parameters
     ----------
@@ -223,11 +223,11 @@ class HMC:
         require_at_least(4, least=self.least)
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
-        """Run the chains for samples / chains draws each, or more, after warm-up."""
+        """Run the chains for samples / chains draws each after warm-up, but at least ``least``."""
         require_proper(guide.model.prior, "there is no posterior to sample")
         density, loc, scale = start(guide, x, gamma)
         length = -(-samples // self.chains)
-        found = sample_chains(
+        chains = sample_chains(
             density,
             corrected_proposal(density, loc, scale, steps=self.steps, rounds=self.rounds, block=draws_at_once(x)),
             chains=self.chains,
@@ -235,19 +235,19 @@ class HMC:
             warmup=self.warmup,
             leapfrog=self.leapfrog,
         )
-        kept = torch.linspace(0, len(found.draws) - 1, length).round().long()
-        u = found.draws[kept.to(found.draws.device)].flatten(0, 1)[:samples]
-        return Draws(guide.coordinates.sites(u), lambda: _of_chains(found), self.chains)
+        kept = torch.linspace(0, len(chains.draws) - 1, length).round().long()
+        u = chains.draws[kept.to(chains.draws.device)].flatten(0, 1)[:samples]
+        return Draws(guide.coordinates.sites(u), lambda: _chain_diagnostics(chains), self.chains)
 
 
-def _of_chains(found: Chains) -> dict[str, Tensor]:
+def _chain_diagnostics(chains: Chains) -> dict[str, Tensor]:
     return {
-        "rhat": rank_normalised_rhat(found.draws).amax(-1),
-        "ess": bulk_ess(found.draws).amin(-1),
-        "divergences": found.divergences,
+        "rhat": rank_normalised_rhat(chains.draws).amax(-1),
+        "ess": bulk_ess(chains.draws).amin(-1),
+        "divergences": chains.divergences,
     }
 
 
-def _diagnosed(log_weights: Tensor) -> dict[str, Tensor]:
+def _weight_diagnostics(log_weights: Tensor) -> dict[str, Tensor]:
     _, _, ess, khat = evidence_of(log_weights)
     return {"khat": khat, "ess": ess}

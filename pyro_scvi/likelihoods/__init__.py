@@ -5,8 +5,8 @@ from pyro_scvi.likelihoods.dispersion import PerCellAndGene, PerGene, PerGeneAnd
 from pyro_scvi.likelihoods.negative_binomial import NB, ZINB
 from pyro_scvi.likelihoods.poisson import ZIP, Poisson
 
-__all__ = ["Likelihood", "PerCellAndGene", "PerGene", "PerGeneAndBatch", "NB", "ZINB", "ZIP", "Poisson"]
+__all__ = ["NB", "ZINB", "ZIP", "Likelihood", "PerCellAndGene", "PerGene", "PerGeneAndBatch", "Poisson"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

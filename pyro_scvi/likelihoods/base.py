@@ -12,26 +12,26 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.types import Distribution, Theta
 
-_NEVER = -1e3  # a logit whose sigmoid is 0 in every precision, and whose gradient is finite
+_LOGIT_OF_ZERO = -1e3  # its sigmoid is 0 in every precision; the gradient of -inf would be NaN
 
 
 class Likelihood(Component):
-    r"""A law of counts given the decoder's heads (Lopez et al. 2017, Sec. 1).
+    r"""Distribution of counts given the decoder's heads (Lopez et al. 2017, Sec. 1).
 
     .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng}), \quad y_{ng} \sim Poisson(w_{ng}), \quad
         h_{ng} \sim Bernoulli(\pi_{ng}), \quad x_{ng} = y_{ng} (1 - h_{ng})
 
-    A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``; that is enough to fit
-    and to compare it. One that is a Poisson law of a fixed or Gamma rate, with or without technical zeros, may set
-    ``explicit`` and then has the explicit program above and its exact conditionals too, which read ``log_mean`` (log
-    mu), ``log_inverse_dispersion`` (log r) and ``gate_logits`` (logit pi) in theta, each (samples, cells, genes).
+    A new likelihood names its ``heads``, ``log_mean`` among them, and returns its ``marginal``. That is enough to fit
+    and to compare it. If its counts are Poisson with a fixed or Gamma rate, with or without technical zeros, it may set
+    ``explicit = True``; it then has the explicit program above and its exact conditionals, too. These read ``log_mean``
+    (log mu), ``log_inverse_dispersion`` (log r) and ``gate_logits`` (logit pi) in theta, each (samples, cells, genes).
 
     Raises
     ------
     NotImplementedError
         If a new likelihood has no ``heads`` or no ``marginal``.
     ModelError
-        Where w, y or h is asked for and ``explicit`` is not set.
+        If w, y or h is asked for and ``explicit`` is not set.
 
     Examples
     --------
@@ -51,24 +51,24 @@ class Likelihood(Component):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the decoder's heads; ``log_mean`` is the one that the library size scales."""
+        """Names of the decoder's heads; the library size scales ``log_mean``."""
         raise NotImplementedError
 
     def theta(self, eta: Theta, gamma: Tensor) -> Theta:
-        """The law's parameters from the heads, each broadcastable to (..., cells, genes)."""
+        """The distribution's parameters from the heads, each broadcastable to (..., cells, genes)."""
         return eta
 
     def marginal(self, *args: Any, **theta: Any) -> Distribution:
-        """The law of x with w, y and h integrated out, batch shape (..., cells, genes)."""
+        """The distribution of x with w, y and h integrated out, batch shape (..., cells, genes)."""
         raise NotImplementedError
 
     def rate(self, log_mean: Tensor, **theta: Tensor) -> dist.Gamma | None:
-        """The law of w, or None where w = mu exactly."""
+        """The distribution of w, or None if w = mu exactly."""
         r = theta.get("log_inverse_dispersion")
         return None if r is None else NegativeBinomial(log_mean, r).rate
 
     def technical_zero_logits(self, log_mean: Tensor, **theta: Tensor) -> Tensor | None:
-        """Log odds of h = 1 given x = 0, or None where no zero is technical."""
+        """Log odds of h = 1 given x = 0, or None if no zero is technical."""
         gate = theta.get("gate_logits")
         if gate is None:
             return None
@@ -77,18 +77,18 @@ class Likelihood(Component):
         return gate - counts.log_prob(torch.zeros_like(log_mean))
 
     def generate(self, x: Tensor | None, theta: Theta) -> Tensor:
-        """The explicit program: sites w, h (where there is one), y and x.
+        """The explicit program: sites w, y, h (if zeros may be technical) and x.
 
         w ~ Gamma(r, r / mu), y ~ Poisson(w), h ~ Bernoulli(pi), x = y unless h.
 
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         self.require_explicit()
-        law, gate = self.rate(**theta), theta.get("gate_logits")
-        w = pyro.deterministic("w", theta["log_mean"].exp()) if law is None else pyro.sample("w", law)
+        rate, gate = self.rate(**theta), theta.get("gate_logits")
+        w = pyro.deterministic("w", theta["log_mean"].exp()) if rate is None else pyro.sample("w", rate)
         y = pyro.sample("y", dist.Poisson(w))
         seen = y
         if gate is not None:
@@ -104,17 +104,18 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         self.require_explicit()
         logits = self.technical_zero_logits(**theta)
         h: Tensor | float = 0.0
         if logits is not None:
-            h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _NEVER)))
-        law = self.rate(**theta)
-        w = theta["log_mean"].exp() if law is None else pyro.sample("w", updated_rate(law, x, h))
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.where(x == 0, logits, _LOGIT_OF_ZERO)))
+        rate = self.rate(**theta)
+        w = theta["log_mean"].exp() if rate is None else pyro.sample("w", updated_rate(rate, x, h))
         y = dist.Delta(x.expand(w.shape))
         if logits is not None:
+            # A technical zero says nothing about y, which then keeps its prior given w.
             y = dist.MaskedMixture(h == 1, y, dist.Poisson(w))
         pyro.sample("y", y)
 
@@ -125,7 +126,7 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         nodes: dict[str, Any] = pyro.poutine.trace(self.condition).get_trace(x, theta).nodes
         drawn: Theta = {name: nodes[name]["value"] for name in ("w", "y", "h") if name in nodes}
@@ -141,18 +142,18 @@ class Likelihood(Component):
         Raises
         ------
         ModelError
-            If the law is not ``explicit``.
+            If the likelihood is not ``explicit``.
         """
         self.require_explicit()
-        mean, law, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
-        seen = mean if law is None else (law.concentration + x) / (law.rate + 1)
+        mean, prior, logits = theta["log_mean"].exp(), self.rate(**theta), self.technical_zero_logits(**theta)
+        seen = mean if prior is None else (prior.concentration + x) / (prior.rate + 1)
         if logits is None:
             return seen
         rho = torch.sigmoid(logits) * (x == 0)
         return rho * mean + (1 - rho) * seen
 
     def require_explicit(self) -> None:
-        """Refuse a law that has no sites w, y and h.
+        """Refuse a likelihood that has no sites w, y and h.
 
         Raises
         ------
@@ -166,7 +167,7 @@ class Likelihood(Component):
             )
 
 
-def updated_rate(law: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
-    """The law of the Gamma rate w given the count and whether it is a technical zero."""
-    # 1 - h first: added to 1, a rate below 6e-8 would be lost, and w infinite where h = 1.
-    return dist.Gamma(law.concentration + x * (1 - h), law.rate + (1 - h))
+def updated_rate(prior: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:
+    """The Gamma distribution of the rate w given the count and whether it is a technical zero (conjugacy)."""
+    # 1 - h first: 1 + rate - h would lose a rate below 6e-8, and w would be infinite where h = 1.
+    return dist.Gamma(prior.concentration + x * (1 - h), prior.rate + (1 - h))

@@ -51,8 +51,8 @@ class PerGene(Component):
 
     Examples
     --------
-    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
-    >>> law.heads, [tuple(parameter.shape) for parameter in law.parameters()]
+    >>> likelihood = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
+    >>> likelihood.heads, [tuple(parameter.shape) for parameter in likelihood.parameters()]
     (('log_mean',), [(20,)])
     """
 
@@ -88,8 +88,8 @@ class PerGeneAndBatch(Component):
 
     Examples
     --------
-    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGeneAndBatch(20, n_batches=2))
-    >>> ps.SCVI(20, 2, n_covariates=2, likelihood=law).likelihood
+    >>> likelihood = ps.likelihoods.NB(ps.likelihoods.PerGeneAndBatch(20, n_batches=2))
+    >>> ps.SCVI(20, 2, n_covariates=2, likelihood=likelihood).likelihood
     NB(dispersion=PerGeneAndBatch(n_genes=20, n_batches=2))
     """
 

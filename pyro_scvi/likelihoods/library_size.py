@@ -16,18 +16,18 @@ from pyro_scvi.utils.checks import brief
 __all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
 class Library(Component, ABC):
-    """How a cell's depth enters the mean of its counts; ``latent`` says whether it is a site ``l`` of the model."""
+    """How a cell's depth enters the mean of its counts; if ``latent``, it is a site ``l`` of the model."""
 
     latent: bool
 
     @abstractmethod
     def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
-        """Log library size of every cell (..., cells, 1), or None where there is none."""
+        """Log library size of every cell (..., cells, 1), or None if there is none."""
 
     @abstractmethod
     def log_mean(self, eta: Tensor, log_library: Tensor | None) -> Tensor:
@@ -35,7 +35,7 @@ class Library(Component, ABC):
 
     @abstractmethod
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
-        """Take from the totals (cells,) of the training cells what was not given."""
+        """Set what the user did not give, from the totals (cells,) of the training cells."""
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Zero, (cells,): the total is part of what the model explains."""
@@ -43,7 +43,7 @@ class Library(Component, ABC):
 
 
 class NoLibrary(Library):
-    r"""No library size: depth is one more thing that z may say (Lopez et al. 2017, Sec. 1).
+    r"""No library size: z must capture depth (Lopez et al. 2017, Sec. 1).
 
     .. math:: \log \mu_{ng} = \eta_{ng}
 
@@ -73,7 +73,7 @@ class NoLibrary(Library):
 
 
 class LogNormalLibrary(Library):
-    """A size per cell that is shared out over the genes, from a LogNormal for all cells or one for each batch."""
+    """A size per cell, distributed over the genes; its LogNormal is one for all cells or one for each batch."""
 
     loc: Tensor
     scale: Tensor
@@ -96,7 +96,7 @@ class LogNormalLibrary(Library):
         self.register_buffer("scale", scales.clone())
 
     def log_mean(self, eta: Tensor, log_library: Any) -> Tensor:
-        """Log mean count: the library size shared out over the genes, (..., cells, genes)."""
+        """Log mean count: the library size distributed over the genes, (..., cells, genes)."""
         return log_library + torch.log_softmax(eta, -1)
 
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
@@ -105,10 +105,10 @@ class LogNormalLibrary(Library):
         if not self.loc_given:
             self.loc.copy_(log_totals.mean())
         if not self.scale_given:
-            self.scale.copy_(log_totals.std(correction=0).clamp(min=0.05))
+            self.scale.copy_(log_totals.std(correction=0).clamp(min=0.05))  # proper where all totals are equal
 
     def law(self, gamma: Tensor) -> dist.LogNormal:
-        """The law of every cell's size, (cells, 1)."""
+        """The distribution of every cell's size, (cells, 1)."""
         if len(self.loc) == 1:
             ones = self.loc.new_ones(len(gamma), 1)
             return dist.LogNormal(self.loc * ones, self.scale * ones)
@@ -117,7 +117,7 @@ class LogNormalLibrary(Library):
 
 
 class LatentLibrary(LogNormalLibrary):
-    r"""A latent size per cell, site ``l``, shared out over the genes (Lopez et al. 2018, Methods).
+    r"""A latent size per cell, site ``l``, distributed over the genes (Lopez et al. 2018, Methods).
 
     .. math:: l_n \sim LogNormal(loc_b, scale_b^2), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 
@@ -127,8 +127,8 @@ class LatentLibrary(LogNormalLibrary):
     Parameters
     ----------
     loc, scale
-        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: log 1000 and 1, in the
-        place of which a fit takes those of the training cells' log totals when it starts, but for ``data_start=False``.
+        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None. None means log 1000
+        and 1; ``fit`` replaces these by those of the training cells' log totals, unless ``data_start=False``.
 
     Raises
     ------
@@ -149,17 +149,18 @@ class LatentLibrary(LogNormalLibrary):
 
 
 class ObservedLibrary(LogNormalLibrary):
-    r"""The total of the cell as its size: conditions on the total, which evidence must be charged for.
+    r"""The cell's total count as its size. The model conditions on the total, so evidence includes log p(total).
 
     .. math:: l_n = \max(1, \textstyle\sum_g x_{ng}), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 
-    Where x is not observed, l is drawn from LogNormal(loc, scale^2), the law that evidence charges for the total.
+    If x is not observed, l is drawn from LogNormal(loc, scale^2). The same distribution gives log p(total) in the
+    evidence.
 
     Parameters
     ----------
     loc, scale
-        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None: log 1000 and 1, in the
-        place of which a fit takes those of the training cells' log totals when it starts, but for ``data_start=False``.
+        Mean and standard deviation of log l, natural logarithm: numbers, one per batch, or None. None means log 1000
+        and 1; ``fit`` replaces these by those of the training cells' log totals, unless ``data_start=False``.
 
     Raises
     ------
@@ -181,16 +182,16 @@ class ObservedLibrary(LogNormalLibrary):
         return x.sum(-1, keepdim=True).clamp(min=1).log()
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """Log probability of the cells' totals (cells,), the law's density over a bin of one count."""
+        """Log probability of the cells' totals (cells,): the LogNormal density, over a bin of one count."""
         total = x.sum(-1, keepdim=True).clamp(min=1)
         return self.law(gamma).log_prob(total).squeeze(-1)
 
 
 def _numbers(value: Any, name: str) -> Tensor:
     try:
-        found = torch.as_tensor(value).float().reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:  # whatever torch says of words, objects and ragged lists
+        values = torch.as_tensor(value).float().reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for strings, objects and ragged lists
         raise ModelError(f"{name} must be a number, or a list with one for each batch; got {brief(value)}") from error
-    if not len(found) or not bool(found.isfinite().all()):
-        raise ModelError(f"{name} must hold finite numbers, one or one for each batch; got {found.tolist()}")
-    return found
+    if not len(values) or not bool(values.isfinite().all()):
+        raise ModelError(f"{name} must hold finite numbers, one or one for each batch; got {values.tolist()}")
+    return values

@@ -12,12 +12,12 @@ from pyro_scvi.utils.checks import brief
 
 
 class GammaPoisson(Likelihood):
-    """What NB and ZINB share: w ~ Gamma(r, r / mu), y ~ Poisson(w).
+    """Base class of NB and ZINB: w ~ Gamma(r, r / mu), y ~ Poisson(w).
 
     Parameters
     ----------
     dispersion
-        Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
+        What the inverse dispersion r depends on: :class:`PerCellAndGene` (default), :class:`PerGene`,
         :class:`PerGeneAndBatch`.
 
     Raises
@@ -39,7 +39,7 @@ class GammaPoisson(Likelihood):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """log_mean, log_inverse_dispersion where it is a head, gate_logits where zeros may be technical."""
+        """log_mean, log_inverse_dispersion if it is a head, gate_logits if zeros may be technical."""
         return ("log_mean", *self.dispersion.heads, *self.zero_heads)
 
     def theta(self, eta: Theta, gamma: Tensor) -> Theta:
@@ -58,7 +58,7 @@ class NB(GammaPoisson):
     Parameters
     ----------
     dispersion
-        Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
+        What the inverse dispersion r depends on: :class:`PerCellAndGene` (default), :class:`PerGene`,
         :class:`PerGeneAndBatch`.
 
     Raises
@@ -85,7 +85,7 @@ class ZINB(GammaPoisson):
     Parameters
     ----------
     dispersion
-        Where the inverse dispersion r lives: :class:`PerCellAndGene` (default), :class:`PerGene`,
+        What the inverse dispersion r depends on: :class:`PerCellAndGene` (default), :class:`PerGene`,
         :class:`PerGeneAndBatch`.
 
     Raises
@@ -95,8 +95,8 @@ class ZINB(GammaPoisson):
 
     Examples
     --------
-    >>> law = ps.likelihoods.ZINB(ps.likelihoods.PerGene(20))
-    >>> ps.SCVI(20, 2, likelihood=law).sites(marginal=True)[-1]
+    >>> likelihood = ps.likelihoods.ZINB(ps.likelihoods.PerGene(20))
+    >>> ps.SCVI(20, 2, likelihood=likelihood).sites(marginal=True)[-1]
     Site(name='x', law='ZeroInflated NegativeBinomial', shape='cells x genes')
     """
 

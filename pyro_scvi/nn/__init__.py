@@ -5,5 +5,5 @@ from pyro_scvi.nn.normalization import BatchNorm, LayerNorm
 __all__ = ["BatchNorm", "LayerNorm"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -16,7 +16,7 @@ _serial = count()
 
 @contextmanager
 def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode is put back afterwards."""
+    """Put modules into evaluation mode for the block; afterwards each returns to the mode that it had."""
     modes = [(module, module.training) for part in parts for module in part.modules()]
     for part in parts:
         part.eval()
@@ -28,11 +28,11 @@ def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
 
 
 class Component(nn.Module):
-    """Base of every swappable piece: priors, likelihoods, dispersions, libraries, networks, models, guides.
+    """Base class of everything that can be exchanged: priors, likelihoods, dispersions, libraries, networks, guides.
 
-    ``arguments`` holds what the constructor was called with. ``pyro_name`` is unique in the session, also for
-    copies: Pyro's parameter store is global, and two models under one name would silently share parameters. A part that
-    fits a model of one number of genes only says it in ``expected_genes``.
+    ``arguments`` holds the arguments of the constructor. ``pyro_name`` is unique in the session, also for copies:
+    Pyro's parameter store is global, and two models of one name would silently share parameters. ``expected_genes`` is
+    the number of genes that a component was made for, None if it takes any.
     """
 
     arguments: dict[str, Any]
@@ -42,17 +42,18 @@ class Component(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> "Component":
         """Remember the arguments before the constructor runs."""
         self = super().__new__(cls)
+        # By object.__setattr__, because that of nn.Module works only after its __init__.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))  # all but the object itself
+        object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))  # without self
         object.__setattr__(self, "pyro_name", f"{cls.__name__}_{next(_serial)}")
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # of a copy, which must not share the original's parameters in Pyro's store
         object.__setattr__(self, "pyro_name", f"{type(self).__name__}_{next(_serial)}")
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, with the parts that are held now where they were exchanged or left out."""
+        """The constructor's arguments; components that were left out or exchanged are shown as they are now."""
         made = {}
         for key, parameter in constructor_parameters(type(self)).items():
             given, held = self.arguments.get(key, parameter.default), self._modules.get(key)
@@ -63,7 +64,7 @@ class Component(nn.Module):
         return made
 
     def shown(self) -> dict[str, Any]:
-        """The arguments that the repr gives."""
+        """The arguments shown in the repr."""
         return self.config()
 
     def __repr__(self) -> str:
@@ -76,16 +77,16 @@ class Component(nn.Module):
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
 
 
-def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """What the constructor takes, by name, without the object itself.
+def constructor_parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of the constructor by name, without self.
 
-    Asked of the class, the first releases of Python 3.11 give the signature of :meth:`Part.__new__`.
+    From ``__init__``, because of a class the first releases of Python 3.11 give the signature of ``__new__``.
     """
-    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])  # type: ignore[misc]
+    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
 
 
 def lasting_repr(value: Any) -> str:
-    """The repr, without addresses, which are others in every process."""
+    """The repr without memory addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -17,11 +17,12 @@ from pyro_scvi.utils.execution import execution
 
 def _autocast(like: Tensor) -> torch.autocast:
     dtype = execution().matrix_products
+    # Where it is disabled, torch still wants a type that autocast knows.
     return torch.autocast(like.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 class Layers(nn.Module):
-    """Hidden layers: dropout -> linear -> normalisation -> ReLU each; gamma is concatenated to every input."""
+    """Hidden layers, each dropout -> linear -> normalisation -> ReLU; gamma is concatenated to every layer's input."""
 
     def __init__(
         self, n_in: int, n_covariates: int, n_hidden: int, n_layers: int, dropout: float, norm: Norm | None
@@ -33,7 +34,7 @@ class Layers(nn.Module):
             raise ModelError(f"norm must be None or an object such as ps.networks.LayerNorm(), got {brief(norm)}")
         widths = [n_in] + [n_hidden] * n_layers
         self.dropout = Dropout(dropout)
-        # A bias in front of a normalisation that subtracts the mean would never matter nor receive a gradient.
+        # Normalisation subtracts the mean: a bias before it has no effect and receives no gradient.
         self.linear = nn.ModuleList(nn.Linear(n + n_covariates, n_hidden, bias=norm is None) for n in widths[:-1])
         self.norm = nn.ModuleList(norm(n_hidden) if norm else nn.Identity() for _ in range(n_layers))
 
@@ -45,7 +46,7 @@ class Layers(nn.Module):
 
 
 class Decoder(nn.Module):
-    """f_w and f_h: hidden layers shared by both, one linear head per name that the likelihood asks for.
+    """f_w and f_h: shared hidden layers, and one linear head for each name in the likelihood's ``heads``.
 
     Maps z (..., cells, latents) and gamma (cells, covariates) to a dict of heads, each (..., cells, genes)
     (Lopez et al. 2017, Sec. 1).
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """What the encoder says of cells: hidden units, location and log scale of q, each (cells, ...)."""
+    """Output of the encoder: hidden units, and location and log scale of q, each (cells, ...)."""
 
     hidden: Tensor
     loc: Tensor
@@ -92,11 +93,11 @@ class Encoder(Component):
     n_genes, n_latent
         Widths of the counts and of the (unconstrained) latent.
     n_covariates
-        How many columns of gamma enter; 0 keeps them out.
+        Number of columns of gamma that are an input, from the first on; 0 for none.
     log_input
-        Whether log(1 + x) enters instead of the raw counts.
+        Whether log(1 + x) is the input instead of the raw counts.
     with_scale
-        Whether there is a head for the scale; without one it is 0.1.
+        Whether there is a head for the scale; without one the scale is 0.1.
     """
 
     def __init__(

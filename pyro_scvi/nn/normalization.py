@@ -14,13 +14,13 @@ class BatchNorm:
 
     .. math:: \hat u_{nj} = a_j \frac{u_{nj} - m_j}{\sqrt{v_j + eps}} + b_j
 
-    In training m and v are those of the minibatch, in evaluation the running ones.
+    In training m and v are those of the minibatch; in evaluation they are running averages.
 
     Parameters
     ----------
     momentum
-        Weight of each minibatch in the running m and v, above 0 to 1, as in torch; 0.01 in the authors' code, shorter
-        runs want 0.05 to 0.1.
+        Weight of each minibatch in the running m and v, above 0 and up to 1, as in torch. The authors' code has 0.01;
+        shorter runs need 0.05 to 0.1.
     eps
         Added to the variance, above 0.
 
@@ -53,7 +53,7 @@ class LayerNorm:
 
     .. math:: \hat u_{nj} = a_j \frac{u_{nj} - m_n}{\sqrt{v_n + eps}} + b_j
 
-    No state, the same in training and evaluation, right for any batch size.
+    It has no state, is the same in training and evaluation, and works for any batch size.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class _RowBatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        if self.training and len(rows) == 1:
+        if self.training and len(rows) == 1:  # torch refuses to take the variance of one row
             rows = nn.functional.batch_norm(
                 rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )

@@ -1,7 +1,7 @@
-"""A directory of one JSON file and the tensors it names: written whole or not at all, read only if not a byte changed.
+"""Archives: a directory with a JSON file and the tensors it names, written whole or not at all, verified when read.
 
-``config.json`` ends with the SHA-256 of all that precedes it, and holds that of the tensors' file, whose name is taken
-from its content. So the one rename of ``config.json`` replaces both at once, whenever a process or machine stops.
+``config.json`` ends with the SHA-256 of everything before it, and holds that of the tensors' file, which is named after
+its content. Renaming ``config.json`` therefore replaces both at once, whenever a process or machine stops.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from pyro_scvi.version import __version__
 
 FORMAT = 2
 CONFIG, PREVIOUS = "config.json", "previous.json"
-_HEAD = {"format", "kind", "versions", "weights", "sha256"}  # keys beside those of the content
-_UNSIGNED = 1  # the format before digests, and its one name for weights
-_UNSIGNED_WEIGHTS = "weights.safetensors"
+_HEAD = {"format", "kind", "versions", "weights", "sha256"}  # keys that every config has, beside those of its content
+_FORMAT_WITHOUT_DIGEST = 1  # the first format, which had no digests and one name for weights
+_WEIGHTS_WITHOUT_DIGEST = "weights.safetensors"
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _PARTIAL = re.compile(r"\.(config|previous|weights-[0-9a-f]{16})-[0-9a-f]{16}\.part")
 _SIGNATURE = ',\n "sha256": "{}"\n}}\n'
@@ -39,7 +39,7 @@ _SIGNED = len(_SIGNATURE.format("0" * 64))
 
 
 class Content(NamedTuple):
-    """What a directory holds: of which kind, values as JSON takes them, and tensors by name."""
+    """Content of a directory: its kind, values as JSON takes them, and tensors by name."""
 
     kind: str
     facts: dict[str, Any]
@@ -47,24 +47,24 @@ class Content(NamedTuple):
 
 
 def folder(path: Any) -> Path:
-    """The directory that a path names, home directories resolved.
+    """The directory at a path, with ~ resolved.
 
     Raises
     ------
     CheckpointError
-        If it names none.
+        If no directory can have that name.
     """
     try:
-        found = Path(path).expanduser()
+        directory = Path(path).expanduser()
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"expected the path of a directory, got {path!r}: {error}") from error
-    if "\0" in str(found):
+    if "\0" in str(directory):
         raise CheckpointError(f"expected the path of a directory, got {path!r}, which no file can be called")
-    return found
+    return directory
 
 
 def write(target: Path, content: Content, *, keep_previous: bool = False) -> None:
-    """Write into the directory ``target``; what is there already stays readable until the new content is complete.
+    """Write into the directory ``target``; earlier content stays readable until the new content is complete.
 
     With ``keep_previous`` it stays afterwards, too, as ``previous.json`` and the tensors that this names.
 
@@ -88,7 +88,7 @@ def read(source: Path, keys: Mapping[str, set[str]], *, config: str = CONFIG) ->
     source
         The directory.
     keys
-        Kinds that may be there, each with the names that its facts must have, and none beside them.
+        Kinds that may be there, each with the exact set of names of its facts.
     config
         ``config.json``, or ``previous.json`` for what it replaced.
 
@@ -114,12 +114,12 @@ def read(source: Path, keys: Mapping[str, set[str]], *, config: str = CONFIG) ->
 
 
 def check_replaceable(target: Path, kind: str) -> None:
-    """Refuse a path where something else lies than nothing or earlier content of this kind.
+    """Refuse a path that holds anything but earlier content of this kind.
 
     Raises
     ------
     CheckpointError
-        Naming it.
+        If it does; names what is there.
     """
     if not os.path.lexists(target):
         return
@@ -127,22 +127,23 @@ def check_replaceable(target: Path, kind: str) -> None:
         names = {item.name: item.is_file() for item in target.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{target} is no directory that can be written: {error}") from error
-    found = sorted(name for name, is_file in names.items() if not (is_file and _may_be_ours(name, _weights_of(target))))
+    ours = {name for name, is_file in names.items() if is_file and _may_be_ours(name, _weights_of(target))}
+    unexpected = sorted(names.keys() - ours)
     kinds = {config: _kind(target / config) for config in (CONFIG, PREVIOUS) if config in names}
-    if kinds.get(CONFIG) is None and kinds.get(PREVIOUS) == kind:  # a corrupt one beside the one before
+    if kinds.get(CONFIG) is None and kinds.get(PREVIOUS) == kind:  # the newest is corrupt, the one before it is not
         kinds.pop(CONFIG, None)
-    found += [
+    unexpected += [
         f"a {held}" if held else f"a broken or strange {config}" for config, held in kinds.items() if held != kind
     ]
-    if found:
+    if unexpected:
         raise CheckpointError(
-            f"{target} holds something else than a saved {kind}: {', '.join(found[:3])}; "
+            f"{target} holds something else than a saved {kind}: {', '.join(unexpected[:3])}; "
             "nothing was overwritten, choose another path"
         )
 
 
 def remove_orphans(target: Path) -> None:
-    """Delete what was left by a process that failed or was killed while it wrote. Only where nobody else is writing."""
+    """Delete files left by a process that was stopped while it wrote. Safe only if no other process is writing."""
     named = _weights_of(target)
     for item in target.iterdir():
         if _is_partial(item.name) or (_WEIGHTS.fullmatch(item.name) and item.name not in named):
@@ -157,6 +158,7 @@ def _write(target: Path, content: Content, keep_previous: bool) -> None:
     weights = {"file": f"weights-{digest[:16]}.safetensors", "sha256": digest}
     head = {"format": FORMAT, "kind": content.kind, "versions": _versions()}
     config = signed({**head, **content.facts, "weights": weights})
+    # The config is written last: until then readers see the earlier content.
     is_new = not (target / weights["file"]).exists()
     try:
         _replace(target / weights["file"], blob)
@@ -170,12 +172,12 @@ def _write(target: Path, content: Content, keep_previous: bool) -> None:
     _sync(target.parent)
     for name in before - _weights_of(target) - {None}:
         (target / str(name)).unlink(missing_ok=True)
-    if not keep_previous:  # a checkpoint looks after its own when it begins
+    if not keep_previous:  # of checkpoints they are removed when a run begins
         remove_orphans(target)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Put a file into its place in one step, once it is on the disk."""
+    """Write a file under another name, and rename it once it is on the disk."""
     partial = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.part")
     try:
         with partial.open("xb") as file:
@@ -190,7 +192,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a directory on the disk, where a system can say so."""
+    """Flush the entries of a directory to the disk, on systems that can."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -200,35 +202,35 @@ def _sync(folder: Path) -> None:
 
 
 def signed(facts: dict[str, Any]) -> bytes:
-    """What ``config.json`` holds for these facts: JSON that ends with the digest of all that precedes it."""
+    """Content of ``config.json`` for these facts: JSON that ends with the digest of everything before it."""
     body = json.dumps(facts, indent=1).removesuffix("\n}").encode()
     return body + _SIGNATURE.format(hashlib.sha256(body).hexdigest()).encode()
 
 
 def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str, Any]:
-    """The facts, if every byte is as written, and format, kind and names are those expected."""
+    """The facts, after checks of the digest, the format, the kind and the names."""
     facts = _parsed(raw)
-    if _is_unsigned(facts) and "sha256" not in facts:
+    if _lacks_digest(facts) and "sha256" not in facts:
         facts |= {"format": FORMAT, "kind": "fit", "versions": {}}
-        facts |= {"weights": {"file": _UNSIGNED_WEIGHTS}, "sha256": None}
+        facts |= {"weights": {"file": _WEIGHTS_WITHOUT_DIGEST}, "sha256": None}
     elif raw[-_SIGNED:] != _SIGNATURE.format(hashlib.sha256(raw[:-_SIGNED]).hexdigest()).encode():
-        why = "".join(f"; it has {wrong}" for wrong in _strange(facts, keys)) if facts else ""
+        why = "".join(f"; it has {wrong}" for wrong in _mismatches(facts, keys)) if facts else ""
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one written with it{why}")
-    if wrong := _strange(facts, keys):
+    if wrong := _mismatches(facts, keys):
         raise CheckpointError(f"{path} has {' and '.join(wrong)}")
     if _weights_named(facts) is None:
         raise CheckpointError(f"{path} names {facts['weights']!r}, which is no file of weights")
     return facts
 
 
-def _strange(facts: dict[str, Any], keys: Mapping[str, set[str]]) -> list[str]:
-    """What is not as this version writes it, in words."""
-    found = facts.get("format"), facts.get("kind")
-    if found[0] != FORMAT:
-        return [f"format {found[0]!r}, where this version reads {FORMAT}"]
-    if str(found[1]) not in keys:
-        return [f"a saved {found[1]}, not a {' or '.join(keys)}"]
-    expected = keys[str(found[1])] | _HEAD
+def _mismatches(facts: dict[str, Any], keys: Mapping[str, set[str]]) -> list[str]:
+    """In words, how the facts differ from what this version writes."""
+    version, kind = facts.get("format"), facts.get("kind")
+    if version != FORMAT:
+        return [f"format {version!r}, where this version reads {FORMAT}"]
+    if str(kind) not in keys:
+        return [f"a saved {kind}, not a {' or '.join(keys)}"]
+    expected = keys[str(kind)] | _HEAD
     unknown, missing = sorted(facts.keys() - expected), sorted(expected - facts.keys())
     return [f"{what} keys {names}" for what, names in (("unknown", unknown), ("no", missing)) if names]
 
@@ -257,26 +259,26 @@ def _peek(path: Path) -> dict[str, Any]:
 
 def _kind(path: Path) -> str | None:
     facts = _peek(path)
-    return str(facts["kind"]) if "kind" in facts else "fit" if _is_unsigned(facts) else None
+    return str(facts["kind"]) if "kind" in facts else "fit" if _lacks_digest(facts) else None
 
 
 def _weights_named(facts: dict[str, Any]) -> str | None:
-    """The file of weights that a config names, if that is a name which this module gives or gave."""
+    """The file of weights that a config names, None if this module gives no such name."""
     held = facts.get("weights")
-    name = _UNSIGNED_WEIGHTS if _is_unsigned(facts) else held.get("file") if isinstance(held, dict) else None
-    return name if isinstance(name, str) and (name == _UNSIGNED_WEIGHTS or _WEIGHTS.fullmatch(name)) else None
+    name = _WEIGHTS_WITHOUT_DIGEST if _lacks_digest(facts) else held.get("file") if isinstance(held, dict) else None
+    return name if isinstance(name, str) and (name == _WEIGHTS_WITHOUT_DIGEST or _WEIGHTS.fullmatch(name)) else None
 
 
 def _weights_of(target: Path) -> set[str | None]:
     return {_weights_named(_peek(target / config)) for config in (CONFIG, PREVIOUS)}
 
 
-def _is_unsigned(facts: dict[str, Any]) -> bool:
-    return type(facts.get("format")) is int and facts["format"] == _UNSIGNED  # true is 1, too
+def _lacks_digest(facts: dict[str, Any]) -> bool:
+    return type(facts.get("format")) is int and facts["format"] == _FORMAT_WITHOUT_DIGEST  # by type, because true == 1
 
 
 def _may_be_ours(name: str, weights: set[str | None]) -> bool:
-    """Whether a name is one that only this module gives, or that of the weights which a config here names."""
+    """Whether only this module gives such a name, or a config in the directory names it."""
     return name in {CONFIG, PREVIOUS} | weights or _is_partial(name) or _WEIGHTS.fullmatch(name) is not None
 
 

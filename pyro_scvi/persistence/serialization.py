@@ -27,11 +27,13 @@ RENAMED = {"Weight": "ConstantKL"}
 
 
 def describe(value: Any, model: SCVI) -> Any:
-    """JSON for a part: its class's name and its constructor's arguments; the model itself where a guide names it."""
+    """JSON for a component: the name of its class and its constructor's arguments; a guide refers to its model."""
     if isinstance(value, Component):
         arguments = {k: {"the": "model"} if v is model else describe(v, model) for k, v in value.config().items()}
-        return {"part": type(value).__name__, "arguments": arguments} if type(value) in _own() else _foreign(value)
-    if dataclasses.is_dataclass(value) and type(value) in _own():
+        return (
+            {"part": type(value).__name__, "arguments": arguments} if type(value) in _own_classes() else _foreign(value)
+        )
+    if dataclasses.is_dataclass(value) and type(value) in _own_classes():
         arguments = {f.name: describe(getattr(value, f.name), model) for f in dataclasses.fields(value)}
         return {"part": type(value).__name__, "arguments": arguments}
     if isinstance(value, Tensor | np.ndarray):
@@ -48,7 +50,7 @@ def describe(value: Any, model: SCVI) -> Any:
 
 
 def build(description: Any, model: SCVI | None) -> Any:
-    """The value that :func:`describe` wrote down. Only classes of this package are ever called."""
+    """The value that :func:`describe` described. Only classes of this package are ever called."""
     if isinstance(description, list):
         return [build(item, model) for item in description]
     if not isinstance(description, dict):
@@ -68,7 +70,7 @@ def build(description: Any, model: SCVI | None) -> Any:
 
 
 def with_new_names(description: Any) -> Any:
-    """The same description with today's names of classes, whenever it was written."""
+    """A description with the present names of classes, whichever version wrote it."""
     if isinstance(description, list):
         return [with_new_names(item) for item in description]
     if not isinstance(description, dict):
@@ -81,7 +83,7 @@ def with_new_names(description: Any) -> Any:
 def facts_of(
     model: SCVI, guide: Guide, history: pd.DataFrame, schema: Schema, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything of a fit but its weights, as JSON takes it."""
+    """Everything about a fit except its weights, as JSON takes it."""
     return {
         "model": describe(model, model),
         "guide": describe(guide, model),
@@ -99,18 +101,18 @@ def columns_of(history: pd.DataFrame) -> dict[str, list[float | None]]:
 
 
 def history_of(columns: dict[str, list[float | None]]) -> pd.DataFrame:
-    """The table that :func:`columns_of` wrote down."""
+    """The table from which :func:`columns_of` took the columns."""
     return pd.DataFrame(columns).set_index("epoch").astype(float)
 
 
 def states_of(model: SCVI, guide: Guide) -> dict[str, Tensor]:
-    """Parameters and buffers of both by name, not copied."""
+    """Parameters and buffers of model and guide by name, not copied."""
     pair = {"model": model, "guide": guide}
     return {f"{side}.{name}": value for side, part in pair.items() for name, value in part.state_dict().items()}
 
 
 def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not those of model and guide.
+    """Refuse tensors that do not fit model and guide.
 
     Raises
     ------
@@ -149,9 +151,9 @@ def _foreign(value: Any) -> dict[str, str]:
     return {"foreign": lasting_repr(value)}
 
 
-def _own() -> dict[type, str]:
-    rooms = (guides, library_size, likelihoods, networks, priors, schedules, weights)
-    classes = [c for room in rooms for _, c in inspect.getmembers(room, inspect.isclass) if _is_part(c)]
+def _own_classes() -> dict[type, str]:
+    packages = (guides, library_size, likelihoods, networks, priors, schedules, weights)
+    classes = [c for package in packages for _, c in inspect.getmembers(package, inspect.isclass) if _is_part(c)]
     return {c: c.__name__ for c in (*classes, SCVI)}
 
 
@@ -161,7 +163,7 @@ def _is_part(candidate: type) -> bool:
 
 
 def _class_called(name: str) -> Callable[..., Any]:
-    for known, label in _own().items():
+    for known, label in _own_classes().items():
         if label == RENAMED.get(name, name):
             return known
     raise CheckpointError(f"unknown part {name!r}")

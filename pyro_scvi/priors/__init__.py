@@ -11,18 +11,18 @@ from pyro_scvi.priors.normal import ARDNormal, StandardNormal
 from pyro_scvi.priors.simplex import Dirichlet, LogisticNormal
 
 __all__ = [
+    "ARDNormal",
+    "Dirichlet",
     "Flat",
     "Flow",
-    "Laplace",
-    "StudentT",
     "GaussianMixture",
-    "VampPrior",
-    "ARDNormal",
-    "StandardNormal",
-    "Dirichlet",
+    "Laplace",
     "LogisticNormal",
+    "StandardNormal",
+    "StudentT",
+    "VampPrior",
 ]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -1,4 +1,4 @@
-"""Base class of priors p(z), and the refusal of improper ones."""
+"""Base class of priors p(z), and the check that a prior is proper."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class Prior(Component):
-    """A prior on ``n_latent`` latents; ``learned`` says that its own shape is fitted to the data."""
+    """A prior on ``n_latent`` latents; if ``learned``, its own shape is fitted to the data."""
 
     learned = False
     zeros: Tensor
@@ -33,18 +33,18 @@ class Prior(Component):
 
 
 def require_proper(prior: Callable[[], Distribution], what: str) -> None:
-    """Refuse a prior whose density does not integrate to one; ``what`` there is not under it goes into the message.
+    """Refuse a prior whose density does not integrate to one; ``what`` completes the message.
 
     Raises
     ------
     ModelError
-        For ``Flat``, and for any law that is improper or masked.
+        For ``Flat``, and for any distribution that is improper or masked.
     """
     with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
-        law: Any = prior()
+        distribution: Any = prior()
     improper = dist.ImproperUniform | dist.MaskedDistribution
-    while not isinstance(law, improper) and hasattr(law, "base_dist"):
-        law = law.base_dist
-    if isinstance(law, improper):
+    while not isinstance(distribution, improper) and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    if isinstance(distribution, improper):
         name = getattr(prior, "__name__", type(prior).__name__)
         raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")

@@ -8,7 +8,7 @@ from pyro_scvi.types import Distribution
 
 
 class Flat(Prior):
-    r"""No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3); only with the guide Point.
+    r"""No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3). Only the guide Point can be fitted.
 
     .. math:: p(z_n) \propto 1
 
@@ -20,8 +20,8 @@ class Flat(Prior):
     Raises
     ------
     ModelError
-        If n_latent is below 1. Guides with a density, samplers other than Amortized, ``evidence`` and whatever else
-        needs a proper prior refuse this one by the same error.
+        If n_latent is below 1. Guides with a density, samplers other than Amortized, ``evidence`` and everything else
+        that needs a proper prior raise the same error.
 
     Examples
     --------

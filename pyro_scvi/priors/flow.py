@@ -16,7 +16,7 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class Flow(Prior):
-    r"""A standard normal through learned masked autoregressive layers T (Papamakarios et al. 2017, Sec. 3).
+    r"""A standard normal transformed by learned masked autoregressive layers T (Papamakarios et al. 2017, Sec. 3).
 
     .. math:: z_n = T(e_n), \quad e_n \sim Normal(0, I), \qquad
         \log p(z) = \log Normal(T^{-1}(z); 0, I) + \log |\det \partial T^{-1} / \partial z|
@@ -28,7 +28,7 @@ class Flow(Prior):
     n_latent
         Number of latents, 2 or more.
     layers, n_hidden
-        Autoregressive layers, the latents in reverse order after each, and hidden units of each.
+        Number of autoregressive layers, and of hidden units in each; the order of the latents is reversed after each.
     seed
         Of the initial weights.
 
@@ -58,9 +58,10 @@ class Flow(Prior):
             )
 
     def forward(self) -> Distribution:
-        """The pushed-forward normal."""
+        """The transformed normal."""
         order = torch.arange(self.n_latent - 1, -1, -1, device=self.zeros.device)
         steps: list[Any] = []
         for layer in self.layers:
+            # Inverted, so that the density of a given z takes one pass and sampling one per latent.
             steps += [layer.inv, transforms.Permute(order)]
         return dist.TransformedDistribution(dist.Normal(self.zeros, 1.0).to_event(1), steps)

@@ -8,7 +8,7 @@ from pyro_scvi.utils.checks import require_positive
 
 
 class StudentT(Prior):
-    r"""Heavier tails than the normal: outlying cells are not pulled in.
+    r"""Heavier tails than the normal: outlying cells are shrunk less.
 
     .. math:: z_{nk} \sim StudentT(df, 0, 1)
 
@@ -41,7 +41,7 @@ class StudentT(Prior):
 
 
 class Laplace(Prior):
-    r"""Mass at zero and heavy tails, sparse codes.
+    r"""A peak at zero and heavy tails, for sparse latents.
 
     .. math:: z_{nk} \sim Laplace(0, 1), \qquad p(z_{nk}) = \tfrac12 e^{-|z_{nk}|}
 

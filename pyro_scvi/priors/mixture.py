@@ -60,8 +60,8 @@ class VampPrior(Prior):
 
     .. math:: z_n \sim \sum_c \pi_c\, q(z | u_c)
 
-    The guide shares this prior's ``encoder``, so that q(z | u_c) is the guide's own law. Layer normalisation, because
-    pseudo-cells passing through batch statistics would make training and evaluation differ.
+    The guide shares this prior's ``encoder``, so that q(z | u_c) is the guide's own distribution. The encoder has layer
+    normalisation: with batch normalisation the prior would differ between training and evaluation.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class VampPrior(Prior):
             start = torch.rand(components, n_genes) if pseudo_cells is None else _counts(pseudo_cells)
         if start.shape != (components, n_genes):
             raise ModelError(f"pseudo_cells must have shape {(components, n_genes)}, got {tuple(start.shape)}")
-        self.log_counts = nn.Parameter(start.clamp(min=0.01).log())
+        self.log_counts = nn.Parameter(start.clamp(min=0.01).log())  # a count of 0 has no logarithm
         self.logits = nn.Parameter(torch.zeros(components))
 
     def forward(self) -> Distribution:
@@ -126,5 +126,5 @@ def _mixture(logits: Tensor, loc: Tensor, log_scale: Tensor) -> Distribution:
 def _counts(pseudo_cells: Any) -> Tensor:
     try:
         return torch.as_tensor(pseudo_cells).float()
-    except (TypeError, ValueError, RuntimeError) as error:  # whatever torch says of words, objects and ragged lists
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for strings, objects and ragged lists
         raise ModelError(f"pseudo_cells must be numbers, as in cells[:50][0]; got {brief(pseudo_cells)}") from error

@@ -37,7 +37,7 @@ class StandardNormal(Prior):
 
 
 class ARDNormal(Prior):
-    r"""Normal with a learned scale per latent: those that are not needed shrink (automatic relevance, Neal 1996).
+    r"""Normal with a learned scale per latent; latents that are not needed shrink (automatic relevance, Neal 1996).
 
     .. math:: z_{nk} \sim Normal(0, s_k^2)
 

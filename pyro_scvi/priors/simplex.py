@@ -10,7 +10,7 @@ from pyro_scvi.utils.checks import require_positive
 
 
 class LogisticNormal(Prior):
-    r"""Proportions, such as of topics: a normal of n_latent - 1 dimensions through stick breaking; K is n_latent.
+    r"""Proportions, such as of topics: stick breaking of a normal in n_latent - 1 dimensions; K is n_latent.
 
     .. math:: e_{nk} \sim Normal(0, scale^2), \quad v_{nk} = logistic(e_{nk} - \log(K - k)), \quad
         z_{nk} = v_{nk} \prod_{j < k} (1 - v_{nj}), \quad z_{nK} = \prod_{j < K} (1 - v_{nj})
@@ -48,7 +48,7 @@ class LogisticNormal(Prior):
 
 
 class Dirichlet(Prior):
-    r"""Proportions that sum to one, under the symmetric Dirichlet law.
+    r"""Proportions that sum to one, with a symmetric Dirichlet distribution.
 
     .. math:: p(z_n) \propto \prod_k z_{nk}^{a - 1}
 

@@ -16,7 +16,7 @@ from pyro_scvi.utils.checks import require_kind, require_positive
 __all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -55,7 +55,7 @@ class NormalWeights(Component):
 
 
 class ARDWeights(Component):
-    r"""A scale for each input j: whole inputs, latents or hidden units, switch off (automatic relevance, Neal 1996).
+    r"""A scale per input j, so that whole latents or hidden units can switch off (automatic relevance, Neal 1996).
 
     .. math:: s_j \sim HalfCauchy(scale), \qquad W_{ij} \sim Normal(0, s_j^2)
 
@@ -64,7 +64,7 @@ class ARDWeights(Component):
     Parameters
     ----------
     scale
-        Of the scales' law, above 0.
+        Scale of the half-Cauchy distribution of s, above 0.
 
     Raises
     ------
@@ -91,7 +91,7 @@ class ARDWeights(Component):
 
 
 class HorseshoeWeights(Component):
-    r"""Most weights near zero, few free: the horseshoe, not centred (Carvalho, Polson and Scott 2010).
+    r"""The horseshoe, not centred: most weights near zero, a few large (Carvalho, Polson and Scott 2010).
 
     .. math:: W_{ij} = t\, l_{ij}\, e_{ij}, \quad t \sim HalfCauchy(scale), \quad l_{ij} \sim HalfCauchy(1), \quad
         e_{ij} \sim Normal(0, 1)
@@ -101,7 +101,7 @@ class HorseshoeWeights(Component):
     Parameters
     ----------
     scale
-        Of the law of t, which all weights share, above 0.
+        Scale of the half-Cauchy distribution of t, which all weights share, above 0.
 
     Raises
     ------
@@ -129,7 +129,7 @@ class HorseshoeWeights(Component):
 
 
 class HierarchicalWeights(Component):
-    r"""Normals with a common mean and scale: log dispersions borrow strength.
+    r"""Normals with a common mean and scale, so that log dispersions borrow strength across genes.
 
     .. math:: m \sim Normal(0, scale^2), \quad s \sim HalfNormal(scale), \quad W_i \sim Normal(m, s^2)
 
@@ -138,7 +138,7 @@ class HierarchicalWeights(Component):
     Parameters
     ----------
     scale
-        Of the laws of m and s, above 0.
+        Scale of the distributions of m and s, above 0.
 
     Raises
     ------
@@ -147,9 +147,10 @@ class HierarchicalWeights(Component):
 
     Examples
     --------
-    >>> law = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
+    >>> likelihood = ps.likelihoods.NB(ps.likelihoods.PerGene(20))
     >>> borrowing = {"likelihood.dispersion.*": ps.weights.HierarchicalWeights()}
-    >>> [(site.law, site.shape) for site in ps.SCVI(20, 2, likelihood=law, weight_priors=borrowing).sites()[:3]]
+    >>> model = ps.SCVI(20, 2, likelihood=likelihood, weight_priors=borrowing)
+    >>> [(site.law, site.shape) for site in model.sites()[:3]]
     [('Normal', '1'), ('HalfNormal', '1'), ('Normal', '20')]
     """
 
@@ -166,12 +167,12 @@ class HierarchicalWeights(Component):
 
 
 class RandomWeights(nn.Module):
-    """Takes parameters out of ``model`` by name pattern and puts a prior in the place of each.
+    """Replaces parameters of ``model``, chosen by name pattern, by latent variables with a prior.
 
     Parameters
     ----------
     model
-        The module whose parameters are meant.
+        The module that owns the parameters.
     priors
         Name pattern (as in ``fnmatch``) -> prior, for example ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
     """
@@ -184,7 +185,7 @@ class RandomWeights(nn.Module):
         self.priors = nn.ModuleList(priors.values())
         self.prior_of: dict[str, int] = {}
         for index, pattern in enumerate(priors):
-            # A prior p(z) is asked for its shape outside the program, where nothing could be drawn for it.
+            # Not those of the prior p(z): it is also called outside the program, where no weight is sampled for it.
             free = [name for name, _ in model.named_parameters() if not name.startswith("prior.")]
             names = [name for name in free if fnmatchcase(name, pattern)]
             if not names:
@@ -203,6 +204,7 @@ class RandomWeights(nn.Module):
         try:
             for name, index in self.prior_of.items():
                 owner, leaf = _owner(model, name)
+                # In __dict__, because a value may be a parameter of the guide, which setattr would register here.
                 owner.__dict__[leaf] = self.priors[index](name, getattr(self, _slot(name)))
                 places.append((owner, leaf))
             yield
@@ -211,8 +213,8 @@ class RandomWeights(nn.Module):
                 del owner.__dict__[leaf]
 
     def start_of(self, site: str, value: Tensor) -> Tensor:
-        """Where a guide may start the (unconstrained) latent of a site: the parameter's initial value, or zero."""
-        name = site.removesuffix(".raw")
+        """Initial value of a site's (unconstrained) latent in a guide: the parameter's own initial value, or zero."""
+        name = site.removesuffix(".raw")  # of the horseshoe, whose scales start at zero on the log scale
         return getattr(self, _slot(name)).clone() if name in self.prior_of else torch.zeros_like(value)
 
 

@@ -1,1 +1,1 @@
-"""Training: fit, its options and loop, checkpoints, several processes, and the Fit that results."""
+"""Training: fit, its options and loop, checkpoints, several processes, and the resulting Fit."""

@@ -32,11 +32,11 @@ _IDENTITY = ("model", "guide", "schema", "dtype", "run")  # facts that a resumed
 
 @dataclasses.dataclass
 class Checkpoints:
-    """The checkpoint of one run in the directory ``folder``, of which nobody else may write meanwhile.
+    """The checkpoint of one run in the directory ``folder``; no other run may write there meanwhile.
 
-    ``facts`` says, of a history, everything about the fit but its weights; ``run`` with which cells and options it is
-    trained, by which another run is told apart. ``epoch`` and ``written`` say after which epoch and when, by the
-    monotonic clock, the last checkpoint was written or read.
+    ``facts`` turns a history into everything about the fit except its weights. ``run`` holds the cells and options that
+    identify the run. ``epoch`` and ``written`` are the epoch and the time, by the monotonic clock, of the last
+    checkpoint that was written or read.
     """
 
     folder: Path
@@ -48,13 +48,13 @@ class Checkpoints:
     written: float = dataclasses.field(default=-math.inf, init=False)
 
     def begin(self, state: TrainingState) -> None:
-        """Go on from the checkpoint that is there, or write the first one.
+        """Resume from the checkpoint that is there, or write the first one.
 
         Raises
         ------
         CheckpointError
-            If something else is there, or a checkpoint that is corrupt, of another run, or not to be resumed; nothing
-            is overwritten then.
+            If the directory holds something else, or a checkpoint that is corrupt, of another run, or not to be
+            resumed. Nothing is overwritten then.
         """
         archive.check_replaceable(self.folder, "checkpoint")
         config = next((c for c in (archive.CONFIG, archive.PREVIOUS) if (self.folder / c).exists()), None)
@@ -78,19 +78,19 @@ class Checkpoints:
         self.epoch, self.written = len(state.rows), time.monotonic()
 
     def _go_on(self, state: TrainingState, config: str) -> None:
-        found, start = self._read(config), state.good
+        content, start = self._read(config), state.good
         if not self.resume:
             raise CheckpointError(
-                f"{self.folder} holds a checkpoint after epoch {_epochs(found)}; pass resume=True to go on from it, or "
-                "another directory"
+                f"{self.folder} holds a checkpoint after epoch {_epochs(content)}; pass resume=True to go on from it, "
+                "or another directory"
             )
         ours = self.facts(state.history) | {"run": self.run}
-        then = {key: with_new_names(found.facts[key]) for key in _IDENTITY}
+        then = {key: with_new_names(content.facts[key]) for key in _IDENTITY}
         self._require_same(then, {key: ours[key] for key in _IDENTITY})
         try:
-            rows: Any = history_of(found.facts["history"])[list(HISTORY)].to_dict("records")
-            state.restore(Snapshot(found.facts["progress"], rows, found.tensors))
-        except Exception as error:  # whatever pandas and torch say of a state that this version does not write
+            rows: Any = history_of(content.facts["history"])[list(HISTORY)].to_dict("records")
+            state.restore(Snapshot(content.facts["progress"], rows, content.tensors))
+        except Exception as error:  # what pandas and torch raise for a state that this version does not write
             state.restore(start)
             raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
         self.epoch, self.written = len(rows), time.monotonic()
@@ -107,17 +107,17 @@ class Checkpoints:
             raise CheckpointError(text) from error
 
     def _require_same(self, then: dict[str, Any], now: dict[str, Any]) -> None:
-        found = list(_differences(then, json.loads(json.dumps(now))))
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        differences = list(_differences(then, json.loads(json.dumps(now))))
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise CheckpointError(
-                f"{self.folder} holds the checkpoint of another run: {'; '.join(found[:3])}{more}. "
+                f"{self.folder} holds the checkpoint of another run: {'; '.join(differences[:3])}{more}. "
                 "Pass the same model, cells and options as then, or another directory"
             )
 
 
 def best_states(content: archive.Content) -> dict[str, Tensor]:
-    """The states of model and guide that a fit would return which ended at this checkpoint."""
+    """The states of model and guide that ``fit`` would return if it ended at this checkpoint."""
     if not _epochs(content):
         raise CheckpointError("its run has not finished an epoch yet, so there is no fit to load")
     return under("best", content.tensors) or under("now", content.tensors)
@@ -131,26 +131,26 @@ def _epochs(content: archive.Content) -> int:
 
 
 def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:
-    """What tells a run apart from others, as JSON takes it: its cells and its options."""
+    """What identifies a run, as JSON takes it: its cells and its options."""
     elbo, validation = options["elbo"], options["validation"]
     plain = {name: value for name, value in vars(elbo).items() if isinstance(value, bool | int | float | str)}
     told = {
         "elbo": {"class": type(elbo).__name__, **plain},
-        "cells": _told_apart(cells),
-        "validation": _told_apart(validation) if isinstance(validation, Cells) else describe(validation, model),
+        "cells": _cells_digest(cells),
+        "validation": _cells_digest(validation) if isinstance(validation, Cells) else describe(validation, model),
     }
     return {name: describe(value, model) for name, value in options.items() if name not in told} | told
 
 
-def _told_apart(cells: Cells) -> dict[str, Any]:
-    """Their number, and a digest of counts and covariates; of counts on disk only of their sums by cell and gene."""
+def _cells_digest(cells: Cells) -> dict[str, Any]:
+    """Number of cells, and a digest of counts and covariates; counts on disk enter by their sums per cell and gene."""
     digest = hashlib.sha256()
-    for part in (*_read_once(cells), cells.covariates):
+    for part in (*_digested_arrays(cells), cells.covariates):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
 
 
-def _read_once(cells: Cells) -> tuple[np.ndarray, ...]:
+def _digested_arrays(cells: Cells) -> tuple[np.ndarray, ...]:
     counts = cells.counts
     if isinstance(counts, Source):
         return cells.totals, gene_totals(counts)

@@ -1,4 +1,4 @@
-"""Checks of what fit receives, and of the first training step, for what Pyro would accept silently."""
+"""Checks of the arguments of fit, and of the first training step for mistakes that Pyro accepts silently."""
 
 import math
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ from pyro_scvi.utils.checks import brief, require_kind
 
 
 class TemperedZ(Messenger):
-    """Weigh z by ``weight`` in guide and model alike, and keep the log density ratio log q(z) - log p(z), untempered.
+    """Scale z by ``weight`` in guide and model, and keep the untempered log q(z) and log p(z).
 
-    In both, because an analytic KL takes the scale of the guide's site, a sampled one that of each.
+    Both are scaled, because an analytic KL takes the scale of the guide's site and a sampled one takes both.
     """
 
     def __init__(self, weight: float) -> None:
@@ -39,21 +39,24 @@ class TemperedZ(Messenger):
                 self.log_densities.append(log_density.mean() * log_density.shape[-2])
 
     def missing(self) -> float:
-        """What the weight took from the loss of this step, nats over its cells; empties the memory."""
+        """Untempered minus tempered loss of this step, nats over its cells; forgets the densities."""
         if not self.log_densities:
             return 0.0
-        log_q, log_p = self.log_densities[0::2], self.log_densities[1::2]  # guide and model take turns, by particle
+        log_q, log_p = (
+            self.log_densities[0::2],
+            self.log_densities[1::2],
+        )  # guide and model alternate, once per particle
         self.log_densities = []
         return (1 - self.weight) * float(sum(log_q) - sum(log_p)) / len(log_q)
 
 
 def check_kinds(model: Any, cells: Any, guide: Any) -> None:
-    """Refuse what is no model, no cells or no guide, an AnnData or a class above all.
+    """Refuse arguments that are no model, cells or guide; most often an AnnData or a class is passed.
 
     Raises
     ------
     ModelError
-        Naming the argument and what came.
+        If there is one; names the argument and what was passed.
     """
     require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
     require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
@@ -67,7 +70,7 @@ def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
     Raises
     ------
     FitError
-        Naming the argument.
+        If there is one; names the argument.
     """
     for name, value in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
         if name == "patience" and value is None:
@@ -79,12 +82,12 @@ def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
 
 
 def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
-    """Refuse latents on one side only and parameters that no optimiser would see.
+    """Refuse latents of the model or the guide alone, and parameters that no optimiser would see.
 
     Raises
     ------
     ModelError
-        Naming the site or the parameter.
+        If there is one; names the site or the parameter.
     """
     with pyro.get_param_store().scope():
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
@@ -94,7 +97,7 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
         raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")
     if extra := in_guide - in_model:
         raise ModelError(f"the guide samples {sorted(extra)}, which the model does not have")
-    own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")
+    own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters
     for trace in (guided, modelled):
         for name in trace.param_nodes:
             if not name.startswith(own):
@@ -110,7 +113,7 @@ def check_gradients(*parts: torch.nn.Module) -> None:
     Raises
     ------
     ModelError
-        Naming them.
+        If there are any; names them.
     """
     named = [(name, parameter) for part in parts for name, parameter in part.named_parameters()]
     lost = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
@@ -119,9 +122,9 @@ def check_gradients(*parts: torch.nn.Module) -> None:
 
 
 def unique_parameters(parts: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """Every parameter to train, once."""
-    found = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
-    return list(found.values())
+    """Every parameter to train, once: a prior and a guide may share an encoder."""
+    by_identity = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
+    return list(by_identity.values())
 
 
 def _latents(trace: pyro.poutine.Trace) -> set[str]:

@@ -24,21 +24,21 @@ from pyro_scvi.utils.random_state import seed_of
 __all__ = ["ProcessGroup", "Processes", "SingleProcess", "joined"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
 T = TypeVar("T")
 LossAndGrads = Callable[..., float]
-"""Arguments of the programs -> negative bound of these cells, nats; its gradients are added to the parameters."""
+"""Arguments of the programs -> negative bound of these cells, nats; its gradients are added to the parameters'."""
 
-# Of gloo and NCCL come plain RuntimeErrors, as of a user's own part in the backward pass.
-_LOST = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
+# gloo and NCCL raise plain RuntimeErrors; the text tells them from an error of the user's own components.
+_CONNECTION_ERROR = re.compile(r"[Cc]onnection|closed by peer|[Tt]imed out|gloo|NCCL|TCPStore|[Ss]ocket")
 
-# Its name since torch 2.13, which deprecates the earlier one.
-_SYNC = "forward_sync_buffers"
-_KNOWN = signature(DistributedDataParallel.__init__).parameters
-_OWN_BUFFERS: dict[str, Any] = {_SYNC if _SYNC in _KNOWN else "broadcast_buffers": False}
+# The option's name since torch 2.13, which deprecates broadcast_buffers.
+_SYNC_OPTION = "forward_sync_buffers"
+_DDP_OPTIONS = signature(DistributedDataParallel.__init__).parameters
+_UNSYNCED_BUFFERS: dict[str, Any] = {_SYNC_OPTION if _SYNC_OPTION in _DDP_OPTIONS else "broadcast_buffers": False}
 
 
 class Processes(ABC):
@@ -68,11 +68,11 @@ class Processes(ABC):
         return self.rank == 0
 
     def shard(self, rows: np.ndarray) -> np.ndarray:
-        """Those rows that are this process' own: every ``size``-th, so that files sorted by type are shared evenly."""
+        """The rows of this process: every ``size``-th, so that files sorted by cell type are shared evenly."""
         return rows[self.rank :: self.size]
 
     def batch_sizes(self, n_cells: int, batch_size: int) -> list[int]:
-        """Cells of every step of one epoch, over all processes; each has at least one cell in each step.
+        """Number of cells in every step of one epoch, over all processes; each has at least one cell in each step.
 
         Raises
         ------
@@ -90,19 +90,19 @@ class Processes(ABC):
 
     @abstractmethod
     def among_all(self, rows: Tensor) -> Tensor:
-        """Positions among the rows of all processes, of positions in the own shard."""
+        """Turn positions in this process' shard into positions among the rows of all processes."""
 
     @abstractmethod
     def noise_seed(self, *numbers: int) -> int:
-        """A seed of this process' own; of the first, the first of the numbers."""
+        """A seed of this process' own, made of the numbers; the first process takes the first number."""
 
     @abstractmethod
     def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
-        """The bound of a minibatch, ``len_all`` cells over all processes, with gradients for the whole of it."""
+        """The bound of a minibatch of ``len_all`` cells over all processes, with the gradients of all of them."""
 
     @abstractmethod
     def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
-        """The same for a bound that leaves the gradients of this process' cells alone in ``parameters``."""
+        """The same from a bound that leaves the gradients of this process' cells only in ``parameters``."""
 
     @abstractmethod
     def sum(self, *values: float) -> tuple[float, ...]:
@@ -114,7 +114,7 @@ class Processes(ABC):
 
     @abstractmethod
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, for all; its errors are raised in all."""
+        """Give all processes what the first one makes; its errors are raised in all."""
 
     @abstractmethod
     def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
@@ -123,7 +123,7 @@ class Processes(ABC):
         Raises
         ------
         FitError
-            In all of them, naming what differs.
+            If something differs; raised in all processes, and names it.
         """
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Processes(ABC):
 
 @final
 class SingleProcess(Processes):
-    """One process with all of the cells: what every run is unless ``joined`` says otherwise.
+    """One process with all of the cells, the default of ``fit``.
 
     Examples
     --------
@@ -151,7 +151,7 @@ class SingleProcess(Processes):
         return "SingleProcess()"
 
     def among_all(self, rows: Tensor) -> Tensor:
-        """All rows are its own."""
+        """The same positions: all rows are its own."""
         return rows
 
     def noise_seed(self, *numbers: int) -> int:
@@ -159,7 +159,7 @@ class SingleProcess(Processes):
         return numbers[0]
 
     def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
-        """By the ELBO itself."""
+        """Call the ELBO itself."""
 
         def of_minibatch(*args: Any, len_all: int, **kwargs: Any) -> float:
             return elbo.loss_and_grads(model, guide, *args, **kwargs)
@@ -167,7 +167,7 @@ class SingleProcess(Processes):
         return of_minibatch
 
     def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
-        """There is nothing to add to its own."""
+        """Return it unchanged: there are no other gradients."""
         return own
 
     def sum(self, *values: float) -> tuple[float, ...]:
@@ -183,24 +183,24 @@ class SingleProcess(Processes):
         return make()
 
     def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
-        """There is no other process to differ from, so the facts are not asked for."""
+        """Nothing to compare: there is no other process, so ``facts`` is not called."""
 
     def average_statistics(self, *parts: nn.Module) -> None:
-        """They are the mean already."""
+        """Nothing to average: they are the mean already."""
 
 
 @final
 class ProcessGroup(Processes):
-    """The processes of torch's process group: each trains on its own share of the cells, with noise of its own.
+    """The processes of torch's process group: each trains on its own share of the cells with its own noise.
 
-    A step's gradient is that of the cells of all ranks together. Batch normalisation takes the statistics of each
-    rank's own cells in training, and the mean over ranks of the running ones afterwards: keep ``batch_size`` at some
-    dozens of cells for each rank, or take ``ps.networks.LayerNorm()``.
+    The gradient of a step is that of the cells of all ranks together. Batch normalisation uses the statistics of each
+    rank's own cells in training, and the mean of the ranks' running statistics afterwards. Keep ``batch_size`` at some
+    dozens of cells per rank, or take ``ps.networks.LayerNorm()``.
 
     Raises
     ------
     FitError
-        Of every method, if another rank was lost.
+        By every method, if another rank failed.
 
     Examples
     --------
@@ -224,42 +224,42 @@ class ProcessGroup(Processes):
         return rows * self.size + self.rank
 
     def noise_seed(self, *numbers: int) -> int:
-        """The rank is one of the numbers, but for the first rank."""
+        """A seed of the numbers and the rank; the first rank takes the first number, as a single process does."""
         return seed_of(*numbers, self.rank) if self.rank else numbers[0]
 
     def loss_and_grads(self, elbo: Any, model: SCVI, guide: Guide) -> LossAndGrads:
-        """Wrap bound and programs in DistributedDataParallel, which starts all ranks at the parameters of the first.
+        """Wrap bound, model and guide in DistributedDataParallel, which copies the parameters of the first rank to all.
 
         Raises
         ------
         FitError
-            If the ELBO has no ``differentiable_loss``, or another rank was lost.
+            If the ELBO has no ``differentiable_loss``, or another rank failed.
         """
         if not hasattr(elbo, "differentiable_loss"):
             raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
-        with self._together():
+        with self._connection_errors_explained():
             # Running statistics are each rank's own between steps; average_statistics brings them together.
-            bound = DistributedDataParallel(Bound(elbo, model, guide), **_OWN_BUFFERS)
-            for buffer in bound.buffers():  # which torch before 2.13 leaves as they are
+            bound = DistributedDataParallel(Bound(elbo, model, guide), **_UNSYNCED_BUFFERS)
+            for buffer in bound.buffers():  # torch before 2.13 does not copy these from the first rank
                 distributed.broadcast(buffer, 0)
 
         def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
             loss = bound(x, *args, **kwargs)
-            # Ranks weigh alike in the mean over them; cells shall, where one rank has a cell more than another.
-            with self._together():
+            # DDP averages over ranks; the factor gives cells equal weight where ranks differ by a cell.
+            with self._connection_errors_explained():
                 (loss * (len(x) * self.size / len_all)).backward()
             return loss.item()
 
         return of_minibatch
 
     def reduced(self, own: LossAndGrads, parameters: Sequence[Tensor]) -> LossAndGrads:
-        """By one message for all gradients."""
+        """Add up all gradients in a single message."""
 
         def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
             loss = own(x, *args, len_all=len_all, **kwargs)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             message = torch.cat([gradient.flatten() for gradient in gradients]) * (len(x) / len_all)
-            with self._together():
+            with self._connection_errors_explained():
                 distributed.all_reduce(message)
             for gradient, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -268,24 +268,24 @@ class ProcessGroup(Processes):
         return of_minibatch
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """Through the CPU: a handful of numbers."""
+        """Add up on the CPU, in float64: these are a few numbers."""
         sums = torch.tensor(values, dtype=torch.float64)
-        with self._together():
+        with self._connection_errors_explained():
             distributed.all_reduce(sums)
         return tuple(sums.tolist())
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """By torch's all_gather_object."""
+        """Concatenate the shards by torch's all_gather_object."""
         return np.concatenate(self._of_all(rows))
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """By torch's broadcast_object_list, errors included."""
+        """Send the object, or the error, by torch's broadcast_object_list."""
         told: list[Any] = [None, None]
         try:
             told[0] = make() if self.first else None
         except Exception as raised:
             told[1] = raised
-        with self._together():
+        with self._connection_errors_explained():
             distributed.broadcast_object_list(told)
         made, error = told
         if error is not None:
@@ -293,10 +293,12 @@ class ProcessGroup(Processes):
         return made
 
     def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
-        """By torch's all_gather_object."""
+        """Compare what all_gather_object brings from all ranks, which then raise the same error."""
         first, *others = self._of_all(facts())
         differing = [
-            "{} is {} on rank 0 and {} on rank {}".format(name, *_apart(str(first[name]), str(other[name])), rank)
+            "{} is {} on rank 0 and {} on rank {}".format(
+                name, *_around_difference(str(first[name]), str(other[name])), rank
+            )
             for rank, other in enumerate(others, 1)
             for name in first
             if other[name] != first[name]
@@ -308,25 +310,25 @@ class ProcessGroup(Processes):
             )
 
     def _of_all(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        with self._together():
-            distributed.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        with self._connection_errors_explained():
+            distributed.all_gather_object(gathered, value)
+        return gathered
 
     def average_statistics(self, *parts: nn.Module) -> None:
-        """One small message for each layer, once an epoch."""
-        with self._together():
+        """Average by one small message for each layer, once an epoch."""
+        with self._connection_errors_explained():
             for statistic in running_statistics(*parts):
                 distributed.all_reduce(statistic)
                 statistic /= self.size
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Say what it means that torch cannot reach the others."""
+    def _connection_errors_explained(self) -> Iterator[None]:
+        """Turn torch's connection errors into one that says that a rank failed and what to do."""
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, distributed.DistError) and not _LOST.search(str(error)):
+            if not isinstance(error, distributed.DistError) and not _CONNECTION_ERROR.search(str(error)):
                 raise
             reason = " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]
             raise FitError(
@@ -336,9 +338,10 @@ class ProcessGroup(Processes):
             ) from error
 
 
-def _apart(*texts: str) -> list[str]:
-    """Of long descriptions what lies around their first difference."""
-    start = max(0, len(os.path.commonprefix(texts)) - 40)
+def _around_difference(*texts: str) -> list[str]:
+    """The parts of long descriptions around their first difference."""
+    first_difference = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), None)
+    start = max(0, (min(map(len, texts)) if first_difference is None else first_difference) - 40)
     return [text if len(text) <= 80 else f"{'...' * (start > 0)}{text[start : start + 80]}..." for text in texts]
 
 
@@ -346,16 +349,16 @@ def _apart(*texts: str) -> list[str]:
 def joined() -> Iterator[Processes]:
     """Join the ranks that torchrun started; without torchrun, one process alone.
 
-    On a machine with CUDA each rank takes the GPU of its local rank. Pass what this yields to ``fit`` and, where files
-    are written, ask it whether this process is the ``first``::
+    On a machine with CUDA each rank takes the GPU of its local rank. Pass the result to ``fit``, and write files only
+    if this process is the ``first``::
 
         with ps.distributed.joined() as ranks:
             fit = ps.fit(model, cells, ranks=ranks, batch_size=1024)
             if ranks.first:
                 fit.save("fit")
 
-    and start the script by ``torchrun --nproc-per-node 2 script.py``. Where torch's process group was made before, it
-    is used and left open.
+    Start the script by ``torchrun --nproc-per-node 2 script.py``. If torch's process group exists already, it is used
+    and left open.
 
     Yields
     ------
@@ -365,7 +368,7 @@ def joined() -> Iterator[Processes]:
     Warns
     -----
     UserWarning
-        If WORLD_SIZE says that there are several processes, which nothing has joined: each then trains alone.
+        If WORLD_SIZE says that there are several processes but nothing joins them: each then trains alone.
 
     Examples
     --------

@@ -12,11 +12,11 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.model import SCVI
 
-HALVINGS = 12  # of the learning rate in one run, before it is given up
+HALVINGS = 12  # of the learning rate in one run, at most
 
 
 class Diverged(Exception):
-    """A loss or parameter that is no number; ``trained`` says whether steps were made since the last good state."""
+    """A loss or parameter is not finite; ``trained``: steps were made since the last good state."""
 
     def __init__(self, what: str, *, trained: bool) -> None:
         super().__init__(what)
@@ -24,7 +24,7 @@ class Diverged(Exception):
 
 
 def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
-    """In words: parameters, a prior or the first counts whose values are no numbers, or else the largest count."""
+    """In words, the likely cause: non-finite parameters, prior or log probability of counts, else the largest count."""
     if lost := nonfinite_parameters(model, guide):
         return lost
     largest = (-math.inf, 0, 0)
@@ -47,7 +47,7 @@ def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
 
 
 def nonfinite_parameters(model: SCVI, guide: Guide) -> str:
-    """In words, the first parameters that are no numbers; nothing where all are."""
+    """In words, the first parameters with values that are not finite; empty if all are finite."""
     named = [(name, value) for part in (model, guide) for name, value in part.named_parameters()]
     lost = [name for name, value in named if not value.isfinite().all()]
     return f"{', '.join(lost[:3])} {'holds' if len(lost) == 1 else 'hold'} values that are no numbers" if lost else ""

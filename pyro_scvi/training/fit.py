@@ -27,7 +27,7 @@ from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.random_state import seeded
 
-WATCHED = 2048  # held-out cells at most, after every epoch
+WATCHED = 2048  # held-out cells at most that are evaluated after every epoch
 
 
 def fit(
@@ -55,44 +55,45 @@ def fit(
     ranks: Processes = SingleProcess(),
     progress: bool = True,
 ) -> Fit:
-    r"""Train model and guide, in place, by stochastic gradient steps on the evidence bound.
+    r"""Train model and guide in place, by stochastic gradient steps on the evidence bound (ELBO).
 
     .. math:: L(n) = E_{q(z | x_n)} \log p(x_n | z) - KL(q(z | x_n) \| p(z))
 
-    (Lopez et al. 2017, Eq. 1), with the KL divergence in closed form where there is one.
+    (Lopez et al. 2017, Eq. 1), with the KL divergence in closed form if there is one.
 
     Parameters
     ----------
     model, cells
-        The law and the training cells.
+        The model and the training cells.
     guide
         q(z | x); None: DiagonalNormal(model, seed=seed).
     epochs
-        Passes through the cells; None: 60 up to 2,500 cells, fewer for more,
-        with the square root of their number, but at least 8.
+        Passes through the cells. None: 60 up to 2,500 cells; for more cells fewer, in proportion to
+        1 / sqrt(number of cells), but at least 8.
     batch_size
         Cells per step, over all ranks.
     seed
-        Of shuffling, dropout and reparameterised noise; the global random state is left alone.
+        Of shuffling, dropout and reparameterised noise; the global random state is not changed.
     device
         "auto" takes CUDA, else MPS, else the CPU.
     dtype
         Precision of parameters and likelihood.
     autocast
-        torch.bfloat16: the networks multiply matrices in that precision during training, which processors that have
-        it do about twice as fast. What is lost in held-out evidence is in the documentation, under performance.
+        torch.bfloat16: the networks multiply matrices in that precision during training, about twice as fast on
+        processors that support it. The documentation gives the loss in held-out evidence, under performance.
     compiled
-        Whether steps are recorded once and compiled: seconds to a minute at the start, then about two thirds of the
-        time a step. For the ``elbo`` None, with a C++ compiler (on CUDA: Triton); steps with another KL weight than 1
-        are not. The results are those without, but for rounding. A condition on values in a prior or network of your
-        own is refused; other state that its Python changes between steps stays as it was recorded.
+        Whether steps are recorded once and compiled. This takes seconds to a minute at the start; a step then takes
+        about two thirds of the time. It needs ``elbo=None`` and a C++ compiler (on CUDA: Triton). Steps with a KL
+        weight other than 1 are not compiled. Results are the same up to rounding. If a prior or network of your own
+        branches on values of tensors, this raises an error; other state that its Python changes between steps stays as
+        it was recorded.
     validation
-        Cells held out to watch the bound (at most 2,048, spread over them): a share or number of ``cells``, or Cells
-        of their own; 0 for none. The state of the epoch with the best held-out bound (under the last ``kl_weight``)
-        is what the fit returns, so judge it on yet other cells. A guide that is not amortized trains on all cells and
-        watches none.
+        Cells held out to watch the bound: a share or number of ``cells``, or separate Cells; 0 for none. At most 2,048
+        of them, evenly spaced, are evaluated. The fit returns the state of the epoch with the best held-out bound
+        (under the last ``kl_weight``), so evaluate it on a separate test set. A guide that is not amortized trains on
+        all cells and watches none.
     patience
-        Stop when the held-out bound has not improved for so many epochs; None: never.
+        Number of epochs without improvement of the held-out bound after which training stops; None: never.
     learning_rate, eps
         Schedule and epsilon of the Adam optimiser.
     kl_weight
@@ -100,17 +101,18 @@ def fit(
     elbo
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
-        Start the genes' means and the library's law at the data's, unless the model was trained before.
+        Start the genes' means and the library size's distribution at those of the data, unless the model was trained
+        before.
     checkpoint, checkpoint_every
-        Directory that holds the state of training at the end of an epoch, and how often it is written. What is there
-        stays readable until the next is complete. :func:`load` gives the fit that it amounts to.
+        Directory for the state of training at the end of an epoch, and how often it is written. An earlier checkpoint
+        stays readable until the next is complete. :func:`load` returns the fit up to the checkpoint.
     resume
-        Whether to go on from the checkpoint, with the same model, cells and options as before; on one thread of a CPU
-        the result is that of a run that was never stopped, bit for bit. Without a checkpoint training starts from the
+        Whether to resume from the checkpoint, with the same model, cells and options as before. On one thread of a CPU
+        the result equals that of an uninterrupted run bit for bit. Without a checkpoint training starts from the
         beginning.
     ranks
-        Which processes train together, as ``ps.distributed.joined()`` finds them. Each must call ``fit`` with the same
-        arguments; each then has the whole fit. The first writes checkpoints and shows progress.
+        The processes that train together, as ``ps.distributed.joined()`` yields them. Each must call ``fit`` with the
+        same arguments, and each gets the whole fit. The first writes checkpoints and shows progress.
     progress
         Whether to show a progress bar.
 
@@ -122,20 +124,20 @@ def fit(
     Raises
     ------
     ModelError
-        If model, guide and cells do not fit together, one of them is of the wrong kind, a parameter takes no part in
-        the loss, or the seed is no integer of 0 or more.
+        If model, guide and cells do not match, one of them is of the wrong kind, a parameter does not affect the loss,
+        or the seed is no integer of 0 or more.
     SchemaError
         If validation cells have another schema.
     DataError
         If no cell would be left to train on, or none held out.
     FitError
-        If the loss is no number even after the learning rate was halved 12 times, a KL warm-up does not end inside the
+        If the loss is not finite even after the learning rate was halved 12 times, a KL warm-up does not end inside the
         run, an option is out of range or of the wrong kind, the device cannot be used, ranks were given different
-        arguments or too few cells, or another rank was lost. Its ``fit`` is the Fit of the last good epoch, if there
-        was one.
+        arguments or too few cells, or another rank failed. The error's ``fit`` is the Fit of the last good epoch, if
+        there was one.
     CheckpointError
-        If the checkpoint cannot be written, is corrupt or of another run, or is there without ``resume``; ``fit`` as
-        before. Nothing that was there is lost.
+        If the checkpoint cannot be written, is corrupt or of another run, or exists although ``resume`` is False;
+        ``fit`` as in FitError. Files that were there are kept.
     KeyboardInterrupt
         If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; model and guide are then in the
         state of the best epoch so far.
@@ -143,15 +145,15 @@ def fit(
     Warns
     -----
     UserWarning
-        If the learning rate had to be halved because the loss was no number (``settings["halvings"]``), or if SIGINT or
-        SIGTERM ended the run early (``settings["interrupted"]``): the Fit is then that of the epochs that had ended.
+        If the learning rate was halved because the loss was not finite (``settings["halvings"]``), or if SIGINT or
+        SIGTERM ended the run early (``settings["interrupted"]``); the Fit is then that of the epochs that had ended.
 
     Notes
     -----
-    Fits in several threads take turns: torch's generator and Pyro's handlers belong to the process, and other threads
-    should leave both alone meanwhile. Signals are noted in the main thread only; a handler of your own is called, too.
-    Only one run at a time may write a checkpoint. A resumed run is told apart by its options, its counts (those on disk
-    by their sums) and how model and guide were made; parts of your own by their class and repr only.
+    Fits in several threads take turns, because torch's generator and Pyro's handlers belong to the process; other
+    threads should use neither meanwhile. Signals are handled in the main thread only; a handler of your own is called,
+    too. Only one run at a time may write a checkpoint. A run is identified by its options, its counts (on disk: their
+    sums) and how model and guide were constructed; components of your own are compared by class and repr only.
 
     Examples
     --------
@@ -162,7 +164,7 @@ def fit(
     >>> bool(fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0])
     True
     """
-    options = TrainingOptions.among(locals())  # first, while these are the arguments
+    options = TrainingOptions.among(locals())  # first, while locals() holds the arguments and nothing else
     check_kinds(model, cells, guide)
     guide = DiagonalNormal(model, seed=seed) if guide is None else guide
     if guide.model is not model:
@@ -184,7 +186,7 @@ def fit(
 def _held_out(
     cells: Cells, validation: float | int | Cells, seed: int
 ) -> tuple[np.ndarray, tuple[Cells, np.ndarray] | None]:
-    """Rows of the training cells, and the cells to watch with their rows; of the same matrix no copy is made."""
+    """Rows of the training cells, and the cells to watch with their rows; the matrix is not copied."""
     if isinstance(validation, Cells):
         return np.arange(cells.n_cells), (validation, evenly_spaced(WATCHED, validation.n_cells).numpy())
     if not validation:
@@ -196,7 +198,7 @@ def _held_out(
 def _on_device(
     cells: Cells, train_rows: np.ndarray, held_out: tuple[Cells, np.ndarray] | None, options: TrainingOptions
 ) -> TrainingData:
-    """What this process has of the training cells and of the cells to watch."""
+    """The share of this process in the training cells and in the cells to watch."""
     place, dtype, ranks = options.device, options.dtype, options.ranks
     sizes = ranks.batch_sizes(len(train_rows), options.batch_size)
     train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
@@ -205,18 +207,18 @@ def _on_device(
 
 
 def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:
-    """Set the genes' biases to their log mean counts, and the library's law to the log totals' mean and sd."""
+    """Set the genes' biases to their log mean counts, and the library size to the mean and sd of the log totals."""
     totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
     model.library.start_from(torch.as_tensor(totals).float(), torch.as_tensor(gamma))
-    bias = model.decoder.heads["log_mean"]._parameters.get("bias")
+    bias = model.decoder.heads["log_mean"]._parameters.get("bias")  # None if it has a prior and is latent
     if bias is not None:
         with torch.no_grad():
-            bias.copy_((means + 1 / len(totals)).log())
+            bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none
 
 
 def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, options: TrainingOptions) -> Fit:
-    """The Fit of a run; an error carries that of the epochs that had ended, if there are any."""
+    """Train, and return the Fit; an error carries the Fit of the epochs that had ended, if there are any."""
     settings: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
     settings |= {"n_cells": data.n_cells}
     checkpoints = _checkpoints(model, guide, cells, options, settings)
@@ -233,7 +235,7 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
 def _checkpoints(
     model: SCVI, guide: Guide, cells: Cells, options: TrainingOptions, settings: dict[str, Any]
 ) -> Checkpoints | None:
-    """The run's checkpoint, where one was asked for and this process writes it."""
+    """The run's checkpoint; None if none was asked for or another process writes it."""
     if options.checkpoint is None or not options.ranks.first:
         return None
     return Checkpoints(

@@ -23,14 +23,14 @@ class Fit:
     Attributes
     ----------
     model, guide
-        The law, and q.
+        The generative model, and q.
     history
         By epoch: ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats per
         cell, ``learning_rate``, ``kl_weight`` and ``seconds``.
     schema
-        Of its cells: what further cells are read by.
+        Genes, batches and covariates of its cells; new cells are read with it.
     settings
-        How the fit was made.
+        How the fit was made: epochs, seed, number of cells and the like.
 
     Examples
     --------
@@ -71,7 +71,7 @@ class Fit:
         Raises
         ------
         CheckpointError
-            If the directory holds something else than a save, or cannot be written; what was there is intact then.
+            If the directory holds something else than a saved fit, or cannot be written. What was there is intact then.
         """
         facts = facts_of(self.model, self.guide, self.history, self.schema, self.settings)
         archive.write(archive.folder(path), archive.Content("fit", facts, states_of(self.model, self.guide)))
@@ -86,7 +86,7 @@ class Fit:
     def _facts(self) -> dict[str, str]:
         epochs, last = len(self.history), self.history.iloc[-1]
         n_epochs = f"{epochs} epoch{'s' * (epochs != 1)}"
-        # As it was judged in training: without the prior of z where its weight ends at 0.
+        # As in training, epochs are compared under the last KL weight: 0 leaves the prior of z out.
         weight = self.history.kl_weight
         lasting = weight.iloc[0] if weight.nunique() == 1 else 1.0
         judged = self.history.held_out_loss - (1 - lasting) * self.history.kl

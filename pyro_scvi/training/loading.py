@@ -18,15 +18,15 @@ _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = None) -> Fit:
-    """Read a fit that :meth:`Fit.save` wrote, or the best state so far from a checkpoint of a run that goes on.
+    """Read a fit that :meth:`Fit.save` wrote, or the best state so far from a checkpoint of an unfinished run.
 
     Parameters
     ----------
     path
         The directory.
     model, guide
-        Needed where the fit holds parts that are not this package's own (a user's prior or likelihood): the same
-        objects, built again; their weights are then read.
+        Needed if the fit holds components that are not this package's own (a user's prior or likelihood): the same
+        objects, built again. Their weights are then read.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
         return _rebuilt(content, model, guide)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    except Exception as error:  # whatever a constructor says of arguments that this version does not write
+    except Exception as error:  # what constructors raise for arguments that this version does not write
         raise CheckpointError(f"the save {source} does not fit together: {error}") from error
 
 
@@ -74,7 +74,7 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
         )
     history, schema = history_of(facts["history"]), Schema.from_dict(facts["schema"])
     tensors = content.tensors if content.kind == "fit" else best_states(content)
-    check_shapes(model, guide, tensors)  # before anything of the caller's is changed
+    check_shapes(model, guide, tensors)  # before the caller's model and guide are changed
     made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, schema, facts["settings"])
     put_states(model, guide, tensors)
     model.trained = True

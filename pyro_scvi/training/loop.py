@@ -31,17 +31,17 @@ from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.execution import executing
 from pyro_scvi.utils.progress_bars import progress_bar
 
-WATCHED_IN_TRAINING = 256  # training cells whose bound is looked at where no cells are held out
-LEAST_KL = -1e4  # nats per cell
+WATCHED_IN_TRAINING = 256  # training cells whose bound is evaluated if no cells are held out
+LEAST_KL = -1e4  # nats per cell; an estimate below it means that parameters have diverged
 
 _log = logging.getLogger(__name__)
 
 
 class TrainingData(NamedTuple):
-    """Training cells and cells to watch: what this process has of both.
+    """The share of this process in the training cells and in the cells to watch.
 
-    ``n_cells`` is the number of training cells over all processes, ``sizes`` how many of them each step of an epoch
-    takes.
+    ``n_cells`` is the number of training cells over all processes, ``sizes`` the number of these in each step of an
+    epoch.
     """
 
     train: Minibatches
@@ -51,7 +51,7 @@ class TrainingData(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Two ways to take the gradient of a step: by the programs, and by their recording where there is one."""
+    """Two ways to take the gradient of a step: by the programs, and by their compiled recording if there is one."""
 
     of_programs: LossAndGrads
     recorded: LossAndGrads
@@ -59,9 +59,9 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """One training run: what is trained, on which cells, how far it has come, and what may end it.
+    """One training run: model, guide, cells, options, state, and the signals that may end it.
 
-    ``checkpoints`` are those that this process writes, None where it writes none.
+    ``checkpoints`` is None if this process writes none.
     """
 
     model: SCVI
@@ -83,27 +83,27 @@ class Trainer:
         checkpoints: Checkpoints | None,
         interrupts: Interrupts,
     ) -> "Trainer":
-        """A run before its first step, with an optimiser and a schedule of its own."""
+        """A run before its first step, with a new optimiser and schedule."""
         keep_freed_memory()
         parameters = unique_parameters((model, guide))
         by_programs = options.ranks.loss_and_grads(options.elbo, model, guide)
         recorded = by_programs
         if options.compiled:
             recorded = options.ranks.reduced(Recorded(Bound(options.elbo, model, guide)), parameters)
-        # eps is meant for nats per cell; gradients are for all cells, and Adam steps alike when both grow alike.
+        # The user's eps is for gradients per cell. These are for all cells, and Adam is invariant to scaling both.
         optimiser = torch.optim.Adam(parameters, eps=options.eps * data.n_cells, fused=True)
-        optimiser.zero_grad()  # gradients of the caller's own, or of a fit that was interrupted
+        optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
         schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
         state = TrainingState(model, guide, optimiser, schedule, options.patience)
         return cls(model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts)
 
     def train(self) -> None:
-        """Train for the epochs of the options, until patience runs out or a signal comes; the best state is put back.
+        """Train until the epochs are done, patience runs out or a signal comes; then restore the best state.
 
         Raises
         ------
         FitError
-            If the loss is no number and halving the learning rate does not help.
+            If the loss is not finite and halving the learning rate does not help.
         KeyboardInterrupt
             If a signal comes before the first epoch has ended, or comes twice.
         """
@@ -112,7 +112,7 @@ class Trainer:
             self._begin()
             shown = self.options.progress and self.options.ranks.first
             with warnings.catch_warnings(), progress_bar(epochs, "epoch", shown) as bar:
-                # Pyro warns of a loss that is NaN; here that is an error, which says more.
+                # Pyro warns of a NaN loss; here that is an error with a better message.
                 warnings.filterwarnings("ignore", "Encountered NaN")
                 bar.update(len(state.rows))
                 self._epochs(bar)
@@ -127,7 +127,7 @@ class Trainer:
             self._require_improvement()
 
     def _begin(self) -> None:
-        """Go on from the checkpoint, which the first rank has read, if there is one."""
+        """Resume from the checkpoint if there is one; the first rank reads it for all."""
         state = self.state
 
         def begun() -> Snapshot | None:
@@ -135,9 +135,9 @@ class Trainer:
                 self.checkpoints.begin(state)
             return state.good if state.rows else None
 
-        found = self.options.ranks.from_first(begun)
-        if found and found is not state.good:
-            state.restore(found)
+        snapshot = self.options.ranks.from_first(begun)
+        if snapshot and snapshot is not state.good:
+            state.restore(snapshot)
 
     def _epochs(self, bar: Any) -> None:
         state, epochs, kl_weight = self.state, self.options.epochs, self.options.kl_weight
@@ -146,9 +146,9 @@ class Trainer:
             try:
                 row = self._row(TemperedZ(kl_weight.at(len(state.rows), epochs)))
             except Diverged as failure:
-                self._retreat(failure)
+                self._roll_back(failure)
                 continue
-            # Judged by what is trained for: without the prior of z where its weight ends at 0.
+            # Epochs are compared under the last KL weight: 0 leaves the prior of z out of the comparison, too.
             state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
                 self.checkpoints.note(state)
@@ -162,22 +162,22 @@ class Trainer:
             )
 
     def _row(self, tempered: TemperedZ) -> dict[str, float]:
-        """Train for one epoch and look at the held-out cells: the epoch's row of the history."""
+        """Train for one epoch and evaluate the held-out cells; returns the epoch's row of the history."""
         started, state, ranks = time.perf_counter(), self.state, self.options.ranks
         epoch = len(state.rows)
         row: dict[str, float] = {"learning_rate": state.learning_rate, "kl_weight": tempered.weight}
         try:
             row["train_loss"] = self.epoch(tempered, epoch)
         except NotCompiled:
-            if self.interrupts.received:  # a terminal's signal goes to the compiler, too
+            if self.interrupts.received:  # a terminal sends its signal to the compiler's process, too
                 raise Interrupted from None
             raise
-        except ValueError as error:  # of Pyro's checks in the first step
+        except ValueError as error:  # raised by Pyro's checks in the first step
             if isinstance(error, PyroScviError):
                 raise
             raise self._cannot_score(error) from error
         row["held_out_loss"], row["kl"] = self.evaluate(self.data.held_out or self.data.train, epoch)
-        if not state.finite or (self.guide.amortized and _impossible(row["held_out_loss"], row["kl"])):
+        if not state.finite or (self.guide.amortized and _implausible(row["held_out_loss"], row["kl"])):
             raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
         if self.data.held_out is None:
             row["held_out_loss"] = math.nan
@@ -189,8 +189,8 @@ class Trainer:
         what = lost or " ".join(str(error).split())[:300] or type(error).__name__
         return FitError(f"the model cannot score these cells: {what}; make a new model, or mend its parts")
 
-    def _retreat(self, failure: Diverged) -> None:
-        """Go back to the last good state and halve the learning rate, as long as that can help."""
+    def _roll_back(self, failure: Diverged) -> None:
+        """Go back to the last good state and halve the learning rate, if that can help."""
         state, rate, epoch = self.state, self.state.learning_rate, len(self.state.rows)
         _log.info("%s, at learning rate %.2g: back to the end of epoch %d", failure, rate, epoch)
         if failure.trained and state.halvings < HALVINGS:
@@ -205,7 +205,7 @@ class Trainer:
         ) from failure
 
     def _require_improvement(self) -> None:
-        """Refuse what is left of a run that diverged, where the untrained model explains cells better."""
+        """Refuse the result of a run that diverged if the untrained model explains cells better."""
         state, cells = self.state, self.data.held_out or self.data.train
         reached = state.good
         after, kl = self.evaluate(cells, 0)
@@ -213,7 +213,7 @@ class Trainer:
         before, _ = self.evaluate(cells, 0)
         state.restore(reached)
         state.finish()
-        if after > before or _impossible(after, kl):
+        if after > before or _implausible(after, kl):
             raise FitError(
                 f"the loss was no number {state.halvings} times, and what was learned at half the learning rate each "
                 f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
@@ -225,7 +225,7 @@ class Trainer:
         ranks = self.options.ranks
         self.model.train()
         self.guide.train()
-        if not ranks.first:  # the first goes on with what it, or the checkpoint, drew before
+        if not ranks.first:  # the first goes on with its generator, which a checkpoint restores
             torch.manual_seed(ranks.noise_seed(self.options.seed, epoch))
         total = 0.0
         for step, rows in enumerate(self.data.train.shuffled_into(len(self.data.sizes))):
@@ -237,21 +237,21 @@ class Trainer:
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
             self.state.step()
             total += value
-            if ends:  # what came since is for the next step: all ranks end after the same
+            if ends:  # all ranks have summed the same flags, so all end after the same step
                 self.interrupts.note_another_rank()
                 raise Interrupted
         ranks.average_statistics(self.model, self.guide)
         return total / self.data.n_cells
 
     def _gradient(self, rows: Tensor, step: int, tempered: TemperedZ, *, checked: bool) -> float:
-        """Take the gradient of one step's cells; returns the loss of the whole step, nats, as if for all cells."""
+        """Take the gradient of one step's cells; returns the loss of the step, nats, scaled to all cells."""
         x, gamma = self.data.train.rows(rows)
         given: dict[str, Any] = {"index": self.options.ranks.among_all(rows), "n_cells": self.data.n_cells}
         if checked:
             check_sites(self.model, self.guide, x, gamma, **given)
         tempers = tempered.weight != 1
         take = self.gradients.of_programs if checked or tempers else self.gradients.recorded
-        with self._validating(checked, x), self._quickly(checked), tempered if tempers else nullcontext():
+        with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext():
             loss = take(x, gamma, len_all=self.data.sizes[step], **given)
         if checked:
             check_gradients(self.model, self.guide)
@@ -259,15 +259,15 @@ class Trainer:
 
     @staticmethod
     @contextmanager
-    def _validating(checked: bool, x: Tensor) -> Iterator[None]:
-        """Pyro's checks of the programs; its laws' only of counts, because corrected ones are outside their support."""
-        with pyro.validation_enabled(checked):
-            with pyro.distributions.validation_enabled(checked and bool((x == x.round()).all())):
-                yield
+    def _validation(checked: bool, x: Tensor) -> Iterator[None]:
+        """Pyro's checks of programs, and of values if x holds integers: corrected counts are outside the support."""
+        check_values = checked and bool((x == x.round()).all())
+        with pyro.validation_enabled(checked), pyro.distributions.validation_enabled(check_values):
+            yield
 
     @contextmanager
-    def _quickly(self, checked: bool) -> Iterator[None]:
-        """Matrix products as asked for; parameters unregistered, but for Pyro's own ELBOs, which look for them."""
+    def _execution(self, checked: bool) -> Iterator[None]:
+        """Matrix products in the type asked for; parameters registered only for Pyro's own ELBOs, which need that."""
         own = isinstance(self.options.elbo, MeanFieldELBO) and not checked
         with executing(matrix_products=self.options.autocast, register_parameters=not own, check_programs=checked):
             yield
@@ -275,7 +275,7 @@ class Trainer:
     def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
         """Negative bound and KL in nats per cell, by one draw for each held-out cell or for 256 training cells.
 
-        Every rank looks at its share of them.
+        Every rank evaluates its share of them.
         """
         if not self.guide.amortized:
             return math.nan, math.nan
@@ -293,20 +293,20 @@ class Trainer:
 
 
 def _losses(row: dict[str, float]) -> str:
-    """What a progress bar says of an epoch: the held-out loss only where cells were watched."""
+    """Text of the progress bar after an epoch; the held-out loss is shown only if cells are held out."""
     losses = {"train": row["train_loss"], "held out": row["held_out_loss"]}
     return ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items() if not math.isnan(loss)) + " nats per cell"
 
 
 def evenly_spaced(at_most: int, n: int) -> Tensor:
-    """At most so many of n positions, spread evenly over them: files are sorted by cell type or donor."""
+    """At most ``at_most`` of n positions, evenly spaced, because files are often sorted by cell type or donor."""
     few = min(at_most, n)
     return torch.arange(few) * n // max(few, 1)
 
 
-def _impossible(bound: float, kl: float) -> bool:
-    """Whether a look at cells gave what no law gives: no number, or a divergence far below 0.
+def _implausible(bound: float, kl: float) -> bool:
+    """Whether a bound and a KL divergence cannot be right: not finite, or a divergence far below 0.
 
-    One draw of the divergence may lie some nats below 0; parameters gone wild give millions, and a bound to match.
+    One draw of the divergence may be some nats below 0. Diverged parameters give millions, and a bound to match.
     """
     return not math.isfinite(bound) or kl < LEAST_KL

@@ -22,16 +22,16 @@ from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes
 from pyro_scvi.utils.checks import brief
 
-# Where a run is written and shown. These may differ between ranks, and between a run and its resumption.
+# Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
 _OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The options of :func:`fit`, under the names and in the order of its arguments, which have the defaults.
+    """The options of :func:`fit`, with the names and in the order of its arguments, which have the defaults.
 
-    They are as the user gave them until ``checked`` and ``for_cells`` have put objects and numbers in the place of
-    "auto" and None; the types below are those afterwards.
+    First they are as the user gave them. ``checked`` and ``for_cells`` replace "auto" and None by objects and numbers;
+    the types below are those afterwards.
     """
 
     epochs: int
@@ -56,29 +56,29 @@ class TrainingOptions:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "TrainingOptions":
-        """Those of a function's arguments that are options."""
+        """Pick the options among a function's arguments."""
         return cls(**{option.name: arguments[option.name] for option in fields(cls)})
 
     def checked(self, model: SCVI, cells: Cells) -> "TrainingOptions":
-        """The same with the device that "auto" means, after the checks that every rank can make for itself.
+        """The same with "auto" replaced by a device, after the checks that every rank can make for itself.
 
         Raises
         ------
         ModelError, SchemaError
             If model, cells and validation cells do not fit together.
         FitError
-            If the device cannot be used, or another option that no rank may have is wrong.
+            If the device cannot be used, or an option has a value that is wrong on any rank.
         """
-        found = replace(self, device=resolve_device(self.device))
+        options = replace(self, device=resolve_device(self.device))
         _check_cells(model, cells, self.validation)
         _check_precision(self.dtype, self.autocast)
         if not isinstance(self.ranks, Processes):
             raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)
-        return found
+        return options
 
     def for_cells(self, n_cells: int) -> "TrainingOptions":
-        """The same with the defaults of a run on so many training cells.
+        """The same with the defaults for a run on ``n_cells`` training cells.
 
         Raises
         ------
@@ -91,19 +91,19 @@ class TrainingOptions:
         _check_checkpoint(self.checkpoint, self.checkpoint_every, self.resume)
         return replace(
             self,
-            epochs=int(epochs),  # NumPy's integers are none to torch and JSON
+            epochs=int(epochs),  # torch and JSON take no integers of NumPy
             batch_size=int(self.batch_size),
             seed=int(self.seed),
             elbo=MeanFieldELBO() if self.elbo is None else self.elbo,
         )
 
     def of_run(self) -> dict[str, Any]:
-        """By name, those that decide what is learned."""
+        """By name, the options that affect what is learned."""
         options = {name: value for name, value in vars(self).items() if name not in _OUTSIDE_THE_RUN}
         return options | {"device": self.device.type}
 
     def for_ranks(self, model: SCVI, guide: Guide, cells: Cells) -> dict[str, Any]:
-        """What must be alike on all ranks, as they can send and compare it."""
+        """What must be the same on all ranks, in a form that they can send and compare."""
         return self.of_run() | {
             "learning_rate": lasting_repr(self.learning_rate),
             "kl_weight": lasting_repr(self.kl_weight),
@@ -116,16 +116,16 @@ class TrainingOptions:
         }
 
     def for_checkpoint(self) -> dict[str, Any]:
-        """What a run and its resumption must share, beside what a fit says of itself."""
+        """What a run and its continuation must share, beside the facts of the fit."""
         options = self.of_run()
-        options.pop("dtype")  # a fit says it
+        options.pop("dtype")  # is among the facts of the fit
         if not self.compiled:
-            options.pop("compiled")  # earlier checkpoints do not say it
+            options.pop("compiled")  # earlier checkpoints do not have it
         return options
 
 
 def default_epochs(n_cells: int) -> int:
-    """60 epochs up to 2,500 cells, fewer with the square root of more cells, but at least 8."""
+    """60 epochs up to 2,500 cells; for more, in proportion to 1 / sqrt(n_cells), but at least 8."""
     return max(8, min(60, round(60 * math.sqrt(2500 / n_cells))))
 
 
@@ -177,7 +177,7 @@ def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
 
 
 def _brief(cells: Any) -> str:
-    """Cells by what is cheap to compare; what is none, such as a share of them, as it is."""
+    """Summary of cells that is cheap to compare; anything else, such as a share of cells, by its repr."""
     if not isinstance(cells, Cells):
         return repr(cells)
     digest = hashlib.sha256(cells.totals.tobytes() + cells.covariates.tobytes()).hexdigest()[:8]

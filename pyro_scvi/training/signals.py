@@ -13,17 +13,17 @@ _log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """A step has ended after which nothing more shall be done."""
+    """Training ends after the step that has just been made."""
 
 
 class Interrupts:
-    """The first signal that asked for an end, ``received``: its name, or None."""
+    """Keeps the name of the first signal that asked training to end in ``received``; None before."""
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     def note(self, number: int, frame: Any) -> None:
-        """Handle a signal; the second raises KeyboardInterrupt."""
+        """Handle a signal; a second one raises KeyboardInterrupt."""
         name = signal.Signals(number).name
         if self.received:
             raise KeyboardInterrupt(f"{name} after {self.received}: training stopped at once")
@@ -31,31 +31,31 @@ class Interrupts:
         _log.warning("%s: training ends after the running step; once more ends it at once", name)
 
     def note_another_rank(self) -> None:
-        """A signal reached another of the processes that train together: all end after the same step."""
+        """Note a signal to another of the processes that train together: all end after the same step."""
         self.received = self.received or "a signal to another rank"
 
 
 @contextmanager
 def noted_interrupts() -> Iterator[Interrupts]:
-    """Note signals inside, where Python lets a thread do so: the main one. Handlers are put back afterwards.
+    """Note signals inside the block, in the main thread only, as Python allows; handlers are restored afterwards.
 
-    Signals that the process ignores, or that another language handles, are left alone; a handler of the user's own is
-    called after the signal was noted.
+    Signals that the process ignores, or that code in another language handles, are left alone. A handler of the user's
+    own is called after the signal was noted.
     """
     interrupts, before = Interrupts(), {}
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if (earlier := signal.getsignal(number)) not in (None, signal.SIG_IGN):
-                    before[number] = signal.signal(number, _also(interrupts.note, earlier))
+                    before[number] = signal.signal(number, _note_then_call(interrupts.note, earlier))
         yield interrupts
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _also(note: Handler, earlier: Any) -> Handler:
-    """What notes a signal and then calls a handler of the user's own; Python's would raise at once."""
+def _note_then_call(note: Handler, earlier: Any) -> Handler:
+    """A handler that notes a signal, then calls the user's own; Python's default one would raise at once."""
 
     def handle(number: int, frame: Any) -> None:
         note(number, frame)

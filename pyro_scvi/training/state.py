@@ -14,11 +14,11 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.persistence.serialization import put_states, states_of
 
 HISTORY = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds")
-_UNSAID = {"rate_scale": 1.0}  # in earlier checkpoints, of runs that halved the schedule's own rates instead
+_DEFAULT_FACTS = {"rate_scale": 1.0}  # not in earlier checkpoints, whose runs halved the schedule's own rates
 
 
 class Snapshot(NamedTuple):
-    """Where a run was at the end of an epoch: values as JSON takes them, rows of the history, and copies of tensors."""
+    """State of a run after an epoch: values as JSON takes them, rows of the history, and copies of tensors."""
 
     facts: dict[str, Any]
     rows: list[dict[str, float]]
@@ -26,7 +26,7 @@ class Snapshot(NamedTuple):
 
 
 class Best:
-    """The best held-out state so far, and how long ago it was."""
+    """The best held-out state so far, and the number of epochs since."""
 
     def __init__(self, patience: int | None) -> None:
         self.patience, self.loss, self.waited = patience, math.inf, 0
@@ -38,7 +38,7 @@ class Best:
         return self.patience is not None and self.waited >= self.patience
 
     def note(self, loss: float, states: dict[str, Tensor]) -> None:
-        """Note an epoch's held-out loss, NaN where no cells are held out, and the state that it belongs to."""
+        """Note an epoch's held-out loss, NaN if no cells are held out, and the state that it belongs to."""
         if math.isnan(loss):
             return
         self.waited += 1
@@ -47,10 +47,10 @@ class Best:
 
 
 class TrainingState:
-    """One run's model, guide, optimiser and schedule, its history, its best state, where it started and was last good.
+    """One run's model, guide, optimiser and schedule, its history, and its first, last good and best state.
 
-    ``halvings`` counts how often the learning rate was halved after a loss that was not finite. ``rate_scale`` is what
-    the schedule's rates are multiplied by: a power of 1/2, so that the product is exact.
+    ``halvings`` counts how often the learning rate was halved after a loss that was not finite. ``rate_scale``
+    multiplies the schedule's rates: a power of 1/2, so that the product is exact.
     """
 
     def __init__(self, model: SCVI, guide: Guide, optimiser: Any, schedule: Any, patience: int | None) -> None:
@@ -67,7 +67,7 @@ class TrainingState:
 
     @property
     def finite(self) -> bool:
-        """Whether every parameter is a number."""
+        """Whether every parameter is finite."""
         return bool(get_total_norm([p.detach() for p in self.parameters]).isfinite())
 
     @property
@@ -77,12 +77,12 @@ class TrainingState:
         return pd.DataFrame(self.rows, index=index, columns=list(HISTORY), dtype=float)
 
     def step(self) -> None:
-        """One step of the optimiser along its gradients, which are then empty, and one of the schedule."""
+        """Make one step of the optimiser, clear its gradients, and make one step of the schedule."""
         scheduled = self.schedule.get_last_lr()
         self._set_rates([rate * self.rate_scale for rate in scheduled])
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self._set_rates(scheduled)  # from which some of torch's schedules compute the next
+        self._set_rates(scheduled)  # some of torch's schedules compute the next rate from it
         self.schedule.step()
 
     def _set_rates(self, rates: list[float]) -> None:
@@ -90,7 +90,7 @@ class TrainingState:
             group["lr"] = rate
 
     def advance(self, row: dict[str, float], loss: float) -> None:
-        """Note that an epoch is finished; ``loss`` is what epochs are judged by."""
+        """Note that an epoch is finished; ``loss`` is the criterion for the best epoch."""
         self.rows.append(row)
         states = self._states()
         self.best.note(loss, states)
@@ -104,7 +104,7 @@ class TrainingState:
         self.good = self._snapshot(self._states())
 
     def finish(self) -> None:
-        """Leave model and guide in the best state, or where no cells are held out in the last good one."""
+        """Leave model and guide in the best state, or in the last good one if no cells are held out."""
         self.restore(self.good)
         if self.best.states:
             put_states(self.model, self.guide, self.best.states)
@@ -115,12 +115,13 @@ class TrainingState:
         Raises
         ------
         CheckpointError, KeyError, TypeError, ValueError, RuntimeError
-            If the snapshot, read from a file, is not one of such a run; model and guide are as they were then.
+            If the snapshot, read from a file, is not of such a run; model and guide are unchanged then.
         """
-        snapshot = snapshot._replace(facts=_UNSAID | snapshot.facts)
+        snapshot = snapshot._replace(facts=_DEFAULT_FACTS | snapshot.facts)
         facts, tensors = copy.deepcopy(snapshot.facts), snapshot.tensors
         best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]  # JSON has no infinity
         _require_alike({**self.good.facts, "best_loss": math.inf}, {**facts, "best_loss": best_loss})
+        # These raise for tensors of another run, before model and guide are changed.
         moments = self._moments(under("optimiser", tensors))
         _set_generators(under("random", tensors), self.parameters[0].device)
         put_states(self.model, self.guide, under("now", tensors))
@@ -135,7 +136,7 @@ class TrainingState:
         self.good = snapshot
 
     def _moments(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """Adam's state by the number of the parameter, copied; none before the first step."""
+        """Copies of Adam's state by the number of the parameter; empty before the first step."""
         held: dict[int, dict[str, Tensor]] = {}
         for i, parameter in enumerate(self.parameters if tensors else ()):
             held[i] = {name: tensors[f"{i}.{name}"].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
@@ -169,7 +170,7 @@ class TrainingState:
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's generators that a run on ``device`` draws from."""
+    """State of the generators of torch from which a run on ``device`` draws."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -183,7 +184,7 @@ def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors whose names start with ``prefix``, without it."""
+    """The tensors whose names start with ``prefix``, under names without it."""
     return {n.removeprefix(f"{prefix}."): tensor for n, tensor in tensors.items() if n.startswith(f"{prefix}.")}
 
 
@@ -192,7 +193,7 @@ def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_alike(ours: Any, read: Any) -> None:
-    """Refuse values of other kinds or names than those of this run."""
+    """Refuse values whose kinds or names differ from those of this run."""
     if isinstance(ours, dict) and isinstance(read, dict) and ours.keys() == read.keys():
         for name, value in ours.items():
             _require_alike(value, read[name])
@@ -204,4 +205,4 @@ def _require_alike(ours: Any, read: Any) -> None:
 
 
 def _kind(value: Any) -> type:
-    return float if type(value) is int else type(value)
+    return float if type(value) is int else type(value)  # numbers are of one kind, except bool

@@ -1,4 +1,4 @@
-"""Checks of plain arguments, and warnings that name the caller's line."""
+"""Checks of simple arguments, and warnings that name the caller's line."""
 
 import math
 import sys
@@ -11,12 +11,12 @@ from pyro_scvi.errors import ModelError
 
 
 def require_at_least(least: int, /, **named: int) -> None:
-    """Refuse numbers of draws, cells or steps that are no integers or too small.
+    """Refuse arguments that are no integers, or are below ``least``.
 
     Raises
     ------
     ModelError
-        Naming the argument.
+        If it is refused; names the argument.
     """
     for name, value in named.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
@@ -24,12 +24,12 @@ def require_at_least(least: int, /, **named: int) -> None:
 
 
 def require_number(value: Any, name: str, least: float = 0.0, below: float = math.inf) -> None:
-    """Refuse what is no number from ``least`` to less than ``below``, NaN included.
+    """Refuse a value that is no number from ``least`` to less than ``below``; NaN is refused, too.
 
     Raises
     ------
     ModelError
-        Naming the argument.
+        If it is refused; names the argument.
     """
     if not _is_number(value) or not least <= value < below:
         limits = f"from {least:g} to below {below:g}" if below < math.inf else f"of {least:g} or more"
@@ -37,12 +37,12 @@ def require_number(value: Any, name: str, least: float = 0.0, below: float = mat
 
 
 def require_positive(value: Any, name: str, most: float = math.inf) -> None:
-    """Refuse what is no finite number above 0, up to ``most``.
+    """Refuse a value that is no finite number above 0 and up to ``most``.
 
     Raises
     ------
     ModelError
-        Naming the argument.
+        If it is refused; names the argument.
     """
     if not _is_number(value) or not (0 < value <= most and value < math.inf):
         limits = f"above 0, up to {most:g}" if most < math.inf else "above 0"
@@ -54,7 +54,7 @@ def _is_number(value: Any) -> bool:
 
 
 def require_seed(seed: Any) -> None:
-    """Refuse seeds that torch and NumPy do not both take.
+    """Refuse seeds that torch or NumPy does not take.
 
     Raises
     ------
@@ -67,12 +67,12 @@ def require_seed(seed: Any) -> None:
 
 
 def require_kind(value: Any, kind: type | UnionType, name: str, example: str) -> None:
-    """Refuse classes, words and other things in the place of an object.
+    """Refuse a value that is no object of this kind, such as a class or a string.
 
     Raises
     ------
     ModelError
-        Naming the argument, what came and an ``example`` of what would do.
+        If it is refused; names the argument, what was passed and an ``example`` of what to pass.
     """
     if not isinstance(value, kind):
         raise ModelError(f"{name} must be an object such as {example}; got {brief(value)}")
@@ -91,7 +91,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 
 def brief(value: Any) -> str:
-    """What came, for a message: words and numbers as they are, all else by its type."""
+    """A value, for a message: strings and numbers by their repr, everything else by its type."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return repr(value) if value is None or isinstance(value, str | Real) else type(value).__name__

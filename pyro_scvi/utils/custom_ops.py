@@ -1,4 +1,4 @@
-"""Custom operations: functions that torch's tracing records as one operation, as their steps depend on values."""
+"""Custom operations: functions that torch traces as one operation, because their steps depend on values."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,9 +11,9 @@ from pyro_scvi.utils.execution import tracing
 
 
 def opaque(name: str, *changed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a recording on a CPU take a function as one operation, which changes the arguments of these names.
+    """Let torch trace a function on a CPU as one operation, which changes the arguments of these names in place.
 
-    A GPU waits for what depends on the values of tensors; there its parts are written down.
+    On a GPU the function's own operations are traced; there they do not depend on values, for which a GPU would wait.
     """
 
     def decorated(function: Callable[..., None]) -> Callable[..., None]:

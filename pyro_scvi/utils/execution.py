@@ -1,11 +1,10 @@
-"""How programs are run: what their caller settles beside their arguments, and whether they are being traced.
+"""Execution of programs: settings beside their arguments, and whether torch is tracing them.
 
-Model, guide and networks are called by Pyro, through its handlers, with the arguments of the model. What a training
-step settles for all of them at once does not fit into those, and is read from one :class:`Execution` instead. It holds
-for the thread that entered :func:`executing`, and is as it was when that block ends. The defaults are what a program
-of Pyro's own wants, so that model and guide run under plain Pyro without any of this.
+Pyro calls model, guide and networks, through its handlers, with the arguments of the model. Settings of a training step
+that concern all of them are read from one :class:`Execution` instead. It holds for the thread that entered
+:func:`executing`, until that block ends. With the defaults, model and guide run under plain Pyro.
 
-:func:`tracing` is no setting. It says what torch is doing, and code asks it where the fast way depends on values.
+:func:`tracing` is no setting. It tells whether torch is tracing; code asks it where the fast way depends on values.
 """
 
 from collections.abc import Iterator
@@ -20,19 +19,19 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 @dataclass(frozen=True)
 class Execution:
-    """What holds while programs run.
+    """Settings that hold while programs run.
 
     Parameters
     ----------
     register_parameters
-        Whether model and guide tell Pyro of their parameters. An optimiser that has them already needs no telling,
-        which costs more than the networks' own overhead.
+        Whether model and guide register their parameters with Pyro. That costs more than the networks' own overhead,
+        and is not needed if the optimiser has the parameters already.
     check_programs
-        Whether the evidence bound is Pyro's own estimator, which refuses guides that do not match the model. Without,
-        the bound takes that for granted and leaves out the densities that it never uses.
+        Whether the evidence bound is Pyro's own estimator, which refuses guides that do not match the model. If not,
+        the bound assumes a matching guide and skips densities that it does not use.
     matrix_products
-        The type in which encoders and decoders multiply matrices; None: that of their input, which also what they
-        return keeps.
+        The type in which encoders and decoders multiply matrices; None: that of their input. Their output always has
+        the type of their input.
     """
 
     register_parameters: bool = True
@@ -45,13 +44,13 @@ _current = ContextVar("pyro_scvi_execution", default=_DEFAULT)
 
 
 def execution() -> Execution:
-    """What holds here and now."""
+    """The settings that hold now, in this thread."""
     return _current.get()
 
 
 @contextmanager
 def executing(**changes: Any) -> Iterator[None]:
-    """Inside, the fields of :class:`Execution` that are given hold; the others stay as they are."""
+    """Change fields of :class:`Execution` for the block; the others stay as they are."""
     token = _current.set(replace(_current.get(), **changes))
     try:
         yield
@@ -60,9 +59,9 @@ def executing(**changes: Any) -> Iterator[None]:
 
 
 def tracing() -> bool:
-    """Whether torch writes operations down, to compile them, rather than runs them.
+    """Whether torch is tracing operations, to compile them, instead of running them.
 
-    Tensors have no values then: their entries cannot be counted or gathered, and an operation that differs from call
-    to call must be taken as one.
+    Tensors have no values then. Their entries cannot be counted or gathered, and code that differs from call to call
+    must be traced as one operation.
     """
     return get_proxy_mode() is not None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def table(caption: str, facts: Mapping[str, str], below: str = "") -> str:
-    """HTML of a two-column table; everything but ``below`` (an own drawing) is escaped."""
+    """HTML of a two-column table; everything is escaped except ``below``, which is HTML already."""
     rows = "".join(
         f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
         f"<td style='text-align:left'>{html.escape(fact)}</td></tr>"
@@ -24,7 +24,7 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def curves(lines: Mapping[str, Sequence[float]], width: int = 240, height: int = 60) -> str:
-    """SVG of up to two lines on one scale, the second dashed, without axes but with a legend; NaN breaks nothing."""
+    """SVG of up to two lines on one scale, the second dashed, with a legend and no axes; NaN is left out."""
     known = {name: [value for value in values if math.isfinite(value)] for name, values in lines.items()}
     known = {name: values for name, values in known.items() if values}
     every = [value for values in known.values() for value in values] or [0.0]

@@ -1,10 +1,10 @@
-"""Progress bars: redrawn on a terminal or in a notebook, and one line now and then in a log file."""
+"""Progress bars: redrawn on a terminal or in a notebook, a line every half minute in a log file."""
 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,11 +13,18 @@ from tqdm.std import tqdm as text_tqdm
 T = TypeVar("T")
 
 EVERY = 30.0  # seconds between the lines of a log file
-SHORT = 5.0  # seconds that a question to a fit may take before it shows how far it is
+SHORT = 5.0  # seconds that an analysis may take before it shows its progress
 
 
-class Lines(text_tqdm):
-    """A line of text for every look, for streams in which no line can be drawn anew."""
+# tqdm's class takes a type parameter in its stubs only.
+if TYPE_CHECKING:
+    TextBar = text_tqdm[Any]
+else:
+    TextBar = text_tqdm
+
+
+class Lines(TextBar):
+    """A line of text for each update, for streams in which a line cannot be redrawn."""
 
     def __init__(self, **options: Any) -> None:
         form = "{unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
@@ -25,15 +32,15 @@ class Lines(text_tqdm):
         super().__init__(None, mininterval=EVERY, miniters=1, bar_format=form, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write the line; where it stands among others does not matter."""
+        """Write the line; ``pos``, its place among several bars, is ignored."""
         self.fp.write(f"{str(self) if msg is None else msg}\n")
         self.fp.flush()
 
     def close(self) -> None:
-        """Say where it ended, unless the last line did or nothing was said because it was short."""
+        """Write a last line, unless the one before was the last or the bar was too short to be shown."""
         if not self.disable and self.n > self.last_print_n and monotonic() - self.began >= (self.delay or 0.0):
             self.refresh()
-        self.sp = None  # or tqdm would end the line once more
+        self.sp = None  # or tqdm would write another end of line
         super().close()
 
 
@@ -52,7 +59,7 @@ def each(things: Sequence[T], unit: str, shown: bool) -> Iterator[T]:
 
 
 def over_cells(batches: Iterable[tuple[Tensor, Tensor]], n_cells: int, shown: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of counts and covariates, with a bar over their cells where they take longer than a moment."""
+    """Batches of counts and covariates, with a bar over their cells if they take more than ``SHORT`` seconds."""
     with progress_bar(n_cells, "cell", shown, delay=SHORT) as bar:
         for x, gamma in batches:
             yield x, gamma
@@ -60,10 +67,10 @@ def over_cells(batches: Iterable[tuple[Tensor, Tensor]], n_cells: int, shown: bo
 
 
 def _all_hidden() -> bool:
-    """What TQDM_DISABLE says, which tqdm's own bars in notebooks do not ask."""
+    """Whether TQDM_DISABLE is set, which tqdm's bars in notebooks ignore."""
     return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
 
 
 def _redraws(stream: Any) -> bool:
-    """Whether a line can be drawn anew: on a terminal, and on the stream of a notebook's kernel."""
+    """Whether a line can be redrawn: on a terminal, and on the stream of a notebook's kernel."""
     return stream.isatty() or type(stream).__module__.startswith("ipykernel")

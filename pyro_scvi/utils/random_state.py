@@ -11,35 +11,35 @@ import torch
 
 from pyro_scvi.utils.checks import require_seed
 
-_turn = threading.RLock()
+_lock = threading.RLock()
 
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """One thread at a time, whatever a thread does inside as often as it likes.
+    """Let one thread at a time run the block; a thread that is inside may enter again.
 
-    torch's generator, Pyro's handlers, its parameter store and its validation belong to the whole process: programs
-    that ran in two threads at once would draw each other's numbers and see each other's sites.
+    torch's generator, Pyro's handlers, its parameter store and its validation belong to the whole process. Programs
+    in two threads at once would draw each other's numbers and see each other's sites.
     """
-    with _turn:
+    with _lock:
         yield
 
 
-def _another_turn() -> None:
-    """A child of a fork has only the thread that forked; whoever held the turn in the parent is not there."""
-    global _turn
-    _turn = threading.RLock()
+def _renew_lock() -> None:
+    """Make a new lock in a forked process, where the thread that may have held the old one does not exist."""
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_another_turn)
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block under its own torch seed and put the global torch state back afterwards; threads take turns.
+    """Run a block under its own torch seed, and restore torch's global generators afterwards; threads take turns.
 
-    pyro.set_rng_seed would also reset the generators of numpy and of Python; nothing here draws from those.
+    pyro.set_rng_seed would also reset the generators of NumPy and Python, from which nothing here draws.
 
     Raises
     ------
@@ -55,12 +55,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 def seed_of(*numbers: int) -> int:
     """One seed made of several numbers, such as a seed, a rank and an epoch."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )  # below 2^63, as torch wants
 
 
 @contextmanager
 def global_state_kept() -> Iterator[None]:
-    """Put the global generators of numpy and Python back after code that may draw from them, and torch's threads.
+    """Restore the global generators of NumPy and Python, and torch's number of threads, after the block.
 
     numba raises the number of OpenMP threads for the whole process, to more than a shared machine may give.
     """

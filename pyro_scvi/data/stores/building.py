@@ -1,4 +1,4 @@
-"""Building a store: files are read once, in blocks; an interrupted build continues."""
+"""Building a store: files are read once, in blocks; an interrupted build can be continued."""
 
 import json
 import logging
@@ -65,11 +65,11 @@ def build(
     allow_non_integer: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write the counts of one file, or of several as one, into a store for ``Cells.from_store``.
+    """Write the counts of one or several files into one store, for ``Cells.from_store``.
 
-    Every file is read once from beginning to end, and its counts are validated as ``Cells.from_anndata`` does. Until
-    the store is complete, its parts lie beside it in ``PATH.partial``, and need the same space again. After an
-    interruption the same call goes on with the parts that are whole; if the store is there already, it does nothing.
+    Every file is read once from beginning to end, and its counts are validated as in ``Cells.from_anndata``. Until the
+    store is complete, its parts lie beside it in ``PATH.partial`` and need the same space again. After an interruption
+    the same call continues with the parts that are complete. If the store exists already, the call does nothing.
 
     Parameters
     ----------
@@ -80,11 +80,11 @@ def build(
     layer
         Layer with the raw counts; None for ``X``.
     genes
-        The genes to keep, which every file must have; None for those that are in all files, in the order of the first.
+        The genes to keep, which every file must have; None for the genes of all files, in the order of the first.
     label
-        Column of ``obs`` to hold the name of each cell's file, to be used as ``batch``.
+        New column of ``obs`` with the name of each cell's file, for use as ``batch``.
     index_unique
-        Appended to names of cells, with the name of their file, as ``anndata.concat`` does.
+        Separator with which the name of the file is appended to cell names, as by ``anndata.concat``.
     allow_non_integer
         Accept values that are no integers.
     progress
@@ -98,17 +98,18 @@ def build(
     Raises
     ------
     DataError
-        If a file cannot be read, is stored by genes (CSC), holds other values than counts (cell and gene are named),
-        has no gene in common with the others, or shares names of cells with another; if names are none.
+        If a file cannot be read, is stored by genes (CSC), holds values that are no counts (cell and gene are named),
+        has no gene in common with the others, or shares cell names with another; or if ``genes``, ``label`` or
+        ``index_unique`` are no names.
     SchemaError
-        If a layer or gene is not there.
+        If a layer or gene does not exist.
     StoreError
-        If something else or a broken store is at ``path``, or parts of another build are beside it.
+        If ``path`` holds something else or a broken store, or parts of another build lie beside it.
 
     Warns
     -----
     UserWarning
-        At an implausibly large count.
+        For an implausibly large count.
 
     Examples
     --------
@@ -138,7 +139,7 @@ def build(
         else:
             work = work_of(target)
             _begin(work, plan)
-            with _without_parts_removed(work):
+            with _removed_if_empty(work):
                 parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
             _assemble(parts, obs, shared, plan, work / COMPLETE)
             (work / COMPLETE).rename(target)
@@ -161,9 +162,9 @@ def _require_built_by(plan: dict[str, Any], target: Path) -> None:
 
 
 def _begin(work: Path, plan: dict[str, Any]) -> None:
-    """Make the folder of the parts, or see that those in it are of the same build."""
+    """Make the folder of the parts, or check that the parts in it are of the same build."""
     try:
-        found = json.loads((work / PLAN).read_bytes())
+        earlier = json.loads((work / PLAN).read_bytes())
     except FileNotFoundError:
         if work.is_dir() and any(item.name != f"{PLAN}.new" for item in work.iterdir()):
             raise StoreError(f"{work} holds something else than parts of a store; move it away") from None
@@ -172,7 +173,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise StoreError(f"{work / PLAN} cannot be read ({error}); delete {work} to build from the start") from error
-    if found != plan:
+    if earlier != plan:
         raise StoreError(
             f"{work} holds parts of a build from other files or with other options; repeat that call, or delete the "
             "folder to build from the start"
@@ -180,8 +181,8 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _without_parts_removed(work: Path) -> Iterator[None]:
-    """Leave nothing behind of a build that was refused before its first part: the next call may have other options."""
+def _removed_if_empty(work: Path) -> Iterator[None]:
+    """Remove the folder of a build that failed before its first part: the next call may have other options."""
     try:
         yield
     except BaseException:
@@ -191,10 +192,10 @@ def _without_parts_removed(work: Path) -> Iterator[None]:
 
 
 class _Part(NamedTuple):
-    """One block of cells on disk, and what is known of it."""
+    """One block of cells on disk, with its sums."""
 
     path: Path
-    lengths: np.ndarray  # (cells,): non-zeros of each
+    lengths: np.ndarray  # (cells,): number of non-zeros of each cell
     totals: np.ndarray  # (cells,)
     detected: np.ndarray  # (genes,)
     dtype: np.dtype
@@ -203,7 +204,7 @@ class _Part(NamedTuple):
 def _parts(
     inputs: Sequence[Input], cells: pd.Index, genes: pd.Index, allow_non_integer: bool, work: Path, progress: bool
 ) -> list[_Part]:
-    """All blocks of all files, in order: those that an earlier call wrote are verified, the others written."""
+    """All blocks of all files, in order; blocks of an earlier call are verified, the others are written."""
     parts: list[_Part] = []
     with progress_bar(len(cells), "cell", progress) as bar:
         first = 0
@@ -211,7 +212,7 @@ def _parts(
             check = Check(genes, each.counts.name, "Pass layer= with raw counts.", allow_non_integer)
             for rows in block_slices(*each.counts.shape):
                 path = work / f"part-{len(parts):06d}.npz"
-                block = _kept(path, rows.stop - rows.start, len(genes))
+                block = _reread(path, rows.stop - rows.start, len(genes))
                 if block is None:
                     read = select_genes(each.counts[np.arange(rows.start, rows.stop)], positions_of(genes, each))
                     check(read, cells[first + rows.start : first + rows.stop])
@@ -224,7 +225,7 @@ def _parts(
 
 
 def _written(block: Matrix, path: Path) -> sparse.csr_array:
-    """Keep a block of validated counts in the smallest types, zeros left out."""
+    """Write a block of validated counts in the smallest types, without zeros."""
     rows = sparse.csr_array(block)
     rows.eliminate_zeros()
     rows.sort_indices()
@@ -234,8 +235,8 @@ def _written(block: Matrix, path: Path) -> sparse.csr_array:
     return rows
 
 
-def _kept(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
-    """The block that an earlier call wrote, if it is there and whole: npz files hold a checksum of every array."""
+def _reread(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
+    """The block that an earlier call wrote, None if it is missing or damaged; npz files hold checksums."""
     if not path.is_file():
         return None
     try:
@@ -250,7 +251,7 @@ def _kept(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
 
 
 def _assemble(parts: Sequence[_Part], obs: pd.DataFrame, genes: pd.Index, plan: dict[str, Any], folder: Path) -> None:
-    """Put the parts one after the other into the arrays of a store, and describe it."""
+    """Concatenate the parts into the arrays of a store, and write its schema."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]), dtype=np.int64)])
@@ -267,7 +268,7 @@ def _assemble(parts: Sequence[_Part], obs: pd.DataFrame, genes: pd.Index, plan: 
 
 
 def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.dtype) -> None:
-    """Write one array of all parts, of which no more than one is in memory, as a .npy file."""
+    """Write one array of all parts as a .npy file, with one part in memory at a time."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
     np.lib.format.write_array_header_2_0(file, header)
     for part in parts:

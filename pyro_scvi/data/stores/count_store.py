@@ -26,27 +26,27 @@ from pyro_scvi.data.stores.layout import (
 )
 from pyro_scvi.errors import StoreError
 
-_LONGEST_READ = 2**28  # entries; the system hands out at most 2 GB at once
+_LONGEST_READ = 2**28  # entries; Linux reads at most 2 GB at once
 
 
 class CountStore(Source):
     """Counts (cells, genes) in a folder that :func:`build` wrote, read by rows.
 
-    Entries are read into small buffers instead of being mapped: pages of a mapping count as memory of the process once
-    touched, so that one epoch over random rows would hold the whole store; and a mapped file that is cut short kills
-    the process where a read gives an error.
+    Entries are read into small buffers; the file is not mapped into memory. Pages of a mapping count as memory of the
+    process once touched, so one epoch over random rows would hold the whole store. And a mapped file that is truncated
+    kills the process, where a read raises an error.
 
     Parameters
     ----------
     path
         The store.
     verify
-        Compare the checksum of every file, which reads the store once; sizes are always compared.
+        Whether to compare the checksum of every file, which reads the store once. Sizes are always compared.
 
     Raises
     ------
     StoreError
-        If there is no store, or it was truncated or altered.
+        If there is no store, or it was truncated or changed.
 
     Examples
     --------
@@ -83,7 +83,7 @@ class CountStore(Source):
         starts = np.asarray(self.indptr[rows])
         lengths = np.asarray(self.indptr[rows + 1]) - starts
         pointers = np.concatenate([[0], np.cumsum(lengths)])
-        if rows.size and consecutive(rows) and pointers[-1] < _LONGEST_READ:
+        if rows.size and consecutive(rows) and pointers[-1] < _LONGEST_READ:  # one read for all of them
             starts, lengths = starts[:1], pointers[-1:]
         index = np.int32 if pointers[-1] <= np.iinfo(np.int32).max else np.int64  # SciPy wants one type for both
         spans = list(zip(starts.tolist(), lengths.tolist(), strict=True))
@@ -97,7 +97,7 @@ class CountStore(Source):
             return anndata.read_h5ad(self.path / ANNOTATIONS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and other processes open the files themselves: a descriptor means another file there."""
+        """Copies and other processes open the files themselves: a file descriptor is valid in its own process only."""
         return partial(CountStore, verify=False), (self.path,)
 
 

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Input(NamedTuple):
-    """One file: its counts where they lie, and the names of its genes and cells."""
+    """One file: its counts, which stay there, and the names of its genes and cells."""
 
     name: str
     path: Path
@@ -33,12 +33,12 @@ class Input(NamedTuple):
 
 
 def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Absolute paths by name; a file without a name has that of its stem.
+    """Absolute paths by name; files without a name are named by their stem.
 
     Raises
     ------
     DataError
-        If there is none, or two have the same name.
+        If there is no file, or two have the same name.
     """
     if isinstance(files, Mapping) and files:
         return {str(name): Path(file).expanduser().absolute() for name, file in files.items()}
@@ -50,12 +50,12 @@ def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Pa
 
 
 def check_names(genes: Any, label: Any, index_unique: Any) -> None:
-    """Refuse what cannot name genes, a column or a separator.
+    """Refuse arguments that cannot name genes, a column or a separator.
 
     Raises
     ------
     DataError
-        Naming the argument.
+        If there is one; names the argument.
     """
     if isinstance(genes, str) or (genes is not None and not isinstance(genes, Iterable)):
         raise DataError(f"genes must be a list of names, such as [{genes!r}]; got {brief(genes)}.")
@@ -73,7 +73,7 @@ def opened(name: str, path: Path, layer: str | None) -> Iterator[Input]:
     DataError
         If it cannot be read, its counts are stored by genes, or a gene name occurs twice.
     SchemaError
-        If the layer is not there.
+        If the layer does not exist.
     """
     with _group(path) as group:
         where, called = ("X", "X") if layer is None else (f"layers/{layer}", f"layer {layer!r}")
@@ -98,7 +98,7 @@ def _group(path: Path) -> Iterator[Any]:
 
         try:
             group = zarr.open_group(str(path), mode="r")
-        except Exception as error:  # whatever zarr says of a folder that is none of its own
+        except Exception as error:  # what zarr raises for a folder that it did not write
             raise DataError(f"{path}: cannot read it as zarr: {error}") from error
         yield group
         return
@@ -111,7 +111,7 @@ def _group(path: Path) -> Iterator[Any]:
 
 
 def common_genes(inputs: Sequence[Input], genes: Sequence[str] | None) -> pd.Index:
-    """The given genes, or those that all files have, in the order of the first.
+    """The given genes, or the genes of all files in the order of the first.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def common_genes(inputs: Sequence[Input], genes: Sequence[str] | None) -> pd.Ind
 
 
 def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | None) -> pd.DataFrame:
-    """Annotations of all cells, (cells, columns), with all columns of any file.
+    """Annotations of all cells, (cells, columns), with every column of any file.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
         annotations = {each.name: AnnData(obs=each.obs) for each in inputs}
         joined = anndata.concat(annotations, label=label, index_unique=index_unique, join="outer").obs
     for name in joined.select_dtypes(object).columns[joined.select_dtypes(object).isna().any()]:
-        # missing values among strings or booleans, which no file holds as objects
+        # Strings or booleans with missing values: as plain objects they cannot be written to a file.
         joined[name] = joined[name].convert_dtypes(convert_integer=False, convert_floating=False)
     doubled = joined.index[joined.index.duplicated()].unique()
     if len(inputs) > 1 and index_unique is None and len(doubled):
@@ -171,12 +171,12 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
 
 
 def origin(path: Path) -> dict[str, Any]:
-    """What tells whether a file is still the same: where it is, its size, and when it was last changed."""
+    """Path, size and time of the last change, by which a file is recognised as unchanged."""
     states = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
     newest = max((state.st_mtime_ns for state in states), default=0)
     return {"path": str(path), "bytes": sum(state.st_size for state in states), "modified": newest}
 
 
 def positions_of(genes: pd.Index, each: Input) -> np.ndarray:
-    """Where the genes lie in a file."""
+    """Positions of the genes in a file."""
     return each.genes.get_indexer(genes)

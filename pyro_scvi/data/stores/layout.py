@@ -20,7 +20,7 @@ ARRAYS = (INDPTR, INDICES, DATA, TOTALS, DETECTED)
 
 @dataclass(frozen=True)
 class StoreSchema:
-    """What a store holds.
+    """Contents of a store: sizes, origin and checksums.
 
     Parameters
     ----------
@@ -29,9 +29,9 @@ class StoreSchema:
     n_cells, n_genes, n_nonzero
         Sizes of the counts.
     plan
-        Which files, genes and options the store was built from.
+        The files, genes and options that the store was built from.
     files
-        Of each file its size in bytes and its SHA-256.
+        Size in bytes and SHA-256 of each file, by name.
     """
 
     format: int
@@ -74,37 +74,37 @@ class StoreSchema:
         return schema
 
     def check(self, folder: Path, verify: bool) -> None:
-        """Refuse files that are not of the sizes, and with ``verify`` of the checksums, that are noted here.
+        """Refuse files whose sizes, and with ``verify`` checksums, differ from those noted here.
 
         Raises
         ------
         StoreError
-            Naming the file.
+            If one differs; names the file.
         """
         for name, expected in self.files.items():
             file = folder / name
             if not file.is_file():
                 raise StoreError(f"{file} is missing; {rebuild(folder)}")
-            found, size = file.stat().st_size, expected["bytes"]
-            if found != size:
-                what = "truncated" if found < size else "altered"
-                raise StoreError(f"{file} was {what}: it has {found} bytes, not {size}; {rebuild(folder)}")
+            actual, size = file.stat().st_size, expected["bytes"]
+            if actual != size:
+                what = "truncated" if actual < size else "altered"
+                raise StoreError(f"{file} was {what}: it has {actual} bytes, not {size}; {rebuild(folder)}")
             if verify and fingerprint(file) != expected:
                 raise StoreError(f"{file} was altered: its checksum is not the one in the schema; {rebuild(folder)}")
 
 
 def rebuild(folder: Path) -> str:
-    """What to do about a store that is broken."""
+    """Advice for a broken store."""
     return f"delete {folder} and build it again"
 
 
 def work_of(target: Path) -> Path:
-    """Where the parts of a store lie until it is complete."""
+    """Folder of a store's parts until the store is complete."""
     return target.with_name(target.name + ".partial")
 
 
 def durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under another name, and give it its own once all of it is on the disk."""
+    """Write a file under another name, and rename it once all of it is on the disk."""
     new = path.with_name(path.name + ".new")
     with new.open("w+b") as file:
         write(file)
@@ -115,14 +115,14 @@ def durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 @contextmanager
 def doubled_names_allowed() -> Iterator[None]:
-    """Keep anndata silent about names of cells that occur twice: ``Cells`` warn of them."""
+    """Silence anndata about cell names that occur twice; ``Cells`` warns about them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Observation names are not unique", UserWarning)
         yield
 
 
 def sync_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on the disk."""
+    """Flush the entries of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
