@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.samplers:
         sampler, thin = SAMPLERS[name]
         started = time.perf_counter()
-        found = ps.calibrate(fit, options.cells, sampler=sampler, thin=thin, seed=options.seed)
-        tables[name] = found.summary.assign(n=options.cells, seconds=time.perf_counter() - started)
+        result = ps.calibrate(fit, options.cells, sampler=sampler, thin=thin, seed=options.seed)
+        tables[name] = result.summary.assign(n=options.cells, seconds=time.perf_counter() - started)
         sys.stdout.write(f"{name}\n{tables[name].round(4).to_string()}\n\n")
     if options.out:
         pd.concat(tables, names=["sampler"]).reset_index().to_json(options.out, orient="records", indent=1)

@@ -21,8 +21,8 @@ def nuts(fit: ps.Fit, x: torch.Tensor, gamma: torch.Tensor, *, warmup: int, samp
         kernel = MCMC(NUTS(fit.model.eval()), num_samples=samples, warmup_steps=warmup, disable_progbar=True)
         kernel.run(x, gamma)
         diverged = kernel.diagnostics()["divergences"]["chain 0"]
-    found = kernel.get_samples(group_by_chain=True)
-    columns = [found["z"].flatten(2)] + ([found["l"].flatten(2).log()] if "l" in found else [])
+    draws = kernel.get_samples(group_by_chain=True)
+    columns = [draws["z"].flatten(2)] + ([draws["l"].flatten(2).log()] if "l" in draws else [])
     return torch.cat(columns, -1).double().numpy(), len(diverged)
 
 

@@ -82,9 +82,9 @@ def compared(fit: ps.Fit, cells: ps.Cells, draws: xr.Dataset, options: argparse.
         started = time.process_time()
         theirs, diverged = nuts(fit, *cells[[cell]], warmup=options.nuts_warmup, samples=options.nuts_samples)
         seconds = time.process_time() - started
-        found = agreement(moments(hamiltonian(draws, cell, SAMPLERS["HMC"].chains)), moments(theirs))
+        agreed = agreement(moments(hamiltonian(draws, cell, SAMPLERS["HMC"].chains)), moments(theirs))
         rhat = float(draws["rhat"][cell])
-        rows.append({"cell": cell, **found, "rhat": rhat, "nuts_divergences": diverged, "nuts_cpu_seconds": seconds})
+        rows.append({"cell": cell, **agreed, "rhat": rhat, "nuts_divergences": diverged, "nuts_cpu_seconds": seconds})
         sys.stderr.write(f"{rows[-1]}\n")
     return rows
 
@@ -105,11 +105,15 @@ def tables(options: argparse.Namespace) -> dict[str, pd.DataFrame]:
                 rows.append({**key, **diagnosed(draws, options.samples, seconds)})
                 sys.stderr.write(f"{rows[-1]}\n")
             if seed == options.seeds[0]:
-                found = compared(fit, cells, draws, options)  # HMC comes last
-                agreements += [{"model": model, "seed": seed, **row} for row in found]
+                of_cells = compared(fit, cells, draws, options)  # HMC comes last
+                agreements += [{"model": model, "seed": seed, **row} for row in of_cells]
     table = pd.DataFrame(rows)
-    found = {"samplers": table, "samplers, over seeds": over_seeds(table), "HMC against NUTS": pd.DataFrame(agreements)}
-    return {name: table for name, table in found.items() if len(table)}
+    by_title = {
+        "samplers": table,
+        "samplers, over seeds": over_seeds(table),
+        "HMC against NUTS": pd.DataFrame(agreements),
+    }
+    return {name: table for name, table in by_title.items() if len(table)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,11 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
     command = command_line(MODULE, arguments)
-    found = tables(options)
-    for name, table in found.items():
+    by_title = tables(options)
+    for name, table in by_title.items():
         sys.stdout.write(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
     if options.out:
-        rows = {name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in found.items()}
+        rows = {
+            name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in by_title.items()
+        }
         about = {"command": command, "versions": versions(PACKAGES)}
         options.out.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
 

@@ -65,10 +65,10 @@ def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
         with tempfile.TemporaryDirectory() as folder:
             printed_by(MODULE, "--prepare", folder, "--seeds", str(seed), *sizes)
             for verb in options.verbs:
-                found = json.loads(printed_by(MODULE, "--measure", folder, verb))
-                sys.stderr.write(f"{verb}, seed {seed}: {found['peak_mb']:.0f} MB, {found['cpu_seconds']:.0f} s\n")
-                row = {"verb": verb, **found, "n_genes": options.genes, "seed": seed}
-                rows.append({**row, "below_limit": found["peak_mb"] < LIMIT_MB, "command": command})
+                result = json.loads(printed_by(MODULE, "--measure", folder, verb))
+                sys.stderr.write(f"{verb}, seed {seed}: {result['peak_mb']:.0f} MB, {result['cpu_seconds']:.0f} s\n")
+                row = {"verb": verb, **result, "n_genes": options.genes, "seed": seed}
+                rows.append({**row, "below_limit": result["peak_mb"] < LIMIT_MB, "command": command})
     return pd.DataFrame(rows)
 
 

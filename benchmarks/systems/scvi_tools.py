@@ -93,10 +93,10 @@ def weighted_evidence(n_cells: int, n_genes: int, cells: int, samples: int, per_
 
     def measure() -> Sample:
         with Stopwatch() as watch:
-            found = model.get_marginal_ll(
+            log_evidence = model.get_marginal_ll(
                 indices=np.arange(cells), n_mc_samples=samples, n_mc_samples_per_pass=per_pass, return_mean=True
             )
-        return watch.sample(work=cells * samples, mean=float(found))
+        return watch.sample(work=cells * samples, mean=float(log_evidence))
 
     return measure
 

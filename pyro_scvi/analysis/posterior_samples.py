@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import theta_at
@@ -98,36 +98,36 @@ def sample_posterior(
     >>> bool((draws.h.values[:, ~zeros] == 0).all())
     True
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
-            found = sampler.draw(fit.guide, x, gamma, samples)
-            values = draw_sites(fit, x, gamma, found, sites)
+            draws = sampler.draw(fit.guide, x, gamma, samples)
+            values = draw_sites(fit, x, gamma, draws, sites)
             drawn = {name: values[name] for name in sites}
-            judged = found.diagnose() if diagnostics else {}
+            judged = draws.diagnose() if diagnostics else {}
             part = {name: (False, value) for name, value in judged.items()}
             part |= {name: (reduce is None, value) for name, value in (reduce(drawn) if reduce else drawn).items()}
             parts.append({name: (lead, value.cpu().numpy()) for name, (lead, value) in part.items()})
     return _dataset(parts, cells, fit.model.n_latent)
 
 
-def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, sites: Sequence[str]) -> dict[str, Tensor]:
+def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence[str]) -> dict[str, Tensor]:
     """Sites as (samples, cells), (samples, cells, latents) or (samples, cells, genes)."""
-    values = {"z": found.sites["z"].squeeze(-2)}
-    if "l" in found.sites:
-        values["l"] = found.sites["l"].squeeze(-1)
+    values = {"z": draws.sites["z"].squeeze(-2)}
+    if "l" in draws.sites:
+        values["l"] = draws.sites["l"].squeeze(-1)
     if set(sites) & set(EXPLICIT):
-        values |= fit.model.likelihood.explained(x, decoded(fit, x, gamma, found))
+        values |= fit.model.likelihood.explained(x, decoded(fit, x, gamma, draws))
     return values
 
 
-def decoded(fit: Fit, x: Tensor, gamma: Tensor, found: Draws) -> Theta:
+def decoded(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Theta:
     """The likelihood's parameters (samples, cells, genes) at drawn latents."""
-    return theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **found.sites})
+    return theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **draws.sites})
 
 
 def check_sites(fit: Fit, sites: Sequence[str]) -> None:

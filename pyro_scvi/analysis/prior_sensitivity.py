@@ -96,7 +96,8 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
 
 def _arviz() -> tuple[BaseArray, BaseDataArray]:
     try:
-        from arviz_stats.base import array_stats, dataarray_stats
+        from arviz_stats.base.array import array_stats
+        from arviz_stats.base.dataarray import dataarray_stats
     except ImportError as error:
         raise ImportError("prior_sensitivity needs arviz-stats: pip install 'pyro-scvi[arviz]'") from error
     return array_stats, dataarray_stats

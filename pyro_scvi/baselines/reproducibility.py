@@ -48,7 +48,7 @@ HIGHEST_WEIGHT = 0.99  # above it the marginals are one normal law, whose mu and
 
 
 class IDRResult(NamedTuple):
-    """What :func:`idr` found: the mixture, and per item (items,) ``local_idr`` and ``idr``.
+    """Result of :func:`idr`: the mixture, and per item (items,) ``local_idr`` and ``idr``.
 
     ``mixture_weight`` is the share of reproducible items; ``local_idr`` an item's posterior probability to be
     irreproducible; ``idr`` the mean local_idr of the items that are as good or better. ``log_likelihood`` is that of
@@ -247,15 +247,15 @@ def _checked_starts(starts: Sequence[Mixture]) -> list[Mixture]:
     if isinstance(starts, Mixture):
         raise ModelError(f"starts must be a sequence of Mixture, got a single one; pass [{starts}]")
     try:
-        found = [Mixture(*map(float, start)) for start in starts]
+        mixtures = [Mixture(*map(float, start)) for start in starts]
     except (TypeError, ValueError) as error:
         raise ModelError(f"starts must be a sequence of Mixture or of its 4 numbers, got {starts!r}") from error
-    if not found:
+    if not mixtures:
         raise ModelError("starts must have at least one Mixture, such as AUTHORS_START")
-    for p, rho, mu, sigma in found:
+    for p, rho, mu, sigma in mixtures:
         if not (0 < p < 1 and -1 < rho < 1 and math.isfinite(mu) and 0 < sigma < math.inf):
             raise ModelError(
                 f"a start needs 0 < mixture_weight < 1, -1 < rho < 1, sigma > 0 and finite mu; got "
                 f"{Mixture(p, rho, mu, sigma)}"
             )
-    return found
+    return mixtures

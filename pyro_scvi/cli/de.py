@@ -8,7 +8,7 @@ import pandas as pd
 import typer
 from anndata import AnnData
 
-from pyro_scvi.analysis.differential.differential import DepthCorrected, Uncorrected, differential_expression
+from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
 from pyro_scvi.cli import genes
 from pyro_scvi.cli.files import column, load_fit, matched, read_h5ad
 from pyro_scvi.cli.genes import REST, Comparison
@@ -70,10 +70,10 @@ def de(
             answer().table.to_csv(space.path)
         return
     with new_folder(out, ("table.csv",), force, file) as space:
-        found = answer()
-        found.table.to_csv(space.path / "table.csv")
+        result = answer()
+        result.table.to_csv(space.path / "table.csv")
         source = f"{file.name} by the fit {fit_folder}"
-        page = html_page.page(f"pyro-scvi: {file.name}", _sections(space, question, found, source, called(ctx)))
+        page = html_page.page(f"pyro-scvi: {file.name}", _sections(space, question, result, source, called(ctx)))
         (space.path / PAGE).write_text(page, encoding="utf-8")
 
 
@@ -120,7 +120,7 @@ def _answer(fit: Fit, adata: AnnData, question: Question, layer: str | None, fil
 
 
 def _sections(
-    space: Workspace, question: Question, found: Answer, source: str, command: str
+    space: Workspace, question: Question, result: Answer, source: str, command: str
 ) -> list[html_page.Section]:
     options = [(name.replace("_", " "), f"{value}") for name, value in question.options.items()]
     made = [
@@ -128,16 +128,16 @@ def _sections(
         html_page.code(command),
         html_page.table([("column", question.groupby), *options]),
     ]
-    return [*_shown(space, question.groupby, found), ("How it was made", [*made, versions(), *space.notes])]
+    return [*_shown(space, question.groupby, result), ("How it was made", [*made, versions(), *space.notes])]
 
 
-def _shown(space: Workspace, groupby: str, found: Answer) -> list[html_page.Section]:
-    comparison, *others = found.comparisons
+def _shown(space: Workspace, groupby: str, result: Answer) -> list[html_page.Section]:
+    comparison, *others = result.comparisons
     if others:
         text = f"Each group of {groupby} against {REST} of {comparison.n_a + comparison.n_b:,} cells."
         return [
             ("", [text, f"Genes are called for {comparison.criterion}. {genes.NOT_CALLED}"]),
-            ("Genes by group", [genes.by_group(found.comparisons)]),
+            ("Genes by group", [genes.by_group(result.comparisons)]),
         ]
     return [
         ("", [f"By {groupby}: {genes.sides(comparison)}", genes.volcano(comparison, space.path / "volcano.png")]),

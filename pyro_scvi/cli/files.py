@@ -48,10 +48,10 @@ def load_fit(folder: Path, device: str) -> Fit:
     CheckpointError
         If there is none, or it is broken.
     """
-    found = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
-    if not found:
+    folders = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
+    if not folders:
         raise CheckpointError(f"{folder} is no saved fit: neither it nor {folder / FIT} holds {CONFIG}")
-    return load(found[0]).to(resolve_device(device))
+    return load(folders[0]).to(resolve_device(device))
 
 
 def matched(fit: Fit, adata: AnnData, layer: str | None, fill_missing_genes: bool) -> Cells:

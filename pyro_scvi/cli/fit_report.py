@@ -8,7 +8,7 @@ import pandas as pd
 from sklearn.metrics import silhouette_score
 
 from pyro_scvi import plots
-from pyro_scvi.analysis.differential.differential import differential_expression
+from pyro_scvi.analysis.differential import differential_expression
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.predictive.checks import check_predictions
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability

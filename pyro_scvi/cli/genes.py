@@ -33,8 +33,8 @@ class Comparison:
     @property
     def called(self) -> pd.DataFrame:
         """Genes called at a false discovery rate of FDR, the most certain and then the largest change first."""
-        found = self.table[self.table.fdr <= FDR]
-        return found.assign(size=found.lfc_mean.abs()).sort_values(["p_lfc", "size"], ascending=False)
+        rows = self.table[self.table.fdr <= FDR]
+        return rows.assign(size=rows.lfc_mean.abs()).sort_values(["p_lfc", "size"], ascending=False)
 
     @property
     def criterion(self) -> str:
@@ -121,12 +121,12 @@ def by_group(comparisons: Sequence[Comparison], n: int = 8) -> html_page.Html:
     header = ("group", "cells", "called", "higher in it", "first of these")
     rows = [
         (
-            found.a,
-            f"{found.n_a:,}",
-            f"{len(found.called):,}",
-            f"{len(found.higher_in_a()):,}",
-            ", ".join(map(str, found.higher_in_a()[:n])) or "none",
+            one.a,
+            f"{one.n_a:,}",
+            f"{len(one.called):,}",
+            f"{len(one.higher_in_a()):,}",
+            ", ".join(map(str, one.higher_in_a()[:n])) or "none",
         )
-        for found in sorted(comparisons, key=lambda comparison: -comparison.n_a)
+        for one in sorted(comparisons, key=lambda comparison: -comparison.n_a)
     ]
     return html_page.table(rows, header, numbers=(1, 2, 3))

@@ -80,13 +80,13 @@ def settings_of(fit: Fit, job: Job) -> dict[str, Any]:
 
 def versions() -> str:
     """What a result was computed with."""
-    found = [f"pyro-scvi {__version__}", f"Python {platform.python_version()}"]
+    packages = [f"pyro-scvi {__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "pyro-ppl", "numpy", "anndata", "scanpy"):
         try:
-            found.append(f"{name} {version(name)}")
+            packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:  # scanpy is optional
             continue
-    return ", ".join(found)
+    return ", ".join(packages)
 
 
 def _genes(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import DIMS, check_sites, draw_sites
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -115,7 +115,7 @@ def to_datatree(
     >>> tree["posterior"].z.dims
     ('chain', 'draw', 'cell', 'latent')
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_proper(fit.model.prior, "there is no posterior to export")
     if sites is None:
@@ -127,11 +127,11 @@ def to_datatree(
     with evaluating(fit.model, fit.guide, seed):
         batches = minibatches(fit, cells).in_order(batch_size)
         for (x, gamma), own_seed in zip(batches, _seeds(seed), strict=False):
-            found = sampler.draw(fit.guide, x, gamma, samples)
+            draws = sampler.draw(fit.guide, x, gamma, samples)
             rows = slice(start, start := start + len(x))
-            for group, values in _of_batch(fit, x, gamma, found, extent, own_seed).items():
-                gathered.fill(rows, group, {name: _by_chain(v, found.chains) for name, v in values.items()}, DRAWN)
-            gathered.fill(rows, "sample_stats", found.diagnose(), FIXED)
+            for group, values in _of_batch(fit, x, gamma, draws, extent, own_seed).items():
+                gathered.fill(rows, group, {name: _by_chain(v, draws.chains) for name, v in values.items()}, DRAWN)
+            gathered.fill(rows, "sample_stats", draws.diagnose(), FIXED)
             gathered.fill(rows, "observed_data", {"x": _counted(x)}, FIXED)
             gathered.fill(rows, "constant_data", {"gamma": gamma} if cells.n_covariates else {}, FIXED)
     return _tree(gathered, cells, fit.model.n_latent, {"sampler": repr(sampler), "seed": seed})
@@ -154,16 +154,16 @@ def _seeds(seed: int) -> Iterator[int]:
         yield int(parent.spawn(1)[0].generate_state(1)[0])
 
 
-def _of_batch(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, extent: _Extent, seed: int) -> Groups:
+def _of_batch(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent, seed: int) -> Groups:
     """Whatever has draws of these cells, each variable (samples, cells, ...)."""
-    values = draw_sites(fit, x, gamma, found, extent.sites)
+    values = draw_sites(fit, x, gamma, draws, extent.sites)
     groups = {"posterior": {site: _stored(site, values[site]) for site in extent.sites}}
-    groups |= _densities(fit, x, gamma, found.sites, extent.log_likelihood)
+    groups |= _densities(fit, x, gamma, draws.sites, extent.log_likelihood)
     with seeded(seed):
         groups |= _prior(fit, gamma, extent)
         if extent.posterior_predictive:
             size = draws_at_once(x)
-            drawn = [_predicted(fit, x, gamma, part) for part in _split(found.sites, size)]
+            drawn = [_predicted(fit, x, gamma, part) for part in _split(draws.sites, size)]
             groups["posterior_predictive"] = {"x": _counted(torch.cat(drawn))}
     return groups
 
@@ -248,7 +248,7 @@ class _Gathered:
 
 def _tree(gathered: _Gathered, cells: Cells, n_latent: int, run: dict[str, str | int]) -> xr.DataTree:
     schema, library = cells.schema, _library()
-    names: dict[str, Sequence] = {
+    names: dict[str, Sequence[Any]] = {
         "cell": list(cells.cell_names),
         "gene": list(cells.gene_names),
         "latent": range(n_latent),

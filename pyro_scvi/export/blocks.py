@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_scvi.analysis.inputs import require_question
+from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.nn.component import lasting_repr
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -120,7 +120,7 @@ def write(
     >>> ps.shards.write(fit, cells, folder / "half.zarr", verbs, block=30, progress=False)
     0
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_at_least(1, block=block)
     require_seed(seed)
     block, seed = int(block), int(seed)  # NumPy's integers are none to JSON
@@ -140,9 +140,9 @@ def write(
             rows = slice(k * block, min((k + 1) * block, cells.n_cells))
             part = cells.take(np.arange(rows.start, rows.stop))
             for name, verb in verbs.items():
-                found = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
-                _require_alike(name, found, columns[name])
-                for column in found:
+                of_part = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
+                _require_alike(name, of_part, columns[name])
+                for column in of_part:
                     group[column.place][rows] = column.values
             kind.flush(group)  # a block counts as done only where it is in the file
             done[k] = True
@@ -162,14 +162,14 @@ class _Column(NamedTuple):
         return [self.place, self.values.dtype.name, *self.values.shape[1:]]
 
 
-def _split(name: str, found: Any, n_cells: int, n_genes: int) -> list[_Column]:
-    if isinstance(found, pd.DataFrame):
+def _split(name: str, result: Any, n_cells: int, n_genes: int) -> list[_Column]:
+    if isinstance(result, pd.DataFrame):
         try:
-            columns = [_Column(f"obs/{name}_{column}", found[column].to_numpy(float)) for column in found]
+            columns = [_Column(f"obs/{name}_{column}", result[column].to_numpy(float)) for column in result]
         except (TypeError, ValueError) as error:
             raise ModelError(f"{name!r} must give real numbers in every column: {error}") from error
     else:
-        values = np.asarray(found)
+        values = np.asarray(result)
         own = "layers" if values.shape == (n_cells, n_genes) else "obsm"
         columns = [_Column(f"{'obs' if values.ndim == 1 else own}/{name}", values)]
     for column in columns:
@@ -187,19 +187,19 @@ def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[_C
         if not isinstance(name, str) or not name.strip("."):
             raise ModelError(f"names of verbs become names of arrays, such as 'X_pyro_scvi'; got {brief(name)}")
     first = cells.take(np.arange(1))
-    found = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
-    places = [column.place for some in found.values() for column in some]
+    by_verb = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
+    places = [column.place for some in by_verb.values() for column in some]
     if within := [place.split("/", 1)[1] for place in places if place.count("/") > 1]:
         raise ModelError(f"names of verbs and of their columns must be without '/', got {within}")
     if doubled := sorted({place for place in places if places.count(place) > 1}):
         raise ModelError(f"verbs give {doubled} more than once; choose another name")
     if taken := [place for place in places if place.startswith("obs/") and place[4:] in cells.obs]:
         raise ModelError(f"the cells have the columns {taken} already; choose another name")
-    return found
+    return by_verb
 
 
-def _require_alike(name: str, found: list[_Column], first: list[_Column]) -> None:
-    shapes, expected = [column.shape for column in found], [column.shape for column in first]
+def _require_alike(name: str, columns: list[_Column], first: list[_Column]) -> None:
+    shapes, expected = [column.shape for column in columns], [column.shape for column in first]
     if shapes != expected:
         raise ModelError(f"{name!r} must give the same for every block: of the first cell {expected}, now {shapes}")
 
@@ -284,8 +284,8 @@ def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
     try:
         with _reached(kind, path, "r") as group:
             text = group["uns"][RUN][()]
-            found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
-            differing = [name for name in run if found.get(name) != run[name]]
+            recorded = json.loads(text.decode() if isinstance(text, bytes) else str(text))
+            differing = [name for name in run if recorded.get(name) != run[name]]
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -380,6 +380,6 @@ _FORMATS: dict[str, _Format] = {".zarr": _Zarr(), ".h5ad": _HDF5()}
 def _format_of(path: Any) -> _Format:
     suffix = Path(path).suffix if isinstance(path, str | Path) else None
     if suffix not in _FORMATS:
-        found = brief(path) if suffix is None else path
-        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {found}")
+        given = brief(path) if suffix is None else path
+        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {given}")
     return _FORMATS[suffix]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_scvi.analysis.differential.differential import half_step
+from pyro_scvi.analysis.differential.summary import half_step
 from pyro_scvi.analysis.inputs import require_fit
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
@@ -117,14 +117,14 @@ def annotate(
         allow_non_integer=allow_non_integer,
     )
     drawing: dict[str, Any] = {"samples": samples, "sampler": sampler, "seed": seed, "batch_size": batch_size}
-    found = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
+    results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
     latent = embed(fit, cells, seed=seed)
     adata.obsm[EMBEDDING] = latent
-    for name, values in found.items():
+    for name, values in results.items():
         adata.layers[name] = in_genes_of(adata, cells, values)
     made = _provenance(fit, seed, layer) | {"seconds": time.perf_counter() - started}
     drawn = made | {"samples": samples, "sampler": repr(sampler)}
-    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | dict.fromkeys(found, drawn)
+    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | dict.fromkeys(results, drawn)
 
 
 def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:

@@ -95,8 +95,8 @@ def read_rows(file: Path) -> list[Row]:
     numbers = ["value", "error", "seconds", "paper"]
     table = pd.read_csv(file, dtype=texts, keep_default_na=False, na_values={name: [""] for name in numbers})
     names = Row.__dataclass_fields__
-    found = [{str(name): value for name, value in line.items() if name in names} for line in table.to_dict("records")]
-    return [Row(**{**line, "seeds": tuple(map(int, line["seeds"].split()))}) for line in found]
+    records = [{str(name): value for name, value in line.items() if name in names} for line in table.to_dict("records")]
+    return [Row(**{**line, "seeds": tuple(map(int, line["seeds"].split()))}) for line in records]
 
 
 def html(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from pyro_scvi.analysis.differential.differential import half_step
+from pyro_scvi.analysis.differential.summary import half_step
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN, given_or_new, legend_beside, require
 from pyro_scvi.utils.checks import brief, require_at_least

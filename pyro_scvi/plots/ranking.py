@@ -78,7 +78,7 @@ def _khat_column(ax: Axes, rows: np.ndarray, shares: pd.Series) -> None:
     place: dict[str, Any] = {"ha": "center", "fontsize": "small", "color": INK}
     ax.text(1.07, 1.0, _KHAT, va="bottom", transform=ax.transAxes, **place)
     for row, share in zip(rows, shares, strict=True):
-        text = "–" if pd.isna(share) else f"{100 * share:.1f} %"
+        text = "\N{EN DASH}" if pd.isna(share) else f"{100 * share:.1f} %"
         ax.text(1.07, row, text, va="center", transform=ax.get_yaxis_transform(), **place)
 
 

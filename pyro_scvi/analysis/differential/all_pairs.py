@@ -84,8 +84,8 @@ class AllPairs:
 def over_all_pairs(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> Estimate:
     """The estimate from log means (draws of a, genes) and (draws of b, genes) and log r (genes,)."""
     parts = zip(a.split(AT_ONCE, 1), b.split(AT_ONCE, 1), log_r.split(AT_ONCE), strict=True)
-    found = [_of_genes(*part, delta, bins) for part in parts]
-    p, se, *of_change = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    estimates = [_of_genes(*part, delta, bins) for part in parts]
+    p, se, *of_change = (torch.cat(column).numpy() for column in zip(*estimates, strict=True))
     return Estimate(p, se, min(len(a), len(b)), *of_change)
 
 

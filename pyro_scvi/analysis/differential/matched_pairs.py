@@ -80,10 +80,10 @@ class Groups:
         """The same for sorted rows, in their order."""
         chosen, which, times = rows.unique_consecutive(return_inverse=True, return_counts=True)
         x, gamma = self.batches.rows(chosen)
-        found = self.sampler.draw(self.fit.guide, x, gamma, int(times.max()))
+        draws = self.sampler.draw(self.fit.guide, x, gamma, int(times.max()))
         nth = torch.arange(len(rows), device=rows.device) - (times.cumsum(0) - times)[which]
-        sites = {name: value[nth, which][None] for name, value in found.sites.items()}
-        theta = decoded(self.fit, x[which], gamma[which], found._replace(sites=sites))
+        sites = {name: value[nth, which][None] for name, value in draws.sites.items()}
+        theta = decoded(self.fit, x[which], gamma[which], draws._replace(sites=sites))
         log_mean, log_r = self.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
         if log_r is not None:
             log_r = log_r.expand(log_mean.shape[-1]) if log_r.dim() < 2 else log_r.expand(log_mean.shape)[0]

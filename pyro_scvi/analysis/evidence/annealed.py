@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LogTerms, log_terms, prior_sites
@@ -83,7 +84,7 @@ def annealed_evidence(
     >>> annealed.columns.tolist()
     ['log_evidence', 'se', 'ess', 'khat']
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")
     require_at_least(2, chains=chains)
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
@@ -107,7 +108,7 @@ def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures:
     betas = torch.linspace(0, 1, temperatures + 1).pow(4).tolist()
     log_weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
     log_size = torch.full((len(x),), -0.7, dtype=u.dtype, device=u.device)
-    for before, beta in zip(betas, betas[1:], strict=False):
+    for before, beta in pairwise(betas):
         log_weights += (beta - before) * terms(u)[1].double()
         density = Whitened(_tempered(terms, beta), _metric((1 - beta) * wide + beta * narrow))
         state, error = transition(density, density.at(density.inverse(u)), log_size.exp(), leapfrog)

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import Joint, log_joint
@@ -97,7 +97,7 @@ def evidence(
     >>> table.index.tolist() == test.obs.index[:4].tolist()
     True
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")
     require_at_least(2, samples=samples)
     require_at_least(1, batch_size=batch_size)
@@ -113,10 +113,10 @@ def evidence(
 
 
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, joint: Joint) -> Tensor:
-    found = weighted(guide, x, gamma, budget, joint=joint)
+    result = weighted(guide, x, gamma, budget, joint=joint)
     charge = guide.model.library.log_prob_of_total(x, gamma)
-    log_evidence, bound = found.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
-    columns = (log_evidence, found.se, found.ess, found.khat, bound)
+    log_evidence, bound = result.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
+    columns = (log_evidence, result.se, result.ess, result.khat, bound)
     return torch.stack([column.double().cpu() for column in columns], -1)
 
 

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -92,7 +92,7 @@ def leave_one_out(
     >>> left_out.elpd.dims, left_out.elpd.shape
     (('cell', 'gene'), (2, 20))
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, batch_size=batch_size)
     require_at_least(2, samples=samples)
@@ -102,7 +102,7 @@ def leave_one_out(
         raise ModelError(
             "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
         )
-    found, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
+    results, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
     judged = list[dict[str, Tensor]]()
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
@@ -113,8 +113,8 @@ def leave_one_out(
             log_p = law.log_prob(x)
             below = law.expand(log_p.shape).sample() < x
             rows = slice(done, done := done + len(x))
-            found[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
-    elpd, khat, pit = found.numpy()
+            results[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
+    elpd, khat, pit = results.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
     of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
     _warn_of(of_cells)

@@ -15,7 +15,7 @@ from pyro_scvi.utils.checks import require_at_least
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.proposals import refined
 
@@ -53,7 +53,7 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     >>> ps.embed(fit, test).shape
     (12, 2)
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_at_least(1, batch_size=batch_size)
     with evaluating(fit.model, fit.guide, seed):
         means = [_mean(fit.guide, x, gamma) for x, gamma in minibatches(fit, cells).in_order(batch_size)]

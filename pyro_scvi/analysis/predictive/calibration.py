@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["AggregatePosterior", "Prior", "calibrate"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -129,8 +129,8 @@ class AggregatePosterior:
         drawn, covariates = list[Sites](), list[Tensor]()
         for part in rows.split(64):
             x, gamma = batches.rows(part)
-            found = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
-            drawn.append({name: value[-1] for name, value in found.sites.items()})
+            draws = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
+            drawn.append({name: value[-1] for name, value in draws.sites.items()})
             covariates.append(gamma)
         return {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}, torch.cat(covariates)
 
@@ -256,8 +256,8 @@ def _ranks(
     for rows in torch.arange(len(gamma), device=gamma.device).split(batch_size):
         true, constants = {name: value[rows] for name, value in truth.items()}, gamma[rows]
         x = _law(fit, None, constants)(true).sample()
-        found = sampler.draw(fit.guide, x, constants, draws * thin)
-        kept = {name: _thinned(value, found.chains, draws) for name, value in found.sites.items()}
+        posterior = sampler.draw(fit.guide, x, constants, draws * thin)
+        kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}
         law = _law(fit, x, constants)
         below = _values(kept, law, x) < _values(true, law, x)
         yield below.sum(0).cpu().numpy()

@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Checks", "check_predictions", "posterior_predictive", "prior_predictive"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -137,7 +137,7 @@ def posterior_predictive(
     >>> replicas.dims, replicas.shape
     (('sample', 'cell', 'gene'), (3, 12, 20))
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
@@ -179,9 +179,9 @@ class Checks(NamedTuple):
         facts = {}
         for what, of in {"genes": self.genes, "cells": self.cells}.items():
             for name in of.columns.unique(0):
-                found = of[name].dropna()
-                outside = ((found.observed < found.low) | (found.observed > found.high)).mean()
-                facts[name] = f"{outside:.0%} of {len(found):,} {what} outside the band of replicas"
+                rows = of[name].dropna()
+                outside = ((rows.observed < rows.low) | (rows.observed > rows.high)).mean()
+                facts[name] = f"{outside:.0%} of {len(rows):,} {what} outside the band of replicas"
         return facts
 
 
@@ -236,7 +236,7 @@ def check_predictions(
     >>> checks.genes.shape, checks.cells.shape
     ((20, 20), (12, 5))
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if not isinstance(interval, Real) or not 0 < interval < 1:
@@ -259,15 +259,15 @@ def _replicated(
     fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for x, gamma in minibatches(fit, cells).in_order(batch_size):
-        found, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
-        parts = zip(*(site.split(size) for site in found.sites.values()), strict=True)
-        drawn = [_counts(fit, x, gamma, found, dict(zip(found.sites, part, strict=True))) for part in parts]
+        draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
+        parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
+        drawn = [_counts(fit, x, gamma, draws, dict(zip(draws.sites, part, strict=True))) for part in parts]
         yield x, torch.cat(drawn)
 
 
-def _counts(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, sites: dict[str, Tensor]) -> Tensor:
+def _counts(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: dict[str, Tensor]) -> Tensor:
     """One draw of counts (samples, cells, genes) at every draw of the latents."""
-    law = fit.model.likelihood.marginal(**decoded(fit, x, gamma, found._replace(sites=sites)))
+    law = fit.model.likelihood.marginal(**decoded(fit, x, gamma, draws._replace(sites=sites)))
     return law.expand((len(sites["z"]), *x.shape)).sample()
 
 

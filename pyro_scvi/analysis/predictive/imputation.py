@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -154,7 +154,7 @@ def impute(
     >>> bool((low <= high).all())
     True
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     _check_wishes(quantity, quantiles, batches)
@@ -162,18 +162,18 @@ def impute(
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
-    found, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             draws = sampler.draw(fit.guide, x, gamma, samples)
             if quantiles:
-                found[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
+                imputed[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
             else:
                 constants = [other[rows].to(gamma) for other in swapped] or [gamma]
                 means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
-                found[rows] = torch.stack(means).mean(0).cpu().numpy()
-    return found
+                imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
+    return imputed
 
 
 def technical_zero_probability(
@@ -217,11 +217,11 @@ def technical_zero_probability(
     >>> technical.shape, bool((technical[test.counts > 0] == 0).all())
     ((12, 20), True)
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
-    found, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
+    probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
@@ -230,8 +230,8 @@ def technical_zero_probability(
             )
             if logits is None:
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
-            found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
-    return found
+            probability[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
+    return probability
 
 
 def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
@@ -239,8 +239,8 @@ def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
     if out is None:
         return torch.empty(shape, dtype=fit.dtype).numpy()
     if getattr(out, "shape", None) != shape:
-        found = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ModelError(f"out must be an array of shape {shape}, got {found}")
+        given = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ModelError(f"out must be an array of shape {shape}, got {given}")
     return out
 
 
@@ -257,10 +257,10 @@ def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:
         raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
 
 
-def _mean(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantity: Quantity) -> Tensor:
-    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, found)).mean(0)
+def _mean(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantity: Quantity) -> Tensor:
+    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)).mean(0)
 
 
-def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantiles: Sequence[float]) -> Tensor:
-    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, found))["w"]
+def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantiles: Sequence[float]) -> Tensor:
+    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"]
     return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)

@@ -79,9 +79,9 @@ class DESeq2(BaseEstimator):
                 return fit.results(independentFiltering=False)
 
         try:
-            found = fitted("parametric")
+            tested = fitted("parametric")
         except NotImplementedError:  # the local regression that DESeq2 falls back on is not in inmoose
             warnings.warn("no parametric trend fits the dispersions; their mean is taken instead", stacklevel=2)
-            found = fitted("mean")
-        columns = (np.asarray(found[name], dtype=float) for name in ("pvalue", "log2FoldChange"))
+            tested = fitted("mean")
+        columns = (np.asarray(tested[name], dtype=float) for name in ("pvalue", "log2FoldChange"))
         return data.table(*columns)

@@ -191,8 +191,8 @@ class SCONE(BaseEstimator):
         unwanted, wanted = (_factors(x, genes) for genes in (negative_controls, positive_controls))
         rows = np.random.default_rng(self.seed).permutation(len(x))[:PAM_CELLS]
         known = Known(cells.bio, cells.batch, cells.quality, unwanted, wanted, rows)
-        found = {each.name: scores(cells.normalised(each), known) for each in candidates}
-        table = pd.DataFrame.from_dict(found, orient="index").rename_axis("normalisation")
+        by_name = {each.name: scores(cells.normalised(each), known) for each in candidates}
+        table = pd.DataFrame.from_dict(by_name, orient="index").rename_axis("normalisation")
         table["mean_rank"] = table.round(DIGITS).rank().mean(axis=1)
         self.counts_, self.quality_, self.batch_, self.bio_ = cells._replace(counts=x.copy())  # x may be the caller's
         self.table_ = table.sort_values("mean_rank", ascending=False, kind="stable")

@@ -88,12 +88,12 @@ def medoids(distance: np.ndarray, k: int) -> np.ndarray:
 
 def _best_silhouette(u: np.ndarray) -> float:
     distance = cdist(u, u)
-    found = []
+    silhouettes = []
     for k in CLUSTERS:
         if k < len(u):
             labels = distance[:, medoids(distance, k)].argmin(1)
-            found.append(float(silhouette_score(distance, labels, metric="precomputed")))
-    return max(found)
+            silhouettes.append(float(silhouette_score(distance, labels, metric="precomputed")))
+    return max(silhouettes)
 
 
 def _silhouette(u: np.ndarray, labels: np.ndarray | None) -> float:

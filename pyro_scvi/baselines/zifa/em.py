@@ -69,10 +69,12 @@ class Sums(NamedTuple):
     yz: Tensor
 
     @classmethod
-    def of(cls, y: Tensor, found: Posterior) -> Sums:
+    def of(cls, y: Tensor, latents: Posterior) -> Sums:
         """Sum over the cells of y (cells, genes)."""
-        lost, second = (y == 0).to(y), found.second_moment
-        return cls(found.mean.sum(0), second.sum(0), lost.T @ found.mean, lost.T @ second.flatten(1), y.T @ found.mean)
+        lost, second = (y == 0).to(y), latents.second_moment
+        return cls(
+            latents.mean.sum(0), second.sum(0), lost.T @ latents.mean, lost.T @ second.flatten(1), y.T @ latents.mean
+        )
 
     def __add__(self, other: Sums) -> Sums:  # type: ignore[override]
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))

@@ -126,7 +126,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, or the genes are not those of the fit.
         """
-        return self._ask(counts, lambda y, parameters, found: found.mean)
+        return self._ask(counts, lambda y, parameters, latents: latents.mean)
 
     def score_samples(self, counts: Any) -> np.ndarray:
         r"""Exact log marginal of the counts, (cells,), nats per cell.
@@ -144,8 +144,8 @@ class ZIFA(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, or the genes are not those of the fit.
         """
 
-        def log_marginal(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
-            return model.log_marginal(y, parameters, found) + model.log_kept(y, parameters.decay) - y.sum(1)
+        def log_marginal(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
+            return model.log_marginal(y, parameters, latents) + model.log_kept(y, parameters.decay) - y.sum(1)
 
         return self._ask(counts, log_marginal)
 
@@ -164,10 +164,11 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """
         x = self._counts(counts).to(self.device)
         law = self._law(x.dtype)
-        found = posterior(x.log1p(), law._replace(scale=(law.scale.square() + VARIANCE).sqrt()))  # bins are wide
-        scale = found.covariance.diagonal(dim1=1, dim2=2).sqrt()
+        wide = law._replace(scale=(law.scale.square() + VARIANCE).sqrt())  # bins are wide
+        proposal = posterior(x.log1p(), wide)
+        scale = proposal.covariance.diagonal(dim1=1, dim2=2).sqrt()
         return integrate(
-            lambda rows: model.binned_log_joint(x[rows], law), found.mean, scale, samples=samples, seed=seed
+            lambda rows: model.binned_log_joint(x[rows], law), proposal.mean, scale, samples=samples, seed=seed
         )
 
     def expected_complete_log_likelihood(self, counts: Any) -> np.ndarray:
@@ -214,8 +215,8 @@ class ZIFA(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, or the genes are not those of the fit.
         """
 
-        def lost(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
-            u, _ = model.log_counts(y, parameters, found)
+        def lost(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
+            u, _ = model.log_counts(y, parameters, latents)
             return torch.where(y == 0, torch.exp(-parameters.decay * u.square()), 0.0)
 
         return self._ask(counts, lost)
@@ -247,8 +248,8 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """Sums of the posterior over all cells, and the log likelihood without log_kept and Jacobian, nats."""
 
         def of(part: Tensor) -> tuple[Sums, float]:
-            found = posterior(part, parameters)
-            return Sums.of(part, found), float(model.log_marginal(part, parameters, found).sum())
+            latents = posterior(part, parameters)
+            return Sums.of(part, latents), float(model.log_marginal(part, parameters, latents).sum())
 
         return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), map(of, y.split(self.batch_size)))
 

@@ -200,19 +200,19 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
         """
-        found = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
-        return np.where(dense_counts(counts, fitted=self) > 0, 0.0, found)
+        probability = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
+        return np.where(dense_counts(counts, fitted=self) > 0, 0.0, probability)
 
     def _maximise(self, problem: Problem, cells: CellParameters, genes: GeneParameters) -> None:
-        found = problem.maximise(cells, genes, self.tol, self.max_iter)
-        self._warn(found)
-        cells, genes = CellParameters(*found.rows), GeneParameters(*found.shared)
+        minimum = problem.maximise(cells, genes, self.tol, self.max_iter)
+        self._warn(minimum)
+        cells, genes = CellParameters(*minimum.rows), GeneParameters(*minimum.shared)
         cells, genes = orthogonal(cells, genes, problem.penalties)
         log_likelihood = float(problem.log_likelihood(cells, genes).sum())
         penalty = float(problem.penalties.of_cells(cells) + problem.penalties.of_genes(genes))
         self.penalties_, self.n_cell_covariates_ = problem.penalties, problem.x_cov.shape[1]
         self.gene_covariates_ = problem.v_cov.cpu().numpy()
-        self.n_iter_, self.converged_ = found.iterations, found.converged
+        self.n_iter_, self.converged_ = minimum.iterations, minimum.converged
         self.W_, self.gamma_mu_, self.gamma_pi_ = (t.cpu().numpy() for t in cells)
         self.alpha_mu_, self.alpha_pi_, self.beta_mu_, self.beta_pi_, self.zeta_ = (t.cpu().numpy() for t in genes)
         self.log_likelihood_, self.penalised_log_likelihood_ = log_likelihood, log_likelihood - penalty
@@ -227,9 +227,9 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
                 "pass the same ones, in the same order"
             )
         problem = self._problem(x, design, self.gene_covariates_, self.penalties_)
-        found = problem.refit(self._genes(), self.tol * REFIT, self.max_iter)
-        self._warn(found)
-        return problem, CellParameters(*found.rows)
+        minimum = problem.refit(self._genes(), self.tol * REFIT, self.max_iter)
+        self._warn(minimum)
+        return problem, CellParameters(*minimum.rows)
 
     def _laws(self, counts: Any, cell_covariates: Any) -> Iterator[Distribution]:
         problem, cells = self._refitted(counts, cell_covariates)
@@ -257,10 +257,10 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         if self.epsilon is not None and not self.epsilon > 0:
             raise ModelError(f"epsilon must be above 0, got {self.epsilon}")
 
-    def _warn(self, found: Minimum) -> None:
-        if not found.converged:
+    def _warn(self, minimum: Minimum) -> None:
+        if not minimum.converged:
             warnings.warn(
-                f"ZINB-WaVE has not converged in {found.iterations} iterations; raise max_iter or tol",
+                f"ZINB-WaVE has not converged in {minimum.iterations} iterations; raise max_iter or tol",
                 ConvergenceWarning,
                 stacklevel=4,
             )

@@ -127,8 +127,8 @@ def _regressed_zeros(
 
     gamma = x.new_zeros(len(x), v_cov.shape[1])
     alpha, beta = x.new_zeros(w.shape[1], x.shape[1]), x.new_zeros(x_cov.shape[1], x.shape[1])
-    found = minimise(Separable(loss, penalty, chunks), (gamma,), (alpha, beta), tol=LOGISTIC_TOL, max_iter=100)
-    return (*found.rows, *found.shared)
+    minimum = minimise(Separable(loss, penalty, chunks), (gamma,), (alpha, beta), tol=LOGISTIC_TOL, max_iter=100)
+    return (*minimum.rows, *minimum.shared)
 
 
 def _best_dispersion(x: Tensor, law: Callable[[slice], tuple[Tensor, Tensor]], chunks: Sequence[slice]) -> Tensor:

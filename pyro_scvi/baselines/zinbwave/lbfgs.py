@@ -93,7 +93,7 @@ def _accumulate(
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (*rows, *shared)]
         value = term(tuple(leaves[: len(rows)]), tuple(leaves[len(rows) :]))
-        found = torch.autograd.grad(value, leaves, materialize_grads=True)
-    for gradient, part in zip(gradients, found, strict=True):
+        parts = torch.autograd.grad(value, leaves, materialize_grads=True)
+    for gradient, part in zip(gradients, parts, strict=True):
         gradient += part
     return float(value.detach())

@@ -184,12 +184,12 @@ class GammaTerms:
     """
 
     def __init__(self, x: Tensor) -> None:
-        found = [np.unique(column[column > 0], return_counts=True) for column in x.cpu().numpy().T]
-        gene = np.repeat(np.arange(len(found)), [len(values) for values, _ in found])
+        by_gene = [np.unique(column[column > 0], return_counts=True) for column in x.cpu().numpy().T]
+        gene = np.repeat(np.arange(len(by_gene)), [len(values) for values, _ in by_gene])
         self.genes = x.shape[1]
         self.gene, self.count, self.times = (
             torch.from_numpy(part).to(x.device)
-            for part in (gene, *(np.concatenate(parts) for parts in zip(*found, strict=True)))
+            for part in (gene, *(np.concatenate(parts) for parts in zip(*by_gene, strict=True)))
         )
 
     def __call__(self, zeta: Tensor) -> Tensor:

@@ -115,10 +115,10 @@ def area(of: Corrupted, score: np.ndarray) -> dict[str, float]:
     artificial[of.cell[of.zeroed], of.gene[of.zeroed]] = True
     observed = of.counts == 0
     auc = float(roc_auc_score(artificial[observed], score[observed]))
-    found, others = int(artificial.sum()), int(observed.sum() - artificial.sum())
-    both_found, both_others = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = auc * (1 - auc) + (found - 1) * (both_found - auc**2) + (others - 1) * (both_others - auc**2)
-    return {"auc": auc, "auc_se": float(np.sqrt(variance / (found * others)))}
+    positives, others = int(artificial.sum()), int(observed.sum() - artificial.sum())
+    both_positive, both_others = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (both_positive - auc**2) + (others - 1) * (both_others - auc**2)
+    return {"auc": auc, "auc_se": float(np.sqrt(variance / (positives * others)))}
 
 
 def identification(of: Corrupted, lost: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:

@@ -33,10 +33,10 @@ def path(name: str) -> Path:
     DataError
         If it is not there.
     """
-    found = folder() / name
-    if not found.is_file():
+    file = folder() / name
+    if not file.is_file():
         raise DataError(f"{name} is not in {folder()}; set PYRO_SCVI_DATA to the folder that holds it")
-    return found
+    return file
 
 
 @cache

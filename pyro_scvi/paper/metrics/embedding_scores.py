@@ -37,12 +37,12 @@ def of_types(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     types; share of cells whose type is the most frequent among their 15 nearest other cells.
     """
     types, codes = np.unique(labels, return_inverse=True)
-    found = KMeans(len(types), n_init=10, random_state=0).fit_predict(latents)
+    clusters = KMeans(len(types), n_init=10, random_state=0).fit_predict(latents)
     votes = one_hot(labels)[_nearest(latents, VOTERS)].sum(1)
     return {
         "silhouette": float(silhouette_score(latents, labels)),
-        "ari": float(adjusted_rand_score(labels, found)),
-        "nmi": float(normalized_mutual_info_score(labels, found)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
         "accuracy": float((votes.argmax(1) == codes).mean()),
     }
 

@@ -150,8 +150,8 @@ def zinb_wave(case: Result, tol: float, max_iter: int) -> Result:
         seconds = time.process_time() - started
         scores = method.score_samples(of.test.counts).tolist()
         types = clustering(lambda: method.transform(of.everything.counts), of.everything)
-    found = {"refitted": scores, "converged": method.converged_, "iterations": method.n_iter_}
-    return _about(of, seconds) | found | types
+    result = {"refitted": scores, "converged": method.converged_, "iterations": method.n_iter_}
+    return _about(of, seconds) | result | types
 
 
 def scvi_tools(case: Result, seed: int, epochs: int, samples: int) -> Result:
@@ -206,11 +206,11 @@ def clustering(embedded: Callable[[], np.ndarray], cells: Cells) -> dict[str, fl
     if "labels" not in cells.obs:
         return {}
     latents, labels = embedded(), cells.obs["labels"].astype(str).to_numpy()
-    found = KMeans(len(np.unique(labels)), n_init=10, random_state=0).fit_predict(latents)
+    clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=0).fit_predict(latents)
     return {
         "silhouette": float(silhouette_score(latents, labels)),
-        "ari": float(adjusted_rand_score(labels, found)),
-        "nmi": float(normalized_mutual_info_score(labels, found)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
     }
 
 
@@ -223,8 +223,8 @@ def reported_otherwise() -> Iterator[None]:
 
 
 def _integrated(method: Any, of: Split, samples: int) -> Result:
-    found = method.evidence(of.test.counts, samples=samples)
-    return {"log_p": found.log_evidence.tolist(), "khat_above": float((~(found.khat <= KHAT_LIMIT)).mean())}
+    table = method.evidence(of.test.counts, samples=samples)
+    return {"log_p": table.log_evidence.tolist(), "khat_above": float((~(table.khat <= KHAT_LIMIT)).mean())}
 
 
 def _about(of: Split, seconds: float) -> Result:

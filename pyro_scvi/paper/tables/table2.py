@@ -96,9 +96,9 @@ def scvi_tools(case: Result, seed: int, epochs: int, samples: int) -> Result:
     return _of_answers(of, zeros.of_scvi_tools(method, of.counts, samples=samples, seed=seed), seconds)
 
 
-def _of_answers(of: corruption.Corrupted, found: zeros.Answers, seconds: float) -> Result:
-    imputed = {f", {name}": found.pop(name) for name in (zeros.MEAN, zeros.RATE)}
-    return _scored(of, imputed, found, seconds)
+def _of_answers(of: corruption.Corrupted, answers: zeros.Answers, seconds: float) -> Result:
+    imputed = {f", {name}": answers.pop(name) for name in (zeros.MEAN, zeros.RATE)}
+    return _scored(of, imputed, answers, seconds)
 
 
 def _scored(of: corruption.Corrupted, imputed: zeros.Answers, lost: zeros.Answers, seconds: float) -> Result:
@@ -182,14 +182,14 @@ def rows(results: Results, budget: Budget) -> list[Row]:
 def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row]:
     for name, steps in _systems(setting, budget):
         outcomes = {step.settings["case"]["seed"]: results.of(step) for step in steps}
-        found = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
-        if not found:
+        by_seed = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
+        if not by_seed:
             note, paper = _reasons(outcomes.values()), _paper(setting, name)[0]
             yield Row(setting.name, name, MEDIAN, np.nan, seeds=tuple(outcomes), note=note, paper=paper)
             continue
-        seconds = float(np.mean([result["seconds"] for result in found.values()]))
-        about = {"seeds": tuple(found), "seconds": seconds}
-        of = setting, name, list(found.values()), about
+        seconds = float(np.mean([result["seconds"] for result in by_seed.values()]))
+        about = {"seeds": tuple(by_seed), "seconds": seconds}
+        of = setting, name, list(by_seed.values()), about
         if not name:
             yield from _facts(*of)
         yield from _error_rows(*of)
@@ -199,7 +199,7 @@ def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row
 MEDIAN, MEAN = "median absolute error, counts", "mean absolute error, counts"
 
 
-def _facts(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
+def _facts(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
     for quantity, key in (
         ("zeroed entries", "entries"),
         ("share of the candidates zeroed", "base_rate"),
@@ -208,21 +208,21 @@ def _facts(setting: Setting, name: str, found: list[Result], about: Result) -> I
         ("lambda of ZIFA", "decay"),
     ):
         if setting.by_zifa or key not in ("base_rate", "decay"):
-            value, error, n = over_seeds([result[key] for result in found])
+            value, error, n = over_seeds([result[key] for result in fits])
             yield Row(setting.name, "the corruption", quantity, value, error, "sd over masks", n, about["seeds"])
 
 
-def _error_rows(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
-    for which in found[0]["errors"]:
-        system, scores = f"{name}{which}", [result["errors"][which] for result in found]
-        paper, note = _paper(setting, system)[0], _note(found)
+def _error_rows(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
+    for which in fits[0]["errors"]:
+        system, scores = f"{name}{which}", [result["errors"][which] for result in fits]
+        paper, note = _paper(setting, system)[0], _note(fits)
         yield Row(setting.name, system, MEDIAN, *_over(scores, "median"), **about, paper=paper, note=note)
         yield Row(setting.name, system, MEAN, *_over(scores, "mean"), **about, note=note)
 
 
-def _identification_rows(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
-    for question in found[0]["identification"]:
-        scores = [result["identification"][question] for result in found]
+def _identification_rows(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
+    for question in fits[0]["identification"]:
+        scores = [result["identification"][question] for result in fits]
         base = question not in QUESTIONS
         system, asked = ("the share zeroed", "the share zeroed") if base else (name, QUESTIONS[question])
         if setting.by_zifa:  # where all candidates are zeroed, a probability of 1 is right and says nothing
@@ -241,8 +241,8 @@ def _over(scores: Sequence[dict[str, float]], name: str) -> tuple[float, float, 
     return (value, error, "sd over seeds", n) if n > 1 else (value, scores[0][f"{name}_se"], "se over entries", 1)
 
 
-def _note(found: list[Result]) -> str:
-    unfinished = [result["iterations"] for result in found if not result.get("converged", True)]
+def _note(fits: list[Result]) -> str:
+    unfinished = [result["iterations"] for result in fits if not result.get("converged", True)]
     return f"not converged in {unfinished[0]:,} iterations" if unfinished else ""
 
 
