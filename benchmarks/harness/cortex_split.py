@@ -24,7 +24,8 @@ class Task(NamedTuple):
     @property
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Raw counts (cells, genes) to fit and to score."""
-        x = self.data.X.toarray() if sparse.issparse(self.data.X) else np.asarray(self.data.X)
+        x = self.data.X
+        x = sparse.csr_array(x).toarray() if sparse.issparse(x) else np.asarray(x)
         return x[self.train], x[self.test]
 
 

@@ -71,7 +71,7 @@ class Interleaved:
     def _line(comparison: Comparison, samples: dict[str, Any], missing: dict[str, str]) -> Line:
         reasons = [missing[name] for name in (comparison.peer, comparison.limit) if name in missing]
         note = "; ".join(filter(None, [comparison.note, *(f"no peer: {reason}" for reason in reasons)]))
-        peer, limit = (samples.get(name, ()) for name in (comparison.peer, comparison.limit))
+        peer, limit = (samples.get(name or "", ()) for name in (comparison.peer, comparison.limit))
         bar = None if reasons and isinstance(comparison.bar, AtLeast) else comparison.bar
         return compared(comparison.title, comparison.quantity, samples[comparison.ours], peer, limit, bar, note)
 

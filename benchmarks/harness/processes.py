@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from benchmarks.harness.paths import DATA, ROOT
 from benchmarks.harness.stopwatch import Sample
@@ -50,8 +50,11 @@ class Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "benchmarks.harness.worker", str(threads)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        # Popen's pipes are None only where none were asked for.
+        self.requests, self.replies = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
 
     def ask(self, **request: list[Any]) -> dict[str, Any]:
         """Send one request and wait for its reply.
@@ -61,9 +64,9 @@ class Worker:
         TaskError
             If the task failed or the process ended.
         """
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
+        line = self.replies.readline()
         if not line:
             raise TaskError(f"the worker ended with status {self.process.wait()} in {next(iter(request))}")
         reply = json.loads(line)
@@ -73,9 +76,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process and wait for it."""
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait()
-        self.process.stdout.close()
+        self.replies.close()
 
 
 @dataclass

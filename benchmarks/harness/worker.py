@@ -44,7 +44,11 @@ class Tasks:
 def serve(requests: Iterable[str], replies: TextIO) -> None:
     """Answer every line of ``requests``."""
     tasks = Tasks()
-    verbs = {"prepare": tasks.prepare, "measure": tasks.measure, "clear": tasks.clear}
+    verbs: dict[str, Callable[..., dict[str, Any]]] = {
+        "prepare": tasks.prepare,
+        "measure": tasks.measure,
+        "clear": tasks.clear,
+    }
     for line in requests:
         (verb, arguments), *_ = json.loads(line).items()
         try:

@@ -18,9 +18,10 @@ import pandas as pd
 import pyro_scvi as ps
 from benchmarks.harness.commands import parser_of
 from benchmarks.harness.cortex_split import DEFAULT_DATA
+from pyro_scvi.inference.samplers import Sampler
 
 MODULE = "benchmarks.quality.calibration"
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[Sampler, int]] = {  # and one draw in so many is kept
     "HMC": (ps.HMC(), 5),
     "Importance": (ps.Importance(), 1),
     "Refined": (ps.Refined(), 1),

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     command = command_line(MODULE, arguments)
     task = read_task(options.data, samples=options.samples)
-    values = pd.read_csv(options.values) if options.values and options.values.exists() else None
+    values = pd.read_csv(options.values) if options.values and options.values.exists() else pd.DataFrame()
     for system in systems(options.systems, options.epochs):
         for seed in options.seeds if system.seeded else options.seeds[:1]:
             sys.stderr.write(f"{system.name}, seed {seed}\n")

@@ -76,7 +76,7 @@ class ScviTools(NamedTuple):
     """
 
     model: Any
-    network: torch.nn.Module
+    network: Any  # a module of scvi-tools, which has no types
     library_loc: float
     library_scale: float
     counts: Tensor

@@ -44,7 +44,7 @@ def differential_expression(
     fit: Fit,
     cells: Cells,
     *,
-    groupby: str | Sequence[Hashable],
+    groupby: str | Sequence[Hashable] | np.ndarray,
     group_a: Hashable | None = None,
     group_b: Hashable | None = None,
     contrast: DepthCorrected | Uncorrected = DepthCorrected(),

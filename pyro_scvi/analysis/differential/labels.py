@@ -9,7 +9,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
 
 
-def labels_of(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
+def labels_of(cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray) -> np.ndarray:
     """One label per cell, (cells,) of objects; NaN where a label is missing.
 
     Raises
@@ -33,7 +33,7 @@ def labels_of(cells: Cells, groupby: str | Sequence[Hashable]) -> np.ndarray:
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA cannot be compared: it has no truth value
 
 
-def _as_objects(groupby: Sequence[Hashable]) -> np.ndarray:
+def _as_objects(groupby: Sequence[Hashable] | np.ndarray) -> np.ndarray:
     if not isinstance(groupby, list | tuple):
         return np.asarray(groupby, dtype=object)
     return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix
