@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import anndata
 import numpy as np
-from scipy import sparse
 from sklearn.model_selection import train_test_split
 
 from benchmarks.harness.paths import DATA
@@ -25,7 +24,7 @@ class Task(NamedTuple):
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Raw counts (cells, genes) to fit and to score."""
         x = self.data.X
-        x = sparse.csr_array(x).toarray() if sparse.issparse(x) else np.asarray(x)
+        x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
         return x[self.train], x[self.test]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.systems.evidence_scores import DENSITY, INTEGRATED
@@ -52,7 +53,7 @@ def _summary_row(wide: pd.DataFrame, key: tuple[Hashable, ...], group: pd.DataFr
 
 
 def _mean_se(value: "pd.Series[float]") -> tuple[float, float]:
-    return float(value.mean()), float(value.sem())
+    return float(value.mean()), float(np.asarray(value.sem()))
 
 
 def _paired(wide: pd.DataFrame, key: tuple[Hashable, ...], reference: tuple[str, str]) -> tuple[float, float]:

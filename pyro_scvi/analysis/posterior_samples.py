@@ -47,15 +47,15 @@ def sample_posterior(
         w | h, x, z \sim Gamma(r + x (1 - h), r / \mu + 1 - h), \quad
         y = x \text{ if } h = 0, \text{ else } y | w \sim Poisson(w)
 
-    with rho = pi / (pi + (1 - pi) p(y = 0 | z)), for every cell and gene.
+    Here rho = pi / (pi + (1 - pi) p(y = 0 | z)), for every cell and gene.
 
-    z and l come from ``sampler``; w, y and h from their exact conditional given those and x (Gamma-Poisson
-    conjugacy): y = x and h = 0 wherever x > 0. Global latents are held at the guide's medians.
+    z and l come from ``sampler``. w, y and h come from their exact conditional given z, l and x (Gamma-Poisson
+    conjugacy), so y = x and h = 0 wherever x > 0. Global latents are held at the guide's medians.
 
     Parameters
     ----------
     fit, cells
-        The fit and the cells, which need not be those it was fitted on.
+        The fit and the cells; they need not be those it was fitted to.
     samples
         Draws per cell.
     sites
@@ -63,13 +63,13 @@ def sample_posterior(
     sampler
         ``ps.Amortized()``, ``ps.Refined()``, ``ps.Importance()`` or ``ps.HMC()``.
     reduce
-        Summary of the draws of a batch of cells, from tensors (samples, cells, ...) by site to tensors (cells, ...)
-        by name: with it, samples x cells x genes are never held at once.
+        Function that summarises the draws of a batch of cells. It takes tensors (samples, cells, ...) by site and
+        returns tensors (cells, ...) by name. With it, samples x cells x genes numbers are never held at once.
     diagnostics
-        Whether to diagnose the draws. Those of ``Amortized`` need the density of every draw, which costs far more than
-        the draws themselves.
+        Whether to diagnose the draws. For ``Amortized`` this needs the density of every draw, which costs far more than
+        drawing.
     seed
-        The same seed gives the same draws; batches of cells follow each other, so ``batch_size`` matters too.
+        The same seed and the same ``batch_size`` give the same draws.
     batch_size
         Cells at a time.
     progress
@@ -84,8 +84,8 @@ def sample_posterior(
     Raises
     ------
     ModelError
-        For a site that the model does not have, an argument of the wrong kind or a number below 1; but with Amortized,
-        a prior without a density; with it, a guide that cannot encode cells.
+        For a site that the model does not have, an argument of the wrong type or a number below 1. For a prior without
+        a density, except with Amortized. With Amortized, for a guide that cannot encode cells.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -131,7 +131,7 @@ def decoded(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Theta:
 
 
 def check_sites(fit: Fit, sites: Sequence[str]) -> None:
-    """Refuse sites that the model does not have."""
+    """Raise if the model does not have one of the sites."""
     if isinstance(sites, str):
         raise ModelError(f"sites must be names in a list or tuple, as in ({sites!r},), got {sites!r}")
     known = ("z", *(("l",) if fit.model.library.latent else ()), *EXPLICIT)
@@ -151,7 +151,7 @@ def _dataset(parts: list[dict[str, tuple[bool, np.ndarray]]], cells: Cells, n_la
 
 
 def _trailing(name: str, shape: tuple[int, ...], cells: Cells, n_latent: int) -> tuple[str, ...]:
-    """Dimensions behind the cells: known for a site, told by its length for a user's summary, each at most once."""
+    """Dimensions after the cells: known for a site, inferred from the length for a user's summary, each once."""
     sizes = {"latent": n_latent, "gene": cells.n_genes}
     known = DIMS.get(name, ())
     if shape == tuple(sizes[dim] for dim in known):

@@ -46,10 +46,10 @@ def annealed_evidence(
     .. math:: \log p(x_n) = \log E \prod_t p(x_n | u_t)^{\beta_{t+1} - \beta_t}, \qquad u_0 \sim p(u),
         \quad u_t | u_{t-1} \text{ leaves } p(u)\, p(x_n | u)^{\beta_t} \text{ invariant}
 
-    with u the unconstrained latents, beta from 0 to 1 in ``temperatures`` steps as (t / T)^4, and one draw of
-    Hamiltonian Monte Carlo at each. It costs dozens of times what ``evidence`` costs for a cell; where the two
-    differ by more than their errors, one of them is wrong. An estimate from too few temperatures is too low.
-    The covariance of a Laplace step only shapes the moves.
+    u are the unconstrained latents. beta goes from 0 to 1 in ``temperatures`` steps as (t / T)^4, with one draw of
+    Hamiltonian Monte Carlo at each. This costs dozens of times as much per cell as ``evidence``. Where the two differ
+    by more than their errors, one of them is wrong. An estimate from too few temperatures is too low. The covariance of
+    a Laplace approximation only shapes the moves.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def annealed_evidence(
     chains
         Independent annealing runs of every cell.
     temperatures, leapfrog
-        Steps from prior to posterior, and mean number of leapfrog steps of a move.
+        Steps from prior to posterior, and the mean number of leapfrog steps per move.
     seed, batch_size
         As in ``evidence``.
     progress
@@ -73,8 +73,8 @@ def annealed_evidence(
     Raises
     ------
     ModelError
-        For the prior Flat, under which no evidence exists, for numbers that are too small, and arguments of the wrong
-        kind.
+        For the prior Flat, under which no evidence exists, for numbers that are too small, and for arguments of the
+        wrong type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 

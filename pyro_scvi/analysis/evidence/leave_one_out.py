@@ -46,17 +46,17 @@ def leave_one_out(
     batch_size: int = 4,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""How well each count is predicted from the cell's other counts, by Pareto-smoothed importance sampling.
+    r"""Score each count given the cell's other counts, by Pareto-smoothed importance sampling.
 
     .. math:: \log p(x_{ng} | x_{n,-g}) = -\log E_{z, l | x_n} [1 / p(x_{ng} | z, l)]
 
-    One entry moves a cell's posterior little, so that the weights 1 / p(x_ng | z, l) are well behaved: k-hat says for
-    which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024).
+    A single entry changes a cell's posterior little, so the weights 1 / p(x_ng | z, l) are mostly well behaved. k-hat
+    shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024).
 
     Parameters
     ----------
     fit, cells
-        The fit and cells of its schema, best held out: weights of the model are not left out.
+        The fit and cells with its schema, best held out: the model's weights have seen the cells it was fitted to.
     over
         What is left out together. Only ``("cell", "gene")``, single entries, is valid.
     samples, sampler, seed, batch_size
@@ -68,16 +68,17 @@ def leave_one_out(
     -------
     Dataset
         With dimensions (cell, gene): ``elpd``, log predictive probability, nats per entry; ``khat``, above 0.7 where
-        the entry cannot be vouched for, 0 where all draws agree; ``pit``, the randomised probability integral
-        transform P(x' < x) + u P(x' = x) with u uniform, uniform over entries under the model (Czado, Gneiting and
-        Held 2009, Sec. 2). With dimension (cell), as ``sampler_khat``, ``sampler_rhat`` ...: what the sampler says of
-        its draws, on which all else rests.
+        the result is unreliable, 0 where all draws agree; ``pit``, the randomised probability integral transform P(x' <
+        x) + u P(x' = x) with u uniform, uniform over entries under the model (Czado, Gneiting and Held 2009, Sec. 2).
+        With dimension (cell), as ``sampler_khat``, ``sampler_rhat`` ...: the sampler's diagnostics; the other columns
+        are only as good as its draws.
 
     Raises
     ------
     ModelError
-        For ``over=("cell",)``, which is invalid for this model: use ``evidence``; and for an observed library size,
-        whose total holds the entry that is left out. For numbers that are too small, and arguments of the wrong kind.
+        For ``over=("cell",)``, which is invalid for this model: use ``evidence``. For an observed library size, because
+        the cell's total contains the entry left out. For numbers that are too small, and for arguments of the wrong
+        type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 

@@ -25,13 +25,13 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
 
     .. math:: \hat z_n = \int z\, q(z | x_n)\, dz
 
-    Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
-    the nearest fitted cell where the guide is not amortized.
+    Exact if q is normal. From 200 draws under ``seed`` if q is a flow or on the simplex. If the guide is not amortized,
+    by refinement from the nearest fitted cell.
 
     Parameters
     ----------
     fit, cells
-        The fit and cells of its schema, which need not be those it was fitted on.
+        The fit and cells with its schema; they need not be those it was fitted to.
     batch_size
         Cells at a time.
     seed
@@ -46,7 +46,7 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     SchemaError
         If the cells' genes or covariates are not those of the fit.
     ModelError
-        If ``fit`` or ``cells`` is of the wrong kind, ``batch_size`` below 1, or the seed is no integer of 0 or more.
+        If ``fit`` or ``cells`` has the wrong type, ``batch_size`` is below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------

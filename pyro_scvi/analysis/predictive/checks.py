@@ -41,7 +41,7 @@ def __dir__() -> list[str]:
 def prior_predictive(
     model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
-    r"""Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
+    r"""Draw counts (cells, genes) of ``n_cells`` new cells from the model with its current weights.
 
     .. math:: z_n \sim p(z), \quad l_n \sim p(l), \quad x_n \sim p(x | z_n, l_n)
 
@@ -107,8 +107,8 @@ def posterior_predictive(
 
     .. math:: z^s, l^s \sim p(z, l | x_n), \qquad \tilde x^s_n \sim p(x | z^s, l^s)
 
-    An array of int32 of that size, or float32 if the law's draws are not whole: take few samples of many cells, or a
-    part of the cells at a time.
+    The array has that size in int32, or in float32 if the draws are not whole numbers. So take few samples of many
+    cells, or part of the cells at a time.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def posterior_predictive(
     Raises
     ------
     ModelError
-        If a number is below 1 or an argument of the wrong kind, or, but with Amortized, for a prior without a density.
+        If a number is below 1 or an argument has the wrong type. For a prior without a density, except with Amortized.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -195,15 +195,15 @@ def check_predictions(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    r"""Compare data with replicas: zero fraction, mean, variance and dispersion of every gene, total of every cell.
+    r"""Compare data with replicas: zero fraction, mean, variance and dispersion of each gene, total of each cell.
 
     .. math:: D_g = var_n(x_{ng}) / mean_n(x_{ng}), \qquad p = P(T(\tilde x) > T(x)) + \tfrac12 P(T(\tilde x) = T(x))
 
     over replicas of the data, for each statistic T (Gelman, Meng and Stern 1996).
 
-    The dispersion is D: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
-    (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
-    replicas) and ``p``, the share of replicas above the observed value, ties counted half.
+    D is the dispersion: 1 for Poisson counts with one rate, NaN for a gene without counts. Columns are (statistic,
+    part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over replicas)
+    and ``p``, the share of replicas above the observed value, with ties counted as half.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def check_predictions(
     Raises
     ------
     ModelError
-        If ``interval`` is not between 0 and 1, a number below 1, or an argument of the wrong kind.
+        If ``interval`` is not between 0 and 1, a number is below 1, or an argument has the wrong type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 

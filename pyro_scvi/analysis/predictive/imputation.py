@@ -33,11 +33,12 @@ Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    r"""E[w | x, z], counts: the rate given what was seen, for :func:`impute`.
+    r"""E[w | x, z], in counts: the expected rate given the observed count, for :func:`impute`.
 
     .. math:: E[w | x, z] = \rho \mu + (1 - \rho) \frac{r + x}{r / \mu + 1}
 
-    with rho the probability that a zero is technical, 0 where x > 0; mu where w = mu (Lopez et al. 2017, Sec. 3.2).
+    rho is the probability that a zero is technical, 0 where x > 0. The result is mu where w = mu (Lopez et al. 2017,
+    Sec. 3.2).
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
 
 
 def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    r"""mu, counts: the mean of y given z alone, the paper's authors' choice, for :func:`impute`.
+    r"""mu, in counts: the mean of y given z alone, as the paper's authors use, for :func:`impute`.
 
     .. math:: E[y_{ng} | z_n] = \mu_{ng}
 
@@ -113,7 +114,7 @@ def impute(
 
     .. math:: \hat w_{ng} = E_{z, l | x_n} E[w_{ng} | x_n, z, l]
 
-    or ``quantity`` in the place of the inner mean (Lopez et al. 2017, Sec. 3.2).
+    ``quantity`` can replace the inner mean (Lopez et al. 2017, Sec. 3.2).
 
     Parameters
     ----------
@@ -124,14 +125,13 @@ def impute(
     quantiles
         Instead of the mean, these quantiles of draws of w given x.
     batches
-        What the cells would look like in these batches: z as inferred in their own batch, decoded in each of these,
-        and averaged over them. Counts of another batch were not observed, so ``quantity`` must then be
-        ``mean_given_no_dropout``.
+        Batches to correct for: z is inferred in the cell's own batch, decoded in each of these, and the results are
+        averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
     samples, sampler, seed, batch_size
         As in ``sample_posterior``.
     out
-        What takes the result row by row, and is returned: a dataset of h5py or zarr, or a NumPy array, mapped or not,
-        of that shape. Memory then does not grow with cells.
+        Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
+        memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
 
     Returns
     -------
@@ -141,8 +141,8 @@ def impute(
     Raises
     ------
     ModelError
-        If batches are given with another quantity or with quantiles, the likelihood says nothing of w, a number is out
-        of range, or an argument is of the wrong kind or ``out`` of another shape.
+        If batches are given with another quantity or with quantiles, the likelihood does not define w, a number is out
+        of range, an argument has the wrong type, or ``out`` has another shape.
     SchemaError
         If the cells' genes or covariates are not those of the fit, or there is no such batch.
 
@@ -186,7 +186,7 @@ def technical_zero_probability(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    r"""P(h = 1 | x), averaged over draws of z: the posterior probability that a zero is technical; 0 where x > 0.
+    r"""Posterior probability that a zero is technical: P(h = 1 | x), averaged over draws of z; 0 where x > 0.
 
     .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
 
@@ -206,8 +206,8 @@ def technical_zero_probability(
     Raises
     ------
     ModelError
-        If the likelihood has no technical zeros, a number is below 1, an argument is of the wrong kind, or ``out`` is
-        of another shape.
+        If the likelihood has no technical zeros, a number is below 1, an argument has the wrong type, or ``out`` has
+        another shape.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -235,7 +235,7 @@ def technical_zero_probability(
 
 
 def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
-    """Where results go as they come: thousands of small ones among large temporaries leave memory in pieces."""
+    """Array that takes the results; thousands of small ones among large temporaries would fragment memory."""
     if out is None:
         return torch.empty(shape, dtype=fit.dtype).numpy()
     if getattr(out, "shape", None) != shape:
