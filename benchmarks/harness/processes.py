@@ -17,11 +17,11 @@ EXTRAS = {"scvi": "pip install 'pyro-scvi[peer]'", "mpmath": "pip install 'pyro-
 
 
 class TaskError(RuntimeError):
-    """A task failed in its worker; holds the worker's traceback."""
+    """A task failed in its worker; the message is the worker's traceback."""
 
 
 class Unavailable(RuntimeError):
-    """What a row needs is not here; the message says what, and how to get it."""
+    """A requirement of a row is missing; the message says which, and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class System:
     Parameters
     ----------
     side
-        Whose it is: every side has one process, which stays alive from row to row.
+        Side it belongs to: every side has one process, which stays alive from row to row.
     task
         ``module:function``, see :mod:`benchmarks.harness.worker`.
     options
@@ -96,9 +96,9 @@ class Bench:
     data
         Folder with the real data.
     quick
-        Whether sizes are tiny: everything runs, no figure means anything.
+        Whether to use tiny sizes: everything runs, but the figures mean nothing.
     whole_curves
-        Whether every budget of a time to quality is run, for a picture, and not only those until the target.
+        Whether to run every budget of a time to quality, for a picture, and not only those until the target.
     """
 
     rounds: int = 3
@@ -146,7 +146,7 @@ class Bench:
         return self.by_turns({"only": system}, 1)["only"][0]
 
     def alone(self, system: System) -> Sample:
-        """One measurement in a process that did nothing else before, as a peak of memory needs it."""
+        """One measurement in a new process, which a peak of memory needs."""
         with Bench(threads=self.threads) as fresh:
             return fresh.once(system)
 
@@ -171,12 +171,12 @@ class Bench:
 
 
 def require_packages(names: Iterable[str]) -> None:
-    """Refuse what cannot be imported, without importing it.
+    """Raise if a package cannot be imported, without importing it.
 
     Raises
     ------
     Unavailable
-        Naming the extra that brings it.
+        If one is missing; the message names the extra that installs it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:

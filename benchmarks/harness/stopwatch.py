@@ -13,7 +13,7 @@ class Sample(NamedTuple):
 
 
 class Stopwatch:
-    """Times what runs inside its ``with`` blocks, or between ``start`` and ``stop``, in sum.
+    """Total time of its ``with`` blocks, or of the stretches between ``start`` and ``stop``.
 
     Examples
     --------

@@ -3,7 +3,7 @@
     python -m benchmarks.quality.evidence --seeds 0 1 2 --out FILE
 
 Every system is fitted on the same 75 % of the cells and gives log probabilities of the counts of the rest. Systems are
-compared by paired differences over the test cells; the spread over seeds says what a refit changes.
+compared by paired differences over the test cells; the spread over seeds shows how much a refit changes.
 """
 
 import argparse

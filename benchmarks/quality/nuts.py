@@ -15,7 +15,7 @@ Chains = np.ndarray  # (chains, draws, latents)
 
 
 def nuts(fit: ps.Fit, x: torch.Tensor, gamma: torch.Tensor, *, warmup: int, samples: int) -> tuple[Chains, int]:
-    """Sample one cell's latents by Pyro alone; returns the chain and how many of its transitions diverged."""
+    """Sample one cell's latents by Pyro alone; returns the chain and its number of divergent transitions."""
     pyro.set_rng_seed(0)
     with pyro.get_param_store().scope():
         kernel = MCMC(NUTS(fit.model.eval()), num_samples=samples, warmup_steps=warmup, disable_progbar=True)

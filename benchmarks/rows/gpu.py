@@ -25,7 +25,7 @@ QUICK = Size(genes=80, cells=256, epochs=1, large=large_data.QUICK)
 
 @dataclass(frozen=True)
 class LaunchBound:
-    """Share of the wall time in which the device has nothing to do but to wait for the next kernel's launch."""
+    """Share of the wall time in which the device only waits for the next kernel's launch."""
 
     batch_size: int
     device: str

@@ -18,7 +18,7 @@ FASTER = {"n_epochs_kl_warmup": 1, "lr": 1e-2, "eps": 1e-8}
 
 
 class Point(NamedTuple):
-    """A state of a fit: epochs of training, CPU seconds, and what it is worth, nats per cell with standard error."""
+    """A state of a fit: epochs of training, CPU seconds, and its score, nats per cell with standard error."""
 
     epochs: int
     seconds: float

@@ -130,7 +130,7 @@ def write(
         raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
     columns = _columns(fit, cells, verbs, seed)
     run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed}
-    run |= _described(cells, columns) | {f"verb {name!r}": _question(verb) for name, verb in verbs.items()}
+    run |= _described(cells, columns) | {f"verb {name!r}": _identity(verb) for name, verb in verbs.items()}
     if not os.path.lexists(path):
         _create(kind, path, cells, [column for some in columns.values() for column in some], run)
     with _opened(kind, path, run) as group:
@@ -211,11 +211,11 @@ def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any
     return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
 
 
-def _question(verb: Verb) -> str:
+def _identity(verb: Verb) -> str:
     """Identity of a verb: the function's module and name, and the arguments that a partial binds."""
     if isinstance(verb, partial):
         named = [f"{name}={lasting_repr(value)}" for name, value in sorted(verb.keywords.items())]
-        return f"{_question(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
+        return f"{_identity(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
     known = verb if hasattr(verb, "__qualname__") else type(verb)
     return f"{known.__module__}.{known.__qualname__}"
 
@@ -301,7 +301,7 @@ def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
 
 @contextmanager
 def _reached(kind: _Format, path: Path, mode: Mode) -> Iterator[Any]:
-    """The root group; a locked or read-only file raises its own error, so it is not taken for a file of another kind."""
+    """The root group; a locked or read-only file raises an error of its own."""
     with ExitStack() as stack:
         try:
             group = stack.enter_context(kind.opened(path, mode))

@@ -32,7 +32,7 @@ class Layout:
 
 
 def laid_out(rows: Sequence[Row]) -> list[Layout]:
-    """One table for each data set, systems by quantities; what is known of one system alone becomes a list."""
+    """One table per data set, systems by quantities; quantities of a single system become a list."""
     return [layout for name in _unique(row.data for row in rows) for layout in _of_data(name, rows)]
 
 

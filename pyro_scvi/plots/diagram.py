@@ -33,23 +33,23 @@ MARGINS = np.array([-0.28, 0, 0.28, 0])  # left, bottom, right, top; of a plate 
 def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) -> Axes:
     """Draw the explicit program of a model as a plate diagram (Lopez et al. 2017, Fig. 1).
 
-    Read off the program itself: circles are random variables, shaded if observed, double if they follow
-    deterministically; the square holds the covariates; an arrow says that one depends on the other. Global latents
-    (weights and dispersions with a prior) are gathered in one circle theta outside the plates.
+    The diagram is read off the program itself. Circles are random variables: shaded if observed, double if
+    deterministic. The square holds the covariates. An arrow from a to b means that b depends on a. Global latents
+    (weights and dispersions with a prior) share one circle, theta, outside the plates.
 
     Parameters
     ----------
     model
-        The model; it is left as it was.
+        The model; it is not changed.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
     n_cells
-        Size of the plate of cells, which a model does not know.
+        Size of the plate of cells, which the model itself does not fix.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def _sites(relations: Mapping[str, Any]) -> _Sites:
 
 
 def _layout(sites: _Sites) -> dict[str, np.ndarray]:
-    """Centres (2,): sites of cells in the first row, those of genes below by how far they are from them."""
+    """Centres (2,): sites of cells in the first row, those of genes below, ordered by their distance in the graph."""
     genes = sites.plates["genes"]
     first = [name for name in sites.plates["cells"] if name not in genes]
     places = {name: np.array([x, 0.0]) for name, x in zip(first, _spread(len(first)), strict=True)}

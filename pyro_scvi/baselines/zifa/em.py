@@ -16,7 +16,7 @@ LEAST_VARIANCE = 1e-8  # a gene whose counts are all alike where seen drives sig
 
 
 class Seen(NamedTuple):
-    """What EM needs of y once, summed over cells: n of zeros, y and y^2 per gene (genes,), and how many cells.
+    """Sums of y over cells that EM needs once: number of zeros, y and y^2 per gene (genes,), and the number of cells.
 
     ``squares`` and ``multiplicity`` (distinct,): the distinct y^2 > 0 and how often each occurs. Counts are integers,
     so a few hundred values stand for all entries.
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the M-step needs of the posterior, summed over cells: never an entry per cell and gene and latent.
+    """Sums of the posterior over cells that the M-step needs; an entry per cell, gene and latent is never held.
 
     ``z`` (latents,), ``zz`` (latents, latents); over the cells where a gene is lost ``lost_z`` (genes, latents) and
     ``lost_zz`` (genes, latents * latents); ``yz`` (genes, latents).

@@ -34,7 +34,7 @@ class Parameters(NamedTuple):
 
     @property
     def shrinkage(self) -> Tensor:
-        """C (genes,): how far a lost log count is drawn from eta towards 0."""
+        """C (genes,): factor by which a lost log count shrinks from eta towards 0."""
         return 1 / (1 + 2 * self.decay * self.scale.square())
 
     @property
@@ -46,8 +46,8 @@ class Parameters(NamedTuple):
 class Posterior(NamedTuple):
     """z | y = N(mean, covariance): (cells, latents), (cells, latents, latents).
 
-    ``log_integral`` (cells,), nats: log of the integral over z of all factors of p(z, y) that depend on z, apart from
-    what they are at z = 0.
+    ``log_integral`` (cells,), nats: log of the integral over z of all factors of p(z, y) that depend on z, relative to
+    their values at z = 0.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(y: Tensor, parameters: Parameters) -> Posterior:
-    r"""E-step: the law of z given y (cells, genes).
+    r"""E-step: the distribution of z given y (cells, genes).
 
     .. math::
 
@@ -106,7 +106,7 @@ def log_kept(y: Tensor, decay: Tensor) -> Tensor:
 def binned_log_joint(x: Tensor, parameters: Parameters) -> LogJoint:
     r"""Make the function z (samples, cells, latents) -> log N(z; 0, I) + sum over genes of log P(x | z), counts x.
 
-    A count that is kept falls into its unit bin, with everything below 1/2 for a zero; with c as above,
+    A count that is kept falls into its unit bin, a zero into everything below 1/2. With c as above,
 
     .. math::
 
@@ -115,7 +115,7 @@ def binned_log_joint(x: Tensor, parameters: Parameters) -> LogJoint:
         + \sqrt c e^{-\lambda c \eta^2} \Big[1 - \Phi\Big(\frac{t - c \eta}{\sigma \sqrt c}\Big)\Big], \quad
         t = \log \tfrac32,
 
-    where a zero below the bin's end is a zero whether it was lost or not.
+    where a log count below the end of zero's bin gives a zero, lost or not.
     """
     bins, c = UnitBins.of(x), parameters.shrinkage
 
@@ -145,7 +145,7 @@ def log_counts(y: Tensor, parameters: Parameters, latents: Posterior) -> tuple[T
 def expected_complete(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
     """E[log p(z) + log p(u | z) + log p(y | u)] under p(z, u | y), (cells,), nats.
 
-    The expectation of E-steps: what EM maximises, without the entropy that would make it a likelihood.
+    EM maximises this expectation. It lacks the entropy that would make it a likelihood.
     """
     c, variance = parameters.shrinkage, parameters.scale.square()
     eta, eta2 = _predictor(parameters, latents)

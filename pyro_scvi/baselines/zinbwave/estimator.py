@@ -37,13 +37,12 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
               \log \mu = X \beta_\mu + (V \gamma_\mu)^T + W \alpha_\mu, \quad
               logit\, \pi = X \beta_\pi + (V \gamma_\pi)^T + W \alpha_\pi
 
-    X (cells, covariates) and V (genes, covariates) begin with an intercept (Risso et al. 2018, Eqs. 1-5). All
-    parameters maximise the log likelihood less :class:`~pyro_scvi.baselines.zinbwave.model.Penalties` together, by
-    L-BFGS in float64; the original alternates over genes and cells, which ends lower. W is then made orthogonal. The
-    fit stops when 10 iterations gain less than ``tol`` relative to the objective, and at no other point: scores of
-    clusters on W drift long after the objective has settled to the eye. There is no randomness. Where nearly all counts
-    are 0 or 1, mu, pi and theta hardly differ in what they predict: zeta then grows without end and convergence takes
-    thousands of iterations.
+    X (cells, covariates) and V (genes, covariates) begin with an intercept (Risso et al. 2018, Eqs. 1-5). L-BFGS in
+    float64 maximises the log likelihood minus :class:`~pyro_scvi.baselines.zinbwave.model.Penalties` over all
+    parameters together. The original alternates over genes and cells, which ends lower. W is then made orthogonal. The
+    fit stops only when 10 iterations gain less than ``tol`` relative to the objective, because cluster scores on W keep
+    drifting long after the objective looks flat. There is no randomness. If nearly all counts are 0 or 1, mu, pi and
+    theta predict almost the same. zeta then grows without limit, and convergence takes thousands of iterations.
 
     Parameters
     ----------
@@ -54,9 +53,9 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
     epsilon
         The weight of the penalty; None for the number of genes, as in the original.
     tol, max_iter
-        The stop rule, and the most iterations, rounded up to tens; a warning says when they did not suffice.
+        The stopping rule, and the most iterations, rounded up to tens; a warning tells if they did not suffice.
     device
-        Where to compute: anything that torch takes.
+        Torch device to compute on.
 
     Attributes
     ----------
@@ -96,7 +95,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         self.device = device
 
     def fit(self, counts: Any, y: None = None, *, cell_covariates: Any = None, gene_covariates: Any = None) -> Self:
-        """Fit all parameters to counts; a fit that is refused leaves the one before.
+        """Fit all parameters to counts; if this raises, the previous fit stays.
 
         Parameters
         ----------
@@ -153,8 +152,8 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
     def score_samples(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
         """Conditional, not marginal, log likelihood, nats per cell (cells,).
 
-        It is that of the counts given the W and gamma that were refitted to these same counts, without penalties: the
-        score of Lopez et al. (2017). A marginal likelihood integrates over W and is another, lower figure.
+        The counts are scored given the W and gamma that were refitted to these same counts, without penalties, as in
+        Lopez et al. (2017). A marginal likelihood integrates over W and is lower.
 
         Raises
         ------
@@ -167,7 +166,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         return problem.log_likelihood(cells, self._genes()).cpu().numpy()
 
     def impute(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
-        """Mu at the refitted W, counts (cells, genes): what Lopez et al. (2017) took for its imputation.
+        """Mu at the refitted W, counts (cells, genes): its imputation in Lopez et al. (2017).
 
         Raises
         ------

@@ -30,7 +30,8 @@ def start(
 
     Where x > 0, log x is regressed on the covariates, and its residual, missing at the zeros, is completed by a matrix
     W alpha_mu of low rank. The zeros are then regressed on the covariates and W. Zeta is the best of a grid, equal for
-    all genes: from a bad one the first step of the fit leads onto the plateau of Poisson laws, where zeta has no slope.
+    all genes. From a bad zeta the first step of the fit reaches the plateau of Poisson distributions, where the
+    gradient of zeta vanishes.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def start(
     latents, penalties
         Columns of W, and the weights of the penalty.
     chunks
-        Cells that are treated together.
+        Cells processed together.
     """
     gamma_mu, beta_mu = intercepts(x, x_cov, v_cov, penalties)
     left, right = torch.cat((x_cov, gamma_mu), 1), torch.cat((beta_mu, v_cov.T))
@@ -88,9 +89,9 @@ def completed(
     .. math:: \min_M \tfrac12 \|P_{x > 0}(R - M)\|^2 + \lambda \|M\|_*, \quad rank(M) \le K, \quad
               \lambda = \sqrt{\epsilon_W \epsilon_\alpha}
 
-    by soft-thresholding, again and again, the singular values of R filled with the last M (Mazumder, Hastie and
-    Tibshirani 2010, JMLR 11, Algorithm 1). One step of subspace iteration from the last right vectors stands for the
-    singular value decomposition. Lambda is halved as long as M has a lower rank than K.
+    This repeatedly soft-thresholds the singular values of R filled with the last M (Mazumder, Hastie and Tibshirani
+    2010, JMLR 11, Algorithm 1). One step of subspace iteration from the last right vectors replaces the singular value
+    decomposition. Lambda is halved while M has a lower rank than K.
     """
 
     def filled(cells: slice) -> Tensor:

@@ -32,7 +32,7 @@ class GeneParameters(NamedTuple):
 
 
 class Dispersion(Protocol):
-    """What the fit asks of a form of zeta."""
+    """Interface of a parametrisation of zeta."""
 
     def values(self, genes: int) -> int:
         """How many values of zeta there are."""
@@ -62,7 +62,7 @@ class CommonDispersion:
 
 @dataclass(frozen=True)
 class GenewiseDispersion:
-    """One theta per gene, drawn together by a penalty on the variance of their logarithms.
+    """One theta per gene, with a penalty on the variance of their logarithms.
 
     Examples
     --------
@@ -88,7 +88,7 @@ class Penalties:
               + \|\gamma_\pi\|^2) + \epsilon_\zeta Var(\zeta)\Big]
 
     with :math:`\epsilon_W = \epsilon_\gamma = \epsilon / n`, :math:`\epsilon_\alpha = \epsilon_\beta = \epsilon / J`,
-    :math:`\epsilon_\zeta = \epsilon`. The intercepts, the first column of X and of V, are weighted apart, as in
+    :math:`\epsilon_\zeta = \epsilon`. The intercepts (the first column of X and of V) have weights of their own, as in
     zinbwave: 0 in log mu and 0.001 in logit pi.
     """
 
@@ -155,7 +155,7 @@ def log_likelihood(x: Tensor, log_mu: Tensor, gate: Tensor, zeta: Tensor) -> Ten
 
 
 def without_gamma(x: Tensor, log_mu: Tensor, gate: Tensor, zeta: Tensor) -> Tensor:
-    r"""Log likelihood but for the terms of :class:`GammaTerms`, summed over cells and genes.
+    r"""Log likelihood without the terms of :class:`GammaTerms`, summed over cells and genes.
 
     With :math:`\delta = \log \mu - \zeta` and :math:`n = -\theta \log(1 + e^\delta)`, the log probability of 0,
 
@@ -177,10 +177,10 @@ def _counted(x: Tensor, log_mu: Tensor, zeta: Tensor) -> tuple[Tensor, Tensor]:
 class GammaTerms:
     r"""The sum over counts above zero of :math:`\log\Gamma(x + \theta) - \log\Gamma(\theta) - \log x!`.
 
-    It depends on a gene's counts and theta alone, so that each distinct count of a gene is computed once: an
-    iteration takes a ninth of the time that it takes with gamma functions of every entry. Gamma functions of a large
-    theta differ by less than their rounding; the sum is therefore the law's stable log probability at mu = x less
-    what :func:`without_gamma` has of it.
+    It depends on a gene's counts and theta alone, so each distinct count of a gene is computed once. An iteration takes
+    a ninth of the time that it takes with gamma functions of every entry. For large theta the gamma functions differ by
+    less than their rounding. The sum is therefore computed as the stable log probability at mu = x minus the part in
+    :func:`without_gamma`.
     """
 
     def __init__(self, x: Tensor) -> None:

@@ -142,7 +142,7 @@ def two_group_test(case: Result, name: str) -> Result:
 
 
 def arrays(case: Result) -> Result:
-    """A second set of arrays against the first; the same in a random order of the genes, once for every draw."""
+    """A second set of arrays against the first, and against the first with genes in random order, once per draw."""
     of = blood.read(case["file"], case["at_most"])
     generator = np.random.default_rng(0)
     other = np.zeros(len(of.matched))
@@ -247,7 +247,7 @@ def _case(setting: Setting, budget: Budget) -> Result:
 
 
 def _epochs(name: str, setting: Setting, budget: Budget) -> int | None:
-    """As many as the configuration asks, but no more than make VISITS cells; None: what fit() takes."""
+    """Epochs: the configuration's, but at most VISITS cells in all; None: the default of fit()."""
     if name not in EPOCHS:
         return budget.epochs
     return min(EPOCHS[name], math.ceil(VISITS / setting.cells), budget.epochs or EPOCHS[name])
@@ -311,7 +311,7 @@ def _auc_of(name: str, systems_steps: dict[str, list[Step]], results: Results) -
 
 
 def _of_fits(key: str, by_fit: list[list[float]], seeds: tuple[int, ...]) -> str:
-    """What the spread over draws does not tell: how far fits differ, and that a mixture has collapsed."""
+    """Notes that the spread over draws does not show: differences between fits, and a collapsed mixture."""
     means = [float(np.mean(values)) for values in by_fit]
     notes = [f"by fit: {', '.join(f'{mean:.3f}' for mean in means)}"] if len(means) > 1 else []
     notes += ["one fit"] if seeds and len(means) == 1 else []

@@ -64,12 +64,12 @@ def split(file: str, n: int | None, least: int | None, test_cells: int, at_most:
     n
         Training cells; None: all.
     least
-        The smallest training set that is compared with: genes need a count there, so that at every size the same
-        counts are scored.
+        The smallest training set in the comparison. Genes need a count there, so that the same counts are scored at
+        every size.
     test_cells
-        At most so many.
+        Most test cells.
     at_most
-        Read at most so many cells of the file.
+        Most cells to read from the file.
     """
     adata = files.read(file, at_most)
     train, test = train_test_split(np.arange(adata.n_obs), test_size=HELD_OUT[file], random_state=0)
@@ -180,7 +180,7 @@ def conditional(fit: Fit, cells: Cells) -> np.ndarray:
 
 
 def encoder_refitted(fit: Fit, cells: Cells, epochs: int) -> Fit:
-    """A copy whose guide ascends the bound of ``cells`` themselves, with the law as it was fitted.
+    """A copy whose guide is trained further on ``cells`` themselves, with the generative model fixed.
 
     As the authors do at test time: Adam at 0.001 with epsilon 0.1, batches of 100, batch normalisation and dropout as
     in evaluation.
@@ -216,7 +216,7 @@ def clustering(embedded: Callable[[], np.ndarray], cells: Cells) -> dict[str, fl
 
 @contextmanager
 def reported_otherwise() -> Iterator[None]:
-    """Silence what rows report themselves: shares of cells whose k-hat is too large, fits that did not converge."""
+    """Silence warnings that the rows report themselves: large k-hat in too many cells, fits that did not converge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

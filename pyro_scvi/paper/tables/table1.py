@@ -223,7 +223,7 @@ def steps(budget: Budget) -> list[Step]:
 
 
 class SystemResults(NamedTuple):
-    """A system on one training set: one result for each seed that gave one, and why there is none."""
+    """A system on one training set: a result for each seed that gave one, or why there is none."""
 
     data: str
     size: int
@@ -239,7 +239,7 @@ class SystemResults(NamedTuple):
 
 
 def known_results(results: Results, budget: Budget) -> list[SystemResults]:
-    """What is known of every system on every training set."""
+    """The results of every system on every training set."""
     real = [
         _of_system(on, system, of, results) for on in datasets(budget) for system, of in of_systems(on, budget).items()
     ]
@@ -251,7 +251,7 @@ def _of_system(on: Data, system: str, of: list[Step], results: Results) -> Syste
 
 
 def done(of: list[Step], results: Results) -> tuple[list[Result], tuple[int, ...], str]:
-    """The results that there are, their seeds, and why others are missing."""
+    """Available results, their seeds, and why others are missing."""
     outcomes = [(step.settings.get("seed"), results.of(step)) for step in of]
     known = [(seed, outcome.result) for seed, outcome in outcomes if outcome.result is not None]
     reason = next((outcome.reason for _, outcome in outcomes if outcome.reason), "")

@@ -60,7 +60,7 @@ def zifa(case: Result) -> Result:
 
 
 def magic(case: Result) -> Result:
-    """MAGIC with the defaults of its package; it says nothing of which zeros are lost counts."""
+    """MAGIC with the defaults of its package; it does not tell which zeros are lost counts."""
     of, started = corruption.read(**case), time.process_time()
     imputed = baselines.MAGIC().fit(of.counts).impute(of.counts)
     return _scored(of, {"": imputed}, {}, time.process_time() - started)
@@ -138,7 +138,7 @@ PAPER = {  # Lopez et al. 2017: error, mean cross-entropy, on the brain cells wi
     "ZINB-WaVE, mu": (1.053, 1.366),
     "scVI, 2017 preset, mu": (1.048, 0.742),
 }
-QUESTIONS = {zeros.PI: "P(h = 1 | z)", zeros.RHO: "P(h = 1 | x = 0, z)", zeros.ZERO: "P(x = 0 | z)"}
+PROBABILITIES = {zeros.PI: "P(h = 1 | z)", zeros.RHO: "P(h = 1 | x = 0, z)", zeros.ZERO: "P(x = 0 | z)"}
 
 
 def steps(budget: Budget) -> list[Step]:
@@ -221,18 +221,18 @@ def _error_rows(setting: Setting, name: str, fits: list[Result], about: Result) 
 
 
 def _identification_rows(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
-    for question in fits[0]["identification"]:
-        scores = [result["identification"][question] for result in fits]
-        base = question not in QUESTIONS
-        system, asked = ("the share zeroed", "the share zeroed") if base else (name, QUESTIONS[question])
+    for key in fits[0]["identification"]:
+        scores = [result["identification"][key] for result in fits]
+        base = key not in PROBABILITIES
+        system, label = ("the share zeroed", "the share zeroed") if base else (name, PROBABILITIES[key])
         if setting.by_zifa:  # where all candidates are zeroed, a probability of 1 is right and says nothing
             named = name if name == "ZIFA" else f"{name}, mu"
-            paper = _paper(setting, named)[1] if question == zeros.PI else np.nan
-            quantity = f"cross-entropy of {asked}, nats"
+            paper = _paper(setting, named)[1] if key == zeros.PI else np.nan
+            quantity = f"cross-entropy of {label}, nats"
             yield Row(setting.name, system, quantity, *_over(scores, "cross_entropy"), **about, paper=paper)
         if not base:
-            asked = "P(x > 0 | z)" if question == zeros.ZERO else asked
-            yield Row(setting.name, system, f"AUC of {asked}", *_over(scores, "auc"), **about)
+            label = "P(x > 0 | z)" if key == zeros.ZERO else label
+            yield Row(setting.name, system, f"AUC of {label}", *_over(scores, "auc"), **about)
 
 
 def _over(scores: Sequence[dict[str, float]], name: str) -> tuple[float, float, str, int]:

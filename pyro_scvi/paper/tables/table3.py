@@ -203,7 +203,7 @@ def _choice(results: Results, budget: Budget) -> Iterator[Row]:
 
 
 def _compared(known: dict[str, Any], level: dict[str, np.ndarray]) -> Iterator[Row]:
-    """How far candidates lie behind the best, paired over cells, and the choice with all that it is not told from."""
+    """Differences of the candidates from the best, paired over cells, and those not distinguishable from it."""
     chosen, close = max(level, key=lambda name: level[name].mean()), []
     for name in level:
         if name == chosen:

@@ -61,7 +61,7 @@ def normalised(case: Result, quality: int | None, seed: int) -> Result:
 
 @dataclass(frozen=True)
 class RecordedDepth:
-    """Divide by the number of transcripts that was recorded with each cell: the genes at hand are few of its genes."""
+    """Divide by the recorded number of transcripts of each cell, because the data have only some of its genes."""
 
     depth: np.ndarray
     name: str = "recorded depth"
@@ -185,7 +185,7 @@ def _case(setting: Setting, budget: Budget) -> Result:
 
 
 def rows(results: Results, budget: Budget) -> list[Row]:
-    """What is known by itself, every system's scores, and what gamma changes."""
+    """The references, every system's scores, and the effect of gamma."""
     return [row for setting in SETTINGS for row in _rows_of(setting, results, budget)]
 
 
@@ -242,7 +242,7 @@ def _difference_rows(
 
 
 def _kept(score: str, value: float, error: float) -> str:
-    """What is asked of gamma: less R^2, at a silhouette that is equal, within its spread, or better."""
+    """Criterion for gamma: a smaller R^2, with a silhouette that is equal within its spread, or larger."""
     if score == "r2":
         return "lower with gamma: yes" if value < 0 else "lower with gamma: no"
     return f"equal within one sd, or better: {'yes' if value >= -np.nan_to_num(error) else 'no'}"
