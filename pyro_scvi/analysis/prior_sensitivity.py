@@ -114,6 +114,7 @@ def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> tuple[xr.DataArra
             f"the tree lacks {error}; needed are posterior, lp in sample_stats, and log_prior with the variables that "
             "priors= names: pass what to_datatree returns"
         ) from error
+    # lp holds prior and likelihood: the likelihood is what the priors leave.
     return _joined(posterior), _total(scaled), log_joint - _total(list(log_prior.values()))
 
 

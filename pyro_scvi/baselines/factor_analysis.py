@@ -107,6 +107,7 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, or the genes are not those of the fit.
         """
         y = self._log1p(counts)
+        # The Jacobian of log1p turns a density of y into one of counts.
         return self.model_.score_samples(y) - y.sum(1)
 
     def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:

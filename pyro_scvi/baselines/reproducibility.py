@@ -160,6 +160,7 @@ def _fit(uniform: np.ndarray, mixture: Mixture, tol: float, max_iter: int) -> _F
     before = math.inf
     for _ in range(max_iter + 1):
         z = normal_scores(uniform, mixture)
+        # z moves with the mixture: stop once renewing it hardly changes the likelihood.
         renewed = expectation(z, mixture)[1]
         mixture, reproducible, now = _em(z, mixture, tol)
         if abs(renewed - before) < tol * (1 + abs(before)):
@@ -216,12 +217,14 @@ def _copula(uniform: np.ndarray, mixture: Mixture) -> float:
     """Log likelihood of the ranks, nats."""
     p, _, mu, sigma = mixture
     z = normal_scores(uniform, mixture)
+    # Both marginals have the same density: the copula's is the joint one over their product.
     marginal = np.logaddexp(math.log(p) + norm.logpdf(z, mu, sigma), math.log(1 - p) + norm.logpdf(z))
     return expectation(z, mixture)[1] - float(marginal.sum())
 
 
 def _running_mean(local_idr: np.ndarray) -> np.ndarray:
     """Mean of the local_idr that are no larger, (items,)."""
+    # Tied items share one value: all of them count.
     no_larger = rankdata(local_idr, "max").astype(int)
     return np.cumsum(np.sort(local_idr))[no_larger - 1] / no_larger
 

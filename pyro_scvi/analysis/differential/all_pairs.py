@@ -84,6 +84,7 @@ class AllPairs:
 
 def over_all_pairs(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> Estimate:
     """The estimate from log means (draws of a, genes) and (draws of b, genes) and log r (genes,)."""
+    # Genes are independent of each other here, so they can be taken in parts.
     parts = zip(a.split(AT_ONCE, 1), b.split(AT_ONCE, 1), log_r.split(AT_ONCE), strict=True)
     estimates = [_of_genes(*part, delta, bins) for part in parts]
     p, se, *of_change = (torch.cat(column).numpy() for column in zip(*estimates, strict=True))
@@ -98,12 +99,14 @@ def _of_genes(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> t
     width = ((high - low) / (bins - 1)).clamp(min=torch.finfo(torch.float32).tiny)
     on_a, on_b = (_Shared.out((values - low[:, None]) / width[:, None], bins) for values in (a, b))
     excess = SharedDispersion(log_r).at(torch.arange(bins)[:, None] * width).T - 0.5  # F - 1/2 (genes, bins), odd
+    # F - 1/2 is odd: its negative half is the positive one mirrored. Padding to 2 bins keeps the convolution linear.
     kernel = torch.cat([excess, -excess[:, :1], -excess[:, 1:].flip(1)], 1).double()
     transform, transform_a, transform_b = (
         torch.fft.rfft(values, 2 * bins) for values in (kernel, on_a.bins, on_b.bins)
     )
     of_a = on_a.read(0.5 - torch.fft.irfft(transform_b * transform)[:, :bins])
     of_b = on_b.read(0.5 + torch.fft.irfft(transform_a * transform)[:, :bins])
+    # Hoeffding 1948: the draws of a and of b are independent, the pairs are not.
     se = (of_a.var(1) / of_a.shape[1] + of_b.var(1) / of_b.shape[1]).sqrt()
     gaps = torch.fft.irfft(transform_a.conj() * transform_b).roll(bins, 1)  # of b - a = -bins ... bins - 1
     quantiles = [(_quantile(gaps, level) - bins) * width for level in LEVELS]
@@ -143,6 +146,7 @@ def _quantile(mass: Tensor, level: float) -> Tensor:
 
 def _share_one_way(a: Tensor, b: Tensor, delta: float) -> Tensor:
     """The larger of the shares of pairs with b - a > delta and with b - a < -delta, from ascending (genes, draws)."""
+    # b is sorted, so the position of a -+ delta in it counts the pairs beyond delta.
     below, up_to = torch.searchsorted(b, a - delta), torch.searchsorted(b, a + delta, right=True)
     down, up = (counts.double().mean(1) / b.shape[1] for counts in (below, b.shape[1] - up_to))
     return torch.maximum(down, up)

@@ -105,16 +105,19 @@ def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures:
     sites = prior_sites(guide.model, gamma, guide.weights.medians(), PILOTS + chains)
     u = guide.coordinates.of(sites)  # (pilots and chains, cells, size)
     wide, narrow = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
+    # The fourth power makes small steps near the prior, where the density changes most.
     betas = torch.linspace(0, 1, temperatures + 1).pow(4).tolist()
     log_weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
     log_size = torch.full((len(x),), -0.7, dtype=u.dtype, device=u.device)
     for before, beta in pairwise(betas):
+        # The weight takes the state before the move, or the estimate would be biased (Neal 2001).
         log_weights += (beta - before) * terms(u)[1].double()
         density = Whitened(_tempered(terms, beta), _metric((1 - beta) * wide + beta * narrow))
         state, error = transition(density, density.at(density.inverse(u)), log_size.exp(), leapfrog)
         u = density.coordinates(state.v)
         accepted = error[:PILOTS].clamp(max=0).exp().mean(0)
         log_size = (log_size + GAIN * (accepted - TARGET)).clamp(-6, 0.7)
+    # A run that has diverged gets weight 0.
     return log_weights[PILOTS:].nan_to_num(nan=-torch.inf)
 
 

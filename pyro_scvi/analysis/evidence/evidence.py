@@ -114,6 +114,7 @@ def evidence(
 
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, joint: Joint) -> Tensor:
     result = weighted(guide, x, gamma, budget, joint=joint)
+    # An observed library conditions on the cell's total: log p(total) completes log p(x). A latent one adds 0.
     charge = guide.model.library.log_prob_of_total(x, gamma)
     log_evidence, bound = result.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
     columns = (log_evidence, result.se, result.ess, result.khat, bound)

@@ -112,6 +112,7 @@ def leave_one_out(
             theta = decoded(fit, x, gamma, drawn)
             law = fit.model.likelihood.marginal(**theta)
             log_p = law.log_prob(x)
+            # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
             below = law.expand(log_p.shape).sample() < x
             rows = slice(done, done := done + len(x))
             results[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
@@ -139,5 +140,6 @@ def left_out(log_p: Tensor, below: Tensor) -> Tensor:
     spread = log_p.amax(0) - log_p.amin(0)
     elpd = (log_weights + log_p).logsumexp(0)
     smaller = (log_weights.exp() * below).sum(0).clamp(max=1)
+    # Counts are discrete: the random part makes PIT values uniform (Czado et al. 2009, Sec. 2).
     pit = smaller + torch.rand_like(smaller) * torch.minimum(elpd.exp(), 1 - smaller)
     return torch.stack([elpd, torch.where(spread < 1e-6, 0.0, khat), pit])

@@ -260,6 +260,7 @@ def _replicated(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for x, gamma in minibatches(fit, cells).in_order(batch_size):
         draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
+        # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
         parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
         drawn = [_counts(fit, x, gamma, draws, dict(zip(draws.sites, part, strict=True))) for part in parts]
         yield x, torch.cat(drawn)
@@ -273,6 +274,7 @@ def _counts(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: dict[str, T
 
 def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:
     observed, replicas = values[0], values[1:]
+    # Ties count half, so that discrete statistics have a mean p of 1/2 under the model.
     above = np.where(np.isnan(replicas - observed), np.nan, (replicas > observed) + 0.5 * (replicas == observed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a statistic that no replica has: NaN says so

@@ -160,6 +160,7 @@ def impute(
     _check_wishes(quantity, quantiles, batches)
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
+    # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
     imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
@@ -230,6 +231,7 @@ def technical_zero_probability(
             )
             if logits is None:
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
+            # A count above zero was not lost, so its probability is 0.
             probability[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
     return probability
 

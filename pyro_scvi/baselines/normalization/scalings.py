@@ -161,6 +161,7 @@ class TMM:
         share, share_reference = x / total, reference / total_reference
         m, a = np.log(share / share_reference), 0.5 * np.log(share * share_reference)
         kept = _inner(m, self.trim_m) & _inner(a, self.trim_a)
+        # Inverse variances of M by the delta method (Robinson and Oshlack 2010).
         weight = 1 / ((1 - share) / x + (1 - share_reference) / reference)[kept]
         return float(weight @ m[kept] / weight.sum()) if kept.any() and np.isfinite(weight).all() else 0.0
 

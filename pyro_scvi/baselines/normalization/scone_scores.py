@@ -78,6 +78,7 @@ def medoids(distance: np.ndarray, k: int) -> np.ndarray:
         chosen.append(int(np.minimum(distance, nearest).sum(0).argmin()))
     cost = distance[:, chosen].min(1).sum()
     while True:
+        # Distances to the nearest medoid with each one left out: the cost of every swap follows at once.
         others = [distance[:, chosen[:i] + chosen[i + 1 :]].min(1, keepdims=True) for i in range(k)]
         costs = np.stack([np.minimum(distance, other).sum(0) for other in others])  # (medoid out, cell in)
         out, into = np.unravel_index(costs.argmin(), costs.shape)

@@ -47,6 +47,7 @@ class Seen(NamedTuple):
             u = np.exp(log_decay) * self.squares
             return float(self.multiplicity @ (u * np.exp(-u) / -np.expm1(-u))) - np.exp(log_decay) * lost_square
 
+        # The function is concave, so its slope has one root: bracket it from the last lambda.
         low = high = math.log(start)
         while slope(low) < 0:
             low -= 1

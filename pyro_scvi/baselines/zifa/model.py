@@ -74,6 +74,7 @@ def posterior(y: Tensor, parameters: Parameters) -> Posterior:
     lost = (y == 0).to(y)
     change = 2 * parameters.decay * parameters.shrinkage - precision  # of the precision, where a count is lost
     eye = torch.eye(a.shape[1], dtype=y.dtype, device=y.device)
+    # Precisions as if no count were lost, then corrected at the zeros: both are matrix products over all cells.
     weighted = precision @ parameters.outer + lost @ (change[:, None] * parameters.outer)
     b = y @ (precision[:, None] * a) - (precision * mu) @ a - lost @ ((change * mu)[:, None] * a)
     factor = torch.linalg.cholesky(eye + weighted.unflatten(1, eye.shape))

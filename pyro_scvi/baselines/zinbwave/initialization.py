@@ -99,10 +99,12 @@ def completed(
         return torch.where(x[cells] > 0, residual, (u[cells] * s) @ v.T)
 
     u, s, v = x.new_zeros(len(x), latents), x.new_zeros(latents), x.new_zeros(x.shape[1], latents)
+    # The first right vectors are those of R with zeros for what is missing.
     gram = torch.stack([filled(cells).T @ filled(cells) for cells in chunks]).sum(0)
     v = torch.linalg.eigh(gram)[1].flip(1)[:, :latents]
     threshold = (penalties.w * penalties.alpha) ** 0.5
     for _ in range(COMPLETIONS):
+        # One step of subspace iteration in place of a singular value decomposition.
         q = torch.linalg.qr(torch.cat([filled(cells) @ v for cells in chunks]))[0]
         projected = torch.stack([q[cells].T @ filled(cells) for cells in chunks]).sum(0)
         rotation, values, vt = torch.linalg.svd(projected, full_matrices=False)

@@ -208,6 +208,7 @@ def orthogonal(
     :math:`R_1 R_2' = A S B'`, W becomes :math:`b\, Q_1 A S^{1/2}` and alpha :math:`b^{-1} S^{1/2} (Q_2 B)'`,
     b = :attr:`Penalties.balance` (Risso et al. 2018, Methods). The largest loading of every latent is positive.
     """
+    # W alpha = Q1 (R1 R2') Q2': a decomposition of the small middle matrix suffices.
     q_w, r_w = torch.linalg.qr(cells.w)
     q_a, r_a = torch.linalg.qr(torch.cat((genes.alpha_mu, genes.alpha_pi), 1).T)
     a, s, bt = torch.linalg.svd(r_w @ r_a.T)
