@@ -3,9 +3,9 @@
 from pyro_scvi.analysis.differential.all_pairs import AllPairs
 from pyro_scvi.analysis.differential.contrasts import DepthCorrected, Uncorrected
 from pyro_scvi.analysis.differential.differential import differential_expression
-from pyro_scvi.analysis.differential.summary import expected_fdr
+from pyro_scvi.analysis.differential.summary import expected_fdr as expected_fdr
 
-__all__ = ["AllPairs", "DepthCorrected", "Uncorrected", "differential_expression", "expected_fdr"]
+__all__ = ["AllPairs", "DepthCorrected", "Uncorrected", "differential_expression"]
 
 
 def __dir__() -> list[str]:

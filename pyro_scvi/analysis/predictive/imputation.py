@@ -157,7 +157,7 @@ def impute(
     require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    _check_wishes(quantity, quantiles, batches)
+    _check_arguments(quantity, quantiles, batches)
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
@@ -246,7 +246,7 @@ def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
     return out
 
 
-def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:
+def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
     if not callable(quantity):
         raise ModelError(
             f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
