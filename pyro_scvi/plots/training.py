@@ -1,4 +1,4 @@
-"""Training curves."""
+"""Training curves: the loss of training and held-out cells by epoch."""
 
 from __future__ import annotations
 
