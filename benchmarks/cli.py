@@ -49,7 +49,7 @@ def chosen(rows: dict[str, Row], names: Sequence[str] | None) -> list[Row]:
     Raises
     ------
     SystemExit
-        If a name is that of no row.
+        If a name matches no row.
     """
     if names is None:
         return list(rows.values())
@@ -59,7 +59,7 @@ def chosen(rows: dict[str, Row], names: Sequence[str] | None) -> list[Row]:
 
 
 def measured(rows: Sequence[Row], bench: Bench) -> dict[str, Outcome]:
-    """Run the rows one after the other; what cannot be run, or fails, says why and leaves the others be."""
+    """Run the rows one after the other; a row that cannot run or fails gives the reason, and the others go on."""
     outcomes = {}
     for row in rows:
         started = time.perf_counter()
@@ -127,7 +127,7 @@ def list_rows(rows: dict[str, Row]) -> None:
 
 
 def cuda_device() -> str:
-    """Name of the CUDA device; without one there is nothing to go on with."""
+    """Name of the CUDA device; exit if there is none."""
     import torch  # large, and the other command's peaks of memory are measured in children of this process
 
     if not torch.cuda.is_available():

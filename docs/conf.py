@@ -56,13 +56,13 @@ html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_per
 
 
 def _links_from_here(_app: object, page: str, source: list[str]) -> None:
-    """Links of the notebooks to these pages, which are a folder nearer on the site than in the repository."""
+    """Fix links from the notebooks to these pages, which are one folder closer on the site than in the repository."""
     if page.startswith("notebooks/"):
         source[0] = source[0].replace("](../docs/", "](../")
 
 
 def _formula(writer: Any, node: nodes.math) -> None:
-    """A formula as MathML, which browsers draw by themselves: the site asks no other server for a script."""
+    """A formula as MathML, which browsers draw themselves, so the site loads no script from another server."""
     writer.body.append(_mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
@@ -73,13 +73,13 @@ def _displayed_formula(writer: Any, node: nodes.math_block) -> None:
 
 
 def _mathml(formula: str, display: str) -> str:
-    """What latex2mathml makes of it, which knows aligned rows by another name, and not that ~ is a relation."""
+    """Convert by latex2mathml, which names aligned rows differently and does not treat ~ as a relation."""
     markup = convert(formula.replace("{aligned}", "{align*}"), display=display)
     return markup.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
 
 
 def _signature(_app: object, _what: str, _name: str, thing: Any, *_: object) -> tuple[str, str] | None:
-    """That of a part's constructor: its __new__ takes whatever comes, and Sphinx would show that."""
+    """Signature of a component's constructor; Sphinx would show that of __new__, which takes any arguments."""
     if inspect.isclass(thing) and issubclass(thing, Component):
         return stringify_signature(inspect.signature(thing), show_annotation=False), ""
     return None

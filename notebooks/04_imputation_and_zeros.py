@@ -140,10 +140,10 @@ figure, ax = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
 for (name, colour), marker in zip(
     {"zero-inflated": "#31688e", "negative binomial": "#d1603d"}.items(), "os", strict=True
 ):
-    mean, found = predictions[name][zero], hidden[zero]
+    mean, true = predictions[name][zero], hidden[zero]
     bins = np.array_split(np.argsort(mean), 20)
     level = [mean[rows].mean() for rows in bins]
-    observed = [found[rows].mean() for rows in bins]
+    observed = [true[rows].mean() for rows in bins]
     ax.plot(level, observed, marker, ms=4, color=colour, label=name)
 ends = [min(level), max(level)]
 ax.plot(ends, ends, color="#1a1a1a", linewidth=0.8)

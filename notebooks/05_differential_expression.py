@@ -117,10 +117,10 @@ doubtful[shown].head(8).round(3)
 kinds = [("CD19+ B", "Dendritic"), ("CD14+ Monocyte", "Dendritic"), ("Dendritic", None), ("CD19+ B", None)]
 rows = []
 for a, b in kinds:
-    found = ps.differential_expression(fit, cells, groupby="bulk_labels", group_a=a, group_b=b, seed=0)
-    beyond = found.index[~found.p_a_lt_b.between(0.1, 0.9)]
-    calls = found.index[found.fdr < 0.05]
-    row = {"a": a, "b": b or "the rest", "median sd of lfc": found.lfc_sd.median(), "fdr < .05": len(calls)}
+    compared = ps.differential_expression(fit, cells, groupby="bulk_labels", group_a=a, group_b=b, seed=0)
+    beyond = compared.index[~compared.p_a_lt_b.between(0.1, 0.9)]
+    calls = compared.index[compared.fdr < 0.05]
+    row = {"a": a, "b": b or "the rest", "median sd of lfc": compared.lfc_sd.median(), "fdr < .05": len(calls)}
     rows.append(row | {"P(w_a < w_b) beyond .1 or .9": len(beyond), "not called": len(beyond.difference(calls))})
 pd.DataFrame(rows).round(2)
 

@@ -162,12 +162,12 @@ columns = {"pyro-scvi": table.lfc_mean}
 if scvi is not None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = peer.differential_expression(
+        theirs = peer.differential_expression(
             groupby="bulk_labels", group1="Dendritic", group2="CD19+ B", mode="change", delta=0.5, silent=True
         ).loc[table.index]
-    columns["scvi-tools"] = found.lfc_mean
+    columns["scvi-tools"] = theirs.lfc_mean
     print(f"rank correlation of the fold changes: {spearmanr(*columns.values()).statistic:.2f}")
-    print(f"called: {(table.fdr < 0.05).sum()} (fdr < 0.05 here), {found['is_de_fdr_0.05'].sum()} (scvi-tools)")
+    print(f"called: {(table.fdr < 0.05).sum()} (fdr < 0.05 here), {theirs['is_de_fdr_0.05'].sum()} (scvi-tools)")
 pd.DataFrame(columns).loc[[*markers, "CD74", "HLA-DRA", "FCER1A"]].round(2)
 
 # %%

@@ -1,6 +1,6 @@
 """Execute the notebooks: ``python -m notebooks.run`` writes every .ipynb from its .py, with the outputs of a full run.
 
-``python -m notebooks.run 02 05`` does so for those two. The scripts are the source; change nothing in an .ipynb.
+``python -m notebooks.run 02 05`` does so for those two. The scripts are the source: do not edit an .ipynb.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def execute(notebook: NotebookNode, mode: str = FULL, *, timeout: int = 1200) ->
 
 
 def headline(notebook: NotebookNode) -> dict[str, Any]:
-    """What the cell tagged "headline" prints.
+    """Output of the cell tagged "headline".
 
     ``quantity``, ``value`` and ``unit``; ``error``, by which the same run may differ on another machine; ``refit_sd``,
     the spread over refits with other seeds, None in short mode.

@@ -1,9 +1,9 @@
-"""Accelerators, whose work goes on after the call that asked for it: waiting until it is done."""
+"""Accelerators run asynchronously: waiting until their work is done."""
 
 import torch
 
 
 def synchronise(device: str) -> None:
-    """Wait for the device, without which its work would not be timed."""
+    """Wait for the device, so that its work is timed."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Commands: their parser, the command line that a table is kept with, and a module run in a process of its own."""
+"""Commands: their parser, the command line stored with a table, and a module run in a process of its own."""
 
 import argparse
 import os

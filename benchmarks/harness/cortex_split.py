@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import anndata
 import numpy as np
-from scipy import sparse
 from sklearn.model_selection import train_test_split
 
 from benchmarks.harness.paths import DATA
@@ -24,7 +23,8 @@ class Task(NamedTuple):
     @property
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Raw counts (cells, genes) to fit and to score."""
-        x = self.data.X.toarray() if sparse.issparse(self.data.X) else np.asarray(self.data.X)
+        x = self.data.X
+        x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
         return x[self.train], x[self.test]
 
 

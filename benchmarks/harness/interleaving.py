@@ -1,4 +1,4 @@
-"""Interleaved rounds: the same work measured on several sides by turns, and its cost compared."""
+"""Interleaved rounds: the same work measured on several sides in turn, and its cost compared."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ PACKAGES_OF_SIDE = {"scvi-tools": ("scvi",), "mpmath": ("mpmath",)}
 
 
 class Outcome(NamedTuple):
-    """Lines of the table, and what else the JSON file keeps of a row."""
+    """Lines of the table, and further details for the JSON file."""
 
     lines: list[Line]
     details: dict[str, Any]
@@ -45,9 +45,9 @@ class Comparison:
 class Interleaved:
     """Systems that are measured by turns, and the lines made of them.
 
-    ``condition`` is a task that is asked first: what it gives as ``reason``, unless empty, is why the row is skipped.
-    With ``fresh`` every measurement has a process of its own. A system whose package is not installed is left out, and
-    the lines say so.
+    ``condition`` is a task that runs first; if its ``reason`` is not empty, the row is skipped for that reason. With
+    ``fresh`` every measurement has a process of its own. A system whose package is not installed is left out, and the
+    lines note it.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Interleaved:
     def _line(comparison: Comparison, samples: dict[str, Any], missing: dict[str, str]) -> Line:
         reasons = [missing[name] for name in (comparison.peer, comparison.limit) if name in missing]
         note = "; ".join(filter(None, [comparison.note, *(f"no peer: {reason}" for reason in reasons)]))
-        peer, limit = (samples.get(name, ()) for name in (comparison.peer, comparison.limit))
+        peer, limit = (samples.get(name or "", ()) for name in (comparison.peer, comparison.limit))
         bar = None if reasons and isinstance(comparison.bar, AtLeast) else comparison.bar
         return compared(comparison.title, comparison.quantity, samples[comparison.ours], peer, limit, bar, note)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from benchmarks.harness.paths import DATA, ROOT
 from benchmarks.harness.stopwatch import Sample
@@ -17,11 +17,11 @@ EXTRAS = {"scvi": "pip install 'pyro-scvi[peer]'", "mpmath": "pip install 'pyro-
 
 
 class TaskError(RuntimeError):
-    """A task failed in its worker; holds the worker's traceback."""
+    """A task failed in its worker; the message is the worker's traceback."""
 
 
 class Unavailable(RuntimeError):
-    """What a row needs is not here; the message says what, and how to get it."""
+    """A requirement of a row is missing; the message says which, and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class System:
     Parameters
     ----------
     side
-        Whose it is: every side has one process, which stays alive from row to row.
+        Side it belongs to: every side has one process, which stays alive from row to row.
     task
         ``module:function``, see :mod:`benchmarks.harness.worker`.
     options
@@ -50,8 +50,11 @@ class Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "benchmarks.harness.worker", str(threads)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        # Popen's pipes are None only where none were asked for.
+        self.requests, self.replies = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
 
     def ask(self, **request: list[Any]) -> dict[str, Any]:
         """Send one request and wait for its reply.
@@ -61,9 +64,9 @@ class Worker:
         TaskError
             If the task failed or the process ended.
         """
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
+        line = self.replies.readline()
         if not line:
             raise TaskError(f"the worker ended with status {self.process.wait()} in {next(iter(request))}")
         reply = json.loads(line)
@@ -73,9 +76,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process and wait for it."""
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait()
-        self.process.stdout.close()
+        self.replies.close()
 
 
 @dataclass
@@ -93,9 +96,9 @@ class Bench:
     data
         Folder with the real data.
     quick
-        Whether sizes are tiny: everything runs, no figure means anything.
+        Whether to use tiny sizes: everything runs, but the figures mean nothing.
     whole_curves
-        Whether every budget of a time to quality is run, for a picture, and not only those until the target.
+        Whether to run every budget of a time to quality, for a picture, and not only those until the target.
     """
 
     rounds: int = 3
@@ -143,7 +146,7 @@ class Bench:
         return self.by_turns({"only": system}, 1)["only"][0]
 
     def alone(self, system: System) -> Sample:
-        """One measurement in a process that did nothing else before, as a peak of memory needs it."""
+        """One measurement in a new process, which a peak of memory needs."""
         with Bench(threads=self.threads) as fresh:
             return fresh.once(system)
 
@@ -168,12 +171,12 @@ class Bench:
 
 
 def require_packages(names: Iterable[str]) -> None:
-    """Refuse what cannot be imported, without importing it.
+    """Raise if a package cannot be imported, without importing it.
 
     Raises
     ------
     Unavailable
-        Naming the extra that brings it.
+        If one is missing; the message names the extra that installs it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:

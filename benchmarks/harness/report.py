@@ -1,4 +1,4 @@
-"""Report: lines as a table and as JSON, and what changed since an earlier report."""
+"""Report: lines as a table and as JSON, and changes since an earlier report."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def changes(old: Sequence[Line], new: Sequence[Line]) -> str:
-    """What became of every line that both have: our figure then and now, and whether the rounds still overlap."""
+    """Changes in every line that both have: our figure then and now, and whether the rounds still overlap."""
     before = {line.title: line for line in old}
     texts = [_change(before[line.title], line) for line in new if line.title in before]
     return "\n".join(texts or ["no line in common"]) + "\n"
@@ -77,7 +77,7 @@ def _rounds(line: Line) -> list[float]:
 
 
 def write(path: Path, lines: Sequence[Line], about: dict[str, Any], details: dict[str, Any]) -> None:
-    """Write JSON: the lines, the machine and the command, and what rows keep besides; NaN becomes null, inf "inf"."""
+    """Write JSON: the lines, the machine, the command, and the rows' details; NaN becomes null, inf "inf"."""
     content = {**about, "rows": [asdict(line) for line in lines], "details": details}
     path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""Results: what was measured of a system, its ratio to the peer, and whether it meets its bar."""
+"""Results: measurements of a system, their ratio to the peer, and whether they meet the bar."""
 
 import math
 import statistics
@@ -62,7 +62,7 @@ class Line:
     """One line of the table.
 
     ``ours``, ``peer`` and ``limit`` are in ``unit``; ratios are cost of the peer over cost of ours, of the minima over
-    rounds and of the medians (rounds are seeds where fits are judged); ``share`` is our part of the limit. NaN is a
+    rounds and of the medians (rounds are seeds where fits are judged); ``share`` is our part of the limit. NaN: a
     figure that the line does not have.
     """
 

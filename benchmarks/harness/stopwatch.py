@@ -1,4 +1,4 @@
-"""Stopwatch: CPU and wall seconds of a stretch of this process, and what was found in it."""
+"""Stopwatch: CPU and wall seconds of a stretch of this process, and facts measured in it."""
 
 import time
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ class Sample(NamedTuple):
 
 
 class Stopwatch:
-    """Times what runs inside its ``with`` blocks, or between ``start`` and ``stop``, in sum.
+    """Total time of its ``with`` blocks, or of the stretches between ``start`` and ``stop``.
 
     Examples
     --------
@@ -42,5 +42,5 @@ class Stopwatch:
         self.stop()
 
     def sample(self, **facts: Any) -> Sample:
-        """The seconds so far, with what was found."""
+        """The seconds so far, with the facts measured in them."""
         return Sample(self.cpu, self.wall, facts)

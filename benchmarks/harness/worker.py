@@ -1,8 +1,8 @@
 """Worker process: ``python -m benchmarks.harness.worker THREADS``, told by lines of JSON what to measure.
 
 A request has one key: ``prepare`` (a name, a task ``module:function`` and its options), ``measure`` (a name),
-``clear``. Every request is answered by one line: the measurement, nothing, or an error. Replies have a channel of
-their own, so that whatever a library prints goes to the errors.
+``clear``. Every request is answered by one line: the measurement, nothing, or an error. Replies have a channel of their
+own, because libraries may print; their output goes to stderr.
 """
 
 import gc
@@ -44,7 +44,11 @@ class Tasks:
 def serve(requests: Iterable[str], replies: TextIO) -> None:
     """Answer every line of ``requests``."""
     tasks = Tasks()
-    verbs = {"prepare": tasks.prepare, "measure": tasks.measure, "clear": tasks.clear}
+    verbs: dict[str, Callable[..., dict[str, Any]]] = {
+        "prepare": tasks.prepare,
+        "measure": tasks.measure,
+        "clear": tasks.clear,
+    }
     for line in requests:
         (verb, arguments), *_ = json.loads(line).items()
         try:

@@ -154,9 +154,9 @@ def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
     for task in options.tasks:
         for name in options.systems:
             for seed in options.seeds:
-                found = in_a_process(name, task, seed)
-                sys.stderr.write(f"{name}, {task}, seed {seed}: {found['cpu_seconds']:.1f} CPU s\n")
-                rows.append({"task": task, "system": name, "seed": seed, **found, **origin})
+                result = in_a_process(name, task, seed)
+                sys.stderr.write(f"{name}, {task}, seed {seed}: {result['cpu_seconds']:.1f} CPU s\n")
+                rows.append({"task": task, "system": name, "seed": seed, **result, **origin})
                 if options.out:
                     pd.DataFrame(rows).to_json(options.out, orient="records", indent=1)
     return pd.DataFrame(rows)

@@ -18,9 +18,10 @@ import pandas as pd
 import pyro_scvi as ps
 from benchmarks.harness.commands import parser_of
 from benchmarks.harness.cortex_split import DEFAULT_DATA
+from pyro_scvi.inference.samplers import Sampler
 
 MODULE = "benchmarks.quality.calibration"
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[Sampler, int]] = {  # and one draw in so many is kept
     "HMC": (ps.HMC(), 5),
     "Importance": (ps.Importance(), 1),
     "Refined": (ps.Refined(), 1),
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.samplers:
         sampler, thin = SAMPLERS[name]
         started = time.perf_counter()
-        found = ps.calibrate(fit, options.cells, sampler=sampler, thin=thin, seed=options.seed)
-        tables[name] = found.summary.assign(n=options.cells, seconds=time.perf_counter() - started)
+        result = ps.calibrate(fit, options.cells, sampler=sampler, thin=thin, seed=options.seed)
+        tables[name] = result.summary.assign(n=options.cells, seconds=time.perf_counter() - started)
         sys.stdout.write(f"{name}\n{tables[name].round(4).to_string()}\n\n")
     if options.out:
         pd.concat(tables, names=["sampler"]).reset_index().to_json(options.out, orient="records", indent=1)

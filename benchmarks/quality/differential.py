@@ -135,15 +135,15 @@ def timed(data: Blood, seed: int, *, n_cells: int = 20_000) -> list[dict[str, An
     cells = ps.Cells.from_counts(counts, gene_names=list(data.adata.var_names))
     labels = np.repeat(["first", "second"], n_cells // 2).astype(object)
     kinds = {"default": {}, "20,000 pairs": {"largest_se": 0.0}}
-    found = []
+    timings = []
     for name, options in kinds.items():
         started = time.process_time()
         compared(fit, cells, labels, ("first", "second"), seed=seed, **options)
         seconds = time.process_time() - started
-        found.append(
+        timings.append(
             {"options": name, "n_cells": n_cells, "n_genes": cells.n_genes, "seed": seed, "cpu_seconds": seconds}
         )
-    return found
+    return timings
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -163,20 +163,22 @@ def tables(options: argparse.Namespace) -> dict[str, pd.DataFrame]:
     """Run what was asked for."""
     data = [READERS[name](options.folder) for name in options.data]
     systems = [SYSTEMS[name] for name in options.systems]
-    found = {}
+    by_title = {}
     if systems:
-        found["reference"] = pd.concat([against_reference(one, systems, options.seeds, options.rows) for one in data])
-        found["reference, over seeds"] = over_seeds(found["reference"])
+        by_title["reference"] = pd.concat(
+            [against_reference(one, systems, options.seeds, options.rows) for one in data]
+        )
+        by_title["reference, over seeds"] = over_seeds(by_title["reference"])
     if options.splits:
         models = [(one, seed, gene) for one in data for seed in options.seeds for gene in (False, True)]
         halves = [between_halves(one, seed, options.splits, gene_dispersion=gene) for one, seed, gene in models]
-        found["halves of one cell type"] = pd.DataFrame(halves)
+        by_title["halves of one cell type"] = pd.DataFrame(halves)
     if "pbmc4k" in options.data:
         pbmc4k = data[options.data.index("pbmc4k")]
-        found["seconds of 10,000 against 10,000 cells"] = pd.DataFrame(
+        by_title["seconds of 10,000 against 10,000 cells"] = pd.DataFrame(
             [row for seed in options.seeds for row in timed(pbmc4k, seed)]
         )
-    return found
+    return by_title
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -184,11 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
     command = command_line(MODULE, arguments)
-    found = tables(options)
-    for name, table in found.items():
+    by_title = tables(options)
+    for name, table in by_title.items():
         sys.stdout.write(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
     if options.out:
-        rows = {name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in found.items()}
+        rows = {
+            name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in by_title.items()
+        }
         about = {"command": command, "versions": versions(PACKAGES)}
         options.out.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
 

@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 guide, started = ps.guides.DiagonalNormal(model, seed=seed, norm=norm), time.perf_counter()
                 shared = {"epochs": options.epochs, "progress": False, "device": "cpu"}
                 fit = ps.fit(model, train, guide, seed=seed, ranks=ranks, **shared)
-                found = {"ranks": ranks.size, "norm": type(norm).__name__, "seed": seed, "n": test.n_cells}
-                found |= {"bound": held_out_bound(fit, test), "seconds": time.perf_counter() - started}
+                row = {"ranks": ranks.size, "norm": type(norm).__name__, "seed": seed, "n": test.n_cells}
+                row |= {"bound": held_out_bound(fit, test), "seconds": time.perf_counter() - started}
                 if ranks.first:
-                    sys.stdout.write(json.dumps(found) + "\n")
+                    sys.stdout.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ AT_ONCE = 256  # cells
 
 
 class Outputs(NamedTuple):
-    """What a fitted system says of cells x (cells, genes), in evaluation mode and in float64.
+    """Outputs of a fitted system for cells x (cells, genes), in evaluation mode and in float64.
 
     ``encode`` maps x to location and scale of q(z | x), (cells, latents) each; ``decode`` maps z (samples, cells,
     latents) and x to log mean, log inverse dispersion and dropout logits, each broadcastable to (samples, cells,

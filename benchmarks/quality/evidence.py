@@ -3,7 +3,7 @@
     python -m benchmarks.quality.evidence --seeds 0 1 2 --out FILE
 
 Every system is fitted on the same 75 % of the cells and gives log probabilities of the counts of the rest. Systems are
-compared by paired differences over the test cells; the spread over seeds says what a refit changes.
+compared by paired differences over the test cells; the spread over seeds shows how much a refit changes.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     command = command_line(MODULE, arguments)
     task = read_task(options.data, samples=options.samples)
-    values = pd.read_csv(options.values) if options.values and options.values.exists() else None
+    values = pd.read_csv(options.values) if options.values and options.values.exists() else pd.DataFrame()
     for system in systems(options.systems, options.epochs):
         for seed in options.seeds if system.seeded else options.seeds[:1]:
             sys.stderr.write(f"{system.name}, seed {seed}\n")

@@ -1,8 +1,10 @@
 """Table of held-out evidence: means over cells, paired differences between systems, spread over seeds."""
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.systems.evidence_scores import DENSITY, INTEGRATED
@@ -16,9 +18,9 @@ KEYS = ["system", "quantity", "seed"]
 KHAT_LIMIT = 0.7
 
 
-def merged(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+def merged(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """Join the old rows with those of ``new`` in place of older ones of the same system, quantity and seed."""
-    if old is None:
+    if old.empty:
         return new
     stale = pd.MultiIndex.from_frame(old[KEYS]).isin(pd.MultiIndex.from_frame(new[KEYS]))
     return pd.concat([old[~stale], new], ignore_index=True)
@@ -34,11 +36,11 @@ def summarise(values: pd.DataFrame) -> pd.DataFrame:
     rows = [_summary_row(wide, key, group) for key, group in values.groupby(KEYS, sort=False)]
     table = pd.DataFrame(rows)
     means = table.groupby(["system", "quantity"])["mean"]
-    table.insert(table.columns.get_loc("n_cells"), "spread_over_seeds", means.transform("std"))
+    table.insert(list(table.columns).index("n_cells"), "spread_over_seeds", means.transform("std"))
     return table
 
 
-def _summary_row(wide: pd.DataFrame, key: tuple[str, str, int], group: pd.DataFrame) -> dict[str, Any]:
+def _summary_row(wide: pd.DataFrame, key: tuple[Hashable, ...], group: pd.DataFrame) -> dict[str, Any]:
     system, quantity, seed = key
     row: dict[str, Any] = {"system": system, "quantity": quantity, "seed": seed}
     row["mean"], row["se"] = _mean_se(wide[key])
@@ -50,12 +52,13 @@ def _summary_row(wide: pd.DataFrame, key: tuple[str, str, int], group: pd.DataFr
     return {**row, "n_cells": len(group), **first[["fit_seconds", "score_seconds", "command"]]}
 
 
-def _mean_se(value: pd.Series) -> tuple[float, float]:
-    return float(value.mean()), float(value.sem())
+def _mean_se(value: "pd.Series[float]") -> tuple[float, float]:
+    return float(value.mean()), float(np.asarray(value.sem()))
 
 
-def _paired(wide: pd.DataFrame, key: tuple[str, str, int], reference: tuple[str, str]) -> tuple[float, float]:
-    seeds = [seed for *names, seed in wide.columns if tuple(names) == reference]
+def _paired(wide: pd.DataFrame, key: tuple[Hashable, ...], reference: tuple[str, str]) -> tuple[float, float]:
+    columns: Any = wide.columns  # of system, quantity and seed, which pandas' types take for text
+    seeds = [seed for *names, seed in columns if tuple(names) == reference]
     if not seeds:
         return math.nan, math.nan
     seed = key[-1] if key[-1] in seeds else seeds[0]

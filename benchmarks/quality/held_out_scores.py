@@ -85,8 +85,8 @@ class Evidence:
     def peer(self, model: Any, train: Any, held_out: Any) -> Estimate:
         """The evidence of a fit of scvi-tools."""
         fitted = peer_with_evidence(model, dense(train), dense(held_out[: self.cells]))
-        found = fitted.evidence(samples=self.samples)
-        return _mean(found.log_evidence, found.se)
+        table = fitted.evidence(samples=self.samples)
+        return _mean(table.log_evidence, table.se)
 
 
 JUDGES: dict[str, Bound | Evidence] = {

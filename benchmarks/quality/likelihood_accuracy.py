@@ -28,10 +28,10 @@ def errors(thinned: int = 1) -> Callable[[], Sample]:
             points = list(product(INVERSE_DISPERSIONS, MEANS[::thinned], COUNTS))
             log_r, log_mean = (torch.tensor([np.log(p[i]) for p in points], dtype=torch.float32) for i in (0, 1))
             x = torch.tensor([p[2] for p in points])
-            found = evaluated(x, log_mean, log_r)
+            values = evaluated(x, log_mean, log_r)
             exact = truth(x.tolist(), log_mean.tolist(), log_r.tolist())
-        error = np.abs(found - exact) / (1 + np.abs(exact))
-        finite = np.isfinite(found)
+        error = np.abs(values - exact) / (1 + np.abs(exact))
+        finite = np.isfinite(values)
         value, gradient = (float(error[..., part][finite[..., part]].max()) for part in (slice(1), slice(1, None)))
         worst = {"value": value, "gradient": gradient}
         return watch.sample(work=1, points=len(points) * len(GATES), non_finite=int((~finite).sum()), **worst)

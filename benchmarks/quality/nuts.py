@@ -15,14 +15,14 @@ Chains = np.ndarray  # (chains, draws, latents)
 
 
 def nuts(fit: ps.Fit, x: torch.Tensor, gamma: torch.Tensor, *, warmup: int, samples: int) -> tuple[Chains, int]:
-    """Sample one cell's latents by Pyro alone; returns the chain and how many of its transitions diverged."""
+    """Sample one cell's latents by Pyro alone; returns the chain and its number of divergent transitions."""
     pyro.set_rng_seed(0)
     with pyro.get_param_store().scope():
         kernel = MCMC(NUTS(fit.model.eval()), num_samples=samples, warmup_steps=warmup, disable_progbar=True)
         kernel.run(x, gamma)
         diverged = kernel.diagnostics()["divergences"]["chain 0"]
-    found = kernel.get_samples(group_by_chain=True)
-    columns = [found["z"].flatten(2)] + ([found["l"].flatten(2).log()] if "l" in found else [])
+    draws = kernel.get_samples(group_by_chain=True)
+    columns = [draws["z"].flatten(2)] + ([draws["l"].flatten(2).log()] if "l" in draws else [])
     return torch.cat(columns, -1).double().numpy(), len(diverged)
 
 

@@ -27,12 +27,19 @@ from benchmarks.harness.cortex_split import DEFAULT_DATA, read_task
 from benchmarks.harness.machine import versions
 from benchmarks.quality.nuts import agreement, hamiltonian, moments, nuts
 from benchmarks.systems.our_models import Configured, default, seed_2017
+from pyro_scvi.inference.samplers import Sampler
 
 MODULE = "benchmarks.quality.posterior"
 PACKAGES = "torch", "pyro-ppl", "numpy", "scikit-learn", "scvi-tools"
 KHAT_LIMIT, RHAT_LIMIT = 0.7, 1.05
 MODELS: dict[str, Callable[[ps.Cells, int], Configured]] = {"default": default, "seed": seed_2017}
-SAMPLERS = {"Amortized": ps.Amortized(), "Refined": ps.Refined(), "Importance": ps.Importance(), "HMC": ps.HMC()}
+HAMILTONIAN = ps.HMC()
+SAMPLERS: dict[str, Sampler] = {  # HMC comes last: its draws are those compared with NUTS
+    "Amortized": ps.Amortized(),
+    "Refined": ps.Refined(),
+    "Importance": ps.Importance(),
+    "HMC": HAMILTONIAN,
+}
 
 
 def fitted(train: ps.Cells, model: str, seed: int) -> ps.Fit:
@@ -82,9 +89,9 @@ def compared(fit: ps.Fit, cells: ps.Cells, draws: xr.Dataset, options: argparse.
         started = time.process_time()
         theirs, diverged = nuts(fit, *cells[[cell]], warmup=options.nuts_warmup, samples=options.nuts_samples)
         seconds = time.process_time() - started
-        found = agreement(moments(hamiltonian(draws, cell, SAMPLERS["HMC"].chains)), moments(theirs))
+        agreed = agreement(moments(hamiltonian(draws, cell, HAMILTONIAN.chains)), moments(theirs))
         rhat = float(draws["rhat"][cell])
-        rows.append({"cell": cell, **found, "rhat": rhat, "nuts_divergences": diverged, "nuts_cpu_seconds": seconds})
+        rows.append({"cell": cell, **agreed, "rhat": rhat, "nuts_divergences": diverged, "nuts_cpu_seconds": seconds})
         sys.stderr.write(f"{rows[-1]}\n")
     return rows
 
@@ -105,11 +112,15 @@ def tables(options: argparse.Namespace) -> dict[str, pd.DataFrame]:
                 rows.append({**key, **diagnosed(draws, options.samples, seconds)})
                 sys.stderr.write(f"{rows[-1]}\n")
             if seed == options.seeds[0]:
-                found = compared(fit, cells, draws, options)  # HMC comes last
-                agreements += [{"model": model, "seed": seed, **row} for row in found]
+                of_cells = compared(fit, cells, draws, options)
+                agreements += [{"model": model, "seed": seed, **row} for row in of_cells]
     table = pd.DataFrame(rows)
-    found = {"samplers": table, "samplers, over seeds": over_seeds(table), "HMC against NUTS": pd.DataFrame(agreements)}
-    return {name: table for name, table in found.items() if len(table)}
+    by_title = {
+        "samplers": table,
+        "samplers, over seeds": over_seeds(table),
+        "HMC against NUTS": pd.DataFrame(agreements),
+    }
+    return {name: table for name, table in by_title.items() if len(table)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,11 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
     command = command_line(MODULE, arguments)
-    found = tables(options)
-    for name, table in found.items():
+    by_title = tables(options)
+    for name, table in by_title.items():
         sys.stdout.write(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
     if options.out:
-        rows = {name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in found.items()}
+        rows = {
+            name: json.loads(table.to_json(orient="records", double_precision=6)) for name, table in by_title.items()
+        }
         about = {"command": command, "versions": versions(PACKAGES)}
         options.out.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Rows on a GPU: training speed, the share of time bound by kernel launches, large data; a dry run is on the CPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from benchmarks.harness.interleaving import Comparison, Interleaved, Outcome, Row
@@ -17,7 +17,7 @@ class Size:
     genes: int = 720
     cells: int = 20_480
     epochs: int = 4
-    large: large_data.Size = large_data.Size()
+    large: large_data.Size = field(default_factory=large_data.Size)
 
 
 QUICK = Size(genes=80, cells=256, epochs=1, large=large_data.QUICK)
@@ -25,7 +25,7 @@ QUICK = Size(genes=80, cells=256, epochs=1, large=large_data.QUICK)
 
 @dataclass(frozen=True)
 class LaunchBound:
-    """Share of the wall time in which the device has nothing to do but to wait for the next kernel's launch."""
+    """Share of the wall time in which the device only waits for the next kernel's launch."""
 
     batch_size: int
     device: str

@@ -5,9 +5,8 @@
 Every verb runs with its default arguments on the same synthetic counts, in a process of its own, so that the peak is
 that verb's: imports, reading the cells and loading the fit are in it and are also given alone (``before_mb``). The
 process that starts the others imports nothing large, since a child's peak starts at what its parent holds. The fit is
-one of a single epoch: memory does not depend on what the weights are. The verbs that take long
-for every cell get one of their batches instead of all cells: what they need at a time is far more than what they keep
-of a cell.
+trained for one epoch only: memory does not depend on the values of the weights. Verbs that are slow per cell get one of
+their batches instead of all cells: their working memory is far larger than what they keep per cell.
 """
 
 import argparse
@@ -65,10 +64,10 @@ def run(options: argparse.Namespace, command: str) -> pd.DataFrame:
         with tempfile.TemporaryDirectory() as folder:
             printed_by(MODULE, "--prepare", folder, "--seeds", str(seed), *sizes)
             for verb in options.verbs:
-                found = json.loads(printed_by(MODULE, "--measure", folder, verb))
-                sys.stderr.write(f"{verb}, seed {seed}: {found['peak_mb']:.0f} MB, {found['cpu_seconds']:.0f} s\n")
-                row = {"verb": verb, **found, "n_genes": options.genes, "seed": seed}
-                rows.append({**row, "below_limit": found["peak_mb"] < LIMIT_MB, "command": command})
+                result = json.loads(printed_by(MODULE, "--measure", folder, verb))
+                sys.stderr.write(f"{verb}, seed {seed}: {result['peak_mb']:.0f} MB, {result['cpu_seconds']:.0f} s\n")
+                row = {"verb": verb, **result, "n_genes": options.genes, "seed": seed}
+                rows.append({**row, "below_limit": result["peak_mb"] < LIMIT_MB, "command": command})
     return pd.DataFrame(rows)
 
 

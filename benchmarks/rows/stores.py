@@ -113,15 +113,15 @@ def measure(task: str, file: Path, options: argparse.Namespace) -> dict[str, Any
     before, start = peak_megabytes(), Mark()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* ha(s|ve) no counts")  # a few simulated cells or genes
-        found = TASKS[task](file, options)
-    return {**found, **Mark().since(start), "before_mb": before, "peak_mb": peak_megabytes()}
+        result = TASKS[task](file, options)
+    return {**result, **Mark().since(start), "before_mb": before, "peak_mb": peak_megabytes()}
 
 
 def in_a_process(task: str, file: Path, n_cells: int, n_genes: int, way: str, draws: int) -> dict[str, Any]:
-    """Run this module for one task and return what it found."""
+    """Run this module for one task and return its result."""
     sizes = ["--cells", n_cells, "--genes", n_genes, "--way", way, "--draws", draws]
-    found = json.loads(printed_by(MODULE, "--measure", task, str(file), *map(str, sizes)))
-    row = {"task": task, "way": way, "n_cells": n_cells, "n_genes": n_genes, **found}
+    result = json.loads(printed_by(MODULE, "--measure", task, str(file), *map(str, sizes)))
+    row = {"task": task, "way": way, "n_cells": n_cells, "n_genes": n_genes, **result}
     sys.stderr.write(json.dumps(row) + "\n")
     return row
 

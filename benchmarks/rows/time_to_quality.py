@@ -18,7 +18,7 @@ FASTER = {"n_epochs_kl_warmup": 1, "lr": 1e-2, "eps": 1e-8}
 
 
 class Point(NamedTuple):
-    """A state of a fit: epochs of training, CPU seconds, and what it is worth, nats per cell with standard error."""
+    """A state of a fit: epochs of training, CPU seconds, and its score, nats per cell with standard error."""
 
     epochs: int
     seconds: float
@@ -69,11 +69,11 @@ class TimeToQuality:
     def run(self, bench: Bench) -> Outcome:
         """Measure every seed."""
         require_packages(["scvi"])
-        found = {seed: self._one_seed(bench, seed) for seed in bench.seeds[: self.most_seeds]}
-        lines = [self._line(peer, found) for peer in self.peers]
+        by_seed = {seed: self._one_seed(bench, seed) for seed in bench.seeds[: self.most_seeds]}
+        lines = [self._line(peer, by_seed) for peer in self.peers]
         if len(self.peers) > 1 and self.judge == "bound":
-            lines.append(self._later_peer(found))
-        curves = {seed: {label: list(points) for label, points in curves.items()} for seed, curves in found.items()}
+            lines.append(self._later_peer(by_seed))
+        curves = {seed: {label: list(points) for label, points in curves.items()} for seed, curves in by_seed.items()}
         return Outcome(lines, {"file": self.file, "judge": self.judge, "curves": curves})
 
     def _one_seed(self, bench: Bench, seed: int) -> dict[str, list[Point]]:
@@ -95,18 +95,18 @@ class TimeToQuality:
     def _ours(self, options: dict[str, Any], epochs: int) -> dict[str, Any]:
         return {**options, "configuration": self.configuration, "epochs": epochs}
 
-    def _line(self, peer: PeerRun, found: dict[int, dict[str, list[Point]]]) -> Line:
+    def _line(self, peer: PeerRun, by_seed: dict[int, dict[str, list[Point]]]) -> Line:
         title = f"{self.file.removesuffix('.h5ad')}: time to the {NAMES[self.judge]} of {peer.label}"
-        targets = {seed: curves[peer.label][-1] for seed, curves in found.items()}
-        ours = {seed: reached(curves["ours"], targets[seed].value) for seed, curves in found.items()}
-        note = "; ".join(f"seed {seed}: {targets[seed].value:.2f}, {told(ours[seed])}" for seed in found)
+        targets = {seed: curves[peer.label][-1] for seed, curves in by_seed.items()}
+        ours = {seed: reached(curves["ours"], targets[seed].value) for seed, curves in by_seed.items()}
+        note = "; ".join(f"seed {seed}: {targets[seed].value:.2f}, {told(ours[seed])}" for seed in by_seed)
         return ratio_line(title, list(ours.values()), list(targets.values()), peer.bar, note)
 
-    def _later_peer(self, found: dict[int, dict[str, list[Point]]]) -> Line:
+    def _later_peer(self, by_seed: dict[int, dict[str, list[Point]]]) -> Line:
         first, second = (peer.label for peer in self.peers[:2])
         title = f"{self.file.removesuffix('.h5ad')}: time of both to the {NAMES[self.judge]} of {first}"
-        targets = [curves[first][-1].value for curves in found.values()]
-        pairs = list(zip(found.values(), targets, strict=True))
+        targets = [curves[first][-1].value for curves in by_seed.values()]
+        pairs = list(zip(by_seed.values(), targets, strict=True))
         ours, theirs = ([reached(curves[label], target) for curves, target in pairs] for label in ("ours", second))
         return ratio_line(title, ours, theirs, None, f"the peer is {second}")
 

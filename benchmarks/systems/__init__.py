@@ -1,1 +1,1 @@
-"""The systems compared: models of this package, scvi-tools, plain Pyro, and what any of them is measured against."""
+"""The systems compared: models of this package, scvi-tools, plain Pyro, and lower limits of their cost."""

@@ -1,4 +1,4 @@
-"""Utilisation of an accelerator: how long it works while a fit trains; the rest it waits for its next kernel."""
+"""Utilisation of an accelerator: the time it works while a fit trains; the rest of the time it waits for kernels."""
 
 from collections.abc import Callable
 

@@ -31,8 +31,8 @@ def score_tests(data: Blood, seed: int, *, test: Callable[..., Any], statistic: 
     y = np.log1p(x / x.sum(1, keepdims=True) * 1e4)
     a, b = (y[(data.adata.obs["labels"] == group).to_numpy()] for group in data.groups)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = test(a, b)
-    scores = {"-log p": -np.log(found.pvalue)} | ({"|t|": np.abs(found.statistic)} if statistic else {})
+        result = test(a, b)
+    scores = {"-log p": -np.log(result.pvalue)} | ({"|t|": np.abs(result.statistic)} if statistic else {})
     return {name: np.nan_to_num(score, nan=0.0) for name, score in scores.items()}
 
 

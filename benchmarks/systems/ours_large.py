@@ -1,7 +1,8 @@
-"""Our package on as many cells as the mouse brain data has: what loading and training take."""
+"""Our package on as many cells as the mouse brain data: cost of loading and training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ class Until(ps.schedules.Constant):
     """A constant learning rate that ends the run after some steps, and notes the seconds from the middle one on."""
 
     steps: int = 200
-    watch: Stopwatch = Stopwatch()
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def __call__(self, optimiser: Optimizer, steps: int) -> LRScheduler:
         """Attach a counter to the optimiser."""
@@ -52,10 +53,8 @@ def load_and_train(path: str, steps: int, batch_size: int) -> Callable[[], Sampl
             loaded = peak_megabytes()
             model, options = matched(cells, 0)
             options |= {"learning_rate": schedule, "batch_size": batch_size, "validation": 0}
-            try:
+            with suppress(EnoughSteps):
                 ps.fit(model, cells, epochs=10, device="cpu", progress=False, **options)
-            except EnoughSteps:
-                pass
         per_epoch = schedule.watch.cpu / (steps - steps // 2) * cells.n_cells / batch_size
         peaks = {"before": before, "loaded": loaded, "peak": peak_megabytes()}
         return watch.sample(work=1, cpu_seconds_per_epoch=per_epoch, **peaks)

@@ -2,7 +2,7 @@
 
 Every function takes dense matrices of raw counts, train (cells, genes) and test (cells, genes). Both peers are scored
 in nats per test cell, in float64, with the latents integrated out by the importance sampler that also scores this
-package's models: whatever error the sampler has left, it has on every side of a comparison.
+package's models: so any remaining error of the sampler is on every side of a comparison.
 """
 
 import time
@@ -19,7 +19,7 @@ from pyro_scvi.types import LogJoint
 
 
 class FactorScores(NamedTuple):
-    """What :func:`factor_analysis` says of the test cells.
+    """Scores of the test cells by :func:`factor_analysis`.
 
     ``log_density`` (cells,) is a density, ``probability`` the evidence of the same fit for counts; seconds of the fit
     and of the integration.
@@ -76,7 +76,7 @@ class ScviTools(NamedTuple):
     """
 
     model: Any
-    network: torch.nn.Module
+    network: Any  # a module of scvi-tools, which has no types
     library_loc: float
     library_scale: float
     counts: Tensor

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,7 +34,7 @@ def plain(n_cells: int, n_genes: int, batch_size: int, epochs: int) -> Callable[
     guide, likelihood = options["guide"], PyroZINB(model.likelihood.dispersion)
     model.likelihood = likelihood
     pyro.clear_param_store()
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3, "eps": 0.01}), Trace_ELBO())
+    svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 1e-3, "eps": 0.01}), Trace_ELBO())
     loader = DataLoader(TensorDataset(*cells[:]), batch_size=batch_size, shuffle=True)
 
     def epoch() -> float:

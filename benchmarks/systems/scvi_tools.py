@@ -43,7 +43,7 @@ def model_of(data: anndata.AnnData, configuration: str = "default", seed: int = 
     return scvi.model.SCVI(prepared, **CONFIGURATIONS[configuration])
 
 
-def fit(model: Any, epochs: int, batch_size: int = 128, device: str = "cpu", **options: Any) -> None:
+def fit(model: Any, epochs: int | None, batch_size: int = 128, device: str = "cpu", **options: Any) -> None:
     """Train on all cells of the model; ``options`` go to ``train``, where plan_kwargs are the optimiser's."""
     accelerator = "gpu" if device == "cuda" else device
     given = {"train_size": 1.0, "accelerator": accelerator, "devices": 1, **QUIET, **options}
@@ -93,10 +93,10 @@ def weighted_evidence(n_cells: int, n_genes: int, cells: int, samples: int, per_
 
     def measure() -> Sample:
         with Stopwatch() as watch:
-            found = model.get_marginal_ll(
+            log_evidence = model.get_marginal_ll(
                 indices=np.arange(cells), n_mc_samples=samples, n_mc_samples_per_pass=per_pass, return_mean=True
             )
-        return watch.sample(work=cells * samples, mean=float(found))
+        return watch.sample(work=cells * samples, mean=float(log_evidence))
 
     return measure
 

@@ -1,4 +1,4 @@
-"""scvi-tools on as many cells as the mouse brain data has: what loading and training take."""
+"""scvi-tools on as many cells as the mouse brain data: cost of loading and training."""
 
 from collections.abc import Callable
 

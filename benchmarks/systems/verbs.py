@@ -1,7 +1,7 @@
 """Public functions of a fit and cells, as their peak memory is measured; nothing is imported here.
 
-Every function takes the package itself first: the process that starts the others asks for names alone, and must stay
-small.
+Every function takes the package as its first argument. The process that starts the others only needs the names, and
+must stay small.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def train(ps: Any, fit: Any, cells: Any) -> Any:
 
 
 def mean_rate(ps: Any, fit: Any, cells: Any) -> Any:
-    """Draw z and w of every cell and keep the mean of w, as one must where all draws would be 16 GB."""
+    """Draw z and w of every cell and keep the mean of w only: all draws would be 16 GB."""
     return ps.sample_posterior(fit, cells, sites=("z", "w"), reduce=lambda drawn: {"w": drawn["w"].mean(0)})
 
 

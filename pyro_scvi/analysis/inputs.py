@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 
 def require_fit(fit: Any) -> None:
-    """Refuse what is no Fit, before anything is asked of it.
+    """Raise unless ``fit`` is a Fit.
 
     Raises
     ------
     ModelError
-        Naming what came.
+        If it is not; the message names the type given.
     """
     if not (isinstance(getattr(fit, "model", None), SCVI) and isinstance(getattr(fit, "guide", None), Guide)):
         raise ModelError(f"expected the Fit that ps.fit or ps.load returns, got {type(fit).__name__}")
 
 
-def require_question(fit: Any, cells: Any) -> None:
-    """Refuse what is no Fit and what are no Cells, an AnnData above all.
+def require_inputs(fit: Any, cells: Any) -> None:
+    """Raise unless ``fit`` is a Fit and ``cells`` are Cells; users often pass an AnnData.
 
     Raises
     ------
     ModelError
-        Naming what came.
+        If it is not; the message names the type given.
     """
     require_fit(fit)
     if not isinstance(cells, Cells):
@@ -42,7 +42,13 @@ def require_question(fit: Any, cells: Any) -> None:
 
 
 def minibatches(fit: Fit, cells: Cells) -> Minibatches:
-    """The cells on the fit's device, after a check that their genes and covariates are the model's."""
+    """Minibatches of the cells on the fit's device, once their genes and covariates match the fit's.
+
+    Raises
+    ------
+    SchemaError
+        If they do not match.
+    """
     fitted, given = fit.schema, cells.schema
     if fitted.gene_names != given.gene_names:
         same = len(set(fitted.gene_names) & set(given.gene_names))

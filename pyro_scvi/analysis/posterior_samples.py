@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import theta_at
@@ -47,15 +47,15 @@ def sample_posterior(
         w | h, x, z \sim Gamma(r + x (1 - h), r / \mu + 1 - h), \quad
         y = x \text{ if } h = 0, \text{ else } y | w \sim Poisson(w)
 
-    with rho = pi / (pi + (1 - pi) p(y = 0 | z)), for every cell and gene.
+    Here rho = pi / (pi + (1 - pi) p(y = 0 | z)), for every cell and gene.
 
-    z and l come from ``sampler``; w, y and h from their exact conditional given those and x (Gamma-Poisson
-    conjugacy): y = x and h = 0 wherever x > 0. Global latents are held at the guide's medians.
+    z and l come from ``sampler``. w, y and h come from their exact conditional given z, l and x (Gamma-Poisson
+    conjugacy), so y = x and h = 0 wherever x > 0. Global latents are held at the guide's medians.
 
     Parameters
     ----------
     fit, cells
-        The fit and the cells, which need not be those it was fitted on.
+        The fit and the cells; they need not be those it was fitted to.
     samples
         Draws per cell.
     sites
@@ -63,13 +63,13 @@ def sample_posterior(
     sampler
         ``ps.Amortized()``, ``ps.Refined()``, ``ps.Importance()`` or ``ps.HMC()``.
     reduce
-        Summary of the draws of a batch of cells, from tensors (samples, cells, ...) by site to tensors (cells, ...)
-        by name: with it, samples x cells x genes are never held at once.
+        Function that summarises the draws of a batch of cells. It takes tensors (samples, cells, ...) by site and
+        returns tensors (cells, ...) by name. With it, samples x cells x genes numbers are never held at once.
     diagnostics
-        Whether to diagnose the draws. Those of ``Amortized`` need the density of every draw, which costs far more than
-        the draws themselves.
+        Whether to diagnose the draws. For ``Amortized`` this needs the density of every draw, which costs far more than
+        drawing.
     seed
-        The same seed gives the same draws; batches of cells follow each other, so ``batch_size`` matters too.
+        The same seed and the same ``batch_size`` give the same draws.
     batch_size
         Cells at a time.
     progress
@@ -84,8 +84,8 @@ def sample_posterior(
     Raises
     ------
     ModelError
-        For a site that the model does not have, an argument of the wrong kind or a number below 1; but with Amortized,
-        a prior without a density; with it, a guide that cannot encode cells.
+        For a site that the model does not have, an argument of the wrong type or a number below 1. For a prior without
+        a density, except with Amortized. With Amortized, for a guide that cannot encode cells.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -98,40 +98,40 @@ def sample_posterior(
     >>> bool((draws.h.values[:, ~zeros] == 0).all())
     True
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
-            found = sampler.draw(fit.guide, x, gamma, samples)
-            values = draw_sites(fit, x, gamma, found, sites)
+            draws = sampler.draw(fit.guide, x, gamma, samples)
+            values = draw_sites(fit, x, gamma, draws, sites)
             drawn = {name: values[name] for name in sites}
-            judged = found.diagnose() if diagnostics else {}
+            judged = draws.diagnose() if diagnostics else {}
             part = {name: (False, value) for name, value in judged.items()}
             part |= {name: (reduce is None, value) for name, value in (reduce(drawn) if reduce else drawn).items()}
             parts.append({name: (lead, value.cpu().numpy()) for name, (lead, value) in part.items()})
     return _dataset(parts, cells, fit.model.n_latent)
 
 
-def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, sites: Sequence[str]) -> dict[str, Tensor]:
+def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence[str]) -> dict[str, Tensor]:
     """Sites as (samples, cells), (samples, cells, latents) or (samples, cells, genes)."""
-    values = {"z": found.sites["z"].squeeze(-2)}
-    if "l" in found.sites:
-        values["l"] = found.sites["l"].squeeze(-1)
+    values = {"z": draws.sites["z"].squeeze(-2)}
+    if "l" in draws.sites:
+        values["l"] = draws.sites["l"].squeeze(-1)
     if set(sites) & set(EXPLICIT):
-        values |= fit.model.likelihood.explained(x, decoded(fit, x, gamma, found))
+        values |= fit.model.likelihood.explained(x, decoded(fit, x, gamma, draws))
     return values
 
 
-def decoded(fit: Fit, x: Tensor, gamma: Tensor, found: Draws) -> Theta:
+def decoded(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Theta:
     """The likelihood's parameters (samples, cells, genes) at drawn latents."""
-    return theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **found.sites})
+    return theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **draws.sites})
 
 
 def check_sites(fit: Fit, sites: Sequence[str]) -> None:
-    """Refuse sites that the model does not have."""
+    """Raise if the model does not have one of the sites."""
     if isinstance(sites, str):
         raise ModelError(f"sites must be names in a list or tuple, as in ({sites!r},), got {sites!r}")
     known = ("z", *(("l",) if fit.model.library.latent else ()), *EXPLICIT)
@@ -151,7 +151,7 @@ def _dataset(parts: list[dict[str, tuple[bool, np.ndarray]]], cells: Cells, n_la
 
 
 def _trailing(name: str, shape: tuple[int, ...], cells: Cells, n_latent: int) -> tuple[str, ...]:
-    """Dimensions behind the cells: known for a site, told by its length for a user's summary, each at most once."""
+    """Dimensions after the cells: known for a site, inferred from the length for a user's summary, each once."""
     sizes = {"latent": n_latent, "gene": cells.n_genes}
     known = DIMS.get(name, ())
     if shape == tuple(sizes[dim] for dim in known):

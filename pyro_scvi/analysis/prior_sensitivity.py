@@ -23,17 +23,17 @@ FEWEST_DRAWS = 25  # a Pareto law is fitted to five or more in each tail, which 
 
 
 def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None, step: float = 0.01) -> pd.DataFrame:
-    r"""Power-scaling sensitivity of every cell's z and l to their prior and to the cell's counts.
+    r"""Measure how sensitive every cell's z and l are to their prior and to the cell's counts, by power-scaling.
 
     .. math::
 
         p_\alpha(z, l | x) \propto p(z, l)^\alpha\, p(x | z, l) \quad or \quad p(z, l)\, p(x | z, l)^\alpha
 
-    The sensitivity is how fast the marginal posterior of a latent moves with log2 alpha at alpha = 1, in cumulative
-    Jensen-Shannon distance. The draws stand for the posterior at alpha = 1 - step and 1 + step with the weights
-    p(z, l)^(alpha - 1), or p(x | z, l)^(alpha - 1), Pareto-smoothed. As z_n and l_n belong to one cell, so do the
-    weights: a density summed over all cells, as ``arviz_stats.psense`` of the whole tree takes it, is mostly the noise
-    of the other cells. w, y and h are left aside, because the density that is scaled has them integrated out.
+    The sensitivity is the rate at which the marginal posterior of a latent moves with log2 alpha at alpha = 1, in
+    cumulative Jensen-Shannon distance. Draws are reweighted to the posterior at alpha = 1 - step and 1 + step, with the
+    Pareto-smoothed weights p(z, l)^(alpha - 1) or p(x | z, l)^(alpha - 1). z_n and l_n belong to one cell, so the
+    weights do too. A density summed over all cells, as ``arviz_stats.psense`` of the whole tree takes it, is mostly
+    noise from the other cells. w, y and h are left out, because the scaled density has them integrated out.
 
     Parameters
     ----------
@@ -41,18 +41,18 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
         From ``to_datatree``, with z, l or both in ``posterior``. The draws must follow the posterior: take
         ``ps.Importance()`` or ``ps.HMC()``, and a thousand or more, see ``prior_noise`` below.
     priors
-        Whose density is scaled as the prior: ("z",), ("l",), or, by default, all there are.
+        Variables whose prior density is scaled: ("z",), ("l",), or, by default, all.
     step
-        How far alpha is taken from 1.
+        Distance of alpha from 1.
 
     Returns
     -------
     DataFrame by (cell, variable), the variables z[0], z[1], ... and l
         ``prior`` and ``likelihood``: sensitivities, not negative; NaN where too few draws differ. ``prior_noise`` and
-        ``likelihood_noise``: what the same draws give with the weights of unrelated draws, so that Monte Carlo error
-        is all there is (with 10 latents about 0.04 of 200 draws, 0.02 of 1,000). Kallioinen et al. take a sensitivity
-        above 0.05 for one: to the likelihood alone is what data should do; to the prior alone, the prior decides; to
-        both, each moves the latent.
+        ``likelihood_noise``: the same with the weights of unrelated draws, which shows the Monte Carlo error (with 10
+        latents about 0.04 for 200 draws, 0.02 for 1,000). Kallioinen et al. count a sensitivity above 0.05. To the
+        likelihood alone: the data inform the latent, as they should. To the prior alone: the prior decides. To both:
+        prior and data both matter.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     Warns
     -----
     UserWarning
-        If k-hat says of more than a tenth of the cells that their draws do not follow the posterior.
+        If k-hat shows that the draws of more than a tenth of the cells do not follow the posterior.
 
     References
     ----------
@@ -96,7 +96,8 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
 
 def _arviz() -> tuple[BaseArray, BaseDataArray]:
     try:
-        from arviz_stats.base import array_stats, dataarray_stats
+        from arviz_stats.base.array import array_stats
+        from arviz_stats.base.dataarray import dataarray_stats
     except ImportError as error:
         raise ImportError("prior_sensitivity needs arviz-stats: pip install 'pyro-scvi[arviz]'") from error
     return array_stats, dataarray_stats
@@ -113,6 +114,7 @@ def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> tuple[xr.DataArra
             f"the tree lacks {error}; needed are posterior, lp in sample_stats, and log_prior with the variables that "
             "priors= names: pass what to_datatree returns"
         ) from error
+    # lp holds prior and likelihood: the likelihood is what the priors leave.
     return _joined(posterior), _total(scaled), log_joint - _total(list(log_prior.values()))
 
 

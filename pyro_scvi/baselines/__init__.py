@@ -19,31 +19,31 @@ from pyro_scvi.baselines.zinbwave.estimator import CommonDispersion, GenewiseDis
 
 __all__ = [
     "AUTHORS_START",
-    "RLE",
-    "TMM",
-    "FullQuantile",
-    "NoScaling",
-    "TotalScaling",
-    "UpperQuartile",
-    "CommonDispersion",
-    "GenewiseDispersion",
-    "Mixture",
-    "Normalisation",
     "MAGIC",
     "MAST",
     "PCA",
+    "RLE",
     "SCONE",
+    "TMM",
     "ZIFA",
+    "CommonDispersion",
     "DESeq2",
     "FactorAnalysis",
+    "FullQuantile",
+    "GenewiseDispersion",
     "IDRResult",
     "LeidenClusters",
+    "Mixture",
+    "NoScaling",
+    "Normalisation",
     "SCVITools",
+    "TotalScaling",
+    "UpperQuartile",
     "Wilcoxon",
     "ZINBWaVE",
     "idr",
 ]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -1,4 +1,4 @@
-"""Log p(x) of a baseline by importance sampling, the same sampler that scores this package's models."""
+"""Log p(x) of a baseline, by the importance sampler that also scores this package's models."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,10 +17,10 @@ _BLOCK = 50  # draws that are evaluated together
 
 
 class Evidence(NamedTuple):
-    """Integrated log probability of each cell's counts, all (cells,), with what the sampler says about itself.
+    """Integrated log probability of each cell's counts with the sampler's diagnostics, all (cells,).
 
     ``log_evidence`` in nats per cell, ``se`` its Monte Carlo standard error, ``ess`` the effective number of draws,
-    ``khat`` the Pareto tail index of the weights (above 0.7 the value cannot be vouched for).
+    ``khat`` the Pareto tail index of the weights (above 0.7 the value is unreliable).
     """
 
     log_evidence: np.ndarray
@@ -37,7 +37,7 @@ def integrate(
     samples: int = 1000,
     seed: int = 0,
 ) -> Evidence:
-    """Integrate the latents out of every cell, with the refinement and second attempts of ``ps.evidence``.
+    """Integrate out the latents of every cell, with the refinement and repeated attempts of ``ps.evidence``.
 
     Parameters
     ----------

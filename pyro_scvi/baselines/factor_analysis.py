@@ -32,7 +32,7 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
     n_latent
         Number of factors.
     tol, max_iter
-        Stop: gain of the log likelihood, nats over all cells; and most iterations of EM.
+        When to stop: smallest gain of the log likelihood, nats over all cells, and most iterations of EM.
     seed
         Of the randomised singular value decomposition inside EM.
 
@@ -64,7 +64,8 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
         Raises
         ------
         DataError
-            If a count is negative or not finite, or a gene has one value in all cells: its density has no bound.
+            If a count is negative or not finite, or a gene has the same value in all cells, which makes its density
+            unbounded.
         ModelError
             If there are more latents than genes or cells.
         """
@@ -96,7 +97,7 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
 
         .. math:: \log p(x_n) = \log N(y_n; \mu, A A^T + diag(\sigma^2)) - \sum_g \log(1 + x_{ng})
 
-        The last term is the Jacobian of log1p: the density is one of counts, with respect to dx.
+        The last term is the Jacobian of log1p, so this is a density of counts, with respect to dx.
 
         Raises
         ------
@@ -106,6 +107,7 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, or the genes are not those of the fit.
         """
         y = self._log1p(counts)
+        # The Jacobian of log1p turns a density of y into one of counts.
         return self.model_.score_samples(y) - y.sum(1)
 
     def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
@@ -113,9 +115,9 @@ class FactorAnalysis(TransformerMixin, BaseEstimator):
 
         .. math:: \log \int N(z; 0, I) \prod_g P\big(y_g \in [\log(x_g + \tfrac12), \log(x_g + \tfrac32)] | z\big) dz
 
-        with everything below log(3/2) for a zero: a probability of counts, where :meth:`score_samples` is a density.
-        The sampler starts from the normal posterior of z given y, with the bins' width in the noise: a gene that is
-        nearly constant has next to none of its own.
+        The bin of a zero is everything below log(3/2). This is a probability of counts, whereas :meth:`score_samples`
+        is a density. The sampler starts from the normal posterior of z given y, with the bins' width added to the
+        noise, because a nearly constant gene has almost none of its own.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Checks of a baseline's input: one dense matrix of counts, and a fit before anything is asked of it."""
+"""Checks of a baseline's input: counts as one dense matrix, and methods that have been fitted."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from pyro_scvi.utils.checks import require_at_least
 def dense_counts(
     counts: Any, *, n_genes: int | None = None, unseen_genes: bool = True, fitted: Any = None
 ) -> np.ndarray:
-    """Bring counts (cells, genes), sparse or dense, to a float64 array, checked.
+    """Check counts (cells, genes), sparse or dense, and return them as a float64 array.
 
     Parameters
     ----------
     counts
         Raw counts: NumPy, any SciPy sparse format, torch or a DataFrame.
     n_genes
-        How many genes there must be, for a method that was fitted before; None for any number.
+        Required number of genes, for a method already fitted; None: any number.
     unseen_genes
-        Whether a gene may be zero in every cell.
+        Whether genes may be zero in every cell.
     fitted
-        The method that was fitted before: columns of a DataFrame are put into the order of those of its fit.
+        The method, if already fitted: a DataFrame's columns are put into the order of its fit.
 
     Raises
     ------
     DataError
-        For an AnnData instead of its X; or naming the first entry that is NaN, infinite or negative, the number of
-        genes, the genes without counts, or those that the fit had and a DataFrame lacks.
+        For an AnnData instead of its X; for entries that are NaN, infinite or negative (the message names the first);
+        for a wrong number of genes, genes without counts, or genes of the fit that a DataFrame lacks.
     """
     if hasattr(counts, "X") and hasattr(counts, "obs"):
         raise DataError(f"counts must be a matrix, got {type(counts).__name__}; pass adata.X or a layer with counts")
@@ -50,7 +50,7 @@ def dense_counts(
 
 
 def remember_genes(method: Any, counts: Any) -> None:
-    """Keep the names of a DataFrame's columns as ``feature_names_in_``, scikit-learn's word for them."""
+    """Store the names of a DataFrame's columns as ``feature_names_in_``, as scikit-learn does."""
     vars(method).pop("feature_names_in_", None)
     if isinstance(counts, pd.DataFrame):
         method.feature_names_in_ = counts.columns.to_numpy(dtype=object)
@@ -66,29 +66,29 @@ def _in_order_of(fitted: Any, counts: Any) -> Any:
 
 
 def require_fitted(method: Any, attribute: str) -> None:
-    """Refuse questions to a method that has not been fitted.
+    """Raise if a method has not been fitted.
 
     Raises
     ------
     ModelError
-        Naming the method.
+        If it has not been fitted; the message names the method.
     """
     if not hasattr(method, attribute):
         raise ModelError(f"{type(method).__name__} has not been fitted; call fit(counts) first")
 
 
 def missing_extra(package: str, error: ImportError) -> ImportError:
-    """What to raise where an optional package is absent."""
+    """The error to raise if an optional package is missing."""
     return ImportError(f"{package} is not installed: pip install 'pyro-scvi[baselines]' brings it ({error})")
 
 
 def require_latents(n_latent: int, counts: np.ndarray) -> None:
-    """Refuse a number of latents that the counts (cells, genes) cannot determine.
+    """Raise if the counts (cells, genes) cannot determine this number of latents.
 
     Raises
     ------
     ModelError
-        Naming the number and its limits.
+        If there are too few or too many; the message names the limits.
     """
     require_at_least(1, n_latent=n_latent)
     if n_latent > min(counts.shape):
@@ -96,12 +96,12 @@ def require_latents(n_latent: int, counts: np.ndarray) -> None:
 
 
 def require_varying_genes(counts: np.ndarray) -> None:
-    """Refuse genes with one value in all cells, whose normal density has no bound.
+    """Raise if a gene has the same value in all cells: its normal density would be unbounded.
 
     Raises
     ------
     DataError
-        Naming how many there are and the first of them.
+        If there are any; the message names their number and the first of them.
     """
     constant = np.flatnonzero((counts == counts[0]).all(0))
     if constant.size:

@@ -25,29 +25,29 @@ UNTIL_STABLE = -1
 
 
 class LeidenClusters(ClusterMixin, BaseEstimator):
-    r"""The steps of a Seurat analysis: in kind, not in number, what Seurat finds.
+    r"""Cluster cells by the steps of a Seurat analysis; the numbers differ from Seurat's own.
 
-    Counts are scaled to the cells' median total, log(1 + .), restricted to highly variable genes and projected on
-    principal components; cells are joined by how many nearest neighbours they share, and this graph is cut by Leiden's
-    algorithm, through scanpy and igraph, at the largest modularity for ``resolution``. How many clusters come out
-    depends on the resolution most of all. There is no transform: clusters are of the cells of the fit.
+    Counts are scaled to the cells' median total, transformed by log(1 + .), restricted to highly variable genes and
+    projected on principal components. Cells are linked by the number of nearest neighbours they share. Leiden's
+    algorithm, through scanpy and igraph, cuts this graph at the largest modularity for ``resolution``. The number of
+    clusters depends mostly on the resolution. There is no ``transform``: only the cells of the fit are clustered.
 
     .. math:: A_{ij} = \frac{|N_i \cap N_j|}{|N_i \cup N_j|}, \qquad
         Q = \frac{1}{2m} \sum_{ij} \Big(A_{ij} - resolution\, \frac{k_i k_j}{2m}\Big) 1[c_i = c_j]
 
-    with N_i the nearest neighbours of cell i, itself among them, A below 1/15 set to 0, k its sums and 2m its total;
-    the clusters c make the modularity Q large.
+    N_i are the nearest neighbours of cell i, including itself. Values of A below 1/15 are set to 0; k are its row sums
+    and 2m its total. The clusters c make the modularity Q large.
 
     Parameters
     ----------
     resolution
-        Larger gives more clusters.
+        Larger values give more clusters.
     n_variable_genes
-        Highly variable genes that are kept, more where some tie, all where there are no more.
+        Highly variable genes to keep; more if some tie, all if there are fewer.
     n_components
         Principal components.
     n_neighbors
-        Neighbours of a cell in the graph, itself among them.
+        Neighbours of a cell in the graph, including itself.
     seed
         Of Leiden's algorithm and the principal components.
 
@@ -83,14 +83,15 @@ class LeidenClusters(ClusterMixin, BaseEstimator):
         self.seed = seed
 
     def fit(self, counts: Any, y: None = None) -> LeidenClusters:
-        """Cluster raw counts (cells, genes). ``y`` is what scikit-learn passes to every clustering, and ignored.
+        """Cluster raw counts (cells, genes); ``y`` is ignored.
 
         Raises
         ------
         DataError
             If a count is negative or not finite.
         ModelError
-            If there are no more cells than neighbours or genes than components, or a setting is out of range.
+            If there are too few cells for the neighbours or too few genes for the components, or a setting is out of
+            range.
         ImportError
             Without scanpy or igraph, naming the extra that brings them.
         """
@@ -158,7 +159,7 @@ def _by_size(labels: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep the global random state and the number of threads, and hide what the packages warn of in each other."""
+    """Keep the global random state and the number of threads, and hide the packages' warnings about each other."""
     with global_state_kept(), warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)

@@ -23,18 +23,20 @@ class MAGIC(BaseEstimator):
 
         \hat s = M^t s, \quad s_{ng} = \sqrt{x_{ng}\, \bar l / l_n}, \quad \hat x_{ng} = \hat s_{ng}^2\, l_n / \bar l
 
-    with M the row-stochastic affinities of cells by their s, l_n the total count of a cell and l-bar the median of
-    those above 0. MAGIC knows no cells but those of its fit, so that there is no ``transform``. The authors of the
-    paper ran the MAGIC of 2017, whose rescaling to the 99th percentile magic-impute does not have.
+    M are the row-stochastic affinities of cells by their s, l_n the total count of a cell, and l-bar the median of the
+    totals above 0. MAGIC only handles the cells of its fit, so there is no ``transform``. The paper's authors ran the
+    MAGIC of 2017, which rescaled to the 99th percentile; magic-impute does not.
 
     Parameters
     ----------
     knn, knn_max, decay
-        Neighbours whose distance sets a cell's bandwidth; most neighbours, None for 3 knn; exponent of the affinity.
+        Number of the neighbour whose distance sets a cell's bandwidth; most neighbours, None: 3 knn; exponent of the
+        affinity.
     t
         Steps of diffusion.
     n_pca
-        Principal components in which distances are taken; without them where there are no more cells or genes.
+        Principal components in which distances are computed; none are used if there are no more cells or genes than
+        this.
     seed
         Of the randomised principal components.
 
@@ -137,7 +139,7 @@ def _roots(x: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep the global random state, which magic draws from, and hide what it says about its own logger."""
+    """Keep the global random state, which magic draws from, and hide messages about its own logger."""
     with global_state_kept(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Call to deprecated method", category=DeprecationWarning)
         yield

@@ -1,6 +1,7 @@
 r"""Irreproducible discovery rate: the copula mixture of Li, Brown, Huang and Bickel (2011), by their EM.
 
-Two rankings of the same items agree where both are right. With u = ranks / (n + 1) and F the law of a marginal below,
+Two rankings of the same items agree where both are right. Let u = ranks / (n + 1), and F the marginal distribution of
+the mixture below:
 
 .. math::
 
@@ -48,9 +49,9 @@ HIGHEST_WEIGHT = 0.99  # above it the marginals are one normal law, whose mu and
 
 
 class IDRResult(NamedTuple):
-    """What :func:`idr` found: the mixture, and per item (items,) ``local_idr`` and ``idr``.
+    """Result of :func:`idr`: the mixture, and per item (items,) ``local_idr`` and ``idr``.
 
-    ``mixture_weight`` is the share of reproducible items; ``local_idr`` an item's posterior probability to be
+    ``mixture_weight`` is the share of reproducible items; ``local_idr`` an item's posterior probability of being
     irreproducible; ``idr`` the mean local_idr of the items that are as good or better. ``log_likelihood`` is that of
     the ranks (the copula), nats over all items.
 
@@ -75,33 +76,33 @@ class IDRResult(NamedTuple):
 def idr(
     score_1: Any, score_2: Any, *, starts: Sequence[Mixture] = STARTS, tol: float = 1e-3, max_iter: int = 20
 ) -> IDRResult:
-    r"""Reproducibility of items that two methods score, larger = more significant, such as -log p.
+    r"""Estimate which items two methods score reproducibly; larger scores are more significant, such as -log p.
 
-    This EM depends on its start, and its own objective, the likelihood of z, cannot tell two ends of it apart, because
-    z moves with the parameters. So of all starts the fit is kept whose copula has the largest log likelihood,
+    This EM depends on its start. Its own objective, the likelihood of z, cannot compare two solutions, because z
+    changes with the parameters. So of all starts, the fit whose copula has the largest log likelihood is kept,
 
     .. math:: \sum_i \log h(z_{i1}, z_{i2}) - \log f(z_{i1}) - \log f(z_{i2}), \quad f = F'
 
     among those with mu > 0 and rho > 0 (Li et al. 2011, Sec. 2.2), if any. ``starts=[AUTHORS_START]`` gives the
     mixture that Lopez et al. (2017) report.
 
-    Independent ranks have a copula log likelihood of 0. Where the best start gains less than 5 nats over that, the
-    mixture is not determined, and the largest of several near 0 may call every item reproducible; the fit from
-    AUTHORS_START, if it is among the starts, is returned instead, with a warning. A ``mixture_weight`` above 0.99
-    leaves mu and sigma undetermined, because ranks show neither of one normal law; this too is a warning. Perfect
-    agreement and many ties lead there.
+    Independent ranks have a copula log likelihood of 0. If the best start gains less than 5 nats over that, the mixture
+    is not determined, and the largest of several near 0 may call every item reproducible. The fit from AUTHORS_START,
+    if it is among the starts, is then returned instead, with a warning. A ``mixture_weight`` above 0.99 leaves mu and
+    sigma undetermined, because the ranks of a single normal distribution depend on neither; this also raises a warning.
+    Perfect agreement and many ties cause it.
 
     Parameters
     ----------
     score_1, score_2
-        (items,) each, in the same order; finite. -log p of a p-value of 0 is not: drop such pairs first.
+        (items,) each, in the same order, finite. -log p of a p-value of 0 is infinite: drop such pairs first.
     starts
-        Where the EM begins: a sequence of :class:`Mixture`, or of its four numbers.
+        Starting points of the EM: a sequence of :class:`Mixture`, or of its four numbers.
     tol
-        Above 0. The EM at given z ends where the log likelihood L changes by less than tol (1 + abs L); so does the
-        renewal of z.
+        Above 0. The EM at given z ends when the log likelihood L changes by less than tol (1 + abs L), and so do the
+        updates of z.
     max_iter
-        How often z is renewed at most. The renewal need not converge.
+        Most updates of z. They need not converge.
 
     Returns
     -------
@@ -159,6 +160,7 @@ def _fit(uniform: np.ndarray, mixture: Mixture, tol: float, max_iter: int) -> _F
     before = math.inf
     for _ in range(max_iter + 1):
         z = normal_scores(uniform, mixture)
+        # z moves with the mixture: stop once renewing it hardly changes the likelihood.
         renewed = expectation(z, mixture)[1]
         mixture, reproducible, now = _em(z, mixture, tol)
         if abs(renewed - before) < tol * (1 + abs(before)):
@@ -215,18 +217,20 @@ def _copula(uniform: np.ndarray, mixture: Mixture) -> float:
     """Log likelihood of the ranks, nats."""
     p, _, mu, sigma = mixture
     z = normal_scores(uniform, mixture)
+    # Both marginals have the same density: the copula's is the joint one over their product.
     marginal = np.logaddexp(math.log(p) + norm.logpdf(z, mu, sigma), math.log(1 - p) + norm.logpdf(z))
     return expectation(z, mixture)[1] - float(marginal.sum())
 
 
 def _running_mean(local_idr: np.ndarray) -> np.ndarray:
     """Mean of the local_idr that are no larger, (items,)."""
+    # Tied items share one value: all of them count.
     no_larger = rankdata(local_idr, "max").astype(int)
     return np.cumsum(np.sort(local_idr))[no_larger - 1] / no_larger
 
 
 def _ranks(*scores: Any) -> list[np.ndarray]:
-    """Share of items that score no higher, of n + 1, for each vector of scores."""
+    """Number of items that score no higher, divided by n + 1, for each vector of scores."""
     vectors = [np.asarray(score, dtype=np.float64) for score in scores]
     shapes = [vector.shape for vector in vectors]
     if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
@@ -247,15 +251,15 @@ def _checked_starts(starts: Sequence[Mixture]) -> list[Mixture]:
     if isinstance(starts, Mixture):
         raise ModelError(f"starts must be a sequence of Mixture, got a single one; pass [{starts}]")
     try:
-        found = [Mixture(*map(float, start)) for start in starts]
+        mixtures = [Mixture(*map(float, start)) for start in starts]
     except (TypeError, ValueError) as error:
         raise ModelError(f"starts must be a sequence of Mixture or of its 4 numbers, got {starts!r}") from error
-    if not found:
+    if not mixtures:
         raise ModelError("starts must have at least one Mixture, such as AUTHORS_START")
-    for p, rho, mu, sigma in found:
+    for p, rho, mu, sigma in mixtures:
         if not (0 < p < 1 and -1 < rho < 1 and math.isfinite(mu) and 0 < sigma < math.inf):
             raise ModelError(
                 f"a start needs 0 < mixture_weight < 1, -1 < rho < 1, sigma > 0 and finite mu; got "
                 f"{Mixture(p, rho, mu, sigma)}"
             )
-    return found
+    return mixtures

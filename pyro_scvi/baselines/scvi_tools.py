@@ -27,11 +27,11 @@ class SCVITools(BaseEstimator):
     .. math:: z_n \sim N(0, I), \quad \log l_n \sim N(\bar l, s^2), \quad
         x_{ng} | z_n, l_n \sim ZINB(l_n \rho_g(z_n), r_g, \pi_g(z_n))
 
-    (Lopez et al. 2018, Methods; Gayoso et al. 2022), the law of l that of the training cells' totals.
+    (Lopez et al. 2018, Methods; Gayoso et al. 2022). The distribution of l is that of the training cells' totals.
 
-    Its settings are the defaults but for the length of training, of which the first min(20, epochs / 2) passes warm up
-    the Kullback-Leibler term, and for the share of cells that is fitted: all, since without early stopping its
-    validation cells would be left unused.
+    Settings are the defaults with two exceptions. The length of training is given; its first min(20, epochs / 2) passes
+    warm up the Kullback-Leibler term. And all cells are fitted, because without early stopping the validation cells
+    would be unused.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class SCVITools(BaseEstimator):
     epochs
         Passes through the cells.
     samples
-        Draws of every round of the sampler that integrates the latents out.
+        Draws in every round of the sampler that integrates out the latents.
     seed
         Of the fit and of the sampler.
 
@@ -97,7 +97,7 @@ class SCVITools(BaseEstimator):
         return self.generative_.start(x)[0][:, :-1].numpy()
 
     def score_samples(self, counts: Any) -> np.ndarray:
-        """Log p(x), z and the library integrated out by importance sampling, nats per cell (cells,).
+        """Log p(x), with z and the library integrated out by importance sampling, nats per cell (cells,).
 
         Raises
         ------
@@ -109,7 +109,7 @@ class SCVITools(BaseEstimator):
         return self.evidence(counts, samples=self.samples, seed=self.seed).log_evidence
 
     def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
-        """Log p(x) as by :meth:`score_samples`, with what the sampler says of itself.
+        """Log p(x) as by :meth:`score_samples`, with the sampler's diagnostics.
 
         Raises
         ------
@@ -129,11 +129,11 @@ class SCVITools(BaseEstimator):
 
 
 class Generative(NamedTuple):
-    """The law of a fitted SCVI: ``network`` in float64 and eval mode, and the normal law of the log library.
+    """Distribution of a fitted SCVI: ``network`` in float64 and eval mode, and a normal log library.
 
-    By default SCVI takes a cell's total as given, which is no probability of that cell's counts; here the library has
-    a normal law with the mean and sd of the log totals of the training cells, the prior that SCVI itself has for a
-    library that is not observed.
+    By default SCVI takes a cell's total as given, which gives no probability of that cell's counts. Here the log
+    library is normal with the mean and sd of the log totals of the training cells, which is SCVI's own prior for an
+    unobserved library.
     """
 
     network: Any
@@ -155,10 +155,9 @@ class Generative(NamedTuple):
         .. math:: z \sim N(0, I), \quad l \sim N(\bar l, s^2), \qquad
                   x_g \mid z, l \sim ZINB(e^l \rho_g(z), r_g, \pi_g(z)).
 
-        The likelihood is evaluated here and not by scvi-tools: theirs adds 1e-8 inside every logarithm and in
-        float32 is off by up to a tenth of a nat per entry where r is large; in float64 the two differ by that
-        addition alone (6e-6 nats per cell on the cortex data). The gamma functions depend on x and r only and are
-        computed once.
+        The likelihood is evaluated here and not by scvi-tools. Theirs adds 1e-8 inside every logarithm, and in float32
+        it is off by up to a tenth of a nat per entry where r is large. In float64 the two differ by that addition alone
+        (6e-6 nats per cell on the cortex data). The gamma functions depend on x and r only and are computed once.
         """
         log_r = self.network.px_r.detach()
         r = log_r.exp()
@@ -211,7 +210,7 @@ def log_zinb(x: Tensor, log_odds: Tensor, r: Tensor, gate: Tensor, constant: Ten
 
 
 def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, batch: Any = None) -> Any:
-    """An SCVI fitted to raw counts (cells, genes), all of them, on the processor; ``batch`` (cells,) as its batch."""
+    """An SCVI fitted to all raw counts (cells, genes) on the CPU, with ``batch`` (cells,) as its batch."""
     try:
         import anndata
         import scvi

@@ -1,8 +1,8 @@
 r"""Probabilities of counts from normal distributions of log counts: each count is a bin of width one.
 
-A density of y = log(1 + x) is no probability of x: where counts repeat, it can be made arbitrarily large. The like of a
-count model's figure is the probability of the bin [x - 1/2, x + 1/2], for a zero of everything below 1/2; in y that is
-[log(x + 1/2), log(x + 3/2)]. The bins of all counts share out the whole line.
+A density of y = log(1 + x) is no probability of x: where counts repeat, it can be made arbitrarily large. Comparable
+with a count model is the probability of the bin [x - 1/2, x + 1/2], and for a zero of everything below 1/2. In y that
+is [log(x + 1/2), log(x + 3/2)]. Together the bins cover the whole line.
 """
 
 import math
@@ -35,8 +35,8 @@ class UnitBins(NamedTuple):
 def log_bin_probability(below: Tensor, above: Tensor, from_minus_infinity: Tensor) -> Tensor:
     r"""Log of :math:`\Phi(b) - \Phi(a)`, or of :math:`\Phi(b)` where the bin has no lower end; elementwise.
 
-    A bin right of zero is reflected, so that the difference is taken where the two probabilities are small and keeps
-    its digits however far out it lies: :math:`\log \Phi(b) + \log(1 - e^{\log \Phi(a) - \log \Phi(b)})`.
+    A bin right of zero is reflected, so that both probabilities are small and their difference stays accurate far out
+    in the tail: :math:`\log \Phi(b) + \log(1 - e^{\log \Phi(a) - \log \Phi(b)})`.
     """
     reflected = (below > 0) & ~from_minus_infinity
     a, b = torch.where(reflected, -above, below), torch.where(reflected, -below, above)

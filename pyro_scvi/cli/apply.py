@@ -86,20 +86,20 @@ def impute(
         cells = matched(fit, adata, layer, fill_missing_genes)
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)(), "seed": seed}
         typer.echo(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
-        found = {}
+        layers = {}
         if technical_zeros:  # first: it is refused at once where the model has none
-            found["pyro_scvi_technical_zero"] = imputation.technical_zero_probability(fit, cells, **drawing)
-        found[name] = imputation.impute(fit, cells, quantity=quantity, batches=batch_as or (), **drawing)
-        _add_layers(adata, cells, found)
+            layers["pyro_scvi_technical_zero"] = imputation.technical_zero_probability(fit, cells, **drawing)
+        layers[name] = imputation.impute(fit, cells, quantity=quantity, batches=batch_as or (), **drawing)
+        _add_layers(adata, cells, layers)
         asked = drawing | {"sampler": repr(drawing["sampler"]), "batch_as": ", ".join(batch_as or ())}
-        record(adata, "pyro_scvi_impute", fit_folder, layers=", ".join(found), **asked)
+        record(adata, "pyro_scvi_impute", fit_folder, layers=", ".join(layers), **asked)
         write_h5ad(adata, space.path)
 
 
-def _add_layers(adata: AnnData, cells: Cells, found: dict[str, np.ndarray]) -> None:
+def _add_layers(adata: AnnData, cells: Cells, layers: dict[str, np.ndarray]) -> None:
     """Put (cells, genes of the fit) where the file has these genes; NaN at the others."""
     modelled = adata.var_names.isin(cells.gene_names)
-    for name, values in found.items():
+    for name, values in layers.items():
         add(adata.layers, name, in_genes_of(adata, cells, values))
     adata.var["pyro_scvi_modelled"] = modelled
     if not modelled.all():

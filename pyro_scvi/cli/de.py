@@ -8,7 +8,7 @@ import pandas as pd
 import typer
 from anndata import AnnData
 
-from pyro_scvi.analysis.differential.differential import DepthCorrected, Uncorrected, differential_expression
+from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
 from pyro_scvi.cli import genes
 from pyro_scvi.cli.files import column, load_fit, matched, read_h5ad
 from pyro_scvi.cli.genes import REST, Comparison
@@ -60,25 +60,25 @@ def de(
         "sampler": (sampler or Amortized)(),
         "seed": seed,
     }
-    question = Question(groupby, group_a, group_b, options)
+    request = Request(groupby, group_a, group_b, options)
 
-    def answer() -> Answer:
-        return _answer(load_fit(fit_folder, device), read_h5ad(file), question, layer, fill_missing_genes)
+    def compute() -> Result:
+        return _compare(load_fit(fit_folder, device), read_h5ad(file), request, layer, fill_missing_genes)
 
     if out.suffix == ".csv":
         with new_file(out, force, file) as space:
-            answer().table.to_csv(space.path)
+            compute().table.to_csv(space.path)
         return
     with new_folder(out, ("table.csv",), force, file) as space:
-        found = answer()
-        found.table.to_csv(space.path / "table.csv")
+        result = compute()
+        result.table.to_csv(space.path / "table.csv")
         source = f"{file.name} by the fit {fit_folder}"
-        page = html_page.page(f"pyro-scvi: {file.name}", _sections(space, question, found, source, called(ctx)))
+        page = html_page.page(f"pyro-scvi: {file.name}", _sections(space, request, result, source, called(ctx)))
         (space.path / PAGE).write_text(page, encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """Which groups of which column are compared, and how."""
 
     groupby: str
@@ -93,51 +93,49 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Result:
     """The table of all comparisons, and each of them."""
 
     table: pd.DataFrame
     comparisons: list[Comparison]
 
 
-def _answer(fit: Fit, adata: AnnData, question: Question, layer: str | None, fill_missing_genes: bool) -> Answer:
-    labels = genes.named(column(adata.obs, question.groupby, "--groupby"))
+def _compare(fit: Fit, adata: AnnData, request: Request, layer: str | None, fill_missing_genes: bool) -> Result:
+    labels = genes.named(column(adata.obs, request.groupby, "--groupby"))
     n_groups = pd.Series(labels).nunique()
-    if question.group_a is None and n_groups > MOST_GROUPS:
+    if request.group_a is None and n_groups > MOST_GROUPS:
         raise DataError(
-            f"column {question.groupby!r} has {n_groups:,} groups, too many to compare each with the rest; "
+            f"column {request.groupby!r} has {n_groups:,} groups, too many to compare each with the rest; "
             "name one or two by --group-a and --group-b, or take another column"
         )
     cells = matched(fit, adata, layer, fill_missing_genes)
-    typer.echo(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {question.groupby}")
-    table = differential_expression(fit, cells, groupby=labels, **question.groups, **question.options)
-    delta, b = question.options["delta"], question.group_b
-    if question.group_a is None:
+    typer.echo(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {request.groupby}")
+    table = differential_expression(fit, cells, groupby=labels, **request.groups, **request.options)
+    delta, b = request.options["delta"], request.group_b
+    if request.group_a is None:
         tables = {str(group): part.droplevel("group") for group, part in table.groupby(level="group", sort=False)}
     else:
-        tables = {question.group_a: table}
-    return Answer(table, [genes.compared(part, labels, a, b, delta) for a, part in tables.items()])
+        tables = {request.group_a: table}
+    return Result(table, [genes.compared(part, labels, a, b, delta) for a, part in tables.items()])
 
 
-def _sections(
-    space: Workspace, question: Question, found: Answer, source: str, command: str
-) -> list[html_page.Section]:
-    options = [(name.replace("_", " "), f"{value}") for name, value in question.options.items()]
+def _sections(space: Workspace, request: Request, result: Result, source: str, command: str) -> list[html_page.Section]:
+    options = [(name.replace("_", " "), f"{value}") for name, value in request.options.items()]
     made = [
         f"The cells of {source}; table.csv holds every gene.",
         html_page.code(command),
-        html_page.table([("column", question.groupby), *options]),
+        html_page.table([("column", request.groupby), *options]),
     ]
-    return [*_shown(space, question.groupby, found), ("How it was made", [*made, versions(), *space.notes])]
+    return [*_shown(space, request.groupby, result), ("How it was made", [*made, versions(), *space.notes])]
 
 
-def _shown(space: Workspace, groupby: str, found: Answer) -> list[html_page.Section]:
-    comparison, *others = found.comparisons
+def _shown(space: Workspace, groupby: str, result: Result) -> list[html_page.Section]:
+    comparison, *others = result.comparisons
     if others:
         text = f"Each group of {groupby} against {REST} of {comparison.n_a + comparison.n_b:,} cells."
         return [
             ("", [text, f"Genes are called for {comparison.criterion}. {genes.NOT_CALLED}"]),
-            ("Genes by group", [genes.by_group(found.comparisons)]),
+            ("Genes by group", [genes.by_group(result.comparisons)]),
         ]
     return [
         ("", [f"By {groupby}: {genes.sides(comparison)}", genes.volcano(comparison, space.path / "volcano.png")]),

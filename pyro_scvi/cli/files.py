@@ -25,7 +25,7 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
     Raises
     ------
     DataError
-        If it is no h5ad file, or a broken one.
+        If it is no valid h5ad file.
     """
     try:
         return anndata.read_h5ad(file, backed="r" if in_place else None)
@@ -35,7 +35,7 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:
-    """Write all that was read, strings as strings: anndata would make them categories, or refuse missing ones."""
+    """Write the data with strings as strings: anndata would turn them into categories, or refuse missing ones."""
     with anndata.settings.override(allow_write_nullable_strings=True):
         anndata.io.write_h5ad(path, adata, convert_strings_to_categoricals=False)
 
@@ -48,19 +48,19 @@ def load_fit(folder: Path, device: str) -> Fit:
     CheckpointError
         If there is none, or it is broken.
     """
-    found = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
-    if not found:
+    folders = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
+    if not folders:
         raise CheckpointError(f"{folder} is no saved fit: neither it nor {folder / FIT} holds {CONFIG}")
-    return load(found[0]).to(resolve_device(device))
+    return load(folders[0]).to(resolve_device(device))
 
 
 def matched(fit: Fit, adata: AnnData, layer: str | None, fill_missing_genes: bool) -> Cells:
-    """The cells of a file as the fit knows them, genes matched by name."""
+    """The cells of a file in the fit's schema, with genes matched by name."""
     return Cells.from_anndata(adata, schema=fit.schema, layer=layer, fill_missing_genes=fill_missing_genes)
 
 
 def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:
-    """A column that an option names.
+    """The column of obs that an option names.
 
     Raises
     ------
@@ -73,12 +73,12 @@ def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:
 
 
 def add(slot: MutableMapping[str, Any], key: str, value: Any) -> None:
-    """Put a result into a copy, and say so where it takes the place of an earlier one."""
+    """Put a result into a copy, with a warning if it replaces an earlier one."""
     if key in slot:
         warnings.warn(f"{key!r} was there already; the copy holds the new one", UserWarning, stacklevel=2)
     slot[key] = value
 
 
 def record(adata: AnnData, name: str, fit_folder: Path, **settings: Any) -> None:
-    """Note in ``uns`` how a result was made, in values that h5ad can hold."""
+    """Record in ``uns`` how a result was made, in values that h5ad can hold."""
     adata.uns[name] = {"version": __version__, "fit": str(fit_folder), **settings}

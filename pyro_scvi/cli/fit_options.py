@@ -46,7 +46,7 @@ Resume = Annotated[
 
 @dataclass(frozen=True)
 class CountOptions:
-    """Where a file holds the raw counts, the batch and the continuous covariates."""
+    """Places of the raw counts, the batch and the continuous covariates in a file."""
 
     layer: str | None
     batch: str | None
@@ -59,7 +59,7 @@ class CountOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The parts that model and guide are built of; None stands for the default."""
+    """Components of model and guide; None: the default."""
 
     n_latent: int
     prior: Callable[[Cells, int], Prior] | None
@@ -70,7 +70,7 @@ class ModelOptions:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse a dispersion for counts that have none."""
+        """Raise if a dispersion is given for a likelihood that has none."""
         if self.dispersion and not issubclass(self.likelihood, GammaPoisson):
             raise typer.BadParameter(f"{self.likelihood.__name__} has no dispersion", param_hint="'--dispersion'")
 

@@ -8,7 +8,7 @@ import pandas as pd
 from sklearn.metrics import silhouette_score
 
 from pyro_scvi import plots
-from pyro_scvi.analysis.differential.differential import differential_expression
+from pyro_scvi.analysis.differential import differential_expression
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.predictive.checks import check_predictions
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
@@ -30,7 +30,7 @@ Row = tuple[str, str, str]  # quantity, value, what it is
 
 @dataclass(frozen=True)
 class EvaluatedFit:
-    """A fit with the cells that it was made from and judged on, and what embedding and labels say of them."""
+    """A fit with its training and evaluation cells, their embedding and their labels."""
 
     fit: Fit
     cells: Cells
@@ -99,7 +99,7 @@ def predictions(evaluated: EvaluatedFit, folder: Path) -> list[str]:
 
 
 def zeros(evaluated: EvaluatedFit) -> list[str]:
-    """What the model says of the counts that are zero."""
+    """The model's account of the zero counts."""
     is_zero = evaluated.judged[:][0].numpy() == 0
     imputed = impute(evaluated.fit, evaluated.judged, seed=evaluated.seed)[is_zero]
     rows = [
@@ -111,7 +111,7 @@ def zeros(evaluated: EvaluatedFit) -> list[str]:
 
 
 def categories(labels: pd.Series | None) -> pd.Series | None:
-    """Sizes of the groups that labels make, largest first; None for numbers, or where each or none is alone."""
+    """Sizes of the groups of labels, largest first; None for numbers, a single group, or only groups of one."""
     if labels is None or pd.api.types.is_numeric_dtype(labels):
         return None
     sizes = pd.Series(named(labels)).value_counts()
@@ -145,7 +145,7 @@ def _quality(evaluated: EvaluatedFit) -> list[Row]:
 
 
 def _silhouette(evaluated: EvaluatedFit) -> list[Row]:
-    """How well categories lie apart; nothing where there are none."""
+    """How well the categories are separated; empty without categories."""
     if evaluated.labels is None or categories(evaluated.labels) is None:
         return []
     chosen = np.flatnonzero(evaluated.labels.notna())

@@ -21,7 +21,7 @@ NOT_CALLED = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two groups of cells compared gene by gene: the table of ``differential_expression`` and what to call them."""
+    """Two groups of cells compared gene by gene: the table of results, and the groups' names and sizes."""
 
     table: pd.DataFrame
     a: str
@@ -32,13 +32,13 @@ class Comparison:
 
     @property
     def called(self) -> pd.DataFrame:
-        """Genes called at a false discovery rate of FDR, the most certain and then the largest change first."""
-        found = self.table[self.table.fdr <= FDR]
-        return found.assign(size=found.lfc_mean.abs()).sort_values(["p_lfc", "size"], ascending=False)
+        """Genes called at a false discovery rate of FDR, ordered by certainty and then by the size of the change."""
+        rows = self.table[self.table.fdr <= FDR]
+        return rows.assign(size=rows.lfc_mean.abs()).sort_values(["p_lfc", "size"], ascending=False)
 
     @property
     def criterion(self) -> str:
-        """What is called."""
+        """Criterion for calling a gene, in words."""
         return (
             f"being higher by more than {self.delta:g} in log2 in the same one of two random cells, one from each "
             f"group, at an expected false discovery rate of {FDR:.0%}"
@@ -54,7 +54,7 @@ class Comparison:
 
 
 def named(labels: pd.Series) -> list[Hashable]:
-    """Groups by the names that a user can type: text for every label, NaN where there is none."""
+    """Labels as text, as a user can type them; NaN if missing."""
     texts = labels.astype(object).map(str, na_action="ignore")
     return list(texts.where(texts.notna(), np.nan))
 
@@ -67,12 +67,12 @@ def compared(table: pd.DataFrame, labels: list[Hashable], a: str, b: str | None,
 
 
 def sides(comparison: Comparison) -> str:
-    """Who is compared, as a sentence."""
+    """A sentence that names the groups and their sizes."""
     return f"{comparison.n_a:,} cells of {comparison.a} against {comparison.n_b:,} of {comparison.b}."
 
 
 def counted(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Rows of numbers: quantity, value, what it is."""
+    """Rows of the summary: quantity, value, explanation."""
     table = comparison.table
     return [
         ("genes compared", f"{len(table):,}", ""),
@@ -121,12 +121,12 @@ def by_group(comparisons: Sequence[Comparison], n: int = 8) -> html_page.Html:
     header = ("group", "cells", "called", "higher in it", "first of these")
     rows = [
         (
-            found.a,
-            f"{found.n_a:,}",
-            f"{len(found.called):,}",
-            f"{len(found.higher_in_a()):,}",
-            ", ".join(map(str, found.higher_in_a()[:n])) or "none",
+            one.a,
+            f"{one.n_a:,}",
+            f"{len(one.called):,}",
+            f"{len(one.higher_in_a()):,}",
+            ", ".join(map(str, one.higher_in_a()[:n])) or "none",
         )
-        for found in sorted(comparisons, key=lambda comparison: -comparison.n_a)
+        for one in sorted(comparisons, key=lambda comparison: -comparison.n_a)
     ]
     return html_page.table(rows, header, numbers=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what the names of priors, likelihoods and guides stand for."""
+"""Options that several commands share, and the priors, likelihoods and guides by name."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -72,7 +72,7 @@ SAMPLERS: dict[str, Callable[[], samplers.Sampler]] = {
 
 
 def choice(parts: Mapping[str, Any], text: str) -> Any:
-    """An option that takes one of the names and hands on what it stands for."""
+    """An option that takes one of the names and passes on the object it stands for."""
 
     def parse(name: str) -> Any:
         if name not in parts:
@@ -114,10 +114,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the results of an 
 
 
 class Recorded(TyperCommand):
-    """A command that remembers how it was called, for the page."""
+    """A command that records its command line, for the page."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Note the arguments before they are taken apart."""
+        """Record the arguments before they are parsed."""
         ctx.meta[__name__] = shlex.join(["python", "-m", "pyro_scvi", str(ctx.info_name), *args])
         return super().parse_args(ctx, args)
 

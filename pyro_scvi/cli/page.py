@@ -15,7 +15,7 @@ from pyro_scvi.version import __version__
 
 @dataclass(frozen=True)
 class Job:
-    """What a command was asked for, beside data and model."""
+    """Settings of a command other than data and model."""
 
     title: str
     source: str
@@ -28,7 +28,7 @@ class Job:
 
 
 def summary(job: Job, fit: Fit) -> str:
-    """What was fitted, in a sentence."""
+    """A sentence on what was fitted."""
     model, n_cells = fit.model, fit.settings["n_cells"]
     return (
         f"scVI with {type(model.likelihood).__name__} counts, {model.n_latent} latents and the guide "
@@ -37,7 +37,7 @@ def summary(job: Job, fit: Fit) -> str:
 
 
 def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:
-    """Sections on what the fit says; their pictures and tables are written into the folder."""
+    """Sections with the fit's results; their pictures and tables are written into the folder."""
     return [
         ("Numbers", [fit_report.numbers(evaluated)]),
         *_genes(job, evaluated, folder),
@@ -79,14 +79,14 @@ def settings_of(fit: Fit, job: Job) -> dict[str, Any]:
 
 
 def versions() -> str:
-    """What a result was computed with."""
-    found = [f"pyro-scvi {__version__}", f"Python {platform.python_version()}"]
+    """Versions of the packages used."""
+    packages = [f"pyro-scvi {__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "pyro-ppl", "numpy", "anndata", "scanpy"):
         try:
-            found.append(f"{name} {version(name)}")
+            packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:  # scanpy is optional
             continue
-    return ", ".join(found)
+    return ", ".join(packages)
 
 
 def _genes(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:

@@ -77,7 +77,7 @@ def write_report(space: Workspace, adata: AnnData, evaluated: EvaluatedFit, job:
 
 
 def largest_groups(adata: AnnData, labels: str | None) -> tuple[str, str] | None:
-    """The two largest groups of a column of obs; None without a column, or where it makes no groups."""
+    """The two largest groups of a column of obs; None without a column, or if it defines no groups."""
     if labels is None:
         return None
     groups = fit_report.categories(column(adata.obs, labels, "--labels"))
@@ -85,7 +85,7 @@ def largest_groups(adata: AnnData, labels: str | None) -> tuple[str, str] | None
 
 
 def _require_finished(fitted: Fit, job: Job) -> None:
-    """Refuse to report on a training that was interrupted and can go on."""
+    """Raise if training was interrupted and can be resumed."""
     if "interrupted" in fitted.settings and (folder := job.training.get("checkpoint")):
         stopped = f"training was interrupted by {fitted.settings['interrupted']}; {folder} holds its state"
         raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")

@@ -71,7 +71,7 @@ def infer(
 
 
 def _opened(fit: Fit, source: Path, layer: str | None, fill_missing_genes: bool) -> Cells:
-    """Cells of a store or a file, which stay there."""
+    """Cells of a store or a file, left on disk."""
     if source.is_dir():
         if layer is not None:
             raise DataError(

@@ -21,14 +21,14 @@ STEPS, WRITTEN = "steps", "written.json"
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder or file that is being written, and what was warned of meanwhile."""
+    """A folder or file being written, and the warnings raised meanwhile."""
 
     path: Path
     caught: list[warnings.WarningMessage]
 
     @property
     def notes(self) -> list[str]:
-        """Every warning once, without the line of code that it came from."""
+        """Every warning once, without its line of code."""
         return list(dict.fromkeys(str(note.message) for note in self.caught if note.category is UserWarning))
 
 
@@ -36,7 +36,7 @@ class Workspace:
 def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | None = None) -> Iterator[Workspace]:
     """A folder to fill, whose content moves into ``out`` at the end, or not at all.
 
-    ``results`` are those among its files that must be neither ``source`` nor in the way of something else.
+    ``results`` are files in it that must not be ``source`` and must not replace other things.
     """
     with reporting(out / PAGE) as caught:
         _check_source(source)
@@ -62,7 +62,7 @@ def new_file(out: Path, force: bool, source: Path) -> Iterator[Workspace]:
 
 @contextmanager
 def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
-    """A folder to fill, whose content moves into ``out`` at the end, beside the steps that stay after a break.
+    """A folder to fill, whose content moves into ``out`` at the end; finished steps survive an interruption.
 
     ``results`` are files that will be written. Those of an earlier run are replaced, unless somebody changed them: a
     file is ours if its hash is among those in ``out / STEPS / WRITTEN``.
@@ -106,7 +106,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk, from where a rename suffices."""
+    """A temporary folder on the same disk, so that a rename moves its content."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         yield Path(temporary)
@@ -118,7 +118,7 @@ def _check_source(source: Path | None) -> None:
 
 
 def _check_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | None) -> None:
-    """Refuse, before anything is computed, what could not be written or would overwrite something else."""
+    """Raise, before computing anything, if results could not be written or would overwrite something else."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; pass a folder as --out")
     if out.is_dir() and any(out.iterdir()) and not force:
@@ -167,7 +167,7 @@ def _check_file(out: Path, force: bool, source: Path) -> None:
 
 
 def _publish(folder: Path, out: Path, temporary: Path) -> None:
-    """Move every result into its place; what it replaces goes with the temporary folder."""
+    """Move every result into place; replaced files are deleted with the temporary folder."""
     replaced = temporary / "replaced"
     replaced.mkdir()
     out.mkdir(exist_ok=True)

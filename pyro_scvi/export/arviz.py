@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import DIMS, check_sites, draw_sites
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -50,7 +50,7 @@ def to_datatree(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataTree:
-    """Draws, densities, predictions and data of cells as an xarray DataTree in the groups of the ArviZ schema.
+    """Collect draws, densities, predictions and data of cells in an xarray DataTree with the groups of ArviZ's schema.
 
     - ``posterior``: z (chain, draw, cell, latent), l (chain, draw, cell), counts; with ``sites`` also w, y and h
       (chain, draw, cell, gene).
@@ -63,43 +63,44 @@ def to_datatree(
     - on request ``posterior_predictive`` and ``prior_predictive``: x (chain, draw, cell, gene), counts, at the draws of
       ``posterior`` and of ``prior``.
 
-    What is there on request holds samples x cells x genes numbers of up to 4 bytes, the rest a hundredth of that.
-    Densities are those of the model in its own coordinates, z on its support and l in counts, with w, y and h
-    integrated out and global latents at the guide's medians; with ``ObservedLibrary``, x given the cell's total.
+    Groups added on request hold samples x cells x genes numbers of up to 4 bytes; the rest takes a hundredth of that.
+    Densities are those of the model in its own coordinates: z on its support, l in counts. w, y and h are integrated
+    out, and global latents are at the guide's medians. With ``ObservedLibrary`` the density is that of x given the
+    cell's total.
 
-    The log likelihood is per entry and not per cell, on purpose: importance sampling can leave an entry out of its
-    cell, but not a cell out of the data, because z_n is inferred from that cell alone (k-hat of 1 / p(x_n | z_n) above
-    0.7 for nine cells in ten). What a model says of a cell is its ``evidence``.
+    The log likelihood is per entry and not per cell, on purpose. Importance sampling can leave an entry out of its
+    cell, but not a cell out of the data, because z_n is inferred from that cell alone (k-hat of 1 / p(x_n | z_n) is
+    above 0.7 for nine cells in ten). To score whole cells use ``evidence``.
 
     Parameters
     ----------
     fit, cells
-        The fit and the cells, which need not be those it was fitted on.
+        The fit and the cells; they need not be those it was fitted to.
     samples
-        Draws per cell, over all chains; what is left over after whole rounds of all chains is dropped.
+        Draws per cell, over all chains, rounded down to a multiple of the number of chains.
     sites
         Variables of ``posterior``: any of "z", "l", "w", "y", "h"; None: z, and l where the model has it.
     sampler
-        ``ps.Amortized()``, ``ps.Refined()``, ``ps.Importance()`` or ``ps.HMC()``. HMC has its chains, the others,
-        whose draws are independent, have one. Draws of the first two do not follow the posterior, see ``khat``.
+        ``ps.Amortized()``, ``ps.Refined()``, ``ps.Importance()`` or ``ps.HMC()``. HMC has several chains. The others
+        draw independently and have one chain. Draws of the first two only approximate the posterior, see ``khat``.
     log_likelihood, posterior_predictive, prior_predictive
         Whether to add these groups.
     seed
-        The same seed gives the same tree, with the draws of ``sample_posterior`` under that seed.
+        The same seed gives the same tree. Its draws are those of ``sample_posterior`` under that seed.
     batch_size
         Cells at a time.
 
     Returns
     -------
     DataTree
-        Real numbers as float32, h as int8, counts as int32 (the square of a smaller integer overflows in silence), or
-        float32 where they are not whole or beyond int32. ``tree.to_netcdf(path, engine="h5netcdf")`` writes it.
+        Real numbers as float32, h as int8, counts as int32 (squares of smaller integers overflow silently), or as
+        float32 if they are not whole or too large for int32. ``tree.to_netcdf(path, engine="h5netcdf")`` writes it.
 
     Raises
     ------
     ModelError
         For a site that the model does not have, for the prior Flat, which has no density, for fewer samples than
-        chains, and arguments of the wrong kind.
+        chains, and for arguments of the wrong type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -115,7 +116,7 @@ def to_datatree(
     >>> tree["posterior"].z.dims
     ('chain', 'draw', 'cell', 'latent')
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_proper(fit.model.prior, "there is no posterior to export")
     if sites is None:
@@ -127,11 +128,11 @@ def to_datatree(
     with evaluating(fit.model, fit.guide, seed):
         batches = minibatches(fit, cells).in_order(batch_size)
         for (x, gamma), own_seed in zip(batches, _seeds(seed), strict=False):
-            found = sampler.draw(fit.guide, x, gamma, samples)
+            draws = sampler.draw(fit.guide, x, gamma, samples)
             rows = slice(start, start := start + len(x))
-            for group, values in _of_batch(fit, x, gamma, found, extent, own_seed).items():
-                gathered.fill(rows, group, {name: _by_chain(v, found.chains) for name, v in values.items()}, DRAWN)
-            gathered.fill(rows, "sample_stats", found.diagnose(), FIXED)
+            for group, values in _of_batch(fit, x, gamma, draws, extent, own_seed).items():
+                gathered.fill(rows, group, {name: _by_chain(v, draws.chains) for name, v in values.items()}, DRAWN)
+            gathered.fill(rows, "sample_stats", draws.diagnose(), FIXED)
             gathered.fill(rows, "observed_data", {"x": _counted(x)}, FIXED)
             gathered.fill(rows, "constant_data", {"gamma": gamma} if cells.n_covariates else {}, FIXED)
     return _tree(gathered, cells, fit.model.n_latent, {"sampler": repr(sampler), "seed": seed})
@@ -148,22 +149,22 @@ class _Extent(NamedTuple):
 
 
 def _seeds(seed: int) -> Iterator[int]:
-    """A seed for each batch, for draws beside those of the sampler: these then are the same with and without them."""
+    """A seed for each batch, for draws other than the sampler's, so that the sampler's do not depend on them."""
     parent = np.random.SeedSequence(seed)
     while True:
         yield int(parent.spawn(1)[0].generate_state(1)[0])
 
 
-def _of_batch(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, extent: _Extent, seed: int) -> Groups:
-    """Whatever has draws of these cells, each variable (samples, cells, ...)."""
-    values = draw_sites(fit, x, gamma, found, extent.sites)
+def _of_batch(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent, seed: int) -> Groups:
+    """All groups with draws of these cells, each variable (samples, cells, ...)."""
+    values = draw_sites(fit, x, gamma, draws, extent.sites)
     groups = {"posterior": {site: _stored(site, values[site]) for site in extent.sites}}
-    groups |= _densities(fit, x, gamma, found.sites, extent.log_likelihood)
+    groups |= _densities(fit, x, gamma, draws.sites, extent.log_likelihood)
     with seeded(seed):
         groups |= _prior(fit, gamma, extent)
         if extent.posterior_predictive:
             size = draws_at_once(x)
-            drawn = [_predicted(fit, x, gamma, part) for part in _split(found.sites, size)]
+            drawn = [_predicted(fit, x, gamma, part) for part in _split(draws.sites, size)]
             groups["posterior_predictive"] = {"x": _counted(torch.cat(drawn))}
     return groups
 
@@ -248,7 +249,7 @@ class _Gathered:
 
 def _tree(gathered: _Gathered, cells: Cells, n_latent: int, run: dict[str, str | int]) -> xr.DataTree:
     schema, library = cells.schema, _library()
-    names: dict[str, Sequence] = {
+    names: dict[str, Sequence[Any]] = {
         "cell": list(cells.cell_names),
         "gene": list(cells.gene_names),
         "latent": range(n_latent),

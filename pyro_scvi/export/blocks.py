@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_scvi.analysis.inputs import require_question
+from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.nn.component import lasting_repr
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -57,25 +57,26 @@ def write(
     seed: int = 0,
     progress: bool = True,
 ) -> int:
-    """Write what verbs say of the cells into an AnnData on disk, block by block; memory does not grow with cells.
+    """Apply functions to cells block by block and write the results into an AnnData on disk, in constant memory.
 
-    What a verb gives of shape (cells, genes) becomes the layer of its name, (cells, ...) of another shape the ``obsm``
-    of its name, (cells,) the column of ``obs``, and a DataFrame the columns ``name_column``. Results depend on ``seed``
-    and on ``block``, not on the shards: every block has a seed of its own, made of both. Verbs that draw nothing, such
-    as ``ps.embed`` of a normal guide, give what they give for all cells at once.
+    A result of shape (cells, genes) becomes a layer under the verb's name. One of shape (cells,) becomes a column of
+    ``obs``, any other (cells, ...) an ``obsm`` entry, and a DataFrame the columns ``name_column``. Every block has its
+    own seed, made of ``seed`` and the block's number, so results depend on ``seed`` and ``block`` but not on the
+    shards. Verbs that draw nothing, such as ``ps.embed`` with a normal guide, give the same as for all cells at once.
 
     Parameters
     ----------
     fit, cells
-        The fit and any cells of its schema, in memory or on disk.
+        The fit and any cells with its schema, in memory or on disk.
     path
-        A folder that ends in ``.zarr``, into which several processes may write at the same time, each its own shard,
-        on one file system; or a file that ends in ``.h5ad``, for one process. ``anndata.read_zarr`` reads it at any
-        time; what is not there yet is NaN. Where it is there already, only missing blocks are computed.
+        A folder that ends in ``.zarr``: several processes on one file system may write into it at the same time, each
+        its own shard. Or a file that ends in ``.h5ad``, for one process. ``anndata.read_zarr`` reads the folder at any
+        time; missing values are NaN. If ``path`` exists already, only missing blocks are computed.
     verbs
         By name, functions of (fit, cells, seed=), such as ``{"X_pyro_scvi": ps.embed, "evidence": ps.evidence}``.
     shard
-        (i, n): write every n-th block from the i-th on, counted from 0; ``(ranks.rank, ranks.size)`` under torchrun.
+        (i, n): write every n-th block, starting at block i, counted from 0; ``(ranks.rank, ranks.size)`` under
+        torchrun.
     block
         Cells at a time.
     seed
@@ -86,25 +87,24 @@ def write(
     Returns
     -------
     int
-        How many blocks are still missing, of any shard; 0 when all is there.
+        Number of blocks still missing, over all shards; 0 when complete.
 
     Raises
     ------
     DataError
-        If ``path`` is locked or may not be written, holds something else, or results of another fit, other cells or
-        covariates (such as those of ``cells.with_batch``), verbs, seed or blocks. Functions are told apart by module
-        and name, and by what ``functools.partial`` gives them. If a column of ``obs`` holds values of several kinds.
+        If ``path`` is locked or may not be written. If it holds something else, or results of another fit, other cells
+        or covariates (such as those of ``cells.with_batch``), verbs, seed or blocks. Functions are compared by module
+        and name, and by the arguments that ``functools.partial`` binds. If a column of ``obs`` holds values of several
+        types.
     ModelError
-        If an argument is of the wrong kind, a verb does not give a row for each cell or not the same for every block,
-        or names are empty, hold a ``/`` or are there twice.
+        If an argument has the wrong type. If a verb does not return one row per cell, or returns different columns for
+        different blocks. If names are empty, contain ``/`` or occur twice.
     SchemaError
-        If the cells' genes or covariates are not those of the fit, as soon as a verb of this package is asked.
+        If the cells' genes or covariates are not those of the fit; raised by the verbs of this package.
 
-    Notes
-    -----
-    A block is noted as done once it is in the file, so a process that is killed loses the block it was at. An .h5ad
-    file that is killed while HDF5 writes its tables may be unreadable as a whole; a .zarr folder has none. What is
-    done is not looked at again: a chunk that was deleted or cut afterwards is not noticed.
+    Notes ----- A block counts as done once it is in the file, so a process that is killed loses only its current block.
+    If it is killed while HDF5 writes its tables, the whole .h5ad file may become unreadable; a .zarr folder has no such
+    tables. Finished blocks are not checked again: a chunk that was later deleted or truncated is not noticed.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def write(
     >>> ps.shards.write(fit, cells, folder / "half.zarr", verbs, block=30, progress=False)
     0
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_at_least(1, block=block)
     require_seed(seed)
     block, seed = int(block), int(seed)  # NumPy's integers are none to JSON
@@ -130,7 +130,7 @@ def write(
         raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
     columns = _columns(fit, cells, verbs, seed)
     run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed}
-    run |= _described(cells, columns) | {f"verb {name!r}": _question(verb) for name, verb in verbs.items()}
+    run |= _described(cells, columns) | {f"verb {name!r}": _identity(verb) for name, verb in verbs.items()}
     if not os.path.lexists(path):
         _create(kind, path, cells, [column for some in columns.values() for column in some], run)
     with _opened(kind, path, run) as group:
@@ -140,9 +140,9 @@ def write(
             rows = slice(k * block, min((k + 1) * block, cells.n_cells))
             part = cells.take(np.arange(rows.start, rows.stop))
             for name, verb in verbs.items():
-                found = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
-                _require_alike(name, found, columns[name])
-                for column in found:
+                of_part = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
+                _require_alike(name, of_part, columns[name])
+                for column in of_part:
                     group[column.place][rows] = column.values
             kind.flush(group)  # a block counts as done only where it is in the file
             done[k] = True
@@ -158,18 +158,18 @@ class _Column(NamedTuple):
 
     @property
     def shape(self) -> list[Any]:
-        """What all blocks have in common: where they belong, type, and shape but for the cells."""
+        """What all blocks share: place, type, and the shape without the cells."""
         return [self.place, self.values.dtype.name, *self.values.shape[1:]]
 
 
-def _split(name: str, found: Any, n_cells: int, n_genes: int) -> list[_Column]:
-    if isinstance(found, pd.DataFrame):
+def _split(name: str, result: Any, n_cells: int, n_genes: int) -> list[_Column]:
+    if isinstance(result, pd.DataFrame):
         try:
-            columns = [_Column(f"obs/{name}_{column}", found[column].to_numpy(float)) for column in found]
+            columns = [_Column(f"obs/{name}_{column}", result[column].to_numpy(float)) for column in result]
         except (TypeError, ValueError) as error:
             raise ModelError(f"{name!r} must give real numbers in every column: {error}") from error
     else:
-        values = np.asarray(found)
+        values = np.asarray(result)
         own = "layers" if values.shape == (n_cells, n_genes) else "obsm"
         columns = [_Column(f"{'obs' if values.ndim == 1 else own}/{name}", values)]
     for column in columns:
@@ -180,26 +180,26 @@ def _split(name: str, found: Any, n_cells: int, n_genes: int) -> list[_Column]:
 
 
 def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[_Column]]:
-    """The arrays that each verb fills, by what it says of the first cell."""
+    """The arrays that each verb fills, inferred from its result for the first cell."""
     if not isinstance(verbs, Mapping) or not verbs or not all(callable(verb) for verb in verbs.values()):
         raise ModelError(f"verbs must be functions by name, as in {{'X_pyro_scvi': ps.embed}}, got {brief(verbs)}")
     for name in verbs:
         if not isinstance(name, str) or not name.strip("."):
             raise ModelError(f"names of verbs become names of arrays, such as 'X_pyro_scvi'; got {brief(name)}")
     first = cells.take(np.arange(1))
-    found = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
-    places = [column.place for some in found.values() for column in some]
+    by_verb = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
+    places = [column.place for some in by_verb.values() for column in some]
     if within := [place.split("/", 1)[1] for place in places if place.count("/") > 1]:
         raise ModelError(f"names of verbs and of their columns must be without '/', got {within}")
     if doubled := sorted({place for place in places if places.count(place) > 1}):
         raise ModelError(f"verbs give {doubled} more than once; choose another name")
     if taken := [place for place in places if place.startswith("obs/") and place[4:] in cells.obs]:
         raise ModelError(f"the cells have the columns {taken} already; choose another name")
-    return found
+    return by_verb
 
 
-def _require_alike(name: str, found: list[_Column], first: list[_Column]) -> None:
-    shapes, expected = [column.shape for column in found], [column.shape for column in first]
+def _require_alike(name: str, columns: list[_Column], first: list[_Column]) -> None:
+    shapes, expected = [column.shape for column in columns], [column.shape for column in first]
     if shapes != expected:
         raise ModelError(f"{name!r} must give the same for every block: of the first cell {expected}, now {shapes}")
 
@@ -211,11 +211,11 @@ def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any
     return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
 
 
-def _question(verb: Verb) -> str:
-    """What is asked: the function by module and name, and what a partial gives it."""
+def _identity(verb: Verb) -> str:
+    """Identity of a verb: the function's module and name, and the arguments that a partial binds."""
     if isinstance(verb, partial):
         named = [f"{name}={lasting_repr(value)}" for name, value in sorted(verb.keywords.items())]
-        return f"{_question(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
+        return f"{_identity(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
     known = verb if hasattr(verb, "__qualname__") else type(verb)
     return f"{known.__module__}.{known.__qualname__}"
 
@@ -235,7 +235,7 @@ def _checked(shard: Any) -> tuple[int, int]:
 
 
 def _create(kind: _Format, path: Path, cells: Cells, columns: list[_Column], run: dict[str, Any]) -> None:
-    """Make the file with empty arrays, beside its place, and move it there unless another process was faster."""
+    """Make the file with empty arrays under a temporary name; move it into place unless another process was faster."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = np.zeros(-(-cells.n_cells // run["block"]), bool)
     adata = AnnData(obs=_writable(cells.obs), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
@@ -258,12 +258,12 @@ def _create(kind: _Format, path: Path, cells: Cells, columns: list[_Column], run
 
 
 def _writable(obs: pd.DataFrame) -> pd.DataFrame:
-    """A copy in which strings with missing values are what anndata takes them for.
+    """A copy in which strings with missing values have a type that anndata can write.
 
     Raises
     ------
     DataError
-        If a column holds values of several kinds.
+        If a column holds values of several types.
     """
     obs = obs.copy()
     for name in obs.select_dtypes(object):
@@ -284,8 +284,8 @@ def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
     try:
         with _reached(kind, path, "r") as group:
             text = group["uns"][RUN][()]
-            found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
-            differing = [name for name in run if found.get(name) != run[name]]
+            recorded = json.loads(text.decode() if isinstance(text, bytes) else str(text))
+            differing = [name for name in run if recorded.get(name) != run[name]]
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -301,7 +301,7 @@ def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
 
 @contextmanager
 def _reached(kind: _Format, path: Path, mode: Mode) -> Iterator[Any]:
-    """The root group; a file that is locked or may not be written is no other file."""
+    """The root group; a locked or read-only file raises an error of its own."""
     with ExitStack() as stack:
         try:
             group = stack.enter_context(kind.opened(path, mode))
@@ -332,10 +332,10 @@ class _Format(ABC):
 
     @abstractmethod
     def flush(self, group: Any) -> None:
-        """See to it that what was written is in the file, also if the process is killed now."""
+        """Flush to the file, so that a kill loses nothing written so far."""
 
     def add(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> None:
-        """Add an empty array, which anndata knows as one."""
+        """Add an empty array with the attributes by which anndata recognises one."""
         array = self.make(group, name, dtype, shape, rows)
         array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
 
@@ -380,6 +380,6 @@ _FORMATS: dict[str, _Format] = {".zarr": _Zarr(), ".h5ad": _HDF5()}
 def _format_of(path: Any) -> _Format:
     suffix = Path(path).suffix if isinstance(path, str | Path) else None
     if suffix not in _FORMATS:
-        found = brief(path) if suffix is None else path
-        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {found}")
+        given = brief(path) if suffix is None else path
+        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {given}")
     return _FORMATS[suffix]

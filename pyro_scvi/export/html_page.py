@@ -6,7 +6,7 @@ from html import escape
 
 
 class Html(str):
-    """Markup that goes into a page as it is; any other string is escaped."""
+    """Markup that is inserted unescaped; any other string is escaped."""
 
 
 Section = tuple[str, Sequence[str]]
@@ -90,7 +90,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), *, numbers: Sequence[int] = ()) -> Html:
-    """Rows of plain text, the first column their heading; the columns in ``numbers`` are aligned to the right.
+    """A table of plain text; the first column holds row headings, columns in ``numbers`` are right-aligned.
 
     On a phone, tables of two or three columns give the third a line of its own.
     """
@@ -119,7 +119,7 @@ def subheading(text: str) -> Html:
 
 
 def footnotes(texts: Sequence[str]) -> Html:
-    """What a table refers to, a line each."""
+    """Footnotes of a table, one per line."""
     lines = "".join(f"<p>{escape(text)}</p>" for text in texts)
     return Html(f'<div class="notes">{lines}</div>')
 

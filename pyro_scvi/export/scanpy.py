@@ -1,4 +1,4 @@
-"""Results in AnnData, in the places where scanpy looks for them, with a record of how they were made."""
+"""Results in AnnData, where scanpy expects them, with a record of how they were made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_scvi.analysis.differential.differential import half_step
+from pyro_scvi.analysis.differential.summary import half_step
 from pyro_scvi.analysis.inputs import require_fit
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
@@ -48,13 +48,13 @@ def annotate(
     fill_missing_genes: bool = False,
     allow_non_integer: bool = False,
 ) -> None:
-    """Write the embedding of the cells, and on request their expression, into ``adata``; raw counts are not touched.
+    """Write the embedding of the cells, and on request their expression, into ``adata``, leaving raw counts unchanged.
 
     ``obsm["X_pyro_scvi"]`` holds E[z | x], (cells, latents); ``layers["pyro_scvi_expression"]`` E[w | x], counts, and
     ``layers["pyro_scvi_technical_zero"]`` P(h = 1 | x), (cells, genes) each, NaN for genes that the fit does not know.
-    ``uns["pyro_scvi"]`` says how each of them was made, under its own name: the package's version, seed, the layer that
-    was read, model, guide, settings of the fit, its schema (JSON) and the seconds of the call; samples and sampler of a
-    layer. ``scanpy.pp.neighbors(adata, use_rep="X_pyro_scvi")`` goes on from there.
+    ``uns["pyro_scvi"]`` records how each was made, under its name: the package's version, seed, the layer that was
+    read, model, guide, settings of the fit, its schema (JSON) and the seconds of the call; for layers also samples and
+    sampler. Continue with ``scanpy.pp.neighbors(adata, use_rep="X_pyro_scvi")``.
 
     Parameters
     ----------
@@ -65,30 +65,30 @@ def annotate(
     expression, technical_zeros
         Which layers to add.
     layer
-        Layer with the raw counts; None for the layer that the fit was made from, or ``X``. Where ``X`` was normalised
-        after the fit, counts that were kept in a layer are named here.
+        Layer with the raw counts; None: the layer that the fit was made from, or ``X``. Needed if ``X`` was normalised
+        after the fit and the counts were kept in a layer.
     samples, sampler, batch_size
         Draws of z and l for the layers, as in ``impute``.
     seed
         Of all draws.
     overwrite
-        Replace what an earlier call wrote. A layer of it that this call does not write stays as it is, and so does what
-        ``uns["pyro_scvi"]`` says of that layer.
+        Whether to replace the results of an earlier call. An earlier layer that this call does not write stays, and so
+        does its record in ``uns["pyro_scvi"]``.
     fill_missing_genes
-        Count genes that ``adata`` lacks as zero, with a warning, instead of raising.
+        Whether to count genes that ``adata`` lacks as zero, with a warning, instead of raising.
     allow_non_integer
-        Accept values that are no integers, for a fit that was made of such.
+        Whether to accept values that are no integers, for a fit made from such values.
 
     Raises
     ------
     DataError
-        If ``adata`` is no AnnData or a view, a name is taken and ``overwrite`` is False, or an entry is no count;
-        nothing is written then.
+        If ``adata`` is no AnnData or a view, a name is taken and ``overwrite`` is False, or an entry is no count.
+        Nothing is then written.
     SchemaError
         If genes, batches or covariates are not those of the fit, or there is no such layer.
     ModelError
-        If ``fit`` is no Fit, ``technical_zeros`` or ``expression`` are asked of a model that has none, a number is
-        below 1, or an argument is of the wrong kind.
+        If ``fit`` is no Fit, the model has no ``technical_zeros`` or ``expression``, a number is below 1, or an
+        argument has the wrong type.
 
     Examples
     --------
@@ -117,14 +117,14 @@ def annotate(
         allow_non_integer=allow_non_integer,
     )
     drawing: dict[str, Any] = {"samples": samples, "sampler": sampler, "seed": seed, "batch_size": batch_size}
-    found = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
+    results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
     latent = embed(fit, cells, seed=seed)
     adata.obsm[EMBEDDING] = latent
-    for name, values in found.items():
+    for name, values in results.items():
         adata.layers[name] = in_genes_of(adata, cells, values)
     made = _provenance(fit, seed, layer) | {"seconds": time.perf_counter() - started}
     drawn = made | {"samples": samples, "sampler": repr(sampler)}
-    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | dict.fromkeys(found, drawn)
+    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | dict.fromkeys(results, drawn)
 
 
 def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:
@@ -139,31 +139,33 @@ def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:
 def add_rank_genes_groups(
     adata: AnnData, table: pd.DataFrame, groupby: str, *, key: str = "rank_genes_groups", overwrite: bool = False
 ) -> None:
-    r"""Write a table of differential expression where scanpy's ``pl.rank_genes_groups`` plots find it.
+    r"""Write a table of differential expression where scanpy's ``pl.rank_genes_groups`` plots expect it.
 
-    ``scores`` are the natural log odds that the gene is higher in the group than in the rest, ``logfoldchanges`` the
-    posterior means of log2 of group over rest, genes ordered by score. scanpy has no place for Bayesian quantities:
-    ``pvals`` hold 1 - ``p_lfc``, ``pvals_adj`` ``fdr``, the expected false discovery rate of all genes up to this one.
-    Both are shares of a finite number of pairs, and scanpy takes their logarithm: what is below half of the smallest
-    distance from 0 or 1 that a ``p_lfc`` of the group has, at most 0.0005, is written as that half.
+    ``scores`` are the natural log odds that the gene is higher in the group than in the rest. ``logfoldchanges`` are
+    the posterior means of log2 of group over rest. Genes are ordered by score. scanpy has no place for Bayesian
+    quantities, so ``pvals`` hold 1 - ``p_lfc``, and ``pvals_adj`` hold ``fdr``, the expected false discovery rate of
+    all genes up to this one. Both are shares of a finite number of pairs and can be 0, but scanpy takes their
+    logarithm. They are therefore at least half of the smallest distance from 0 or 1 that a ``p_lfc`` of the group has,
+    and this half is at most 0.0005.
 
     Parameters
     ----------
     adata
-        Where to write, into ``uns[key]``; it holds all groups and genes of the table, and may have more genes.
+        AnnData to write to, in ``uns[key]``. It has all groups and genes of the table, and may have more genes.
     table
-        Of :func:`pyro_scvi.differential_expression` without ``group_a`` and ``group_b``: every group against the rest.
+        Result of :func:`pyro_scvi.differential_expression` without ``group_a`` and ``group_b``: every group against the
+        rest.
     groupby
-        The column of ``adata.obs`` that was compared by.
+        Column of ``adata.obs`` with the groups that were compared.
     key, overwrite
-        Where in ``uns``, and whether to replace what is there.
+        Key in ``uns``, and whether to replace what it holds.
 
     Raises
     ------
     DataError
-        If ``adata`` is no AnnData or a view; the table is none, of one pair, or lacks columns or genes of a group; its
-        genes are not in ``adata``; its groups are not those of the column, or there is none; or ``uns[key]`` is taken.
-        Nothing is written then.
+        If ``adata`` is no AnnData or a view. If ``table`` is no such table, compares one pair only, or lacks columns or
+        genes of a group. If its genes are not in ``adata``, its groups are not those of the column, or there is no such
+        column. If ``uns[key]`` is taken. Nothing is then written.
 
     Examples
     --------
@@ -197,7 +199,7 @@ def add_rank_genes_groups(
 
 
 def _require_own(adata: Any, call: str) -> None:
-    """Refuse what is no AnnData of its own: writing into a view makes a copy that the caller may not know of."""
+    """Raise unless ``adata`` is an AnnData and no view: writing into a view makes a copy unseen by the caller."""
     if not isinstance(adata, AnnData):
         raise DataError(f"{call} takes an AnnData first, got {type(adata).__name__}")
     if adata.is_view:
@@ -224,7 +226,7 @@ def _require_table(table: Any) -> None:
 
 
 def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
-    """Refuse genes that ``adata`` lacks, and groups that are not those of its column."""
+    """Raise if ``adata`` lacks some of the genes, or the groups are not those of its column."""
     if not isinstance(groupby, str) or groupby not in adata.obs:
         raise DataError(f"adata.obs has no column {groupby!r}; it has {', '.join(map(str, adata.obs)) or 'none'}")
     compared = set(map(str, table.index.unique("group")))
@@ -255,7 +257,7 @@ def _provenance(fit: Fit, seed: int, layer: str | None) -> dict[str, Any]:
 
 
 def _kept(adata: AnnData) -> dict[str, Any]:
-    """What earlier calls said of layers that are still there."""
+    """Records of earlier calls on layers that are still there."""
     earlier = adata.uns.get(PROVENANCE)
     known = earlier if isinstance(earlier, Mapping) else {}
     return {name: known[name] for name in (EXPRESSION, TECHNICAL) if name in known and name in adata.layers}

@@ -1,4 +1,4 @@
-"""The computing budget of a run: everything for the report, or a little of everything for a test."""
+"""The computing budget of a run: full for the report, tiny for a test."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ class Budget:
     seeds
         One fit each, of systems that have a seed.
     epochs
-        At most so many passes of a model's training; None: as many as its preset has.
+        Most epochs of a model's training; None: as many as its preset has.
     samples
         Draws of the evidence sampler for each cell.
     test_cells
-        At most so many held-out cells are scored.
+        Most held-out cells to score.
     cells
-        At most so many cells are read of a data set, spread evenly over it; None: all.
+        Most cells to read from a data set, spread evenly over it; None: all.
     sizes
         Numbers of cells of the experiments over n.
     repeats
@@ -26,7 +26,7 @@ class Budget:
     limit
         CPU seconds after which a system counts as unable to run.
     isolated
-        Whether every step runs in a process of its own, whose time is limited and whose memory is measured.
+        Whether every step runs in its own process, with limited time and measured memory.
     """
 
     seeds: tuple[int, ...]

@@ -11,7 +11,7 @@ from pyro_scvi.paper.steps import Results, Step
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: its PNG file, what it shows for those who do not see it, and its caption."""
+    """A picture: its PNG file, its alternative text, and its caption."""
 
     file: Path
     alt: str
@@ -30,15 +30,15 @@ class Experiment:
     Attributes
     ----------
     name, title
-        How it is asked for, and its heading.
+        Name for the command line, and heading.
     text
         Paragraphs: what is compared, what differs from the paper and why.
     steps
-        What is to be computed.
+        The steps to compute.
     rows
         The numbers, made of the outcomes of the steps.
     pictures
-        Draw into a folder what there is to see.
+        Function that draws the pictures into a folder.
     """
 
     name: str

@@ -14,7 +14,7 @@ MOST_DECIMALS = 6
 SYSTEM, QUANTITY, ABOUT = "system", "quantity", "±, n, seeds"
 TEXTS = (SYSTEM, QUANTITY, ABOUT)  # columns that hold no numbers
 LONGEST = 46  # characters of a header; of a longer one the first words stand there, and all of it under the table
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Layout:
 
 
 def laid_out(rows: Sequence[Row]) -> list[Layout]:
-    """One table for each data set, systems by quantities; what is known of one system alone becomes a list."""
+    """One table per data set, systems by quantities; quantities of a single system become a list."""
     return [layout for name in _unique(row.data for row in rows) for layout in _of_data(name, rows)]
 
 
@@ -50,8 +50,8 @@ def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
     left, blocks = list(rows), []
     while left:
         systems, quantities, block = {left[0].system}, {left[0].quantity}, list[Row]()
-        while len(block) < len(found := [row for row in left if row.system in systems or row.quantity in quantities]):
-            block = found
+        while len(block) < len(matches := [row for row in left if row.system in systems or row.quantity in quantities]):
+            block = matches
             systems, quantities = {row.system for row in block}, {row.quantity for row in block}
         blocks.append(block)
         left = [row for row in left if row not in block]
@@ -176,7 +176,7 @@ def _seeds(rows: Iterable[Row]) -> str:
     """As 0-4, or 0, 2, 5."""
     seeds = sorted({seed for row in rows for seed in row.seeds})
     if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]}–{seeds[-1]}"
+        return f"{seeds[0]}\N{EN DASH}{seeds[-1]}"
     return ", ".join(map(str, seeds))
 
 

@@ -27,7 +27,7 @@ WIDEST = 900  # CSS pixels of a picture
 
 @dataclass(frozen=True)
 class Section:
-    """What one experiment gave, and the command that makes it again."""
+    """Results of one experiment, and the command that reproduces it."""
 
     experiment: Experiment
     rows: list[Row]
@@ -48,7 +48,7 @@ class Section:
 def write(experiments: Sequence[Experiment], results: Results, budget: Budget, folder: Path, about: str) -> None:
     """Write the page, the Markdown, the pictures and the rows of experiments into a folder.
 
-    ``about`` says with which versions they were computed. Steps that are not known yet are computed.
+    ``about`` gives the versions they were computed with. Missing steps are computed.
     """
     sections = [_section(experiment, results, budget, folder) for experiment in experiments]
     notes = introduction(budget)
@@ -60,7 +60,7 @@ def write(experiments: Sequence[Experiment], results: Results, budget: Budget, f
 
 
 def introduction(budget: Budget) -> list[str]:
-    """What every table has in common, and a warning where the budget means nothing."""
+    """Text that applies to every table, with a warning if the budget is too small to mean anything."""
     quick = (
         "This is a quick run on a few cells and epochs: it shows that every step works, its numbers mean nothing. "
         "Numbers of cells, epochs, draws and seeds in the texts are those of a full run."
@@ -95,8 +95,8 @@ def read_rows(file: Path) -> list[Row]:
     numbers = ["value", "error", "seconds", "paper"]
     table = pd.read_csv(file, dtype=texts, keep_default_na=False, na_values={name: [""] for name in numbers})
     names = Row.__dataclass_fields__
-    found = [{str(name): value for name, value in line.items() if name in names} for line in table.to_dict("records")]
-    return [Row(**{**line, "seeds": tuple(map(int, line["seeds"].split()))}) for line in found]
+    records = [{str(name): value for name, value in line.items() if name in names} for line in table.to_dict("records")]
+    return [Row(**{**line, "seeds": tuple(map(int, line["seeds"].split()))}) for line in records]
 
 
 def html(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
@@ -133,7 +133,7 @@ def escaped(text: str) -> str:
 
 
 def _under(layout: Layout) -> list[str]:
-    """What stands under a table: its columns' full names, then its notes."""
+    """Lines under a table: its columns' full names, then its notes."""
     return [*layout.columns, *[f"[{number}] {note}" for number, note in enumerate(layout.notes, 1)]]
 
 

@@ -16,19 +16,19 @@ class Row:
     data, system, quantity
         What was measured, and on what; the unit is part of ``quantity``.
     value
-        NaN where there is none; ``note`` then says why.
+        NaN if there is none; ``note`` then says why.
     error, spread
         Its uncertainty, and what kind that is: "se over cells", "sd over seeds". NaN and "" where there is none.
     n
-        Over how many cells or seeds ``value`` and ``error`` are.
+        Number of cells or seeds behind ``value`` and ``error``.
     seeds
         Of the fits behind it.
     seconds
         CPU seconds of the fits behind it, mean over seeds.
     paper
-        What Lopez et al. (2017) printed in its place.
+        The number printed in Lopez et al. (2017).
     note
-        Why there is no number, or what to know of it.
+        Why there is no number, or a remark on it.
     """
 
     data: str

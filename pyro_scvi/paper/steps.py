@@ -48,7 +48,8 @@ class Step:
     def key(self) -> str:
         """Hash of the function and its own source, its settings, and the files and versions that it is computed with.
 
-        What the function calls is not in it: after a change there that moves numbers, start in an empty folder.
+        Functions called by the function are not hashed: after a change there that moves numbers, start in an empty
+        folder.
         """
         source = inspect.getsource(self.function)
         parts = [self.name, source, self.settings, [files.digest(file) for file in self.needs], _versions()]
@@ -61,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave: its ``result`` (None if ``reason`` says why there is none), CPU seconds and peak memory."""
+    """Outcome of a step: its ``result`` (None if ``reason`` says why there is none), CPU seconds and peak memory."""
 
     result: Any
     seconds: float
@@ -89,7 +90,7 @@ class Results:
         self._known: dict[str, Outcome] = {}
 
     def compute(self, steps: Iterable[Step]) -> None:
-        """Compute the steps that are not known yet."""
+        """Compute the missing steps."""
         todo = list({step.key: step for step in steps if self._found(step.key) is None}.values())
         if not self.isolated:  # a fit belongs into the main thread, where it can be interrupted
             for step in each(todo, "step", self.progress):

@@ -37,7 +37,7 @@ def given_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
-    """A legend to the right of the axes, never on what they show."""
+    """A legend to the right of the axes, so that it covers nothing."""
     columns = math.ceil(len(handles) / 20)
     ax.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns, fontsize="small"
@@ -45,12 +45,12 @@ def legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
 
 
 def require(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
-    """Refuse a table that lacks ``columns`` or rows; ``source`` says what makes such a table.
+    """Raise if a table lacks ``columns`` or rows; ``source`` names the function that makes such a table.
 
     Raises
     ------
     DataError
-        With the missing columns, those there are, and ``source``.
+        If it does; the message lists the missing columns, the present ones, and ``source``.
     """
     held = list(getattr(table, "columns", ()))
     missing = [column for column in columns if column not in held]

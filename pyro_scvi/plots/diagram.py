@@ -24,27 +24,32 @@ from pyro_scvi.utils.checks import require_at_least, require_kind
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+RADIUS, STEP, DROP, NOTE = 0.36, 1.5, 1.3, 0.12
+_LETTERS = {"l": r"\ell", "gamma": r"\gamma", "theta": r"\theta"}
+_SUBSCRIPTS = {"cells": "n", "genes": "g"}
+MARGINS = np.array([-0.28, 0, 0.28, 0])  # left, bottom, right, top; of a plate around an inner one
+
 
 def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) -> Axes:
     """Draw the explicit program of a model as a plate diagram (Lopez et al. 2017, Fig. 1).
 
-    Read off the program itself: circles are random variables, shaded if observed, double if they follow
-    deterministically; the square holds the covariates; an arrow says that one depends on the other. Global latents
-    (weights and dispersions with a prior) are gathered in one circle theta outside the plates.
+    The diagram is read off the program itself. Circles are random variables: shaded if observed, double if
+    deterministic. The square holds the covariates. An arrow from a to b means that b depends on a. Global latents
+    (weights and dispersions with a prior) share one circle, theta, outside the plates.
 
     Parameters
     ----------
     model
-        The model; it is left as it was.
+        The model; it is not changed.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
     n_cells
-        Size of the plate of cells, which a model does not know.
+        Size of the plate of cells, which the model itself does not fix.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------
@@ -82,11 +87,6 @@ def program(model: SCVI, ax: Axes | None = None, *, n_cells: int | None = None) 
     return ax
 
 
-RADIUS, STEP, DROP, NOTE = 0.36, 1.5, 1.3, 0.12
-_LETTERS = {"l": r"\ell", "gamma": r"\gamma", "theta": r"\theta"}
-_SUBSCRIPTS = {"cells": "n", "genes": "g"}
-
-
 class _Sites(NamedTuple):
     """What the program holds: parents of every site, and which are constants, observed, deterministic, in a plate."""
 
@@ -122,19 +122,19 @@ def _relations(model: SCVI) -> _Sites:
         for name, value in values.items():
             pyro.sample(name, dist.Delta(value))
     with evaluating(model, model, 0):  # type: ignore[arg-type]  # any module has modes to put back
-        found = get_model_relations(
+        relations = get_model_relations(
             pyro.poutine.replay(explicit, trace=given.trace),
             (torch.zeros(2, model.n_covariates, device=device),),
             include_deterministic=True,
         )
-    return _sites(found)
+    return _sites(relations)
 
 
-def _sites(found: Mapping[str, Any]) -> _Sites:
+def _sites(relations: Mapping[str, Any]) -> _Sites:
     """Sort the sites: gamma is a constant of the cells, whatever is in no plate becomes theta."""
-    parents = dict(found["sample_sample"])
+    parents = dict(relations["sample_sample"])
     constants = {"gamma"} & parents.keys()
-    plates = {name: list(sites) for name, sites in found["plate_sample"].items()}
+    plates = {name: list(sites) for name, sites in relations["plate_sample"].items()}
     plates["cells"] = [*plates["cells"][:1], *constants, *plates["cells"][1:]]
     inside = {name for sites in plates.values() for name in sites}
     outside = [name for name in parents if name not in inside]
@@ -143,13 +143,13 @@ def _sites(found: Mapping[str, Any]) -> _Sites:
         for name in merged:
             merged[name] += ["theta"] * any(parent in outside for parent in parents[name])
         merged["theta"] = []
-    deterministic = {name for name, law in found["sample_dist"].items() if law == "Deterministic"} - constants
-    observed = set(found["observed"]) - deterministic - constants
+    deterministic = {name for name, law in relations["sample_dist"].items() if law == "Deterministic"} - constants
+    observed = set(relations["observed"]) - deterministic - constants
     return _Sites(merged, constants, observed, deterministic, plates, {"theta": outside} if outside else {})
 
 
 def _layout(sites: _Sites) -> dict[str, np.ndarray]:
-    """Centres (2,): sites of cells in the first row, those of genes below by how far they are from them."""
+    """Centres (2,): sites of cells in the first row, those of genes below, ordered by their distance in the graph."""
     genes = sites.plates["genes"]
     first = [name for name in sites.plates["cells"] if name not in genes]
     places = {name: np.array([x, 0.0]) for name, x in zip(first, _spread(len(first)), strict=True)}
@@ -177,7 +177,7 @@ def _boxes(sites: _Sites, places: Mapping[str, np.ndarray], sizes: Mapping[str, 
     for name, members in sorted(sites.plates.items(), key=lambda plate: len(plate[1])):
         centres = [places[member] for member in members]
         corners = [np.array([*(centre - 0.62), *(centre + 0.62)]) for centre in centres]
-        corners += [box.corners + (-0.28, 0, 0.28, 0) for box in boxes if set(sites.plates[box.name]) <= set(members)]
+        corners += [box.corners + MARGINS for box in boxes if set(sites.plates[box.name]) <= set(members)]
         left, bottom = np.min(corners, 0)[:2]
         right, top = np.max(corners, 0)[2:]
         label = name if sizes[name] is None else f"{sizes[name]:,} {name}"

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from pyro_scvi.analysis.differential.differential import half_step
+from pyro_scvi.analysis.differential.summary import half_step
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN, given_or_new, legend_beside, require
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -42,28 +42,28 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     .. math:: x = E[\log_2 (\mu_b / \mu_a)], \qquad y = \log_{10} \frac{P}{1 - P}, \qquad
         P = \max(P(lfc > \delta), P(lfc < -\delta))
 
-    where P is ``p_lfc``, over pairs of cells, one from each group: y is 0 or less where neither direction is likelier
-    than not, as for every gene of two equal groups. A P of 0 or 1, which a finite number of pairs gives, is moved by
-    half of the least distance from 0 or 1 that another gene has, at most 0.0005. The Bayes factor of w_a < w_b is not
-    drawn: it is as large for a slight change that is sure, whereas ``fdr`` follows from P, so that the genes called lie
-    above a horizontal line.
+    P is ``p_lfc``, over pairs of cells, one from each group. y is 0 or less if neither direction is likelier than not,
+    as for every gene of two equal groups. A finite number of pairs can give a P of 0 or 1. Such a P is moved by half of
+    the least distance from 0 or 1 that another gene has, at most 0.0005. The Bayes factor of w_a < w_b is not drawn,
+    because it can be as large for a slight but certain change. ``fdr`` follows from P, so the genes called lie above a
+    horizontal line.
 
     Parameters
     ----------
     table
-        What ``pyro_scvi.differential_expression`` returns for one comparison. Genes with NaN are left out.
+        Result of ``pyro_scvi.differential_expression`` for one comparison. Genes with NaN are left out.
     ax
-        Axes to draw into; None: those of a new pyplot figure. Labels are placed for the size it has now.
+        Axes to draw into; None: axes of a new pyplot figure. Labels are placed for the figure's current size.
     fdr
         Genes up to this expected false discovery rate are called: coloured by direction, the sign of ``lfc_mean``.
     names
-        So many genes are labelled, of those called the most probable, larger changes first among equals; fewer if
-        there is no free place.
+        Number of genes to label: the most probable of those called, larger changes first among equals. Fewer if there
+        is no room.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def _log_odds(p: np.ndarray) -> np.ndarray:
 
 
 def _label(ax: Axes, genes: _Genes, most: int) -> None:
-    """Write names beside the first genes called, each at the first place free of names and of these genes' points."""
+    """Write names beside the first genes called, each at the first place free of names and these points."""
     ax.figure.canvas.figure.draw_without_rendering()  # a layout engine only now says how large the axes are
     rows = np.flatnonzero(genes.called)[:most]
     reach = 3 * ax.figure.dpi / 72  # points are as large as this

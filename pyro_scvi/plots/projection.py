@@ -24,7 +24,7 @@ UMAP, PCA = "UMAP", "PCA"
 
 
 class Projection(NamedTuple):
-    """Cells in two dimensions, (cells, 2), and the method that put them there, which names the axes.
+    """Cells in two dimensions, (cells, 2), and the method used, which names the axes.
 
     Examples
     --------
@@ -38,11 +38,10 @@ class Projection(NamedTuple):
 
 
 def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
-    """Two dimensions of an embedding (cells, latents): itself if it has two, else UMAP, else principal components.
+    """Reduce an embedding (cells, latents) to two dimensions by UMAP, or return it if it has two.
 
-    Principal components where umap-learn (scanpy brings it) is missing or fails, or where there are fewer cells than
-    two neighbourhoods.
-    The global random states are left as they were.
+    Principal components are used if umap-learn (a dependency of scanpy) is missing or fails, or if there are fewer
+    cells than two neighbourhoods. The global random states are left as they were.
 
     Parameters
     ----------
@@ -93,18 +92,18 @@ def embedding(
     Parameters
     ----------
     latent
-        (cells, latents), or what :func:`project` made of it.
+        (cells, latents), or the result of :func:`project`.
     labels
         (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
     seed
         Of UMAP and of the order in which points are drawn.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------

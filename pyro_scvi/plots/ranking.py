@@ -19,23 +19,23 @@ _KHAT = rf"$\hat{{k}} > {KHAT_LIMIT}$"
 
 
 def comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw how far each model is from the best in log evidence, in nats per cell.
+    """Draw the difference in log evidence of each model from the best, in nats per cell.
 
-    A line spans two standard errors of the difference either way, paired by cell; a paler, wider bar two standard
-    deviations over refits, where a model was fitted more than once. The share of cells whose Pareto k-hat is too large
-    stands beside each row; where it is above 10 % the marker is hollow, for the evidence itself is then in doubt.
+    A line spans two standard errors of the difference either way, paired by cell. A paler, wider bar spans two standard
+    deviations over refits, if a model was fitted more than once. The share of cells whose Pareto k-hat is too large is
+    given beside each row. Above 10 % the marker is hollow, because the evidence itself is then unreliable.
 
     Parameters
     ----------
     table
-        What ``pyro_scvi.compare`` returns, or some of its rows.
+        Result of ``pyro_scvi.compare``, or some of its rows.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def _khat_column(ax: Axes, rows: np.ndarray, shares: pd.Series) -> None:
     place: dict[str, Any] = {"ha": "center", "fontsize": "small", "color": INK}
     ax.text(1.07, 1.0, _KHAT, va="bottom", transform=ax.transAxes, **place)
     for row, share in zip(rows, shares, strict=True):
-        text = "–" if pd.isna(share) else f"{100 * share:.1f} %"
+        text = "\N{EN DASH}" if pd.isna(share) else f"{100 * share:.1f} %"
         ax.text(1.07, row, text, va="center", transform=ax.get_yaxis_transform(), **place)
 
 

@@ -25,9 +25,9 @@ def predictive(statistic: pd.DataFrame, ax: Axes | None = None, *, name: str = "
     """Draw an observed statistic of genes or cells against its replicas.
 
     Each entry is a point, observed over the median of its replicas, and a vertical line, the band of its replicas.
-    Points off their line are coloured, their share is in the legend; where the model is right it is about one less the
-    ``interval`` of the check. Axes are logarithmic where observed values and medians are positive and span more than
-    two decades.
+    Points outside their band are coloured; the legend gives their share. If the model is right, this share is about one
+    minus the ``interval`` of the check. Axes are logarithmic if observed values and medians are positive and span more
+    than two decades.
 
     Parameters
     ----------
@@ -35,14 +35,14 @@ def predictive(statistic: pd.DataFrame, ax: Axes | None = None, *, name: str = "
         One statistic of ``pyro_scvi.check_predictions``, as in ``checks.genes["zero_fraction"]``: columns
         ``observed``, ``low``, ``median``, ``high``. Rows with NaN are left out.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
     name
         Of the statistic, for the labels.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Training curves."""
+"""Training curves: the loss of training and held-out cells by epoch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 def loss(fit: Fit, ax: Axes | None = None) -> Axes:
     """Draw the loss of training and held-out cells, in nats per cell, against the epoch.
 
-    The first epochs, far above the rest, may lie outside the axes.
+    The first epochs may lie outside the axes, because their loss is far larger.
 
     Parameters
     ----------
     fit
-        The fit, of which the history is drawn.
+        The fit whose history is drawn.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------

@@ -26,30 +26,30 @@ MOST_THRESHOLDS, SIMULATIONS = 100, 4000
 
 
 def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
-    r"""Draw, for each quantity, how far the distribution of its ranks is from uniform.
+    r"""Draw how far the ranks of each quantity are from uniform.
 
     .. math:: \hat F(u) - u, \qquad \hat F(u) = \frac{1}{N} \sum_n 1\{(rank_n + 1/2) / (draws + 1) \le u\}
 
-    over N simulated cells, at up to 100 values u = k / (draws + 1), where discrete uniform ranks have the distribution
-    function u exactly. The band is simultaneous: a calibrated quantity is inside it at all of these u with probability
-    95 % (Saeilynoja, Buerkner and Vehtari 2022, Sec. 2), so that one calibrated quantity in twenty leaves it. Those
-    that leave it are coloured and named, the others are grey.
+    over N simulated cells, at up to 100 values u = k / (draws + 1), where the distribution function of discrete uniform
+    ranks is exactly u. The band is simultaneous: a calibrated quantity is inside it at all of these u with probability
+    95 % (Saeilynoja, Buerkner and Vehtari 2022, Sec. 2). So one calibrated quantity in twenty leaves it. Quantities
+    that leave it are coloured and named; the others are grey.
 
-    Above the band throughout: draws too high; below it: too low. Above it on the left and below it on the right: a
-    posterior too narrow; the reverse: too wide.
+    How to read it: above the band throughout, the draws are too high; below it, too low. Above it on the left and below
+    it on the right, the posterior is too narrow; the reverse, too wide.
 
     Parameters
     ----------
     result
-        What ``pyro_scvi.calibrate`` returns. Quantities without any rank are left out, then simulated
-        cells that lack one.
+        Result of ``pyro_scvi.calibrate``. Quantities without any rank are left out, then simulated cells that lack a
+        rank.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------
@@ -126,8 +126,8 @@ def _ranks(result: Calibration) -> pd.DataFrame:
 def uniform_band(n: int, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least and largest counts of n uniform values up to each of ``u`` (ascending, in (0, 1)), together at 95 %.
 
-    The pointwise binomial tail that both ends leave out is the 5 % quantile, over simulated samples, of the smallest
-    tail that a sample has at any u.
+    Each end leaves out the same pointwise binomial tail: the 5 % quantile, over simulated samples, of a sample's
+    smallest tail at any u.
     """
     shares = np.diff(u, prepend=0, append=1)
     cells = np.random.default_rng(0).multinomial(n, shares, size=SIMULATIONS)
@@ -144,21 +144,21 @@ def _tails(counts: np.ndarray, n: int, u: np.ndarray) -> np.ndarray:
 def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
     """Draw the histogram of probability integral transforms, uniform where predictions are calibrated.
 
-    Its band holds the height of each bar by itself with probability 95 %, for independent uniform values (binomial,
-    pointwise: of twenty bars one is expected outside). Values from the same cell or gene are not quite independent, so
-    that more bars may leave it. Those that do are coloured.
+    The band contains each single bar's height with probability 95 %, for independent uniform values (binomial,
+    pointwise: of twenty bars, one is expected outside). Values from the same cell or gene are not quite independent, so
+    more bars may leave it. Those that do are coloured.
 
     Parameters
     ----------
     values
-        Of any shape, in [0, 1]: an array, a DataArray, a Series. NaNs are left out.
+        Values in [0, 1] of any shape: an array, a DataArray or a Series. NaNs are left out.
     ax
-        Axes to draw into; None: those of a new pyplot figure.
+        Axes to draw into; None: axes of a new pyplot figure.
 
     Returns
     -------
     Axes
-        What was drawn into.
+        The axes drawn into.
 
     Raises
     ------

@@ -9,7 +9,7 @@ from anndata import AnnData
 from scipy import sparse
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.differential.differential import DepthCorrected, Uncorrected
+from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected
 from pyro_scvi.baselines import AUTHORS_START, idr, reproducibility
 from pyro_scvi.paper.budget import FULL, QUICK
 from pyro_scvi.paper.data.blood import Blood

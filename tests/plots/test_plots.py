@@ -20,7 +20,7 @@ from pyro_scvi.errors import DataError
 from pyro_scvi.likelihoods import library_size
 from pyro_scvi.plots import canvas, diagram, projection
 from pyro_scvi.priors import weights
-from pyro_scvi.training import fit
+from pyro_scvi.training.fit import fit
 from tests.support.simulate import simulated_counts
 
 PROGRAMS = {

@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 import pyro_scvi as ps
 from pyro_scvi import plots
-from pyro_scvi.analysis.differential.differential import expected_fdr
+from pyro_scvi.analysis.differential import expected_fdr
 from pyro_scvi.analysis.predictive.calibration import Calibration
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.plots import canvas, uniformity

@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from scipy import sparse
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.differential.differential import expected_fdr
+from pyro_scvi.analysis.differential import expected_fdr
 from pyro_scvi.guides.base import GlobalNormal
 from pyro_scvi.priors.base import require_proper
 from tests.support.paths import ROOT

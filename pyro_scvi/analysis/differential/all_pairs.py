@@ -20,19 +20,20 @@ AT_ONCE = 64  # genes, so that their histograms stay within the cache
 
 @dataclass(frozen=True, kw_only=True)
 class AllPairs:
-    r"""Every draw of one group is paired with every draw of the other: the least variance that the draws allow.
+    r"""Pair every draw of one group with every draw of the other, for the least variance that the draws allow.
 
     .. math:: \hat p = \frac{1}{S^2} \sum_{i, j} F(b_j - a_i), \qquad
         se^2 = \frac{var_i\, \hat p_i + var_j\, \hat p_j}{S}
 
-    with F of :class:`~pyro_scvi.distributions.gamma_ratio.SharedDispersion`, a_i and b_j the log means of S draws of
-    either group, cells with replacement, and p_i and p_j averages over the pairs of one draw. Those are independent,
-    the pairs are not, hence the standard error (Hoeffding 1948; DeLong, DeLong and Clarke-Pearson 1988).
+    F is that of :class:`~pyro_scvi.distributions.gamma_ratio.SharedDispersion`. a_i and b_j are the log means of S
+    draws of either group, with cells drawn with replacement. p_i and p_j are averages over the pairs of one draw. Draws
+    are independent but pairs are not, hence this standard error (Hoeffding 1948; DeLong, DeLong and Clarke-Pearson
+    1988).
 
-    Log means are shared out between the two nearest of ``bins`` equidistant points, d apart, from the smallest to the
-    largest of the gene. With s = sqrt(2 psi_1(r)), the standard deviation of log (w_b / w_a), that moves p by at most
-    (d / s)^2 / 4, and for any r by no more than moving every log mean by up to d can; the table of F adds 1e-5. The
-    fold change's interval is exact to 2 d; its mean, sd and p_lfc are those of all pairs.
+    Each log mean is split between the two nearest of ``bins`` equidistant points, d apart, which span the log means of
+    the gene. Let s = sqrt(2 psi_1(r)), the standard deviation of log (w_b / w_a). Binning then changes p by at most (d
+    / s)^2 / 4, and for any r by no more than moving every log mean by up to d would. The table of F adds an error of
+    1e-5. The fold change's interval is exact to 2 d; its mean, sd and p_lfc are those of all pairs.
 
     Needs one dispersion per gene for all cells (``likelihoods.PerGene``).
 
@@ -46,8 +47,8 @@ class AllPairs:
     Raises
     ------
     ModelError
-        If ``samples`` or ``bins`` is no integer of 2 or more; when it estimates, if cells differ in dispersion or w has
-        none.
+        If ``samples`` or ``bins`` is no integer of 2 or more; or, when estimating, if cells differ in dispersion or w
+        has none.
 
     Examples
     --------
@@ -65,7 +66,7 @@ class AllPairs:
         require_at_least(2, samples=self.samples, bins=self.bins)
 
     def estimate(self, groups: Groups, generator: np.random.Generator, delta: float) -> Estimate:
-        """Averages over all pairs; ``n`` is S, of which no pair shares a draw with another.
+        """Averages over all pairs; ``n`` is S, the number of pairs that share no draw.
 
         Raises
         ------
@@ -83,9 +84,10 @@ class AllPairs:
 
 def over_all_pairs(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> Estimate:
     """The estimate from log means (draws of a, genes) and (draws of b, genes) and log r (genes,)."""
+    # Genes are independent of each other here, so they can be taken in parts.
     parts = zip(a.split(AT_ONCE, 1), b.split(AT_ONCE, 1), log_r.split(AT_ONCE), strict=True)
-    found = [_of_genes(*part, delta, bins) for part in parts]
-    p, se, *of_change = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    estimates = [_of_genes(*part, delta, bins) for part in parts]
+    p, se, *of_change = (torch.cat(column).numpy() for column in zip(*estimates, strict=True))
     return Estimate(p, se, min(len(a), len(b)), *of_change)
 
 
@@ -97,12 +99,14 @@ def _of_genes(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> t
     width = ((high - low) / (bins - 1)).clamp(min=torch.finfo(torch.float32).tiny)
     on_a, on_b = (_Shared.out((values - low[:, None]) / width[:, None], bins) for values in (a, b))
     excess = SharedDispersion(log_r).at(torch.arange(bins)[:, None] * width).T - 0.5  # F - 1/2 (genes, bins), odd
+    # F - 1/2 is odd: its negative half is the positive one mirrored. Padding to 2 bins keeps the convolution linear.
     kernel = torch.cat([excess, -excess[:, :1], -excess[:, 1:].flip(1)], 1).double()
     transform, transform_a, transform_b = (
         torch.fft.rfft(values, 2 * bins) for values in (kernel, on_a.bins, on_b.bins)
     )
     of_a = on_a.read(0.5 - torch.fft.irfft(transform_b * transform)[:, :bins])
     of_b = on_b.read(0.5 + torch.fft.irfft(transform_a * transform)[:, :bins])
+    # Hoeffding 1948: the draws of a and of b are independent, the pairs are not.
     se = (of_a.var(1) / of_a.shape[1] + of_b.var(1) / of_b.shape[1]).sqrt()
     gaps = torch.fft.irfft(transform_a.conj() * transform_b).roll(bins, 1)  # of b - a = -bins ... bins - 1
     quantiles = [(_quantile(gaps, level) - bins) * width for level in LEVELS]
@@ -112,7 +116,7 @@ def _of_genes(a: Tensor, b: Tensor, log_r: Tensor, delta: float, bins: int) -> t
 
 
 class _Shared(NamedTuple):
-    """Values shared out between neighbouring bins: (genes, bins), sums 1, and where each value (genes, draws) lies."""
+    """Values split between neighbouring bins (genes, bins), sum 1 per gene; the place of each value (genes, draws)."""
 
     bins: Tensor
     below: Tensor
@@ -142,6 +146,7 @@ def _quantile(mass: Tensor, level: float) -> Tensor:
 
 def _share_one_way(a: Tensor, b: Tensor, delta: float) -> Tensor:
     """The larger of the shares of pairs with b - a > delta and with b - a < -delta, from ascending (genes, draws)."""
+    # b is sorted, so the position of a -+ delta in it counts the pairs beyond delta.
     below, up_to = torch.searchsorted(b, a - delta), torch.searchsorted(b, a + delta, right=True)
     down, up = (counts.double().mean(1) / b.shape[1] for counts in (below, b.shape[1] - up_to))
     return torch.maximum(down, up)

@@ -70,6 +70,7 @@ class Groups:
         order = torch.as_tensor(np.argsort(rows, kind="stable"))
         wanted = torch.as_tensor(rows)[order].to(self.fit.device)
         parts = [self._drawn(part) for part in wanted.split(AT_ONCE)]
+        # The inverse permutation puts the draws back into the order of ``rows``.
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
         log_mean, log_r = torch.cat([part.log_mean for part in parts])[back], parts[0].log_r
         if log_r is None or parts[0].shares_dispersion:
@@ -80,10 +81,11 @@ class Groups:
         """The same for sorted rows, in their order."""
         chosen, which, times = rows.unique_consecutive(return_inverse=True, return_counts=True)
         x, gamma = self.batches.rows(chosen)
-        found = self.sampler.draw(self.fit.guide, x, gamma, int(times.max()))
+        draws = self.sampler.draw(self.fit.guide, x, gamma, int(times.max()))
+        # The k-th time that a cell occurs takes the k-th of its draws, so no draw serves two pairs.
         nth = torch.arange(len(rows), device=rows.device) - (times.cumsum(0) - times)[which]
-        sites = {name: value[nth, which][None] for name, value in found.sites.items()}
-        theta = decoded(self.fit, x[which], gamma[which], found._replace(sites=sites))
+        sites = {name: value[nth, which][None] for name, value in draws.sites.items()}
+        theta = decoded(self.fit, x[which], gamma[which], draws._replace(sites=sites))
         log_mean, log_r = self.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
         if log_r is not None:
             log_r = log_r.expand(log_mean.shape[-1]) if log_r.dim() < 2 else log_r.expand(log_mean.shape)[0]
@@ -121,6 +123,7 @@ class MatchedPairs:
         while n < self.most_pairs:
             pairs = draw_pairs(generator, min(PAIRS, self.most_pairs - n))
             a, b = (groups.side(rows) for rows in pairs)
+            # The table of the first pairs serves the later ones too.
             less = less_for(a) if less is None else less
             p = less(a, b)
             total, squares, n = total + _sum(p), squares + _sum(p.square()), n + len(p)
@@ -158,6 +161,7 @@ def pairs_within_batches(groups: Groups) -> PairDraws:
     both = [(a, b) for a, b in both if len(a) and len(b)]
     if not both:
         raise DataError("no batch holds cells of both groups; compare without within_batch")
+    # Batches are weighted by the size of their smaller side, which limits how many different pairs there are.
     weights = np.array([min(len(a), len(b)) for a, b in both], dtype=float)
 
     def draw(generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

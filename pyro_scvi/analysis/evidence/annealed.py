@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LogTerms, log_terms, prior_sites
@@ -45,10 +46,10 @@ def annealed_evidence(
     .. math:: \log p(x_n) = \log E \prod_t p(x_n | u_t)^{\beta_{t+1} - \beta_t}, \qquad u_0 \sim p(u),
         \quad u_t | u_{t-1} \text{ leaves } p(u)\, p(x_n | u)^{\beta_t} \text{ invariant}
 
-    with u the unconstrained latents, beta from 0 to 1 in ``temperatures`` steps as (t / T)^4, and one draw of
-    Hamiltonian Monte Carlo at each. It costs dozens of times what ``evidence`` costs for a cell; where the two
-    differ by more than their errors, one of them is wrong. An estimate from too few temperatures is too low.
-    The covariance of a Laplace step only shapes the moves.
+    u are the unconstrained latents. beta goes from 0 to 1 in ``temperatures`` steps as (t / T)^4, with one draw of
+    Hamiltonian Monte Carlo at each. This costs dozens of times as much per cell as ``evidence``. Where the two differ
+    by more than their errors, one of them is wrong. An estimate from too few temperatures is too low. The covariance of
+    a Laplace approximation only shapes the moves.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ def annealed_evidence(
     chains
         Independent annealing runs of every cell.
     temperatures, leapfrog
-        Steps from prior to posterior, and mean number of leapfrog steps of a move.
+        Steps from prior to posterior, and the mean number of leapfrog steps per move.
     seed, batch_size
         As in ``evidence``.
     progress
@@ -72,8 +73,8 @@ def annealed_evidence(
     Raises
     ------
     ModelError
-        For the prior Flat, under which no evidence exists, for numbers that are too small, and arguments of the wrong
-        kind.
+        For the prior Flat, under which no evidence exists, for numbers that are too small, and for arguments of the
+        wrong type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -83,7 +84,7 @@ def annealed_evidence(
     >>> annealed.columns.tolist()
     ['log_evidence', 'se', 'ess', 'khat']
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")
     require_at_least(2, chains=chains)
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
@@ -104,16 +105,19 @@ def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures:
     sites = prior_sites(guide.model, gamma, guide.weights.medians(), PILOTS + chains)
     u = guide.coordinates.of(sites)  # (pilots and chains, cells, size)
     wide, narrow = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
+    # The fourth power makes small steps near the prior, where the density changes most.
     betas = torch.linspace(0, 1, temperatures + 1).pow(4).tolist()
     log_weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
     log_size = torch.full((len(x),), -0.7, dtype=u.dtype, device=u.device)
-    for before, beta in zip(betas, betas[1:], strict=False):
+    for before, beta in pairwise(betas):
+        # The weight takes the state before the move, or the estimate would be biased (Neal 2001).
         log_weights += (beta - before) * terms(u)[1].double()
         density = Whitened(_tempered(terms, beta), _metric((1 - beta) * wide + beta * narrow))
         state, error = transition(density, density.at(density.inverse(u)), log_size.exp(), leapfrog)
         u = density.coordinates(state.v)
         accepted = error[:PILOTS].clamp(max=0).exp().mean(0)
         log_size = (log_size + GAIN * (accepted - TARGET)).clamp(-6, 0.7)
+    # A run that has diverged gets weight 0.
     return log_weights[PILOTS:].nan_to_num(nan=-torch.inf)
 
 

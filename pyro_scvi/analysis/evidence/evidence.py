@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import Joint, log_joint
@@ -42,18 +42,18 @@ def evidence(
 
     .. math:: \log p(x_n) = \log \int p(x_n | z, l)\, p(z)\, p(l)\, dz\, dl
 
-    The guide only starts the proposal: per cell it is refined by ``steps`` gradient steps, given the full covariance
-    of a Laplace step, and adapted in ``rounds`` rounds of weighted Student-t draws; a cell whose k-hat stays above 0.7
-    gets twice the steps and rounds, then four times as many. The amortized q itself is no proposal to compare models
-    by: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above 0.7 nearly everywhere.
-    An observed library size conditions on the cell's total; log p(total) under its LogNormal law is added, so that the
-    figure is a probability of all counts. Global latents (weights, dispersions with a prior) are held at the guide's
-    medians.
+    The guide only starts the proposal. For each cell it is refined by ``steps`` gradient steps, given the full
+    covariance of a Laplace approximation, and adapted in ``rounds`` rounds of weighted Student-t draws. A cell whose
+    k-hat stays above 0.7 gets twice the steps and rounds, then four times as many. The amortized q itself is not good
+    enough a proposal to compare models: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above
+    0.7 nearly everywhere. A model with an observed library size conditions on the cell's total, so the evidence
+    includes log p(total) under the LogNormal distribution of the library size. Global latents (weights, dispersions
+    with a prior) are held at the guide's medians.
 
     Parameters
     ----------
     fit, cells
-        The fit and cells of its schema, which it should not have seen.
+        The fit and cells with its schema, best held out from training.
     samples
         Draws of the adapted proposal for every cell.
     seed
@@ -63,8 +63,8 @@ def evidence(
     steps, rounds
         Gradient steps of the refinement, and rounds of adaptation.
     compiled
-        Whether the density is recorded and compiled, as ``fit`` does with its steps: up to a minute at the start, then
-        about three quarters of the time, for thousands of cells. The results are those without, but for rounding.
+        Whether to compile the density, as ``fit`` does with its steps. This takes up to a minute at the start, then
+        about three quarters of the time: worth it for thousands of cells. Results differ by rounding only.
     progress
         Whether to show how many cells are done, once it has taken 5 seconds.
 
@@ -77,8 +77,8 @@ def evidence(
     Raises
     ------
     ModelError
-        For the prior Flat, under which no evidence exists, for numbers that are too small, and arguments of the wrong
-        kind.
+        For the prior Flat, under which no evidence exists, for numbers that are too small, and for arguments of the
+        wrong type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
     FitError
@@ -97,7 +97,7 @@ def evidence(
     >>> table.index.tolist() == test.obs.index[:4].tolist()
     True
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_proper(fit.model.prior, "the evidence does not exist")
     require_at_least(2, samples=samples)
     require_at_least(1, batch_size=batch_size)
@@ -113,10 +113,11 @@ def evidence(
 
 
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, joint: Joint) -> Tensor:
-    found = weighted(guide, x, gamma, budget, joint=joint)
+    result = weighted(guide, x, gamma, budget, joint=joint)
+    # An observed library conditions on the cell's total: log p(total) completes log p(x). A latent one adds 0.
     charge = guide.model.library.log_prob_of_total(x, gamma)
-    log_evidence, bound = found.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
-    columns = (log_evidence, found.se, found.ess, found.khat, bound)
+    log_evidence, bound = result.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
+    columns = (log_evidence, result.se, result.ess, result.khat, bound)
     return torch.stack([column.double().cpu() for column in columns], -1)
 
 

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -46,17 +46,17 @@ def leave_one_out(
     batch_size: int = 4,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""How well each count is predicted from the cell's other counts, by Pareto-smoothed importance sampling.
+    r"""Score each count given the cell's other counts, by Pareto-smoothed importance sampling.
 
     .. math:: \log p(x_{ng} | x_{n,-g}) = -\log E_{z, l | x_n} [1 / p(x_{ng} | z, l)]
 
-    One entry moves a cell's posterior little, so that the weights 1 / p(x_ng | z, l) are well behaved: k-hat says for
-    which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024).
+    A single entry changes a cell's posterior little, so the weights 1 / p(x_ng | z, l) are mostly well behaved. k-hat
+    shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024).
 
     Parameters
     ----------
     fit, cells
-        The fit and cells of its schema, best held out: weights of the model are not left out.
+        The fit and cells with its schema, best held out: the model's weights have seen the cells it was fitted to.
     over
         What is left out together. Only ``("cell", "gene")``, single entries, is valid.
     samples, sampler, seed, batch_size
@@ -68,16 +68,17 @@ def leave_one_out(
     -------
     Dataset
         With dimensions (cell, gene): ``elpd``, log predictive probability, nats per entry; ``khat``, above 0.7 where
-        the entry cannot be vouched for, 0 where all draws agree; ``pit``, the randomised probability integral
-        transform P(x' < x) + u P(x' = x) with u uniform, uniform over entries under the model (Czado, Gneiting and
-        Held 2009, Sec. 2). With dimension (cell), as ``sampler_khat``, ``sampler_rhat`` ...: what the sampler says of
-        its draws, on which all else rests.
+        the result is unreliable, 0 where all draws agree; ``pit``, the randomised probability integral transform P(x' <
+        x) + u P(x' = x) with u uniform, uniform over entries under the model (Czado, Gneiting and Held 2009, Sec. 2).
+        With dimension (cell), as ``sampler_khat``, ``sampler_rhat`` ...: the sampler's diagnostics; the other columns
+        are only as good as its draws.
 
     Raises
     ------
     ModelError
-        For ``over=("cell",)``, which is invalid for this model: use ``evidence``; and for an observed library size,
-        whose total holds the entry that is left out. For numbers that are too small, and arguments of the wrong kind.
+        For ``over=("cell",)``, which is invalid for this model: use ``evidence``. For an observed library size, because
+        the cell's total contains the entry left out. For numbers that are too small, and for arguments of the wrong
+        type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -92,7 +93,7 @@ def leave_one_out(
     >>> left_out.elpd.dims, left_out.elpd.shape
     (('cell', 'gene'), (2, 20))
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, batch_size=batch_size)
     require_at_least(2, samples=samples)
@@ -102,7 +103,7 @@ def leave_one_out(
         raise ModelError(
             "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
         )
-    found, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
+    results, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
     judged = list[dict[str, Tensor]]()
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
@@ -111,10 +112,11 @@ def leave_one_out(
             theta = decoded(fit, x, gamma, drawn)
             law = fit.model.likelihood.marginal(**theta)
             log_p = law.log_prob(x)
+            # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
             below = law.expand(log_p.shape).sample() < x
             rows = slice(done, done := done + len(x))
-            found[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
-    elpd, khat, pit = found.numpy()
+            results[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
+    elpd, khat, pit = results.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
     of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
     _warn_of(of_cells)
@@ -138,5 +140,6 @@ def left_out(log_p: Tensor, below: Tensor) -> Tensor:
     spread = log_p.amax(0) - log_p.amin(0)
     elpd = (log_weights + log_p).logsumexp(0)
     smaller = (log_weights.exp() * below).sum(0).clamp(max=1)
+    # Counts are discrete: the random part makes PIT values uniform (Czado et al. 2009, Sec. 2).
     pit = smaller + torch.rand_like(smaller) * torch.minimum(elpd.exp(), 1 - smaller)
     return torch.stack([elpd, torch.where(spread < 1e-6, 0.0, khat), pit])

@@ -15,7 +15,7 @@ from pyro_scvi.utils.checks import require_at_least
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.proposals import refined
 
@@ -25,13 +25,13 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
 
     .. math:: \hat z_n = \int z\, q(z | x_n)\, dz
 
-    Exact where q is normal; by 200 draws under ``seed`` where q is a flow or lives on the simplex; by refinement from
-    the nearest fitted cell where the guide is not amortized.
+    Exact if q is normal. From 200 draws under ``seed`` if q is a flow or on the simplex. If the guide is not amortized,
+    by refinement from the nearest fitted cell.
 
     Parameters
     ----------
     fit, cells
-        The fit and cells of its schema, which need not be those it was fitted on.
+        The fit and cells with its schema; they need not be those it was fitted to.
     batch_size
         Cells at a time.
     seed
@@ -46,14 +46,14 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     SchemaError
         If the cells' genes or covariates are not those of the fit.
     ModelError
-        If ``fit`` or ``cells`` is of the wrong kind, ``batch_size`` below 1, or the seed is no integer of 0 or more.
+        If ``fit`` or ``cells`` has the wrong type, ``batch_size`` is below 1, or the seed is no integer of 0 or more.
 
     Examples
     --------
     >>> ps.embed(fit, test).shape
     (12, 2)
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_at_least(1, batch_size=batch_size)
     with evaluating(fit.model, fit.guide, seed):
         means = [_mean(fit.guide, x, gamma) for x, gamma in minibatches(fit, cells).in_order(batch_size)]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["AggregatePosterior", "Prior", "calibrate"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -37,7 +37,7 @@ LEVELS = (0.5, 0.9)
 
 
 class Source(Protocol):
-    """Where the latents of simulated cells come from."""
+    """Distribution that the latents of simulated cells are drawn from."""
 
     def draw(self, fit: Fit, n_cells: int) -> tuple[Sites, Tensor]:
         """Sites z (cells, 1, latents) and l (cells, 1), and covariates (cells, covariates)."""
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Prior:
-    r"""z and l from their prior, covariates from random rows of ``cells``; a right sampler has uniform ranks then.
+    r"""z and l from their prior, covariates from random rows of ``cells``: a correct sampler then has uniform ranks.
 
     .. math:: z^* \sim p(z), \qquad l^* \sim p(l)
 
@@ -89,11 +89,11 @@ class Prior:
 
 @dataclass(frozen=True)
 class AggregatePosterior:
-    r"""z and l drawn from the posterior of random ``cells``: where real cells lie.
+    r"""z and l from the posterior of random ``cells``, that is, where real cells lie.
 
     .. math:: z^*, l^* \sim \frac1N \sum_n p(z, l | x_n)
 
-    Ranks are uniform then only as far as the aggregate posterior is the prior; what they show is how the sampler does
+    Ranks are then uniform only as far as the aggregate posterior equals the prior. They show how well the sampler works
     on cells like these.
 
     Parameters
@@ -129,17 +129,17 @@ class AggregatePosterior:
         drawn, covariates = list[Sites](), list[Tensor]()
         for part in rows.split(64):
             x, gamma = batches.rows(part)
-            found = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
-            drawn.append({name: value[-1] for name, value in found.sites.items()})
+            draws = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
+            drawn.append({name: value[-1] for name, value in draws.sites.items()})
             covariates.append(gamma)
         return {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}, torch.cat(covariates)
 
 
 class Calibration(NamedTuple):
-    """Ranks of the true latents among posterior draws, and what they say.
+    """Ranks of the true latents among posterior draws, with a summary.
 
-    ``ranks`` (simulated cells x quantities) counts the draws below the truth, 0 to ``draws``; ``summary`` has a row
-    for each quantity, see :func:`calibrate`.
+    ``ranks`` (simulated cells x quantities) counts the draws below the true value, 0 to ``draws``. ``summary`` has one
+    row per quantity, see :func:`calibrate`.
     """
 
     ranks: pd.DataFrame
@@ -177,16 +177,16 @@ def calibrate(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Calibration:
-    r"""Simulate cells from the fitted model and ask the sampler for the latents that gave rise to them.
+    r"""Simulate cells from the fitted model and test whether the sampler recovers their latents.
 
     .. math:: z^*, l^* \sim source, \quad x \sim p(x | z^*, l^*), \quad z^1, \ldots, z^L \sim sampler(x), \quad
         rank = \#\{z^s < z^*\}
 
-    With latents from the prior and draws from the posterior, ranks are uniform on 0 to L for every quantity (Talts,
-    Betancourt, Simpson, Vehtari and Gelman 2018), here every latent, l where it is latent, and the log likelihood of
-    x, which sees errors that no latent by itself shows (Modrak et al. 2023). Global latents are held at the guide's
-    medians. Under an observed library size the total that the simulation drew is not the total of x, so that ranks are
-    not uniform for a right sampler either.
+    If latents come from the prior and draws from the posterior, ranks are uniform on 0 to L for every quantity (Talts,
+    Betancourt, Simpson, Vehtari and Gelman 2018). The quantities are every latent, l if it is latent, and the log
+    likelihood of x, which reveals errors that no single latent shows (Modrak et al. 2023). Global latents are held at
+    the guide's medians. With an observed library size, the total that the simulation drew is not the total of x, so
+    even a correct sampler's ranks are not uniform.
 
     Parameters
     ----------
@@ -199,8 +199,8 @@ def calibrate(
     sampler
         As in ``sample_posterior``.
     draws, thin
-        L, and how many draws are made for each that is kept: chains' draws must be nearly independent to be ranked.
-        L + 1 must be a multiple of 20.
+        L, and the number of draws made for each draw kept: ranks need nearly independent draws. L + 1 must be a
+        multiple of 20.
     seed, batch_size
         As in ``sample_posterior``.
     progress
@@ -217,7 +217,7 @@ def calibrate(
     ------
     ModelError
         If the prior has no density, covariates are missing, L + 1 is no multiple of 20, a number is below 1, or an
-        argument is of the wrong kind.
+        argument has the wrong type.
     SchemaError
         If the genes or covariates of the source's cells are not those of the fit.
 
@@ -256,8 +256,8 @@ def _ranks(
     for rows in torch.arange(len(gamma), device=gamma.device).split(batch_size):
         true, constants = {name: value[rows] for name, value in truth.items()}, gamma[rows]
         x = _law(fit, None, constants)(true).sample()
-        found = sampler.draw(fit.guide, x, constants, draws * thin)
-        kept = {name: _thinned(value, found.chains, draws) for name, value in found.sites.items()}
+        posterior = sampler.draw(fit.guide, x, constants, draws * thin)
+        kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}
         law = _law(fit, x, constants)
         below = _values(kept, law, x) < _values(true, law, x)
         yield below.sum(0).cpu().numpy()

@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["Checks", "check_predictions", "posterior_predictive", "prior_predictive"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
 def prior_predictive(
     model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
-    r"""Counts (cells, genes) of ``n_cells`` new cells drawn from the model, its weights as they are.
+    r"""Draw counts (cells, genes) of ``n_cells`` new cells from the model with its current weights.
 
     .. math:: z_n \sim p(z), \quad l_n \sim p(l), \quad x_n \sim p(x | z_n, l_n)
 
@@ -107,8 +107,8 @@ def posterior_predictive(
 
     .. math:: z^s, l^s \sim p(z, l | x_n), \qquad \tilde x^s_n \sim p(x | z^s, l^s)
 
-    An array of int32 of that size, or float32 if the law's draws are not whole: take few samples of many cells, or a
-    part of the cells at a time.
+    The array has that size in int32, or in float32 if the draws are not whole numbers. So take few samples of many
+    cells, or part of the cells at a time.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def posterior_predictive(
     Raises
     ------
     ModelError
-        If a number is below 1 or an argument of the wrong kind, or, but with Amortized, for a prior without a density.
+        If a number is below 1 or an argument has the wrong type. For a prior without a density, except with Amortized.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -137,7 +137,7 @@ def posterior_predictive(
     >>> replicas.dims, replicas.shape
     (('sample', 'cell', 'gene'), (3, 12, 20))
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
@@ -179,9 +179,9 @@ class Checks(NamedTuple):
         facts = {}
         for what, of in {"genes": self.genes, "cells": self.cells}.items():
             for name in of.columns.unique(0):
-                found = of[name].dropna()
-                outside = ((found.observed < found.low) | (found.observed > found.high)).mean()
-                facts[name] = f"{outside:.0%} of {len(found):,} {what} outside the band of replicas"
+                rows = of[name].dropna()
+                outside = ((rows.observed < rows.low) | (rows.observed > rows.high)).mean()
+                facts[name] = f"{outside:.0%} of {len(rows):,} {what} outside the band of replicas"
         return facts
 
 
@@ -195,15 +195,15 @@ def check_predictions(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    r"""Compare data with replicas: zero fraction, mean, variance and dispersion of every gene, total of every cell.
+    r"""Compare data with replicas: zero fraction, mean, variance and dispersion of each gene, total of each cell.
 
     .. math:: D_g = var_n(x_{ng}) / mean_n(x_{ng}), \qquad p = P(T(\tilde x) > T(x)) + \tfrac12 P(T(\tilde x) = T(x))
 
     over replicas of the data, for each statistic T (Gelman, Meng and Stern 1996).
 
-    The dispersion is D: 1 for Poisson counts of one rate, NaN for a gene without counts. Columns are
-    (statistic, part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over
-    replicas) and ``p``, the share of replicas above the observed value, ties counted half.
+    D is the dispersion: 1 for Poisson counts with one rate, NaN for a gene without counts. Columns are (statistic,
+    part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over replicas)
+    and ``p``, the share of replicas above the observed value, with ties counted as half.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def check_predictions(
     Raises
     ------
     ModelError
-        If ``interval`` is not between 0 and 1, a number below 1, or an argument of the wrong kind.
+        If ``interval`` is not between 0 and 1, a number is below 1, or an argument has the wrong type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -236,7 +236,7 @@ def check_predictions(
     >>> checks.genes.shape, checks.cells.shape
     ((20, 20), (12, 5))
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if not isinstance(interval, Real) or not 0 < interval < 1:
@@ -259,20 +259,22 @@ def _replicated(
     fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for x, gamma in minibatches(fit, cells).in_order(batch_size):
-        found, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
-        parts = zip(*(site.split(size) for site in found.sites.values()), strict=True)
-        drawn = [_counts(fit, x, gamma, found, dict(zip(found.sites, part, strict=True))) for part in parts]
+        draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
+        # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
+        parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
+        drawn = [_counts(fit, x, gamma, draws, dict(zip(draws.sites, part, strict=True))) for part in parts]
         yield x, torch.cat(drawn)
 
 
-def _counts(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, sites: dict[str, Tensor]) -> Tensor:
+def _counts(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: dict[str, Tensor]) -> Tensor:
     """One draw of counts (samples, cells, genes) at every draw of the latents."""
-    law = fit.model.likelihood.marginal(**decoded(fit, x, gamma, found._replace(sites=sites)))
+    law = fit.model.likelihood.marginal(**decoded(fit, x, gamma, draws._replace(sites=sites)))
     return law.expand((len(sites["z"]), *x.shape)).sample()
 
 
 def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:
     observed, replicas = values[0], values[1:]
+    # Ties count half, so that discrete statistics have a mean p of 1/2 under the model.
     above = np.where(np.isnan(replicas - observed), np.nan, (replicas > observed) + 0.5 * (replicas == observed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a statistic that no replica has: NaN says so

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_question
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 
@@ -33,11 +33,12 @@ Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    r"""E[w | x, z], counts: the rate given what was seen, for :func:`impute`.
+    r"""E[w | x, z], in counts: the expected rate given the observed count, for :func:`impute`.
 
     .. math:: E[w | x, z] = \rho \mu + (1 - \rho) \frac{r + x}{r / \mu + 1}
 
-    with rho the probability that a zero is technical, 0 where x > 0; mu where w = mu (Lopez et al. 2017, Sec. 3.2).
+    rho is the probability that a zero is technical, 0 where x > 0. The result is mu where w = mu (Lopez et al. 2017,
+    Sec. 3.2).
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
 
 
 def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    r"""mu, counts: the mean of y given z alone, the paper's authors' choice, for :func:`impute`.
+    r"""mu, in counts: the mean of y given z alone, as the paper's authors use, for :func:`impute`.
 
     .. math:: E[y_{ng} | z_n] = \mu_{ng}
 
@@ -113,7 +114,7 @@ def impute(
 
     .. math:: \hat w_{ng} = E_{z, l | x_n} E[w_{ng} | x_n, z, l]
 
-    or ``quantity`` in the place of the inner mean (Lopez et al. 2017, Sec. 3.2).
+    ``quantity`` can replace the inner mean (Lopez et al. 2017, Sec. 3.2).
 
     Parameters
     ----------
@@ -124,14 +125,13 @@ def impute(
     quantiles
         Instead of the mean, these quantiles of draws of w given x.
     batches
-        What the cells would look like in these batches: z as inferred in their own batch, decoded in each of these,
-        and averaged over them. Counts of another batch were not observed, so ``quantity`` must then be
-        ``mean_given_no_dropout``.
+        Batches to correct for: z is inferred in the cell's own batch, decoded in each of these, and the results are
+        averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
     samples, sampler, seed, batch_size
         As in ``sample_posterior``.
     out
-        What takes the result row by row, and is returned: a dataset of h5py or zarr, or a NumPy array, mapped or not,
-        of that shape. Memory then does not grow with cells.
+        Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
+        memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
 
     Returns
     -------
@@ -141,8 +141,8 @@ def impute(
     Raises
     ------
     ModelError
-        If batches are given with another quantity or with quantiles, the likelihood says nothing of w, a number is out
-        of range, or an argument is of the wrong kind or ``out`` of another shape.
+        If batches are given with another quantity or with quantiles, the likelihood does not define w, a number is out
+        of range, an argument has the wrong type, or ``out`` has another shape.
     SchemaError
         If the cells' genes or covariates are not those of the fit, or there is no such batch.
 
@@ -154,26 +154,27 @@ def impute(
     >>> bool((low <= high).all())
     True
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    _check_wishes(quantity, quantiles, batches)
+    _check_arguments(quantity, quantiles, batches)
     if batches and (quantiles or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
+    # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
-    found, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             draws = sampler.draw(fit.guide, x, gamma, samples)
             if quantiles:
-                found[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
+                imputed[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
             else:
                 constants = [other[rows].to(gamma) for other in swapped] or [gamma]
                 means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
-                found[rows] = torch.stack(means).mean(0).cpu().numpy()
-    return found
+                imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
+    return imputed
 
 
 def technical_zero_probability(
@@ -186,7 +187,7 @@ def technical_zero_probability(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    r"""P(h = 1 | x), averaged over draws of z: the posterior probability that a zero is technical; 0 where x > 0.
+    r"""Posterior probability that a zero is technical: P(h = 1 | x), averaged over draws of z; 0 where x > 0.
 
     .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
 
@@ -206,8 +207,8 @@ def technical_zero_probability(
     Raises
     ------
     ModelError
-        If the likelihood has no technical zeros, a number is below 1, an argument is of the wrong kind, or ``out`` is
-        of another shape.
+        If the likelihood has no technical zeros, a number is below 1, an argument has the wrong type, or ``out`` has
+        another shape.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -217,11 +218,11 @@ def technical_zero_probability(
     >>> technical.shape, bool((technical[test.counts > 0] == 0).all())
     ((12, 20), True)
     """
-    require_question(fit, cells)
+    require_inputs(fit, cells)
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
-    found, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
+    probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
@@ -230,21 +231,22 @@ def technical_zero_probability(
             )
             if logits is None:
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
-            found[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
-    return found
+            # A count above zero was not lost, so its probability is 0.
+            probability[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
+    return probability
 
 
 def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
-    """Where results go as they come: thousands of small ones among large temporaries leave memory in pieces."""
+    """Array that takes the results; thousands of small ones among large temporaries would fragment memory."""
     if out is None:
         return torch.empty(shape, dtype=fit.dtype).numpy()
     if getattr(out, "shape", None) != shape:
-        found = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ModelError(f"out must be an array of shape {shape}, got {found}")
+        given = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ModelError(f"out must be an array of shape {shape}, got {given}")
     return out
 
 
-def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:
+def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
     if not callable(quantity):
         raise ModelError(
             f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
@@ -257,10 +259,10 @@ def _check_wishes(quantity: Any, quantiles: Any, batches: Any) -> None:
         raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
 
 
-def _mean(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantity: Quantity) -> Tensor:
-    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, found)).mean(0)
+def _mean(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantity: Quantity) -> Tensor:
+    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)).mean(0)
 
 
-def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, found: Draws, quantiles: Sequence[float]) -> Tensor:
-    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, found))["w"]
+def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantiles: Sequence[float]) -> Tensor:
+    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"]
     return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)

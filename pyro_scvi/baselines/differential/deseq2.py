@@ -17,14 +17,14 @@ class DESeq2(BaseEstimator):
 
     .. math:: x_{ng} \sim NB(s_n q_{ng}, \alpha_g), \qquad \log_2 q_{ng} = \beta_{0g} + \beta_{1g} 1[n \in second]
 
-    (Love et al. 2014, Methods). Size factors are "poscounts", medians of ratios to geometric means of positive counts:
-    the default needs genes without a zero, of which single cells have none. There is no independent filtering, no fold
-    change is shrunken, and outliers are treated as DESeq2 does.
+    (Love et al. 2014, Methods). Size factors are "poscounts": medians of ratios to geometric means of positive counts.
+    DESeq2's default needs genes without a zero, which single-cell data lack. There is no independent filtering and no
+    shrinkage of fold changes. Outliers are treated as DESeq2 does.
 
-    Computed by inmoose 0.9.1 (GPL-3, in the extra ``baselines``, imported at the first test), which agrees with DESeq2
-    1.38.3 in R to 5e-5 in log10 p. pydeseq2 (MIT, the commoner port) was measured too: its size factors differ from R's
-    by up to 4 %, its p values by up to two orders of magnitude. Where dispersions follow no parametric trend, DESeq2
-    regresses them locally, which inmoose cannot; their mean is then the trend, and a warning says so.
+    Computed by inmoose 0.9.1 (GPL-3, in the extra ``baselines``, imported at the first test). It agrees with DESeq2
+    1.38.3 in R to 5e-5 in log10 p. pydeseq2 (MIT, the more common port) was measured too: its size factors differ from
+    R's by up to 4 %, its p values by up to two orders of magnitude. If dispersions follow no parametric trend, DESeq2
+    uses a local regression, which inmoose lacks. Their mean then replaces the trend, with a warning.
 
     Examples
     --------
@@ -46,16 +46,16 @@ class DESeq2(BaseEstimator):
         Returns
         -------
         DataFrame by gene
-            ``p_value``; ``log_fold_change``, log2 of the second group over the first, groups in the order in which
-            their labels sort. Both are NaN for a gene without counts, ``p_value`` for one with an outlier that DESeq2
-            cannot replace.
+            ``p_value``; ``log_fold_change``, log2 of the second group over the first, groups in the order of their
+            sorted labels. Both are NaN for a gene without counts. ``p_value`` is NaN for a gene with an outlier that
+            DESeq2 cannot replace.
 
         Raises
         ------
         DataError
             For counts that are not integers, and as :func:`~pyro_scvi.baselines.differential.two_groups.two_groups`.
         ValueError
-            From inmoose, for counts with no gene that varies more than a Poisson law; DESeq2 in R refuses these too.
+            From inmoose, if no gene varies more than a Poisson distribution; DESeq2 in R refuses such counts too.
         ImportError
             If inmoose is not installed.
         """
@@ -79,9 +79,9 @@ class DESeq2(BaseEstimator):
                 return fit.results(independentFiltering=False)
 
         try:
-            found = fitted("parametric")
+            tested = fitted("parametric")
         except NotImplementedError:  # the local regression that DESeq2 falls back on is not in inmoose
             warnings.warn("no parametric trend fits the dispersions; their mean is taken instead", stacklevel=2)
-            found = fitted("mean")
-        columns = (np.asarray(found[name], dtype=float) for name in ("pvalue", "log2FoldChange"))
+            tested = fitted("mean")
+        columns = (np.asarray(tested[name], dtype=float) for name in ("pvalue", "log2FoldChange"))
         return data.table(*columns)

@@ -15,7 +15,7 @@ EQUAL = 1e-12  # a residual sum of squares below this share of the sum of square
 
 
 class MAST(BaseEstimator):
-    r"""Likelihood ratio test of detection and of the level where detected, added up (Finak et al. 2015, Methods).
+    r"""Likelihood ratio test of detection plus that of the level in detected cells (Finak et al. 2015, Methods).
 
     With y = log2(scaled counts + 1), k of n cells of a group detected, m detected cells in all, and RSS the residual
     sum of squares of y over the detected cells around one mean (0) or around the means of both groups (1),
@@ -26,15 +26,15 @@ class MAST(BaseEstimator):
     These are MAST's figures with method "glm" and no empirical Bayes. Its default adds a Cauchy prior on the
     logistic regression and shrinks the variances; p values then differ, mostly by less than a hundredth.
 
-    A part that has nothing to compare adds no statistic and no degree of freedom: detection where all cells or none
-    are detected, the level where a group has no detected cell or the detected cells of each group are all equal. With
-    neither part p is 1. MAST leaves a degree of freedom in for some of these genes.
+    A part without anything to compare adds no statistic and no degree of freedom. For detection that is a gene detected
+    in all cells or in none. For the level it is a gene with no detected cell in one group, or with equal values in all
+    detected cells of each group. With neither part, p is 1. MAST keeps a degree of freedom for some of these genes.
 
     Parameters
     ----------
     scaling
-        How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.normalization.scalings`. By default they
-        are not: depth that differs between the groups is then found as a difference of nearly all genes.
+        How cells are scaled to a common depth, one of :mod:`pyro_scvi.baselines.normalization.scalings`. By default
+        they are not scaled: if depth differs between the groups, nearly all genes then appear to differ.
 
     Examples
     --------
@@ -57,7 +57,7 @@ class MAST(BaseEstimator):
         Returns
         -------
         DataFrame by gene
-            ``p_value``; ``log_fold_change``, the mean of y of the second group less that of the first, log2 units,
+            ``p_value``; ``log_fold_change``, the mean of y in the second group minus that in the first, log2 units,
             groups in the order in which their labels sort.
 
         Raises

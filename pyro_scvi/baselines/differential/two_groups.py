@@ -1,4 +1,4 @@
-"""What every test of two groups of cells takes and returns: test(counts, group) -> a table by gene."""
+"""Input and output of every test of two groups of cells: test(counts, group) -> a table by gene."""
 
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ class TwoGroups(NamedTuple):
 
 
 def two_groups(counts: Any, group: Any) -> TwoGroups:
-    """Check counts (cells, genes) and one label per cell; the groups are first and second as their labels sort.
+    """Check counts (cells, genes) and one label per cell; the label that sorts first is the first group.
 
-    Labels of an ordered categorical sort as its categories do.
+    Labels of an ordered categorical sort in the order of its categories.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def two_groups(counts: Any, group: Any) -> TwoGroups:
 
 
 def _in_order(group: Any, labels: np.ndarray) -> np.ndarray:
-    """Labels that occur: in the order of an ordered categorical, else sorted."""
+    """Labels that occur, in the order of an ordered categorical if they are one, else sorted."""
     levels = pd.Series(group).dtype
     if isinstance(levels, pd.CategoricalDtype) and levels.ordered:
         return np.asarray(levels.categories[levels.categories.isin(labels)])

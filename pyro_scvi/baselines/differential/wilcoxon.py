@@ -18,17 +18,17 @@ class Wilcoxon(BaseEstimator):
         p = 2 \Phi\Big(-\frac{|U - n_1 n_2 / 2| - 1/2}{\sigma}\Big), \quad
         \sigma^2 = \frac{n_1 n_2}{12} \Big(N + 1 - \sum_t \frac{t^3 - t}{N (N - 1)}\Big)
 
-    with t the numbers of cells that tie, N = n_1 + n_2, and p at most 1.
+    Here t are the numbers of tied cells, N = n_1 + n_2, and p is at most 1.
 
-    The normal approximation with its corrections for ties and continuity (Mann and Whitney 1947). The logarithm
-    changes no rank; what matters is the scaling.
+    This is the normal approximation corrected for ties and continuity (Mann and Whitney 1947). The logarithm does not
+    change ranks; only the scaling matters.
 
     Parameters
     ----------
     scaling
-        How cells are brought to a common depth, of :mod:`pyro_scvi.baselines.normalization.scalings`.
+        How cells are scaled to a common depth, one of :mod:`pyro_scvi.baselines.normalization.scalings`.
     pseudocount
-        Added to both means, in scaled counts, before the fold change is taken.
+        Added to both means, in scaled counts, before computing the fold change.
 
     Examples
     --------

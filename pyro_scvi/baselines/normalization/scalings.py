@@ -1,7 +1,7 @@
-"""Scaling methods, which bring cells to a common depth: each takes and gives counts (cells, genes).
+"""Methods that scale cells to a common depth: each takes and returns counts (cells, genes).
 
-Factors are per cell. Those that edgeR defines (TMM, RLE, upper quartile) correct the total: cell n is divided by its
-total times its factor, and all are multiplied by the mean of these products, as SCONE does (Cole et al. 2019).
+Each cell has one factor. The factors of edgeR (TMM, RLE, upper quartile) correct the total: cell n is divided by its
+total times its factor. All cells are then multiplied by the mean of these products, as in SCONE (Cole et al. 2019).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pyro_scvi.errors import DataError
 
 
 class Scaling(Protocol):
-    """A way to bring cells to a common depth."""
+    """A method that scales cells to a common depth."""
 
     @property
     def name(self) -> str:
@@ -70,8 +70,8 @@ class RLE:
 
     .. math:: \log s_n = median_{g: x_{ng} > 0} \big(\log x_{ng} - \tfrac1N \sum_{m: x_{mg} > 0} \log x_{mg}\big)
 
-    The sums run over positive counts (DESeq2's poscounts): of single cells nearly every gene has a zero in one, and its
-    geometric mean over all would be 0.
+    The sums run over positive counts (DESeq2's poscounts). In single-cell data nearly every gene has a zero in some
+    cell, so its geometric mean over all cells would be 0.
 
     Raises
     ------
@@ -96,7 +96,7 @@ class RLE:
 
 @dataclass(frozen=True)
 class UpperQuartile:
-    """Divide by the upper quartile of the cell's positive counts (Bullard et al. 2010); of all counts it may be 0.
+    """Divide by the upper quartile of the cell's positive counts (Bullard et al. 2010); that of all counts may be 0.
 
     Raises
     ------
@@ -121,7 +121,7 @@ class UpperQuartile:
 class TMM:
     r"""Trimmed mean of M values against a reference cell (Robinson and Oshlack 2010, "Trimmed mean of M-values").
 
-    For cell n and reference r with totals N, over genes that both have,
+    For cell n and reference r with totals N, over genes with counts in both,
 
     .. math:: M = \log_2 \frac{x_n / N_n}{x_r / N_r}, \quad A = \tfrac12 \log_2 \frac{x_n x_r}{N_n N_r}, \quad
               w^{-1} = \frac{N_n - x_n}{N_n x_n} + \frac{N_r - x_r}{N_r x_r}, \quad
@@ -161,15 +161,16 @@ class TMM:
         share, share_reference = x / total, reference / total_reference
         m, a = np.log(share / share_reference), 0.5 * np.log(share * share_reference)
         kept = _inner(m, self.trim_m) & _inner(a, self.trim_a)
+        # Inverse variances of M by the delta method (Robinson and Oshlack 2010).
         weight = 1 / ((1 - share) / x + (1 - share_reference) / reference)[kept]
         return float(weight @ m[kept] / weight.sum()) if kept.any() and np.isfinite(weight).all() else 0.0
 
 
 @dataclass(frozen=True)
 class FullQuantile:
-    """Give every cell the same law of values: the mean over cells of the k-th largest (Bolstad et al. 2003).
+    """Give every cell the same distribution, the mean over cells of the k-th largest values (Bolstad et al. 2003).
 
-    Equal counts of a cell stay equal: they take the value at their mean rank, interpolated.
+    Equal counts in a cell stay equal: they take the interpolated value at their mean rank.
 
     Examples
     --------
@@ -198,7 +199,7 @@ def _divided(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _inner(values: np.ndarray, trim: float) -> np.ndarray:
-    """Which values are neither among the lowest nor among the highest share ``trim``."""
+    """Whether each value is outside the lowest and the highest share ``trim``."""
     n = len(values)
     ranks, outside = rankdata(values), np.floor(n * trim)
     return (ranks >= outside + 1) & (ranks <= n - outside)

@@ -29,23 +29,23 @@ DIGITS = 10  # of scores, before they are ranked: what rounding alone tells apar
 
 @dataclass(frozen=True)
 class Normalisation:
-    r"""One way to normalise: scale cells to a common depth, then take out what quality and batch explain.
+    r"""One normalisation: scale cells to a common depth, then remove what quality and batch explain.
 
     Per gene, with y = log(1 + scaled counts), Q the first principal components of the cells' quality metrics,
 
     .. math:: y = b_0 + B \beta + C \delta + Q \eta + e, \qquad adjusted = y - C \delta - Q \eta
 
-    by least squares; B and C are sum-to-zero contrasts of the biological groups, which stay, and of the batches (Cole
-    et al. 2019, Methods).
+    by least squares. B are sum-to-zero contrasts of the biological groups, which are kept; C are those of the batches
+    (Cole et al. 2019, Methods).
 
     Parameters
     ----------
     scaling
         Of :mod:`pyro_scvi.baselines.normalization.scalings`.
     quality
-        Number of principal components of the quality metrics, 0 for no regression on them, None for all that there are.
+        Number of principal components of the quality metrics to regress out; 0: none, None: all.
     batch, bio
-        Whether batches are taken out, and whether biological groups are in the regression.
+        Whether to remove batches, and whether biological groups are in the regression.
 
     Examples
     --------
@@ -70,14 +70,14 @@ SEED_CHOICE = Normalisation(TotalScaling(), quality=None)
 
 
 def grid(n_quality: int, batch: bool, bio: bool) -> tuple[Normalisation, ...]:
-    """Every scaling with 0 to 8 components (no more than ``n_quality``); with batches, each also with them out."""
+    """Every scaling with 0 to 8 components (at most ``n_quality``); with batches, each also with batches removed."""
     plain = [Normalisation(scaling, k) for scaling in SCALINGS for k in range(min(MOST_COMPONENTS, n_quality) + 1)]
     out = [Normalisation(each.scaling, each.quality, True, bio) for each in plain] if batch else []
     return *plain, *out
 
 
 class _Cells(NamedTuple):
-    """What a normalisation works on: counts (cells, genes), components of quality, labels of batches and groups."""
+    """Input of a normalisation: counts (cells, genes), components of quality, labels of batches and groups."""
 
     counts: np.ndarray
     quality: np.ndarray
@@ -85,7 +85,7 @@ class _Cells(NamedTuple):
     bio: np.ndarray | None
 
     def normalised(self, chosen: Normalisation) -> np.ndarray:
-        """Log(1 + scaled counts) less what is unwanted, (cells, genes)."""
+        """Log(1 + scaled counts) without the unwanted variation, (cells, genes)."""
         y = np.log1p(chosen.scaling(self.counts))
         unwanted = np.column_stack([np.empty((len(y), 0)), *self._unwanted(chosen)])
         if not unwanted.shape[1]:
@@ -126,13 +126,12 @@ class SCONE(BaseEstimator):
     candidates
         The normalisations to compare; None for :func:`grid`.
     seed
-        Of the cells that are clustered for PAM_SIL.
+        For drawing the cells that are clustered for PAM_SIL.
 
     Attributes
     ----------
     table_
-        By normalisation, best first: the scores, higher better (NaN where what they need was not given), and
-        ``mean_rank``.
+        By normalisation, best first: the scores (higher is better, NaN if their input was not given) and ``mean_rank``.
     best_
         The :class:`Normalisation` in its first row.
 
@@ -158,7 +157,7 @@ class SCONE(BaseEstimator):
         negative_controls: Any = None,
         positive_controls: Any = None,
     ) -> Self:
-        """Score all candidates; a fit that is refused leaves the one before.
+        """Score all candidates; if this raises, the previous fit stays.
 
         Parameters
         ----------
@@ -179,8 +178,8 @@ class SCONE(BaseEstimator):
             For counts that are negative or not finite, cells without counts, genes without any, labels or metrics of
             another length, metrics that are not finite, or labels of one level or as many as cells.
         ModelError
-            For a candidate that asks for more components, batches or groups than there are, or whose regression is
-            confounded; for an empty list, or one with two of a name.
+            For a candidate that needs more components, batches or groups than there are, or whose regression is
+            confounded. For an empty list, or duplicate names.
         """
         x = dense_counts(counts, unseen_genes=False)
         metrics = quality_metrics(x) if qc is None else np.asarray(qc, dtype=np.float64).reshape(len(qc), -1)
@@ -191,8 +190,8 @@ class SCONE(BaseEstimator):
         unwanted, wanted = (_factors(x, genes) for genes in (negative_controls, positive_controls))
         rows = np.random.default_rng(self.seed).permutation(len(x))[:PAM_CELLS]
         known = Known(cells.bio, cells.batch, cells.quality, unwanted, wanted, rows)
-        found = {each.name: scores(cells.normalised(each), known) for each in candidates}
-        table = pd.DataFrame.from_dict(found, orient="index").rename_axis("normalisation")
+        by_name = {each.name: scores(cells.normalised(each), known) for each in candidates}
+        table = pd.DataFrame.from_dict(by_name, orient="index").rename_axis("normalisation")
         table["mean_rank"] = table.round(DIGITS).rank().mean(axis=1)
         self.counts_, self.quality_, self.batch_, self.bio_ = cells._replace(counts=x.copy())  # x may be the caller's
         self.table_ = table.sort_values("mean_rank", ascending=False, kind="stable")
@@ -223,7 +222,7 @@ class SCONE(BaseEstimator):
 
 
 def quality_metrics(x: np.ndarray) -> np.ndarray:
-    """Metrics of cells (cells, 10) from counts (cells, genes) alone; those of the sequencing itself say more.
+    """Quality metrics (cells, 10) from counts (cells, genes) alone; those of the sequencing itself tell more.
 
     Log total, log of genes detected, entropy of the genes' shares of the total (nats), share of the highest gene and
     of the highest 5, 10 and 20 % of genes, share of detected genes with one count and with two, log of the variance

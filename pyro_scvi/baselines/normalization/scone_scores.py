@@ -13,7 +13,7 @@ PAM_CELLS = 500  # cells that are clustered: the search for medoids is quadratic
 
 
 class Known(NamedTuple):
-    """What is known of the cells: labels (cells,), factors (cells, components), None where not given; ``sample`` rows.
+    """What is known about the cells: labels (cells,), factors (cells, components), None if not given; ``sample`` rows.
 
     ``unwanted`` and ``wanted`` come from the negative and positive control genes before normalisation.
     """
@@ -27,7 +27,7 @@ class Known(NamedTuple):
 
 
 def scores(adjusted: np.ndarray, known: Known) -> Mapping[str, float]:
-    """The scores of one normalised matrix (cells, genes), log scale; NaN where what they need is not known.
+    """Scores of one normalised matrix (cells, genes), log scale; NaN if the information for a score is missing.
 
     On U, the first three left singular vectors of the matrix with standardised genes: silhouette of ``bio``, negative
     silhouette of ``batch``, best silhouette of a clustering, and the share of U that a regression on quality,
@@ -69,8 +69,8 @@ def components(values: np.ndarray, n: int = COMPONENTS) -> np.ndarray:
 def medoids(distance: np.ndarray, k: int) -> np.ndarray:
     """Partition around medoids (Kaufman and Rousseeuw 1990): their rows, (k,), from distances (cells, cells).
 
-    Greedy build, then the best swap of a medoid with another cell as long as one lowers the sum of distances to the
-    nearest medoid.
+    A greedy build is followed by swaps of a medoid with another cell, the best first, while one lowers the sum of
+    distances to the nearest medoid.
     """
     chosen = [int(distance.sum(0).argmin())]
     while len(chosen) < k:
@@ -78,6 +78,7 @@ def medoids(distance: np.ndarray, k: int) -> np.ndarray:
         chosen.append(int(np.minimum(distance, nearest).sum(0).argmin()))
     cost = distance[:, chosen].min(1).sum()
     while True:
+        # Distances to the nearest medoid with each one left out: the cost of every swap follows at once.
         others = [distance[:, chosen[:i] + chosen[i + 1 :]].min(1, keepdims=True) for i in range(k)]
         costs = np.stack([np.minimum(distance, other).sum(0) for other in others])  # (medoid out, cell in)
         out, into = np.unravel_index(costs.argmin(), costs.shape)
@@ -88,12 +89,12 @@ def medoids(distance: np.ndarray, k: int) -> np.ndarray:
 
 def _best_silhouette(u: np.ndarray) -> float:
     distance = cdist(u, u)
-    found = []
+    silhouettes = []
     for k in CLUSTERS:
         if k < len(u):
             labels = distance[:, medoids(distance, k)].argmin(1)
-            found.append(float(silhouette_score(distance, labels, metric="precomputed")))
-    return max(found)
+            silhouettes.append(float(silhouette_score(distance, labels, metric="precomputed")))
+    return max(silhouettes)
 
 
 def _silhouette(u: np.ndarray, labels: np.ndarray | None) -> float:

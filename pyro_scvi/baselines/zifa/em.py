@@ -16,7 +16,7 @@ LEAST_VARIANCE = 1e-8  # a gene whose counts are all alike where seen drives sig
 
 
 class Seen(NamedTuple):
-    """What EM needs of y once, summed over cells: n of zeros, y and y^2 per gene (genes,), and how many cells.
+    """Sums of y over cells that EM needs once: number of zeros, y and y^2 per gene (genes,), and the number of cells.
 
     ``squares`` and ``multiplicity`` (distinct,): the distinct y^2 > 0 and how often each occurs. Counts are integers,
     so a few hundred values stand for all entries.
@@ -47,6 +47,7 @@ class Seen(NamedTuple):
             u = np.exp(log_decay) * self.squares
             return float(self.multiplicity @ (u * np.exp(-u) / -np.expm1(-u))) - np.exp(log_decay) * lost_square
 
+        # The function is concave, so its slope has one root: bracket it from the last lambda.
         low = high = math.log(start)
         while slope(low) < 0:
             low -= 1
@@ -56,7 +57,7 @@ class Seen(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the M-step needs of the posterior, summed over cells: never an entry per cell and gene and latent.
+    """Sums of the posterior over cells that the M-step needs; an entry per cell, gene and latent is never held.
 
     ``z`` (latents,), ``zz`` (latents, latents); over the cells where a gene is lost ``lost_z`` (genes, latents) and
     ``lost_zz`` (genes, latents * latents); ``yz`` (genes, latents).
@@ -69,10 +70,12 @@ class Sums(NamedTuple):
     yz: Tensor
 
     @classmethod
-    def of(cls, y: Tensor, found: Posterior) -> Sums:
+    def of(cls, y: Tensor, latents: Posterior) -> Sums:
         """Sum over the cells of y (cells, genes)."""
-        lost, second = (y == 0).to(y), found.second_moment
-        return cls(found.mean.sum(0), second.sum(0), lost.T @ found.mean, lost.T @ second.flatten(1), y.T @ found.mean)
+        lost, second = (y == 0).to(y), latents.second_moment
+        return cls(
+            latents.mean.sum(0), second.sum(0), lost.T @ latents.mean, lost.T @ second.flatten(1), y.T @ latents.mean
+        )
 
     def __add__(self, other: Sums) -> Sums:  # type: ignore[override]
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))

@@ -30,32 +30,32 @@ from pyro_scvi.baselines.zifa.model import Parameters, Posterior, posterior
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import require_at_least
 
-Question = Callable[[Tensor, Parameters, Posterior], Tensor]
+Quantity = Callable[[Tensor, Parameters, Posterior], Tensor]
 
 
 class ZIFA(TransformerMixin, BaseEstimator):
-    r"""Factor analysis of log counts of which small ones tend to be lost.
+    r"""Factor analysis of log counts, where small counts are more likely to be lost.
 
     .. math::
 
         z_n \sim N(0, I), \quad u_n | z_n \sim N(A z_n + \mu, diag(\sigma^2)), \quad
         \log(1 + x_{nj}) = 0 \text{ with probability } e^{-\lambda u_{nj}^2}, \text{ else } u_{nj}
 
-    Fitted by EM in float64; ``model`` and ``em`` beside this file have the mathematics. Memory: the dense counts twice,
-    their latents' second moments for one minibatch, and genes x latents^2.
+    Fitted by EM in float64; the mathematics is in ``model`` and ``em`` beside this file. Memory holds the dense counts
+    twice, the latents' second moments of one minibatch, and genes x latents^2 numbers.
 
     Parameters
     ----------
     n_latent
         Dimensions of z.
     tol, max_iter
-        Stop where the mean relative change of each of A, mu, sigma and lambda is below ``tol``, at the latest after
-        ``max_iter`` iterations. The defaults are the authors' and stop early: on the paper's cortex cells after 6
-        iterations, where ``tol=1e-4`` takes 91.
+        Stop when the mean relative change of each of A, mu, sigma and lambda is below ``tol``, or after ``max_iter``
+        iterations. The defaults are the authors' and stop early: on the paper's cortex cells after 6 iterations,
+        whereas ``tol=1e-4`` takes 91.
     seed
-        Of the factor analysis from which EM starts.
+        Of the factor analysis that EM starts from.
     batch_size
-        Cells that are worked on together.
+        Cells processed together.
     device
         A torch device that has float64.
 
@@ -66,7 +66,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
     log_likelihoods_
         (iterations,): exact log likelihood before each iteration, nats per cell. It never falls.
     n_iter_
-        How many iterations EM took.
+        Iterations of EM.
 
     References
     ----------
@@ -97,7 +97,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         self.device = device
 
     def fit(self, counts: Any, y: None = None) -> ZIFA:
-        """Fit to raw counts (cells, genes); warns where EM has not met ``tol``. ``y`` is ignored.
+        """Fit to raw counts (cells, genes); warns if EM has not met ``tol``. ``y`` is ignored.
 
         Raises
         ------
@@ -126,15 +126,16 @@ class ZIFA(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, or the genes are not those of the fit.
         """
-        return self._ask(counts, lambda y, parameters, found: found.mean)
+        return self._computed(counts, lambda y, parameters, latents: latents.mean)
 
     def score_samples(self, counts: Any) -> np.ndarray:
         r"""Exact log marginal of the counts, (cells,), nats per cell.
 
         .. math:: \log p(x_n) = \log \int p(y_n | z) p(z) dz - \sum_j \log(1 + x_{nj})
 
-        A probability at x = 0 and a density with respect to dx elsewhere (the last sum is the Jacobian of log1p), so
-        that it compares with a density such as factor analysis' only if a zero is read as a bin of width 1.
+        This is a probability at x = 0 and a density with respect to dx elsewhere (the last sum is the Jacobian of
+        log1p). It can be compared with a density, such as that of factor analysis, only if a zero is read as a bin of
+        width 1.
 
         Raises
         ------
@@ -144,16 +145,16 @@ class ZIFA(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, or the genes are not those of the fit.
         """
 
-        def log_marginal(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
-            return model.log_marginal(y, parameters, found) + model.log_kept(y, parameters.decay) - y.sum(1)
+        def log_marginal(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
+            return model.log_marginal(y, parameters, latents) + model.log_kept(y, parameters.decay) - y.sum(1)
 
-        return self._ask(counts, log_marginal)
+        return self._computed(counts, log_marginal)
 
     def evidence(self, counts: Any, *, samples: int = 1000, seed: int = 0) -> Evidence:
         """Log probability of the counts, nats per cell, z integrated out by ``samples`` draws of importance sampling.
 
-        A probability of counts, where :meth:`score_samples` is a density above 0: a count that is kept falls into its
-        unit bin, with everything below 1/2 for a zero (:func:`~pyro_scvi.baselines.zifa.model.binned_log_joint`).
+        This is a probability of counts, whereas :meth:`score_samples` is a density above 0. A count that is kept falls
+        into its unit bin, a zero into everything below 1/2 (:func:`~pyro_scvi.baselines.zifa.model.binned_log_joint`).
 
         Raises
         ------
@@ -164,10 +165,11 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """
         x = self._counts(counts).to(self.device)
         law = self._law(x.dtype)
-        found = posterior(x.log1p(), law._replace(scale=(law.scale.square() + VARIANCE).sqrt()))  # bins are wide
-        scale = found.covariance.diagonal(dim1=1, dim2=2).sqrt()
+        wide = law._replace(scale=(law.scale.square() + VARIANCE).sqrt())  # bins are wide
+        proposal = posterior(x.log1p(), wide)
+        scale = proposal.covariance.diagonal(dim1=1, dim2=2).sqrt()
         return integrate(
-            lambda rows: model.binned_log_joint(x[rows], law), found.mean, scale, samples=samples, seed=seed
+            lambda rows: model.binned_log_joint(x[rows], law), proposal.mean, scale, samples=samples, seed=seed
         )
 
     def expected_complete_log_likelihood(self, counts: Any) -> np.ndarray:
@@ -175,7 +177,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
 
         .. math:: E_{p(z, u | y_n)}[\log p(z) + \log p(u | z) + \log p(y_n | u)] - \sum_j \log(1 + x_{nj})
 
-        It lacks the entropy of z and u given y. Lopez et al. 2017, Table 1, compare it with likelihoods.
+        It lacks the entropy of z and u given y, yet Lopez et al. 2017, Table 1, compare it with likelihoods.
 
         Raises
         ------
@@ -184,12 +186,12 @@ class ZIFA(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, or the genes are not those of the fit.
         """
-        return self._ask(counts, lambda *of: model.expected_complete(*of) - of[0].sum(1))
+        return self._computed(counts, lambda *of: model.expected_complete(*of) - of[0].sum(1))
 
     def impute(self, counts: Any) -> np.ndarray:
         """exp(E[u | x]) - 1 where x = 0, else x: (cells, genes), counts.
 
-        u is normal, so that values slightly below 0 occur.
+        u is normal, so values slightly below 0 occur.
 
         Raises
         ------
@@ -198,13 +200,13 @@ class ZIFA(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, or the genes are not those of the fit.
         """
-        return self._ask(counts, lambda *of: torch.expm1(model.log_counts(*of)[0]))
+        return self._computed(counts, lambda *of: torch.expm1(model.log_counts(*of)[0]))
 
     def technical_zero_probability(self, counts: Any) -> np.ndarray:
         """exp(-lambda E[u | x]^2) where x = 0, else 0: (cells, genes).
 
-        The probability to lose a count of the size that is imputed. Given x = 0 the loss itself is certain: ZIFA has
-        no zeros of another kind.
+        This is the probability of losing a count of the imputed size. Given x = 0 the loss itself is certain: ZIFA has
+        no other zeros.
 
         Raises
         ------
@@ -214,11 +216,11 @@ class ZIFA(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, or the genes are not those of the fit.
         """
 
-        def lost(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
-            u, _ = model.log_counts(y, parameters, found)
+        def lost(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
+            u, _ = model.log_counts(y, parameters, latents)
             return torch.where(y == 0, torch.exp(-parameters.decay * u.square()), 0.0)
 
-        return self._ask(counts, lost)
+        return self._computed(counts, lost)
 
     def _start(self, y: np.ndarray) -> Parameters:
         """Factor analysis of y, and the lambda whose loss curve fits the fractions of zeros best."""
@@ -247,8 +249,8 @@ class ZIFA(TransformerMixin, BaseEstimator):
         """Sums of the posterior over all cells, and the log likelihood without log_kept and Jacobian, nats."""
 
         def of(part: Tensor) -> tuple[Sums, float]:
-            found = posterior(part, parameters)
-            return Sums.of(part, found), float(model.log_marginal(part, parameters, found).sum())
+            latents = posterior(part, parameters)
+            return Sums.of(part, latents), float(model.log_marginal(part, parameters, latents).sum())
 
         return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), map(of, y.split(self.batch_size)))
 
@@ -257,10 +259,10 @@ class ZIFA(TransformerMixin, BaseEstimator):
         self.decay_ = float(parameters.decay)
         self.n_iter_ = len(self.log_likelihoods_)
 
-    def _ask(self, counts: Any, question: Question) -> np.ndarray:
-        """Answers for all cells, minibatch by minibatch."""
+    def _computed(self, counts: Any, quantity: Quantity) -> np.ndarray:
+        """Apply a function to all cells, minibatch by minibatch."""
         y = self._counts(counts).log1p()
-        return np.concatenate([answer.cpu().numpy() for answer in self._answers(y, self._law(y.dtype), question)])
+        return np.concatenate([part.cpu().numpy() for part in self._by_minibatch(y, self._law(y.dtype), quantity)])
 
     def _counts(self, counts: Any) -> Tensor:
         require_fitted(self, "loadings_")
@@ -270,10 +272,10 @@ class ZIFA(TransformerMixin, BaseEstimator):
         fitted = (self.loadings_, self.mean_, self.scale_, self.decay_)
         return Parameters(*(torch.as_tensor(value, dtype=dtype, device=self.device) for value in fitted))
 
-    def _answers(self, y: Tensor, parameters: Parameters, question: Question) -> Iterator[Tensor]:
+    def _by_minibatch(self, y: Tensor, parameters: Parameters, quantity: Quantity) -> Iterator[Tensor]:
         for part in y.split(self.batch_size):
             part = part.to(self.device)
-            yield question(part, parameters, posterior(part, parameters))
+            yield quantity(part, parameters, posterior(part, parameters))
 
 
 def _decay_of_zeros(y: np.ndarray) -> float:

@@ -34,7 +34,7 @@ class Parameters(NamedTuple):
 
     @property
     def shrinkage(self) -> Tensor:
-        """C (genes,): how far a lost log count is drawn from eta towards 0."""
+        """C (genes,): factor by which a lost log count shrinks from eta towards 0."""
         return 1 / (1 + 2 * self.decay * self.scale.square())
 
     @property
@@ -46,8 +46,8 @@ class Parameters(NamedTuple):
 class Posterior(NamedTuple):
     """z | y = N(mean, covariance): (cells, latents), (cells, latents, latents).
 
-    ``log_integral`` (cells,), nats: log of the integral over z of all factors of p(z, y) that depend on z, apart from
-    what they are at z = 0.
+    ``log_integral`` (cells,), nats: log of the integral over z of all factors of p(z, y) that depend on z, relative to
+    their values at z = 0.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(y: Tensor, parameters: Parameters) -> Posterior:
-    r"""E-step: the law of z given y (cells, genes).
+    r"""E-step: the distribution of z given y (cells, genes).
 
     .. math::
 
@@ -74,6 +74,7 @@ def posterior(y: Tensor, parameters: Parameters) -> Posterior:
     lost = (y == 0).to(y)
     change = 2 * parameters.decay * parameters.shrinkage - precision  # of the precision, where a count is lost
     eye = torch.eye(a.shape[1], dtype=y.dtype, device=y.device)
+    # Precisions as if no count were lost, then corrected at the zeros: both are matrix products over all cells.
     weighted = precision @ parameters.outer + lost @ (change[:, None] * parameters.outer)
     b = y @ (precision[:, None] * a) - (precision * mu) @ a - lost @ ((change * mu)[:, None] * a)
     factor = torch.linalg.cholesky(eye + weighted.unflatten(1, eye.shape))
@@ -82,7 +83,7 @@ def posterior(y: Tensor, parameters: Parameters) -> Posterior:
     return Posterior(mean, torch.cholesky_inverse(factor), log_integral)
 
 
-def log_marginal(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
+def log_marginal(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
     r"""Log p(y) of every cell without the factors of :func:`log_kept`, (cells,), nats; a density in y where y > 0.
 
     .. math::
@@ -94,7 +95,7 @@ def log_marginal(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
     c, lost = parameters.shrinkage, (y == 0).to(y)
     at_zero = 2 * parameters.decay * c * parameters.mean.square() - c.log()
     seen = ((y - parameters.mean) / parameters.scale).square() + 2 * parameters.scale.log() + math.log(2 * math.pi)
-    return found.log_integral - 0.5 * torch.where(y == 0, 0.0, seen).sum(1) - 0.5 * lost @ at_zero
+    return latents.log_integral - 0.5 * torch.where(y == 0, 0.0, seen).sum(1) - 0.5 * lost @ at_zero
 
 
 def log_kept(y: Tensor, decay: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def log_kept(y: Tensor, decay: Tensor) -> Tensor:
 def binned_log_joint(x: Tensor, parameters: Parameters) -> LogJoint:
     r"""Make the function z (samples, cells, latents) -> log N(z; 0, I) + sum over genes of log P(x | z), counts x.
 
-    A count that is kept falls into its unit bin, with everything below 1/2 for a zero; with c as above,
+    A count that is kept falls into its unit bin, a zero into everything below 1/2. With c as above,
 
     .. math::
 
@@ -115,7 +116,7 @@ def binned_log_joint(x: Tensor, parameters: Parameters) -> LogJoint:
         + \sqrt c e^{-\lambda c \eta^2} \Big[1 - \Phi\Big(\frac{t - c \eta}{\sigma \sqrt c}\Big)\Big], \quad
         t = \log \tfrac32,
 
-    where a zero below the bin's end is a zero whether it was lost or not.
+    where a log count below the end of zero's bin gives a zero, lost or not.
     """
     bins, c = UnitBins.of(x), parameters.shrinkage
 
@@ -134,31 +135,31 @@ def binned_log_joint(x: Tensor, parameters: Parameters) -> LogJoint:
     return log_joint
 
 
-def log_counts(y: Tensor, parameters: Parameters, found: Posterior) -> tuple[Tensor, Tensor]:
+def log_counts(y: Tensor, parameters: Parameters, latents: Posterior) -> tuple[Tensor, Tensor]:
     """E[u | y] and E[u^2 | y], (cells, genes) each: y and y^2 where y > 0."""
     c = parameters.shrinkage
-    eta, eta2 = _predictor(parameters, found)
+    eta, eta2 = _predictor(parameters, latents)
     lost2 = c * parameters.scale.square() + c.square() * eta2
     return torch.where(y == 0, c * eta, y), torch.where(y == 0, lost2, y.square())
 
 
-def expected_complete(y: Tensor, parameters: Parameters, found: Posterior) -> Tensor:
+def expected_complete(y: Tensor, parameters: Parameters, latents: Posterior) -> Tensor:
     """E[log p(z) + log p(u | z) + log p(y | u)] under p(z, u | y), (cells,), nats.
 
-    The expectation of E-steps: what EM maximises, without the entropy that would make it a likelihood.
+    EM maximises this expectation. It lacks the entropy that would make it a likelihood.
     """
     c, variance = parameters.shrinkage, parameters.scale.square()
-    eta, eta2 = _predictor(parameters, found)
-    _, u2 = log_counts(y, parameters, found)
+    eta, eta2 = _predictor(parameters, latents)
+    _, u2 = log_counts(y, parameters, latents)
     # E(u - eta)^2: a lost u given eta is N(c eta, c sigma^2)
     residual = torch.where(y == 0, c * variance + (1 - c).square() * eta2, y.square() - 2 * y * eta + eta2)
     of_u = -0.5 * (residual / variance + torch.log(2 * math.pi * variance)).sum(1)
     of_y = log_kept(y, parameters.decay) - parameters.decay * torch.where(y == 0, u2, 0.0).sum(1)
-    z2 = found.second_moment.diagonal(dim1=1, dim2=2).sum(1)
-    return of_u + of_y - 0.5 * z2 - 0.5 * found.mean.shape[1] * math.log(2 * math.pi)
+    z2 = latents.second_moment.diagonal(dim1=1, dim2=2).sum(1)
+    return of_u + of_y - 0.5 * z2 - 0.5 * latents.mean.shape[1] * math.log(2 * math.pi)
 
 
-def _predictor(parameters: Parameters, found: Posterior) -> tuple[Tensor, Tensor]:
+def _predictor(parameters: Parameters, latents: Posterior) -> tuple[Tensor, Tensor]:
     """E[eta | y] and E[eta^2 | y], (cells, genes)."""
-    eta = found.mean @ parameters.loadings.T + parameters.mean
-    return eta, eta.square() + found.covariance.flatten(1) @ parameters.outer.T
+    eta = latents.mean @ parameters.loadings.T + parameters.mean
+    return eta, eta.square() + latents.covariance.flatten(1) @ parameters.outer.T

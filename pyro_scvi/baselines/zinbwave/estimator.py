@@ -37,13 +37,12 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
               \log \mu = X \beta_\mu + (V \gamma_\mu)^T + W \alpha_\mu, \quad
               logit\, \pi = X \beta_\pi + (V \gamma_\pi)^T + W \alpha_\pi
 
-    X (cells, covariates) and V (genes, covariates) begin with an intercept (Risso et al. 2018, Eqs. 1-5). All
-    parameters maximise the log likelihood less :class:`~pyro_scvi.baselines.zinbwave.model.Penalties` together, by
-    L-BFGS in float64; the original alternates over genes and cells, which ends lower. W is then made orthogonal. The
-    fit stops when 10 iterations gain less than ``tol`` relative to the objective, and at no other point: scores of
-    clusters on W drift long after the objective has settled to the eye. There is no randomness. Where nearly all counts
-    are 0 or 1, mu, pi and theta hardly differ in what they predict: zeta then grows without end and convergence takes
-    thousands of iterations.
+    X (cells, covariates) and V (genes, covariates) begin with an intercept (Risso et al. 2018, Eqs. 1-5). L-BFGS in
+    float64 maximises the log likelihood minus :class:`~pyro_scvi.baselines.zinbwave.model.Penalties` over all
+    parameters together. The original alternates over genes and cells, which ends lower. W is then made orthogonal. The
+    fit stops only when 10 iterations gain less than ``tol`` relative to the objective, because cluster scores on W keep
+    drifting long after the objective looks flat. There is no randomness. If nearly all counts are 0 or 1, mu, pi and
+    theta predict almost the same. zeta then grows without limit, and convergence takes thousands of iterations.
 
     Parameters
     ----------
@@ -54,9 +53,9 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
     epsilon
         The weight of the penalty; None for the number of genes, as in the original.
     tol, max_iter
-        The stop rule, and the most iterations, rounded up to tens; a warning says when they did not suffice.
+        The stopping rule, and the most iterations, rounded up to tens; a warning tells if they did not suffice.
     device
-        Where to compute: anything that torch takes.
+        Torch device to compute on.
 
     Attributes
     ----------
@@ -96,7 +95,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         self.device = device
 
     def fit(self, counts: Any, y: None = None, *, cell_covariates: Any = None, gene_covariates: Any = None) -> Self:
-        """Fit all parameters to counts; a fit that is refused leaves the one before.
+        """Fit all parameters to counts; if this raises, the previous fit stays.
 
         Parameters
         ----------
@@ -153,8 +152,8 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
     def score_samples(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
         """Conditional, not marginal, log likelihood, nats per cell (cells,).
 
-        It is that of the counts given the W and gamma that were refitted to these same counts, without penalties: the
-        score of Lopez et al. (2017). A marginal likelihood integrates over W and is another, lower figure.
+        The counts are scored given the W and gamma that were refitted to these same counts, without penalties, as in
+        Lopez et al. (2017). A marginal likelihood integrates over W and is lower.
 
         Raises
         ------
@@ -167,7 +166,7 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         return problem.log_likelihood(cells, self._genes()).cpu().numpy()
 
     def impute(self, counts: Any, cell_covariates: Any = None) -> np.ndarray:
-        """Mu at the refitted W, counts (cells, genes): what Lopez et al. (2017) took for its imputation.
+        """Mu at the refitted W, counts (cells, genes): its imputation in Lopez et al. (2017).
 
         Raises
         ------
@@ -200,19 +199,19 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         DataError
             If a count is negative or not finite, a cell has none, or genes or covariates are not those of the fit.
         """
-        found = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
-        return np.where(dense_counts(counts, fitted=self) > 0, 0.0, found)
+        probability = np.concatenate([technical_zero(law).cpu() for law in self._laws(counts, cell_covariates)])
+        return np.where(dense_counts(counts, fitted=self) > 0, 0.0, probability)
 
     def _maximise(self, problem: Problem, cells: CellParameters, genes: GeneParameters) -> None:
-        found = problem.maximise(cells, genes, self.tol, self.max_iter)
-        self._warn(found)
-        cells, genes = CellParameters(*found.rows), GeneParameters(*found.shared)
+        minimum = problem.maximise(cells, genes, self.tol, self.max_iter)
+        self._warn(minimum)
+        cells, genes = CellParameters(*minimum.rows), GeneParameters(*minimum.shared)
         cells, genes = orthogonal(cells, genes, problem.penalties)
         log_likelihood = float(problem.log_likelihood(cells, genes).sum())
         penalty = float(problem.penalties.of_cells(cells) + problem.penalties.of_genes(genes))
         self.penalties_, self.n_cell_covariates_ = problem.penalties, problem.x_cov.shape[1]
         self.gene_covariates_ = problem.v_cov.cpu().numpy()
-        self.n_iter_, self.converged_ = found.iterations, found.converged
+        self.n_iter_, self.converged_ = minimum.iterations, minimum.converged
         self.W_, self.gamma_mu_, self.gamma_pi_ = (t.cpu().numpy() for t in cells)
         self.alpha_mu_, self.alpha_pi_, self.beta_mu_, self.beta_pi_, self.zeta_ = (t.cpu().numpy() for t in genes)
         self.log_likelihood_, self.penalised_log_likelihood_ = log_likelihood, log_likelihood - penalty
@@ -227,9 +226,9 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
                 "pass the same ones, in the same order"
             )
         problem = self._problem(x, design, self.gene_covariates_, self.penalties_)
-        found = problem.refit(self._genes(), self.tol * REFIT, self.max_iter)
-        self._warn(found)
-        return problem, CellParameters(*found.rows)
+        minimum = problem.refit(self._genes(), self.tol * REFIT, self.max_iter)
+        self._warn(minimum)
+        return problem, CellParameters(*minimum.rows)
 
     def _laws(self, counts: Any, cell_covariates: Any) -> Iterator[Distribution]:
         problem, cells = self._refitted(counts, cell_covariates)
@@ -257,10 +256,10 @@ class ZINBWaVE(TransformerMixin, BaseEstimator):
         if self.epsilon is not None and not self.epsilon > 0:
             raise ModelError(f"epsilon must be above 0, got {self.epsilon}")
 
-    def _warn(self, found: Minimum) -> None:
-        if not found.converged:
+    def _warn(self, minimum: Minimum) -> None:
+        if not minimum.converged:
             warnings.warn(
-                f"ZINB-WaVE has not converged in {found.iterations} iterations; raise max_iter or tol",
+                f"ZINB-WaVE has not converged in {minimum.iterations} iterations; raise max_iter or tol",
                 ConvergenceWarning,
                 stacklevel=4,
             )

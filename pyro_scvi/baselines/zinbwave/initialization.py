@@ -30,7 +30,8 @@ def start(
 
     Where x > 0, log x is regressed on the covariates, and its residual, missing at the zeros, is completed by a matrix
     W alpha_mu of low rank. The zeros are then regressed on the covariates and W. Zeta is the best of a grid, equal for
-    all genes: from a bad one the first step of the fit leads onto the plateau of Poisson laws, where zeta has no slope.
+    all genes. From a bad zeta the first step of the fit reaches the plateau of Poisson distributions, where the
+    gradient of zeta vanishes.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def start(
     latents, penalties
         Columns of W, and the weights of the penalty.
     chunks
-        Cells that are treated together.
+        Cells processed together.
     """
     gamma_mu, beta_mu = intercepts(x, x_cov, v_cov, penalties)
     left, right = torch.cat((x_cov, gamma_mu), 1), torch.cat((beta_mu, v_cov.T))
@@ -88,9 +89,9 @@ def completed(
     .. math:: \min_M \tfrac12 \|P_{x > 0}(R - M)\|^2 + \lambda \|M\|_*, \quad rank(M) \le K, \quad
               \lambda = \sqrt{\epsilon_W \epsilon_\alpha}
 
-    by soft-thresholding, again and again, the singular values of R filled with the last M (Mazumder, Hastie and
-    Tibshirani 2010, JMLR 11, Algorithm 1). One step of subspace iteration from the last right vectors stands for the
-    singular value decomposition. Lambda is halved as long as M has a lower rank than K.
+    This repeatedly soft-thresholds the singular values of R filled with the last M (Mazumder, Hastie and Tibshirani
+    2010, JMLR 11, Algorithm 1). One step of subspace iteration from the last right vectors replaces the singular value
+    decomposition. Lambda is halved while M has a lower rank than K.
     """
 
     def filled(cells: slice) -> Tensor:
@@ -98,10 +99,12 @@ def completed(
         return torch.where(x[cells] > 0, residual, (u[cells] * s) @ v.T)
 
     u, s, v = x.new_zeros(len(x), latents), x.new_zeros(latents), x.new_zeros(x.shape[1], latents)
+    # The first right vectors are those of R with zeros for what is missing.
     gram = torch.stack([filled(cells).T @ filled(cells) for cells in chunks]).sum(0)
     v = torch.linalg.eigh(gram)[1].flip(1)[:, :latents]
     threshold = (penalties.w * penalties.alpha) ** 0.5
     for _ in range(COMPLETIONS):
+        # One step of subspace iteration in place of a singular value decomposition.
         q = torch.linalg.qr(torch.cat([filled(cells) @ v for cells in chunks]))[0]
         projected = torch.stack([q[cells].T @ filled(cells) for cells in chunks]).sum(0)
         rotation, values, vt = torch.linalg.svd(projected, full_matrices=False)
@@ -127,8 +130,8 @@ def _regressed_zeros(
 
     gamma = x.new_zeros(len(x), v_cov.shape[1])
     alpha, beta = x.new_zeros(w.shape[1], x.shape[1]), x.new_zeros(x_cov.shape[1], x.shape[1])
-    found = minimise(Separable(loss, penalty, chunks), (gamma,), (alpha, beta), tol=LOGISTIC_TOL, max_iter=100)
-    return (*found.rows, *found.shared)
+    minimum = minimise(Separable(loss, penalty, chunks), (gamma,), (alpha, beta), tol=LOGISTIC_TOL, max_iter=100)
+    return (*minimum.rows, *minimum.shared)
 
 
 def _best_dispersion(x: Tensor, law: Callable[[slice], tuple[Tensor, Tensor]], chunks: Sequence[slice]) -> Tensor:

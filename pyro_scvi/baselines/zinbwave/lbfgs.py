@@ -16,10 +16,10 @@ HISTORY = 20  # pairs of steps and gradients that make up the curvature
 
 @dataclass(frozen=True)
 class Separable:
-    """A function of parameters per cell (``rows``, first axis the cells) and of parameters that all cells share.
+    """A function of parameters per cell (``rows``, first axis: cells) and of parameters shared by all cells.
 
     ``loss`` gives the sum over one slice of cells from their rows and the shared parameters; ``penalty`` is added once,
-    from all of them. Memory is that of one slice's graph, whatever the number of cells.
+    from all of them. Memory holds the graph of one slice, however many cells there are.
     """
 
     loss: Callable[[slice, Tensors, Tensors], Tensor]
@@ -38,7 +38,7 @@ class Separable:
 
 
 class Minimum(NamedTuple):
-    """Where L-BFGS ended: ``rows``, ``shared`` and the ``value`` there, and whether the stop rule was met."""
+    """Result of L-BFGS: ``rows``, ``shared``, the ``value`` there, and whether the stopping rule was met."""
 
     rows: Tensors
     shared: Tensors
@@ -53,7 +53,7 @@ def minimise(function: Separable, rows: Tensors, shared: Tensors, *, tol: float,
     Parameters
     ----------
     function, rows, shared
-        What is minimised, and the start.
+        Function to minimise, and the start.
     tol
         Relative gain over 10 iterations that ends the search.
     max_iter
@@ -93,7 +93,7 @@ def _accumulate(
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (*rows, *shared)]
         value = term(tuple(leaves[: len(rows)]), tuple(leaves[len(rows) :]))
-        found = torch.autograd.grad(value, leaves, materialize_grads=True)
-    for gradient, part in zip(gradients, found, strict=True):
+        parts = torch.autograd.grad(value, leaves, materialize_grads=True)
+    for gradient, part in zip(gradients, parts, strict=True):
         gradient += part
     return float(value.detach())

@@ -32,7 +32,7 @@ class GeneParameters(NamedTuple):
 
 
 class Dispersion(Protocol):
-    """What the fit asks of a form of zeta."""
+    """Interface of a parametrisation of zeta."""
 
     def values(self, genes: int) -> int:
         """How many values of zeta there are."""
@@ -62,7 +62,7 @@ class CommonDispersion:
 
 @dataclass(frozen=True)
 class GenewiseDispersion:
-    """One theta per gene, drawn together by a penalty on the variance of their logarithms.
+    """One theta per gene, with a penalty on the variance of their logarithms.
 
     Examples
     --------
@@ -88,7 +88,7 @@ class Penalties:
               + \|\gamma_\pi\|^2) + \epsilon_\zeta Var(\zeta)\Big]
 
     with :math:`\epsilon_W = \epsilon_\gamma = \epsilon / n`, :math:`\epsilon_\alpha = \epsilon_\beta = \epsilon / J`,
-    :math:`\epsilon_\zeta = \epsilon`. The intercepts, the first column of X and of V, are weighted apart, as in
+    :math:`\epsilon_\zeta = \epsilon`. The intercepts (the first column of X and of V) have weights of their own, as in
     zinbwave: 0 in log mu and 0.001 in logit pi.
     """
 
@@ -155,7 +155,7 @@ def log_likelihood(x: Tensor, log_mu: Tensor, gate: Tensor, zeta: Tensor) -> Ten
 
 
 def without_gamma(x: Tensor, log_mu: Tensor, gate: Tensor, zeta: Tensor) -> Tensor:
-    r"""Log likelihood but for the terms of :class:`GammaTerms`, summed over cells and genes.
+    r"""Log likelihood without the terms of :class:`GammaTerms`, summed over cells and genes.
 
     With :math:`\delta = \log \mu - \zeta` and :math:`n = -\theta \log(1 + e^\delta)`, the log probability of 0,
 
@@ -177,19 +177,19 @@ def _counted(x: Tensor, log_mu: Tensor, zeta: Tensor) -> tuple[Tensor, Tensor]:
 class GammaTerms:
     r"""The sum over counts above zero of :math:`\log\Gamma(x + \theta) - \log\Gamma(\theta) - \log x!`.
 
-    It depends on a gene's counts and theta alone, so that each distinct count of a gene is computed once: an
-    iteration takes a ninth of the time that it takes with gamma functions of every entry. Gamma functions of a large
-    theta differ by less than their rounding; the sum is therefore the law's stable log probability at mu = x less
-    what :func:`without_gamma` has of it.
+    It depends on a gene's counts and theta alone, so each distinct count of a gene is computed once. An iteration takes
+    a ninth of the time that it takes with gamma functions of every entry. For large theta the gamma functions differ by
+    less than their rounding. The sum is therefore computed as the stable log probability at mu = x minus the part in
+    :func:`without_gamma`.
     """
 
     def __init__(self, x: Tensor) -> None:
-        found = [np.unique(column[column > 0], return_counts=True) for column in x.cpu().numpy().T]
-        gene = np.repeat(np.arange(len(found)), [len(values) for values, _ in found])
+        by_gene = [np.unique(column[column > 0], return_counts=True) for column in x.cpu().numpy().T]
+        gene = np.repeat(np.arange(len(by_gene)), [len(values) for values, _ in by_gene])
         self.genes = x.shape[1]
         self.gene, self.count, self.times = (
             torch.from_numpy(part).to(x.device)
-            for part in (gene, *(np.concatenate(parts) for parts in zip(*found, strict=True)))
+            for part in (gene, *(np.concatenate(parts) for parts in zip(*by_gene, strict=True)))
         )
 
     def __call__(self, zeta: Tensor) -> Tensor:
@@ -208,6 +208,7 @@ def orthogonal(
     :math:`R_1 R_2' = A S B'`, W becomes :math:`b\, Q_1 A S^{1/2}` and alpha :math:`b^{-1} S^{1/2} (Q_2 B)'`,
     b = :attr:`Penalties.balance` (Risso et al. 2018, Methods). The largest loading of every latent is positive.
     """
+    # W alpha = Q1 (R1 R2') Q2': a decomposition of the small middle matrix suffices.
     q_w, r_w = torch.linalg.qr(cells.w)
     q_a, r_a = torch.linalg.qr(torch.cat((genes.alpha_mu, genes.alpha_pi), 1).T)
     a, s, bt = torch.linalg.svd(r_w @ r_a.T)

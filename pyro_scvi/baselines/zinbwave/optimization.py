@@ -1,4 +1,4 @@
-"""Maximum penalised likelihood of ZINB-WaVE: of all parameters together, or of the cells' alone."""
+"""Maximum penalised likelihood of ZINB-WaVE: for all parameters together, or for those of the cells alone."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -42,22 +42,22 @@ class Problem(NamedTuple):
 
     @property
     def chunks(self) -> list[slice]:
-        """Slices of cells that are treated together."""
+        """Slices of cells processed together."""
         size = max(1, (ENTRIES if self.x.device.type == "cpu" else ENTRIES_OF_GPU) // self.x.shape[1])
         return [slice(first, first + size) for first in range(0, len(self.x), size)]
 
     def start(self, latents: int) -> tuple[CellParameters, GeneParameters]:
-        """The own start of the fit."""
+        """Starting values of the fit."""
         return start(self.x, self.x_cov, self.v_cov, latents, self.penalties, self.chunks)
 
     def law(self, chunk: slice, cells: CellParameters, genes: GeneParameters) -> Distribution:
-        """The law of one slice of cells; ``cells`` are the parameters of that slice."""
+        """Distribution of one slice of cells; ``cells`` are the parameters of that slice."""
         x_cov, gate = self.x_cov[chunk], (genes.alpha_pi, genes.beta_pi)
         logits = gate_logits(x_cov, self.v_cov, cells.w, cells.gamma_pi, *gate)
         return Distribution(self.x[chunk], log_mean(x_cov, self.v_cov, cells, genes), logits, genes.zeta)
 
     def laws(self, cells: CellParameters, genes: GeneParameters) -> Iterator[Distribution]:
-        """The law of every slice in turn."""
+        """Distribution of every slice in turn."""
         for chunk in self.chunks:
             yield self.law(chunk, CellParameters(*(t[chunk] for t in cells)), genes)
 

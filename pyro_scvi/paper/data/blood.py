@@ -1,4 +1,4 @@
-"""The blood cells of Figure 2, B against dendritic cells, and the microarrays that say which genes differ."""
+"""The blood cells of Figure 2, B against dendritic cells, and the microarrays that show which genes differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ def read(file: str, at_most: int | None = None) -> Blood:
     Raises
     ------
     DataError
-        If it is not there.
+        If it is missing.
     """
     blood = READERS[file](files.path(file).parent)
     n_cells = blood.adata.n_obs

@@ -33,7 +33,7 @@ class Corrupted(NamedTuple):
 
 
 def read(file: str, at_most: int | None, by_zifa: bool, seed: int) -> Corrupted:
-    """The corrupted counts of a data set: all depends on these arguments, nothing on a system that is compared.
+    """The corrupted counts of a data set. They depend on these arguments only, not on the systems compared.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def cross_entropy(of: Corrupted, lost: np.ndarray) -> dict[str, float]:
     r"""Mean over the candidates of :math:`-d \log p - (1 - d) \log(1 - p)`, nats, d = 1 where zeroed, with its error.
 
     ``lost`` holds p, (cells, genes) or broadcasting to it, clipped here. The authors left out terms that were not
-    finite, with which a certain and wrong answer costs nothing.
+    finite, so that a certain but wrong answer cost nothing.
     """
     p = np.broadcast_to(lost, of.counts.shape)[of.cell, of.gene].astype(np.float64).clip(CLIP, 1 - CLIP)
     terms = -np.log(np.where(of.zeroed, p, 1 - p))
@@ -107,7 +107,7 @@ def cross_entropy(of: Corrupted, lost: np.ndarray) -> dict[str, float]:
 
 
 def area(of: Corrupted, score: np.ndarray) -> dict[str, float]:
-    """Area under the ROC curve of a score (cells, genes) that is to tell zeroed entries from the other zeros.
+    """Area under the ROC curve of a score (cells, genes) that separates zeroed entries from the other zeros.
 
     Its standard error is that of Hanley and McNeil 1982, as if entries were independent.
     """
@@ -115,17 +115,17 @@ def area(of: Corrupted, score: np.ndarray) -> dict[str, float]:
     artificial[of.cell[of.zeroed], of.gene[of.zeroed]] = True
     observed = of.counts == 0
     auc = float(roc_auc_score(artificial[observed], score[observed]))
-    found, others = int(artificial.sum()), int(observed.sum() - artificial.sum())
-    both_found, both_others = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = auc * (1 - auc) + (found - 1) * (both_found - auc**2) + (others - 1) * (both_others - auc**2)
-    return {"auc": auc, "auc_se": float(np.sqrt(variance / (found * others)))}
+    positives, others = int(artificial.sum()), int(observed.sum() - artificial.sum())
+    both_positive, both_others = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (both_positive - auc**2) + (others - 1) * (both_others - auc**2)
+    return {"auc": auc, "auc_se": float(np.sqrt(variance / (positives * others)))}
 
 
 def identification(of: Corrupted, lost: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Cross-entropy of each probability of ``lost`` (cells, genes), and the area under the curve.
 
-    The area is that of p itself, but for ``zero``, P(x = 0 | z), that of 1 - p: a zero that was a count is one that
-    the law did not expect.
+    The area is that of p itself, except for ``zero``, P(x = 0 | z), where it is that of 1 - p: a zeroed count is a zero
+    that the model did not expect.
     """
     return {name: cross_entropy(of, p) | area(of, 1 - p if name == EXPECTED_ZERO else p) for name, p in lost.items()}
 

@@ -21,7 +21,7 @@ CORTEX, BRAIN, PBMC_8K4K, PBMC_3KA, PBMC_4K, ARRAYS = (
 
 
 def folder() -> Path:
-    """Where the data lie: ``PYRO_SCVI_DATA``, by default ../shared/data."""
+    """Folder of the data: ``PYRO_SCVI_DATA``, by default ../shared/data."""
     return Path(os.environ.get("PYRO_SCVI_DATA", "../shared/data"))
 
 
@@ -31,12 +31,12 @@ def path(name: str) -> Path:
     Raises
     ------
     DataError
-        If it is not there.
+        If it is missing.
     """
-    found = folder() / name
-    if not found.is_file():
+    file = folder() / name
+    if not file.is_file():
         raise DataError(f"{name} is not in {folder()}; set PYRO_SCVI_DATA to the folder that holds it")
-    return found
+    return file
 
 
 @cache
@@ -46,7 +46,7 @@ def digest(name: str) -> str:
 
 
 def read(name: str, at_most: int | None = None) -> anndata.AnnData:
-    """Counts and annotations (cells, genes); at most so many cells, spread evenly over the file."""
+    """Counts and annotations (cells, genes) of at most this many cells, spread evenly over the file."""
     adata = anndata.read_h5ad(path(name))
     if at_most is not None and at_most < adata.n_obs:
         adata = adata[np.arange(at_most) * adata.n_obs // at_most].copy()

@@ -27,7 +27,7 @@ OF_COUNTS = ("log_n_umi", "log_n_genes", "pct_mt", "pct_ribo")
 
 
 class Blood(NamedTuple):
-    """Cells with what is known of them.
+    """Cells with their known types, batches and quality.
 
     ``adata`` has counts (cells, genes) and in ``obs`` the columns ``gamma`` and ``batch``; ``depth`` (cells,) is the
     number of a cell's transcripts over all genes, of which ``adata`` has some; ``quality`` (cells, columns) is what an

@@ -23,8 +23,8 @@ def counts(n_cells: int, fewest: int, at_most: int | None, epochs: int | None, s
     n_cells
         How many.
     fewest
-        The fewest cells of any size that this one is compared with: so that all have the same genes, those are left
-        out that would hardly be seen there.
+        Smallest number of cells in the comparison. Genes that would hardly be seen there are left out, so that all
+        sizes have the same genes.
     at_most, epochs
         Real cells that the generator is fitted to, and for how long; None: all, as long as fit() does.
     seed

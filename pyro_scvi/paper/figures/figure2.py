@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from pyro_scvi import baselines
-from pyro_scvi.analysis.differential.differential import DepthCorrected, Uncorrected, differential_expression
+from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
 from pyro_scvi.analysis.differential.matched_pairs import Groups
 from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.baselines.scvi_tools import trained
@@ -115,12 +115,12 @@ def peer(case: Result, seed: int, epochs: int) -> Result:
     seconds = time.process_time() - started
 
     def scores(rows: tuple[np.ndarray, np.ndarray], draw: int) -> dict[str, np.ndarray]:
-        found = {}
+        by_mode = {}
         for mode in ("vanilla", "change"):
             with seeded(draw), global_state_kept():
                 table = model.differential_expression(idx1=rows[0], idx2=rows[1], mode=mode, silent=True)
-            found[f"Bayes factor, mode {mode}"] = table["bayes_factor"].abs().loc[model.adata.var_names].to_numpy()
-        return found
+            by_mode[f"Bayes factor, mode {mode}"] = table["bayes_factor"].abs().loc[model.adata.var_names].to_numpy()
+        return by_mode
 
     return _over_draws(of, case, scores) | {"seconds": seconds}
 
@@ -137,12 +137,12 @@ def two_group_test(case: Result, name: str) -> Result:
             second = np.random.default_rng(draw).permutation(second)
         return {"-log p": significance(TESTS[name](counts[np.concatenate(rows)], second))}
 
-    found = _over_draws(of, case, scores)
-    return found | {"seconds": (time.process_time() - started) / case["draws"]}
+    result = _over_draws(of, case, scores)
+    return result | {"seconds": (time.process_time() - started) / case["draws"]}
 
 
 def arrays(case: Result) -> Result:
-    """A second set of arrays against the first; the same in a random order of the genes, once for every draw."""
+    """A second set of arrays against the first, and against the first with genes in random order, once per draw."""
     of = blood.read(case["file"], case["at_most"])
     generator = np.random.default_rng(0)
     other = np.zeros(len(of.matched))
@@ -166,11 +166,11 @@ def arrays(case: Result) -> Result:
 def _over_draws(
     of: Blood, case: Result, scores: Callable[[tuple[np.ndarray, np.ndarray], int], dict[str, np.ndarray]]
 ) -> Result:
-    found: dict[str, list[dict[str, float]]] = {}
+    by_score: dict[str, list[dict[str, float]]] = {}
     for draw in range(case["draws"]):
         for name, score in scores(drawn(of, case["size"], draw), draw).items():
-            found.setdefault(name, []).append(judged(of, score))
-    return {"scores": {name: _columns(values) for name, values in found.items()}}
+            by_score.setdefault(name, []).append(judged(of, score))
+    return {"scores": {name: _columns(values) for name, values in by_score.items()}}
 
 
 def _columns(values: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -221,20 +221,20 @@ SETTINGS = (
 def steps(budget: Budget) -> list[Step]:
     """Every system on both data sets, and the arrays."""
     of_systems = [steps for setting in SETTINGS for steps in systems_of(setting, budget).values()]
-    found = [*(reference(setting, budget) for setting in SETTINGS), *(step for steps in of_systems for step in steps)]
-    return sorted(found, key=lambda step: step.settings.get("seed", -1))  # the first fit of every system comes first
+    listed = [*(reference(setting, budget) for setting in SETTINGS), *(step for steps in of_systems for step in steps)]
+    return sorted(listed, key=lambda step: step.settings.get("seed", -1))  # the first fit of every system comes first
 
 
 def systems_of(setting: Setting, budget: Budget) -> dict[str, list[Step]]:
     """By name, the steps of a system over seeds."""
     case, needs = _case(setting, budget), (setting.file, files.ARRAYS)
-    found = {}
+    by_name = {}
     for name, n_seeds in SEEDS.items():
         options = {"case": case, "name": name, "epochs": _epochs(name, setting, budget), "pairs": _pairs(budget)}
-        found[name] = [Step(ours, options | {"seed": seed}, needs) for seed in budget.seeds[:n_seeds]]
+        by_name[name] = [Step(ours, options | {"seed": seed}, needs) for seed in budget.seeds[:n_seeds]]
     options = {"case": case, "seed": budget.seeds[0], "epochs": _epochs("scvi-tools", setting, budget)}
-    found["scvi-tools"] = [Step(peer, options, needs)]
-    return found | {name: [Step(two_group_test, {"case": case, "name": name}, needs)] for name in TESTS}
+    by_name["scvi-tools"] = [Step(peer, options, needs)]
+    return by_name | {name: [Step(two_group_test, {"case": case, "name": name}, needs)] for name in TESTS}
 
 
 def reference(setting: Setting, budget: Budget) -> Step:
@@ -247,7 +247,7 @@ def _case(setting: Setting, budget: Budget) -> Result:
 
 
 def _epochs(name: str, setting: Setting, budget: Budget) -> int | None:
-    """As many as the configuration asks, but no more than make VISITS cells; None: what fit() takes."""
+    """Epochs: the configuration's, but at most VISITS cells in all; None: the default of fit()."""
     if name not in EPOCHS:
         return budget.epochs
     return min(EPOCHS[name], math.ceil(VISITS / setting.cells), budget.epochs or EPOCHS[name])
@@ -279,17 +279,17 @@ def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row
     bases = {other: _auc_of(other, systems_steps, results) for other in LEADS}
     for name, steps in systems_steps.items():
         outcomes = [results.of(step) for step in steps]
-        found = [outcome.result for outcome in outcomes if outcome.result is not None]
+        fits = [outcome.result for outcome in outcomes if outcome.result is not None]
         seeds = tuple(step.settings["seed"] for step in steps if "seed" in step.settings)
-        if not found:
+        if not fits:
             yield Row(setting.name, name, QUANTITIES[AUC], np.nan, seeds=seeds, note=_reasons(outcomes))
             continue
-        seconds = float(np.mean([result["seconds"] for result in found]))
-        for score in found[0]["scores"]:
-            system = name if len(found[0]["scores"]) == 1 else f"{name}: {score}"
-            columns = {key: np.mean([result["scores"][score][key] for result in found], 0) for key in QUANTITIES}
+        seconds = float(np.mean([result["seconds"] for result in fits]))
+        for score in fits[0]["scores"]:
+            system = name if len(fits[0]["scores"]) == 1 else f"{name}: {score}"
+            columns = {key: np.mean([result["scores"][score][key] for result in fits], 0) for key in QUANTITIES}
             for key, values in columns.items():
-                note = _of_fits(key, [result["scores"][score][key] for result in found], seeds)
+                note = _of_fits(key, [result["scores"][score][key] for result in fits], seeds)
                 yield _over_draws_row(setting, system, QUANTITIES[key], values, seeds, seconds, note)
             for other, base in bases.items():
                 if base is not None and name != other:
@@ -306,12 +306,12 @@ def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row
 
 def _auc_of(name: str, systems_steps: dict[str, list[Step]], results: Results) -> np.ndarray | None:
     """A test's AUC by draw, if it was computed."""
-    (found,) = (results.of(step).result for step in systems_steps[name])
-    return None if found is None else np.array(found["scores"]["-log p"][AUC])
+    (result,) = (results.of(step).result for step in systems_steps[name])
+    return None if result is None else np.array(result["scores"]["-log p"][AUC])
 
 
 def _of_fits(key: str, by_fit: list[list[float]], seeds: tuple[int, ...]) -> str:
-    """What the spread over draws does not tell: how far fits differ, and that a mixture has collapsed."""
+    """Notes that the spread over draws does not show: differences between fits, and a collapsed mixture."""
     means = [float(np.mean(values)) for values in by_fit]
     notes = [f"by fit: {', '.join(f'{mean:.3f}' for mean in means)}"] if len(means) > 1 else []
     notes += ["one fit"] if seeds and len(means) == 1 else []
@@ -332,14 +332,14 @@ def _over_draws_row(
     return Row(setting.name, system, quantity, value, error, "sd over draws", n, seeds, seconds, note=note)
 
 
-def _reference_rows(setting: Setting, found: Result) -> Iterator[Row]:
+def _reference_rows(setting: Setting, result: Result) -> Iterator[Row]:
     for key, quantity in QUANTITIES.items():
-        yield Row(setting.name, OF_ARRAYS, quantity, found["arrays"][key][0])
-        value, error, n = over_seeds(found["shuffled"][key])
+        yield Row(setting.name, OF_ARRAYS, quantity, result["arrays"][key][0])
+        value, error, n = over_seeds(result["shuffled"][key])
         yield Row(setting.name, AT_RANDOM, quantity, value, error, "sd over draws", n, (0,))
-    yield Row(setting.name, "the data", "genes with a reference", found["genes"])
-    yield Row(setting.name, "the data", "genes that count as different", found["positives"])
-    per_group = zip(("B", "dendritic"), found["groups"], zip(*found["distinct"], strict=True), strict=True)
+    yield Row(setting.name, "the data", "genes with a reference", result["genes"])
+    yield Row(setting.name, "the data", "genes that count as different", result["positives"])
+    per_group = zip(("B", "dendritic"), result["groups"], zip(*result["distinct"], strict=True), strict=True)
     for group, of_file, distinct in per_group:
         value, error, n = over_seeds(distinct)
         yield Row(setting.name, "the data", f"{group} cells in the file", of_file)

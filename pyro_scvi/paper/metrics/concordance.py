@@ -30,10 +30,10 @@ def judged(blood: Blood, score: np.ndarray) -> dict[str, float]:
     ours, theirs = score[blood.matched], significance(blood.p)
     with warnings.catch_warnings():  # an undetermined mixture is judged by the rows of random orders
         warnings.simplefilter("ignore", UserWarning)
-        found = idr(ours, theirs, starts=[AUTHORS_START])
+        mixture = idr(ours, theirs, starts=[AUTHORS_START])
     return {
         AUC: float(roc_auc_score(blood.positive, ours)),
         SPEARMAN: float(stats.spearmanr(ours, theirs).statistic),
-        MIXTURE: found.mixture_weight,
-        RHO: found.rho,
+        MIXTURE: mixture.mixture_weight,
+        RHO: mixture.rho,
     }

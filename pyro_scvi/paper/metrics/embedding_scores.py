@@ -31,18 +31,18 @@ def one_hot(*labels: np.ndarray) -> np.ndarray:
 
 
 def of_types(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How well the known types (cells,) are separate.
+    """How well the known types (cells,) are separated.
 
     Silhouette (Euclidean); adjusted Rand index and normalised mutual information of k-means with as many clusters as
     types; share of cells whose type is the most frequent among their 15 nearest other cells.
     """
     types, codes = np.unique(labels, return_inverse=True)
-    found = KMeans(len(types), n_init=10, random_state=0).fit_predict(latents)
+    clusters = KMeans(len(types), n_init=10, random_state=0).fit_predict(latents)
     votes = one_hot(labels)[_nearest(latents, VOTERS)].sum(1)
     return {
         "silhouette": float(silhouette_score(latents, labels)),
-        "ari": float(adjusted_rand_score(labels, found)),
-        "nmi": float(normalized_mutual_info_score(labels, found)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
         "accuracy": float((votes.argmax(1) == codes).mean()),
     }
 
@@ -50,7 +50,7 @@ def of_types(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def batch_entropy(latents: np.ndarray, batch: np.ndarray) -> float:
     """Entropy of the batches among a cell's 50 nearest other cells, mean over cells, over that among all cells.
 
-    1 where batches are mixed as in the whole, 0 where a cell has its own batch around it alone.
+    1 if batches are mixed around each cell as in the whole data, 0 if a cell's neighbours are all of its own batch.
     """
     indicators = one_hot(batch)
     shares = indicators[_nearest(latents, min(NEIGHBOURS, len(latents) - 1))].mean(1)

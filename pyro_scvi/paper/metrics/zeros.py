@@ -1,4 +1,4 @@
-"""What zero-inflated models say of zero counts: technical or not, asked of every system of Table 2."""
+"""Probabilities that zero counts are technical, from every zero-inflated model of Table 2."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ Answers = dict[str, np.ndarray]
 def answers(likelihood: Likelihood, x: Tensor, theta: Theta) -> dict[str, Tensor]:
     r"""Averages over draws of z, each (cells, genes), of counts x (cells, genes) and theta (samples, cells, genes).
 
-    mu, the mean given no dropout; E[w | x, z]; pi = P(h = 1 | z); rho = P(h = 1 | x = 0, z) = pi / P(x = 0 | z), asked
-    as if the entry were zero, for else it would know the answer; P(x = 0 | z) = pi + (1 - pi) NB(0).
+    mu, the mean given no dropout; E[w | x, z]; pi = P(h = 1 | z); rho = P(h = 1 | x = 0, z) = pi / P(x = 0 | z),
+    computed as if the entry were zero, since a positive count would reveal the answer; P(x = 0 | z) = pi + (1 - pi)
+    NB(0).
     """
     logits = likelihood.technical_zero_logits(**theta)
     if logits is None:
@@ -83,7 +84,7 @@ def of_zinb_wave(method: baselines.ZINBWaVE, counts: np.ndarray) -> Answers:
 
 
 def of_zifa(method: baselines.ZIFA, counts: np.ndarray) -> Answers:
-    r"""What ZIFA has of them, at the posterior mean of z, with eta = A z + mu and c = 1 / (1 + 2 lambda sigma^2).
+    r"""ZIFA's counterparts, at the posterior mean of z, with eta = A z + mu and c = 1 / (1 + 2 lambda sigma^2).
 
     pi is the authors' probability, :math:`e^{-\lambda E[u | x = 0]^2}` with :math:`E[u | x = 0, z] = c \eta`;
     :math:`P(x = 0 | z) = \sqrt c\, e^{-\lambda c \eta^2}`. There is no rho: every zero is technical.

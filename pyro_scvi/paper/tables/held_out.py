@@ -64,12 +64,12 @@ def split(file: str, n: int | None, least: int | None, test_cells: int, at_most:
     n
         Training cells; None: all.
     least
-        The smallest training set that is compared with: genes need a count there, so that at every size the same
-        counts are scored.
+        The smallest training set in the comparison. Genes need a count there, so that the same counts are scored at
+        every size.
     test_cells
-        At most so many.
+        Most test cells.
     at_most
-        Read at most so many cells of the file.
+        Most cells to read from the file.
     """
     adata = files.read(file, at_most)
     train, test = train_test_split(np.arange(adata.n_obs), test_size=HELD_OUT[file], random_state=0)
@@ -150,8 +150,8 @@ def zinb_wave(case: Result, tol: float, max_iter: int) -> Result:
         seconds = time.process_time() - started
         scores = method.score_samples(of.test.counts).tolist()
         types = clustering(lambda: method.transform(of.everything.counts), of.everything)
-    found = {"refitted": scores, "converged": method.converged_, "iterations": method.n_iter_}
-    return _about(of, seconds) | found | types
+    result = {"refitted": scores, "converged": method.converged_, "iterations": method.n_iter_}
+    return _about(of, seconds) | result | types
 
 
 def scvi_tools(case: Result, seed: int, epochs: int, samples: int) -> Result:
@@ -180,7 +180,7 @@ def conditional(fit: Fit, cells: Cells) -> np.ndarray:
 
 
 def encoder_refitted(fit: Fit, cells: Cells, epochs: int) -> Fit:
-    """A copy whose guide ascends the bound of ``cells`` themselves, with the law as it was fitted.
+    """A copy whose guide is trained further on ``cells`` themselves, with the generative model fixed.
 
     As the authors do at test time: Adam at 0.001 with epsilon 0.1, batches of 100, batch normalisation and dropout as
     in evaluation.
@@ -206,25 +206,25 @@ def clustering(embedded: Callable[[], np.ndarray], cells: Cells) -> dict[str, fl
     if "labels" not in cells.obs:
         return {}
     latents, labels = embedded(), cells.obs["labels"].astype(str).to_numpy()
-    found = KMeans(len(np.unique(labels)), n_init=10, random_state=0).fit_predict(latents)
+    clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=0).fit_predict(latents)
     return {
         "silhouette": float(silhouette_score(latents, labels)),
-        "ari": float(adjusted_rand_score(labels, found)),
-        "nmi": float(normalized_mutual_info_score(labels, found)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
     }
 
 
 @contextmanager
 def reported_otherwise() -> Iterator[None]:
-    """Silence what rows report themselves: shares of cells whose k-hat is too large, fits that did not converge."""
+    """Silence warnings that the rows report themselves: large k-hat in too many cells, fits that did not converge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _integrated(method: Any, of: Split, samples: int) -> Result:
-    found = method.evidence(of.test.counts, samples=samples)
-    return {"log_p": found.log_evidence.tolist(), "khat_above": float((~(found.khat <= KHAT_LIMIT)).mean())}
+    table = method.evidence(of.test.counts, samples=samples)
+    return {"log_p": table.log_evidence.tolist(), "khat_above": float((~(table.khat <= KHAT_LIMIT)).mean())}
 
 
 def _about(of: Split, seconds: float) -> Result:

@@ -75,14 +75,14 @@ class Data(NamedTuple):
 def datasets(budget: Budget) -> list[Data]:
     """The cortex, and the brain at every size that its file has."""
     common = {"test_cells": scored_cells(budget), "at_most": budget.cells}
-    found = [Data("cortex", 0, {"file": files.CORTEX, "n": None, "least": None, **common})]
+    listed = [Data("cortex", 0, {"file": files.CORTEX, "n": None, "least": None, **common})]
     available = min(BRAIN_CELLS, budget.cells or BRAIN_CELLS)
     available -= math.ceil(available * held_out.HELD_OUT[files.BRAIN])
     for size in real_sizes(budget):
         n = min(size, available)
         case = {"file": files.BRAIN, "n": n, "least": min(*budget.sizes, available), **common}
-        found.append(Data(f"brain10k, n = {n:,}", size, case))
-    return found
+        listed.append(Data(f"brain10k, n = {n:,}", size, case))
+    return listed
 
 
 def scored_cells(budget: Budget) -> int:
@@ -103,17 +103,17 @@ def real_sizes(budget: Budget) -> list[int]:
 def of_systems(on: Data, budget: Budget) -> dict[str, list[Step]]:
     """The steps of every system on one training set, one for each seed."""
     case, needs, samples = on.case, (on.case["file"],), min(budget.samples, SAMPLES)
-    found = {
+    by_system = {
         FLOOR: [Step(held_out.independent_genes, {"case": case}, needs)],
         FA: [Step(held_out.factor_analysis, {"case": case, "samples": samples}, needs)],
         ZIFA: [Step(held_out.zifa, {"case": case, "samples": samples}, needs)],
         WAVE: [Step(held_out.zinb_wave, {"case": case, "tol": TOL, "max_iter": ITERATIONS}, needs)],
     }
     for name in ("scVI, 2017 preset", "scVI, 2018 preset", OURS):
-        found[name] = [our_step(on, name, seed, budget) for seed in seeds_of(name, budget)]
+        by_system[name] = [our_step(on, name, seed, budget) for seed in seeds_of(name, budget)]
     peer = {"case": case, "epochs": epochs_of(PEER, on, budget), "samples": samples}
-    found[PEER] = [Step(held_out.scvi_tools, peer | {"seed": seed}, needs) for seed in seeds_of(PEER, budget)]
-    return found
+    by_system[PEER] = [Step(held_out.scvi_tools, peer | {"seed": seed}, needs) for seed in seeds_of(PEER, budget)]
+    return by_system
 
 
 def our_step(on: Data, name: str, seed: int, budget: Budget, *, kl: float = 1.0, epochs: int | None = None) -> Step:
@@ -155,16 +155,16 @@ def simulated(
         drawn = Cells.from_counts(_draws(generator, max(sizes) + test_cells, seed))
     train, test = drawn.take(slice(0, max(sizes))), drawn.take(slice(max(sizes), None))
     generator = replace(generator, schema=drawn.schema)  # the same genes, without their names
-    found: Result = {"genes": drawn.n_genes, TRUTH: _evidence_of(generator, test, samples)}
+    result: Result = {"genes": drawn.n_genes, TRUTH: _evidence_of(generator, test, samples)}
     for n in sizes:
         part = train.take(slice(0, n))
-        found[str(n)] = {
+        result[str(n)] = {
             FA: _baseline(baselines.FactorAnalysis(held_out.N_LATENTS), part, test, samples),
             OURS: _default(part, test, samples, epochs, seed),
         }
         if n <= BRAIN_CELLS:
-            found[str(n)][ZIFA] = _baseline(baselines.ZIFA(held_out.N_LATENTS), part, test, samples)
-    return found
+            result[str(n)][ZIFA] = _baseline(baselines.ZIFA(held_out.N_LATENTS), part, test, samples)
+    return result
 
 
 def _draws(fit: Fit, n_cells: int, seed: int) -> sparse.csr_array:
@@ -192,11 +192,11 @@ def _baseline(method: Any, train: Cells, test: Cells, samples: int) -> Result:
     with reported_otherwise():
         method.fit(train.counts)
     seconds = time.process_time() - started
-    found = method.evidence(test.counts, samples=samples)
-    khat_above = float((~(found.khat <= KHAT_LIMIT)).mean())
+    table = method.evidence(test.counts, samples=samples)
+    khat_above = float((~(table.khat <= KHAT_LIMIT)).mean())
     density = method.score_samples(test.counts).tolist()
     return {
-        "log_p": found.log_evidence.tolist(),
+        "log_p": table.log_evidence.tolist(),
         "density": density,
         "khat_above": khat_above,
         "seconds": seconds,
@@ -222,8 +222,8 @@ def steps(budget: Budget) -> list[Step]:
     return [*real, simulation(budget)]
 
 
-class Found(NamedTuple):
-    """A system on one training set: one result for each seed that gave one, and why there is none."""
+class SystemResults(NamedTuple):
+    """A system on one training set: a result for each seed that gave one, or why there is none."""
 
     data: str
     size: int
@@ -238,49 +238,50 @@ class Found(NamedTuple):
         return np.mean(values, 0) if values else None
 
 
-def found(results: Results, budget: Budget) -> list[Found]:
-    """What is known of every system on every training set."""
-    real = [_found(on, system, of, results) for on in datasets(budget) for system, of in of_systems(on, budget).items()]
-    return real + list(_found_simulated(results, budget))
+def known_results(results: Results, budget: Budget) -> list[SystemResults]:
+    """The results of every system on every training set."""
+    real = [
+        _of_system(on, system, of, results) for on in datasets(budget) for system, of in of_systems(on, budget).items()
+    ]
+    return real + list(_of_simulated(results, budget))
 
 
-def _found(on: Data, system: str, of: list[Step], results: Results) -> Found:
-    return Found(on.name, on.size, system, *done(of, results))
+def _of_system(on: Data, system: str, of: list[Step], results: Results) -> SystemResults:
+    return SystemResults(on.name, on.size, system, *done(of, results))
 
 
 def done(of: list[Step], results: Results) -> tuple[list[Result], tuple[int, ...], str]:
-    """The results that there are, their seeds, and why others are missing."""
+    """Available results, their seeds, and why others are missing."""
     outcomes = [(step.settings.get("seed"), results.of(step)) for step in of]
     known = [(seed, outcome.result) for seed, outcome in outcomes if outcome.result is not None]
     reason = next((outcome.reason for _, outcome in outcomes if outcome.reason), "")
     return [result for _, result in known], tuple(seed for seed, _ in known if seed is not None), reason
 
 
-def _found_simulated(results: Results, budget: Budget) -> Iterator[Found]:
+def _of_simulated(results: Results, budget: Budget) -> Iterator[SystemResults]:
     outcome, seed = results.of(simulation(budget)), budget.seeds[:1]
     for size in budget.sizes:
         name = f"{SIMULATED}, n = {size:,}"
         if outcome.result is None:
-            yield Found(name, size, OURS, [], seed, outcome.reason)
+            yield SystemResults(name, size, OURS, [], seed, outcome.reason)
             continue
         by_system = {TRUTH: outcome.result[TRUTH], **outcome.result[str(size)]}
         for system in (FA, ZIFA, OURS, TRUTH):
             held = [by_system[system]] if system in by_system else []
             reason = "" if held else "not fitted beyond 10,000 simulated cells, as in the paper"
-            yield Found(name, size, system, held, seed if system == OURS else (), reason)
+            yield SystemResults(name, size, system, held, seed if system == OURS else (), reason)
         for system in ("ZINB-WaVE", PEER):
-            yield Found(
-                name, size, system, [], (), "not run on simulated cells, to stay within the time for this table"
-            )
+            reason = "not run on simulated cells, to stay within the time for this table"
+            yield SystemResults(name, size, system, [], (), reason)
 
 
 def rows(results: Results, budget: Budget) -> list[Row]:
     """Every score of every system, and by how much the default leads."""
-    everything = found(results, budget)
+    everything = known_results(results, budget)
     return [row for of in everything for row in _scores(of)] + list(_leads(everything))
 
 
-def _scores(of: Found) -> Iterator[Row]:
+def _scores(of: SystemResults) -> Iterator[Row]:
     if not of.results:
         yield Row(of.data, of.system, QUANTITIES["log_p"], math.nan, seeds=of.seeds, note=of.reason)
         return
@@ -308,7 +309,7 @@ def _scores(of: Found) -> Iterator[Row]:
         )
 
 
-def _notes(of: Found, key: str, paper: float) -> Iterator[str]:
+def _notes(of: SystemResults, key: str, paper: float) -> Iterator[str]:
     first = of.results[0]
     if of.reason:
         yield f"a further seed is missing: {of.reason}"
@@ -330,7 +331,7 @@ def _notes(of: Found, key: str, paper: float) -> Iterator[str]:
         yield "the paper's: 720 variable genes, here others, so that levels do not compare"
 
 
-def _leads(everything: list[Found]) -> Iterator[Row]:
+def _leads(everything: list[SystemResults]) -> Iterator[Row]:
     for name in dict.fromkeys(of.data for of in everything):
         by_system = {of.system: of for of in everything if of.data == name}
         ahead = by_system[OURS].per_cell("log_p")
@@ -358,7 +359,7 @@ def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     """The lead against the number of cells."""
     from matplotlib.figure import Figure  # only here: tables need no drawing
 
-    everything = found(results, budget)
+    everything = known_results(results, budget)
     leads = [row for row in _leads(everything) if row.quantity == LEAD and not math.isnan(row.value)]
     n = {of.data: of.results[0].get("n", of.size) for of in everything if of.results}
     kinds = [kind for kind in ("brain10k", "simulated") if any(row.data.startswith(kind) for row in leads)]

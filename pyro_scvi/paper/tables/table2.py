@@ -60,7 +60,7 @@ def zifa(case: Result) -> Result:
 
 
 def magic(case: Result) -> Result:
-    """MAGIC with the defaults of its package; it says nothing of which zeros are lost counts."""
+    """MAGIC with the defaults of its package; it does not tell which zeros are lost counts."""
     of, started = corruption.read(**case), time.process_time()
     imputed = baselines.MAGIC().fit(of.counts).impute(of.counts)
     return _scored(of, {"": imputed}, {}, time.process_time() - started)
@@ -96,9 +96,9 @@ def scvi_tools(case: Result, seed: int, epochs: int, samples: int) -> Result:
     return _of_answers(of, zeros.of_scvi_tools(method, of.counts, samples=samples, seed=seed), seconds)
 
 
-def _of_answers(of: corruption.Corrupted, found: zeros.Answers, seconds: float) -> Result:
-    imputed = {f", {name}": found.pop(name) for name in (zeros.MEAN, zeros.RATE)}
-    return _scored(of, imputed, found, seconds)
+def _of_answers(of: corruption.Corrupted, answers: zeros.Answers, seconds: float) -> Result:
+    imputed = {f", {name}": answers.pop(name) for name in (zeros.MEAN, zeros.RATE)}
+    return _scored(of, imputed, answers, seconds)
 
 
 def _scored(of: corruption.Corrupted, imputed: zeros.Answers, lost: zeros.Answers, seconds: float) -> Result:
@@ -138,7 +138,7 @@ PAPER = {  # Lopez et al. 2017: error, mean cross-entropy, on the brain cells wi
     "ZINB-WaVE, mu": (1.053, 1.366),
     "scVI, 2017 preset, mu": (1.048, 0.742),
 }
-QUESTIONS = {zeros.PI: "P(h = 1 | z)", zeros.RHO: "P(h = 1 | x = 0, z)", zeros.ZERO: "P(x = 0 | z)"}
+PROBABILITIES = {zeros.PI: "P(h = 1 | z)", zeros.RHO: "P(h = 1 | x = 0, z)", zeros.ZERO: "P(x = 0 | z)"}
 
 
 def steps(budget: Budget) -> list[Step]:
@@ -182,14 +182,14 @@ def rows(results: Results, budget: Budget) -> list[Row]:
 def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row]:
     for name, steps in _systems(setting, budget):
         outcomes = {step.settings["case"]["seed"]: results.of(step) for step in steps}
-        found = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
-        if not found:
+        by_seed = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
+        if not by_seed:
             note, paper = _reasons(outcomes.values()), _paper(setting, name)[0]
             yield Row(setting.name, name, MEDIAN, np.nan, seeds=tuple(outcomes), note=note, paper=paper)
             continue
-        seconds = float(np.mean([result["seconds"] for result in found.values()]))
-        about = {"seeds": tuple(found), "seconds": seconds}
-        of = setting, name, list(found.values()), about
+        seconds = float(np.mean([result["seconds"] for result in by_seed.values()]))
+        about = {"seeds": tuple(by_seed), "seconds": seconds}
+        of = setting, name, list(by_seed.values()), about
         if not name:
             yield from _facts(*of)
         yield from _error_rows(*of)
@@ -199,7 +199,7 @@ def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row
 MEDIAN, MEAN = "median absolute error, counts", "mean absolute error, counts"
 
 
-def _facts(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
+def _facts(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
     for quantity, key in (
         ("zeroed entries", "entries"),
         ("share of the candidates zeroed", "base_rate"),
@@ -208,31 +208,31 @@ def _facts(setting: Setting, name: str, found: list[Result], about: Result) -> I
         ("lambda of ZIFA", "decay"),
     ):
         if setting.by_zifa or key not in ("base_rate", "decay"):
-            value, error, n = over_seeds([result[key] for result in found])
+            value, error, n = over_seeds([result[key] for result in fits])
             yield Row(setting.name, "the corruption", quantity, value, error, "sd over masks", n, about["seeds"])
 
 
-def _error_rows(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
-    for which in found[0]["errors"]:
-        system, scores = f"{name}{which}", [result["errors"][which] for result in found]
-        paper, note = _paper(setting, system)[0], _note(found)
+def _error_rows(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
+    for which in fits[0]["errors"]:
+        system, scores = f"{name}{which}", [result["errors"][which] for result in fits]
+        paper, note = _paper(setting, system)[0], _note(fits)
         yield Row(setting.name, system, MEDIAN, *_over(scores, "median"), **about, paper=paper, note=note)
         yield Row(setting.name, system, MEAN, *_over(scores, "mean"), **about, note=note)
 
 
-def _identification_rows(setting: Setting, name: str, found: list[Result], about: Result) -> Iterator[Row]:
-    for question in found[0]["identification"]:
-        scores = [result["identification"][question] for result in found]
-        base = question not in QUESTIONS
-        system, asked = ("the share zeroed", "the share zeroed") if base else (name, QUESTIONS[question])
+def _identification_rows(setting: Setting, name: str, fits: list[Result], about: Result) -> Iterator[Row]:
+    for key in fits[0]["identification"]:
+        scores = [result["identification"][key] for result in fits]
+        base = key not in PROBABILITIES
+        system, label = ("the share zeroed", "the share zeroed") if base else (name, PROBABILITIES[key])
         if setting.by_zifa:  # where all candidates are zeroed, a probability of 1 is right and says nothing
             named = name if name == "ZIFA" else f"{name}, mu"
-            paper = _paper(setting, named)[1] if question == zeros.PI else np.nan
-            quantity = f"cross-entropy of {asked}, nats"
+            paper = _paper(setting, named)[1] if key == zeros.PI else np.nan
+            quantity = f"cross-entropy of {label}, nats"
             yield Row(setting.name, system, quantity, *_over(scores, "cross_entropy"), **about, paper=paper)
         if not base:
-            asked = "P(x > 0 | z)" if question == zeros.ZERO else asked
-            yield Row(setting.name, system, f"AUC of {asked}", *_over(scores, "auc"), **about)
+            label = "P(x > 0 | z)" if key == zeros.ZERO else label
+            yield Row(setting.name, system, f"AUC of {label}", *_over(scores, "auc"), **about)
 
 
 def _over(scores: Sequence[dict[str, float]], name: str) -> tuple[float, float, str, int]:
@@ -241,8 +241,8 @@ def _over(scores: Sequence[dict[str, float]], name: str) -> tuple[float, float, 
     return (value, error, "sd over seeds", n) if n > 1 else (value, scores[0][f"{name}_se"], "se over entries", 1)
 
 
-def _note(found: list[Result]) -> str:
-    unfinished = [result["iterations"] for result in found if not result.get("converged", True)]
+def _note(fits: list[Result]) -> str:
+    unfinished = [result["iterations"] for result in fits if not result.get("converged", True)]
     return f"not converged in {unfinished[0]:,} iterations" if unfinished else ""
 
 

@@ -86,15 +86,15 @@ def of_systems(budget: Budget) -> dict[str, list[Step]]:
         WAVE: {"max_iter": ITERATIONS if budget.epochs is None else 10 * budget.epochs},
         PEER: {"epochs": epochs},
     }
-    found = {
+    by_system = {
         system: [_baseline_step(system, seed, settings.get(system, {}), budget) for seed in _seeds(system, budget)]
         for system in METHODS
     }
     for as_parameter, names in ((False, systems.MODELS), (True, AS_PARAMETER)):
         for name in names:
             label = name + PARAMETER * as_parameter
-            found[label] = [_step(name, seed, as_parameter, budget) for seed in _seeds(label, budget)]
-    return found
+            by_system[label] = [_step(name, seed, as_parameter, budget) for seed in _seeds(label, budget)]
+    return by_system
 
 
 def _seeds(system: str, budget: Budget) -> tuple[int, ...]:
@@ -114,11 +114,13 @@ def _step(name: str, seed: int, as_parameter: bool, budget: Budget) -> Step:
 def with_evidence(budget: Budget) -> dict[str, list[Step]]:
     """The steps that give held-out log p(x), of Table 1 where it has them."""
     cortex = table1.datasets(budget)[0]
-    found = {name: of for name, of in table1.of_systems(cortex, budget).items() if name in METHODS or "scVI" in name}
-    found[GENE] = candidates(budget)[GENE]
+    by_system = {
+        name: of for name, of in table1.of_systems(cortex, budget).items() if name in METHODS or "scVI" in name
+    }
+    by_system[GENE] = candidates(budget)[GENE]
     # As Table 3 trains it; Table 1's own is trained on the evidence bound.
-    found["scVI, 2018 preset"] = [our_step(cortex, "scVI, 2018 preset", budget.seeds[0], budget, kl=0.0)]
-    return found
+    by_system["scVI, 2018 preset"] = [our_step(cortex, "scVI, 2018 preset", budget.seeds[0], budget, kl=0.0)]
+    return by_system
 
 
 def candidates(budget: Budget) -> dict[str, list[Step]]:
@@ -148,12 +150,12 @@ def steps(budget: Budget) -> list[Step]:
 def rows(results: Results, budget: Budget) -> list[Row]:
     """Separation of types and held-out log p(x) of every system; then the choice without labels."""
     held_out_steps = with_evidence(budget)
-    found: list[Row] = []
+    listed: list[Row] = []
     for system, of in of_systems(budget).items():
-        found += _separation(system, of, results)
-        found.append(_evidence(system, held_out_steps.get(system, []), results))
-    found += list(_choice(results, budget))
-    return found + list(_answers(found)) + list(_shorter(results, budget))
+        listed += _separation(system, of, results)
+        listed.append(_evidence(system, held_out_steps.get(system, []), results))
+    listed += list(_choice(results, budget))
+    return listed + list(_answers(listed)) + list(_shorter(results, budget))
 
 
 def _separation(system: str, of: list[Step], results: Results) -> Iterator[Row]:
@@ -189,19 +191,19 @@ def _choice(results: Results, budget: Budget) -> Iterator[Row]:
     """Every candidate, then the one with the best evidence: no label has a part in that."""
     known = {name: done(of, results) for name, of in candidates(budget).items()}
     level: dict[str, np.ndarray] = {}
-    for name, (found, seeds, reason) in known.items():
+    for name, (fits, seeds, reason) in known.items():
         label = f"candidate: {name}"
-        if not found:
+        if not fits:
             yield Row("cortex", label, HELD_OUT, math.nan, note=reason)
             continue
-        level[name] = np.mean([result["log_p"] for result in found], 0)
-        yield from _of_candidate(label, found, level[name], seeds)
+        level[name] = np.mean([result["log_p"] for result in fits], 0)
+        yield from _of_candidate(label, fits, level[name], seeds)
     if level:
         yield from _compared(known, level)
 
 
 def _compared(known: dict[str, Any], level: dict[str, np.ndarray]) -> Iterator[Row]:
-    """How far candidates lie behind the best, paired over cells, and the choice with all that it is not told from."""
+    """Differences of the candidates from the best, paired over cells, and those not distinguishable from it."""
     chosen, close = max(level, key=lambda name: level[name].mean()), []
     for name in level:
         if name == chosen:
@@ -211,8 +213,8 @@ def _compared(known: dict[str, Any], level: dict[str, np.ndarray]) -> Iterator[R
         close += [name] * alike
         note = f"paired over cells; {'not told from' if alike else 'behind'} {chosen}"
         yield Row("cortex", f"candidate: {name}", BEHIND, mean, se, "se over cells", n, known[name][1], note=note)
-    found, seeds, _ = known[chosen]
-    silhouette, sd, n = over_seeds([result["silhouette"] for result in found])
+    fits, seeds, _ = known[chosen]
+    silhouette, sd, n = over_seeds([result["silhouette"] for result in fits])
     note = f"chosen by the best held-out log p(x), {level[chosen].mean():.1f}: {chosen}"
     if close:
         note += f"; within {WITHIN:g} standard errors: {', '.join(close)}"
@@ -220,9 +222,9 @@ def _compared(known: dict[str, Any], level: dict[str, np.ndarray]) -> Iterator[R
     yield Row("cortex", "choice without labels", SCORES["silhouette"], silhouette, sd, spread, n, seeds, note=note)
 
 
-def _answers(found: list[Row]) -> Iterator[Row]:
+def _answers(separations: list[Row]) -> Iterator[Row]:
     """Which of our protocols, all fixed without labels, reach ZINB-WaVE's silhouette and the paper's best."""
-    rows = [row for row in found if row.quantity == SCORES["silhouette"] and math.isfinite(row.value)]
+    rows = [row for row in separations if row.quantity == SCORES["silhouette"] and math.isfinite(row.value)]
     wave = max((row.value for row in rows if row.system == WAVE), default=math.nan)
     ours = [row for row in rows if row.system.startswith(("scVI,", "candidate", "choice"))]
     for name, level in (("ZINB-WaVE here", wave), ("the paper's best", PAPER_BEST)):
@@ -231,12 +233,12 @@ def _answers(found: list[Row]) -> Iterator[Row]:
         yield Row("cortex", f"silhouette of {name}, {level:.3f}", REACHING, float(len(reaching)), note=note)
 
 
-def _of_candidate(label: str, found: list[Result], level: np.ndarray, seeds: tuple[int, ...]) -> Iterator[Row]:
+def _of_candidate(label: str, fits: list[Result], level: np.ndarray, seeds: tuple[int, ...]) -> Iterator[Row]:
     note = "fitted to three quarters of the cells, all embedded"
     mean, se, n = over_cells(level.tolist())
     yield Row("cortex", label, HELD_OUT, mean, se, "se over cells", n, seeds, note="test cells")
     for key, quantity in SCORES.items():
-        value, sd, n = over_seeds([result[key] for result in found])
+        value, sd, n = over_seeds([result[key] for result in fits])
         yield Row("cortex", label, quantity, value, sd, "sd over seeds", n, seeds, note=note)
 
 
@@ -245,15 +247,15 @@ def _shorter(results: Results, budget: Budget) -> Iterator[Row]:
     runs = along_training(budget)
     for epochs in (*BUDGETS, 60):
         outcomes = {name: results.of(of[epochs]) for name, of in runs.items()}
-        found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
-        chosen = max(found, key=lambda name: np.mean(found[name]["log_p"]), default=None)
+        known = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
+        chosen = max(known, key=lambda name: np.mean(known[name]["log_p"]), default=None)
         for name, outcome in outcomes.items():
             label = f"{name}, {epochs} epochs in all"
-            if name not in found:
+            if name not in known:
                 yield Row("cortex", label, HELD_OUT, math.nan, note=outcome.reason)
                 continue
             note = "the better held-out log p(x) at this budget" if name == chosen else ""
-            result, seeds = found[name], budget.seeds[:1]
+            result, seeds = known[name], budget.seeds[:1]
             mean, se, n = over_cells(result["log_p"])
             yield Row("cortex", label, HELD_OUT, mean, se, "se over cells", n, seeds, note=note)
             yield Row("cortex", label, SCORES["silhouette"], result["silhouette"], n=1, seeds=seeds)
@@ -267,10 +269,10 @@ def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     types, evidence = figure.subplots(1, 2)
     for name, of in along_training(budget).items():
         outcomes = {epochs: results.of(step) for epochs, step in of.items()}
-        found = {epochs: outcome.result for epochs, outcome in outcomes.items() if outcome.result is not None}
-        types.plot(list(found), [result["silhouette"] for result in found.values()], marker="o", label=name)
-        levels = [over_cells(result["log_p"]) for result in found.values()]
-        evidence.plot(list(found), [level[0] for level in levels], marker="o", label=name)
+        known = {epochs: outcome.result for epochs, outcome in outcomes.items() if outcome.result is not None}
+        types.plot(list(known), [result["silhouette"] for result in known.values()], marker="o", label=name)
+        levels = [over_cells(result["log_p"]) for result in known.values()]
+        evidence.plot(list(known), [level[0] for level in levels], marker="o", label=name)
     types.axhline(PAPER_BEST, color=CALM, linewidth=0.8, linestyle="--")
     types.set(xlabel="epochs of the whole run", ylabel="silhouette of the known types")
     evidence.set(xlabel="epochs of the whole run", ylabel="held-out log p(x), nats per cell")

@@ -61,7 +61,7 @@ def normalised(case: Result, quality: int | None, seed: int) -> Result:
 
 @dataclass(frozen=True)
 class RecordedDepth:
-    """Divide by the number of transcripts that was recorded with each cell: the genes at hand are few of its genes."""
+    """Divide by the recorded number of transcripts of each cell, because the data have only some of its genes."""
 
     depth: np.ndarray
     name: str = "recorded depth"
@@ -185,7 +185,7 @@ def _case(setting: Setting, budget: Budget) -> Result:
 
 
 def rows(results: Results, budget: Budget) -> list[Row]:
-    """What is known by itself, every system's scores, and what gamma changes."""
+    """The references, every system's scores, and the effect of gamma."""
     return [row for setting in SETTINGS for row in _rows_of(setting, results, budget)]
 
 
@@ -195,55 +195,54 @@ def _rows_of(setting: Setting, results: Results, budget: Budget) -> Iterator[Row
         yield Row(setting.name, TYPES, QUANTITIES["r2"], np.nan, note=known.reason)
     else:
         yield from _reference_rows(setting, known.result)
-    found: dict[str, dict[int, Result]] = {}
+    by_system: dict[str, dict[int, Result]] = {}
     for system, steps in _systems(setting, budget).items():
         outcomes = {step.settings["seed"]: results.of(step) for step in steps}
-        found[system] = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
-        if found[system]:
-            yield from _score_rows(setting, system, list(found[system].values()), tuple(found[system]))
+        by_system[system] = {seed: outcome.result for seed, outcome in outcomes.items() if outcome.result is not None}
+        if by_system[system]:
+            yield from _score_rows(setting, system, list(by_system[system].values()), tuple(by_system[system]))
         else:
             reason = "; ".join(sorted({outcome.reason for outcome in outcomes.values()}))
             note = reason or "not run: left out for its time"
             yield Row(setting.name, system, QUANTITIES["silhouette"], np.nan, seeds=tuple(outcomes), note=note)
     for name in EPOCHS:
-        yield from _difference_rows(setting, name, found[f"{name}, {WITH}"], found[f"{name}, {WITHOUT}"])
+        yield from _difference_rows(setting, name, by_system[f"{name}, {WITH}"], by_system[f"{name}, {WITHOUT}"])
 
 
-def _reference_rows(setting: Setting, found: Result) -> Iterator[Row]:
-    counted = (
-        f"{found['cells']:,} cells, {found['labelled']:,} of them with types that are scored, {found['genes']:,} genes"
-    )
-    yield Row(setting.name, TYPES, QUANTITIES["r2"], found["labels"], n=found["labelled"], note=counted)
-    yield Row(setting.name, "batch alone", QUANTITIES["r2"], found["batch"], n=found["cells"])
-    note = "types of donor A are transferred" if found["labelled"] < found["cells"] else ""
-    both = found["labels and batch"]
-    yield Row(setting.name, TYPES_AND_BATCH, QUANTITIES["r2"], both, n=found["cells"], note=note)
+def _reference_rows(setting: Setting, result: Result) -> Iterator[Row]:
+    scored = f"{result['labelled']:,} of them with types that are scored"
+    counted = f"{result['cells']:,} cells, {scored}, {result['genes']:,} genes"
+    yield Row(setting.name, TYPES, QUANTITIES["r2"], result["labels"], n=result["labelled"], note=counted)
+    yield Row(setting.name, "batch alone", QUANTITIES["r2"], result["batch"], n=result["cells"])
+    note = "types of donor A are transferred" if result["labelled"] < result["cells"] else ""
+    both = result["labels and batch"]
+    yield Row(setting.name, TYPES_AND_BATCH, QUANTITIES["r2"], both, n=result["cells"], note=note)
 
 
-def _score_rows(setting: Setting, system: str, found: Sequence[Result], seeds: tuple[int, ...]) -> Iterator[Row]:
+def _score_rows(setting: Setting, system: str, fits: Sequence[Result], seeds: tuple[int, ...]) -> Iterator[Row]:
     silhouette, r2 = PAPER.get(system, (np.nan, np.nan)) if setting.file == files.PBMC_8K4K else (np.nan, np.nan)
     paper = {"silhouette": silhouette, "r2": r2}
-    seconds = float(np.mean([result["seconds"] for result in found]))
+    seconds = float(np.mean([result["seconds"] for result in fits]))
     for score, quantity in QUANTITIES.items():
-        value, error, n = over_seeds([result[score] for result in found])
+        value, error, n = over_seeds([result[score] for result in fits])
         spread = "sd over seeds" if n > 1 else ""
         yield Row(setting.name, system, quantity, value, error, spread, n, seeds, seconds, paper.get(score, np.nan))
 
 
 def _difference_rows(
-    setting: Setting, name: str, found: dict[int, Result], without: dict[int, Result]
+    setting: Setting, name: str, with_batches: dict[int, Result], without: dict[int, Result]
 ) -> Iterator[Row]:
     """With gamma less without, paired by seed."""
-    seeds = tuple(seed for seed in found if seed in without)
+    seeds = tuple(seed for seed in with_batches if seed in without)
     for score in ("silhouette", "r2") if seeds else ():
-        value, error, n = over_seeds([found[seed][score] - without[seed][score] for seed in seeds])
+        value, error, n = over_seeds([with_batches[seed][score] - without[seed][score] for seed in seeds])
         quantity = f"{QUANTITIES[score]}, with gamma less without"
         spread = "sd over seeds, paired" if n > 1 else ""
         yield Row(setting.name, name, quantity, value, error, spread, n, seeds, note=_kept(score, value, error))
 
 
 def _kept(score: str, value: float, error: float) -> str:
-    """What is asked of gamma: less R^2, at a silhouette that is equal, within its spread, or better."""
+    """Criterion for gamma: a smaller R^2, with a silhouette that is equal within its spread, or larger."""
     if score == "r2":
         return "lower with gamma: yes" if value < 0 else "lower with gamma: no"
     return f"equal within one sd, or better: {'yes' if value >= -np.nan_to_num(error) else 'no'}"

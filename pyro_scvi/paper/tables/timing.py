@@ -115,37 +115,37 @@ def rows(results: Results, budget: Budget) -> list[Row]:
 
 
 def _rows_of(system: str, results: Results, budget: Budget) -> Iterator[Row]:
-    found: dict[int, Result] = {}
+    by_size: dict[int, Result] = {}
     seeds = budget.seeds[:1]
     for n in budget.sizes:
         quantity = f"CPU seconds, n = {n:,}"
         if n > LARGEST.get(system, n):
-            yield Row(SIMULATED, system, quantity, math.nan, seeds=seeds, note=_beyond(found, n, budget.limit))
+            yield Row(SIMULATED, system, quantity, math.nan, seeds=seeds, note=_beyond(by_size, n, budget.limit))
             continue
         outcome = results.of(step(system, n, budget))
         if outcome.result is None:
             yield Row(SIMULATED, system, quantity, math.nan, seeds=seeds, note=outcome.reason)
             continue
-        found[n] = outcome.result
+        by_size[n] = outcome.result
         yield Row(SIMULATED, system, quantity, outcome.result["seconds"], n=1, seeds=seeds)
-    for n, result in found.items():
+    for n, result in by_size.items():
         note = "no more than the simulation of the cells had taken" if result["peak_mb"] <= result["before_mb"] else ""
         yield Row(SIMULATED, system, f"peak MB, n = {n:,}", result["peak_mb"], n=1, seeds=seeds, note=note)
-    if len(found) > 2:
-        line = stats.linregress(np.log(list(found)), np.log([result["seconds"] for result in found.values()]))
-        yield Row(SIMULATED, system, SLOPE, line.slope, line.stderr, "se of the line", len(found), seeds)
-    for n in list(found)[-1:]:
+    if len(by_size) > 2:
+        line = stats.linregress(np.log(list(by_size)), np.log([result["seconds"] for result in by_size.values()]))
+        yield Row(SIMULATED, system, SLOPE, line.slope, line.stderr, "se of the line", len(by_size), seeds)
+    for n in list(by_size)[-1:]:
         epochs = epochs_of(system, n, budget)
         if epochs is not None and system not in LARGEST:
-            rate = n * epochs / found[n]["seconds"]
+            rate = n * epochs / by_size[n]["seconds"]
             yield Row(SIMULATED, system, RATE, rate, n=1, seeds=seeds, note=f"{epochs} epochs of {n:,} cells")
 
 
-def _beyond(found: dict[int, Result], n: int, limit: int) -> str:
-    if not found:
+def _beyond(by_size: dict[int, Result], n: int, limit: int) -> str:
+    if not by_size:
         return "not run, since no smaller size gave a time"
-    largest = max(found)
-    seconds = found[largest]["seconds"] * n / largest
+    largest = max(by_size)
+    seconds = by_size[largest]["seconds"] * n / largest
     return f"not run: in proportion to {largest:,} cells it would take {seconds:,.0f} CPU s, the limit is {limit:,}"
 
 

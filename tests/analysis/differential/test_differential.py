@@ -7,7 +7,7 @@ import torch
 from scipy.special import betainc
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.differential.differential import AllPairs, DepthCorrected, Uncorrected, expected_fdr
+from pyro_scvi.analysis.differential import AllPairs, DepthCorrected, Uncorrected, expected_fdr
 from pyro_scvi.analysis.differential.matched_pairs import Groups, pairs_within_batches
 from pyro_scvi.distributions.gamma_ratio import Side, probability_less
 from pyro_scvi.errors import DataError, ModelError, SchemaError

@@ -6,7 +6,7 @@ import torch
 
 import pyro_scvi as ps
 from pyro_scvi.analysis.differential import matched_pairs
-from pyro_scvi.analysis.differential.differential import DepthCorrected
+from pyro_scvi.analysis.differential.contrasts import DepthCorrected
 from pyro_scvi.analysis.differential.matched_pairs import Groups, MatchedPairs, summary_of_changes
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.inference.evaluation import evaluating

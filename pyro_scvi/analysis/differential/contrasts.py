@@ -1,0 +1,45 @@
+"""Contrasts: the scale on which the expression of two cells is compared."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_scvi.types import Theta
+
+
+@dataclass(frozen=True)
+class DepthCorrected:
+    r"""Compare w divided by the cell's depth (the sum of its means), so that groups of unequal depth are on one scale.
+
+    .. math:: w_{ng} / \textstyle\sum_{g'} \mu_{ng'}
+
+    Examples
+    --------
+    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "largest_se": 0.05}
+    >>> corrected = ps.differential_expression(fit, cells, contrast=ps.differential.DepthCorrected(), **options)
+    >>> bool(corrected.p_a_lt_b.between(0, 1).all())
+    True
+    """
+
+    def log_mean(self, theta: Theta) -> Tensor:
+        """Log mu minus the log of its sum over the genes."""
+        return theta["log_mean"] - theta["log_mean"].logsumexp(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Uncorrected:
+    r"""Compare w itself, in counts, as Lopez et al. (2017, Sec. 4) do. A deeper cell then has more of every gene.
+
+    .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng})
+
+    Examples
+    --------
+    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "largest_se": 0.05}
+    >>> uncorrected = ps.differential_expression(fit, cells, contrast=ps.differential.Uncorrected(), **options)
+    >>> bool(uncorrected.p_a_lt_b.between(0, 1).all())
+    True
+    """
+
+    def log_mean(self, theta: Theta) -> Tensor:
+        """Log mu."""
+        return theta["log_mean"]
