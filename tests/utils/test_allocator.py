@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import json, resource, torch
-from pyro_scvi.memory import keep_freed_memory
+from pyro_scvi.utils.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
