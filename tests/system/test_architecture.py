@@ -33,7 +33,7 @@ def test_imports_only_move_forward():
     ("file", "line"),
     [
         ("distributions/gamma_ratio.py", "from pyro_scvi.training.fit import fit"),
-        ("utils/checks.py", "from pyro_scvi.utils import html_repr"),
+        ("utils/checks.py", "from pyro_scvi.utils import random_state"),
         ("model.py", "from pyro_scvi.data.cells import Cells"),
     ],
 )

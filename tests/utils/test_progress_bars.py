@@ -93,7 +93,7 @@ def test_long_questions_show_how_far_they_are_and_short_ones_nothing(frequent, c
 
 
 def test_the_environment_hides_bars():
-    program = "from pyro_scvi import bars; list(bars.each([1, 2], 'block', True))"
+    program = "from pyro_scvi.utils import progress_bars; list(progress_bars.each([1, 2], 'block', True))"
     said = {value: _stderr_of(program, TQDM_DISABLE=value) for value in ("", "1")}
     assert "block 2 of 2" in said[""]
     assert not said["1"]
