@@ -56,7 +56,7 @@ def test_a_half_written_file_is_not_a_result(tmp_path):
     assert CALLS == [1]
     kept = json.loads((tmp_path / f"{step.key}.json").read_text())
     assert (kept["step"], kept["settings"], kept["result"]) == (
-        "test_paper_steps:double",
+        "tests.paper.test_steps:double",
         {"number": 1},
         {"doubled": 2},
     )
@@ -103,7 +103,7 @@ def test_a_missing_package_is_a_reason_that_is_not_kept(tmp_path, caplog):
 def test_a_failing_step_names_itself(number, said):
     with pytest.raises(FitError) as caught:
         results().of(Step(double, {"number": number}))
-    assert str(caught.value).startswith(f"test_paper_steps:double {{'number': {number}}} failed: {said}")
+    assert str(caught.value).startswith(f"tests.paper.test_steps:double {{'number': {number}}} failed: {said}")
 
 
 def test_steps_in_processes_of_their_own_give_results_times_and_names(tmp_path):
