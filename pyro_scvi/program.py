@@ -1,45 +1,17 @@
 """What model and guide share: the plate over cells, checked arguments, and the list of a program's sites."""
 
 import inspect
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
-from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch import Tensor
 
-from pyro_scvi.distributions.zero_inflated import ZeroInflated
+from pyro_scvi.discovery import Found, Site, discovered, like, sites_of
 from pyro_scvi.errors import ModelError
-from pyro_scvi.nn.component import Component, evaluation_mode
+from pyro_scvi.nn.component import Component
 from pyro_scvi.utils.execution import execution
 from pyro_scvi.utils.html_repr import grid
-from pyro_scvi.utils.random_state import seeded
-
-
-class Site(NamedTuple):
-    """A random variable of a program: its name, its law, and its shape in words."""
-
-    name: str
-    law: str
-    shape: str
-
-
-def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
-    """List the sample sites of a program in the order in which it draws them.
-
-    A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
-    """
-    with evaluation_mode(program), seeded(0), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        with torch.no_grad(), pyro.poutine.trace() as found, _Harmless():
-            program(*args, **kwargs)
-    nodes: list[Any] = [node for node in found.trace.nodes.values() if node["type"] == "sample"]
-    return [
-        Site(node["name"], _law(node["fn"]), _shape(node)) for node in nodes if not isinstance(node["fn"], _Subsample)
-    ]
 
 
 class Program(Component):
@@ -64,8 +36,12 @@ class Program(Component):
 
     def sites(self, *, marginal: bool = False) -> list[Site]:
         """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
-        device = next(chain(self.parameters(), self.buffers())).device  # all weights may be latent
-        return sites_of(self, None, torch.zeros(2, self.n_covariates, device=device), marginal=marginal)
+        return sites_of(self, None, like(self).new_zeros(2, self.n_covariates), marginal=marginal)
+
+    def discovered(self, *, marginal: bool = True, seed: int = 0, count: float = 1.0) -> list[Found]:
+        """The sites that the program samples for two cells whose counts are all ``count``, and whose gamma is zero."""
+        x, gamma = like(self).new_full((2, self.n_genes), count), like(self).new_zeros(2, self.n_covariates)
+        return discovered(self, x, gamma, marginal=marginal, seed=seed)
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
@@ -74,65 +50,6 @@ class Program(Component):
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + grid(Site._fields, self.sites(marginal=not self.likelihood.explicit))
-
-
-class _Harmless(Messenger):
-    """Gives global latents, and latents that cannot be drawn, the value in the middle of their support.
-
-    Weights drawn from wide priors overflow the rates of the counts; an improper prior has no draws.
-    """
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
-            return
-        drawn = _drawn(msg["fn"])
-        if drawn is None:
-            msg["value"] = _middle(msg["fn"])
-        elif not msg["cond_indep_stack"]:
-            msg["value"] = _middle(msg["fn"]).to(drawn)
-
-
-def _drawn(law: Any) -> torch.Tensor | None:
-    try:
-        return law.sample()
-    except NotImplementedError:
-        return None
-
-
-def _middle(law: Any) -> torch.Tensor:
-    transform = biject_to(law.support)
-    return transform(torch.zeros(transform.inverse_shape(law.shape())))
-
-
-def _unwrapped(law: Any) -> Any:
-    while isinstance(law, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        law = law.base_dist
-    return law
-
-
-def _law(law: Any) -> str:
-    """Name of a distribution, without the wrappers that only reshape it, and of what a mixture or transform is of."""
-    law = _unwrapped(law)
-    name = type(law).__name__
-    if isinstance(law, dist.Delta):
-        return "a function of those above"
-    if isinstance(law, ZeroInflated):
-        return f"{name} {_law(law.base)}"
-    if isinstance(law, dist.MixtureSameFamily):
-        return f"mixture of {law.mixture_distribution.logits.shape[-1]} {_law(law.component_distribution)}"
-    if name == "TransformedDistribution":  # named ones, such as LogNormal, say enough
-        return f"transformed {_law(law.base_dist)}"
-    return name
-
-
-def _shape(node: Any) -> str:
-    shape, n_event = tuple(node["value"].shape), len(node["fn"].event_shape)
-    if isinstance(_unwrapped(node["fn"]), dist.Delta):  # deterministic sites call all their dimensions events
-        n_event = 0
-    plates = {frame.dim: frame.name for frame in node["cond_indep_stack"]}
-    batch, event = shape[: len(shape) - n_event], shape[len(shape) - n_event :]
-    named = [(plates.get(place - len(batch)), size) for place, size in enumerate(batch)]
-    return " x ".join([name or str(size) for name, size in named if name or size > 1] + list(map(str, event))) or "1"
 
 
 def register(program: Component) -> None:

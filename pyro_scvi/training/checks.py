@@ -15,6 +15,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.utils.checks import brief, require_kind
 
 
@@ -79,7 +80,7 @@ def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
 
 
 def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
-    """Refuse latents on one side only and parameters that no optimiser would see.
+    """Refuse latents on one side only, sites that no verb knows, and parameters that no optimiser would see.
 
     Raises
     ------
@@ -102,6 +103,9 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
                     f"pyro.param {name!r} would never be trained: make it an nn.Parameter of a module that is part of "
                     "the model or guide"
                 )
+    guide.require_supported()
+    for part, what in ((model, "model"), (guide, "guide")):
+        require_owned(part, what, model, guide)
 
 
 def check_gradients(*parts: torch.nn.Module) -> None:
