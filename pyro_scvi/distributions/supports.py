@@ -81,8 +81,8 @@ def require_coordinates(law: Any, what: str) -> None:
         raise ModelError(f"{what} is a point mass (Delta), which has no density: take a narrow continuous law")
     if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
         raise ModelError(
-            f"{what} lives on a circle or sphere ({circular[0]}), which no coordinates in R^n cover once: take two normal "
-            "latents, the angle of which is the phase, or a law on an interval"
+            f"{what} lives on a circle or sphere ({circular[0]}), which no coordinates in R^n cover once: take two "
+            "normal latents, the angle of which is the phase, or a law on an interval"
         )
     if is_discrete(law):
         raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")
@@ -96,12 +96,12 @@ def require_coordinates(law: Any, what: str) -> None:
         ) from error
 
 
-def same_coordinates(one: Any, other: Any, shape: torch.Size) -> bool:
+def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
     """Whether the bijections to two supports take the same R^n to the same values of an event's shape."""
     first, second = biject_to(one), biject_to(other)
     try:
-        size = first.inverse_shape(shape)
-        if size != second.inverse_shape(shape):
+        size = first.inverse_shape(torch.Size(shape))
+        if size != second.inverse_shape(torch.Size(shape)):
             return False
         return _same_values(one, other, torch.linspace(-1.5, 1.5, size.numel()).reshape(size))
     except (RuntimeError, ValueError):  # bounds of other shapes

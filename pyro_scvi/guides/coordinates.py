@@ -123,14 +123,17 @@ def prior_sites(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n
     return {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
 
 
-def _drawn_by_program(
-    model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int
-) -> dict[str, Tensor]:
+def _drawn_by_program(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """The same from a run of the program for n copies of the cells, which ends where it comes to x."""
     ended = pyro.poutine.escape(model, escape_fn=lambda msg: msg["name"] == "x")
-    with pyro.get_param_store().scope(), executing(register_parameters=False), pyro.poutine.trace() as traced:
-        with pyro.poutine.condition(data=global_latents), suppress(NonlocalExit):
-            ended(None, gamma.repeat(n, 1))
+    with (
+        pyro.get_param_store().scope(),
+        executing(register_parameters=False),
+        pyro.poutine.trace() as traced,
+        pyro.poutine.condition(data=global_latents),
+        suppress(NonlocalExit),
+    ):
+        ended(None, gamma.repeat(n, 1))
     nodes: dict[str, Any] = traced.trace.nodes
     drawn = {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
     return {name: value.reshape(n, len(gamma), *value.shape[1:]) for name, value in drawn.items()}

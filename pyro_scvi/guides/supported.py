@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pyro
-import torch
 from pyro.poutine.subsample_messenger import _Subsample
 
 from pyro_scvi.discovery import Found, Kind
@@ -51,7 +50,7 @@ def require_own_forward(model: SCVI) -> None:
 
 
 def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
-    """Refuse a program with other sites than x and the latents, or with latents that are not what the guide takes them for.
+    """Refuse a program that has other sites than x and these latents, or has them as something else.
 
     Raises
     ------
@@ -120,7 +119,7 @@ def _require_place(site: Found, latent: Latent) -> None:
         )
     require_coordinates(site.law, f"the law of the site {site.name!r}")
     expected = event if latent.event_shape is None else latent.event_shape
-    if event != expected or not same_coordinates(support_of(site.law), latent.support, torch.Size(event)):
+    if event != expected or not same_coordinates(support_of(site.law), latent.support, event):
         raise ModelError(
             f"the program's site {site.name!r} has values of shape {event} in {support_of(site.law)}; the guide was "
             f"made for shape {expected} in {latent.support}: make it after the model's last change, and leave the site "
@@ -135,8 +134,8 @@ def _require_constant(first: list[Found], second: list[Found]) -> None:
         raise _conditional(name)
     for site in first:
         if site.kind in (Kind.LOCAL, Kind.GLOBAL):
-            supports = [support_of(law) for law in (site.law, others[site.name].law)]
-            if not same_coordinates(*supports, site.law.event_shape):
+            moved = support_of(others[site.name].law)
+            if not same_coordinates(support_of(site.law), moved, site.law.event_shape):
                 raise ModelError(
                     f"the support of the program's site {site.name!r} depends on other sites or on the counts: take a "
                     "law whose support is constant, and scale its value instead"

@@ -122,4 +122,6 @@ def _named_in(function: Any) -> Names:
 def _loaded(code: types.CodeType, operations: tuple[str, ...]) -> Names:
     """The names that code, and the code inside it, loads by these operations."""
     own = {step.argval for step in dis.get_instructions(code) if step.opname in operations}
-    return frozenset(own).union(*(_loaded(part, operations) for part in code.co_consts if isinstance(part, types.CodeType)))
+    return frozenset(own).union(
+        *(_loaded(part, operations) for part in code.co_consts if isinstance(part, types.CodeType))
+    )
