@@ -33,6 +33,7 @@ from pyro_scvi.training import distributed
 from pyro_scvi.training.fit import fit
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
+from pyro_scvi.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pyro_scvi import baselines, plots
@@ -47,8 +48,6 @@ else:
     def __dir__():
         return [*__all__, "__version__"]
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "HMC",

@@ -1,6 +1,5 @@
 """What model and guide share: the plate over cells, checked arguments, and the list of a program's sites."""
 
-import inspect
 from typing import Any
 
 import pyro
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from pyro_scvi.discovery import Found, Site, discovered, like, sites_of
 from pyro_scvi.errors import ModelError
-from pyro_scvi.nn.component import Component
+from pyro_scvi.nn.component import Component, constructor_parameters
 from pyro_scvi.utils.execution import execution
 from pyro_scvi.utils.html_repr import grid
 
@@ -45,7 +44,7 @@ class Program(Component):
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also those left at their defaults: a record of a model says how large its networks are."""
-        defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
+        defaults = {name: one.default for name, one in constructor_parameters(type(self)).items()}
         return defaults | self.config()
 
     def _repr_html_(self) -> str:

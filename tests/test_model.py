@@ -12,6 +12,7 @@ from pyro_scvi.distributions.negative_binomial import NegativeBinomial
 from pyro_scvi.distributions.zero_inflated import ZeroInflated
 from pyro_scvi.errors import ModelError
 from pyro_scvi.model import cells_plate, check_inputs
+from pyro_scvi.priors.base import Prior
 
 LIKELIHOODS = [ps.likelihoods.ZINB, ps.likelihoods.NB, ps.likelihoods.ZIP, ps.likelihoods.Poisson]
 LIBRARIES = [ps.libraries.NoLibrary, ps.libraries.ObservedLibrary, ps.libraries.LatentLibrary]
@@ -318,7 +319,7 @@ def test_a_likelihood_that_knows_only_its_marginal_has_no_explicit_program():
 
 
 def test_a_part_may_call_itself_as_it_likes():
-    class Odd(ps.priors.Prior):
+    class Odd(Prior):
         def __init__(this, n):  # noqa: N805
             super().__init__(n)
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import anndata
 import numpy as np
 import pandas as pd
-from pyro_scvi.paper.blood import Blood
 from scipy import stats
 
 import pyro_scvi as ps
+from pyro_scvi.paper.data.blood import Blood
 
 WILCOXON = "Wilcoxon rank-sum", "-log p"
 Scores = dict[str, np.ndarray]  # by name of the score, (genes,) each

@@ -1,4 +1,4 @@
-"""scvi-tools 1.4.2, with its progress bar, logger and checkpoints off, which is in its favour."""
+"""scvi-tools, with its progress bar, logger and checkpoints off, which is in its favour."""
 
 import logging
 import warnings

@@ -9,7 +9,6 @@ import anndata
 import pandas as pd
 from anndata import AnnData
 
-import pyro_scvi
 from pyro_scvi.cli.workspace import FIT
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import resolve_device
@@ -17,6 +16,7 @@ from pyro_scvi.errors import CheckpointError, DataError, SchemaError
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
+from pyro_scvi.version import __version__
 
 
 def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
@@ -81,4 +81,4 @@ def add(slot: MutableMapping[str, Any], key: str, value: Any) -> None:
 
 def record(adata: AnnData, name: str, fit_folder: Path, **settings: Any) -> None:
     """Note in ``uns`` how a result was made, in values that h5ad can hold."""
-    adata.uns[name] = {"version": pyro_scvi.__version__, "fit": str(fit_folder), **settings}
+    adata.uns[name] = {"version": __version__, "fit": str(fit_folder), **settings}

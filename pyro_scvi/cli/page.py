@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyro_scvi
 from pyro_scvi.cli import fit_report
 from pyro_scvi.cli.fit_report import EvaluatedFit
 from pyro_scvi.export import html_page
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.version import __version__
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def settings_of(fit: Fit, job: Job) -> dict[str, Any]:
 
 def versions() -> str:
     """What a result was computed with."""
-    found = [f"pyro-scvi {pyro_scvi.__version__}", f"Python {platform.python_version()}"]
+    found = [f"pyro-scvi {__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "pyro-ppl", "numpy", "anndata", "scanpy"):
         try:
             found.append(f"{name} {version(name)}")

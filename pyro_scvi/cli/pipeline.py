@@ -8,7 +8,6 @@ import pandas as pd
 import typer
 from anndata import AnnData
 
-import pyro_scvi
 from pyro_scvi import plots
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.cli import fit_report, page
@@ -26,6 +25,7 @@ from pyro_scvi.plots import Projection
 from pyro_scvi.plots.projection import UMAP
 from pyro_scvi.training.fit import fit
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.version import __version__
 
 HELD_OUT = 0.1  # of the cells: the fit never sees them
 JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
@@ -96,5 +96,5 @@ def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settin
     key = {UMAP: "X_umap"}.get(projection.method)
     if key:
         adata.obsm[key] = projection.coordinates
-    made = {"version": pyro_scvi.__version__, "seed": settings["seed"], "settings": settings}
+    made = {"version": __version__, "seed": settings["seed"], "settings": settings}
     adata.uns["pyro_scvi"] = {"X_pyro_scvi": made}

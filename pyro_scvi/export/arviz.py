@@ -11,7 +11,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-import pyro_scvi
 from pyro_scvi.analysis.inputs import minibatches, require_question
 from pyro_scvi.analysis.posterior_samples import DIMS, EXPLICIT, check_sites, draw_sites
 from pyro_scvi.data.cells import Cells
@@ -22,6 +21,7 @@ from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_samp
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.random_state import seeded
+from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -265,7 +265,7 @@ def _tree(gathered: _Gathered, cells: Cells, n_latent: int, run: dict[str, str |
 def _library() -> dict[str, str | int]:
     return {
         "creation_library": "pyro-scvi",
-        "creation_library_version": pyro_scvi.__version__,
+        "creation_library_version": __version__,
         "creation_library_language": "Python",
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,

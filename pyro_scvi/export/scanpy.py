@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import DataError
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.utils.checks import require_at_least, require_seed
+from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -244,7 +244,7 @@ def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
 
 def _provenance(fit: Fit, seed: int, layer: str | None) -> dict[str, Any]:
     return {
-        "version": version("pyro-scvi"),
+        "version": __version__,
         "seed": seed,
         "layer": layer or fit.schema.layer or "X",
         "model": repr(fit.model),

@@ -54,7 +54,7 @@ class Component(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, with the parts that are held now where they were exchanged or left out."""
         made = {}
-        for key, parameter in inspect.signature(type(self)).parameters.items():
+        for key, parameter in constructor_parameters(type(self)).items():
             given, held = self.arguments.get(key, parameter.default), self._modules.get(key)
             if held is not None and (given is None or isinstance(given, nn.Module)):
                 made[key] = held
@@ -74,6 +74,14 @@ class Component(nn.Module):
         facts = {key: _brief(value) for key, value in self.shown().items() if value is not None}
         learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
+
+
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What the constructor takes, by name, without the object itself.
+
+    Asked of the class, the first releases of Python 3.11 give the signature of :meth:`Part.__new__`.
+    """
+    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])  # type: ignore[misc]
 
 
 def lasting_repr(value: Any) -> str:

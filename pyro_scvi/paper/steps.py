@@ -23,6 +23,7 @@ import torch
 from pyro_scvi.errors import FitError
 from pyro_scvi.paper.data import files
 from pyro_scvi.utils.progress_bars import each, progress_bar
+from pyro_scvi.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _peak_mb() -> float:
 
 @cache
 def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("pyro-scvi", "torch", "pyro-ppl")}
+    return {"pyro-scvi": __version__, **{name: metadata.version(name) for name in ("torch", "pyro-ppl")}}
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-import pyro_scvi
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.utils.checks import warn
+from pyro_scvi.version import __version__
 
 FORMAT = 2
 CONFIG, PREVIOUS = "config.json", "previous.json"
@@ -285,5 +285,6 @@ def _is_partial(name: str) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    packages = {"pyro-scvi": pyro_scvi, "torch": torch, "pyro-ppl": pyro, "numpy": np, "safetensors": safetensors}
-    return {"python": platform.python_version(), **{name: str(p.__version__) for name, p in packages.items()}}
+    packages = {"torch": torch, "pyro-ppl": pyro, "numpy": np, "safetensors": safetensors}
+    ours = {"python": platform.python_version(), "pyro-scvi": __version__}
+    return ours | {name: str(package.__version__) for name, package in packages.items()}

@@ -119,7 +119,7 @@ def test_without_a_gate_no_zero_is_technical(likelihood, named_cells):
 def test_poisson_rates_are_the_means(named_cells):
     fit = fitted(named_cells, likelihood=ps.likelihoods.Poisson())
     found = ps.sample_posterior(fit, named_cells, samples=4, sites=["z", "l", "w"])
-    x, gamma = named_cells[:]
+    _x, gamma = named_cells[:]
     z, l = (torch.as_tensor(found[site].values) for site in "zl")  # noqa: E741
     with torch.no_grad():
         mean = fit.model.decode(z[:, :, None], l[..., None].log(), gamma)["log_mean"].exp()

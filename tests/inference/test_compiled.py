@@ -17,7 +17,7 @@ from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.nn.dropout import Dropout
 from pyro_scvi.utils.execution import executing
-from tests.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
+from tests.system.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
 WEIGHTS = {

@@ -17,6 +17,7 @@ from scipy.stats import binom
 
 import pyro_scvi as ps
 from pyro_scvi import plots
+from pyro_scvi.analysis.differential.differential import expected_fdr
 from pyro_scvi.analysis.predictive.calibration import Calibration
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.plots import canvas, uniformity
@@ -51,7 +52,7 @@ def genes(n=60):
     change = rng.normal(0, 2, n)
     table = pd.DataFrame({"lfc_mean": change, "p_lfc": np.round(1 - np.exp(-np.abs(change)), 3)})
     table.index = pd.Index([f"GENE{i}" for i in range(n)], name="gene")
-    return table.assign(fdr=ps.differential.expected_fdr(table.p_lfc.to_numpy()))
+    return table.assign(fdr=expected_fdr(table.p_lfc.to_numpy()))
 
 
 FIGURES = {

@@ -303,7 +303,7 @@ def cells_named_twice(value, folder):
 def unseen_batch(value, folder):
     adata = make_adata(batch=["a", "new", "b"] * 10)
     query_refused("column 'batch' holds 'new', .*its batches are 'a', 'b'.*with_batch", adata, folder)
-    fit, cells = fitted()
+    fit, _cells = fitted()
     adata.obs["batch"] = "a"  # the documented way, for cells whose batch is not known
     query = ps.Cells.from_anndata(adata, schema=fit.schema)
     for name in query.schema.batches:
@@ -759,7 +759,7 @@ def test_row(check, value, tmp_path):
         check(value, tmp_path)
 
 
-ELSEWHERE = {"kill -9 at any moment while checkpointing": "test_checkpoint.py"}
+ELSEWHERE = {"kill -9 at any moment while checkpointing": "training/test_checkpoint.py"}
 """Rows whose cases are other modules of this folder."""
 
 

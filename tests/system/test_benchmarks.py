@@ -20,18 +20,18 @@ from pyro_scvi.inference.evaluation import bound_terms, evaluating
 
 pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, not in the package")
 
-import benchmarks  # noqa: E402
-from benchmarks import cli  # noqa: E402
-from benchmarks.harness import processes, report, results, simulation, worker  # noqa: E402
-from benchmarks.harness.interleaving import Interleaved, Outcome  # noqa: E402
-from benchmarks.harness.simulation import batch_labels, zinb_counts  # noqa: E402
-from benchmarks.harness.stopwatch import Sample, Stopwatch  # noqa: E402
-from benchmarks.quality import learning_curves  # noqa: E402
-from benchmarks.quality.elbo import held_out_elbo  # noqa: E402
-from benchmarks.quality.held_out_scores import our_outputs  # noqa: E402
-from benchmarks.rows import large_data, time_to_quality  # noqa: E402
-from benchmarks.systems import matrix_products, ours_large, pyro_svi  # noqa: E402
-from benchmarks.systems.our_models import matched, matched_constant  # noqa: E402
+import benchmarks
+from benchmarks import cli
+from benchmarks.harness import processes, report, results, simulation, worker
+from benchmarks.harness.interleaving import Interleaved, Outcome
+from benchmarks.harness.simulation import batch_labels, zinb_counts
+from benchmarks.harness.stopwatch import Sample, Stopwatch
+from benchmarks.quality import learning_curves
+from benchmarks.quality.elbo import held_out_elbo
+from benchmarks.quality.held_out_scores import our_outputs
+from benchmarks.rows import large_data, time_to_quality
+from benchmarks.systems import matrix_products, ours_large, pyro_svi
+from benchmarks.systems.our_models import matched, matched_constant
 
 
 def samples(*cpu, work=100):

@@ -76,7 +76,7 @@ def test_condition_and_trace(pair):
 
 
 def test_do_without_technical_zeros_is_the_negative_binomial(pair):
-    model, _, x = pair
+    model, _, _x = pair
     gamma = torch.zeros(20_000, 0)
     latents = {"z": torch.zeros(20_000, 1, 3), "l": torch.full((20_000, 1), 40.0)}
     intervened = poutine.do(poutine.condition(model.eval(), data=latents), data={"h": torch.zeros(20_000, 20)})

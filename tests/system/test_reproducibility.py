@@ -22,6 +22,9 @@ from matplotlib import pyplot as plt
 from scipy import sparse
 
 import pyro_scvi as ps
+from pyro_scvi.analysis.differential.differential import expected_fdr
+from pyro_scvi.guides.base import GlobalNormal
+from pyro_scvi.priors.base import require_proper
 from tests.support.paths import ROOT
 from tests.support.simulate import simulated_counts
 
@@ -267,7 +270,7 @@ CASES = {
     "differential.Uncorrected": lambda: ps.differential_expression(
         fit(), cells(), groupby="kind", group_a="B", contrast=ps.differential.Uncorrected(), most_pairs=50
     ),
-    "differential.expected_fdr": lambda: ps.differential.expected_fdr(np.array([0.1, 0.9])),
+    "differential.expected_fdr": lambda: expected_fdr(np.array([0.1, 0.9])),
     "imputation.expression": lambda: ps.impute(fit(), few(), quantity=ps.imputation.expression),
     "imputation.mean_given_no_dropout": lambda: ps.impute(
         fit(), few(), quantity=ps.imputation.mean_given_no_dropout, batches=["a", "b"]
@@ -296,7 +299,7 @@ def _guides():
         ps.embed(made, few())
 
     yield "guides.PerCell", per_cell
-    yield "guides.GlobalNormal", lambda: ps.guides.GlobalNormal(model())
+    yield "guides.GlobalNormal", lambda: GlobalNormal(model())
 
 
 CASES |= dict(_guides())
@@ -311,7 +314,7 @@ CASES |= {
     "priors.LogisticNormal": prior(lambda: ps.priors.LogisticNormal(2)),
     "priors.Dirichlet": prior(lambda: ps.priors.Dirichlet(2)),
     "priors.Flat": lambda: model(prior=ps.priors.Flat(2)),
-    "priors.require_proper": lambda: ps.priors.require_proper(ps.priors.Flow(2), "nothing"),
+    "priors.require_proper": lambda: require_proper(ps.priors.Flow(2), "nothing"),
     "likelihoods.ZINB": law(ps.likelihoods.ZINB),
     "likelihoods.NB": law(ps.likelihoods.NB),
     "likelihoods.ZIP": law(ps.likelihoods.ZIP),

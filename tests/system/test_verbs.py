@@ -223,7 +223,7 @@ def improper():
 @pytest.mark.parametrize("prior", [improper, lambda: dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1)])
 @pytest.mark.parametrize("verb", [evidence, annealed_evidence, sample_posterior, leave_one_out, calibrate, export])
 def test_an_improper_prior_of_a_users_own_is_refused(verb, prior, plain):
-    fit, cells = plain
+    _fit, cells = plain
     model = ps.SCVI(N_GENES, 2, prior=prior, n_hidden=8, n_layers=1)
     guide = ps.guides.Point(model, n_hidden=8, n_layers=1)
     other = ps.fit(model, cells, guide, epochs=1, validation=0, device="cpu", progress=False)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError, FitError, PyroScviError
 from pyro_scvi.persistence import archive
 from pyro_scvi.schedules import CheckpointInterval
+from pyro_scvi.training.loop import Trainer
 from tests.support.mutations import mutate
 from tests.support.paths import TESTS
 
@@ -36,7 +38,7 @@ def run(cells, model=None, guide=None, **options):
 
 def stop_after(monkeypatch, epochs):
     """Have the run stop like a crash, after so many epochs and some steps."""
-    epoch, left = ps.training.Trainer.epoch, [epochs]
+    epoch, left = Trainer.epoch, [epochs]
 
     def counted(self, *args, **kwargs):
         left[0] -= 1
@@ -230,7 +232,7 @@ def test_another_model_guide_or_other_cells_are_refused(cells, batched_cells, tm
 
 def test_a_users_prior_resumes(cells, tmp_path, monkeypatch):
     def made():
-        return parts(cells, prior=lambda: ps.priors.dist.Laplace(torch.zeros(3), torch.ones(3)).to_event(1))
+        return parts(cells, prior=lambda: dist.Laplace(torch.zeros(3), torch.ones(3)).to_event(1))
 
     whole = run(cells, *made())
     with monkeypatch.context() as patch:

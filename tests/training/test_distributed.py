@@ -140,9 +140,9 @@ def test_genes_of_an_empty_share_have_no_counts():
 
 def test_several_processes_that_nothing_joined_are_warned_of(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, but .*each process trains alone"):
-        with ps.distributed.joined() as ranks:
-            assert type(ranks) is SingleProcess
+    says = "WORLD_SIZE is 2, but .*each process trains alone"
+    with pytest.warns(UserWarning, match=says), ps.distributed.joined() as ranks:
+        assert type(ranks) is SingleProcess
     monkeypatch.setenv("WORLD_SIZE", "1")
     with ps.distributed.joined() as ranks:
         assert type(ranks) is SingleProcess

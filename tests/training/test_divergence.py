@@ -2,11 +2,13 @@ import math
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError
+from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.persistence import archive
 from pyro_scvi.schedules import Constant, ConstantKL, OneCycle
@@ -19,7 +21,7 @@ from tests.training.test_checkpoint import check_equal, parts, run, stopped
 
 def broken(monkeypatch, *steps):
     """Let gradients be no numbers after the given training steps, counted from 1 over all attempts."""
-    loss_and_grads, at = ps.training.MeanFieldELBO.loss_and_grads, [0]
+    loss_and_grads, at = MeanFieldELBO.loss_and_grads, [0]
 
     def counted(self, model, guide, *args, **kwargs):
         loss = loss_and_grads(self, model, guide, *args, **kwargs)
@@ -31,7 +33,7 @@ def broken(monkeypatch, *steps):
     monkeypatch.setattr("pyro_scvi.training.loop.MeanFieldELBO.loss_and_grads", counted)
 
 
-class Undefined(ps.priors.dist.Poisson):
+class Undefined(dist.Poisson):
     """Counts above 90 have no probability."""
 
     def log_prob(self, value):

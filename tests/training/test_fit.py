@@ -183,7 +183,7 @@ def test_covariates_reach_decoder_and_by_choice_encoder(batched_cells):
     assert not np.allclose(ps.embed(fit, batched_cells), ps.embed(fit, swapped))
     fit = small_fit(batched_cells)
     np.testing.assert_array_equal(ps.embed(fit, batched_cells), ps.embed(fit, swapped))
-    x, gamma = batched_cells[:]
+    _x, gamma = batched_cells[:]
     z = torch.zeros(60, 1, 3)
     log_l = torch.zeros(60, 1)
     differ = fit.model.decode(z, log_l, gamma)["log_mean"] - fit.model.decode(z, log_l, swapped[:][1])["log_mean"]

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
@@ -190,11 +191,11 @@ def test_a_users_part_must_be_passed(cells, tmp_path):
             self.log_scale = torch.nn.Parameter(torch.zeros(3))
 
         def forward(self):
-            return torch.distributions.Independent(ps.priors.dist.Normal(torch.zeros(3), self.log_scale.exp()), 1)
+            return torch.distributions.Independent(dist.Normal(torch.zeros(3), self.log_scale.exp()), 1)
 
     class Wider(Wide):
         def forward(self):
-            return ps.priors.dist.Normal(torch.zeros(3), self.log_scale.exp()).to_event(1)
+            return dist.Normal(torch.zeros(3), self.log_scale.exp()).to_event(1)
 
     fit = fitted(cells, prior=Wider())
     fit.save(tmp_path / "fit")

@@ -120,7 +120,7 @@ def test_the_table_of_two_groups(batched_fit, batched_cells):
     assert (table.se < 0.005).all()
     assert (table.lfc_low <= table.lfc_mean).all()
     assert (table.lfc_mean <= table.lfc_high).all()
-    x, y = (batched_cells.counts[GROUPS == group] for group in "xy")
+    x, y = (batched_cells.counts[group == GROUPS] for group in "xy")
     np.testing.assert_allclose(table[["mean_a", "mean_b"]], np.stack([x.mean(0), y.mean(0)], 1))
     np.testing.assert_allclose(table[["detected_a", "detected_b"]], np.stack([(x > 0).mean(0), (y > 0).mean(0)], 1))
     np.testing.assert_allclose(table.fdr, expected_fdr(table.p_lfc.to_numpy()))
@@ -147,7 +147,7 @@ def test_the_table_agrees_with_draws_of_w(likelihood, contrast, cells):
     rng, rows = np.random.default_rng(0), np.arange(n)
     hits, changes = [], []
     for _ in range(10):
-        a, b = (rng.choice(np.flatnonzero(GROUPS == group), n) for group in "xy")
+        a, b = (rng.choice(np.flatnonzero(group == GROUPS), n) for group in "xy")
         hits.append((w[rows, a] < w[rows, b]).numpy())
         changes.append((mean[rows, b] / mean[rows, a]).log2().numpy())
     hits, changes = np.concatenate(hits), np.concatenate(changes)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi.analysis.differential import matched_pairs
 from pyro_scvi.analysis.differential.differential import DepthCorrected
 from pyro_scvi.analysis.differential.matched_pairs import Groups, MatchedPairs, summary_of_changes
 from pyro_scvi.data.minibatches import Minibatches
@@ -69,8 +70,8 @@ def test_more_pairs_use_the_table_of_the_first(monkeypatch):
     fit, cells = fitted(ps.likelihoods.PerGene(20))
     made, rows = [], np.arange(60)
     groups = Groups(fit, cells, Minibatches(cells, fit.device), rows[:30], rows[30:], DepthCorrected(), Amortized())
-    less_for = ps.pairs.less_for
-    monkeypatch.setattr(ps.pairs, "less_for", lambda side: made.append(side) or less_for(side))
+    less_for = matched_pairs.less_for
+    monkeypatch.setattr(matched_pairs, "less_for", lambda side: made.append(side) or less_for(side))
     with evaluating(fit.model, fit.guide, 0):
         found = MatchedPairs(largest_se=0, most_pairs=2500).estimate(groups, np.random.default_rng(0), 0.5)
     assert found.n == 2500

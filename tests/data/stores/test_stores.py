@@ -20,11 +20,12 @@ import scipy.stats
 from anndata import AnnData
 from scipy import sparse
 
-import pyro_scvi as ps
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.minibatches import Minibatches, resolve_device
 from pyro_scvi.data.stores import CountStore, build
 from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.utils.random_state import seeded
 from tests.support.cli_runs import run
 from tests.support.paths import ROOT
 
@@ -363,7 +364,7 @@ def test_a_schema_that_does_not_belong(store, tmp_path):
 
 def test_a_schema_without_files_is_refused(store):
     schema = json.loads((store / "schema.json").read_text())
-    for files in ({}, {**schema["files"], "../mine": {}}, [], dict.fromkeys(FILES, {}), dict.fromkeys(FILES)):
+    for files in ({}, {**schema["files"], "../mine": {}}, [], {name: {} for name in FILES}, dict.fromkeys(FILES)):
         (store / "schema.json").write_text(json.dumps(schema | {"files": files}))
         with pytest.raises(StoreError, match="schema.json is corrupt"):
             CountStore(store)
@@ -595,8 +596,8 @@ def unfinished(tmp_path, monkeypatch, file, small_blocks):
         patched.setattr(Path, "open", lambda *arguments, **options: writing(*arguments, **options))
         with pytest.raises(Interrupted):
             quietly(file, target)
-    really = ps.sources.Backed.__getitem__
-    monkeypatch.setattr(ps.sources.Backed, "__getitem__", lambda self, rows: read.extend(rows) or really(self, rows))
+    really = Backed.__getitem__
+    monkeypatch.setattr(Backed, "__getitem__", lambda self, rows: read.extend(rows) or really(self, rows))
     return read
 
 
@@ -673,7 +674,7 @@ def test_random_minibatches_are_uniform(tmp_path):
     n, batch_size = 10_000, 128
     cells, seen, draws = numbered_cells(tmp_path, n), np.zeros(n), 0
     batches = Minibatches(cells, resolve_device("cpu"))
-    with ps.seeding.seeded(0):
+    with seeded(0):
         while draws < 1_000_000:
             rows = next(batches.shuffled(batch_size))
             seen += np.bincount(numbers_of(batches.rows(rows)[0]), minlength=n)
