@@ -70,6 +70,11 @@ class Kind(Enum):
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
 
+    @property
+    def latent(self) -> bool:
+        """Whether it is drawn, neither given nor computed."""
+        return self not in (Kind.OBSERVED, Kind.FACTOR, Kind.SUBSAMPLED, Kind.DETERMINISTIC)
+
 
 class Found(NamedTuple):
     """A site as one run of the program met it."""
@@ -93,11 +98,11 @@ class Found(NamedTuple):
         )
 
 
-def discovered(program: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> list[Found]:
+def discovered(program: nn.Module, *args: Any, seed: int = 0, at: float = 0.0, **kwargs: Any) -> list[Found]:
     """The sites of a program in the order in which it samples them, from one run that leaves no trace of itself.
 
     The run is in evaluation mode, under a seed of its own, hidden from the caller's handlers, with a parameter store of
-    its own.
+    its own. Global latents are not drawn, but given the value of their support that ``at`` is taken to.
 
     Raises
     ------
@@ -113,7 +118,7 @@ def discovered(program: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> 
         torch.no_grad(),
         pyro.poutine.block(),
         _Recorder() as recorder,
-        _Harmless(like(program)),
+        _Harmless(like(program), at),
     ):
         program(*args, **kwargs)
     return list(_classified(recorder.messages))
@@ -178,22 +183,22 @@ def _kind(msg: dict[str, Any]) -> Kind | None:
 
 
 class _Harmless(Messenger):
-    """Gives global latents, and latents that cannot be drawn, the value in the middle of their support.
+    """Gives global latents, and latents that cannot be drawn, a value near the middle of their support.
 
     Weights drawn from wide priors overflow the rates of the counts; an improper prior has no draws. Values have the
     device and precision of ``like``, whatever those of a prior that was made before the model was moved.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, at: float) -> None:
         super().__init__()
-        self.like = like
+        self.like, self.at = like, at
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
             return
         value = _drawn(msg["fn"])
         if value is None or not msg["cond_indep_stack"]:
-            value = _middle(msg["fn"], value)
+            value = _middle(msg["fn"], value, self.at)
         msg["value"] = value.to(self.like) if value.is_floating_point() else value.to(self.like.device)
 
 
@@ -204,15 +209,15 @@ def _drawn(law: Any) -> Tensor | None:
         return None
 
 
-def _middle(law: Any, drawn: Tensor | None) -> Tensor:
-    """The value in the middle of the support; a draw where no bijection leads there."""
+def _middle(law: Any, drawn: Tensor | None, at: float) -> Tensor:
+    """The value of the support that the bijection takes ``at`` to; a draw where no bijection leads there."""
     try:
         transform = biject_to(support_of(law))
     except (NotImplementedError, ValueError):
         if drawn is None:
             raise
         return drawn
-    return transform(torch.zeros(transform.inverse_shape(law.shape())))
+    return transform(torch.full(transform.inverse_shape(law.shape()), at))
 
 
 def _law(law: Any) -> str:

@@ -37,10 +37,10 @@ class Program(Component):
         """The program's random variables: name, law and shape of each; the explicit program's, or the marginal's."""
         return sites_of(self, None, like(self).new_zeros(2, self.n_covariates), marginal=marginal)
 
-    def discovered(self, *, marginal: bool = True, seed: int = 0, count: float = 1.0) -> list[Found]:
+    def discovered(self, *, marginal: bool = True, count: float = 1.0, seed: int = 0, at: float = 0.0) -> list[Found]:
         """The sites that the program samples for two cells whose counts are all ``count``, and whose gamma is zero."""
         x, gamma = like(self).new_full((2, self.n_genes), count), like(self).new_zeros(2, self.n_covariates)
-        return discovered(self, x, gamma, marginal=marginal, seed=seed)
+        return discovered(self, x, gamma, marginal=marginal, seed=seed, at=at)
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also those left at their defaults: a record of a model says how large its networks are."""

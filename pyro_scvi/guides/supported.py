@@ -60,7 +60,7 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     found = model.discovered()
     _require_known(found, latents)
     if overrides_forward(model):
-        _require_constant(found, model.discovered(seed=1, count=2.0))
+        _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
     likelihood = model.likelihood
     if likelihood.explicit and type(likelihood).generate is not Likelihood.generate:
         _require_known([site for site in model.discovered(marginal=False) if site.name not in EXPLICIT], latents)
