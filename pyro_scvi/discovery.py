@@ -103,11 +103,6 @@ def discovered(program: nn.Module, *args: Any, seed: int = 0, at: float = 0.0, *
 
     The run is in evaluation mode, under a seed of its own, hidden from the caller's handlers, with a parameter store of
     its own. Global latents are not drawn, but given the value of their support that ``at`` is taken to.
-
-    Raises
-    ------
-    ModelError
-        If two sites have one name.
     """
     with (
         evaluation_mode(program),
@@ -122,6 +117,19 @@ def discovered(program: nn.Module, *args: Any, seed: int = 0, at: float = 0.0, *
     ):
         program(*args, **kwargs)
     return list(_classified(recorder.messages))
+
+
+def require_distinct(found: list[Found]) -> None:
+    """Refuse a program with two sites of one name, which Pyro cannot trace.
+
+    Raises
+    ------
+    ModelError
+        Naming them.
+    """
+    for name, times in Counter(site.name for site in found).items():
+        if times > 1:
+            raise ModelError(f"the program samples two sites called {name!r}: give each a name of its own")
 
 
 def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
@@ -151,10 +159,7 @@ class _Recorder(Messenger):
 
 
 def _classified(messages: list[dict[str, Any]]) -> Iterator[Found]:
-    names = Counter(msg["name"] for msg in messages)
     for msg in messages:
-        if names[msg["name"]] > 1:
-            raise ModelError(f"the program samples two sites called {msg['name']!r}: give each a name of its own")
         kind = _kind(msg)
         if kind is not None:
             plates = {frame.dim: frame.name for frame in msg["cond_indep_stack"] if frame.vectorized}

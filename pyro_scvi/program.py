@@ -6,7 +6,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_scvi.discovery import Found, Site, discovered, like, sites_of
+from pyro_scvi.discovery import Found, Site, discovered, like, require_distinct, sites_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component, constructor_parameters
 from pyro_scvi.utils.execution import execution
@@ -38,9 +38,17 @@ class Program(Component):
         return sites_of(self, None, like(self).new_zeros(2, self.n_covariates), marginal=marginal)
 
     def discovered(self, *, marginal: bool = True, count: float = 1.0, seed: int = 0, at: float = 0.0) -> list[Found]:
-        """The sites that the program samples for two cells whose counts are all ``count``, and whose gamma is zero."""
+        """The sites that the program samples for two cells whose counts are all ``count``, and whose gamma is zero.
+
+        Raises
+        ------
+        ModelError
+            If two sites have one name.
+        """
         x, gamma = like(self).new_full((2, self.n_genes), count), like(self).new_zeros(2, self.n_covariates)
-        return discovered(self, x, gamma, marginal=marginal, seed=seed, at=at)
+        found = discovered(self, x, gamma, marginal=marginal, seed=seed, at=at)
+        require_distinct(found)
+        return found
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also those left at their defaults: a record of a model says how large its networks are."""

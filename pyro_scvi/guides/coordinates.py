@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from pyro_scvi.discovery import Kind
 from pyro_scvi.distributions.supports import require_coordinates, support_of
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import Latent, overrides_forward, require_conditioned
 from pyro_scvi.model import SCVI
 from pyro_scvi.program import cells_plate
@@ -133,7 +134,13 @@ def _drawn_by_program(model: SCVI, gamma: Tensor, global_latents: dict[str, Tens
         pyro.poutine.condition(data=global_latents),
         suppress(NonlocalExit),
     ):
-        ended(None, gamma.repeat(n, 1))
+        try:
+            ended(None, gamma.repeat(n, 1))
+        except (AttributeError, TypeError) as error:  # what None gives where a tensor is expected
+            raise ModelError(
+                f"{type(model).__name__}.forward cannot be run without counts, as prior draws need it: x=None must "
+                f"draw them ({error})"
+            ) from error
     nodes: dict[str, Any] = traced.trace.nodes
     drawn = {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
     return {name: value.reshape(n, len(gamma), *value.shape[1:]) for name, value in drawn.items()}

@@ -91,7 +91,7 @@ def require_conditioned(trace: pyro.poutine.Trace, given: Mapping[str, Any]) -> 
     for name, node in nodes.items():
         if node["type"] != "sample" or name in given or name == "x" or isinstance(node["fn"], _Subsample):
             continue
-        if not node["infer"].get("_deterministic"):
+        if not (node["infer"] or {}).get("_deterministic"):
             raise _conditional(name)
 
 
