@@ -69,14 +69,14 @@ VERBS = FROM_DENSITIES | FROM_THETA
 def test_every_verb_names_the_site_that_it_does_not_know(kind, verb, tmp_path):
     build, site = KINDS[kind]
     fit = fit_of(build())
-    with pytest.raises(ModelError, match=rf"'{site}|{site}'"):
+    with pytest.raises(ModelError, match=f"'{site}'"):
         VERBS[verb](fit, cells_of(), tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_names_it(kind):
     build, site = KINDS[kind]
-    with pytest.raises(ModelError, match=rf"'{site}|{site}'"):
+    with pytest.raises(ModelError, match=f"'{site}'"):
         ps.fit(build(), cells_of(30), epochs=1, progress=False, validation=0)
 
 
