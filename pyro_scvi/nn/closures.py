@@ -44,9 +44,9 @@ def require_owned(part: Any, what: str, *owners: nn.Module) -> None:
     lost = sorted({path for path, tensor in _trainable(_Step(what, part), 0, {}) if id(tensor) not in own})
     if lost:
         raise ModelError(
-            f"{', '.join(lost[:3])}: trainable, but only the code of the {what} reaches it, so that it would be neither "
-            f"trained nor moved nor saved. Make the {what} a torch.nn.Module that has it as an attribute, or freeze it "
-            "by requires_grad_(False)"
+            f"{', '.join(lost[:3])}: trainable, but only the code of the {what} reaches it, so that it would not be "
+            f"trained, moved or saved. Make the {what} a torch.nn.Module that has it as an attribute, or freeze it by "
+            "requires_grad_(False)"
         )
 
 
