@@ -96,7 +96,7 @@ def require_conditioned(trace: pyro.poutine.Trace, given: Mapping[str, Any]) -> 
 
 
 def _require_known(found: list[Found], latents: Mapping[str, Latent]) -> None:
-    for site in found:
+    for site in sorted(found, key=lambda site: not site.kind.latent):  # a latent explains an observation of its name
         if site.kind is Kind.DETERMINISTIC or (site.name, site.kind) == ("x", Kind.OBSERVED):
             continue
         if site.name not in latents or latents[site.name].kind is not site.kind:

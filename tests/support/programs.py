@@ -238,7 +238,7 @@ KINDS = {
     "scale of a cell, in the prior": (lambda: made(prior=scaled), "spread"),
     "site of a PyroModule": (lambda: made(prior=Bayesian()), "loc"),
     "second site of a library": (lambda: made(library=SecondLibrary()), "doublet"),
-    "partly observed": (lambda: made(Partly), "age"),
+    "partly observed": (lambda: made(Partly), "age_unobserved"),
     "enumerated": (lambda: made(prior=enumerated), "c"),
     "infinitely many values": (lambda: made(prior=counted), "lineages"),
     "l of another law": (lambda: made(prior=called_l, library=NONE()), "l"),
