@@ -53,6 +53,8 @@ class SchemaError(PyroScviError, KeyError):
 class ModelError(PyroScviError, ValueError):
     """Parts of a model or guide that do not fit together, or arguments out of range or of the wrong kind. A ValueError.
 
+    Also, by name, a site of the program that a verb cannot do right by.
+
     Examples
     --------
     >>> ps.SCVI(20, 2, prior=ps.priors.StandardNormal(3))

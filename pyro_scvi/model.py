@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pyro
 from torch import BoolTensor, Tensor, nn
 
+from pyro_scvi.distributions.supports import require_coordinates
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.likelihoods.library_size import LatentLibrary, Library
 from pyro_scvi.likelihoods.negative_binomial import ZINB
+from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.nn.normalization import BatchNorm, Norm
 from pyro_scvi.priors.normal import StandardNormal
@@ -48,7 +50,8 @@ class SCVI(Program):
     ------
     ModelError
         If the prior's event shape is not (n_latent,), a part is for another number of genes, a weight prior names no
-        parameter, or an argument is of the wrong kind.
+        parameter, or an argument is of the wrong kind; if z is discrete, on a circle or otherwise without coordinates
+        in R^n, or the code of a part reaches parameters that no part has as its own.
 
     Examples
     --------
@@ -102,9 +105,12 @@ class SCVI(Program):
         self.weights = RandomWeights(self, weight_priors or {})
         # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
         with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block():
-            shape = tuple(self.prior().event_shape)
-        if shape != (n_latent,):
+            law = self.prior()
+        if (shape := tuple(law.event_shape)) != (n_latent,):
             raise ModelError(f"the prior must have event shape ({n_latent},), got {shape}; is to_event(1) missing?")
+        require_coordinates(law, "the prior of z")
+        for name in ("prior", "likelihood", "library", "weights"):
+            require_owned(getattr(self, name), name, self)
 
     def forward(
         self,

@@ -1,10 +1,14 @@
 """The list of a program's random variables: read off the program, whatever its parts, and without a trace of itself."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi.discovery import Kind, discovered
+from pyro_scvi.errors import ModelError
+from tests.support.programs import KINDS, made
 
 GENES = 20
 WEIGHTS = {"decoder.*.weight": ps.weights.HorseshoeWeights(), "likelihood.*": ps.weights.HierarchicalWeights()}
@@ -87,3 +91,84 @@ def test_a_law_without_an_explicit_program_shows_its_marginal():
 
     model = ps.SCVI(GENES, likelihood=Geometric())
     assert "Geometric" in model._repr_html_()
+
+
+# --- kinds ---
+
+
+def kinds_of(model, **options):
+    return {site.name: site.kind for site in model.discovered(**options)}
+
+
+def test_the_kinds_of_the_paper_s_program():
+    model = ps.SCVI(GENES, weight_priors={"decoder.heads.log_mean.weight": ps.weights.ARDWeights()})
+    assert kinds_of(model, marginal=False) == {
+        "decoder.heads.log_mean.weight.scale": Kind.GLOBAL,
+        "decoder.heads.log_mean.weight": Kind.GLOBAL,
+        "z": Kind.LOCAL,
+        "l": Kind.LOCAL,
+        "w": Kind.PER_GENE,
+        "y": Kind.PER_GENE,
+        "h": Kind.PER_GENE,
+        "x": Kind.OBSERVED,
+    }
+    assert list(kinds_of(ps.SCVI(GENES))) == ["z", "l", "x"]
+    explicit = ps.SCVI(GENES, likelihood=ps.likelihoods.Poisson(), library=ps.libraries.NoLibrary())
+    assert kinds_of(explicit, marginal=False)["w"] is Kind.DETERMINISTIC
+
+
+@pytest.mark.parametrize(
+    ("case", "site", "kind"),
+    [
+        ("effect of a cell", "e", Kind.LOCAL),
+        ("l of another law", "l", Kind.LOCAL),
+        ("site of a PyroModule", "loc", Kind.LOCAL),
+        ("enumerated", "c", Kind.DISCRETE),
+        ("infinitely many values", "lineages", Kind.DISCRETE),
+        ("of every cell and gene, called w", "w", Kind.PER_GENE),
+        ("global", "tau", Kind.GLOBAL),
+        ("global in a plate", "m", Kind.GLOBAL),
+        ("z outside the cells", "z", Kind.GLOBAL),
+        ("factor", "push", Kind.FACTOR),
+        ("second observation", "protein", Kind.OBSERVED),
+        ("point mass", "point", Kind.POINT),
+        ("subsampled plate", "some", Kind.SUBSAMPLED),
+        ("subsampled plate", "picked", Kind.DETERMINISTIC),
+    ],
+)
+def test_a_site_is_of_a_kind_by_how_it_is_sampled_not_by_its_name(case, site, kind):
+    assert kinds_of(KINDS[case][0]())[site] is kind
+
+
+def test_two_sites_of_one_name_are_refused():
+    with pytest.raises(ModelError, match="two sites called 'l'"):
+        KINDS["l twice"][0]().discovered()
+
+
+@pytest.mark.parametrize("case", set(KINDS) - {"in the explicit program", "subsampled plate"})
+def test_every_program_can_be_listed(case):
+    build, site = KINDS[case]
+    assert site in {one.name for one in build().sites(marginal=True)}
+
+
+def test_a_model_that_was_moved_is_looked_at_where_it_is():
+    model = made(prior=lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1)).double()
+    assert {site.value.dtype for site in model.discovered()} == {torch.float64}
+
+
+def test_a_look_at_a_program_is_the_same_every_time():
+    model = ps.SCVI(GENES)
+    first, second = model.discovered(), model.discovered()
+    assert all(torch.equal(a.value, b.value) for a, b in zip(first, second, strict=True))
+    other = model.discovered(seed=1)
+    assert not torch.equal(first[0].value, other[0].value)
+
+
+def test_a_program_of_no_model_can_be_looked_at():
+    class Small(torch.nn.Module):
+        def forward(self):
+            with pyro.plate("cells", 3, dim=-2):
+                return pyro.sample("e", dist.Normal(0.0, 1.0))
+
+    (site,) = discovered(Small())
+    assert (site.name, site.kind, tuple(site.batch_shape)) == ("e", Kind.LOCAL, (3, 1))

@@ -12,8 +12,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import theta_at
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.evaluation import evaluating, theta_given
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import require_at_least
@@ -103,7 +102,7 @@ def sample_posterior(
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     parts = []
-    with evaluating(fit.model, fit.guide, seed):
+    with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             draws = sampler.draw(fit.guide, x, gamma, samples)
             values = draw_sites(fit, x, gamma, draws, sites)
@@ -127,7 +126,7 @@ def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence
 
 def decoded(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Theta:
     """The likelihood's parameters (samples, cells, genes) at drawn latents."""
-    return theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **draws.sites})
+    return theta_given(fit.guide, x, gamma, draws.sites)
 
 
 def check_sites(fit: Fit, sites: Sequence[str]) -> None:

@@ -12,11 +12,11 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
-from pyro_scvi.analysis.posterior_samples import DIMS, check_sites, draw_sites
+from pyro_scvi.analysis.posterior_samples import DIMS, EXPLICIT, check_sites, draw_sites
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import cell_terms, prior_sites, scored, theta_at
-from pyro_scvi.inference.evaluation import draws_at_once, evaluating
+from pyro_scvi.guides.coordinates import cell_terms, prior_sites, scored
+from pyro_scvi.inference.evaluation import draws_at_once, evaluating, theta_given
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least
@@ -125,7 +125,8 @@ def to_datatree(
     check_sites(fit, sites)
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
     gathered, start = _Gathered(cells.n_cells), 0
-    with evaluating(fit.model, fit.guide, seed):
+    theta = posterior_predictive or prior_predictive or bool(set(sites) & set(EXPLICIT))
+    with evaluating(fit.model, fit.guide, seed, theta=theta):
         batches = minibatches(fit, cells).in_order(batch_size)
         for (x, gamma), own_seed in zip(batches, _seeds(seed), strict=False):
             draws = sampler.draw(fit.guide, x, gamma, samples)
@@ -199,8 +200,7 @@ def _prior(fit: Fit, gamma: Tensor, extent: _Extent) -> Groups:
 
 def _predicted(fit: Fit, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
     """Counts drawn at given latents, (..., cells, genes)."""
-    theta = theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **sites})
-    return fit.model.likelihood.marginal(**theta).sample()
+    return fit.model.likelihood.marginal(**theta_given(fit.guide, x, gamma, sites)).sample()
 
 
 def _split(sites: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -5,11 +5,15 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import BoolTensor, Tensor, nn
 from torch.distributions import biject_to
 
+from pyro_scvi.discovery import Kind
+from pyro_scvi.distributions.supports import require_coordinates, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates, theta_at, transform_distribution
+from pyro_scvi.guides.supported import Latent, require_supported
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import Component
 from pyro_scvi.priors.flat import Flat
@@ -62,6 +66,16 @@ class Guide(Component):
     def model(self) -> SCVI:
         """The model whose posterior this approximates."""
         return self._model[0]
+
+    def require_supported(self) -> None:
+        """Refuse what the model has become if it samples other latents than this guide does, or anything beside x.
+
+        Raises
+        ------
+        ModelError
+            Naming the site.
+        """
+        require_supported(self.model, self.coordinates.latents() | self.weights.latents())
 
     def require_prior(self) -> None:
         """Refuse a prior with which this guide cannot be fitted."""
@@ -152,8 +166,11 @@ class GlobalNormal(nn.Module):
         super().__init__()
         with seeded(0), pyro.poutine.trace() as traced, model.weights.drawn_into(model):
             pass
-        nodes: dict[str, Any] = {name: node for name, node in traced.trace.nodes.items() if node["type"] == "sample"}
-        self.supports = {name: node["fn"].support for name, node in nodes.items()}
+        nodes: dict[str, Any] = {name: traced.trace.nodes[name] for name in traced.trace.stochastic_nodes}
+        nodes = {name: node for name, node in nodes.items() if not isinstance(node["fn"], _Subsample)}
+        for name, node in nodes.items():
+            require_coordinates(node["fn"], f"the law of the weights {name!r}")
+        self.supports = {name: support_of(node["fn"]) for name, node in nodes.items()}
         starts = {name: model.weights.start_of(name, node["value"]) for name, node in nodes.items()}
         self.loc = nn.ParameterList(starts.values())
         # A sd of 0.05: draws start close to the initial weights.
@@ -166,6 +183,10 @@ class GlobalNormal(nn.Module):
             base = dist.Normal(loc, log_scale.exp()).to_event(loc.dim())
             drawn[name] = pyro.sample(name, transform_distribution(base, support))
         return drawn
+
+    def latents(self) -> dict[str, Latent]:
+        """What the model must sample them as."""
+        return {name: Latent(Kind.GLOBAL, support, None) for name, support in self.supports.items()}
 
     def medians(self) -> dict[str, Tensor]:
         """The median of every global latent under q."""

@@ -1,15 +1,21 @@
 """Unconstrained coordinates of a cell's latents, and the model's log joint density in them."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_scvi.discovery import Kind
+from pyro_scvi.distributions.supports import require_coordinates, support_of
+from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.supported import Latent, overrides_forward, require_conditioned
 from pyro_scvi.model import SCVI
 from pyro_scvi.program import cells_plate
 from pyro_scvi.types import Distribution, LogJoint, Theta
@@ -29,12 +35,17 @@ class Coordinates:
     def __init__(self, model: SCVI) -> None:
         with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
             prior = model.prior()
-        mixture = isinstance(prior, dist.MixtureSameFamily)  # biject_to knows the support of its components only
-        self.support = prior.component_distribution.support if mixture else prior.support
+        require_coordinates(prior, "the prior of z")
+        self.support, self.event_shape = support_of(prior), torch.Size([model.n_latent])
         self.real, self.to_z = is_real(self.support), biject_to(self.support)
-        self.n_z = self.to_z.inverse_shape(torch.Size([model.n_latent]))[-1]
+        self.n_z = self.to_z.inverse_shape(self.event_shape)[-1]
         self.has_library = model.library.latent
         self.size = self.n_z + int(self.has_library)
+
+    def latents(self) -> dict[str, Latent]:
+        """What the sites z and, where it is latent, l must be for these to be their coordinates."""
+        z = {"z": Latent(Kind.LOCAL, self.support, tuple(self.event_shape))}
+        return z | {"l": Latent(Kind.LOCAL, constraints.positive, ())} if self.has_library else z
 
     def sites(self, u: Tensor) -> dict[str, Tensor]:
         """Sites z (..., cells, 1, latents) and l (..., cells, 1) at u (..., cells, size)."""
@@ -83,6 +94,7 @@ def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> p
     """The marginalised program's trace with the latents in ``sites`` and its log densities."""
     with pyro.get_param_store().scope(), executing(register_parameters=False):
         trace = pyro.poutine.trace(pyro.poutine.condition(model, data=sites)).get_trace(x, gamma)
+        require_conditioned(trace, sites)
         trace.compute_log_prob()
     return trace
 
@@ -96,8 +108,10 @@ def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tens
 def prior_sites(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """Sites z (n, cells, 1, latents) and, if it is latent, l (n, cells, 1), drawn from the prior of each cell.
 
-    Raises NotImplementedError if the prior is improper.
+    From the program where ``forward`` is overridden. Raises NotImplementedError if the prior is improper.
     """
+    if overrides_forward(model):
+        return _drawn_by_program(model, gamma, global_latents, n)
     with (
         pyro.get_param_store().scope(),
         pyro.poutine.trace() as traced,
@@ -110,6 +124,28 @@ def prior_sites(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n
         model.library(None, gamma)
     nodes: dict[str, Any] = traced.trace.nodes
     return {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
+
+
+def _drawn_by_program(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The same from a run of the program for n copies of the cells, which ends where it comes to x."""
+    ended = pyro.poutine.escape(model, escape_fn=lambda msg: msg["name"] == "x")
+    with (
+        pyro.get_param_store().scope(),
+        executing(register_parameters=False),
+        pyro.poutine.trace() as traced,
+        pyro.poutine.condition(data=global_latents),
+        suppress(NonlocalExit),
+    ):
+        try:
+            ended(None, gamma.repeat(n, 1))
+        except (AttributeError, TypeError) as error:  # what None gives where a tensor is expected
+            raise ModelError(
+                f"{type(model).__name__}.forward cannot be run without counts, as prior draws need it: x=None must "
+                f"draw them ({error})"
+            ) from error
+    nodes: dict[str, Any] = traced.trace.nodes
+    drawn = {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
+    return {name: value.reshape(n, len(gamma), *value.shape[1:]) for name, value in drawn.items()}
 
 
 def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:

@@ -5,28 +5,60 @@ from contextlib import contextmanager
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.coordinates import cell_terms, scored
+from pyro_scvi.guides.coordinates import cell_terms, scored, theta_at
+from pyro_scvi.guides.supported import require_own_forward
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
+from pyro_scvi.types import Theta
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.random_state import seeded
 
 
 @contextmanager
-def evaluating(model: SCVI, guide: Guide, seed: int) -> Iterator[None]:
+def evaluating(model: SCVI, guide: Guide, seed: int, *, theta: bool = False) -> Iterator[None]:
+    """What every verb enters: a check of the program's sites, then :func:`undisturbed`.
+
+    ``theta`` says that the likelihood's parameters will be asked for at draws of the latents.
+
+    Raises
+    ------
+    ModelError
+        Naming a site, if the program has one that densities and draws would not do right by.
+    """
+    guide.require_supported()
+    if theta:
+        require_own_forward(model)
+    with undisturbed(seed, model, guide):
+        yield
+
+
+@contextmanager
+def undisturbed(seed: int, *programs: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, with a separate seed and parameter store; all is restored afterwards."""
     keep_freed_memory()
     with (
-        evaluation_mode(model, guide),
+        evaluation_mode(*programs),
         seeded(seed),
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
         torch.no_grad(),
     ):
         yield
+
+
+def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
+    """The likelihood's parameters (..., cells, genes) at draws of z and l, the weights at their medians.
+
+    Raises
+    ------
+    ModelError
+        If the model's program is not its own, and its theta another.
+    """
+    require_own_forward(guide.model)
+    return theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:

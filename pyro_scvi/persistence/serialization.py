@@ -96,7 +96,7 @@ def facts_of(
 
 def columns_of(history: pd.DataFrame) -> dict[str, list[float | None]]:
     """Columns as JSON numbers, NaN as null."""
-    table = history.reset_index()
+    table = history if "epoch" in history else history.rename_axis("epoch").reset_index()
     return {name: [None if pd.isna(v) else v for v in table[name].tolist()] for name in map(str, table)}
 
 

@@ -16,7 +16,7 @@ from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
 from pyro_scvi.guides.base import GlobalNormal
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.evaluation import undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots.canvas import INK, SHADE, given_or_new
 from pyro_scvi.utils.checks import require_at_least, require_kind
@@ -121,7 +121,7 @@ def _relations(model: SCVI) -> _Sites:
     with pyro.poutine.trace() as given:
         for name, value in values.items():
             pyro.sample(name, dist.Delta(value))
-    with evaluating(model, model, 0):  # type: ignore[arg-type]  # any module has modes to put back
+    with undisturbed(0, model):
         relations = get_model_relations(
             pyro.poutine.replay(explicit, trace=given.trace),
             (torch.zeros(2, model.n_covariates, device=device),),

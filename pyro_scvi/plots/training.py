@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from pyro_scvi.analysis.inputs import require_fit
+from pyro_scvi.errors import ModelError
 from pyro_scvi.plots.canvas import HELD_OUT, TRAIN, given_or_new
 from pyro_scvi.training.fitted import Fit
 
@@ -35,7 +36,7 @@ def loss(fit: Fit, ax: Axes | None = None) -> Axes:
     Raises
     ------
     ModelError
-        If ``fit`` is no Fit, or ``ax`` are no axes.
+        If ``fit`` is no Fit or has no history, or ``ax`` are no axes.
 
     Examples
     --------
@@ -43,6 +44,8 @@ def loss(fit: Fit, ax: Axes | None = None) -> Axes:
     'epoch'
     """
     require_fit(fit)
+    if not {"train_loss", "held_out_loss"} <= set(fit.history) or fit.history.empty:
+        raise ModelError("the fit has no history of losses: it was not trained by ps.fit")
     ax = given_or_new(ax, (6.0, 3.8))
     history = fit.history
     lines = {"training cells": ("train_loss", TRAIN), "held-out cells": ("held_out_loss", HELD_OUT)}

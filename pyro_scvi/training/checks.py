@@ -15,6 +15,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.utils.checks import brief, require_kind
 
 
@@ -82,7 +83,7 @@ def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
 
 
 def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
-    """Refuse latents of the model or the guide alone, and parameters that no optimiser would see.
+    """Refuse latents on one side only, sites that no verb knows, and parameters that no optimiser would see.
 
     Raises
     ------
@@ -91,12 +92,10 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
     """
     with pyro.get_param_store().scope():
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+        _require_same({site.name for site in model.discovered() if site.kind.latent}, _latents(guided))
+        guide.require_supported()
         modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
-    in_guide, in_model = _latents(guided), _latents(modelled)
-    if missing := in_model - in_guide:
-        raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")
-    if extra := in_guide - in_model:
-        raise ModelError(f"the guide samples {sorted(extra)}, which the model does not have")
+    _require_same(_latents(modelled), _latents(guided))
     own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters
     for trace in (guided, modelled):
         for name in trace.param_nodes:
@@ -105,6 +104,8 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
                     f"pyro.param {name!r} would never be trained: make it an nn.Parameter of a module that is part of "
                     "the model or guide"
                 )
+    for part, what in ((model, "model"), (guide, "guide")):
+        require_owned(part, what, model, guide)
 
 
 def check_gradients(*parts: torch.nn.Module) -> None:
@@ -125,6 +126,13 @@ def unique_parameters(parts: Iterable[torch.nn.Module]) -> list[torch.nn.Paramet
     """Every parameter to train, once: a prior and a guide may share an encoder."""
     by_identity = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
     return list(by_identity.values())
+
+
+def _require_same(in_model: set[str], in_guide: set[str]) -> None:
+    if missing := in_model - in_guide:
+        raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")
+    if extra := in_guide - in_model:
+        raise ModelError(f"the guide samples {sorted(extra)}, which the model does not have")
 
 
 def _latents(trace: pyro.poutine.Trace) -> set[str]:

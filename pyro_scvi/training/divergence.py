@@ -9,7 +9,7 @@ import torch
 
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.evaluation import undisturbed
 from pyro_scvi.model import SCVI
 
 HALVINGS = 12  # of the learning rate in one run, at most
@@ -28,7 +28,7 @@ def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
     if lost := nonfinite_parameters(model, guide):
         return lost
     largest = (-math.inf, 0, 0)
-    with evaluating(model, guide, 0):
+    with undisturbed(0, model, guide):
         for rows in torch.arange(cells.n_cells, device=cells.device).split(512):
             x, gamma = cells.rows(rows)
             guided = pyro.poutine.trace(guide).get_trace(x, gamma, index=rows)

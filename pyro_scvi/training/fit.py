@@ -124,8 +124,8 @@ def fit(
     Raises
     ------
     ModelError
-        If model, guide and cells do not match, one of them is of the wrong kind, a parameter does not affect the loss,
-        or the seed is no integer of 0 or more.
+        If model, guide and cells do not match, one of them is of the wrong kind, the program has a site that guide or
+        verbs do not know, a parameter does not affect the loss, or the seed is no integer of 0 or more.
     SchemaError
         If validation cells have another schema.
     DataError

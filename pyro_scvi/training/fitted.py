@@ -15,10 +15,15 @@ from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of, states_of
 from pyro_scvi.utils.html_repr import curves, table
 
+COLUMNS = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds")
+"""Of the history that ``fit`` writes."""
+
+BY_HAND = "not by ps.fit: there is no history of it"
+
 
 @dataclass(eq=False)
 class Fit:
-    """A trained model, as :func:`fit` and :func:`load` return it.
+    """A trained model, as :func:`fit` and :func:`load` return it, or made by hand after training with Pyro's own tools.
 
     Attributes
     ----------
@@ -26,7 +31,7 @@ class Fit:
         The generative model, and q.
     history
         By epoch: ``train_loss`` and ``held_out_loss`` (negative evidence bound, untempered), ``kl``, all in nats per
-        cell, ``learning_rate``, ``kl_weight`` and ``seconds``.
+        cell, ``learning_rate``, ``kl_weight`` and ``seconds``; an empty table where ``fit`` did not train.
     schema
         Genes, batches and covariates of its cells; new cells are read with it.
     settings
@@ -80,24 +85,27 @@ class Fit:
         return "Fit\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())
 
     def _repr_html_(self) -> str:
-        lines = {"training": self.history.train_loss.tolist(), "held out": self.history.held_out_loss.tolist()}
+        columns = {"training": "train_loss", "held out": "held_out_loss"}
+        lines = {label: self.history[name].tolist() for label, name in columns.items() if name in self.history}
         return table("Fit", self._facts(), curves(lines))
 
     def _facts(self) -> dict[str, str]:
-        epochs, last = len(self.history), self.history.iloc[-1]
-        n_epochs = f"{epochs} epoch{'s' * (epochs != 1)}"
+        made = self._of_training() if len(self.history) and "train_loss" in self.history else {"training": BY_HAND}
+        parts = {"model": repr(self.model), "guide": type(self.guide).__name__, "training": made.pop("training")}
+        return parts | {"device": str(self.device)} | made
+
+    def _of_training(self) -> dict[str, str]:
+        history = self.history.reindex(columns=list(COLUMNS))  # one made by hand may lack some
+        n_epochs = f"{len(history)} epoch{'s' * (len(history) != 1)}"
         # As in training, epochs are compared under the last KL weight: 0 leaves the prior of z out.
-        weight = self.history.kl_weight
+        weight = history.kl_weight
         lasting = weight.iloc[0] if weight.nunique() == 1 else 1.0
-        judged = self.history.held_out_loss - (1 - lasting) * self.history.kl
+        judged = history.held_out_loss - (1 - lasting) * history.kl.fillna(0.0)
         watched = bool(judged.notna().any())
-        kept = self.history.iloc[int(np.nanargmin(judged))] if watched else last
+        kept = history.iloc[int(np.nanargmin(judged)) if watched else -1]
         held_out = f"{kept.held_out_loss:.2f} nats per cell in epoch {kept.name}, the best, which was kept"
         return {
-            "model": repr(self.model),
-            "guide": type(self.guide).__name__,
-            "training": f"{n_epochs} of {self.settings['n_cells']} cells, {self.history.seconds.sum():.1f} s",
-            "device": str(self.device),
+            "training": f"{n_epochs} of {self.settings.get('n_cells', 'some')} cells, {history.seconds.sum():.1f} s",
             "training loss": f"{kept.train_loss:.2f} nats per cell in epoch {kept.name}",
             "held-out loss": held_out if watched else "no cells held out; the last epoch was kept",
         }

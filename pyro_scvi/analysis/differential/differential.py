@@ -156,7 +156,7 @@ def differential_expression(
 def _compared(comparison: _Comparison, rows_a: np.ndarray, rows_b: np.ndarray) -> pd.DataFrame:
     fit, cells = comparison.fit, comparison.cells
     groups = Groups(fit, cells, comparison.batches, rows_a, rows_b, comparison.contrast, comparison.sampler)
-    with evaluating(fit.model, fit.guide, comparison.seed):
+    with evaluating(fit.model, fit.guide, comparison.seed, theta=True):
         estimate = comparison.pairing.estimate(groups, np.random.default_rng(comparison.seed), comparison.delta)
     table = summary(estimate) | raw_counts(cells, rows_a, "a") | raw_counts(cells, rows_b, "b")
     return pd.DataFrame(table, index=pd.Index(cells.gene_names, name="gene"))

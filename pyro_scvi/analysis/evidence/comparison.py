@@ -100,6 +100,8 @@ def _row(fits: list[Fit], tables: list[pd.DataFrame], values: pd.Series, gap: pd
         "ess": pooled.ess.median(),
         "khat_bad": (~(pooled.khat <= KHAT_LIMIT)).mean(),
         "parameters": sum(p.numel() for p in fits[0].model.parameters()),
-        "seconds": float(np.mean([fit.history.seconds.sum() for fit in fits])),
+        "seconds": float(
+            np.mean([fit.history["seconds"].sum() if "seconds" in fit.history else np.nan for fit in fits])
+        ),
         "fits": len(fits),
     }

@@ -105,7 +105,7 @@ def leave_one_out(
         )
     results, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
     judged = list[dict[str, Tensor]]()
-    with evaluating(fit.model, fit.guide, seed):
+    with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())

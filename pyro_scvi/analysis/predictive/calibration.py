@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_fit
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import prior_sites, theta_at
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.guides.coordinates import prior_sites
+from pyro_scvi.inference.evaluation import evaluating, theta_given
 from pyro_scvi.inference.samplers import HMC, Refined, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -240,7 +240,7 @@ def calibrate(
             f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
         )
     parts = []
-    with evaluating(fit.model, fit.guide, seed), progress_bar(n_cells, "cell", progress) as bar:
+    with evaluating(fit.model, fit.guide, seed, theta=True), progress_bar(n_cells, "cell", progress) as bar:
         truth, gamma = source.draw(fit, n_cells)
         for part in _ranks(fit, truth, gamma, sampler, draws, thin, batch_size):
             parts.append(part)
@@ -275,8 +275,7 @@ def _law(fit: Fit, x: Tensor | None, gamma: Tensor) -> Callable[[Sites], torch.d
     """The law of x at latents; ``x`` for an observed library size."""
 
     def law(sites: Sites) -> torch.distributions.Distribution:
-        theta = theta_at(fit.model, x, gamma, {**fit.guide.weights.medians(), **sites})
-        return fit.model.likelihood.marginal(**theta)
+        return fit.model.likelihood.marginal(**theta_given(fit.guide, x, gamma, sites))
 
     return law
 

@@ -20,6 +20,7 @@ from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.supported import require_drawable
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.model import SCVI
@@ -76,6 +77,7 @@ def prior_predictive(
     require_kind(model, SCVI, "model", "fit.model")
     require_at_least(1, n_cells=n_cells)
     constants = _gamma(model, n_cells, gamma)
+    require_drawable(model)
     try:
         with evaluation_mode(model), seeded(seed), pyro.get_param_store().scope(), torch.no_grad():
             return model(None, constants).cpu().numpy()
@@ -141,7 +143,7 @@ def posterior_predictive(
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
-    with evaluating(fit.model, fit.guide, seed):
+    with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
             if not torch.equal(replicas.int().to(replicas), replicas):
                 counts = counts.astype(np.float32, copy=False)
@@ -242,7 +244,7 @@ def check_predictions(
     if not isinstance(interval, Real) or not 0 < interval < 1:
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
     sums, totals = torch.zeros(()), list[Tensor]()
-    with evaluating(fit.model, fit.guide, seed):
+    with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
             both = torch.cat([x[None], replicas]).double()  # the data is the first of 1 + samples
             sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()

@@ -164,7 +164,7 @@ def impute(
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
     imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
-    with evaluating(fit.model, fit.guide, seed):
+    with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             draws = sampler.draw(fit.guide, x, gamma, samples)
@@ -223,7 +223,7 @@ def technical_zero_probability(
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
     probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
-    with evaluating(fit.model, fit.guide, seed):
+    with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             logits = fit.model.likelihood.technical_zero_logits(

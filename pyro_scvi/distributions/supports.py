@@ -1,0 +1,163 @@
+"""Supports of laws, found behind wrappers and mixtures, and the refusal of laws that no coordinates in R^n reach."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch.distributions import biject_to
+
+from pyro_scvi.errors import ModelError
+
+WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+"""Laws that reshape or mask another, and leave its support alone."""
+
+CIRCULAR = (dist.VonMises, torch.distributions.VonMises, dist.VonMises3D, dist.SineBivariateVonMises, dist.SineSkewed)
+"""Laws on circles and spheres. torch calls the support of some of them real."""
+
+PARTS = ("base_dist", "component_distribution", "base", "component0", "component1")
+"""Attributes under which a law holds the laws that it is made of."""
+
+TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
+
+BOUNDS = ("lower_bound", "upper_bound")
+
+
+def unwrapped(law: Any) -> Any:
+    """The law without the wrappers that only reshape or mask it."""
+    while isinstance(law, WRAPPERS):
+        law = law.base_dist
+    return law
+
+
+def made_of(law: Any) -> Iterator[Any]:
+    """The law itself and every law inside it: what it wraps, transforms or mixes."""
+    yield law
+    for part in PARTS:
+        inner = getattr(law, part, None)
+        if hasattr(inner, "log_prob"):
+            yield from made_of(inner)
+
+
+def is_discrete(law: Any) -> bool:
+    """Whether the law's values are isolated points."""
+    bare = unwrapped(law)
+    if getattr(bare, "has_enumerate_support", False):
+        return True
+    try:
+        return bool(bare.support.is_discrete)
+    except (NotImplementedError, ValueError, AttributeError):  # laws that do not say where they live
+        return False
+
+
+def is_point(law: Any) -> bool:
+    """Whether the law, or a part of the mixture that it is, is one point without a density."""
+    return any(isinstance(part, dist.Delta) for part in made_of(law))
+
+
+def support_of(law: Any) -> Any:
+    """The support; of a mixture that of its components, which :func:`require_coordinates` found to be one."""
+    if isinstance(law, dist.Independent) and _holds_mixture(law):
+        return constraints.independent(support_of(law.base_dist), law.reinterpreted_batch_ndims)
+    if isinstance(law, WRAPPERS) and _holds_mixture(law):
+        return support_of(law.base_dist)
+    if isinstance(law, dist.MixtureSameFamily):
+        component = law.component_distribution
+        return _of_first(support_of(component), -1 - len(component.event_shape))
+    return law.support
+
+
+def require_coordinates(law: Any, what: str) -> None:
+    """Refuse a law whose values no bijection from R^n reaches; ``what`` names it in the message.
+
+    Raises
+    ------
+    ModelError
+        For discrete laws and point masses, for laws on circles and spheres, and where no bijection is known.
+    """
+    name = type(unwrapped(law)).__name__
+    if is_point(law):
+        raise ModelError(f"{what} is a point mass (Delta), which has no density: take a narrow continuous law")
+    if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
+        raise ModelError(
+            f"{what} lives on a circle or sphere ({circular[0]}), which no coordinates in R^n cover once: take two "
+            "normal latents, the angle of which is the phase, or a law on an interval"
+        )
+    if is_discrete(law):
+        raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")
+    try:
+        _require_filled(law)
+        biject_to(support_of(law))
+    except (NotImplementedError, ValueError) as error:
+        raise ModelError(
+            f"{what} ({name}) has a support that no bijection from R^n is known for: {error}; take a law on the real "
+            "line, above a bound, on an interval or on the simplex"
+        ) from error
+
+
+def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the bijections to two supports take the same R^n to the same values of an event's shape."""
+    first, second = biject_to(one), biject_to(other)
+    try:
+        size = first.inverse_shape(torch.Size(shape))
+        if size != second.inverse_shape(torch.Size(shape)):
+            return False
+        return _same_values(one, other, torch.linspace(-1.5, 1.5, size.numel()).reshape(size))
+    except (RuntimeError, ValueError):  # bounds of other shapes
+        return False
+
+
+def _same_values(one: Any, other: Any, u: torch.Tensor) -> bool:
+    values = [biject_to(support)(u.double().to(_place(support))).cpu() for support in (one, other)]
+    return torch.allclose(*values)
+
+
+def _place(support: Any) -> torch.device:
+    bounds = _bounds(getattr(support, "base_constraint", support))
+    return next((bound.device for bound in bounds if isinstance(bound, torch.Tensor)), torch.device("cpu"))
+
+
+def _holds_mixture(law: Any) -> bool:
+    return isinstance(unwrapped(law), dist.MixtureSameFamily)
+
+
+def _of_first(support: Any, dim: int) -> Any:
+    """The support of the first component of a mixture, whose components lie along ``dim`` of the support's bounds."""
+    if isinstance(support, constraints.independent):
+        return constraints.independent(_of_first(support.base_constraint, dim), support.reinterpreted_batch_ndims)
+    bounds = _bounds(support)
+    return type(support)(*(_first(bound, dim) for bound in bounds)) if bounds else support
+
+
+def _first(bound: Any, dim: int) -> Any:
+    if not isinstance(bound, torch.Tensor) or bound.dim() < -dim:
+        return bound
+    first = bound.select(dim, 0)
+    if not bool((bound == first.unsqueeze(dim)).all()):
+        raise ValueError("the components of the mixture live on different sets")
+    return first
+
+
+def _bounds(support: Any) -> list[Any]:
+    return [getattr(support, name) for name in BOUNDS if hasattr(support, name)]
+
+
+def _require_filled(law: Any) -> None:
+    """Refuse transforms of a law that lives on a part of what they take: their codomain is then not its support."""
+    for part in made_of(law):
+        if type(part) not in TRANSFORMED:  # named ones, such as LogNormal, know their support
+            continue
+        reached = support_of(part.base_dist)
+        for transform in part.transforms:
+            if not _equivalent(reached, transform.domain):
+                raise ValueError(f"the law reaches only a part of the codomain of {type(transform).__name__}")
+            reached = transform.codomain
+
+
+def _equivalent(one: Any, other: Any) -> bool:
+    """Whether two supports are one set, whatever of their dimensions they call events."""
+    first, second = (getattr(support, "base_constraint", support) for support in (one, other))
+    if type(first) is type(second) and not _bounds(first):
+        return True
+    return first.event_dim == second.event_dim == 0 and _same_values(first, second, torch.tensor([-0.7]))

@@ -1,0 +1,149 @@
+"""Which sites of a program the verbs can do right by; every other site is refused by its name.
+
+Verbs read densities off the program's trace, at draws of z, of l where it is latent, and of the weights that have a
+prior. Any other latent would be drawn from its prior whenever a density is evaluated, in silence.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyro
+from pyro.poutine.subsample_messenger import _Subsample
+
+from pyro_scvi.discovery import Kind, TracedSite
+from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of
+from pyro_scvi.errors import ModelError
+from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.model import SCVI
+
+EXPLICIT = ("w", "y", "h")
+"""Sites of the explicit program beside z, l and x."""
+
+
+class Latent(NamedTuple):
+    """What a guide takes a latent for; the shape of an event is None where it may be any."""
+
+    kind: Kind
+    support: Any
+    event_shape: tuple[int, ...] | None
+
+
+def overrides_forward(model: SCVI) -> bool:
+    """Whether the program is another than SCVI's own, so that prior, library and decode need not be its parts."""
+    return getattr(model.forward, "__func__", None) is not SCVI.forward
+
+
+def require_own_forward(model: SCVI) -> None:
+    """Refuse an overridden program where theta is computed from the model's parts, beside the program.
+
+    Raises
+    ------
+    ModelError
+        Naming the class.
+    """
+    if overrides_forward(model):
+        raise ModelError(
+            f"{type(model).__name__} overrides forward, and what was asked for is computed from theta = decode(z, l), "
+            "which need not be what that program does: change the prior, likelihood, library or decode in its place. "
+            "Sites z and l, evidence and prior_predictive are had from the program itself"
+        )
+
+
+def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
+    """Refuse a program that has other sites than x and these latents, or has them as something else.
+
+    Raises
+    ------
+    ModelError
+        Naming the site.
+    """
+    found = model.discovered()
+    _require_known(found, latents)
+    if overrides_forward(model):
+        _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
+    likelihood = model.likelihood
+    if likelihood.explicit and type(likelihood).generate is not Likelihood.generate:
+        _require_known([site for site in model.discovered(marginal=False) if site.name not in EXPLICIT], latents)
+
+
+def require_drawable(model: SCVI) -> None:
+    """Refuse a program from which counts cannot be drawn by running it.
+
+    Raises
+    ------
+    ModelError
+        Naming the factor that weighs its draws.
+    """
+    for site in model.discovered():
+        if site.kind is Kind.FACTOR:
+            raise site.refusal()
+
+
+def require_conditioned(trace: pyro.poutine.Trace, given: Mapping[str, Any]) -> None:
+    """Refuse a scored program that came to a site which it did not have when it was looked at.
+
+    Raises
+    ------
+    ModelError
+        Naming the site.
+    """
+    nodes: Mapping[str, Any] = trace.nodes
+    for name, node in nodes.items():
+        if node["type"] != "sample" or name in given or name == "x" or isinstance(node["fn"], _Subsample):
+            continue
+        if not (node["infer"] or {}).get("_deterministic"):
+            raise _conditional(name)
+
+
+def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> None:
+    for site in sorted(found, key=lambda site: not site.kind.latent):  # a latent explains an observation of its name
+        if site.kind is Kind.DETERMINISTIC or (site.name, site.kind) == ("x", Kind.OBSERVED):
+            continue
+        if site.name not in latents or latents[site.name].kind is not site.kind:
+            raise site.refusal()
+        _require_place(site, latents[site.name])
+    if missing := [name for name in (*latents, "x") if name not in {site.name for site in found}]:
+        raise ModelError(
+            f"the program does not sample {missing}, which the guide or the library says it has: sample it under that "
+            "name, or take a library without it and make the guide anew"
+        )
+
+
+def _require_place(site: TracedSite, latent: Latent) -> None:
+    """Refuse a latent whose shape or support is not what the guide's coordinates are made for."""
+    shape, event = tuple(site.batch_shape), tuple(site.law.event_shape)
+    if site.kind is Kind.LOCAL and shape != (2, 1):
+        raise ModelError(
+            f"the program's site {site.name!r} has batch shape {shape} for two cells; it must be (cells, 1), as of a "
+            "sample in the plate 'cells': is to_event(1) or [..., None] missing?"
+        )
+    require_coordinates(site.law, f"the law of the site {site.name!r}")
+    expected = event if latent.event_shape is None else latent.event_shape
+    if event != expected or not same_coordinates(support_of(site.law), latent.support, event):
+        raise ModelError(
+            f"the program's site {site.name!r} has values of shape {event} in {support_of(site.law)}; the guide was "
+            f"made for shape {expected} in {latent.support}: make it after the model's last change, and leave the site "
+            "the support that its prior or library has"
+        )
+
+
+def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None:
+    """Refuse sites that come and go, or whose support moves, with what else is drawn or with the counts."""
+    others = {site.name: site for site in second}
+    for name in {site.name for site in first} ^ others.keys():
+        raise _conditional(name)
+    for site in first:
+        if site.kind in (Kind.LOCAL, Kind.GLOBAL):
+            moved = support_of(others[site.name].law)
+            if not same_coordinates(support_of(site.law), moved, site.law.event_shape):
+                raise ModelError(
+                    f"the support of the program's site {site.name!r} depends on other sites or on the counts: take a "
+                    "law whose support is constant, and scale its value instead"
+                )
+
+
+def _conditional(name: str) -> ModelError:
+    return ModelError(
+        f"the program samples {name!r} under a condition only, and it is then neither given by the guide nor x: "
+        "sample it always, or not at all"
+    )

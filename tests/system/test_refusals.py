@@ -1,0 +1,307 @@
+"""No verb is silently wrong about a site that it does not know: each refuses it by name, and says what to do."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from anndata import AnnData
+from pyro.infer import SVI, Trace_ELBO
+
+import pyro_scvi as ps
+from pyro_scvi.errors import ModelError
+from tests.support.programs import KINDS, N_GENES, N_LATENT, Own, ScaleInPlate, made, normal
+from tests.support.simulate import simulated_counts
+
+pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:sampler_khat is above")
+
+N_CELLS = 12
+QUICK = ps.Importance(steps=3, rounds=1, proposals=40)
+
+
+def cells_of(n=N_CELLS):
+    return ps.Cells.from_counts(simulated_counts(n, N_GENES))
+
+
+def fit_of(model, guide=ps.guides.DiagonalNormal):
+    """A fit as one makes it by hand."""
+    return ps.Fit(model.eval(), guide(model).eval(), pd.DataFrame(), cells_of().schema)
+
+
+def adata_of(cells):
+    return AnnData(cells.counts, var=pd.DataFrame(index=cells.gene_names), obs=pd.DataFrame(index=cells.cell_names))
+
+
+LABELS = np.arange(N_CELLS) % 2
+
+FROM_DENSITIES = {
+    "embed": lambda fit, cells, tmp: ps.embed(fit, cells),
+    "sample_posterior": lambda fit, cells, tmp: ps.sample_posterior(fit, cells, samples=4),
+    "evidence": lambda fit, cells, tmp: ps.evidence(fit, cells, samples=40, steps=3, rounds=1),
+    "evidence, compiled": lambda fit, cells, tmp: ps.evidence(fit, cells, samples=4, steps=0, rounds=0, compiled=True),
+    "annealed_evidence": lambda fit, cells, tmp: ps.annealed_evidence(fit, cells, chains=4, temperatures=3, leapfrog=2),
+    "compare": lambda fit, cells, tmp: ps.compare({"a": fit}, cells.take(range(2)), samples=20),
+    "to_datatree": lambda fit, cells, tmp: ps.to_datatree(fit, cells, samples=4),
+    "shards.write": lambda fit, cells, tmp: ps.shards.write(fit, cells, tmp / "a.h5ad", {"z": ps.embed}, seed=1),
+    "annotate": lambda fit, cells, tmp: ps.annotate(adata_of(cells), fit, overwrite=True),
+}
+FROM_THETA = {
+    "sample_posterior of w": lambda fit, cells, tmp: ps.sample_posterior(fit, cells, samples=4, sites=("w",)),
+    "leave_one_out": lambda fit, cells, tmp: ps.leave_one_out(fit, cells, samples=40, sampler=QUICK),
+    "impute": lambda fit, cells, tmp: ps.impute(fit, cells, samples=2),
+    "technical_zero_probability": lambda fit, cells, tmp: ps.technical_zero_probability(fit, cells, samples=2),
+    "differential_expression": lambda fit, cells, tmp: ps.differential_expression(
+        fit, cells, groupby=LABELS, group_a=0, group_b=1, most_pairs=100
+    ),
+    "posterior_predictive": lambda fit, cells, tmp: ps.posterior_predictive(fit, cells, samples=2),
+    "check_predictions": lambda fit, cells, tmp: ps.check_predictions(fit, cells, samples=4),
+    "calibrate": lambda fit, cells, tmp: ps.calibrate(fit, 4, sampler=QUICK, draws=19, thin=1, progress=False),
+    "to_datatree with predictions": lambda fit, cells, tmp: ps.to_datatree(
+        fit, cells, samples=4, posterior_predictive=True, prior_predictive=True
+    ),
+}
+VERBS = FROM_DENSITIES | FROM_THETA
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_verb_names_the_site_that_it_does_not_know(kind, verb, tmp_path):
+    build, site = KINDS[kind]
+    fit = fit_of(build())
+    with pytest.raises(ModelError, match=f"'{site}'"):
+        VERBS[verb](fit, cells_of(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_names_it(kind):
+    build, site = KINDS[kind]
+    with pytest.raises(ModelError, match=f"'{site}'"):
+        ps.fit(build(), cells_of(30), epochs=1, progress=False, validation=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_and_their_fits_are_made_shown_and_stored(kind, tmp_path):
+    build, _ = KINDS[kind]
+    fit = fit_of(build())
+    assert "there is no history" in repr(fit)
+    assert "Fit" in fit._repr_html_()
+    fit.save(tmp_path / "fit")
+
+
+@pytest.mark.parametrize("verb", FROM_DENSITIES)
+def test_a_model_without_such_sites_passes(verb, tmp_path):
+    if verb == "evidence, compiled":
+        pytest.skip("compiling is tested elsewhere")
+    FROM_DENSITIES[verb](fit_of(made()), cells_of(), tmp_path)
+    FROM_DENSITIES[verb](fit_of(made(Own)), cells_of(), tmp_path)
+
+
+@pytest.mark.parametrize("verb", FROM_THETA)
+def test_an_overridden_program_is_not_bypassed(verb, tmp_path):
+    FROM_THETA[verb](fit_of(made()), cells_of(), tmp_path)
+    with pytest.raises(ModelError, match="Own overrides forward"):
+        FROM_THETA[verb](fit_of(made(Own)), cells_of(), tmp_path)
+
+
+def test_a_forward_that_is_put_on_the_object_is_overridden_too():
+    model = made()
+    fit = fit_of(model)
+    model.forward = lambda *args, **kwargs: ps.SCVI.forward(model, *args, **kwargs)
+    with pytest.raises(ModelError, match="overrides forward"):
+        ps.impute(fit, cells_of())
+
+
+class Shifted(Own):
+    """p(z) = N(3, 1), in the program alone."""
+
+    def latent(self, x, gamma):
+        return pyro.sample("z", normal(3.0))
+
+
+def test_an_overridden_program_is_what_prior_draws_and_evidence_are_of():
+    shifted, named = fit_of(made(Shifted)), fit_of(made(prior=lambda: normal(3.0)))
+    cells = cells_of()
+    drawn = ps.to_datatree(shifted, cells, samples=100)["prior"].z
+    assert abs(float(drawn.mean()) - 3) < 5 / np.sqrt(drawn.size)
+    tables = [ps.evidence(fit, cells, samples=400, progress=False) for fit in (shifted, named)]
+    gap = (tables[0].log_evidence - tables[1].log_evidence) / np.hypot(tables[0].se, tables[1].se)
+    assert gap.abs().max() < 5
+
+
+@pytest.mark.parametrize("kind", ["factor", "global factor"])
+def test_prior_draws_refuse_what_weighs_them(kind):
+    build, site = KINDS[kind]
+    with pytest.raises(ModelError, match=f"'{site}'"):
+        ps.prior_predictive(build(), 5)
+
+
+@pytest.mark.parametrize("kind", ["effect of a cell", "enumerated", "global", "global in a plate"])
+def test_prior_draws_run_the_program_whatever_its_latents(kind):
+    assert ps.prior_predictive(KINDS[kind][0](), 5).shape == (5, N_GENES)
+
+
+# --- sites that come, go and change ---
+
+
+class Seldom(Own):
+    """One more latent where cells are deep."""
+
+    def latent(self, x, gamma):
+        z = super().latent(x, gamma)
+        deep = x is not None and x.shape[0] > 2
+        return z + pyro.sample("e", dist.Normal(0.0, 1.0))[..., None] if deep else z
+
+
+@pytest.mark.parametrize("verb", ["sample_posterior", "evidence", "annealed_evidence", "to_datatree"])
+def test_a_site_under_a_condition_is_refused_where_it_comes_up(verb, tmp_path):
+    with pytest.raises(ModelError, match="'e' under a condition"):
+        VERBS[verb](fit_of(made(Seldom)), cells_of().take(range(5)), tmp_path)
+
+
+def test_what_was_changed_after_the_guide_was_made_is_seen():
+    model = made()
+    fit, cells = fit_of(model), cells_of()
+    ps.embed(fit, cells)
+    model.prior = ps.priors.Dirichlet(N_LATENT)
+    with pytest.raises(ModelError, match="'z'.*after the model's last change"):
+        ps.embed(fit, cells)
+    model.prior = ps.priors.StudentT(N_LATENT)
+    ps.embed(fit, cells)
+    model.library = ps.libraries.NoLibrary()
+    with pytest.raises(ModelError, match="'l'"):
+        ps.embed(fit, cells)
+
+
+def test_a_model_in_double_precision_with_a_prior_that_is_not():
+    model = made(prior=normal)
+    fit = ps.fit(model, cells_of(30), epochs=1, dtype=torch.float64, progress=False)
+    assert np.isfinite(ps.evidence(fit, cells_of().take(range(2)), samples=40, progress=False).log_evidence).all()
+
+
+# --- the look leaves no trace ---
+
+
+def test_looking_shifts_no_random_numbers_and_shows_no_handler_a_site():
+    fit = fit_of(made())
+    before = torch.get_rng_state()
+    with pyro.poutine.trace() as traced, pyro.plate("outer", 7, dim=-3):
+        fit.guide.require_supported()
+    assert torch.equal(before, torch.get_rng_state())
+    assert [name for name in traced.trace.nodes if name != "outer"] == []
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_plain_pyro_is_not_refused():
+    model = KINDS["effect of a cell"][0]()
+    x = cells_of()[:][0]
+
+    def guide(x, gamma=None):
+        loc = pyro.param("loc", torch.zeros(len(x), 1))
+        with pyro.plate("cells", len(x), dim=-2):
+            pyro.sample("z", normal().expand([len(x), 1]))
+            pyro.sample("l", dist.LogNormal(torch.log1p(x.sum(-1, keepdim=True)), 1.0))
+            pyro.sample("e", dist.Normal(loc, 1.0))
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert np.isfinite([svi.step(x) for _ in range(3)]).all()
+    made(Own)(x, marginal=False)
+    ps.guides.DiagonalNormal(made(Own))(x, marginal=False)
+
+
+# --- laws without coordinates, when the model is made ---
+
+
+def of_z(law):
+    return law.expand([N_LATENT]).to_event(1)
+
+
+PHASE = dist.VonMises(torch.tensor(0.0), 1.0)
+TWO = dist.Categorical(torch.ones(2))
+LAWS = {
+    "von Mises": lambda: of_z(PHASE),
+    "masked": lambda: of_z(PHASE.mask(True)),
+    "mixture": lambda: dist.MixtureSameFamily(TWO, dist.VonMises(torch.zeros(2, N_LATENT), 1.0).to_event(1)),
+    "mixtures": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(N_LATENT, 2)), dist.VonMises(torch.zeros(N_LATENT, 2), 1.0)
+    ).to_event(1),
+    "scaled": lambda: of_z(dist.TransformedDistribution(PHASE, [dist.transforms.AffineTransform(0.0, 2.0)])),
+    "projected": lambda: dist.ProjectedNormal(torch.ones(N_LATENT)),
+    "coin": lambda: of_z(dist.Bernoulli(torch.tensor(0.5))),
+    "counts": lambda: of_z(dist.Poisson(torch.tensor(0.5))),
+    "one of three": lambda: dist.OneHotCategorical(torch.ones(N_LATENT)),
+    "point": lambda: dist.Delta(torch.zeros(N_LATENT), event_dim=1),
+    "half of a point": lambda: dist.MaskedMixture(
+        torch.tensor([True, False, True]), dist.Delta(torch.zeros(N_LATENT)), dist.Normal(torch.zeros(N_LATENT), 1.0)
+    ).to_event(1),
+    "part of a codomain": lambda: of_z(
+        dist.TransformedDistribution(dist.Beta(torch.tensor(1.0), 1.0), [dist.transforms.AffineTransform(-1.0, 2.0)])
+    ),
+    "components apart": lambda: dist.MixtureSameFamily(
+        TWO, dist.Uniform(torch.zeros(2, N_LATENT), torch.tensor([[1.0], [2.0]]).expand(2, N_LATENT)).to_event(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_prior_without_coordinates_is_refused_when_the_model_is_made(law):
+    with pytest.raises(ModelError, match="the prior of z"):
+        made(prior=LAWS[law])
+
+
+def test_weights_without_coordinates_are_refused_when_the_guide_is_made():
+    model = made(weight_priors={"decoder.heads.log_mean.bias": ScaleInPlate()})
+    with pytest.raises(ModelError, match="'switch' is discrete"):
+        ps.guides.DiagonalNormal(model)
+
+
+def spike_and_slab():
+    scales = torch.tensor([0.05, 1.0]).expand(N_LATENT, 2)
+    return dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(N_LATENT, 2)), dist.Normal(torch.zeros(N_LATENT, 2), scales)
+    ).to_event(1)
+
+
+def uniforms():
+    law = dist.Uniform(torch.zeros(2, N_LATENT), torch.ones(2, N_LATENT)).to_event(1)
+    return dist.MixtureSameFamily(TWO, law)
+
+
+@pytest.mark.parametrize("prior", [spike_and_slab, uniforms, lambda: spike_and_slab().expand([])])
+def test_mixtures_of_every_latent_by_itself(prior):
+    model = made(prior=prior)
+    fit = ps.fit(model, cells_of(30), epochs=2, progress=False)
+    table = ps.evidence(fit, cells_of().take(range(3)), samples=100, progress=False)
+    assert np.isfinite(table.log_evidence).all()
+
+
+def test_the_evidence_under_a_mixture_of_every_latent_is_that_of_all_their_combinations():
+    """With two latents, (spike + slab) x (spike + slab) is a mixture of four normals."""
+    scales = torch.tensor([0.05, 1.0])
+    each = dist.MixtureSameFamily(dist.Categorical(torch.ones(2, 2)), dist.Normal(torch.zeros(2, 2), scales))
+    each = each.to_event(1)
+    pairs = torch.cartesian_prod(scales, scales)
+    joint = dist.MixtureSameFamily(dist.Categorical(torch.ones(4)), dist.Normal(torch.zeros(4, 2), pairs).to_event(1))
+    models = [ps.SCVI(N_GENES, 2, prior=lambda law=law: law, n_hidden=8, n_layers=1) for law in (each, joint)]
+    tables = [ps.evidence(fit_of(model), cells_of(), samples=400, progress=False) for model in models]
+    gap = (tables[0].log_evidence - tables[1].log_evidence) / np.hypot(tables[0].se, tables[1].se).clip(1e-3)
+    assert gap.abs().max() < 5
+
+
+# --- fits made by hand ---
+
+
+def test_a_fit_made_by_hand_is_shown_stored_and_used(tmp_path):
+    fit, cells = fit_of(made()), cells_of()
+    for history in (pd.DataFrame(), pd.DataFrame({"train_loss": [3.0, 2.0]}), pd.DataFrame({"loss": [1.0]})):
+        fit.history = history
+        assert "guide: DiagonalNormal" in repr(fit)
+        assert "<table>" in fit._repr_html_()
+        fit.save(tmp_path / "fit")
+        loaded = ps.load(tmp_path / "fit")
+        assert len(loaded.history) == len(history)
+        assert repr(loaded) == repr(fit)
+        assert np.array_equal(ps.embed(loaded, cells), ps.embed(fit, cells))
+    assert np.isfinite(ps.compare({"by hand": fit}, cells.take(range(2)), samples=20).log_evidence["by hand"])
+    with pytest.raises(ModelError, match="no history"):
+        ps.plots.loss(fit)
