@@ -9,10 +9,23 @@ import pytest
 import torch
 
 from pyro_scvi.data.cells import Cells
-from tests.support.paths import DATA, GOLDEN
+from tests.support.paths import DATA, GOLDEN, TESTS
 from tests.support.simulate import simulated_counts
 
 torch.set_num_threads(1)  # also for fixtures that outlive a test
+
+
+INTEGRATION = ("cli", "paper", "system")  # folders whose tests run several parts together
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(items):
+    """Mark what is neither slow nor integration, by its own mark or by its folder, as fast."""
+    for item in items:
+        if any(item.iter_markers("slow")) or any(item.iter_markers("integration")):
+            continue
+        folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker("integration" if folder in INTEGRATION else "fast")
 
 
 @pytest.fixture(autouse=True)
