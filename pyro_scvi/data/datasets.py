@@ -212,7 +212,7 @@ def _read_10x_folder(folder: Path) -> AnnData:
     features = _table(_one_of(folder, "features.tsv", "genes.tsv"))
     barcodes = _table(_one_of(folder, "barcodes.tsv"))[0].to_numpy()
     with _opened(_one_of(folder, "matrix.mtx"), "rb") as file:
-        matrix = sparse.csr_matrix(io.mmread(file).T)
+        matrix = sparse.csr_matrix(_matrix_market(file).T)
     if matrix.shape != (len(barcodes), len(features)):
         raise DataError(f"matrix.mtx is {matrix.shape} for {len(barcodes)} barcodes and {len(features)} features.")
     var = pd.DataFrame({"gene_ids": features[0].to_numpy()}, index=pd.Index(features[1].to_numpy()))
@@ -223,6 +223,13 @@ def _read_10x_folder(folder: Path) -> AnnData:
             adata.var["feature_types"] = features[2].to_numpy()
             adata = adata[:, adata.var["feature_types"] == _GENE_EXPRESSION].copy()
     return adata
+
+
+def _matrix_market(file: Any) -> Any:
+    with warnings.catch_warnings():
+        # SciPy 1.18 wants to be told the class of its result, which does not matter here; SciPy 1.13 cannot be told.
+        warnings.filterwarnings("ignore", "The default value for `spmatrix`", DeprecationWarning)
+        return io.mmread(file)
 
 
 def _one_of(folder: Path, *names: str) -> Path:

@@ -75,6 +75,17 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
     return values
 
 
+def object_columns(obs: pd.DataFrame) -> list[Any]:
+    """Names of the columns of Python objects; ``select_dtypes(object)`` of pandas 3 adds those of type str."""
+    return [name for name, kind in obs.dtypes.items() if pd.api.types.is_object_dtype(kind)]
+
+
+def inferred(column: pd.Series) -> pd.Series:
+    """A column of objects in the type of its values; strings and booleans may have missing values."""
+    column = column.infer_objects()  # first: floats stay floats, which convert_dtypes would turn into Float64
+    return column.convert_dtypes() if pd.api.types.is_object_dtype(column) else column
+
+
 def quoted(names: Sequence[str] | pd.Index, most: int = 10) -> str:
     """List names for a message: the first few, and how many there are."""
     shown = ", ".join(repr(str(name)) for name in names[:most])

@@ -38,8 +38,9 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
     """Take the counts of ``X`` or of a layer."""
     if not isinstance(adata, AnnData):
         raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
-    layers = ", ".join(map(repr, adata.layers.keys())) or "none"
-    if layer is not None and (not isinstance(layer, str) or layer not in adata.layers):
+    names = layer_names(adata)
+    layers = ", ".join(map(repr, names)) or "none"
+    if layer is not None and (not isinstance(layer, str) or layer not in names):
         raise SchemaError(
             f"there is no layer {layer!r}; the layers are: {layers}. If X holds the raw counts, "
             f"adata.layers[{layer!r}] = adata.X.copy() gives them that name."
@@ -54,6 +55,11 @@ def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
     return Table(
         canonical(matrix, source), pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer
     )
+
+
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of the layers; from version 0.13 on, anndata lists ``X`` among them, as None."""
+    return [name for name in adata.layers if name is not None]
 
 
 def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:

@@ -22,6 +22,7 @@ from anndata import AnnData
 
 from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.obs_columns import inferred, object_columns
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.persistence.serialization import states_of
@@ -266,11 +267,11 @@ def _writable(obs: pd.DataFrame) -> pd.DataFrame:
         If a column holds values of several types.
     """
     obs = obs.copy()
-    for name in obs.select_dtypes(object):
+    for name in object_columns(obs):
         if pd.api.types.infer_dtype(obs[name], skipna=True) not in ("string", "boolean", "empty"):
             raise DataError(f"the column {name!r} of obs holds values of several kinds; make them strings, or drop it")
         if obs[name].isna().any():
-            obs[name] = obs[name].convert_dtypes(convert_integer=False, convert_floating=False)
+            obs[name] = inferred(obs[name])
     return obs
 
 

@@ -13,6 +13,7 @@ import torch
 
 import pyro_scvi as ps
 from pyro_scvi.cli import de, genes
+from pyro_scvi.data.reading import layer_names
 from tests.support.cli_runs import Page, check_table, make_adata, one_line, run, succeed
 
 
@@ -102,7 +103,7 @@ def test_impute_lines_up_with_the_genes_of_the_file(folder, query, cells, tmp_pa
         "pyro_scvi_expression": ps.impute(fit, cells, samples=4, seed=2),
         "pyro_scvi_technical_zero": ps.technical_zero_probability(fit, cells, samples=4, seed=2),
     }
-    assert set(copy.layers) == {"raw", *expected}
+    assert set(layer_names(copy)) == {"raw", *expected}
     unknown = ["new1", "new2"]
     assert list(copy.var_names[~copy.var["pyro_scvi_modelled"]]) == unknown
     for name, values in expected.items():

@@ -14,7 +14,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
-from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
 from pyro_scvi.data.stores.layout import doubled_names_allowed
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief
@@ -158,9 +158,9 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
     with doubled_names_allowed():
         annotations = {each.name: AnnData(obs=each.obs) for each in inputs}
         joined = anndata.concat(annotations, label=label, index_unique=index_unique, join="outer").obs
-    for name in joined.select_dtypes(object).columns[joined.select_dtypes(object).isna().any()]:
-        # Strings or booleans with missing values: as plain objects they cannot be written to a file.
-        joined[name] = joined[name].convert_dtypes(convert_integer=False, convert_floating=False)
+    for name in object_columns(joined):
+        if joined[name].isna().any():  # strings or booleans: as plain objects they cannot be written to a file
+            joined[name] = inferred(joined[name])
     doubled = joined.index[joined.index.duplicated()].unique()
     if len(inputs) > 1 and index_unique is None and len(doubled):
         raise DataError(
