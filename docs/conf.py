@@ -2,6 +2,7 @@
 
 import inspect
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.util.inspect import stringify_signature
 
+import pyro_scvi as ps
 from pyro_scvi.nn.component import Component
+
+# The reference names modules as users do, `ps.libraries`; Sphinx has to be able to import them by these names.
+sys.modules.update(
+    {f"pyro_scvi.{name}": getattr(ps, name) for name in ps.__all__ if inspect.ismodule(getattr(ps, name))}
+)
 
 _HERE = Path(__file__).parent
 (_HERE / "notebooks").mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """Import a room when it is first asked for: these bring scikit-learn, scipy.stats and matplotlib, 100 MB."""
+        """Import a module when it is first asked for: these bring scikit-learn, scipy.stats and matplotlib, 100 MB."""
         if name in ("baselines", "plots"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,3 +1,5 @@
+"""Presets: their models and options are those of the papers."""
+
 import numpy as np
 import pytest
 import torch

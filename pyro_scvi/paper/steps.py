@@ -27,6 +27,10 @@ from pyro_scvi.version import __version__
 
 _log = logging.getLogger(__name__)
 
+_ABSENT = "not installed"
+_RAISED = "pyro_scvi.errors.FitError: "
+_CPU_TIME_IS_UP = 24  # SIGXCPU
+
 
 @dataclass(frozen=True)
 class Step:
@@ -124,9 +128,6 @@ class Results:
         return self._known.get(key)
 
 
-_ABSENT = "not installed"
-
-
 def _here(step: Step) -> Outcome:
     started = time.process_time()
     try:
@@ -155,10 +156,6 @@ def _in_a_process(step: Step, limit: int) -> Outcome:
         if said.startswith(_RAISED):
             raise FitError(said.removeprefix(_RAISED))
         raise FitError(f"{step.name} {step.settings} failed with exit status {ended.returncode}: {said}")
-
-
-_RAISED = "pyro_scvi.errors.FitError: "
-_CPU_TIME_IS_UP = 24  # SIGXCPU
 
 
 def main(asked: str, answer: str) -> None:

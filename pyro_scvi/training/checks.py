@@ -43,10 +43,8 @@ class TemperedZ(Messenger):
         """Untempered minus tempered loss of this step, nats over its cells; forgets the densities."""
         if not self.log_densities:
             return 0.0
-        log_q, log_p = (
-            self.log_densities[0::2],
-            self.log_densities[1::2],
-        )  # guide and model alternate, once per particle
+        # Guide and model alternate, once per particle.
+        log_q, log_p = self.log_densities[0::2], self.log_densities[1::2]
         self.log_densities = []
         return (1 - self.weight) * float(sum(log_q) - sum(log_p)) / len(log_q)
 

@@ -1,3 +1,5 @@
+"""Datasets: what the readers of public files give, and files that they refuse."""
+
 import gzip
 import re
 import sys

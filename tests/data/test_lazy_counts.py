@@ -1,4 +1,4 @@
-"""Sources: every verb says the same of the same cells, wherever their counts lie; and what cannot be a source."""
+"""Lazy counts: every function gives the same for the same cells wherever their counts lie, or refuses them."""
 
 import anndata
 import numpy as np

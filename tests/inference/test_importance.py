@@ -1,3 +1,5 @@
+"""Adaptive importance sampling and Pareto k-hat, against ArviZ and densities with known integrals."""
+
 import math
 
 import arviz_stats.base

@@ -1,3 +1,5 @@
+"""Networks, normalisation and dropout for any leading dimensions."""
+
 import pytest
 import torch
 

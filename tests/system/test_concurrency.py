@@ -1,3 +1,5 @@
+"""Fits in several threads and processes give what they give alone."""
+
 import multiprocessing
 import os
 import signal

@@ -1,3 +1,5 @@
+"""Checkpoints: resumed runs equal uninterrupted ones, and damaged or foreign checkpoints are refused."""
+
 import json
 import logging
 import shutil

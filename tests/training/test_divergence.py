@@ -1,3 +1,5 @@
+"""Divergence: the learning rate is halved, and what stays not finite is refused with its cause."""
+
 import math
 
 import numpy as np

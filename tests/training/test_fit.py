@@ -1,3 +1,5 @@
+"""fit: what it learns, what it refuses, and what a Fit says."""
+
 import inspect
 import math
 from dataclasses import fields

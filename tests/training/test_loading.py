@@ -1,3 +1,5 @@
+"""Saves: a loaded fit is the saved one, and damaged, foreign or hostile saves are refused."""
+
 import base64
 import copy
 import hashlib

@@ -1,3 +1,5 @@
+"""SIGINT and SIGTERM during training: the step ends, and the fit of the epochs before is kept."""
+
 import os
 import signal
 import sys

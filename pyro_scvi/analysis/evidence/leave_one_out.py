@@ -110,10 +110,10 @@ def leave_one_out(
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
             theta = decoded(fit, x, gamma, drawn)
-            law = fit.model.likelihood.marginal(**theta)
-            log_p = law.log_prob(x)
+            distribution = fit.model.likelihood.marginal(**theta)
+            log_p = distribution.log_prob(x)
             # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
-            below = law.expand(log_p.shape).sample() < x
+            below = distribution.expand(log_p.shape).sample() < x
             rows = slice(done, done := done + len(x))
             results[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
     elpd, khat, pit = results.numpy()

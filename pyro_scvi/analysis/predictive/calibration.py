@@ -255,11 +255,11 @@ def _ranks(
 ) -> Iterator[np.ndarray]:
     for rows in torch.arange(len(gamma), device=gamma.device).split(batch_size):
         true, constants = {name: value[rows] for name, value in truth.items()}, gamma[rows]
-        x = _law(fit, None, constants)(true).sample()
+        x = _distribution_of_x(fit, None, constants)(true).sample()
         posterior = sampler.draw(fit.guide, x, constants, draws * thin)
         kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}
-        law = _law(fit, x, constants)
-        below = _values(kept, law, x) < _values(true, law, x)
+        distribution = _distribution_of_x(fit, x, constants)
+        below = _values(kept, distribution, x) < _values(true, distribution, x)
         yield below.sum(0).cpu().numpy()
 
 
@@ -271,19 +271,21 @@ def _thinned(value: Tensor, chains: int, draws: int) -> Tensor:
     return by_chain[kept.to(value.device)].flatten(0, 1)[:draws]
 
 
-def _law(fit: Fit, x: Tensor | None, gamma: Tensor) -> Callable[[Sites], torch.distributions.Distribution]:
-    """The law of x at latents; ``x`` for an observed library size."""
+def _distribution_of_x(
+    fit: Fit, x: Tensor | None, gamma: Tensor
+) -> Callable[[Sites], torch.distributions.Distribution]:
+    """The distribution of x at latents; ``x`` for an observed library size."""
 
-    def law(sites: Sites) -> torch.distributions.Distribution:
+    def distribution(sites: Sites) -> torch.distributions.Distribution:
         return fit.model.likelihood.marginal(**theta_given(fit.guide, x, gamma, sites))
 
-    return law
+    return distribution
 
 
-def _values(sites: Sites, law: Callable[[Sites], torch.distributions.Distribution], x: Tensor) -> Tensor:
+def _values(sites: Sites, distribution: Callable[[Sites], torch.distributions.Distribution], x: Tensor) -> Tensor:
     """Every quantity that is ranked, (..., cells, quantities)."""
     latents = [sites["z"].squeeze(-2), *([sites["l"]] if "l" in sites else [])]
-    return torch.cat([*latents, law(sites).log_prob(x).sum(-1, keepdim=True)], -1)
+    return torch.cat([*latents, distribution(sites).log_prob(x).sum(-1, keepdim=True)], -1)
 
 
 def _quantities(fit: Fit) -> list[str]:

@@ -1,3 +1,5 @@
+"""Comparison of models: paired differences, their errors, and what cannot be compared."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Evidence against quadrature and closed forms, its standard errors, and its warnings."""
+
 import math
 
 import numpy as np

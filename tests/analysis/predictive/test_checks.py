@@ -1,3 +1,5 @@
+"""Predictive draws and predictive checks, against draws by hand."""
+
 import numpy as np
 import pandas as pd
 import pyro.distributions as dist

@@ -123,7 +123,7 @@ def test_missing_data_are_one_line(known, tmp_path, monkeypatch):
 def test_a_failing_step_is_one_line_that_names_it(known, tmp_path):
     known(experiment("first", "two"))
     assert one_line(quick("first", tmp_path / "out")).startswith(
-        "tests.paper.test_command:square {'number': 'two'} failed: TypeError"
+        "tests.cli.test_paper:square {'number': 'two'} failed: TypeError"
     )
 
 

@@ -9,7 +9,7 @@ from pyro_scvi.paper import systems
 from pyro_scvi.paper.budget import FULL, QUICK
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.tables import table1, table3
-from tests.paper.test_table1 import CELLS, GIVEN, LEFT_OUT, Given
+from tests.paper.tables.test_table1 import CELLS, GIVEN, LEFT_OUT, Given
 
 BEST = "scVI, default, mixture of 16"
 
