@@ -19,6 +19,8 @@ from pyro_scvi.nn.dropout import Dropout
 from pyro_scvi.utils.execution import executing
 from tests.system.test_combinations import GUIDES, LIKELIHOODS, PRIORS, make_guide, make_prior, meaningful
 
+pytestmark = pytest.mark.integration
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
 WEIGHTS = {
     "none": {},

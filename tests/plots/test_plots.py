@@ -189,6 +189,7 @@ def test_project_without_umap_takes_principal_components(monkeypatch, latents):
     assert plots.embedding(z, ax=axes()).get_ylabel() == "PCA 2"
 
 
+@pytest.mark.integration
 def test_project_by_umap_is_reproducible_and_leaves_random_states():
     pytest.importorskip("umap")
     z = np.repeat(np.eye(3) * 20, 20, axis=0) + np.random.default_rng(0).normal(size=(60, 3))
@@ -204,6 +205,7 @@ def test_project_by_umap_is_reproducible_and_leaves_random_states():
     assert min(np.linalg.norm(centres[a] - centres[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 3 * spread
 
 
+@pytest.mark.integration
 def test_umap_does_not_change_how_many_threads_torch_has():
     """In a process of its own, where the environment alone sets the number."""
     pytest.importorskip("umap")

@@ -21,6 +21,8 @@ from pyro_scvi.training.loop import Trainer
 from tests.support.mutations import mutate
 from tests.support.paths import TESTS
 
+pytestmark = pytest.mark.integration
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++")
 
 

@@ -20,6 +20,8 @@ from pyro_scvi.utils.random_state import seed_of
 from tests.support.paths import ROOT, TESTS
 from tests.support.simulate import simulated_counts
 
+pytestmark = pytest.mark.integration
+
 RANKS = TESTS / "support" / "ranks.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 

@@ -18,6 +18,8 @@ from tests.support.cli_runs import make_adata, one_line, succeed
 from tests.support.cli_runs import run as invoke
 from tests.training.test_checkpoint import check_equal, parts, run
 
+pytestmark = pytest.mark.integration
+
 STEPS = 4  # of an epoch: 54 cells in batches of 16
 
 
