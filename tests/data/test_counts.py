@@ -299,7 +299,7 @@ def test_names():
 
 
 def test_large_sparse_counts_are_read_in_time_and_stay_sparse():
-    matrix = sparse.random_array((20_000, 2_000), density=0.1, format="csr", dtype=np.float32, rng=0)
+    matrix = sparse.random_array((20_000, 2_000), density=0.1, format="csr", dtype=np.float32, random_state=0)
     matrix.data = np.ceil(matrix.data * 9)
     matrix.indptr = matrix.indptr.astype(np.int64)
     start = time.process_time()

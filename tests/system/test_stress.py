@@ -183,7 +183,7 @@ def test_minibatches_of_one_cell():
 
 @pytest.mark.slow
 def test_60_000_genes():
-    matrix = sparse.random_array((12, 60_000), density=0.02, format="csr", rng=0)
+    matrix = sparse.random_array((12, 60_000), density=0.02, format="csr", random_state=0)
     matrix.data = np.ceil(matrix.data * 20)
     cells = cells_of(matrix)
     fit = fit_of(cells)
