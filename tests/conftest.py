@@ -15,7 +15,8 @@ from tests.support.simulate import simulated_counts
 torch.set_num_threads(1)  # also for fixtures that outlive a test
 
 
-INTEGRATION = ("cli", "paper", "system")  # folders whose tests run several parts together
+# Folders whose tests run several parts together, on a model that was fitted for them.
+INTEGRATION = ("analysis", "cli", "export", "paper", "system", "training")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
