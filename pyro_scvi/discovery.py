@@ -35,7 +35,11 @@ class Kind(Enum):
 
     LOCAL = (
         "a latent of every cell",
-        "make it a part of z, or sum or integrate it out in the law of z or of x",
+        "make the guide anew, after the model's last change, so that it has this latent too",
+    )
+    ENUMERATED = (
+        "a discrete latent that is summed out",
+        "make the guide anew, after the model's last change",
     )
     PER_GENE = (
         "a latent of every cell and gene",
@@ -43,11 +47,12 @@ class Kind(Enum):
     )
     GLOBAL = (
         "a latent outside the plate 'cells'",
-        "make it a parameter of a part of the model and give its prior in weight_priors",
+        "make the guide anew, after the model's last change, so that it has this latent too",
     )
     DISCRETE = (
         "a discrete latent",
-        "sum it out, as a prior dist.MixtureSameFamily does: enumerated sites are for plain Pyro only",
+        "let it be summed out, by infer={'enumerate': 'parallel'}, if it has finitely many values and is in the plate "
+        "'cells'",
     )
     POINT = (
         "a latent with a point mass (Delta) for a law",
@@ -84,6 +89,7 @@ class TracedSite(NamedTuple):
     law: Any
     value: Tensor
     plates: dict[int, str]
+    infer: dict[str, Any]
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -165,7 +171,7 @@ def _classified(messages: list[dict[str, Any]]) -> Iterator[TracedSite]:
         kind = _kind(msg)
         if kind is not None:
             plates = {frame.dim: frame.name for frame in msg["cond_indep_stack"] if frame.vectorized}
-            yield TracedSite(msg["name"], kind, msg["fn"], msg["value"], plates)
+            yield TracedSite(msg["name"], kind, msg["fn"], msg["value"], plates, dict(msg["infer"] or {}))
 
 
 def _kind(msg: dict[str, Any]) -> Kind | None:
@@ -185,8 +191,13 @@ def _kind(msg: dict[str, Any]) -> Kind | None:
     if is_point(law):
         return Kind.POINT
     if is_discrete(law):
-        return Kind.DISCRETE
+        return Kind.ENUMERATED if "cells" in plates and _is_summed_out(msg) else Kind.DISCRETE
     return Kind.LOCAL if "cells" in plates else Kind.GLOBAL
+
+
+def _is_summed_out(msg: Any) -> bool:
+    asked = (msg["infer"] or {}).get("enumerate") == "parallel"
+    return asked and bool(getattr(unwrapped(msg["fn"]), "has_enumerate_support", False))
 
 
 class _InitToFeasible(Messenger):
@@ -204,7 +215,7 @@ class _InitToFeasible(Messenger):
         if msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
             return
         value = _draw_or_none(msg["fn"])
-        if value is None or not msg["cond_indep_stack"]:
+        if value is None or not any(frame.name == "cells" for frame in msg["cond_indep_stack"]):
             value = _feasible_value(msg["fn"], value, self.at)
         msg["value"] = value.to(self.like) if value.is_floating_point() else value.to(self.like.device)
 

@@ -1,6 +1,7 @@
 """scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 from torch import BoolTensor, Tensor, nn
@@ -148,12 +149,22 @@ class SCVI(Program):
         with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
             z = pyro.sample("z", self.prior())  # (cells, 1, latents)
             theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
-            with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
-                if marginal:
-                    return pyro.sample("x", self.likelihood.marginal(**theta), obs=x)
-                return self.likelihood.generate(x, theta)
+            return self.observe(x, theta, marginal=marginal, mask=mask)
 
     def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
         """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
         eta = self.decoder(z.squeeze(-2), gamma)
         return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
+
+    def observe(
+        self, x: Tensor | None, theta: Theta, *, marginal: bool = True, mask: BoolTensor | bool = True
+    ) -> Tensor:
+        """Sample x, or w, y, h and x, at theta, the likelihood's parameters (..., cells, genes): a program's last line.
+
+        What is computed from theta, such as imputed values, is computed from the theta that comes here.
+        """
+        told: Any = {"theta": theta}  # Pyro hands on what a site says of its inference
+        with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
+            if marginal:
+                return pyro.sample("x", self.likelihood.marginal(**theta), obs=x, infer=told)
+            return self.likelihood.generate(x, theta)

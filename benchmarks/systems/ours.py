@@ -11,7 +11,7 @@ from benchmarks.harness.accelerator import synchronise
 from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.systems.our_models import CONFIGURATIONS, HALF, as_cells, matched
-from pyro_scvi.guides.coordinates import log_joint
+from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.inference.compiled import RecordedJoint
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating
 

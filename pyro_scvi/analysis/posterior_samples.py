@@ -12,11 +12,12 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.inference.evaluation import evaluating, theta_given
+from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, with_enumerated
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
-from pyro_scvi.types import Theta
+from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.progress_bars import over_cells
+from pyro_scvi.utils.random_state import seeded
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -40,7 +41,7 @@ def sample_posterior(
     batch_size: int = 64,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Draw z, l, w, y and h of every cell from their posterior given its counts.
+    r"""Draw the latents of every cell, w, y and h from their posterior given its counts, and global latents.
 
     .. math:: h | x, z \sim Bernoulli(\rho\, 1[x = 0]), \quad
         w | h, x, z \sim Gamma(r + x (1 - h), r / \mu + 1 - h), \quad
@@ -48,8 +49,9 @@ def sample_posterior(
 
     Here rho = pi / (pi + (1 - pi) p(y = 0 | z)), for every cell and gene.
 
-    z and l come from ``sampler``. w, y and h come from their exact conditional given z, l and x (Gamma-Poisson
-    conjugacy), so y = x and h = 0 wherever x > 0. Global latents are held at the guide's medians.
+    z, l and other latents of the cells come from ``sampler``, at the guide's medians of the global latents. Discrete
+    ones come from their exact conditional given these and x, and w, y and h from theirs (Gamma-Poisson conjugacy), so y
+    = x and h = 0 wherever x > 0. Global latents come from the guide.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ def sample_posterior(
     samples
         Draws per cell.
     sites
-        Any of "z", "l" (with a latent library), "w", "y", "h".
+        Names of latents that the program samples, such as "z" and "l", and any of "w", "y", "h".
     sampler
         ``ps.Amortized()``, ``ps.Refined()``, ``ps.Importance()`` or ``ps.HMC()``.
     reduce
@@ -77,7 +79,8 @@ def sample_posterior(
     Returns
     -------
     Dataset
-        Sites with dimensions (sample, cell, latent), (sample, cell) or (sample, cell, gene), and, if asked for, the
+        Sites with dimensions (sample, cell, latent), (sample, cell) or (sample, cell, gene), global latents without
+        cell, and, if asked for, the
         sampler's diagnostics with dimension (cell): ``khat`` and ``ess``, or ``rhat``, ``ess`` and ``divergences``.
 
     Raises
@@ -105,37 +108,76 @@ def sample_posterior(
     with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             draws = sampler.draw(fit.guide, x, gamma, samples)
-            values = draw_sites(fit, x, gamma, draws, sites)
-            drawn = {name: values[name] for name in sites}
+            drawn = draw_sites(fit, x, gamma, draws, sites)
             judged = draws.diagnose() if diagnostics else {}
             part = {name: (False, value) for name, value in judged.items()}
             part |= {name: (reduce is None, value) for name, value in (reduce(drawn) if reduce else drawn).items()}
             parts.append({name: (lead, value.cpu().numpy()) for name, (lead, value) in part.items()})
-    return _dataset(parts, cells, fit.model.n_latent)
+        shared = global_draws(fit, sites, samples, seed)
+    return _dataset(parts, cells, fit.model.n_latent).assign(_of_globals(shared))
+
+
+def _of_globals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    return {name: (("sample", *own_dims(name, value.ndim - 1)), value) for name, value in drawn.items()}
+
+
+def own_dims(name: str, n: int) -> tuple[str, ...]:
+    """Names for ``n`` dimensions of a site that have none, as ArviZ makes them."""
+    return tuple(f"{name}_dim_{i}" for i in range(n))
 
 
 def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence[str]) -> dict[str, Tensor]:
-    """Sites as (samples, cells), (samples, cells, latents) or (samples, cells, genes)."""
-    values = {"z": draws.sites["z"].squeeze(-2)}
-    if "l" in draws.sites:
-        values["l"] = draws.sites["l"].squeeze(-1)
-    if set(sites) & set(EXPLICIT):
-        values |= fit.model.likelihood.explained(x, decoded(fit, x, gamma, draws))
-    return values
+    """The ``sites`` of the cells: (samples, cells), and an event or genes behind."""
+    discrete, explicit = set(fit.guide.coordinates.enumerated), set(sites) & set(EXPLICIT)
+    latents = with_enumerated(fit.guide, x, gamma, draws.sites) if explicit or discrete & set(sites) else draws.sites
+    values = {name: value.squeeze(value.dim() - 1 - n_event(fit, name)) for name, value in latents.items()}
+    if explicit:
+        values |= fit.model.likelihood.explained(x, theta_given(fit.guide, x, gamma, latents))
+    return {name: values[name] for name in sites if name in values}
+
+
+def n_event(fit: Fit, name: str) -> int:
+    """Number of dimensions of an event of a latent of the cells."""
+    known = fit.guide.coordinates
+    return len(known.local[name].event_shape if name in known.local else known.enumerated[name])
 
 
 def decoded(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Theta:
-    """The likelihood's parameters (samples, cells, genes) at drawn latents."""
-    return theta_given(fit.guide, x, gamma, draws.sites)
+    """The likelihood's parameters (samples, cells, genes) at drawn latents, discrete ones drawn beside them."""
+    return theta_given(fit.guide, x, gamma, with_enumerated(fit.guide, x, gamma, draws.sites))
+
+
+def predicted(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
+    """The distribution of x (samples, cells, genes) at drawn latents, discrete ones drawn beside them."""
+    return law_given(fit.guide, x, gamma, with_enumerated(fit.guide, x, gamma, sites))
+
+
+def latent_sites(fit: Fit) -> tuple[str, ...]:
+    """Names of the latents: of the cells, then discrete ones, then global ones."""
+    known = fit.guide.coordinates
+    return (*known.local, *known.enumerated, *fit.guide.weights.supports)
 
 
 def check_sites(fit: Fit, sites: Sequence[str]) -> None:
     """Raise if the model does not have one of the sites."""
     if isinstance(sites, str):
         raise ModelError(f"sites must be names in a list or tuple, as in ({sites!r},), got {sites!r}")
-    known = ("z", *(("l",) if fit.model.library.latent else ()), *EXPLICIT)
+    known = (*latent_sites(fit), *EXPLICIT)
     if unknown := [site for site in sites if site not in known]:
         raise ModelError(f"the model has no site {unknown}; its sites are {known}")
+
+
+def global_draws(fit: Fit, sites: Sequence[str], samples: int, seed: int) -> dict[str, np.ndarray]:
+    """Draws (samples, ...) of those of the ``sites`` that all cells share, from the guide.
+
+    They have a stream of their own: the draws of the cells do not depend on whether these are asked for.
+    """
+    wanted = [name for name in sites if name in fit.guide.weights.supports]
+    if not wanted:
+        return {}
+    with seeded(seed):
+        drawn = fit.guide.weights.draws(samples)
+    return {name: drawn[name].detach().cpu().numpy() for name in wanted}
 
 
 def _dataset(parts: list[dict[str, tuple[bool, np.ndarray]]], cells: Cells, n_latent: int) -> xr.Dataset:

@@ -12,11 +12,21 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
-from pyro_scvi.analysis.posterior_samples import DIMS, EXPLICIT, check_sites, draw_sites
+from pyro_scvi.analysis.posterior_samples import (
+    DIMS,
+    EXPLICIT,
+    check_sites,
+    draw_sites,
+    global_draws,
+    latent_sites,
+    n_event,
+    own_dims,
+    predicted,
+)
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import cell_terms, prior_sites, scored
-from pyro_scvi.inference.evaluation import draws_at_once, evaluating, theta_given
+from pyro_scvi.guides.log_joint import cell_terms, entry_terms, latent_terms, scored
+from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least
@@ -33,6 +43,9 @@ DRAWN, FIXED = ("chain", "draw", "cell"), ("cell",)
 """Leading dimensions, before those of the variable itself."""
 
 TRAILING = {**DIMS, "x": ("gene",), "gamma": ("covariate",)}
+
+MODERATE = 10_000
+"""Numbers in a global latent up to which it is exported without being asked for by name."""
 
 FROM_SAMPLER = ("posterior", "log_prior", "sample_stats", "log_likelihood", "posterior_predictive")
 
@@ -52,9 +65,10 @@ def to_datatree(
 ) -> xr.DataTree:
     """Collect draws, densities, predictions and data of cells in an xarray DataTree with the groups of ArviZ's schema.
 
-    - ``posterior``: z (chain, draw, cell, latent), l (chain, draw, cell), counts; with ``sites`` also w, y and h
-      (chain, draw, cell, gene).
-    - ``log_prior``: log p(z) and log p(l) as z and l (chain, draw, cell), nats per cell.
+    - ``posterior``: z (chain, draw, cell, latent), l (chain, draw, cell), counts, other latents likewise, and global
+      latents (chain, draw, ...) from the guide; with ``sites`` also w, y and h (chain, draw, cell, gene).
+    - ``log_prior``: log p(z) and log p(l) as z and l (chain, draw, cell), nats per cell, and likewise of every latent,
+      given those before it in the program. Discrete latents are summed out.
     - ``sample_stats``: lp = log p(x, z, l) (chain, draw, cell), nats per cell; the sampler's diagnostics (cell): khat
       and ess, or rhat, ess and divergences.
     - ``prior``: z and l of new cells with the covariates of these, independent draws, dimensions as in ``posterior``.
@@ -120,13 +134,12 @@ def to_datatree(
     require_sampler(sampler)
     require_proper(fit.model.prior, "there is no posterior to export")
     if sites is None:
-        sites = ("z", "l") if fit.model.library.latent else ("z",)
+        sites = _of_moderate_size(fit)
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
     gathered, start = _Gathered(cells.n_cells), 0
-    theta = posterior_predictive or prior_predictive or bool(set(sites) & set(EXPLICIT))
-    with evaluating(fit.model, fit.guide, seed, theta=theta):
+    with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
         batches = minibatches(fit, cells).in_order(batch_size)
         for (x, gamma), own_seed in zip(batches, _seeds(seed), strict=False):
             draws = sampler.draw(fit.guide, x, gamma, samples)
@@ -136,6 +149,9 @@ def to_datatree(
             gathered.fill(rows, "sample_stats", draws.diagnose(), FIXED)
             gathered.fill(rows, "observed_data", {"x": _counted(x)}, FIXED)
             gathered.fill(rows, "constant_data", {"gamma": gamma} if cells.n_covariates else {}, FIXED)
+        shape = gathered.draws
+        for name, value in global_draws(fit, extent.sites, shape[0] * shape[1], seed).items():
+            gathered.share("posterior", name, value.reshape(*shape, *value.shape[1:]))
     return _tree(gathered, cells, fit.model.n_latent, {"sampler": repr(sampler), "seed": seed})
 
 
@@ -159,24 +175,24 @@ def _seeds(seed: int) -> Iterator[int]:
 def _of_batch(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent, seed: int) -> Groups:
     """All groups with draws of these cells, each variable (samples, cells, ...)."""
     values = draw_sites(fit, x, gamma, draws, extent.sites)
-    groups = {"posterior": {site: _stored(site, values[site]) for site in extent.sites}}
+    groups = {"posterior": {site: _stored(site, value) for site, value in values.items()}}
     groups |= _densities(fit, x, gamma, draws.sites, extent.log_likelihood)
     with seeded(seed):
         groups |= _prior(fit, gamma, extent)
         if extent.posterior_predictive:
             size = draws_at_once(x)
-            drawn = [_predicted(fit, x, gamma, part) for part in _split(draws.sites, size)]
+            drawn = [_sampled(predicted(fit, x, gamma, part)) for part in _split(draws.sites, size)]
             groups["posterior_predictive"] = {"x": _counted(torch.cat(drawn))}
     return groups
 
 
 def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], entries: bool) -> Groups:
-    """Log p(z), log p(l) and log p(x, z, l), each (samples, cells), and log p(x | z, l), (samples, cells, genes)."""
+    """Log p of each latent and of latents and x, each (samples, cells), and log p(x | latents), (..., genes)."""
     fixed, terms, of_entries = fit.guide.weights.medians(), [], []
     for part in _split(sites, draws_at_once(x)):
         trace = scored(fit.model, x, gamma, {**fixed, **part})
-        terms.append({name: cell_terms(trace, name) for name in (*sites, "x")})
-        of_entries += [trace.nodes["x"]["log_prob"]] if entries else []
+        terms.append(latent_terms(trace, *sites) | {"x": cell_terms(trace, *sites)[1]})
+        of_entries += [entry_terms(trace, *sites)] if entries else []
     log_p = {name: torch.cat([term[name] for term in terms]) for name in terms[0]}
     groups = {"log_prior": {name: log_p[name] for name in sites}}
     groups["sample_stats"] = {"lp": torch.stack(list(log_p.values())).sum(0)}
@@ -187,20 +203,31 @@ def _prior(fit: Fit, gamma: Tensor, extent: _Extent) -> Groups:
     """Draws of ``samples`` new cells for each row of gamma, z (samples, cells, latents) and l (samples, cells)."""
     shape = (extent.samples, len(gamma))
     many = gamma.repeat(extent.samples, 1)  # rows of their own, so that an observed library has a total for each
-    drawn = prior_sites(fit.model, many, fit.guide.weights.medians(), 1)
-    sites = {name: value[0] for name, value in drawn.items()}
-    groups = {"prior": {name: value.reshape(*shape, *value.shape[2:]) for name, value in sites.items()}}
+    sites = {name: value[0] for name, value in drawn_from_prior(fit.guide, many, 1, enumerated=True).items()}
+    groups = {
+        "prior": {
+            name: value.reshape(*shape, *value.shape[value.dim() - n_event(fit, name) :])
+            for name, value in sites.items()
+        }
+    }
     if extent.prior_predictive:
         size = len(gamma) * draws_at_once(gamma.new_empty(len(gamma), fit.model.n_genes))
         blocks = zip(many.split(size), _split(sites, size), strict=True)
-        counts = torch.cat([_predicted(fit, None, rows, part) for rows, part in blocks])
+        counts = torch.cat([_sampled(law_given(fit.guide, None, rows, part)) for rows, part in blocks])
         groups["prior_predictive"] = {"x": _counted(counts.reshape(*shape, -1))}
     return groups
 
 
-def _predicted(fit: Fit, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
-    """Counts drawn at given latents, (..., cells, genes)."""
-    return fit.model.likelihood.marginal(**theta_given(fit.guide, x, gamma, sites)).sample()
+def _sampled(law: Any) -> Tensor:
+    """Counts drawn from their distribution, (..., cells, genes)."""
+    counts: Tensor = law.sample()
+    return counts
+
+
+def _of_moderate_size(fit: Fit) -> tuple[str, ...]:
+    """All latents, but no global one that is an array of more numbers than ``MODERATE``."""
+    loc = dict(zip(fit.guide.weights.supports, fit.guide.weights.loc, strict=True))
+    return tuple(name for name in latent_sites(fit) if name not in loc or loc[name].numel() <= MODERATE)
 
 
 def _split(sites: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
@@ -232,6 +259,16 @@ class _Gathered:
         self.n_cells = n_cells
         self.groups: dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]] = {}
 
+    @property
+    def draws(self) -> tuple[int, int]:
+        """Numbers of chains and of draws of each."""
+        chains, draws = self.groups["sample_stats"]["lp"][1].shape[:2]
+        return chains, draws
+
+    def share(self, group: str, name: str, value: np.ndarray) -> None:
+        """Write a variable that all cells share, (chain, draw) and its own dimensions."""
+        self.groups.setdefault(group, {})[name] = (("chain", "draw", *own_dims(name, value.ndim - 2)), value)
+
     def fill(self, rows: slice, group: str, values: dict[str, Tensor], lead: tuple[str, ...]) -> None:
         """Write the values of some cells, with leading dimensions ``lead`` of which the cells are the last."""
         for name, value in values.items():
@@ -239,7 +276,8 @@ class _Gathered:
             known, cell = self.groups.setdefault(group, {}), len(lead) - 1
             if name not in known:
                 shape = (*part.shape[:cell], self.n_cells, *part.shape[cell + 1 :])
-                known[name] = (lead + TRAILING.get(name, ())[: part.ndim - len(lead)], np.empty(shape, part.dtype))
+                own = TRAILING.get(name) or own_dims(name, part.ndim - len(lead))
+                known[name] = (lead + own[: part.ndim - len(lead)], np.empty(shape, part.dtype))
             dims, target = known[name]
             if target.dtype.kind != "f" and part.dtype.kind == "f":  # counts that were int32 so far
                 target = target.astype(np.float32)

@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
+from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Encoder, initialise
 from pyro_scvi.nn.normalization import BatchNorm, Norm
@@ -16,17 +16,18 @@ from pyro_scvi.utils.random_state import seeded
 
 
 class Code(NamedTuple):
-    """Hidden units (cells, n_hidden) and normals in unconstrained coordinates: z (cells, n_z), log l (cells, 1)."""
+    """Hidden units (cells, n_hidden), and by site location and scale (cells, size) in unconstrained coordinates."""
 
     hidden: Tensor
-    loc: Tensor
-    scale: Tensor
-    l_loc: Tensor
-    l_scale: Tensor
+    loc: dict[str, Tensor]
+    scale: dict[str, Tensor]
 
 
 class AmortizedGuide(Guide):
     """A guide whose locations and scales come from an encoder network (Lopez et al. 2017, Sec. 2).
+
+    The network's own head is for z, or for the first latent of the program if there is no z. Every other latent has a
+    linear head on the hidden units.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ class AmortizedGuide(Guide):
             if encoder is None and not shared:
                 encoder = Encoder(
                     model.n_genes,
-                    self.coordinates.n_z,
+                    self.coordinates.local[self.encoded].size,
                     n_covariates=model.n_covariates if encode_covariates else 0,
                     log_input=log_input,
                     with_scale=self.stochastic,
@@ -78,10 +79,34 @@ class AmortizedGuide(Guide):
                     initial_sd=initial_sd,
                 )
             self.own_encoder = encoder
-            if self.coordinates.has_library:
+            if self.coordinates.library:
                 self.library = nn.Linear(self.encoder.n_hidden, 2)
                 initialise(self.library, initial_sd)
+            self.heads = nn.ModuleList(self._head(site, initial_sd) for site in self._others())
             self.build()
+
+    @property
+    def encoded(self) -> str:
+        """The latent that the network's own head is for.
+
+        Raises
+        ------
+        ModelError
+            If the program has no latent but the library size.
+        """
+        others = [name for name, site in self.coordinates.local.items() if site is not self.coordinates.library]
+        if not others:
+            raise ModelError("the program has no latent of the cells that an encoder could be for")
+        return others[0]
+
+    def _others(self) -> list[LocalSite]:
+        own = (self.encoded, "l" if self.coordinates.library else None)
+        return [site for site in self.coordinates.local.values() if site.name not in own]
+
+    def _head(self, site: LocalSite, initial_sd: float | None) -> nn.Linear:
+        head = nn.Linear(self.encoder.n_hidden, 2 * site.size)
+        initialise(head, initial_sd)
+        return head
 
     @property
     def encoder(self) -> Encoder:
@@ -93,32 +118,29 @@ class AmortizedGuide(Guide):
         """Make the guide's own layers beside the encoder; a hook for subclasses."""
 
     def encode(self, x: Tensor, gamma: Tensor, index: Tensor | None) -> Code:
-        """The encoder's normals; l is centred on the cell's total."""
+        """The normals of the network and of the heads; l is centred on the cell's total."""
         encoded = self.encoder(x, gamma)
-        l_loc = l_scale = x.new_zeros(len(x), 1)
-        if self.coordinates.has_library:
+        loc, scale = {self.encoded: encoded.loc}, {self.encoded: encoded.log_scale.exp()}
+        if self.coordinates.library:
             shift, log_scale = self.library(encoded.hidden).split(1, -1)
             # Starts l at the total, with a sd of exp(-2) = 0.14 on the log scale.
-            l_loc, l_scale = torch.log1p(x.sum(-1, keepdim=True)) + shift, (log_scale - 2).exp()
-        return Code(encoded.hidden, encoded.loc, encoded.log_scale.exp(), l_loc, l_scale)
+            loc["l"], scale["l"] = torch.log1p(x.sum(-1, keepdim=True)) + shift, (log_scale - 2).exp()
+        for site, head in zip(self._others(), self.heads, strict=True):
+            loc[site.name], log_scale = head(encoded.hidden).chunk(2, -1)
+            scale[site.name] = log_scale.exp()
+        return Code(encoded.hidden, loc, scale)
 
-    def z_law(self, code: Code) -> Distribution:
-        """Normal with diagonal covariance, on the support of z."""
-        return self.coordinates.law(dist.Normal(code.loc[:, None], code.scale[:, None]).to_event(1))
-
-    def l_law(self, code: Code, z: Tensor) -> Distribution:
-        """LogNormal, independent of z."""
-        return dist.LogNormal(code.l_loc, code.l_scale)
+    def law(self, site: LocalSite, code: Code, drawn: dict[str, Tensor]) -> Distribution:
+        """Independent normals of the coordinates."""
+        return site.normal(code.loc[site.name], code.scale[site.name])
 
     def start(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's own normals."""
         return self.joined(self.encode(x, gamma, None))
 
     def joined(self, code: Code) -> tuple[Tensor, Tensor]:
-        """Location and scale (cells, size) of z and log l together."""
-        if not self.coordinates.has_library:
-            return code.loc, code.scale
-        return torch.cat([code.loc, code.l_loc], -1), torch.cat([code.scale, code.l_scale], -1)
+        """Location and scale (cells, size) of all latents together."""
+        return self.coordinates.joined(code.loc), self.coordinates.joined(code.scale)
 
 
 class DiagonalNormal(AmortizedGuide):
@@ -126,7 +148,8 @@ class DiagonalNormal(AmortizedGuide):
 
     .. math:: q(z_n | x_n) = Normal(m(x_n), diag(s(x_n)^2)), \qquad q(l_n | x_n) = LogNormal(a(x_n), b(x_n)^2)
 
-    For a prior on the simplex the normal is that of the unconstrained coordinates of z.
+    Every other latent of the cells has such a normal, too. Where a support is not all of R^n, as with a prior on the
+    simplex, the normal is that of the unconstrained coordinates.
 
     Parameters
     ----------

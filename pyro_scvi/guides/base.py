@@ -1,18 +1,19 @@
-"""Base class of guides q(z, l | x), and the normal guide of global latents."""
+"""Base class of guides q(latents | x), and the normal guide of global latents."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import BoolTensor, Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_scvi.discovery import Kind
+from pyro_scvi.discovery import Kind, TracedSite
 from pyro_scvi.distributions.supports import require_coordinates, support_of
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import Coordinates, theta_at, transform_distribution
+from pyro_scvi.guides.coordinates import Coordinates, LocalSite, transform_distribution
+from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import Latent, require_supported
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import Component
@@ -20,17 +21,18 @@ from pyro_scvi.priors.flat import Flat
 from pyro_scvi.program import cells_plate, check_inputs, register
 from pyro_scvi.types import Distribution
 from pyro_scvi.utils.checks import require_kind
-from pyro_scvi.utils.random_state import seeded
 
 
 class Guide(Component):
-    r"""q(z, l | x) with the arguments and site names of :class:`~pyro_scvi.model.SCVI` (Lopez et al. 2017, Sec. 2).
+    r"""q(latents | x), with the arguments and site names of the model's program (Lopez et al. 2017, Sec. 2).
 
     .. math:: q(z, l | x) = \prod_n q(z_n | x_n)\, q(l_n | z_n, x_n)
 
-    A guide defines how it encodes cells, the distributions :meth:`z_law` and :meth:`l_law`, and :meth:`start`, a normal
-    from which a cell's posterior can be refined. ``amortized``: it can encode cells that it has not seen.
-    ``stochastic``: q has a density. Global latents have independent normals in unconstrained coordinates.
+    A guide takes the latents from the program, when it is made: every latent of the cells, whatever it is called, and
+    every global one. It defines how it encodes cells, the distribution :meth:`law` of each latent, and :meth:`start`, a
+    normal from which a cell's posterior can be refined. ``amortized``: it can encode cells that it has not seen.
+    ``stochastic``: q has a density. ``factorised``: no latent of a cell depends on another. Global latents have
+    independent normals in unconstrained coordinates. Discrete latents that the program sums out have no q.
 
     Parameters
     ----------
@@ -40,8 +42,8 @@ class Guide(Component):
     Raises
     ------
     ModelError
-        If ``model`` is no SCVI, or its prior is Flat and q has a density. When called, if there are no counts, or
-        genes, covariates or rows do not agree.
+        If ``model`` is no SCVI, its program has a site that is not supported, or its prior is Flat and q has a density.
+        When called, if there are no counts, or genes, covariates or rows do not agree.
 
     Examples
     --------
@@ -53,6 +55,7 @@ class Guide(Component):
 
     amortized = True
     stochastic = True
+    factorised = True
 
     def __init__(self, model: SCVI) -> None:
         super().__init__()
@@ -61,6 +64,7 @@ class Guide(Component):
         self.coordinates = Coordinates(model)
         self.weights = GlobalNormal(model)
         self.require_prior()
+        self.require_supported()
 
     @property
     def model(self) -> SCVI:
@@ -104,56 +108,76 @@ class Guide(Component):
         Returns
         -------
         dict
-            By site: z (cells, 1, latents), l (cells, 1) if it is latent, counts per cell, and global latents.
+            By site: the latents of the cells, such as z (cells, 1, latents) and l (cells, 1), counts per cell, and
+            global latents.
 
         Raises
         ------
         ModelError
-            If x is None, or genes, covariates or rows do not agree with each other or the model.
+            If x is None, genes, covariates or rows do not agree with each other or the model, or with
+            ``marginal=False``, if the program sums out a discrete latent, which w, y and h would depend on.
         """
         if x is None:
             raise ModelError("a guide is a law given x: pass the counts (cells, genes)")
         register(self)
         gamma = check_inputs(self.model, x, gamma)
-        drawn = self.weights()
-        with cells_plate(gamma, index, n_cells):
-            code = self.encode(x, gamma, index)
-            drawn["z"] = pyro.sample("z", self.z_law(code))
-            if self.coordinates.has_library:
-                drawn["l"] = pyro.sample("l", self.l_law(code, drawn["z"]))
-            if not marginal:
-                theta = theta_at(self.model, x, gamma, drawn)
-                with pyro.plate("genes", self.model.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
-                    self.model.likelihood.condition(x, theta)
+        drawn, plate = self.weights(), cells_plate(gamma, index, n_cells)
+        with plate:
+            drawn |= self.sample(self.encode(x, gamma, index))
+        if not marginal:
+            self._require_no_enumerated()
+            theta = theta_at(self.model, x, gamma, drawn)
+            with plate, pyro.plate("genes", self.model.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
+                self.model.likelihood.condition(x, theta)
         return drawn
 
+    def _require_no_enumerated(self) -> None:
+        if self.coordinates.enumerated:
+            raise ModelError(
+                f"{list(self.coordinates.enumerated)} is summed out, so that w, y and h have no conditional given the "
+                "other latents alone: leave marginal=False out, and draw them by ps.sample_posterior"
+            )
+
     def encode(self, x: Tensor, gamma: Tensor, index: Tensor | None) -> Any:
-        """What :meth:`z_law` and :meth:`l_law` need to know of the cells."""
+        """What :meth:`law` needs to know of the cells."""
         raise NotImplementedError
 
-    def z_law(self, code: Any) -> Distribution:
-        """q(z | x), batch shape (cells, 1), event shape (latents,)."""
-        raise NotImplementedError
-
-    def l_law(self, code: Any, z: Tensor) -> Distribution:
-        """q(l | z, x), batch shape (..., cells, 1), counts."""
+    def law(self, site: LocalSite, code: Any, drawn: dict[str, Tensor]) -> Distribution:
+        """Q of one latent given x, and those ``drawn`` before it unless ``factorised``; batch shape (..., cells, 1)."""
         raise NotImplementedError
 
     def start(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale (cells, size) of a normal near the cells' posterior, in unconstrained coordinates."""
         raise NotImplementedError
 
+    def sample(self, code: Any) -> dict[str, Tensor]:
+        """Sample the latents of the cells, inside the plate over cells."""
+        drawn = dict[str, Tensor]()
+        for site in self._in_order():
+            drawn[site.name] = pyro.sample(site.name, self.law(site, code, drawn))
+        return drawn
+
     def draw(self, x: Tensor, gamma: Tensor, samples: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of the sites z (samples, cells, 1, latents) and l, and log q of them (samples, cells)."""
+        """Draws of the latents (samples, cells, 1) and their events, and log q of them (samples, cells)."""
         code = self.encode(x, gamma, None)
-        q_z = self.z_law(code)
-        sites = {"z": q_z.rsample((samples,))}  # unlike sample, rsample passes NaN on to the loss
-        log_q = q_z.log_prob(sites["z"])
-        if self.coordinates.has_library:
-            q_l = self.l_law(code, sites["z"]).expand(log_q.shape)
-            sites["l"] = q_l.rsample()
-            log_q = log_q + q_l.log_prob(sites["l"])
+        sites, log_q = dict[str, Tensor](), x.new_zeros(())
+        for site in self._in_order():
+            law: Any = self.law(site, code, sites)
+            # Unlike sample, rsample passes NaN on to the loss. A law given earlier draws has their number already.
+            sites[site.name] = law.rsample((samples, len(x), 1)[: 3 - len(law.batch_shape)])
+            log_q = log_q + law.log_prob(sites[site.name])
         return sites, log_q.squeeze(-1)
+
+    def mean(self, site: LocalSite, x: Tensor, gamma: Tensor) -> Tensor:
+        """Mean of one latent under q, (cells, 1) and its event; from 200 draws where it has no closed form."""
+        law: Any = self.law(site, self.encode(x, gamma, None), {})
+        drawn = isinstance(law, dist.TransformedDistribution) and not isinstance(law, dist.LogNormal)
+        return law.sample((200,)).mean(0) if drawn else law.mean
+
+    def _in_order(self) -> list[LocalSite]:
+        """The latents, where q factorises in the order of the program: its divergences then have closed forms."""
+        names = self.coordinates.order if self.factorised else self.coordinates.local
+        return [self.coordinates.local[name] for name in names]
 
 
 class GlobalNormal(nn.Module):
@@ -164,32 +188,61 @@ class GlobalNormal(nn.Module):
 
     def __init__(self, model: SCVI) -> None:
         super().__init__()
-        with seeded(0), pyro.poutine.trace() as traced, model.weights.drawn_into(model):
-            pass
-        nodes: dict[str, Any] = {name: traced.trace.nodes[name] for name in traced.trace.stochastic_nodes}
-        nodes = {name: node for name, node in nodes.items() if not isinstance(node["fn"], _Subsample)}
-        for name, node in nodes.items():
-            require_coordinates(node["fn"], f"the law of the weights {name!r}")
-        self.supports = {name: support_of(node["fn"]) for name, node in nodes.items()}
-        starts = {name: model.weights.start_of(name, node["value"]) for name, node in nodes.items()}
-        self.loc = nn.ParameterList(starts.values())
+        found = {site.name: site for site in model.discovered() if site.kind is Kind.GLOBAL}
+        for name, site in found.items():
+            require_coordinates(site.law, f"the law of the global latent {name!r}")
+        self.supports = {name: support_of(site.law) for name, site in found.items()}
+        self.events = {name: tuple(site.law.event_shape) for name, site in found.items()}
+        self.plates = {
+            name: {dim: (plate, site.batch_shape[dim]) for dim, plate in site.plates.items()}
+            for name, site in found.items()
+        }
+        starts = [_start(model, site) for site in found.values()]
+        self.loc = nn.ParameterList(starts)
         # A sd of 0.05: draws start close to the initial weights.
-        self.log_scale = nn.ParameterList(torch.full_like(start, -3.0) for start in starts.values())
+        self.log_scale = nn.ParameterList(torch.full_like(start, -3.0) for start in starts)
 
     def forward(self) -> dict[str, Tensor]:
-        """Sample every global latent."""
+        """Sample every global latent, in the plates in which the program does."""
         drawn = {}
-        for (name, support), loc, log_scale in zip(self.supports.items(), self.loc, self.log_scale, strict=True):
-            base = dist.Normal(loc, log_scale.exp()).to_event(loc.dim())
-            drawn[name] = pyro.sample(name, transform_distribution(base, support))
+        for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True):
+            with ExitStack() as plates:
+                for dim, (plate, size) in self.plates[name].items():
+                    plates.enter_context(pyro.plate(plate, size, dim=dim))
+                drawn[name] = pyro.sample(name, self._law(name, loc, log_scale))
         return drawn
+
+    def draws(self, samples: int) -> dict[str, Tensor]:
+        """Draws (samples, ...) of every global latent."""
+        return {
+            name: self._law(name, loc, log_scale).sample((samples,))
+            for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True)
+        }
+
+    def _law(self, name: str, loc: Tensor, log_scale: Tensor) -> Distribution:
+        """Normals of the coordinates of one latent, with the events that it has in the program."""
+        support = self.supports[name]
+        n_event = len(biject_to(support).inverse_shape(torch.Size(self.events[name])))
+        return transform_distribution(dist.Normal(loc, log_scale.exp()).to_event(n_event), support)
 
     def latents(self) -> dict[str, Latent]:
         """What the model must sample them as."""
-        return {name: Latent(Kind.GLOBAL, support, None) for name, support in self.supports.items()}
+        return {name: Latent(Kind.GLOBAL, support, self.events[name]) for name, support in self.supports.items()}
 
     def medians(self) -> dict[str, Tensor]:
         """The median of every global latent under q."""
         return {
             name: biject_to(support)(loc) for (name, support), loc in zip(self.supports.items(), self.loc, strict=True)
         }
+
+
+def _start(model: SCVI, site: TracedSite) -> Tensor:
+    """Unconstrained start of a global latent: where its parameter started, if it is one; else the middle of R^n."""
+    bijection = biject_to(support_of(site.law))
+    shape = torch.Size(bijection.inverse_shape(site.value.shape))
+    middle = site.value.new_zeros(shape)
+    given = model.weights.start_of(site.name)
+    if given is None:
+        return middle
+    start: Tensor = bijection.inv(given)
+    return torch.where(start.isfinite(), start, middle)  # a parameter may start outside the prior's support

@@ -1,73 +1,170 @@
-"""Unconstrained coordinates of a cell's latents, and the model's log joint density in them."""
+"""Unconstrained coordinates of a cell's latents, one number line for each, as the program samples them."""
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.transforms import ExpTransform, ReshapeTransform
 
-from pyro_scvi.discovery import Kind
+from pyro_scvi.discovery import Kind, TracedSite
 from pyro_scvi.distributions.supports import require_coordinates, support_of
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.supported import Latent, overrides_forward, require_conditioned
+from pyro_scvi.guides.supported import Latent
 from pyro_scvi.model import SCVI
-from pyro_scvi.program import cells_plate
-from pyro_scvi.types import Distribution, LogJoint, Theta
-from pyro_scvi.utils.execution import executing
-from pyro_scvi.utils.random_state import seeded
+from pyro_scvi.types import Distribution
 
-LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
-Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or a compiled form of it
+FIRST = ("z", "l")
+"""Sites whose coordinates come first, in every save; those of others follow in the program's order."""
+
+
+class LocalSite(NamedTuple):
+    """A latent of every cell: its support, event shape, bijection from R^n, and its place among the coordinates."""
+
+    name: str
+    support: Any
+    event_shape: torch.Size
+    bijection: Any
+    place: slice
+
+    @property
+    def real(self) -> bool:
+        """Whether the coordinates are the values themselves."""
+        return is_real(self.support)
+
+    @property
+    def inverse_shape(self) -> torch.Size:
+        """Shape of an event in unconstrained coordinates."""
+        return torch.Size(self.bijection.inverse_shape(self.event_shape))
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return int(self.place.stop - self.place.start)
+
+    def shaped(self, part: Tensor) -> Tensor:
+        """Coordinates (..., cells, size) of this site as (..., cells, 1) and the shape of an unconstrained event."""
+        return part.reshape(*part.shape[:-1], 1, *self.inverse_shape)
+
+    def flat(self, unconstrained: Tensor) -> Tensor:
+        """The inverse of :meth:`shaped`."""
+        lead = unconstrained.shape[: unconstrained.dim() - 1 - len(self.inverse_shape)]
+        return unconstrained.reshape(*lead, self.size)
+
+    def value(self, part: Tensor) -> Tensor:
+        """The site (..., cells, 1) and its event, at its coordinates (..., cells, size)."""
+        value: Tensor = self.bijection(self.shaped(part))
+        return value
+
+    def coordinates(self, value: Tensor) -> Tensor:
+        """Coordinates (..., cells, size) of values: the inverse of :meth:`value`."""
+        return self.flat(self.bijection.inv(value))
+
+    def normal(self, loc: Tensor, scale: Tensor) -> Distribution:
+        """Independent normals of the coordinates (..., cells, size), as a distribution of the site."""
+        base = dist.Normal(self.shaped(loc), self.shaped(scale)).to_event(len(self.inverse_shape))
+        return transform_distribution(base, self.support)
+
+    def from_flat(self, base: Distribution, *steps: Any) -> Distribution:
+        """The distribution of the site if its coordinates are ``base``, event (size,), transformed by ``steps``."""
+        flat = torch.Size([self.size])
+        shaped = [] if self.inverse_shape == flat else [ReshapeTransform(flat, self.inverse_shape)]
+        return transform_distribution(base, self.support, *steps, *shaped)
+
+    def log_abs_det(self, part: Tensor) -> Tensor:
+        """Log of |d site / d coordinates|, (..., cells)."""
+        if self.real:
+            return part.new_zeros(part.shape[:-1])
+        inner = self.shaped(part)
+        change: Tensor = self.bijection.log_abs_det_jacobian(inner, self.bijection(inner))
+        return change.reshape(*part.shape[:-1], -1).sum(-1)
 
 
 class Coordinates:
-    """Unconstrained coordinates u of a cell's latents: those that a bijection maps to z, then log l.
+    """Unconstrained coordinates u of a cell's latents: z, l, and others in the order in which the program samples them.
 
-    ``size`` is their number; the first ``n_z`` are those of z.
+    Attributes
+    ----------
+    local
+        The latents of every cell by name, in the order of u.
+    order
+        Their names in the order of the program.
+    enumerated
+        Names of the discrete latents of every cell, which are summed out and have no coordinates.
+    size
+        Number of coordinates.
     """
 
     def __init__(self, model: SCVI) -> None:
-        with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
-            prior = model.prior()
-        require_coordinates(prior, "the prior of z")
-        self.support, self.event_shape = support_of(prior), torch.Size([model.n_latent])
-        self.real, self.to_z = is_real(self.support), biject_to(self.support)
-        self.n_z = self.to_z.inverse_shape(self.event_shape)[-1]
-        self.has_library = model.library.latent
-        self.size = self.n_z + int(self.has_library)
+        found = model.discovered()
+        latents = [site for site in found if site.kind is Kind.LOCAL]
+        self.order = tuple(site.name for site in latents)
+        self.enumerated = {s.name: tuple(s.law.event_shape) for s in found if s.kind is Kind.ENUMERATED}
+        known = [site for name in FIRST for site in latents if site.name == name]
+        self.local = _placed([*known, *(site for site in latents if site.name not in FIRST)])
+        self.size = sum(site.size for site in self.local.values())
+        self.library = self._library(model)
+
+    def _library(self, model: SCVI) -> LocalSite | None:
+        """The site of the library size, whose posterior lies near the cell's total."""
+        site = self.local.get("l") if model.library.latent else None
+        positive = site is not None and isinstance(site.bijection, ExpTransform) and not site.event_shape
+        return site if positive else None
+
+    def of_z(self) -> LocalSite:
+        """The site z.
+
+        Raises
+        ------
+        ModelError
+            If the program has no latent of this name.
+        """
+        if "z" not in self.local:
+            raise ModelError(f"the program samples no latent called 'z'; its latents are {list(self.local)}")
+        return self.local["z"]
 
     def latents(self) -> dict[str, Latent]:
-        """What the sites z and, where it is latent, l must be for these to be their coordinates."""
-        z = {"z": Latent(Kind.LOCAL, self.support, tuple(self.event_shape))}
-        return z | {"l": Latent(Kind.LOCAL, constraints.positive, ())} if self.has_library else z
+        """What the program's sites must be for these to be their coordinates."""
+        local = {s.name: Latent(Kind.LOCAL, s.support, tuple(s.event_shape)) for s in self.local.values()}
+        return local | {name: Latent(Kind.ENUMERATED, None, shape) for name, shape in self.enumerated.items()}
 
     def sites(self, u: Tensor) -> dict[str, Tensor]:
-        """Sites z (..., cells, 1, latents) and l (..., cells, 1) at u (..., cells, size)."""
-        sites = {"z": self.to_z(u[..., None, : self.n_z])}
-        return sites | {"l": u[..., self.n_z :].exp()} if self.has_library else sites
+        """Sites (..., cells, 1) and their events, such as z (..., cells, 1, latents), at u (..., cells, size)."""
+        return {site.name: site.value(u[..., site.place]) for site in self.local.values()}
 
     def of(self, sites: dict[str, Tensor]) -> Tensor:
         """Coordinates u (..., cells, size) of sites: the inverse of :meth:`sites`."""
-        z = self.to_z.inv(sites["z"]).squeeze(-2)
-        return torch.cat([z, sites["l"].log()], -1) if self.has_library else z
+        parts = [site.coordinates(sites[site.name]) for site in self.local.values()]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def joined(self, parts: dict[str, Tensor]) -> Tensor:
+        """Coordinates (..., cells, size) from those of every site."""
+        return torch.cat([parts[name] for name in self.local], -1)
 
     def log_abs_det(self, u: Tensor) -> Tensor:
-        """Log of |d(z, l) / du|, (..., cells)."""
-        z, log_l = u[..., : self.n_z], u[..., self.n_z :]
-        total = log_l.sum(-1)  # dl / d log l = l
-        if self.real:
-            return total
-        return total + self.to_z.log_abs_det_jacobian(z, self.to_z(z)).reshape(*total.shape, -1).sum(-1)
+        """Log of |d sites / du|, (..., cells)."""
+        changes = [site.log_abs_det(u[..., site.place]) for site in self.local.values() if not site.real]
+        return torch.stack(changes).sum(0) if changes else u.new_zeros(u.shape[:-1])
 
-    def law(self, base: Distribution, *steps: Any) -> Distribution:
-        """The distribution of z if its unconstrained coordinates are ``base``, transformed by ``steps``."""
-        return transform_distribution(base, self.support, *steps)
+
+def _placed(found: list[TracedSite]) -> dict[str, LocalSite]:
+    """The sites by name, each with its place after those before it."""
+    for site in found:
+        require_coordinates(site.law, f"the law of the site {site.name!r}")
+    supports = [support_of(site.law) for site in found]
+    events = [torch.Size(site.law.event_shape) for site in found]
+    sizes = [
+        torch.Size(biject_to(support).inverse_shape(event)).numel()
+        for support, event in zip(supports, events, strict=True)
+    ]
+    ends = list(accumulate(sizes))
+    return {
+        site.name: LocalSite(site.name, support, event, biject_to(support), slice(end - size, end))
+        for site, support, event, size, end in zip(found, supports, events, sizes, ends, strict=True)
+    }
 
 
 def is_real(support: Any) -> bool:
@@ -80,90 +177,6 @@ def is_real(support: Any) -> bool:
 def transform_distribution(base: Distribution, support: Any, *steps: Any) -> Distribution:
     """``base`` transformed by ``steps`` and mapped onto ``support``; ``base`` itself if neither changes it."""
     steps = steps if is_real(support) else (*steps, biject_to(support))
+    if isinstance(base, dist.Normal) and len(steps) == 1 and isinstance(steps[0], ExpTransform):
+        return dist.LogNormal(base.loc, base.scale)  # the same law, with a mean
     return dist.TransformedDistribution(base, list(steps)) if steps else base
-
-
-def cell_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
-    """Sum over genes of the log densities of the named sites of a scored trace, (..., cells)."""
-    terms = {name: trace.nodes[name]["log_prob"] for name in names}
-    sums = [term.sum(-1) if name == "x" else term.squeeze(-1) for name, term in terms.items()]
-    return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
-
-
-def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
-    """The marginalised program's trace with the latents in ``sites`` and its log densities."""
-    with pyro.get_param_store().scope(), executing(register_parameters=False):
-        trace = pyro.poutine.trace(pyro.poutine.condition(model, data=sites)).get_trace(x, gamma)
-        require_conditioned(trace, sites)
-        trace.compute_log_prob()
-    return trace
-
-
-def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
-    """The likelihood's parameters (..., cells, genes) at the local and global latents in ``sites``."""
-    with pyro.poutine.block(), pyro.poutine.condition(data=sites), model.weights.drawn_into(model):
-        return model.decode(sites["z"], model.library(x, gamma), gamma)
-
-
-def prior_sites(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Sites z (n, cells, 1, latents) and, if it is latent, l (n, cells, 1), drawn from the prior of each cell.
-
-    From the program where ``forward`` is overridden. Raises NotImplementedError if the prior is improper.
-    """
-    if overrides_forward(model):
-        return _drawn_by_program(model, gamma, global_latents, n)
-    with (
-        pyro.get_param_store().scope(),
-        pyro.poutine.trace() as traced,
-        pyro.poutine.condition(data=global_latents),
-        model.weights.drawn_into(model),
-        pyro.plate("draws", n, dim=-3),
-        cells_plate(gamma, None, None),
-    ):
-        pyro.sample("z", model.prior())
-        model.library(None, gamma)
-    nodes: dict[str, Any] = traced.trace.nodes
-    return {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
-
-
-def _drawn_by_program(model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """The same from a run of the program for n copies of the cells, which ends where it comes to x."""
-    ended = pyro.poutine.escape(model, escape_fn=lambda msg: msg["name"] == "x")
-    with (
-        pyro.get_param_store().scope(),
-        executing(register_parameters=False),
-        pyro.poutine.trace() as traced,
-        pyro.poutine.condition(data=global_latents),
-        suppress(NonlocalExit),
-    ):
-        try:
-            ended(None, gamma.repeat(n, 1))
-        except (AttributeError, TypeError) as error:  # what None gives where a tensor is expected
-            raise ModelError(
-                f"{type(model).__name__}.forward cannot be run without counts, as prior draws need it: x=None must "
-                f"draw them ({error})"
-            ) from error
-    nodes: dict[str, Any] = traced.trace.nodes
-    drawn = {name: nodes[name]["value"] for name in ("z", "l") if name in nodes}
-    return {name: value.reshape(n, len(gamma), *value.shape[1:]) for name, value in drawn.items()}
-
-
-def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:
-    """Log p(x, z, l) in coordinates u (samples, cells, size), nats, (samples, cells), at given global latents."""
-    terms = log_terms(model, x, gamma, global_latents)
-    return lambda u: torch.stack(terms(u)).sum(0)
-
-
-def log_terms(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogTerms:
-    """Log p(z, l) and log p(x | z, l), the parts of :func:`log_joint`."""
-    coordinates = Coordinates(model)
-    return lambda u: log_terms_at(u, coordinates, model, x, gamma, global_latents)
-
-
-def log_terms_at(
-    u: Tensor, coordinates: Coordinates, model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Log p(z, l) and log p(x | z, l) at u, (samples, cells) each."""
-    latents = ("z", "l") if coordinates.has_library else ("z",)
-    trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
-    return cell_terms(trace, *latents) + coordinates.log_abs_det(u), cell_terms(trace, "x")

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.guides.amortized import AmortizedGuide, Code
+from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.nn.networks import initialise
 from pyro_scvi.types import Distribution
 
@@ -12,9 +13,9 @@ from pyro_scvi.types import Distribution
 class FullRankNormal(AmortizedGuide):
     r"""A normal with all covariances between the latents of a cell; L is lower triangular.
 
-    .. math:: q(z_n, \log l_n | x_n) = Normal(m(x_n), L(x_n) L(x_n)^T)
+    .. math:: q(u_n | x_n) = Normal(m(x_n), L(x_n) L(x_n)^T), \qquad u_n = (z_n, \log l_n, \ldots)
 
-    For a prior on the simplex the normal is that of the unconstrained coordinates of z.
+    u are the unconstrained coordinates of all latents. Each latent is drawn given those before it.
 
     Parameters
     ----------
@@ -34,40 +35,43 @@ class FullRankNormal(AmortizedGuide):
     (60, 2)
     """
 
+    factorised = False
+
     def build(self) -> None:
-        """Heads for the strict lower triangle of L and for the slope of log l on whitened z."""
-        n, size = self.coordinates.n_z, self.coordinates.size
-        self.lower = nn.Linear(self.encoder.n_hidden, n * (n - 1) // 2 + (size - n) * n)
+        """A head for the strict lower triangle of L."""
+        n = self.coordinates.size
+        self.lower = nn.Linear(self.encoder.n_hidden, n * (n - 1) // 2)
         initialise(self.lower, 1e-3)
 
-    def scale_tril(self, code: Code) -> tuple[Tensor, Tensor]:
-        """L (cells, n_z, n_z) and the slope of log l (cells, n_z)."""
-        n = self.coordinates.n_z
-        entries, slope = self.lower(code.hidden).split([n * (n - 1) // 2, (self.coordinates.size - n) * n], -1)
+    def scale_tril(self, code: Code) -> Tensor:
+        """L (cells, size, size)."""
+        n, entries = self.coordinates.size, self.lower(code.hidden)
         rows, columns = torch.tril_indices(n, n, -1, device=entries.device)
         lower = entries.new_zeros(len(entries), n, n)
         lower[:, rows, columns] = entries
         # The scale multiplies whole rows, so that the entries below the diagonal have no unit and start near zero.
-        return code.scale[:, :, None] * (lower + torch.eye(n, dtype=lower.dtype, device=lower.device)), slope
+        scale = self.coordinates.joined(code.scale)[:, :, None]
+        return scale * (lower + torch.eye(n, dtype=lower.dtype, device=lower.device))
 
-    def z_law(self, code: Code) -> Distribution:
-        """Normal with full covariance, on the support of z."""
-        tril, _ = self.scale_tril(code)
-        base = dist.MultivariateNormal(code.loc[:, None], scale_tril=tril[:, None], validate_args=False)
-        return self.coordinates.law(base)
+    def law(self, site: LocalSite, code: Code, drawn: dict[str, Tensor]) -> Distribution:
+        """The conditional of the joint normal given the latents before this one."""
+        tril, place = self.scale_tril(code), site.place
+        loc, own = code.loc[site.name], tril[:, place, place]
+        if place.start:
+            white = self._whitened(tril[:, : place.start, : place.start], code, drawn)
+            loc = loc + (tril[:, place, : place.start] @ white[..., None]).squeeze(-1)
+        if site.size == 1:
+            return site.normal(loc, own.squeeze(-1).expand(loc.shape))
+        base = dist.MultivariateNormal(loc[..., None, :], scale_tril=own[:, None], validate_args=False)
+        return site.from_flat(base)
 
-    def l_law(self, code: Code, z: Tensor) -> Distribution:
-        """LogNormal whose location is linear in z: the conditional of a joint normal."""
-        tril, slope = self.scale_tril(code)
-        u = z if self.coordinates.real else self.coordinates.to_z.inv(z)
-        gap = (u.squeeze(-2) - code.loc)[..., None]  # (..., cells, n_z, 1)
-        white = torch.linalg.solve_triangular(tril, gap, upper=False).squeeze(-1)
-        loc = code.l_loc + code.l_scale * (white * slope).sum(-1, keepdim=True)
-        return dist.LogNormal(loc, code.l_scale.expand(loc.shape))
+    def _whitened(self, tril: Tensor, code: Code, drawn: dict[str, Tensor]) -> Tensor:
+        """The standard normals (..., cells, n) that the first n coordinates were made of."""
+        before = [s for s in self.coordinates.local.values() if s.place.stop <= tril.shape[-1]]
+        gaps = [s.coordinates(drawn[s.name]) - code.loc[s.name] for s in before]
+        return torch.linalg.solve_triangular(tril, torch.cat(gaps, -1)[..., None], upper=False).squeeze(-1)
 
     def start(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """The joint normal's location and marginal scales."""
         code = self.encode(x, gamma, None)
-        tril, slope = self.scale_tril(code)
-        l_scale = code.l_scale * (1 + slope.square().sum(-1, keepdim=True)).sqrt()
-        return self.joined(code._replace(scale=tril.square().sum(-1).sqrt(), l_scale=l_scale))
+        return self.coordinates.joined(code.loc), self.scale_tril(code).square().sum(-1).sqrt()

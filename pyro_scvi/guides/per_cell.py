@@ -1,13 +1,13 @@
 """Per-cell guide: variational parameters for every training cell, without an encoder."""
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.amortized import Code
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.coordinates import log_joint
+from pyro_scvi.guides.coordinates import LocalSite
+from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import Distribution
 from pyro_scvi.utils.random_state import seeded
@@ -56,24 +56,27 @@ class PerCell(Guide):
         if index is None and len(x) != len(self.loc):
             raise ModelError(f"PerCell was made for {len(self.loc)} cells, got {len(x)}; pass index= with their rows")
         rows = slice(None) if index is None else index
-        loc, scale, n = self.loc[rows], self.log_scale[rows].exp(), self.coordinates.n_z
-        l_loc = torch.log1p(x.sum(-1, keepdim=True)) + loc[:, n:]
-        return Code(loc, loc[:, :n], scale[:, :n], l_loc, scale[:, n:])
+        loc, scale = self._centred(self.loc[rows], x), self.log_scale[rows].exp()
+        local = self.coordinates.local
+        by_site = [{name: values[:, site.place] for name, site in local.items()} for values in (loc, scale)]
+        return Code(loc, *by_site)
 
-    def z_law(self, code: Code) -> Distribution:
-        """Normal with diagonal covariance, on the support of z."""
-        return self.coordinates.law(dist.Normal(code.loc[:, None], code.scale[:, None]).to_event(1))
+    def _centred(self, loc: Tensor, x: Tensor) -> Tensor:
+        """Locations (..., cells, size) with the log total of each cell added to that of the library size."""
+        if self.coordinates.library is None:
+            return loc
+        place, log_total = self.coordinates.library.place, torch.log1p(x.sum(-1, keepdim=True))
+        return torch.cat([loc[..., : place.start], loc[..., place] + log_total, loc[..., place.stop :]], -1)
 
-    def l_law(self, code: Code, z: Tensor) -> Distribution:
-        """LogNormal, independent of z."""
-        return dist.LogNormal(code.l_loc, code.l_scale)
+    def law(self, site: LocalSite, code: Code, drawn: dict[str, Tensor]) -> Distribution:
+        """Independent normals of the coordinates."""
+        return site.normal(code.loc[site.name], code.scale[site.name])
 
     def start(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """For each cell, the normal of the fitted cell, among at most 200, whose latents explain it best."""
         with torch.no_grad():
             rows = torch.linspace(0, len(self.loc) - 1, min(200, len(self.loc)), device=x.device).long()
-            known = self.loc[rows, None].expand(-1, len(x), -1).clone()  # (candidates, cells, size)
-            known[..., self.coordinates.n_z :] += torch.log1p(x.sum(-1, keepdim=True))
+            known = self._centred(self.loc[rows, None].expand(-1, len(x), -1), x)  # (candidates, cells, size)
             density = log_joint(self.model, x, gamma, self.weights.medians())
             best = torch.cat([density(part) for part in known.split(10)]).argmax(0)  # 10 at a time, for the memory
             loc = known[best, torch.arange(len(x), device=x.device)]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.amortized import AmortizedGuide, Code
+from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.types import Distribution
 
 
@@ -45,10 +46,6 @@ class Point(AmortizedGuide):
                 "take a guide with a density, or a fixed prior"
             )
 
-    def z_law(self, code: Code) -> Distribution:
+    def law(self, site: LocalSite, code: Code, drawn: dict[str, Tensor]) -> Distribution:
         """A point mass."""
-        return dist.Delta(self.coordinates.to_z(code.loc[:, None]), event_dim=1)
-
-    def l_law(self, code: Code, z: Tensor) -> Distribution:
-        """A point mass."""
-        return dist.Delta(code.l_loc.exp())
+        return dist.Delta(site.value(code.loc[site.name]), event_dim=len(site.event_shape))

@@ -1,7 +1,7 @@
 """Which sites of a program the verbs can do right by; every other site is refused by its name.
 
-Verbs read densities off the program's trace, at draws of z, of l where it is latent, and of the weights that have a
-prior. Any other latent would be drawn from its prior whenever a density is evaluated, in silence.
+Verbs read densities off the program's trace, at draws of its latents, which the guide knows. Any other latent would be
+drawn from its prior whenever a density is evaluated, in silence.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.model import SCVI
 
 EXPLICIT = ("w", "y", "h")
-"""Sites of the explicit program beside z, l and x."""
+"""Sites of the explicit program beside its latents and x."""
 
 
 class Latent(NamedTuple):
@@ -28,25 +28,27 @@ class Latent(NamedTuple):
     event_shape: tuple[int, ...] | None
 
 
-def overrides_forward(model: SCVI) -> bool:
-    """Whether the program is another than SCVI's own, so that prior, library and decode need not be its parts."""
-    return getattr(model.forward, "__func__", None) is not SCVI.forward
+def is_enumerated(node: Any) -> bool:
+    """Whether a traced site took all its values at once, to be summed out."""
+    return (node["infer"] or {}).get("_enumerate_dim") is not None
 
 
-def require_own_forward(model: SCVI) -> None:
-    """Refuse an overridden program where theta is computed from the model's parts, beside the program.
+def require_theta(model: SCVI) -> None:
+    """Refuse a program that observes x otherwise than by ``observe``, which tells what its theta was.
 
     Raises
     ------
     ModelError
         Naming the class.
     """
-    if overrides_forward(model):
-        raise ModelError(
-            f"{type(model).__name__} overrides forward, and what was asked for is computed from theta = decode(z, l), "
-            "which need not be what that program does: change the prior, likelihood, library or decode in its place. "
-            "Sites z and l, evidence and prior_predictive are had from the program itself"
-        )
+    for site in model.discovered():
+        if site.name == "x" and "theta" not in site.infer:
+            raise ModelError(
+                f"{type(model).__name__} samples x by itself, so that theta, the likelihood's parameters, cannot be "
+                "read off the program, and w, y, h and all that is computed from them are unknown: let its last line "
+                "be return self.observe(x, theta, marginal=marginal, mask=mask). Latents, evidence and predictions "
+                "are had as it is"
+            )
 
 
 def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
@@ -59,7 +61,7 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     """
     found = model.discovered()
     _require_known(found, latents)
-    if overrides_forward(model):
+    if getattr(model.forward, "__func__", None) is not SCVI.forward:
         _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
     likelihood = model.likelihood
     if likelihood.explicit and type(likelihood).generate is not Likelihood.generate:
@@ -91,8 +93,8 @@ def require_conditioned(trace: pyro.poutine.Trace, given: Mapping[str, Any]) -> 
     for name, node in nodes.items():
         if node["type"] != "sample" or name in given or name == "x" or isinstance(node["fn"], _Subsample):
             continue
-        if not (node["infer"] or {}).get("_deterministic"):
-            raise _conditional(name)
+        if not ((node["infer"] or {}).get("_deterministic") or is_enumerated(node)):
+            raise conditional(name)
 
 
 def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> None:
@@ -112,11 +114,13 @@ def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> No
 def _require_place(site: TracedSite, latent: Latent) -> None:
     """Refuse a latent whose shape or support is not what the guide's coordinates are made for."""
     shape, event = tuple(site.batch_shape), tuple(site.law.event_shape)
-    if site.kind is Kind.LOCAL and shape != (2, 1):
+    if site.kind in (Kind.LOCAL, Kind.ENUMERATED) and shape != (2, 1):
         raise ModelError(
             f"the program's site {site.name!r} has batch shape {shape} for two cells; it must be (cells, 1), as of a "
             "sample in the plate 'cells': is to_event(1) or [..., None] missing?"
         )
+    if site.kind is Kind.ENUMERATED:
+        return
     require_coordinates(site.law, f"the law of the site {site.name!r}")
     expected = event if latent.event_shape is None else latent.event_shape
     if event != expected or not same_coordinates(support_of(site.law), latent.support, event):
@@ -131,7 +135,7 @@ def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None
     """Refuse sites that come and go, or whose support moves, with what else is drawn or with the counts."""
     others = {site.name: site for site in second}
     for name in {site.name for site in first} ^ others.keys():
-        raise _conditional(name)
+        raise conditional(name)
     for site in first:
         if site.kind in (Kind.LOCAL, Kind.GLOBAL):
             moved = support_of(others[site.name].law)
@@ -142,7 +146,8 @@ def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None
                 )
 
 
-def _conditional(name: str) -> ModelError:
+def conditional(name: str) -> ModelError:
+    """The error for a site that was not there when the program was looked at."""
     return ModelError(
         f"the program samples {name!r} under a condition only, and it is then neither given by the guide nor x: "
         "sample it always, or not at all"

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from pyro_scvi.errors import FitError
-from pyro_scvi.guides.coordinates import Coordinates, log_joint, log_terms_at
+from pyro_scvi.guides.coordinates import Coordinates
+from pyro_scvi.guides.log_joint import log_joint, log_terms_at
 from pyro_scvi.inference.elbo import Bound
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import LogJoint

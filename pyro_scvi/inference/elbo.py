@@ -1,52 +1,101 @@
 """The evidence lower bound used in training: Pyro's mean-field estimator without unused densities."""
 
+import math
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.util import check_fully_reparametrized, is_validation_enabled
 from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_scvi.guides.supported import is_enumerated
 from pyro_scvi.utils.execution import execution
+
+LEFT_OF_CELLS = -3
+"""First dimension for the values of discrete latents: left of (cells, genes)."""
+
+DEPTH = 2
+"""Plates inside each other: cells and genes."""
 
 
 class MeanFieldELBO(TraceMeanField_ELBO):
-    r"""One draw of the evidence bound, with the KL divergence of each latent in closed form if there is one.
+    r"""One draw of the evidence bound, with the KL divergence of each latent in closed form where there is one.
 
     .. math:: \log p(x | z) - KL(q(z | x) \| p(z)), \qquad z \sim q(z | x)
 
-    (Lopez et al. 2017, Eq. 1). The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``. That
-    one also evaluates densities of latents whose divergence has a closed form, and needs every parameter registered in
-    every step. Only for reparameterised guides. If programs are to be checked
-    (:class:`~pyro_scvi.utils.execution.Execution`), Pyro's own runs: it refuses guides that do not match the model.
+    (Lopez et al. 2017, Eq. 1). Discrete latents that ask for it, by ``infer={"enumerate": "parallel"}``, are summed out
+    of the program, cell by cell.
+
+    The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``, with two exceptions: that one
+    knows no discrete latents, and takes the closed form also where a latent's prior depends on another that the guide
+    draws after it, where it is wrong. It also evaluates densities of latents whose divergence has a closed form, and
+    needs every parameter registered in every step. Only for reparameterised guides. If programs are to be checked
+    (:class:`~pyro_scvi.utils.execution.Execution`), they are by Pyro, which refuses guides that do not match the model.
     """
 
     def __init__(self) -> None:
         super().__init__()  # without Pyro's options, such as more than one draw
 
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Negative bound, nats."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Negative bound, nats; adds its gradients to those of the parameters."""
-        if execution().check_programs:
-            return super().loss_and_grads(model, guide, *args, **kwargs)
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
+        if execution().check_programs:
+            warn_if_nan(loss.detach(), "loss")
         return loss.item()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Negative bound, nats, a scalar."""
-        if execution().check_programs:
-            return super().differentiable_loss(model, guide, *args, **kwargs)
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-        modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
-        loss: Any = 0.0
-        for name, site in _sites(modelled):
-            loss = loss - _log_prob(site) if site["is_observed"] else loss + _divergence(guided.nodes[name], site)
-        for name, site in _sites(guided):
-            if name not in modelled.nodes:  # an auxiliary site, which the guide alone has
-                loss = loss + _log_prob(site)
-        return loss
+        summed = pyro.poutine.enum(pyro.poutine.replay(model, trace=guided), LEFT_OF_CELLS)
+        modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
+        if execution().check_programs and is_validation_enabled():
+            _check(guided, modelled)
+        return _negative_bound(guided, modelled)
+
+
+def _check(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) -> None:
+    """Pyro's checks: that the same sites are sampled, in shapes that their plates say, from reparameterised laws."""
+    enumerates = any(is_enumerated(site) for _, site in _sites(modelled))
+    check_model_guide_match(modelled, guided, DEPTH if enumerates else math.inf)
+    modelled, guided = prune_subsample_sites(modelled), prune_subsample_sites(guided)
+    modelled.compute_log_prob()
+    guided.compute_score_parts()
+    for name, site in (*_sites(modelled), *_sites(guided)):
+        depth: Any = DEPTH if enumerates and site["log_prob"].dim() > DEPTH else math.inf
+        check_site_shape(site, depth)
+        if name in guided.nodes and not site["is_observed"]:
+            check_fully_reparametrized(guided.nodes[name])
+
+
+def _negative_bound(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) -> Tensor:
+    loss: Any = 0.0
+    order = [name for name, _ in _sites(guided)]
+    before, tables, values = set[str](), list[Any](), _value_dims(modelled)
+    for name, site in _sites(modelled):
+        if is_enumerated(site) or _differs_along(values, site):
+            tables.append(site)
+            loss = loss if name not in order else loss + _log_prob(guided.nodes[name])
+        elif site["is_observed"]:
+            loss = loss - _log_prob(site)
+        else:
+            closed = before <= set(order[: order.index(name)])
+            loss = loss + _divergence(guided.nodes[name], site, closed)
+        if not (site["is_observed"] or is_enumerated(site)):
+            before.add(name)
+    for name, site in _sites(guided):
+        if name not in modelled.nodes:  # an auxiliary site, which the guide alone has
+            loss = loss + _log_prob(site)
+    return loss - _summed_out(tables) if tables else loss
 
 
 def _sites(trace: pyro.poutine.Trace) -> list[tuple[str, Any]]:
@@ -57,11 +106,54 @@ def _sites(trace: pyro.poutine.Trace) -> list[tuple[str, Any]]:
     ]
 
 
+def _value_dims(trace: pyro.poutine.Trace) -> list[int]:
+    """The dimensions along which the values of discrete latents lie."""
+    return [site["infer"]["_enumerate_dim"] for _, site in _sites(trace) if is_enumerated(site)]
+
+
+def _differs_along(dims: list[int], site: Any) -> bool:
+    """Whether the law of a latent or of x differs between values of discrete latents."""
+    shape = site["fn"].batch_shape
+    in_cells = any(frame.name == "cells" for frame in site["cond_indep_stack"])
+    return in_cells and any(len(shape) >= -dim and shape[dim] > 1 for dim in dims)
+
+
+def _summed_out(sites: list[Any]) -> Tensor:
+    """Sum over cells of log p of latents and of x given these, of the sites that differ by discrete latents' values.
+
+    Each is summed over these values, then scaled: the two have scales of their own where the KL divergence has a
+    weight.
+    """
+    latents = _table([site for site in sites if not site["is_observed"]])
+    of_latents = latents.flatten(0, -2).logsumexp(0)
+    total = of_latents.sum() * sites[0]["scale"]
+    for observed in (site for site in sites if site["is_observed"]):
+        joint = _table([*sites]).flatten(0, -2).logsumexp(0)
+        total = total + (joint - of_latents).sum() * observed["scale"]
+    return total
+
+
+def _table(sites: list[Any]) -> Tensor:
+    """Sum of the log densities of sites, (values of discrete latents, ..., cells)."""
+    return torch.stack(torch.broadcast_tensors(*map(_by_cell, sites))).sum(0)
+
+
+def _by_cell(site: Any) -> Tensor:
+    """Log density (..., cells) of a site that is in the plate of the cells, and perhaps in that of the genes."""
+    terms: Tensor = site["fn"].log_prob(site["value"])
+    if isinstance(site["mask"], Tensor):
+        terms = torch.where(site["mask"], terms, 0.0)
+    return terms.sum(-1)
+
+
 def _log_prob(site: Any) -> Tensor:
     return _total(site, site["fn"].log_prob(site["value"]))
 
 
-def _divergence(guided: Any, modelled: Any) -> Tensor:
+def _divergence(guided: Any, modelled: Any, closed: bool) -> Tensor:
+    """Log q - log p at the draw, or its mean over the latent alone: if its prior is known before it is drawn."""
+    if not closed:
+        return _log_prob(guided) - _log_prob(modelled)
     try:
         return _total(guided, kl_divergence(guided["fn"], modelled["fn"]))
     except NotImplementedError:

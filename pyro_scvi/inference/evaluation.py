@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.coordinates import cell_terms, scored, theta_at
-from pyro_scvi.guides.supported import require_own_forward
+from pyro_scvi.guides.log_joint import cell_terms, enumerated_draws, scored
+from pyro_scvi.guides.program_runs import observed_at, prior_draws, theta_at
+from pyro_scvi.guides.supported import require_theta
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
-from pyro_scvi.types import Theta
+from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.random_state import seeded
 
@@ -30,7 +31,7 @@ def evaluating(model: SCVI, guide: Guide, seed: int, *, theta: bool = False) -> 
     """
     guide.require_supported()
     if theta:
-        require_own_forward(model)
+        require_theta(model)
     with undisturbed(seed, model, guide):
         yield
 
@@ -50,19 +51,40 @@ def undisturbed(seed: int, *programs: nn.Module) -> Iterator[None]:
 
 
 def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
-    """The likelihood's parameters (..., cells, genes) at draws of z and l, the weights at their medians.
+    """The likelihood's parameters (..., cells, genes) at draws of all local latents, global ones at their medians.
 
     Raises
     ------
     ModelError
-        If the model's program is not its own, and its theta another.
+        If the program does not say what its theta is.
     """
-    require_own_forward(guide.model)
     return theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
 
 
+def law_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
+    """The distribution of x (..., cells, genes) at draws of all local latents, global ones at their medians."""
+    return observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
+
+
+def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draws (samples, cells, 1) and, beside them, draws of the discrete latents from their conditional given these."""
+    if not guide.coordinates.enumerated:
+        return sites
+    fixed = guide.weights.medians()
+    return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, draws_at_once(x))
+
+
+def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = False) -> dict[str, Tensor]:
+    """Draws (n, cells, 1) of the latents of cells from their prior, global latents at their medians.
+
+    ``enumerated`` says whether discrete latents are among them. Raises NotImplementedError for an improper prior.
+    """
+    names = [*guide.coordinates.local, *(guide.coordinates.enumerated if enumerated else ())]
+    return prior_draws(guide.model, gamma, guide.weights.medians(), n, names)
+
+
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
-    """Log weights log p(x, z, l) - log q(z, l | x) of draws from the guide, and the part log q - log p of the latents.
+    """Log weights log p(x, latents) - log q(latents | x) of draws from the guide, and the part log q - log p of these.
 
     Each (samples, cells), nats; the mean of the first is the ELBO, of the second the KL divergence.
     """
@@ -71,13 +93,13 @@ def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tup
 
 
 def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log p(x, z, l) - log q of given draws (samples, cells, ...), and the part log q - log p of the latents."""
+    """Log p(x, latents) - log q of given draws (samples, cells, ...), and the part log q - log p of the latents."""
     fixed, size, terms = guide.weights.medians(), draws_at_once(x), []
     for start in range(0, len(log_q), size):
         part = {name: value[start : start + size] for name, value in sites.items()}
         trace = scored(guide.model, x, gamma, {**fixed, **part})
-        terms.append(torch.stack([cell_terms(trace, "x"), cell_terms(trace, *sites)]))
-    of_x, of_latents = torch.cat(terms, 1)
+        terms.append(torch.stack(cell_terms(trace, *sites)))
+    of_latents, of_x = torch.cat(terms, 1)
     return of_x + of_latents - log_q, log_q - of_latents
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.coordinates import Joint, log_joint, prior_sites
-from pyro_scvi.inference.evaluation import draws_at_once
+from pyro_scvi.guides.log_joint import Joint, log_joint
+from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once
 from pyro_scvi.inference.importance import Importance, SamplingBudget, Target, persistent_importance, refine
 from pyro_scvi.types import LogJoint
 
@@ -33,7 +33,7 @@ def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> t
 
 def _drawn_from_prior(guide: Guide, gamma: Tensor) -> list[Tensor]:
     try:
-        sites = prior_sites(guide.model, gamma, guide.weights.medians(), CANDIDATES)
+        sites = drawn_from_prior(guide, gamma, CANDIDATES)
     except NotImplementedError:  # an improper prior has no draws
         return []
     return [guide.coordinates.of(sites)]

@@ -18,7 +18,7 @@ from pyro_scvi.utils.checks import brief, require_at_least
 
 
 class Draws(NamedTuple):
-    """Sites z (samples, cells, 1, latents) and l (samples, cells, 1), and how to diagnose them.
+    """The latents of the cells, such as z (samples, cells, 1, latents) and l (samples, cells, 1), and their diagnosis.
 
     ``diagnose()`` gives diagnostics by name, each (cells,). Some cost as much as the draws, so they are computed on
     request. With several ``chains``, sample = draw * chains + chain.

@@ -212,10 +212,10 @@ class RandomWeights(nn.Module):
             for owner, leaf in places:
                 del owner.__dict__[leaf]
 
-    def start_of(self, site: str, value: Tensor) -> Tensor:
-        """Initial value of a site's (unconstrained) latent in a guide: the parameter's own initial value, or zero."""
-        name = site.removesuffix(".raw")  # of the horseshoe, whose scales start at zero on the log scale
-        return getattr(self, _slot(name)).clone() if name in self.prior_of else torch.zeros_like(value)
+    def start_of(self, site: str) -> Tensor | None:
+        """Initial value of the parameter that a site is, or that the horseshoe's ``raw`` makes up; None for others."""
+        name = site.removesuffix(".raw")  # of the horseshoe, whose scales start at 1
+        return getattr(self, _slot(name)).clone() if name in self.prior_of else None
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,52 +1,75 @@
 """Checks of the arguments of fit, and of the first training step for mistakes that Pyro accepts silently."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Integral
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.discovery import Kind
 from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.base import Guide
+from pyro_scvi.guides.supported import is_enumerated
+from pyro_scvi.inference.elbo import LEFT_OF_CELLS, MeanFieldELBO
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
+from pyro_scvi.schedules import KLWeight
 from pyro_scvi.utils.checks import brief, require_kind
 
 
-class TemperedZ(Messenger):
-    """Scale z by ``weight`` in guide and model, and keep the untempered log q(z) and log p(z).
+class TemperedLatents(Messenger):
+    """Scale the latents of the cells by ``weight`` in guide and model, and keep how much that changes the loss.
 
     Both are scaled, because an analytic KL takes the scale of the guide's site and a sampled one takes both.
+    ``sites`` are their names; discrete ones, which the model alone has, are summed out.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, sites: Collection[str]) -> None:
         super().__init__()
-        self.weight, self.log_densities = weight, list[Tensor]()
+        self.weight, self.names = weight, sites
+        self.changes = list[float]()
+        self._log_q, self._log_p = dict[str, Tensor](), dict[str, Tensor]()
+        self._enumerates = False
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == "z":
+        if self._tempers(msg):
             msg["scale"] = msg["scale"] * self.weight
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == "z" and self.weight != 1:
-            with torch.no_grad():
-                log_density = msg["fn"].log_prob(msg["value"])  # (particles, cells, 1) or (cells, 1)
-                self.log_densities.append(log_density.mean() * log_density.shape[-2])
+        if self.weight == 1:
+            return
+        with torch.no_grad():
+            if self._tempers(msg):
+                # The guide runs first, and samples all latents but the discrete ones.
+                self._enumerates |= is_enumerated(msg)
+                of = self._log_p if msg["name"] in self._log_q or is_enumerated(msg) else self._log_q
+                of[msg["name"]] = msg["fn"].log_prob(msg["value"]).squeeze(-1)
+            elif msg["name"] == "x":
+                self._close()
+
+    def _tempers(self, msg: Any) -> bool:
+        return msg["name"] in self.names or bool((msg["infer"] or {}).get("is_auxiliary"))
+
+    def _close(self) -> None:
+        """At the end of a run of the model: what the weight changed, averaged over particles, summed over cells."""
+        log_q, log_p = (torch.stack(torch.broadcast_tensors(*of.values())).sum(0) for of in (self._log_q, self._log_p))
+        if self._enumerates:
+            log_p = log_p.flatten(0, -2).logsumexp(0)
+        change = (1 - self.weight) * (log_q - log_p)
+        self.changes.append(float(change.mean()) * change.shape[-1])
+        self._log_q, self._log_p, self._enumerates = {}, {}, False
 
     def missing(self) -> float:
-        """Untempered minus tempered loss of this step, nats over its cells; forgets the densities."""
-        if not self.log_densities:
-            return 0.0
-        # Guide and model alternate, once per particle.
-        log_q, log_p = self.log_densities[0::2], self.log_densities[1::2]
-        self.log_densities = []
-        return (1 - self.weight) * float(sum(log_q) - sum(log_p)) / len(log_q)
+        """Untempered minus tempered loss of this step, nats over its cells; forgets it."""
+        changes, self.changes = self.changes, []
+        return sum(changes) / len(changes) if changes else 0.0
 
 
 def check_kinds(model: Any, cells: Any, guide: Any) -> None:
@@ -90,9 +113,11 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
     """
     with pyro.get_param_store().scope():
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-        _require_same({site.name for site in model.discovered() if site.kind.latent}, _latents(guided))
+        drawn = [site for site in model.discovered() if site.kind.latent and site.kind is not Kind.ENUMERATED]
+        _require_same({site.name for site in drawn}, _latents(guided))
         guide.require_supported()
-        modelled = pyro.poutine.trace(pyro.poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
+        summed = pyro.poutine.enum(pyro.poutine.replay(model, trace=guided), LEFT_OF_CELLS)
+        modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
     _require_same(_latents(modelled), _latents(guided))
     own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters
     for trace in (guided, modelled):
@@ -104,6 +129,25 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
                 )
     for part, what in ((model, "model"), (guide, "guide")):
         require_owned(part, what, model, guide)
+
+
+def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> None:
+    """Refuse a bound that would draw discrete latents from their prior instead of summing them out.
+
+    Raises
+    ------
+    FitError
+        If there are such latents, and the bound is of another kind, or is not weighted as is asked for.
+    """
+    names = list(guide.coordinates.enumerated)
+    if not names or isinstance(elbo, MeanFieldELBO):
+        return
+    if not isinstance(elbo, TraceEnum_ELBO):
+        raise FitError(f"{type(elbo).__name__} does not sum out {names}: leave elbo out, or pass TraceEnum_ELBO()")
+    if any(kl_weight.at(epoch, epochs) != 1 for epoch in range(epochs)):
+        raise FitError(
+            f"TraceEnum_ELBO cannot weigh the KL divergence beside {names}, which it sums out: leave elbo out"
+        )
 
 
 def check_gradients(*parts: torch.nn.Module) -> None:
@@ -138,6 +182,8 @@ def _latents(trace: pyro.poutine.Trace) -> set[str]:
         name
         for name in trace.stochastic_nodes
         if not (
-            isinstance(trace.nodes[name]["fn"], _Subsample) or (trace.nodes[name]["infer"] or {}).get("is_auxiliary")
+            isinstance(trace.nodes[name]["fn"], _Subsample)
+            or (trace.nodes[name]["infer"] or {}).get("is_auxiliary")
+            or is_enumerated(trace.nodes[name])
         )
     }

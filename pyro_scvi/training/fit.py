@@ -19,7 +19,7 @@ from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
 from pyro_scvi.training.checkpoint import Checkpoints, identity
-from pyro_scvi.training.checks import check_kinds
+from pyro_scvi.training.checks import check_elbo, check_kinds
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loop import Trainer, TrainingData, evenly_spaced
@@ -97,7 +97,7 @@ def fit(
     learning_rate, eps
         Schedule and epsilon of the Adam optimiser.
     kl_weight
-        Weight of the KL divergence of z. The history always reports the untempered bound.
+        Weight of the KL divergence of the latents of the cells. The history always reports the untempered bound.
     elbo
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
@@ -173,6 +173,7 @@ def fit(
     ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
     options = options.for_cells(len(train_rows))
+    check_elbo(guide, options.elbo, options.kl_weight, options.epochs)
     data = _on_device(cells, train_rows, held_out, options)
     if data_start and not model.trained:
         start_from_data(model, data.train, ranks)

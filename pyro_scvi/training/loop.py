@@ -18,10 +18,10 @@ from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.compiled import NotCompiled, Recorded
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
-from pyro_scvi.inference.evaluation import bound_terms, evaluating
+from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.training.checkpoint import Checkpoints
-from pyro_scvi.training.checks import TemperedZ, check_gradients, check_sites, unique_parameters
+from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
 from pyro_scvi.training.options import TrainingOptions
@@ -144,7 +144,7 @@ class Trainer:
         lasting = kl_weight.at(epochs - 1, epochs)
         while len(state.rows) < epochs and not state.best.waited_out:
             try:
-                row = self._row(TemperedZ(kl_weight.at(len(state.rows), epochs)))
+                row = self._row(self._tempered(kl_weight.at(len(state.rows), epochs)))
             except Diverged as failure:
                 self._roll_back(failure)
                 continue
@@ -161,7 +161,11 @@ class Trainer:
                 state.best.waited,
             )
 
-    def _row(self, tempered: TemperedZ) -> dict[str, float]:
+    def _tempered(self, weight: float) -> TemperedLatents:
+        coordinates = self.guide.coordinates
+        return TemperedLatents(weight, {*coordinates.local, *coordinates.enumerated})
+
+    def _row(self, tempered: TemperedLatents) -> dict[str, float]:
         """Train for one epoch and evaluate the held-out cells; returns the epoch's row of the history."""
         started, state, ranks = time.perf_counter(), self.state, self.options.ranks
         epoch = len(state.rows)
@@ -220,7 +224,7 @@ class Trainer:
                 "make a new model and try a smaller learning_rate"
             )
 
-    def epoch(self, tempered: TemperedZ, epoch: int) -> float:
+    def epoch(self, tempered: TemperedLatents, epoch: int) -> float:
         """One pass through the training cells; returns the untempered loss in nats per cell."""
         ranks = self.options.ranks
         self.model.train()
@@ -243,7 +247,7 @@ class Trainer:
         ranks.average_statistics(self.model, self.guide)
         return total / self.data.n_cells
 
-    def _gradient(self, rows: Tensor, step: int, tempered: TemperedZ, *, checked: bool) -> float:
+    def _gradient(self, rows: Tensor, step: int, tempered: TemperedLatents, *, checked: bool) -> float:
         """Take the gradient of one step's cells; returns the loss of the step, nats, scaled to all cells."""
         x, gamma = self.data.train.rows(rows)
         given: dict[str, Any] = {"index": self.options.ranks.among_all(rows), "n_cells": self.data.n_cells}
@@ -283,7 +287,7 @@ class Trainer:
         if cells is self.data.train:
             rows = rows[evenly_spaced(-(-WATCHED_IN_TRAINING // ranks.size), cells.n_cells)]
         sums, n = [0.0, 0.0], 0
-        with evaluating(self.model, self.guide, ranks.noise_seed(seed)):
+        with undisturbed(ranks.noise_seed(seed), self.model, self.guide):
             for some in rows.split(512) if len(rows) else ():
                 log_weight, gap = bound_terms(self.guide, *cells.rows(some))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]

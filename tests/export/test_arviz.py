@@ -14,7 +14,7 @@ import pyro_scvi as ps
 from pyro_scvi.analysis.prior_sensitivity import prior_sensitivity
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.export.arviz import to_datatree
-from pyro_scvi.guides.coordinates import theta_at
+from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.inference.samplers import Draws
 from tests.support.simulate import simulated_counts
 

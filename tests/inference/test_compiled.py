@@ -11,7 +11,7 @@ import torch
 
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError
-from pyro_scvi.guides.coordinates import log_joint
+from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.inference.compiled import Recorded, RecordedJoint
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import evaluating

@@ -8,7 +8,7 @@ from pyro.infer import TraceMeanField_ELBO
 
 import pyro_scvi as ps
 from pyro_scvi.inference.elbo import MeanFieldELBO
-from pyro_scvi.training.checks import TemperedZ
+from pyro_scvi.training.checks import TemperedLatents
 from pyro_scvi.utils.execution import executing
 
 GUIDES = [ps.guides.DiagonalNormal, ps.guides.FullRankNormal, ps.guides.InverseAutoregressiveFlow, ps.guides.Point]
@@ -74,7 +74,7 @@ def test_masks_are_those_of_pyro(cells, options):
 
 def test_a_tempered_divergence_is_that_of_pyro(cells):
     parts = model_and_guide(cells)
-    with TemperedZ(0.3), executing(check_programs=False):
+    with TemperedLatents(0.3, {"z"}), executing(check_programs=False):
         expected = loss_and_gradients(TraceMeanField_ELBO(), *parts, cells)
         assert_same(loss_and_gradients(MeanFieldELBO(), *parts, cells), expected)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.coordinates import LogTerms, log_terms, prior_sites
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.guides.log_joint import LogTerms, log_terms
+from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating
 from pyro_scvi.inference.hmc import Whitened, transition
 from pyro_scvi.inference.importance import Proposal, evidence_of, laplace_scale_tril, refine
 from pyro_scvi.inference.proposals import start
@@ -102,7 +102,7 @@ def annealed_evidence(
 def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures: int, leapfrog: int) -> Tensor:
     """Log weights (chains, cells) in float64."""
     terms = log_terms(guide.model, x, gamma, guide.weights.medians())
-    sites = prior_sites(guide.model, gamma, guide.weights.medians(), PILOTS + chains)
+    sites = drawn_from_prior(guide, gamma, PILOTS + chains)
     u = guide.coordinates.of(sites)  # (pilots and chains, cells, size)
     wide, narrow = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
     # The fourth power makes small steps near the prior, where the density changes most.

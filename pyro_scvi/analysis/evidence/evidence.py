@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.coordinates import Joint, log_joint
+from pyro_scvi.guides.log_joint import Joint, log_joint
 from pyro_scvi.inference.compiled import RecordedJoint
 from pyro_scvi.inference.evaluation import bound_terms, evaluating
 from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget

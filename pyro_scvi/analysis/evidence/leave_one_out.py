@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
-from pyro_scvi.analysis.posterior_samples import decoded
+from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
@@ -105,12 +105,11 @@ def leave_one_out(
         )
     results, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
     judged = list[dict[str, Tensor]]()
-    with evaluating(fit.model, fit.guide, seed, theta=True):
+    with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
-            theta = decoded(fit, x, gamma, drawn)
-            distribution = fit.model.likelihood.marginal(**theta)
+            distribution: Any = predicted(fit, x, gamma, drawn.sites)
             log_p = distribution.log_prob(x)
             # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
             below = distribution.expand(log_p.shape).sample() < x

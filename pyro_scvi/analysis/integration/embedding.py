@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -61,9 +60,8 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
 
 
 def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
+    site = guide.coordinates.of_z()
     if not guide.amortized:
         loc, _ = refined(guide, x, gamma)
-        return guide.coordinates.sites(loc)["z"].squeeze(-2)
-    law = guide.z_law(guide.encode(x, gamma, None))
-    mean = law.sample((200,)).mean(0) if isinstance(law, dist.TransformedDistribution) else law.mean
-    return mean.squeeze(-2)
+        return guide.coordinates.sites(loc)[site.name].squeeze(-2)
+    return guide.mean(site, x, gamma).squeeze(-2)

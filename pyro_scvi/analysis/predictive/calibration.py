@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_fit
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import prior_sites
-from pyro_scvi.inference.evaluation import evaluating, theta_given
+from pyro_scvi.guides.coordinates import LocalSite
+from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_given, with_enumerated
 from pyro_scvi.inference.samplers import HMC, Refined, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -83,7 +83,7 @@ class Prior:
             )
         else:
             gamma = torch.zeros(n_cells, 0, device=fit.device, dtype=fit.dtype)
-        sites = prior_sites(fit.model, gamma, fit.guide.weights.medians(), 1)
+        sites = drawn_from_prior(fit.guide, gamma, 1, enumerated=True)
         return {name: value[0] for name, value in sites.items()}, gamma
 
 
@@ -130,7 +130,8 @@ class AggregatePosterior:
         for part in rows.split(64):
             x, gamma = batches.rows(part)
             draws = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
-            drawn.append({name: value[-1] for name, value in draws.sites.items()})
+            sites = with_enumerated(fit.guide, x, gamma, draws.sites)
+            drawn.append({name: value[-1] for name, value in sites.items()})
             covariates.append(gamma)
         return {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}, torch.cat(covariates)
 
@@ -183,7 +184,7 @@ def calibrate(
         rank = \#\{z^s < z^*\}
 
     If latents come from the prior and draws from the posterior, ranks are uniform on 0 to L for every quantity (Talts,
-    Betancourt, Simpson, Vehtari and Gelman 2018). The quantities are every latent, l if it is latent, and the log
+    Betancourt, Simpson, Vehtari and Gelman 2018). The quantities are every continuous latent of a cell, and the log
     likelihood of x, which reveals errors that no single latent shows (Modrak et al. 2023). Global latents are held at
     the guide's medians. With an observed library size, the total that the simulation drew is not the total of x, so
     even a correct sampler's ranks are not uniform.
@@ -240,7 +241,7 @@ def calibrate(
             f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
         )
     parts = []
-    with evaluating(fit.model, fit.guide, seed, theta=True), progress_bar(n_cells, "cell", progress) as bar:
+    with evaluating(fit.model, fit.guide, seed), progress_bar(n_cells, "cell", progress) as bar:
         truth, gamma = source.draw(fit, n_cells)
         for part in _ranks(fit, truth, gamma, sampler, draws, thin, batch_size):
             parts.append(part)
@@ -258,8 +259,9 @@ def _ranks(
         x = _distribution_of_x(fit, None, constants)(true).sample()
         posterior = sampler.draw(fit.guide, x, constants, draws * thin)
         kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}
+        kept = with_enumerated(fit.guide, x, constants, kept)
         distribution = _distribution_of_x(fit, x, constants)
-        below = _values(kept, distribution, x) < _values(true, distribution, x)
+        below = _values(fit, kept, distribution, x) < _values(fit, true, distribution, x)
         yield below.sum(0).cpu().numpy()
 
 
@@ -277,20 +279,32 @@ def _distribution_of_x(
     """The distribution of x at latents; ``x`` for an observed library size."""
 
     def distribution(sites: Sites) -> torch.distributions.Distribution:
-        return fit.model.likelihood.marginal(**theta_given(fit.guide, x, gamma, sites))
+        law: Any = law_given(fit.guide, x, gamma, sites)
+        return law
 
     return distribution
 
 
-def _values(sites: Sites, distribution: Callable[[Sites], torch.distributions.Distribution], x: Tensor) -> Tensor:
+def _values(
+    fit: Fit, sites: Sites, distribution: Callable[[Sites], torch.distributions.Distribution], x: Tensor
+) -> Tensor:
     """Every quantity that is ranked, (..., cells, quantities)."""
-    latents = [sites["z"].squeeze(-2), *([sites["l"]] if "l" in sites else [])]
+    known = fit.guide.coordinates.local.values()
+    latents = [sites[site.name].reshape(*sites[site.name].shape[: _lead(site)], -1) for site in known]
     return torch.cat([*latents, distribution(sites).log_prob(x).sum(-1, keepdim=True)], -1)
 
 
+def _lead(site: LocalSite) -> int | None:
+    """Where the dimension of a site's values behind those of the cells, (cells, 1) and an event, begins."""
+    return -1 - len(site.event_shape)
+
+
 def _quantities(fit: Fit) -> list[str]:
-    library = ["l"] if fit.model.library.latent else []
-    return [*(f"z_{i}" for i in range(fit.model.n_latent)), *library, "log_likelihood"]
+    names = []
+    for site in fit.guide.coordinates.local.values():
+        n = site.event_shape.numel()
+        names += [f"{site.name}_{i}" for i in range(n)] if site.event_shape else [site.name]
+    return [*names, "log_likelihood"]
 
 
 def _summary(ranks: pd.DataFrame, draws: int) -> pd.DataFrame:

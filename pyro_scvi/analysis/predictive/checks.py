@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import chain
 from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,12 +17,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
-from pyro_scvi.analysis.posterior_samples import decoded
+from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import require_drawable
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
+from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.checks import require_at_least, require_kind
@@ -143,7 +143,7 @@ def posterior_predictive(
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
-    with evaluating(fit.model, fit.guide, seed, theta=True):
+    with evaluating(fit.model, fit.guide, seed):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
             if not torch.equal(replicas.int().to(replicas), replicas):
                 counts = counts.astype(np.float32, copy=False)
@@ -244,7 +244,7 @@ def check_predictions(
     if not isinstance(interval, Real) or not 0 < interval < 1:
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
     sums, totals = torch.zeros(()), list[Tensor]()
-    with evaluating(fit.model, fit.guide, seed, theta=True):
+    with evaluating(fit.model, fit.guide, seed):
         for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
             both = torch.cat([x[None], replicas]).double()  # the data is the first of 1 + samples
             sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
@@ -264,14 +264,15 @@ def _replicated(
         draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
         # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
         parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
-        drawn = [_counts(fit, x, gamma, draws, dict(zip(draws.sites, part, strict=True))) for part in parts]
+        drawn = [_counts(fit, x, gamma, dict(zip(draws.sites, part, strict=True))) for part in parts]
         yield x, torch.cat(drawn)
 
 
-def _counts(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: dict[str, Tensor]) -> Tensor:
+def _counts(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
     """One draw of counts (samples, cells, genes) at every draw of the latents."""
-    law = fit.model.likelihood.marginal(**decoded(fit, x, gamma, draws._replace(sites=sites)))
-    return law.expand((len(sites["z"]), *x.shape)).sample()
+    law: Any = predicted(fit, x, gamma, sites)
+    counts: Tensor = law.expand((len(next(iter(sites.values()))), *x.shape)).sample()
+    return counts
 
 
 def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:

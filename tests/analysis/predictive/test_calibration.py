@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 import pyro_scvi as ps
 from pyro_scvi.analysis.predictive.calibration import AggregatePosterior, Calibration, Prior, calibrate, rank_summary
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.coordinates import theta_at
+from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.proposals import start
 from pyro_scvi.inference.samplers import Draws

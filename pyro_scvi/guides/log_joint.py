@@ -1,0 +1,132 @@
+"""The program's log joint density by cell, with discrete latents summed out, and draws of these."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_scvi.guides.coordinates import Coordinates
+from pyro_scvi.guides.supported import is_enumerated, require_conditioned
+from pyro_scvi.model import SCVI
+from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.execution import executing
+
+LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
+Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or a compiled form of it
+
+LEFT_OF_DRAWS = -4
+"""First dimension for the values of discrete latents: left of (samples, cells, genes)."""
+
+
+def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
+    """The marginalised program's trace with the latents in ``sites`` and its log densities.
+
+    Sites have shape (samples, cells, 1) and their events. Discrete latents that are summed out take all their values,
+    along dimensions left of these.
+    """
+    given = pyro.poutine.condition(model, data=sites)
+    with pyro.get_param_store().scope(), executing(register_parameters=False):
+        trace = pyro.poutine.trace(pyro.poutine.enum(given, LEFT_OF_DRAWS)).get_trace(x, gamma)
+        require_conditioned(trace, sites)
+        trace.compute_log_prob()
+    return trace
+
+
+def cell_terms(trace: pyro.poutine.Trace, *names: str) -> tuple[Tensor, Tensor]:
+    """Log p of the latents ``names``, and log p(x) given them, (samples, cells) each; enumerated sites summed out."""
+    enumerated = enumerated_sites(trace)
+    of_latents, of_x = by_cell(trace, *names, *enumerated), by_cell(trace, "x")
+    if not enumerated:
+        return of_latents, of_x
+    joint, of_latents = _summed_out(of_latents + of_x), _summed_out(of_latents)
+    return of_latents, joint - of_latents
+
+
+def latent_terms(trace: pyro.poutine.Trace, *names: str) -> dict[str, Tensor]:
+    """Log density of each latent given those before it in the program, (samples, cells), enumerated sites summed out."""
+    enumerated = enumerated_sites(trace)
+    in_order = [name for name in trace.nodes if name in names]
+    if not enumerated:
+        return {name: by_cell(trace, name) for name in in_order}
+    up_to = [_summed_out(by_cell(trace, *in_order[: i + 1], *enumerated)) for i in range(len(in_order))]
+    before = [torch.zeros_like(up_to[0]), *up_to]
+    return {name: after - before[i] for i, (name, after) in enumerate(zip(in_order, up_to, strict=True))}
+
+
+def entry_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
+    """Log p(x_ng | latents ``names``), (samples, cells, genes), with enumerated sites summed out given the latents."""
+    of_entries: Tensor = trace.nodes["x"]["log_prob"]
+    enumerated = enumerated_sites(trace)
+    if not enumerated or of_entries.dim() < 4:
+        return of_entries
+    weights = by_cell(trace, *names, *enumerated)
+    weights = weights - _summed_out(weights)
+    return _summed_out(of_entries + weights[..., None], kept=3)
+
+
+def enumerated_sites(trace: pyro.poutine.Trace) -> list[str]:
+    """Names of the discrete latents that take all their values in this trace."""
+    return [name for name, node in trace.nodes.items() if node["type"] == "sample" and is_enumerated(node)]
+
+
+def by_cell(trace: pyro.poutine.Trace, *names: str) -> Tensor:
+    """Sum over genes of the log densities of the named sites of a scored trace, (..., cells)."""
+    terms = {name: trace.nodes[name]["log_prob"] for name in names}
+    sums = [term.sum(-1) if name == "x" else term.squeeze(-1) for name, term in terms.items()]
+    return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
+
+
+def _summed_out(terms: Tensor, kept: int = 2) -> Tensor:
+    """Log of the sum over the values of discrete latents, which lie left of the last ``kept`` dimensions."""
+    return terms.flatten(0, -kept - 1).logsumexp(0) if terms.dim() > kept else terms
+
+
+def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:
+    """Log p(x, latents) in coordinates u (samples, cells, size), nats, (samples, cells), at given global latents."""
+    terms = log_terms(model, x, gamma, global_latents)
+    return lambda u: torch.stack(terms(u)).sum(0)
+
+
+def log_terms(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogTerms:
+    """Log p(latents) and log p(x | latents), the parts of :func:`log_joint`."""
+    coordinates = Coordinates(model)
+    return lambda u: log_terms_at(u, coordinates, model, x, gamma, global_latents)
+
+
+def log_terms_at(
+    u: Tensor, coordinates: Coordinates, model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Log p(latents) and log p(x | latents) at u, (samples, cells) each."""
+    trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
+    of_latents, of_x = cell_terms(trace, *coordinates.local)
+    return of_latents + coordinates.log_abs_det(u), of_x
+
+
+def enumerated_draws(
+    model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor], sites: dict[str, Tensor], block: int
+) -> dict[str, Tensor]:
+    """Draws of the discrete latents (samples, cells, 1) from their exact conditional given x and the other latents.
+
+    .. math:: P(c_n = k | x_n, z_n) \\propto p(c_n = k)\\, p(z_n | c_n = k)\\, p(x_n | z_n, c_n = k)
+
+    ``sites`` have shape (samples, cells, 1) and their events; ``block`` samples are scored at a time.
+    """
+    tables, nodes = [], dict[str, Any]()
+    for start in range(0, len(next(iter(sites.values()))), block):
+        part = {name: value[start : start + block] for name, value in sites.items()}
+        trace = scored(model, x, gamma, {**global_latents, **part})
+        nodes = {name: trace.nodes[name] for name in enumerated_sites(trace)}
+        tables.append(by_cell(trace, *sites, *nodes, "x"))
+    table = torch.cat(tables, -2)  # (values of the last site, ..., of the first, samples, cells)
+    chosen = torch.distributions.Categorical(logits=table.flatten(0, -3).movedim(0, -1)).sample()
+    places = torch.unravel_index(chosen, table.shape[:-2])
+    return {name: _taken(node, places[node["infer"]["_enumerate_dim"] + 3]) for name, node in nodes.items()}
+
+
+def _taken(node: Any, places: Tensor) -> Tensor:
+    """The values of one site at places (samples, cells) in the list of its values."""
+    event = node["fn"].event_shape
+    values: Tensor = node["value"].reshape(-1, *event)
+    return values[places].reshape(*places.shape, 1, *event)

@@ -1,0 +1,123 @@
+"""What a program observes at given latents, and draws of its latents from the prior: by running it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.supported import conditional
+from pyro_scvi.model import SCVI
+from pyro_scvi.types import Distribution, Theta
+from pyro_scvi.utils.execution import executing
+
+
+class Observed(NamedTuple):
+    """The distribution of x that a program observed, and theta, the likelihood's parameters, if it said what it was."""
+
+    law: Distribution
+    theta: Theta | None
+
+
+def observed_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Observed:
+    """Distribution of x, and theta (..., cells, genes), at the local and global latents in ``sites``.
+
+    ``x`` is what an observed library size is taken from; None: the program draws what it needs.
+
+    Raises
+    ------
+    ModelError
+        Naming a latent that is not in ``sites``, or if the program cannot be run without counts.
+    """
+    reached = _Reached()
+    with pyro.poutine.block(), reached, pyro.poutine.condition(data=sites):
+        _run(model, x, gamma)
+    return Observed(reached.law, reached.theta)
+
+
+def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
+    """The likelihood's parameters (..., cells, genes) at the local and global latents in ``sites``.
+
+    Raises
+    ------
+    ModelError
+        As :func:`observed_at`, and if the program does not observe x by ``observe``.
+    """
+    theta = observed_at(model, x, gamma, sites).theta
+    if theta is None:
+        raise ModelError(f"{type(model).__name__} samples x by itself: let its last line be self.observe(x, theta)")
+    return theta
+
+
+def prior_draws(
+    model: SCVI, gamma: Tensor, global_latents: dict[str, Tensor], n: int, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Draws of the latents ``names`` (n, cells, 1) and their events from the prior of each cell.
+
+    The program runs for n copies of the cells and ends when the last of the latents is drawn. Raises
+    NotImplementedError if one has no density to draw from.
+
+    Raises
+    ------
+    ModelError
+        If the program cannot be run without counts.
+    """
+    drawn = _Drawn(names)
+    with pyro.poutine.block(), drawn, pyro.poutine.condition(data=global_latents):
+        _run(model, None, gamma.repeat(n, 1))
+    return {name: drawn.values[name].reshape(n, len(gamma), *drawn.values[name].shape[1:]) for name in names}
+
+
+def _run(model: SCVI, x: Tensor | None, gamma: Tensor) -> None:
+    """Run a program until a handler has what it wants."""
+    with pyro.get_param_store().scope(), executing(register_parameters=False):
+        try:
+            model(x, gamma)
+        except _Enough:
+            return
+        except (AttributeError, TypeError) as error:
+            if x is not None:
+                raise
+            # What None gives where a tensor is expected.
+            raise ModelError(
+                f"{type(model).__name__}.forward cannot be run without counts, as prior draws need it: x=None must "
+                f"draw them ({error})"
+            ) from error
+
+
+class _Enough(Exception):
+    """Ends a run."""
+
+
+class _Reached(Messenger):
+    """Keeps what x is sampled from, and ends the run there; refuses latents that would be drawn on the way."""
+
+    law: Any
+    theta: Theta | None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "x":
+            self.law, self.theta = msg["fn"], (msg["infer"] or {}).get("theta")
+            raise _Enough
+        aside = isinstance(msg["fn"], _Subsample) or (msg["infer"] or {}).get("_deterministic")
+        if not (aside or msg["is_observed"]):
+            raise conditional(msg["name"])
+
+
+class _Drawn(Messenger):
+    """Keeps the values of the latents ``names``, and ends the run when it has all of them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.wanted, self.values = set(names), dict[str, Tensor]()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.wanted:
+            self.values[msg["name"]] = msg["value"]
+            if self.values.keys() == self.wanted:
+                raise _Enough
+        if msg["name"] == "x":
+            raise conditional(sorted(self.wanted - self.values.keys())[0])

@@ -1,0 +1,1 @@
+"""Small programs whose evidence is known by quadrature or enumeration."""
