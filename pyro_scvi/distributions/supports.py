@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch.distributions import biject_to
+from torch.distributions.transforms import ExpTransform
 
 from pyro_scvi.errors import ModelError
 
@@ -20,6 +21,8 @@ PARTS = ("base_dist", "component_distribution", "base", "component0", "component
 """Attributes under which a law holds the laws that it is made of."""
 
 TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
+
+ABOVE = (type(constraints.positive), type(constraints.nonnegative))
 
 BOUNDS = ("lower_bound", "upper_bound")
 
@@ -66,6 +69,12 @@ def support_of(law: Any) -> Any:
         component = law.component_distribution
         return _of_first(support_of(component), -1 - len(component.event_shape))
     return law.support
+
+
+def bijection_to(support: Any) -> Any:
+    """The bijection from R^n to a support; to the numbers above 0 the exponential, without torch's shift by 0."""
+    above_zero = isinstance(support, ABOVE) and isinstance(support.lower_bound, int | float) and not support.lower_bound
+    return ExpTransform() if above_zero else biject_to(support)
 
 
 def require_coordinates(law: Any, what: str) -> None:

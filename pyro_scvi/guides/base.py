@@ -7,10 +7,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import BoolTensor, Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import require_coordinates, support_of
+from pyro_scvi.distributions.supports import bijection_to, require_coordinates, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates, LocalSite, transform_distribution
 from pyro_scvi.guides.program_runs import theta_at
@@ -222,7 +221,7 @@ class GlobalNormal(nn.Module):
     def _law(self, name: str, loc: Tensor, log_scale: Tensor) -> Distribution:
         """Normals of the coordinates of one latent, with the events that it has in the program."""
         support = self.supports[name]
-        n_event = len(biject_to(support).inverse_shape(torch.Size(self.events[name])))
+        n_event = len(bijection_to(support).inverse_shape(torch.Size(self.events[name])))
         return transform_distribution(dist.Normal(loc, log_scale.exp()).to_event(n_event), support)
 
     def latents(self) -> dict[str, Latent]:
@@ -232,13 +231,14 @@ class GlobalNormal(nn.Module):
     def medians(self) -> dict[str, Tensor]:
         """The median of every global latent under q."""
         return {
-            name: biject_to(support)(loc) for (name, support), loc in zip(self.supports.items(), self.loc, strict=True)
+            name: bijection_to(support)(loc)
+            for (name, support), loc in zip(self.supports.items(), self.loc, strict=True)
         }
 
 
 def _start(model: SCVI, site: TracedSite) -> Tensor:
     """Unconstrained start of a global latent: where its parameter started, if it is one; else the middle of R^n."""
-    bijection = biject_to(support_of(site.law))
+    bijection = bijection_to(support_of(site.law))
     shape = torch.Size(bijection.inverse_shape(site.value.shape))
     middle = site.value.new_zeros(shape)
     given = model.weights.start_of(site.name)

@@ -7,11 +7,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.distributions.transforms import ExpTransform, ReshapeTransform
 
 from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import require_coordinates, support_of
+from pyro_scvi.distributions.supports import bijection_to, require_coordinates, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import Latent
 from pyro_scvi.model import SCVI
@@ -157,12 +156,12 @@ def _placed(found: list[TracedSite]) -> dict[str, LocalSite]:
     supports = [support_of(site.law) for site in found]
     events = [torch.Size(site.law.event_shape) for site in found]
     sizes = [
-        torch.Size(biject_to(support).inverse_shape(event)).numel()
+        torch.Size(bijection_to(support).inverse_shape(event)).numel()
         for support, event in zip(supports, events, strict=True)
     ]
     ends = list(accumulate(sizes))
     return {
-        site.name: LocalSite(site.name, support, event, biject_to(support), slice(end - size, end))
+        site.name: LocalSite(site.name, support, event, bijection_to(support), slice(end - size, end))
         for site, support, event, size, end in zip(found, supports, events, sizes, ends, strict=True)
     }
 
@@ -176,7 +175,7 @@ def is_real(support: Any) -> bool:
 
 def transform_distribution(base: Distribution, support: Any, *steps: Any) -> Distribution:
     """``base`` transformed by ``steps`` and mapped onto ``support``; ``base`` itself if neither changes it."""
-    steps = steps if is_real(support) else (*steps, biject_to(support))
+    steps = steps if is_real(support) else (*steps, bijection_to(support))
     if isinstance(base, dist.Normal) and len(steps) == 1 and isinstance(steps[0], ExpTransform):
         return dist.LogNormal(base.loc, base.scale)  # the same law, with a mean
     return dist.TransformedDistribution(base, list(steps)) if steps else base

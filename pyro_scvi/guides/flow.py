@@ -26,7 +26,7 @@ class InverseAutoregressiveFlow(AmortizedGuide):
         u^t = \sigma^t u^{t-1} + (1 - \sigma^t) \mu^t, \quad (\mu^t, \sigma^t) = f_t(u^{t-1}, x_n), \quad z_n = u^T
 
     with f_t autoregressive, the latents in reverse order after each of the ``n_flows`` layers; q(l | x) as in
-    :class:`DiagonalNormal`. u^T are the unconstrained coordinates of z, and of all other latents but l if there are any.
+    :class:`DiagonalNormal`. u^T are the unconstrained coordinates of z, and of other latents than l if there are any.
 
     Parameters
     ----------

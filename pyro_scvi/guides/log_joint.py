@@ -45,7 +45,7 @@ def cell_terms(trace: pyro.poutine.Trace, *names: str) -> tuple[Tensor, Tensor]:
 
 
 def latent_terms(trace: pyro.poutine.Trace, *names: str) -> dict[str, Tensor]:
-    """Log density of each latent given those before it in the program, (samples, cells), enumerated sites summed out."""
+    """Log density (samples, cells) of each latent given those before it in the program; enumerated sites summed out."""
     enumerated = enumerated_sites(trace)
     in_order = [name for name in trace.nodes if name in names]
     if not enumerated:
@@ -107,9 +107,9 @@ def log_terms_at(
 def enumerated_draws(
     model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor], sites: dict[str, Tensor], block: int
 ) -> dict[str, Tensor]:
-    """Draws of the discrete latents (samples, cells, 1) from their exact conditional given x and the other latents.
+    r"""Draws of the discrete latents (samples, cells, 1) from their exact conditional given x and the other latents.
 
-    .. math:: P(c_n = k | x_n, z_n) \\propto p(c_n = k)\\, p(z_n | c_n = k)\\, p(x_n | z_n, c_n = k)
+    .. math:: P(c_n = k | x_n, z_n) \propto p(c_n = k)\, p(z_n | c_n = k)\, p(x_n | z_n, c_n = k)
 
     ``sites`` have shape (samples, cells, 1) and their events; ``block`` samples are scored at a time.
     """

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 from pyro.poutine.subsample_messenger import _Subsample
 
 from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of
+from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of, unwrapped
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.model import SCVI
+from pyro_scvi.priors.flat import Flat
 
 EXPLICIT = ("w", "y", "h")
 """Sites of the explicit program beside its latents and x."""
@@ -61,6 +63,8 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     """
     found = model.discovered()
     _require_known(found, latents)
+    _require_n_latent(found, model.n_latent)
+    _require_proper([site for site in found if site.name != "z" or not isinstance(model.prior, Flat)])
     if getattr(model.forward, "__func__", None) is not SCVI.forward:
         _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
     likelihood = model.likelihood
@@ -109,6 +113,23 @@ def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> No
             f"the program does not sample {missing}, which the guide or the library says it has: sample it under that "
             "name, or take a library without it and make the guide anew"
         )
+
+
+def _require_proper(found: list[TracedSite]) -> None:
+    """Refuse latents without a density, of which there is neither evidence nor a draw; a prior Flat says so itself."""
+    for site in found:
+        if site.kind.latent and isinstance(unwrapped(site.law), dist.ImproperUniform):
+            raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")
+
+
+def _require_n_latent(found: list[TracedSite], n_latent: int) -> None:
+    """Refuse a site z with other than ``n_latent`` values, as embeddings and exports have them."""
+    for site in found:
+        if site.name == "z" and site.kind is Kind.LOCAL and tuple(site.law.event_shape) != (n_latent,):
+            raise ModelError(
+                f"the program's site 'z' has values of shape {tuple(site.law.event_shape)}, and the model has "
+                f"n_latent={n_latent}: give it the event shape ({n_latent},), or another name"
+            )
 
 
 def _require_place(site: TracedSite, latent: Latent) -> None:

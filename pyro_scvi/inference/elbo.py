@@ -13,6 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import is_enumerated
 from pyro_scvi.utils.execution import execution
 
@@ -64,9 +65,18 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
 
 def _check(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) -> None:
-    """Pyro's checks: that the same sites are sampled, in shapes that their plates say, from reparameterised laws."""
+    """Pyro's checks: that the same sites are sampled, in shapes that their plates say, from reparameterised laws.
+
+    Raises
+    ------
+    ModelError
+        If the guide samples a site that the model does not have, and does not call it auxiliary.
+    """
     enumerates = any(is_enumerated(site) for _, site in _sites(modelled))
     check_model_guide_match(modelled, guided, DEPTH if enumerates else math.inf)
+    for name, site in _sites(guided):
+        if name not in modelled.nodes and not site["infer"].get("is_auxiliary"):
+            raise ModelError(f"the guide samples {name!r}, which the model does not have; the bound would be wrong")
     modelled, guided = prune_subsample_sites(modelled), prune_subsample_sites(guided)
     modelled.compute_log_prob()
     guided.compute_score_parts()

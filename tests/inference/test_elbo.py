@@ -7,6 +7,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 import pyro_scvi as ps
+from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.training.checks import TemperedLatents
 from pyro_scvi.utils.execution import executing
@@ -87,7 +88,7 @@ def test_pyro_checks_programs_unless_told_otherwise(cells):
         pyro.sample("other", pyro.distributions.Normal(0.0, 1.0))
         return guide(*args, **kwargs)
 
-    with pytest.warns(UserWarning, match="other"), pytest.raises(AssertionError):
+    with pytest.warns(UserWarning, match="other"), pytest.raises(ModelError, match="'other'"):
         MeanFieldELBO().loss_and_grads(model, more, *(t.double() for t in cells[:]))
 
 

@@ -1,4 +1,4 @@
-"""Programs with sites that the verbs do not know, each beside the name that a refusal must give."""
+"""Programs with sites beyond those of the paper: some that every verb follows, some that every verb refuses by name."""
 
 import pyro
 import pyro.distributions as dist
@@ -149,22 +149,10 @@ class OtherShape(Own):
         return pyro.sample("z", dist.Normal(torch.zeros(len(gamma), 1), 1.0))[..., None].expand(-1, -1, N_LATENT)
 
 
-class OtherSupport(Own):
+class Improper(Own):
     def latent(self, x, gamma):
-        return pyro.sample("z", dist.LogNormal(torch.zeros(N_LATENT), 1.0).to_event(1))
-
-
-class Outside(Own):
-    def outside(self):
-        self.z = pyro.sample("z", self.prior().expand([2, 1]))
-
-    def latent(self, x, gamma):
-        return self.z[:1].expand(len(gamma), 1, -1)
-
-
-class Unnamed(Own):
-    def latent(self, x, gamma):
-        return pyro.sample("zeta", self.prior())
+        law = dist.ImproperUniform(dist.constraints.real, (), ()).expand([len(gamma), 1])
+        return super().latent(x, gamma) + pyro.sample("anything", law)[..., None]
 
 
 class Generating(ps.likelihoods.NB):
@@ -194,6 +182,10 @@ def enumerated():
 
 def counted():
     return normal(pyro.sample("lineages", dist.Poisson(2.0))[..., None])
+
+
+def flipped():
+    return normal(pyro.sample("coin", dist.Bernoulli(torch.tensor(0.5)))[..., None])
 
 
 def scaled():
@@ -232,33 +224,121 @@ def nine():
 
 BIAS = {"decoder.heads.log_mean.bias": ps.weights.NormalWeights()}
 NONE = ps.libraries.NoLibrary
-KINDS = {
+
+
+class Observing(ps.SCVI):
+    """SCVI's program written out, with places for more of it."""
+
+    def outside(self):
+        """Before the plate over cells."""
+
+    def latent(self, x, gamma):
+        """z, in the plate over cells."""
+        return pyro.sample("z", self.prior())
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        with self.weights.drawn_into(self):
+            self.outside()
+            with cells_plate(gamma, index, n_cells):
+                z = self.latent(x, gamma)
+                theta = self.decode(z, self.library(x, gamma), gamma)
+                return self.observe(x, theta, marginal=marginal, mask=mask)
+
+
+class Shift(Observing):
+    """A latent on every log mean."""
+
+    def decode(self, z, log_library, gamma):
+        theta = super().decode(z, log_library, gamma)
+        return {**theta, "log_mean": theta["log_mean"] + pyro.sample("e", dist.Normal(0.0, 1.0))}
+
+
+class Age(Observing):
+    """A positive latent and two shares."""
+
+    def latent(self, x, gamma):
+        z = super().latent(x, gamma)
+        age = pyro.sample("age", dist.LogNormal(0.0, 0.5))
+        shares = pyro.sample("shares", dist.Beta(2 * torch.ones(2), 3.0).to_event(1))
+        return z + age.log()[..., None] + shares.sum(-1, keepdim=True)
+
+
+class Switch(Observing):
+    """A discrete latent on every log mean, and one whose law depends on it."""
+
+    def decode(self, z, log_library, gamma):
+        on = pyro.sample("on", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        level = pyro.sample("level", dist.Categorical(LEVELS[on.long()]), infer={"enumerate": "parallel"})
+        theta = super().decode(z, log_library, gamma)
+        return {**theta, "log_mean": theta["log_mean"] + 0.7 * on - 0.5 * level}
+
+
+LEVELS = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+
+
+class Population(Observing):
+    """A scale, means of donors in a plate of their own, and z around the first of these."""
+
+    def outside(self):
+        self.tau = pyro.sample("tau", dist.HalfCauchy(torch.ones(())))
+        with pyro.plate("donors", 4, dim=-1):
+            self.m = pyro.sample("m", dist.Normal(0.0, self.tau))
+
+    def latent(self, x, gamma):
+        return pyro.sample("z", normal(self.m[0]).expand([len(gamma), 1]))
+
+
+class Unnamed(Observing):
+    def latent(self, x, gamma):
+        return pyro.sample("zeta", self.prior())
+
+
+class Positive(Observing):
+    def latent(self, x, gamma):
+        return pyro.sample("z", dist.LogNormal(torch.zeros(N_LATENT), 1.0).to_event(1))
+
+
+KNOWN = {
     "effect of a cell": (lambda: made(Effect), "e"),
+    "effect of a cell, observed": (lambda: made(Shift), "e"),
     "effect of a cell, in the decoder": (lambda: made(Decoding), "noise"),
     "scale of a cell, in the prior": (lambda: made(prior=scaled), "spread"),
     "site of a PyroModule": (lambda: made(prior=Bayesian()), "loc"),
+    "positive and shares": (lambda: made(Age), "age"),
     "second site of a library": (lambda: made(library=SecondLibrary()), "doublet"),
-    "partly observed": (lambda: made(Partly), "age_unobserved"),
     "enumerated": (lambda: made(prior=enumerated), "c"),
-    "infinitely many values": (lambda: made(prior=counted), "lineages"),
+    "two enumerated, without a library": (lambda: made(Switch, library=NONE()), "on"),
     "l of another law": (lambda: made(prior=called_l, library=NONE()), "l"),
     "l of another support": (lambda: made(library=BetaLibrary()), "l"),
+    "global": (lambda: made(Global), "tau"),
+    "global in a plate": (lambda: made(Donors), "m"),
+    "population": (lambda: made(Population), "tau"),
+    "z of another support": (lambda: made(Positive), "z"),
+    "z under another name": (lambda: made(Unnamed), "zeta"),
+}
+"""What every verb follows: how to make it, and a latent beyond the paper's."""
+
+REFUSED = {
+    "partly observed": (lambda: made(Partly), "age_observed"),
+    "infinitely many values": (lambda: made(prior=counted), "lineages"),
+    "not enumerated": (lambda: made(prior=flipped), "coin"),
     "l twice": (lambda: made(prior=called_l), "l"),
     "of every cell and gene": (lambda: made(PerGene), "w2"),
     "of every cell and gene, called w": (lambda: made(CalledW), "w"),
     "in the explicit program": (lambda: made(likelihood=Generating()), "thinned"),
-    "global": (lambda: made(Global), "tau"),
-    "global in a plate": (lambda: made(Donors), "m"),
     "factor": (lambda: made(Factor), "push"),
     "global factor": (lambda: made(GlobalFactor), "penalty"),
     "second observation": (lambda: made(Proteins), "protein"),
     "point mass": (lambda: made(Point), "point"),
+    "improper": (lambda: made(Improper), "anything"),
     "subsampled plate": (lambda: made(Subsampled), "some"),
     "support that moves with another site": (lambda: made(Moving, prior=interval), "z"),
     "support that moves with the counts": (lambda: made(ByCounts, prior=nine), "z"),
     "support that moves with a weight": (lambda: made(ByWeights, prior=interval, weight_priors=BIAS), "z"),
     "z of another shape": (lambda: made(OtherShape), "z"),
-    "z of another support": (lambda: made(OtherSupport), "z"),
-    "z outside the cells": (lambda: made(Outside), "z"),
-    "z under another name": (lambda: made(Unnamed), "zeta"),
 }
+"""What every verb refuses: how to make it, and the name that the refusal must give."""
+
+KINDS = KNOWN | REFUSED

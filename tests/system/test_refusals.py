@@ -11,7 +11,19 @@ from pyro.infer import SVI, Trace_ELBO
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
-from tests.support.programs import KINDS, N_GENES, N_LATENT, Own, ScaleInPlate, made, normal
+from tests.support.programs import (
+    BIAS,
+    KINDS,
+    KNOWN,
+    N_GENES,
+    N_LATENT,
+    REFUSED,
+    Observing,
+    Own,
+    ScaleInPlate,
+    made,
+    normal,
+)
 from tests.support.simulate import simulated_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:sampler_khat is above")
@@ -27,6 +39,14 @@ def cells_of(n=N_CELLS):
 def fit_of(model, guide=ps.guides.DiagonalNormal):
     """A fit as one makes it by hand."""
     return ps.Fit(model.eval(), guide(model).eval(), pd.DataFrame(), cells_of().schema)
+
+
+def fit_that_was_changed(model):
+    """A fit whose model became another after the guide was made."""
+    fit = fit_of(made(weight_priors=BIAS) if model.weights.prior_of else made())
+    fit.guide._model = (model.eval(),)
+    fit.model = model
+    return fit
 
 
 def adata_of(cells):
@@ -45,15 +65,7 @@ FROM_DENSITIES = {
     "to_datatree": lambda fit, cells, tmp: ps.to_datatree(fit, cells, samples=4),
     "shards.write": lambda fit, cells, tmp: ps.shards.write(fit, cells, tmp / "a.h5ad", {"z": ps.embed}, seed=1),
     "annotate": lambda fit, cells, tmp: ps.annotate(adata_of(cells), fit, overwrite=True),
-}
-FROM_THETA = {
-    "sample_posterior of w": lambda fit, cells, tmp: ps.sample_posterior(fit, cells, samples=4, sites=("w",)),
     "leave_one_out": lambda fit, cells, tmp: ps.leave_one_out(fit, cells, samples=40, sampler=QUICK),
-    "impute": lambda fit, cells, tmp: ps.impute(fit, cells, samples=2),
-    "technical_zero_probability": lambda fit, cells, tmp: ps.technical_zero_probability(fit, cells, samples=2),
-    "differential_expression": lambda fit, cells, tmp: ps.differential_expression(
-        fit, cells, groupby=LABELS, group_a=0, group_b=1, most_pairs=100
-    ),
     "posterior_predictive": lambda fit, cells, tmp: ps.posterior_predictive(fit, cells, samples=2),
     "check_predictions": lambda fit, cells, tmp: ps.check_predictions(fit, cells, samples=4),
     "calibrate": lambda fit, cells, tmp: ps.calibrate(fit, 4, sampler=QUICK, draws=19, thin=1, progress=False),
@@ -61,21 +73,44 @@ FROM_THETA = {
         fit, cells, samples=4, posterior_predictive=True, prior_predictive=True
     ),
 }
+FROM_THETA = {
+    "sample_posterior of w": lambda fit, cells, tmp: ps.sample_posterior(fit, cells, samples=4, sites=("w",)),
+    "impute": lambda fit, cells, tmp: ps.impute(fit, cells, samples=2),
+    "technical_zero_probability": lambda fit, cells, tmp: ps.technical_zero_probability(fit, cells, samples=2),
+    "differential_expression": lambda fit, cells, tmp: ps.differential_expression(
+        fit, cells, groupby=LABELS, group_a=0, group_b=1, most_pairs=100
+    ),
+}
 VERBS = FROM_DENSITIES | FROM_THETA
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_verb_names_the_site_that_it_does_not_know(kind, verb, tmp_path):
-    build, site = KINDS[kind]
-    fit = fit_of(build())
+@pytest.mark.parametrize("kind", REFUSED)
+def test_the_guide_names_the_site_that_is_not_supported(kind):
+    build, site = REFUSED[kind]
     with pytest.raises(ModelError, match=f"'{site}'"):
-        VERBS[verb](fit, cells_of(), tmp_path)
+        ps.guides.DiagonalNormal(build())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_so_does_every_verb(kind, verb, tmp_path):
+    build, site = REFUSED[kind]
+    with pytest.raises(ModelError, match=f"'{site}'"):
+        VERBS[verb](fit_that_was_changed(build()), cells_of(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_guide_that_was_made_before_the_site_is_refused(kind, tmp_path):
+    build, site = KNOWN[kind]
+    fit, cells = fit_that_was_changed(build()), cells_of()
+    for verb in ("embed", "evidence", "impute", "to_datatree"):
+        with pytest.raises(ModelError, match=f"'{site}'"):
+            VERBS[verb](fit, cells, tmp_path)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_fit_names_it(kind):
-    build, site = KINDS[kind]
+    build, site = REFUSED[kind]
     with pytest.raises(ModelError, match=f"'{site}'"):
         ps.fit(build(), cells_of(30), epochs=1, progress=False, validation=0)
 
@@ -83,7 +118,7 @@ def test_fit_names_it(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_models_and_their_fits_are_made_shown_and_stored(kind, tmp_path):
     build, _ = KINDS[kind]
-    fit = fit_of(build())
+    fit = fit_that_was_changed(build())
     assert "there is no history" in repr(fit)
     assert "Fit" in fit._repr_html_()
     fit.save(tmp_path / "fit")
@@ -98,18 +133,11 @@ def test_a_model_without_such_sites_passes(verb, tmp_path):
 
 
 @pytest.mark.parametrize("verb", FROM_THETA)
-def test_an_overridden_program_is_not_bypassed(verb, tmp_path):
+def test_a_program_that_does_not_tell_its_theta_is_not_bypassed(verb, tmp_path):
     FROM_THETA[verb](fit_of(made()), cells_of(), tmp_path)
-    with pytest.raises(ModelError, match="Own overrides forward"):
+    FROM_THETA[verb](fit_of(made(Observing)), cells_of(), tmp_path)
+    with pytest.raises(ModelError, match="Own samples x by itself"):
         FROM_THETA[verb](fit_of(made(Own)), cells_of(), tmp_path)
-
-
-def test_a_forward_that_is_put_on_the_object_is_overridden_too():
-    model = made()
-    fit = fit_of(model)
-    model.forward = lambda *args, **kwargs: ps.SCVI.forward(model, *args, **kwargs)
-    with pytest.raises(ModelError, match="overrides forward"):
-        ps.impute(fit, cells_of())
 
 
 class Shifted(Own):
@@ -136,7 +164,7 @@ def test_prior_draws_refuse_what_weighs_them(kind):
         ps.prior_predictive(build(), 5)
 
 
-@pytest.mark.parametrize("kind", ["effect of a cell", "enumerated", "global", "global in a plate"])
+@pytest.mark.parametrize("kind", KNOWN)
 def test_prior_draws_run_the_program_whatever_its_latents(kind):
     assert ps.prior_predictive(KINDS[kind][0](), 5).shape == (5, N_GENES)
 
@@ -249,9 +277,9 @@ def test_a_prior_without_coordinates_is_refused_when_the_model_is_made(law):
         made(prior=LAWS[law])
 
 
-def test_weights_without_coordinates_are_refused_when_the_guide_is_made():
+def test_discrete_weights_are_refused_when_the_guide_is_made():
     model = made(weight_priors={"decoder.heads.log_mean.bias": ScaleInPlate()})
-    with pytest.raises(ModelError, match="'switch' is discrete"):
+    with pytest.raises(ModelError, match="'switch' is a discrete latent"):
         ps.guides.DiagonalNormal(model)
 
 
