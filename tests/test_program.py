@@ -1,5 +1,7 @@
 """The list of a program's random variables: read off the program, whatever its parts, and without a trace of itself."""
 
+import re
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -148,7 +150,7 @@ def test_two_sites_of_one_name_are_refused():
 @pytest.mark.parametrize("case", sorted(set(KINDS) - {"in the explicit program", "subsampled plate"}))
 def test_every_program_can_be_listed(case):
     build, site = KINDS[case]
-    assert site in {one.name for one in build().sites(marginal=True)}
+    assert any(re.fullmatch(site, one.name) for one in build().sites(marginal=True))
 
 
 def test_a_model_that_was_moved_is_looked_at_where_it_is():

@@ -321,7 +321,7 @@ KNOWN = {
 """What every verb follows: how to make it, and a latent beyond the paper's."""
 
 REFUSED = {
-    "partly observed": (lambda: made(Partly), "age_observed"),
+    "partly observed": (lambda: made(Partly), "age_(un)?observed"),
     "infinitely many values": (lambda: made(prior=counted), "lineages"),
     "not enumerated": (lambda: made(prior=flipped), "coin"),
     "l twice": (lambda: made(prior=called_l), "l"),

@@ -234,7 +234,7 @@ def test_plain_pyro_is_not_refused():
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert np.isfinite([svi.step(x) for _ in range(3)]).all()
     made(Own)(x, marginal=False)
-    ps.guides.DiagonalNormal(made(Own))(x, marginal=False)
+    ps.guides.DiagonalNormal(made(Observing))(x, marginal=False)
 
 
 # --- laws without coordinates, when the model is made ---
