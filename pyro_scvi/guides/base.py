@@ -230,10 +230,9 @@ class GlobalNormal(nn.Module):
 
     def medians(self) -> dict[str, Tensor]:
         """The median of every global latent under q."""
-        return {
-            name: bijection_to(support)(loc)
-            for (name, support), loc in zip(self.supports.items(), self.loc, strict=True)
-        }
+        pairs = zip(self.supports.items(), self.loc, strict=True)
+        # A view, for a program may keep what it samples as an attribute, where a parameter would become its own.
+        return {name: bijection_to(support)(loc.view_as(loc)) for (name, support), loc in pairs}
 
 
 def _start(model: SCVI, site: TracedSite) -> Tensor:
