@@ -128,7 +128,9 @@ def test_every_verb_follows_the_program(kind, tmp_path):
     fit.save(tmp_path / "fit")
     model = KNOWN[kind][0]()
     again = ps.load(tmp_path / "fit", model=model, guide=ps.guides.DiagonalNormal(model))
-    pd.testing.assert_frame_equal(*(ps.evidence(one, cells().take([0]), samples=20, steps=5, rounds=1) for one in (fit, again)))
+    pd.testing.assert_frame_equal(
+        *(ps.evidence(one, cells().take([0]), samples=20, steps=5, rounds=1) for one in (fit, again))
+    )
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -147,6 +149,8 @@ def test_every_guide_is_derived_from_the_sites(kind, guide):
 # --- known effects: with a constant decoder, mu = exp(b + e) with e almost known ---
 
 RATE, SD = 2.0, 0.05
+EXACT = ps.Importance(proposals=1000)
+GATE = 1 / (1 + np.e)
 
 
 class Tilted(ps.SCVI):
@@ -169,7 +173,8 @@ class Tilted(ps.SCVI):
 def tilted():
     """A fit with half of the cells at gamma = 0 and half at 1, and those cells."""
     treated = np.repeat([0.0, 1.0], 10)
-    counts = np.random.default_rng(0).poisson(RATE * np.exp(2 * treated)[:, None], (20, 4))
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(RATE * np.exp(2 * (2 * treated - 1))[:, None], (20, 4)) * (rng.random((20, 4)) > GATE)
     sample = ps.Cells.from_counts(counts, obs=pd.DataFrame({"treated": treated}), covariates=["treated"])
     model = Tilted(4, 1, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.ZIP())
     with torch.no_grad():
@@ -179,10 +184,6 @@ def tilted():
         model.decoder.heads["gate_logits"].bias.fill_(-1.0)
     guide = ps.guides.DiagonalNormal(model.double()).double()
     return ps.Fit(model.eval(), guide.eval(), pd.DataFrame(), sample.schema), sample
-
-
-EXACT = ps.Importance(proposals=1000)
-GATE = 1 / (1 + np.e)
 
 
 def log_means(sample):
@@ -272,7 +273,7 @@ def test_calibration_and_checks_see_the_effect(tilted):
     options = {"source": source, "sampler": ps.Importance(proposals=400), "draws": 19, "thin": 2, "progress": False}
     assert ps.calibrate(fit, 200, **options).summary.rank_p["e"] > 1e-4
     checks = ps.check_predictions(fit, sample, samples=40, sampler=EXACT)
-    assert abs(checks.genes["mean"].p - 0.5).max() < 0.5
+    assert checks.genes["mean"].p.between(0.01, 0.99).all()
 
 
 # --- the bound takes a closed form only where it is one ---
@@ -330,7 +331,6 @@ def test_a_global_latent_is_recovered_and_shown():
     """The posterior of one Poisson rate under a LogNormal prior, by quadrature."""
     sample = cells_of(40)
     model = toy(Level)
-    model.decoder.requires_grad_(False)
     guide = ps.guides.DiagonalNormal(model)
     fit = ps.fit(
         model,
