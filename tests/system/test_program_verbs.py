@@ -148,7 +148,7 @@ def test_every_guide_is_derived_from_the_sites(kind, guide):
 
 # --- known effects: with a constant decoder, mu = exp(b + e) with e almost known ---
 
-RATE, SD = 2.0, 0.05
+RATE, SD = 12.0, 0.05
 EXACT = ps.Importance(proposals=1000)
 GATE = 1 / (1 + np.e)
 
@@ -273,7 +273,7 @@ def test_calibration_and_checks_see_the_effect(tilted):
     options = {"source": source, "sampler": ps.Importance(proposals=400), "draws": 19, "thin": 2, "progress": False}
     assert ps.calibrate(fit, 200, **options).summary.rank_p["e"] > 1e-4
     checks = ps.check_predictions(fit, sample, samples=40, sampler=EXACT)
-    assert checks.genes["mean"].p.between(0.01, 0.99).all()
+    assert 0.1 < checks.cells["total"].p[10:].mean() < 0.9  # 0 or 1 without the effect
 
 
 # --- the bound takes a closed form only where it is one ---
@@ -351,14 +351,14 @@ def test_a_global_latent_is_recovered_and_shown():
     mean = weights @ rate
     sd = np.sqrt(weights @ rate**2 - mean**2)
     draws = ps.sample_posterior(fit, sample, samples=2000, sites=("level", "z"), progress=False)
-    assert draws.level.dims == ("sample",)
-    assert float(draws.level.mean()) == pytest.approx(mean, abs=2 * sd)
-    assert float(draws.level.std()) == pytest.approx(sd, rel=0.5)
+    assert draws["level"].dims == ("sample",)
+    assert float(draws["level"].mean()) == pytest.approx(mean, abs=2 * sd)
+    assert float(draws["level"].std()) == pytest.approx(sd, rel=0.5)
     tree = ps.to_datatree(fit, sample, samples=20)
-    assert tree["posterior"].level.dims == ("chain", "draw")
+    assert tree["posterior"]["level"].dims == ("chain", "draw")
     assert "level" in [site.name for site in fit.model.sites()]
     found = ps.evidence(fit, sample.take(range(3)), progress=False).log_evidence
-    at_median = float(fit.guide.weights.medians()["level"])
+    at_median = float(fit.guide.weights.medians()["level"].detach())
     np.testing.assert_allclose(found, stats.poisson.logpmf(counts[:3], at_median).sum(1), atol=0.02)
 
 
