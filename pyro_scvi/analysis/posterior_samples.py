@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Reducer = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 EXPLICIT = ("w", "y", "h")
+GLOBAL_STREAM = 1
+"""Key of the random stream of global latents, which is not that of the cells'."""
+
 DIMS = {"z": ("latent",), **{site: ("gene",) for site in EXPLICIT}}
 
 
@@ -80,8 +83,8 @@ def sample_posterior(
     -------
     Dataset
         Sites with dimensions (sample, cell, latent), (sample, cell) or (sample, cell, gene), global latents without
-        cell, and, if asked for, the
-        sampler's diagnostics with dimension (cell): ``khat`` and ``ess``, or ``rhat``, ``ess`` and ``divergences``.
+        cell, and, if asked for, the sampler's diagnostics with dimension (cell): ``khat`` and ``ess``, or ``rhat``,
+        ``ess`` and ``divergences``.
 
     Raises
     ------
@@ -175,7 +178,8 @@ def global_draws(fit: Fit, sites: Sequence[str], samples: int, seed: int) -> dic
     wanted = [name for name in sites if name in fit.guide.weights.supports]
     if not wanted:
         return {}
-    with seeded(seed):
+    own = int(np.random.SeedSequence(seed, spawn_key=(GLOBAL_STREAM,)).generate_state(1)[0])
+    with seeded(own):
         drawn = fit.guide.weights.draws(samples)
     return {name: drawn[name].detach().cpu().numpy() for name in wanted}
 

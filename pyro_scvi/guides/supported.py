@@ -18,6 +18,9 @@ from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.model import SCVI
 from pyro_scvi.priors.flat import Flat
 
+RESERVED = frozenset("w y h sample chain draw cell gene latent covariate gamma lp khat ess rhat divergences".split())
+"""Names of sites, dimensions and diagnostics that tables have beside the latents."""
+
 EXPLICIT = ("w", "y", "h")
 """Sites of the explicit program beside its latents and x."""
 
@@ -63,6 +66,8 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     """
     found = model.discovered()
     _require_known(found, latents)
+    _require_names(found)
+    _require_x(found, model.n_genes)
     _require_n_latent(found, model.n_latent)
     _require_proper([site for site in found if site.name != "z" or not isinstance(model.prior, Flat)])
     if getattr(model.forward, "__func__", None) is not SCVI.forward:
@@ -120,6 +125,26 @@ def _require_proper(found: list[TracedSite]) -> None:
     for site in found:
         if site.kind.latent and isinstance(unwrapped(site.law), dist.ImproperUniform):
             raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")
+
+
+def _require_names(found: list[TracedSite]) -> None:
+    """Refuse latents under a name that the results have for something else."""
+    for site in found:
+        if site.kind.latent and site.name in RESERVED:
+            raise ModelError(
+                f"the program's site {site.name!r} has a name that results use for something else: rename it"
+            )
+
+
+def _require_x(found: list[TracedSite], n_genes: int) -> None:
+    """Refuse a law of x with more dimensions than cells and genes: a latent was added to another of another shape."""
+    for site in found:
+        if site.name == "x" and tuple(site.law.batch_shape) != (2, n_genes):
+            raise ModelError(
+                f"the law of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for two cells and "
+                f"{n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets one of shape (cells, "
+                "1, latents)?"
+            )
 
 
 def _require_n_latent(found: list[TracedSite], n_latent: int) -> None:

@@ -290,6 +290,30 @@ class Population(Observing):
         return pyro.sample("z", normal(self.m[0]).expand([len(gamma), 1]))
 
 
+class NoneMissing(Observing):
+    """Adds (cells, 1) to (cells, 1, latents), which makes (cells, cells, latents)."""
+
+    def latent(self, x, gamma):
+        return super().latent(x, gamma) + pyro.sample("e", dist.Normal(0.0, 1.0))
+
+
+class CalledCell(Observing):
+    def latent(self, x, gamma):
+        return super().latent(x, gamma) + pyro.sample("cell", dist.Normal(0.0, 1.0))[..., None]
+
+
+class Matrix(Observing):
+    """A latent that is a matrix, one that is a point of the simplex, and a global covariance."""
+
+    def outside(self):
+        self.scales = pyro.sample("scales", dist.LKJCholesky(2, torch.tensor(2.0)))
+
+    def latent(self, x, gamma):
+        rows = pyro.sample("rows", dist.Normal(torch.zeros(2, N_LATENT), 1.0).to_event(2))
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(2)))
+        return super().latent(x, gamma) + (shares @ self.scales)[..., :1] + rows.sum(-2)
+
+
 class Unnamed(Observing):
     def latent(self, x, gamma):
         return pyro.sample("zeta", self.prior())
@@ -308,6 +332,7 @@ KNOWN = {
     "site of a PyroModule": (lambda: made(prior=Bayesian()), "loc"),
     "positive and shares": (lambda: made(Age), "age"),
     "second site of a library": (lambda: made(library=SecondLibrary()), "doublet"),
+    "matrix and simplex": (lambda: made(Matrix), "(scales|rows)"),
     "enumerated": (lambda: made(prior=enumerated), "c"),
     "two enumerated, without a library": (lambda: made(Switch, library=NONE()), "on"),
     "l of another law": (lambda: made(prior=called_l, library=NONE()), "l"),
@@ -332,6 +357,8 @@ REFUSED = {
     "global factor": (lambda: made(GlobalFactor), "penalty"),
     "second observation": (lambda: made(Proteins), "protein"),
     "point mass": (lambda: made(Point), "point"),
+    "name of a dimension": (lambda: made(CalledCell), "cell"),
+    "None missing": (lambda: made(NoneMissing), "(e|x)"),
     "improper": (lambda: made(Improper), "anything"),
     "subsampled plate": (lambda: made(Subsampled), "some"),
     "support that moves with another site": (lambda: made(Moving, prior=interval), "z"),
