@@ -12,6 +12,7 @@ import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.export.arviz import to_datatree
 from tests.support.combinations import pairs_first
+from tests.support.short_evidence import compared
 from tests.support.simulate import simulated_counts
 from tests.system.test_combinations import LIKELIHOODS, PRIORS, make_guide, make_prior
 
@@ -75,7 +76,7 @@ def annealed_evidence(fit, cells):
 
 
 def compare(fit, cells):
-    table = ps.compare({"a": fit}, cells.take(range(2)), samples=20)
+    table = compared({"a": fit}, cells.take(range(2)), samples=20)
     assert np.isfinite(table.log_evidence["a"])
 
 

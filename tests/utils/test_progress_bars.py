@@ -94,16 +94,9 @@ def test_long_questions_show_how_far_they_are_and_short_ones_nothing(frequent, c
 
 def test_the_environment_hides_bars():
     program = "from pyro_scvi.utils import progress_bars; list(progress_bars.each([1, 2], 'block', True))"
-    said = {value: _stderr_of(program, TQDM_DISABLE=value) for value in ("", "1")}
-    assert "block 2 of 2" in said[""]
-    assert not said["1"]
-
-
-def _stderr_of(program, **environment):
-    ended = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    return ended.stderr
+    environment = os.environ | {"TQDM_DISABLE": "1"}  # which tqdm reads when it is imported
+    command = [sys.executable, "-c", program]
+    assert not subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
 
 
 @pytest.mark.parametrize(("value", "hidden"), [("1", True), ("true", True), ("0", False), ("", False)])
