@@ -9,6 +9,7 @@ import pytest
 
 import pyro_scvi as ps
 from pyro_scvi.utils import progress_bars
+from tests.support.short_evidence import compared
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def questions(fit, cells):
     yield lambda **o: ps.sample_posterior(fit, cells, samples=5, **o)
     yield lambda **o: ps.leave_one_out(fit, cells.take(range(4)), samples=30, sampler=ps.Importance(5, 1, 50), **o)
     yield lambda **o: ps.annealed_evidence(fit, cells.take(range(4)), chains=4, temperatures=5, **o)
-    yield lambda **o: ps.compare({"one": fit}, cells.take(range(4)), samples=50, **o)
+    yield lambda **o: compared({"one": fit}, cells.take(range(4)), samples=50, **o)
 
 
 @pytest.mark.filterwarnings("ignore:.*is above:UserWarning")
