@@ -174,7 +174,8 @@ few = test.take(range(2 if SHORT else 15))
 
 def sensitivity(fit):
     """Medians over cells and latents of the sensitivities, and the share of latents above 0.05."""
-    tree = ps.to_datatree(fit, few, samples=1000, sampler=ps.HMC(), seed=0)
+    chains = ps.HMC(warmup=20, least=20) if SHORT else ps.HMC()
+    tree = ps.to_datatree(fit, few, samples=100 if SHORT else 1000, sampler=chains, seed=0)
     of_latents = ps.prior_sensitivity(tree, priors=["z"]).drop("l", level="variable")
     return {
         "prior": of_latents.prior.median(),

@@ -149,7 +149,7 @@ def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:
     Not through scanpy.pp.neighbors: with scipy 1.17 scanpy 1.11 raises there from 8,192 cells on.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), global_state_kept():  # the import draws random numbers, too
             warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
             import umap
     except ImportError:

@@ -1,7 +1,6 @@
 """The peer on the contract of the baselines; the integration of its latents."""
 
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -67,22 +66,6 @@ def test_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scvi", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-scvi\[peer\]'"):
         SCVITools().fit(simulated_counts())
-
-
-def test_import_needs_no_optional_package():
-    modules = (
-        "differential.deseq2",
-        "differential.mast",
-        "differential.wilcoxon",
-        "normalization.scone",
-        "zinbwave.estimator",
-        "scvi_tools",
-    )
-    optional = ["scvi", "inmoose", "magic", "scanpy"]
-    imports = ", ".join(f"pyro_scvi.baselines.{module}" for module in modules)
-    program = f"import sys, {imports}; print([n for n in {optional} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.filterwarnings("default")

@@ -14,6 +14,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Source, row_blocks
 from pyro_scvi.data.lazy_counts import GenesOf
 from pyro_scvi.errors import DataError, ModelError
+from tests.support.short_evidence import compared
 
 N, GENES = 40, 12
 WAYS = ("store", "backed CSR", "backed dense", "collection", "query")
@@ -27,8 +28,8 @@ def calibrated(fit, cells):
 VERBS = {
     "embed": lambda fit, cells: ps.embed(fit, cells, batch_size=16),
     "sample_posterior": lambda fit, cells: ps.sample_posterior(fit, cells, samples=8),
-    "evidence": lambda fit, cells: ps.evidence(fit, cells.take(range(3)), samples=50),
-    "compare": lambda fit, cells: ps.compare({"one": fit, "two": fit}, cells.take([5, 2]), samples=50),
+    "evidence": lambda fit, cells: ps.evidence(fit, cells.take(range(3)), samples=50, steps=5),
+    "compare": lambda fit, cells: compared({"one": fit, "two": fit}, cells.take([5, 2]), samples=50),
     "impute": lambda fit, cells: ps.impute(fit, cells, samples=3),
     "technical_zero_probability": lambda fit, cells: ps.technical_zero_probability(fit, cells, samples=3),
     "differential_expression": lambda fit, cells: ps.differential_expression(

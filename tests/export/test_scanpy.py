@@ -15,6 +15,7 @@ from pyro_scvi.errors import DataError, ModelError, SchemaError
 from tests.support.cli_runs import make_adata
 
 EXPRESSION, TECHNICAL = "pyro_scvi_expression", "pyro_scvi_technical_zero"
+REFINED = ps.Refined(steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +82,14 @@ def test_annotate_never_overwrites_without_being_told(fit, adata, name):
 def test_a_layer_of_an_earlier_call_keeps_its_own_provenance(fit, adata, tmp_path):
     cells = ps.Cells.from_anndata(make_adata(), layer="raw", batch="donor")
     other = ps.fit(ps.SCVI(cells.n_genes, 3, cells.n_covariates, likelihood=ps.likelihoods.NB()), cells, epochs=1)
-    ps.annotate(adata, fit, expression=True, technical_zeros=True, samples=2, sampler=ps.Refined(), seed=1)
+    ps.annotate(adata, fit, expression=True, technical_zeros=True, samples=2, sampler=REFINED, seed=1)
     first = adata.copy()
     ps.annotate(adata, other, expression=True, seed=9, overwrite=True)
     found = adata.uns["pyro_scvi"]
     assert set(found) == {"X_pyro_scvi", EXPRESSION, TECHNICAL}
     np.testing.assert_array_equal(adata.layers[TECHNICAL], first.layers[TECHNICAL])
     assert found[TECHNICAL] == first.uns["pyro_scvi"][TECHNICAL]
-    assert [found[TECHNICAL][name] for name in ("seed", "samples", "sampler")] == [1, 2, repr(ps.Refined())]
+    assert [found[TECHNICAL][name] for name in ("seed", "samples", "sampler")] == [1, 2, repr(REFINED)]
     assert found[TECHNICAL]["model"] == repr(fit.model)
     assert [found[EXPRESSION][name] for name in ("seed", "samples", "model")] == [9, 25, repr(other.model)]
     assert found["X_pyro_scvi"]["model"] == repr(other.model)
@@ -141,7 +142,7 @@ def test_values_that_are_no_integers_are_annotated_if_the_fit_was_made_of_such()
 
 
 def test_sampler_and_batch_size_are_those_of_impute(fit, adata):
-    options = {"samples": 3, "sampler": ps.Refined(), "seed": 4, "batch_size": 7}
+    options = {"samples": 3, "sampler": REFINED, "seed": 4, "batch_size": 7}
     ps.annotate(adata, fit, expression=True, technical_zeros=True, **options)
     cells = ps.Cells.from_anndata(adata, schema=fit.schema)
     expected = {

@@ -1,7 +1,6 @@
 """Figures: what is drawn, read off the axes; the picture of the program is that of the model."""
 
 import os
-import random
 import subprocess
 import sys
 
@@ -21,6 +20,7 @@ from pyro_scvi.likelihoods import library_size
 from pyro_scvi.plots import canvas, diagram, projection
 from pyro_scvi.priors import weights
 from pyro_scvi.training.fit import fit
+from tests.support.paths import ROOT
 from tests.support.simulate import simulated_counts
 
 PROGRAMS = {
@@ -189,33 +189,30 @@ def test_project_without_umap_takes_principal_components(monkeypatch, latents):
     assert plots.embedding(z, ax=axes()).get_ylabel() == "PCA 2"
 
 
-@pytest.mark.integration
-def test_project_by_umap_is_reproducible_and_leaves_random_states():
-    pytest.importorskip("umap")
+def check_umap():
+    """UMAP repeats itself, keeps groups apart, and leaves the state of the process alone, the threads of torch, too."""
+    from tests.system.test_reproducibility import changed, global_state
+
     z = np.repeat(np.eye(3) * 20, 20, axis=0) + np.random.default_rng(0).normal(size=(60, 3))
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    before = global_state()
     points, method = plots.project(z, seed=3)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
-    assert states[2] == random.getstate()
     assert (method, points.shape) == (projection.UMAP, (60, 2))
     np.testing.assert_array_equal(points, plots.project(z, seed=3).coordinates)
     centres = points.reshape(3, 20, 2).mean(1)
     spread = points.reshape(3, 20, 2).std(1).max()
     assert min(np.linalg.norm(centres[a] - centres[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 3 * spread
+    plots.project(np.random.default_rng(0).normal(size=(700, 10)))
+    assert set(changed(before, global_state())) <= {"threads"}  # the one of tqdm, which watches UMAP's bars
 
 
 @pytest.mark.integration
-def test_umap_does_not_change_how_many_threads_torch_has():
-    """In a process of its own, where the environment alone sets the number."""
+def test_umap_in_a_process_of_its_own():
+    """There the environment alone sets the number of threads; UMAP's compiler takes too long to run it here as well."""
     pytest.importorskip("umap")
-    code = (
-        "import numpy as np, torch; from pyro_scvi import plots; before = torch.get_num_threads(); "
-        "plots.project(np.random.default_rng(0).normal(size=(700, 10))); "
-        "raise SystemExit(torch.get_num_threads() - before)"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode == 0
+    command = [sys.executable, "-W", "ignore", "-c", "from tests.plots.test_plots import check_umap; check_umap()"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

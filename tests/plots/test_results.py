@@ -21,6 +21,7 @@ from pyro_scvi.analysis.differential import expected_fdr
 from pyro_scvi.analysis.predictive.calibration import Calibration
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.plots import canvas, uniformity
+from tests.support.short_evidence import compared
 from tests.support.simulate import simulated_counts
 
 
@@ -210,7 +211,7 @@ def test_comparison_draws_what_compare_returns(cells):
     fit = ps.fit(ps.SCVI(cells.n_genes, n_latent=2, n_hidden=8), cells, epochs=1, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large k-hats after one epoch
-        table = ps.compare({"one": [fit, fit], "two": fit}, cells.take(slice(0, 8)), samples=100)
+        table = compared({"one": [fit, fit], "two": fit}, cells.take(slice(0, 8)), samples=100)
     assert len(dots(plots.comparison(table, axes()))[0].get_offsets()) == 2
 
 

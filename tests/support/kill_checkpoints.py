@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # what optimisers import when they are made: once here, not in every child
 
 import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError

@@ -127,7 +127,7 @@ class Fatal(ps.schedules.ConstantKL):
 
 
 def checkpointed(ranks, folder):
-    """A run of 8 epochs with a checkpoint."""
+    """A run of 8 epochs with a checkpoint; goes on with the one that is there."""
     cells = ps.Cells.from_counts(simulated_counts(101))
     model, guide = parts()
     options = {"epochs": 8, "batch_size": 24, "kl_weight": Fatal(), "progress": False, "device": "cpu"}
@@ -135,6 +135,11 @@ def checkpointed(ranks, folder):
     if ranks.first:
         fit.history.to_csv(folder / "history.csv")
         torch.save(state(model, guide), folder / "final.pt")
+
+
+def checkpointed_in(name):
+    """The same in a folder of its own."""
+    return lambda ranks, folder: checkpointed(ranks, folder / name)
 
 
 def signalled(ranks, folder):
@@ -275,7 +280,7 @@ def inferred(ranks, folder):
 TASKS = {
     task.__name__: task
     for task in (gradient, compiled, trained, checkpointed, signalled, late, refused, unlike, few, broken, inferred)
-}
+} | {name: checkpointed_in(name) for name in ("whole", "resumed", "resumed-alone")}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

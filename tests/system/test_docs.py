@@ -1,11 +1,13 @@
 """The pages of the site: their code runs as it stands, and the reference lists every public name."""
 
 import re
+import sys
 
 import matplotlib as mpl
 import pytest
 
 import pyro_scvi as ps
+from pyro_scvi.training import options
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -14,9 +16,15 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_t
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    """Every block in its order, in one namespace and a folder of its own, warnings being errors."""
+    """Every block in its order, in one namespace and a folder of its own, warnings being errors.
+
+    Fits are short where a page does not say how long, and pictures do without the compiler of UMAP: the numbers of the
+    page are not looked at here.
+    """
     mpl.use("Agg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(options, "default_epochs", lambda n_cells: 5)
+    monkeypatch.setitem(sys.modules, "umap", None)
     namespace = {}
     for block in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(block.group(1), f"{page.name}", "exec"), namespace)

@@ -26,6 +26,7 @@ from pyro_scvi.analysis.differential import expected_fdr
 from pyro_scvi.guides.base import GlobalNormal
 from pyro_scvi.priors.base import require_proper
 from tests.support.paths import ROOT
+from tests.support.short_evidence import compared
 from tests.support.simulate import simulated_counts
 
 # --- fresh processes ---
@@ -203,7 +204,7 @@ def baseline(method):
     return lambda: method().fit(np.asarray(cells().counts))
 
 
-def compared(method):
+def two_groups(method):
     return lambda: method().test(np.asarray(cells().counts), ["x", "y"] * 15)
 
 
@@ -241,7 +242,7 @@ CASES = {
     "annotate": annotated,
     "add_rank_genes_groups": annotated,
     "annealed_evidence": lambda: ps.annealed_evidence(fit(), few(), chains=2, temperatures=2, leapfrog=1),
-    "compare": lambda: ps.compare({"a": fit(), "b": [fit(), fit()]}, few(), samples=30),
+    "compare": lambda: compared({"a": fit(), "b": [fit(), fit()]}, few(), samples=30),
     "leave_one_out": lambda: ps.leave_one_out(fit(), few(), samples=30, sampler=QUICK),
     "sample_posterior": drawn(ps.Amortized()),
     "Amortized": drawn(ps.Amortized()),
@@ -339,7 +340,7 @@ CASES |= {
     "weights.ARDWeights": weighed(ps.weights.ARDWeights),
     "weights.HorseshoeWeights": weighed(ps.weights.HorseshoeWeights),
     "weights.HierarchicalWeights": weighed(ps.weights.HierarchicalWeights),
-    "plots.project": lambda: plots.project(np.random.default_rng(0).normal(size=(40, 3)), seed=3),
+    "plots.project": lambda: plots.project(np.random.default_rng(0).normal(size=(20, 3)), seed=3),  # UMAP: test_plots
     "plots.Projection": lambda: plots.Projection(np.zeros((2, 2)), "PCA"),
     "plots.embedding": drawing(lambda ax: plots.embedding(ps.embed(fit(), cells()), cells().obs["kind"], ax=ax)),
     "plots.loss": drawing(lambda ax: plots.loss(fit(), ax)),
@@ -349,7 +350,7 @@ CASES |= {
     "plots.predictive": drawing(
         lambda ax: plots.predictive(ps.check_predictions(fit(), few(), samples=5).genes["mean"], ax)
     ),
-    "plots.comparison": drawing(lambda ax: plots.comparison(ps.compare({"a": fit()}, few(), samples=30), ax)),
+    "plots.comparison": drawing(lambda ax: plots.comparison(compared({"a": fit()}, few(), samples=30), ax)),
     "plots.calibration": drawing(lambda ax: plots.calibration(calibrated(), ax)),
     "baselines.FactorAnalysis": baseline(lambda: baselines.FactorAnalysis(2)),
     "baselines.PCA": baseline(lambda: baselines.PCA(2)),
@@ -361,9 +362,9 @@ CASES |= {
     "baselines.SCONE": baseline(baselines.SCONE),
     "baselines.Normalisation": baseline(baselines.SCONE),
     "baselines.LeidenClusters": baseline(lambda: baselines.LeidenClusters(n_components=3, n_neighbors=5)),
-    "baselines.DESeq2": compared(baselines.DESeq2),
-    "baselines.MAST": compared(baselines.MAST),
-    "baselines.Wilcoxon": compared(baselines.Wilcoxon),
+    "baselines.DESeq2": two_groups(baselines.DESeq2),
+    "baselines.MAST": two_groups(baselines.MAST),
+    "baselines.Wilcoxon": two_groups(baselines.Wilcoxon),
     "baselines.Mixture": lambda: baselines.Mixture(0.5, 0.5, 1.0, 1.0),
     "baselines.idr": lambda: baselines.idr(np.arange(50.0), np.arange(50.0)[::-1] % 7 + np.arange(50.0)),
     **{

@@ -1,4 +1,7 @@
-"""Every verb for every prior x likelihood, on the CPU and, where there is one, on a CUDA device."""
+"""Every verb for every prior x likelihood, on the CPU and, where there is one, on a CUDA device.
+
+All of them with the slow tests; otherwise those in which every two of a verb, a prior and a likelihood meet.
+"""
 
 import numpy as np
 import pyro.distributions as dist
@@ -8,6 +11,8 @@ import torch
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.export.arviz import to_datatree
+from tests.support.combinations import pairs_first
+from tests.support.short_evidence import compared
 from tests.support.simulate import simulated_counts
 from tests.system.test_combinations import LIKELIHOODS, PRIORS, make_guide, make_prior
 
@@ -71,7 +76,7 @@ def annealed_evidence(fit, cells):
 
 
 def compare(fit, cells):
-    table = ps.compare({"a": fit}, cells.take(range(2)), samples=20)
+    table = compared({"a": fit}, cells.take(range(2)), samples=20)
     assert np.isfinite(table.log_evidence["a"])
 
 
@@ -155,9 +160,11 @@ NEED_A_DENSITY = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize(
+    ("verb", "prior", "likelihood"),
+    pairs_first(VERBS, PRIORS, LIKELIHOODS),
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_verb(verb, prior, likelihood, fit_and_cells):
     if prior == "Flat" and verb in NEED_A_DENSITY:
         with pytest.raises(ModelError, match="Flat"):
