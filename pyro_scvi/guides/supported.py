@@ -18,7 +18,9 @@ from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.model import SCVI
 from pyro_scvi.priors.flat import Flat
 
-RESERVED = frozenset("w y h sample chain draw cell gene latent covariate gamma lp khat ess rhat divergences".split())
+DIMENSIONS = ("sample", "chain", "draw", "cell", "gene", "latent", "covariate")
+
+RESERVED = {"w", "y", "h", "gamma", *DIMENSIONS, "lp", "khat", "ess", "rhat", "divergences"}
 """Names of sites, dimensions and diagnostics that tables have beside the latents."""
 
 EXPLICIT = ("w", "y", "h")
@@ -142,8 +144,8 @@ def _require_x(found: list[TracedSite], n_genes: int) -> None:
         if site.name == "x" and tuple(site.law.batch_shape) != (2, n_genes):
             raise ModelError(
                 f"the law of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for two cells and "
-                f"{n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets one of shape (cells, "
-                "1, latents)?"
+                f"{n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets one of shape "
+                "(cells, 1, latents)?"
             )
 
 
