@@ -253,7 +253,7 @@ def blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _in_memory(matrix: Any, source: str) -> Any:
     if isinstance(matrix, torch.Tensor):
-        return _from_torch(matrix)
+        return _from_torch(matrix, source)
     if hasattr(matrix, "to_memory"):  # sparse matrix of a backed AnnData
         require_whole(matrix, source)
         return matrix.to_memory()
@@ -276,11 +276,15 @@ def _computed(array: Any, source: str) -> Any:
     return np.block(rows)
 
 
-def _from_torch(tensor: torch.Tensor) -> Any:
+def _from_torch(tensor: torch.Tensor, source: str) -> Any:
+    if tensor.device.type == "meta":
+        raise DataError(f"{source} is a tensor without data, on the device meta.")
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
     if tensor.layout == torch.strided:
         return tensor.numpy()
+    if tensor.ndim != 2 or tensor.dense_dim():  # SciPy has no such matrix
+        return tensor.to(torch.float64).to_dense().numpy()
     if tensor.layout == torch.sparse_csr:
         return _pointed(sparse.csr_array, tensor, tensor.crow_indices(), tensor.col_indices())
     if tensor.layout == torch.sparse_csc:

@@ -9,7 +9,8 @@ from anndata.abc import CSCDataset, CSRDataset
 from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.data.counts import Counts, Matrix, Source, canonical, select_genes
 from pyro_scvi.data.indexing import consecutive, within
-from pyro_scvi.errors import DataError
+from pyro_scvi.data.names import warn_of_numbered_genes
+from pyro_scvi.errors import DataError, SchemaError
 
 
 def rows_of(counts: Counts, rows: np.ndarray) -> Counts:
@@ -126,7 +127,11 @@ class Collection(Source):
     def __init__(self, collection: Any, layer: str | None, name: str) -> None:
         self.collection, self.layer, self.name = collection, layer, name
         for adata in collection.adatas:
+            if layer is not None and layer not in adata.layers:
+                raise SchemaError(f"a part of the collection has no layer {layer!r}; it has {list(adata.layers)}.")
             require_whole(adata.X if layer is None else adata.layers[layer], name)
+        if len(collection.adatas) > 1:
+            warn_of_numbered_genes(*(adata.var_names for adata in collection.adatas))
         first = self._read(slice(0, 1))
         super().__init__(collection.shape, first.dtype, "collected")
 

@@ -10,6 +10,7 @@ import xarray as xr
 
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import DataError
+from pyro_scvi.utils.checks import warn
 
 _NUMBERED_CELL = re.compile(r"(cell_)?\d+")  # as pandas, anndata and from_counts call rows without a name
 
@@ -32,6 +33,21 @@ def is_shuffled_numbering(names: pd.Index) -> bool:
     return (
         len(names) > 0 and not is_numbering(names) and {str(name) for name in names} == set(map(str, range(len(names))))
     )
+
+
+def warn_of_numbered_genes(*genes: pd.Index) -> None:
+    """Warn where genes of several data sets match because their names were lost, and each data set numbers them.
+
+    Warns
+    -----
+    UserWarning
+        If the genes of one of them are numbered.
+    """
+    if any(map(is_numbering, genes)):
+        warn(
+            "genes are named by numbers, 0, 1, 2, ..., as where their names were lost on reading: they match by these "
+            "numbers, and rightly only if all data sets number the same genes. Set adata.var_names to names."
+        )
 
 
 def names_in(index: pd.Index | None) -> pd.Index | None:

@@ -172,15 +172,19 @@ def table_of_matrix(
     if genes is None:
         genes = pd.Index([f"gene_{i}" for i in range(n_genes)])
     exact = largest_exact(matrix.dtype) if hasattr(matrix, "dtype") else np.inf
-    return Table(counts, genes, _obs_of(obs, cells, rows, n_cells), "counts", "Pass the raw counts.", exact=exact)
+    return Table(counts, genes, _obs_of(obs, cells, rows, counts.shape), "counts", "Pass the raw counts.", exact=exact)
 
 
-def _obs_of(obs: pd.DataFrame | None, cells: pd.Index | None, numbers: pd.Index | None, n_cells: int) -> pd.DataFrame:
+def _obs_of(
+    obs: pd.DataFrame | None, cells: pd.Index | None, numbers: pd.Index | None, shape: tuple[int, int]
+) -> pd.DataFrame:
     """Annotations in the order of the cells, under their names; of cells without names, by the numbers they have."""
+    n_cells, n_genes = shape
     if obs is None:
         return pd.DataFrame(index=pd.Index([f"cell_{i}" for i in range(n_cells)]) if cells is None else cells)
     if len(obs) != n_cells:
-        raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.")
+        turned = " Are cells and genes swapped in the counts?" if len(obs) == n_genes else ""
+        raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.{turned}")
     known = numbers if cells is None else cells
     ordered = obs.copy() if known is None else obs.iloc[positions_of(known, obs.index, "obs")].copy()
     ordered.index = ordered.index if cells is None else cells

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.data.names import is_numbering
+from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.data.obs_columns import categories, label_of, numbers, quoted, warn_of_batches
 from pyro_scvi.data.places import Place
 from pyro_scvi.data.scales import require_near, warn_of_units
@@ -216,7 +216,7 @@ class Schema:
         if len(missing):
             text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}."
             warn(text)
-        _warn_of_numbers(wanted, query)
+        warn_of_numbered_genes(wanted, query)
         if len(query) > n_matched:
             extra = query.difference(wanted, sort=False)
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
@@ -273,14 +273,6 @@ class Schema:
             )
         positions = np.array([self.batches.index(label) for label in labels])
         return np.eye(self.n_batches, dtype=np.float32)[positions[codes]]
-
-
-def _warn_of_numbers(*genes: pd.Index) -> None:
-    if any(map(is_numbering, genes)):
-        warn(
-            "genes are named by numbers, 0, 1, 2, ..., as where their names were lost on reading: they match by these "
-            "numbers, and rightly only if both data sets number the same genes. Set adata.var_names to names."
-        )
 
 
 def _listed(covariates: Any) -> tuple[str, ...]:

@@ -78,6 +78,24 @@ def test_molecules_at_one_place_are_added_up_in_a_wide_type(matrix):
     np.testing.assert_array_equal(Cells.from_counts(matrix)[:][0], [[5000, 0], [0, 3]])
 
 
+def test_tensors_that_are_dense_in_part():
+    places, values = torch.tensor([[0, 0, 1]]), torch.tensor([[200, 1], [100, 2], [3, 4]], dtype=torch.uint8)
+    tensor = torch.sparse_coo_tensor(places, values, (2, 2), check_invariants=True)
+    np.testing.assert_array_equal(Cells.from_counts(tensor)[:][0], [[300, 3], [3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (torch.ones(2, 2, 2).to_sparse(), r"its shape is \(2, 2, 2\)"),
+        (torch.ones(2, 2, device="meta"), "a tensor without data"),
+    ],
+)
+def test_tensors_that_are_no_matrix(tensor, says):
+    with pytest.raises(DataError, match=says):
+        Cells.from_counts(tensor)
+
+
 def test_a_type_that_holds_the_sums_is_kept():
     assert Cells.from_counts(of_scipy(np.uint16)).counts.dtype == np.uint16
     assert Cells.from_counts(of_scipy()).counts.dtype == np.float32

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from anndata import AnnData
+from anndata.experimental import AnnCollection
 
 import pyro_scvi as ps
 from pyro_scvi.analysis.differential.labels import labels_of
@@ -168,6 +169,28 @@ def test_genes_that_match_by_number_are_told(fitted, query):
 def test_genes_with_names_of_digits_are_not(names):
     schema = Cells.from_anndata(of_genes(names)).schema
     Cells.from_anndata(of_genes(names[::-1]), schema=schema)  # a warning is an error here
+
+
+def test_genes_of_several_files_that_match_by_number_are_told(tmp_path):
+    parts = [of_genes(range(G)), of_genes(range(G), COUNTS[:5])]
+    for part, prefix in zip(parts, "ab", strict=True):
+        part.obs_names = [f"{prefix}{i}" for i in range(part.n_obs)]
+        part.write_h5ad(tmp_path / f"{prefix}.h5ad")
+    ways = (
+        lambda: ps.stores.build([tmp_path / "a.h5ad", tmp_path / "b.h5ad"], tmp_path / "store", progress=False),
+        lambda: Cells.from_anndata(AnnCollection(parts), backed=True),
+    )
+    for way in ways:
+        with pytest.warns(UserWarning, match="genes are named by numbers"):
+            way()
+    ps.stores.build(tmp_path / "a.h5ad", tmp_path / "one", progress=False)  # one file matches with itself
+    with pytest.raises(SchemaError, match="has no layer 'counts'"):
+        Cells.from_anndata(AnnCollection(parts), layer="counts", backed=True)
+
+
+def test_counts_by_genes_are_seen_by_their_annotations():
+    with pytest.raises(DataError, match="12 rows, counts have 4 cells. Are cells and genes swapped"):
+        Cells.from_counts(FRAME.T, obs=OBS)
 
 
 # --- one value per cell ---

@@ -27,6 +27,7 @@ from pyro_scvi.data.counts import (
     select_genes,
     smallest_type,
 )
+from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.stores.inputs import (
     Input,
@@ -121,7 +122,8 @@ def build(
     Warns
     -----
     UserWarning
-        For counts that are implausibly large or were rounded by a type of 16 bits, and features that are no genes.
+        For counts that are implausibly large or were rounded by a type of 16 bits, features that are no genes, and
+        genes of several files that match by numbers only.
 
     Examples
     --------
@@ -137,6 +139,8 @@ def build(
     with ExitStack() as stack:
         inputs = [stack.enter_context(opened(name, file, place)) for name, file in named.items()]
         shared = common_genes(inputs, genes)
+        if len(inputs) > 1:
+            warn_of_numbered_genes(*(each.genes for each in inputs))
         obs = joined_obs(inputs, label, index_unique)
         plan = {
             "format": FORMAT,
