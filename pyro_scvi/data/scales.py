@@ -46,7 +46,7 @@ def warn_of_units(name: str, values: np.ndarray, mean: float, sd: float) -> None
     """
     z = (values - mean) / sd
     n_far = int((np.abs(z) > FAR).sum())
-    if n_far:
+    if n_far > len(z) / FAR**2:  # no more of the training cells themselves can lie there, by Chebyshev's inequality
         warn(
             f"covariate column {name!r} lies more than {FAR:g} standard deviations from the mean of the training cells "
             f"({mean:.4g} ± {sd:.2g}) in {n_far} of {len(z)} cells; results for them are extrapolated. Is it in "

@@ -191,6 +191,15 @@ def test_cells_that_lie_outside_are_told():
     assert np.isfinite(query.covariates).all()
 
 
+def test_what_the_training_cells_hold_themselves_is_not_told():
+    n = 1000
+    adata = AnnData(np.ones((n, 2)), obs=make_obs(n, np.append(np.linspace(1, 2, n - 1), 30.0)))
+    adata.var_names = ["a", "b"]
+    cells = Cells.from_anndata(adata, covariates=["x"])
+    assert cells.covariates.max() > 10
+    Cells.from_anndata(adata, schema=cells.schema)
+
+
 def test_share_for_percent_is_told():
     percent = read(share=SHARE * 100)
     text = "Is it in another unit, such as a share for percent"
