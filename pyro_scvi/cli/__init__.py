@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would take the brackets of E[w | x] for a style, and leave them out
 )
 
 for command in COMMANDS:

@@ -9,8 +9,20 @@ from anndata import AnnData
 
 from pyro_scvi.analysis.integration import embedding
 from pyro_scvi.analysis.predictive import imputation
-from pyro_scvi.cli.files import add, load_fit, matched, read_h5ad, record, write_h5ad
-from pyro_scvi.cli.options import Device, Fill, FitFolder, Force, Input, OutFile, QueryLayer, Sampling, Seed
+from pyro_scvi.cli.files import QueryOptions, add, load_fit, read_h5ad, record, write_h5ad
+from pyro_scvi.cli.options import (
+    AllowNonInteger,
+    Device,
+    Fill,
+    FitFolder,
+    Force,
+    Input,
+    OutFile,
+    QueryLayer,
+    Raw,
+    Sampling,
+    Seed,
+)
 from pyro_scvi.cli.workspace import new_file
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.export.scanpy import in_genes_of
@@ -22,7 +34,9 @@ def embed(
     file: Input,
     out: OutFile,
     layer: QueryLayer = None,
+    raw: Raw = False,
     fill_missing_genes: Fill = False,
+    allow_non_integer: AllowNonInteger = False,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -32,10 +46,11 @@ def embed(
     OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"]. Genes are matched by name, in any order; genes that
     the fit does not know are kept but play no part.
     """
+    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer)
     with new_file(out, force, file) as space:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
-        cells = matched(fit, adata, layer, fill_missing_genes)
+        cells = reading.cells_of(fit, adata)
         typer.echo(f"embedding {cells.n_cells:,} cells")
         add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
@@ -57,7 +72,9 @@ def impute(
         typer.Option(metavar="NAME", help="As if of this batch, the mean over all given; takes --no-dropout."),
     ] = None,
     layer: QueryLayer = None,
+    raw: Raw = False,
     fill_missing_genes: Fill = False,
+    allow_non_integer: AllowNonInteger = False,
     samples: Annotated[int, typer.Option(min=1, help="Draws of the latents of each cell.")] = 25,
     sampler: Sampling = None,
     seed: Seed = 0,
@@ -80,10 +97,11 @@ def impute(
     quantity = imputation.mean_given_no_dropout if no_dropout else imputation.expression
     name = "pyro_scvi_no_dropout" if no_dropout else "pyro_scvi_expression"
     name += "_batch_swapped" if batch_as else ""
+    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer)
     with new_file(out, force, file) as space:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
-        cells = matched(fit, adata, layer, fill_missing_genes)
+        cells = reading.cells_of(fit, adata)
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)(), "seed": seed}
         typer.echo(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
         layers = {}

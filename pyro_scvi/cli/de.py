@@ -10,9 +10,21 @@ from anndata import AnnData
 
 from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
 from pyro_scvi.cli import genes
-from pyro_scvi.cli.files import column, load_fit, matched, read_h5ad
+from pyro_scvi.cli.files import QueryOptions, column, load_fit, read_h5ad
 from pyro_scvi.cli.genes import REST, Comparison
-from pyro_scvi.cli.options import Device, Fill, FitFolder, Force, Input, QueryLayer, Sampling, Seed, called
+from pyro_scvi.cli.options import (
+    AllowNonInteger,
+    Device,
+    Fill,
+    FitFolder,
+    Force,
+    Input,
+    QueryLayer,
+    Raw,
+    Sampling,
+    Seed,
+    called,
+)
 from pyro_scvi.cli.page import versions
 from pyro_scvi.cli.workspace import PAGE, Workspace, new_file, new_folder
 from pyro_scvi.errors import DataError
@@ -41,7 +53,9 @@ def de(
     delta: Annotated[float, typer.Option(min=0, help="Log2 fold changes beyond this count as changes.")] = 0.5,
     within_batch: Annotated[bool, typer.Option("--within-batch", help="Compare cells of the same batch only.")] = False,
     layer: QueryLayer = None,
+    raw: Raw = False,
     fill_missing_genes: Fill = False,
+    allow_non_integer: AllowNonInteger = False,
     sampler: Sampling = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -61,9 +75,10 @@ def de(
         "seed": seed,
     }
     request = Request(groupby, group_a, group_b, options)
+    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer)
 
     def compute() -> Result:
-        return _compare(load_fit(fit_folder, device), read_h5ad(file), request, layer, fill_missing_genes)
+        return _compare(load_fit(fit_folder, device), read_h5ad(file), request, reading)
 
     if out.suffix == ".csv":
         with new_file(out, force, file) as space:
@@ -100,7 +115,7 @@ class Result:
     comparisons: list[Comparison]
 
 
-def _compare(fit: Fit, adata: AnnData, request: Request, layer: str | None, fill_missing_genes: bool) -> Result:
+def _compare(fit: Fit, adata: AnnData, request: Request, reading: QueryOptions) -> Result:
     labels = genes.named(column(adata.obs, request.groupby, "--groupby"))
     n_groups = pd.Series(labels).nunique()
     if request.group_a is None and n_groups > MOST_GROUPS:
@@ -108,7 +123,7 @@ def _compare(fit: Fit, adata: AnnData, request: Request, layer: str | None, fill
             f"column {request.groupby!r} has {n_groups:,} groups, too many to compare each with the rest; "
             "name one or two by --group-a and --group-b, or take another column"
         )
-    cells = matched(fit, adata, layer, fill_missing_genes)
+    cells = reading.cells_of(fit, adata)
     typer.echo(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {request.groupby}")
     table = differential_expression(fit, cells, groupby=labels, **request.groups, **request.options)
     delta, b = request.options["delta"], request.group_b

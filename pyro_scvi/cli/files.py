@@ -2,16 +2,19 @@
 
 import warnings
 from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import pandas as pd
 from anndata import AnnData
 
 from pyro_scvi.cli.workspace import FIT
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import resolve_device
+from pyro_scvi.data.places import require_no_mudata
 from pyro_scvi.errors import CheckpointError, DataError, SchemaError
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
@@ -25,10 +28,14 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
     Raises
     ------
     DataError
-        If it is no valid h5ad file.
+        If it is no valid h5ad file, or one of MuData.
     """
     try:
+        with h5py.File(file) as group:
+            require_no_mudata(group, file)
         return anndata.read_h5ad(file, backed="r" if in_place else None)
+    except DataError:
+        raise
     except Exception as error:  # whatever h5py and anndata say of a broken file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{file}: cannot read it as h5ad: {reason}") from error
@@ -54,9 +61,18 @@ def load_fit(folder: Path, device: str) -> Fit:
     return load(folders[0]).to(resolve_device(device))
 
 
-def matched(fit: Fit, adata: AnnData, layer: str | None, fill_missing_genes: bool) -> Cells:
-    """The cells of a file in the fit's schema, with genes matched by name."""
-    return Cells.from_anndata(adata, schema=fit.schema, layer=layer, fill_missing_genes=fill_missing_genes)
+@dataclass(frozen=True)
+class QueryOptions:
+    """How the counts of a file are read for a fit; by default as those that the fit was made from."""
+
+    layer: str | None
+    raw: bool
+    fill_missing_genes: bool
+    allow_non_integer: bool
+
+    def cells_of(self, fit: Fit, adata: AnnData, *, in_place: bool = False) -> Cells:
+        """The cells of a file in the fit's schema, with genes matched by name."""
+        return Cells.from_anndata(adata, schema=fit.schema, backed=in_place, **asdict(self))
 
 
 def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:

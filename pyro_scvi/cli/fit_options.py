@@ -1,7 +1,7 @@
 """Options of the command ``fit``: the counts and columns that it reads, and the model that it builds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,12 +49,14 @@ class CountOptions:
     """Places of the raw counts, the batch and the continuous covariates in a file."""
 
     layer: str | None
+    raw: bool
     batch: str | None
     covariates: Sequence[str]
+    allow_non_integer: bool
 
     def cells_of(self, adata: AnnData) -> Cells:
         """The cells of a file that was read."""
-        return Cells.from_anndata(adata, layer=self.layer, batch=self.batch, covariates=self.covariates)
+        return Cells.from_anndata(adata, **asdict(self))
 
 
 @dataclass(frozen=True)

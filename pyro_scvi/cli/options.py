@@ -103,6 +103,10 @@ FitFolder = Annotated[Path, typer.Argument(metavar="FIT", help="A saved fit: DIR
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
 OutFile = Annotated[Path, typer.Option(metavar="OUT.h5ad", help="The copy to write.", callback=_h5ad)]
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="X")]
+Raw = Annotated[bool, typer.Option("--raw", help="Read the counts and genes of adata.raw.")]
+AllowNonInteger = Annotated[
+    bool, typer.Option("--allow-non-integer", help="Accept values that are no integers, such as corrected counts.")
+]
 QueryLayer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="the fit's")]
 Fill = Annotated[bool, typer.Option("--fill-missing-genes", help="Count genes that FILE lacks as 0 in every cell.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes through the cells.", show_default="by their number")]

@@ -67,7 +67,7 @@ def settings_of(fit: Fit, job: Job) -> dict[str, Any]:
         "likelihood": repr(model.likelihood),
         "library": repr(model.library),
         "guide": type(fit.guide).__name__,
-        "layer": schema.layer or "X",
+        "layer": "raw" if schema.raw else schema.layer or "X",
         "batch": schema.batch or "none",
         "covariates": ", ".join(schema.covariates) or "none",
         "seed": job.seed,

@@ -16,7 +16,7 @@ from pyro_scvi.cli.fit_report import EvaluatedFit
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.workspace import FIT, PAGE, Workspace
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.indexing import number_held_out
+from pyro_scvi.data.indexing import number_held_out, split_at_random
 from pyro_scvi.errors import FitError
 from pyro_scvi.export import html_page
 from pyro_scvi.guides.base import Guide
@@ -58,7 +58,7 @@ def evaluate(
     """Embed all cells, and choose the held-out cells that the fit is judged on."""
     latent = embed(fitted, cells, seed=seed)
     few = test_cells.n_cells <= JUDGED_CELLS
-    judged = test_cells if few else test_cells.split(JUDGED_CELLS, seed=seed)[1]
+    judged = test_cells if few else test_cells.take(split_at_random(test_cells.n_cells, JUDGED_CELLS, seed)[1])
     typer.echo(f"judging the fit on {judged.n_cells:,} held-out cells")
     return EvaluatedFit(fitted, cells, train_cells, test_cells, judged, latent, labels, seed)
 

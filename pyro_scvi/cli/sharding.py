@@ -9,8 +9,8 @@ import typer
 from pyro_scvi.analysis.evidence.evidence import evidence as log_evidence
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
-from pyro_scvi.cli.files import load_fit, read_h5ad
-from pyro_scvi.cli.options import Device, Fill, FitFolder, Progress, QueryLayer, Sampling, Seed
+from pyro_scvi.cli.files import QueryOptions, load_fit, read_h5ad
+from pyro_scvi.cli.options import AllowNonInteger, Device, Fill, FitFolder, Progress, QueryLayer, Raw, Sampling, Seed
 from pyro_scvi.cli.workspace import errors_in_one_line
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
@@ -42,7 +42,9 @@ def infer(
     ] = None,
     block: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 4096,
     layer: QueryLayer = None,
+    raw: Raw = False,
     fill_missing_genes: Fill = False,
+    allow_non_integer: AllowNonInteger = False,
     samples: Annotated[int, typer.Option(min=1, help="Draws of the latents of each cell, for layers.")] = 25,
     sampler: Sampling = None,
     seed: Seed = 0,
@@ -56,7 +58,7 @@ def infer(
     """
     with errors_in_one_line(), joined() as ranks:
         fit = load_fit(fit_folder, device)
-        cells = _opened(fit, source, layer, fill_missing_genes)
+        cells = _opened(fit, source, QueryOptions(layer, raw, fill_missing_genes, allow_non_integer))
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)()}
         verbs: dict[str, Verb] = {"X_pyro_scvi": embed}
         verbs |= {"pyro_scvi_expression": partial(impute, **drawing)} if expression else {}
@@ -70,13 +72,12 @@ def infer(
         typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")
 
 
-def _opened(fit: Fit, source: Path, layer: str | None, fill_missing_genes: bool) -> Cells:
+def _opened(fit: Fit, source: Path, reading: QueryOptions) -> Cells:
     """Cells of a store or a file, left on disk."""
     if source.is_dir():
-        if layer is not None:
+        if reading.layer is not None or reading.raw:
             raise DataError(
-                f"the store {source} has the counts of one layer, chosen when it was built; leave out --layer"
+                f"the store {source} has the counts of one place, chosen when it was built; leave out --layer and --raw"
             )
-        return Cells.from_store(source, schema=fit.schema, fill_missing_genes=fill_missing_genes)
-    adata = read_h5ad(source, in_place=True)
-    return Cells.from_anndata(adata, schema=fit.schema, layer=layer, fill_missing_genes=fill_missing_genes, backed=True)
+        return Cells.from_store(source, schema=fit.schema, fill_missing_genes=reading.fill_missing_genes)
+    return reading.cells_of(fit, read_h5ad(source, in_place=True), in_place=True)

@@ -24,7 +24,19 @@ from pyro_scvi.cli.fit_options import (
     PriorName,
     Resume,
 )
-from pyro_scvi.cli.options import Device, Epochs, Force, Input, Layer, Out, Progress, Seed, called
+from pyro_scvi.cli.options import (
+    AllowNonInteger,
+    Device,
+    Epochs,
+    Force,
+    Input,
+    Layer,
+    Out,
+    Progress,
+    Raw,
+    Seed,
+    called,
+)
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.pipeline import fit_and_report, largest_groups, train
 from pyro_scvi.cli.workspace import FIT, errors_in_one_line, new_folder
@@ -66,8 +78,10 @@ def fit(
     file: Input,
     out: Out,
     layer: Layer = None,
+    raw: Raw = False,
     batch: Batch = None,
     covariates: Covariates = None,
+    allow_non_integer: AllowNonInteger = False,
     labels: Labels = None,
     epochs: Epochs = None,
     batch_size: BatchSize = 128,
@@ -99,7 +113,7 @@ def fit(
     if resume and checkpoint is None:
         raise typer.BadParameter("there is nothing to go on from; add --checkpoint DIR", param_hint="'--resume'")
     model = ModelOptions(n_latent, prior, likelihood or ZINB, dispersion, library, guide, seed)
-    counts = CountOptions(layer, batch, covariates or ())
+    counts = CountOptions(layer, raw, batch, covariates or (), allow_non_integer)
     training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress}
     training |= {"compiled": compiled, "checkpoint": checkpoint, "resume": resume}
     with distributed.joined() as ranks:

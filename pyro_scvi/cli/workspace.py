@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from pyro_scvi.cli.wording import on_the_command_line
 from pyro_scvi.errors import PyroScviError
 from pyro_scvi.persistence.archive import CONFIG
 
@@ -29,7 +30,8 @@ class Workspace:
     @property
     def notes(self) -> list[str]:
         """Every warning once, without its line of code."""
-        return list(dict.fromkeys(str(note.message) for note in self.caught if note.category is UserWarning))
+        texts = (str(note.message) for note in self.caught if note.category is UserWarning)
+        return list(dict.fromkeys(map(on_the_command_line, texts)))
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (PyroScviError, OSError, ImportError, MemoryError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {on_the_command_line(str(error))}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -1,6 +1,6 @@
 """Cells: validated counts with covariates and annotations, and the boundary to AnnData."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,15 @@ import torch
 from anndata import AnnData
 
 from pyro_scvi.data.counts import Counts, Source, cell_totals, n_nonzero
-from pyro_scvi.data.indexing import CellIndex, number_held_out, positions
+from pyro_scvi.data.indexing import CellIndex, positions, split_at_random
 from pyro_scvi.data.lazy_counts import rows_of
+from pyro_scvi.data.names import as_series, labelled, names_in, positions_of
+from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.reading import read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
-from pyro_scvi.utils.checks import require_seed
+from pyro_scvi.utils.checks import warn
 from pyro_scvi.utils.html_repr import table
 
 
@@ -69,6 +72,7 @@ class Cells:
         adata: AnnData,
         *,
         layer: str | None = None,
+        raw: bool = False,
         batch: str | None = None,
         covariates: Sequence[str] = (),
         schema: Schema | None = None,
@@ -81,9 +85,11 @@ class Cells:
         Parameters
         ----------
         adata
-            Raw counts, (cells, genes): dense, sparse, backed or a view.
+            Raw counts, (cells, genes): dense, sparse, backed, read lazily or a view.
         layer
-            Layer with the raw counts; None for the schema's layer, or ``X``.
+            Layer with the raw counts; None for the place that the schema remembers, or ``X``.
+        raw
+            Read the counts and genes of ``adata.raw``.
         batch
             Column of ``obs`` with a category for each cell, one-hot encoded.
         covariates
@@ -96,7 +102,7 @@ class Cells:
         allow_non_integer
             Accept values that are no integers, such as corrected counts.
         backed
-            Leave the counts of a backed AnnData, or of an ``anndata.experimental.AnnCollection``, where they are. They
+            Leave the counts of a backed or lazily read AnnData, or of an ``AnnCollection``, where they are. They
             are scanned once; then every minibatch is read from the file, which must stay open. A store
             (``ps.stores.build``) gives random cells about ten times as fast.
 
@@ -104,17 +110,20 @@ class Cells:
         ------
         DataError
             If an entry is NaN, infinite, negative or no integer, if there are no cells or genes, if a gene name
-            occurs twice, or a column of ``obs`` cannot serve as batch or covariate.
+            occurs twice, a sparse matrix stores values that belong to no cell, or a column of ``obs`` cannot serve as
+            batch or covariate.
         SchemaError
-            If a column or layer does not exist, or genes or categories do not match the schema.
+            If a column, a layer or ``raw`` does not exist, or genes or categories do not match the schema.
 
         Warns
         -----
         UserWarning
-            For cells or genes without counts, implausibly large counts, and cell names that occur twice.
+            For cells or genes without counts, counts that are implausibly large or were rounded by a type of 16 bits,
+            features that are no genes, cell names that occur twice, genes that match by numbers only, batches that look
+            like a slip, and covariates of a query far from those of the schema.
         """
-        layer = schema.layer if layer is None and isinstance(schema, Schema) else layer
-        table = table_in_place(adata, layer) if backed else table_of_anndata(adata, layer)
+        place = chosen(layer, raw, schema.place if isinstance(schema, Schema) else Place())
+        table = table_in_place(adata, place) if backed else table_of_anndata(adata, place)
         parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
         return cls(*parts, table.obs)
 
@@ -137,23 +146,24 @@ class Cells:
         Parameters
         ----------
         counts
-            (cells, genes): NumPy, SciPy sparse or torch.
+            (cells, genes): NumPy, SciPy sparse, torch, dask, or a DataFrame, whose index and columns are names.
         gene_names
-            (genes,); by default gene_0, gene_1, ...
+            (genes,); by default the columns of a DataFrame, or gene_0, gene_1, ...
         cell_names
-            (cells,); by default the index of ``obs``, or cell_0, cell_1, ...
+            (cells,); by default the index of a DataFrame or of ``obs``, or cell_0, cell_1, ...
         obs
-            Annotations, (cells, columns), in the order of the rows of ``counts``.
+            Annotations, (cells, columns): matched by name where counts and ``obs`` have names, else in the order of the
+            rows of ``counts``. An index 0, 1, 2, ... is no name.
         batch, covariates, schema, fill_missing_genes, allow_non_integer
             As in :meth:`from_anndata`.
 
         Raises
         ------
         DataError, SchemaError
-            As in :meth:`from_anndata`, and if lengths disagree.
+            As in :meth:`from_anndata`, and if lengths or names disagree.
         """
-        if gene_names is None and schema is not None:
-            raise SchemaError("a schema matches genes by name: pass gene_names.")
+        if gene_names is None and schema is not None and names_in(labelled(counts).columns) is None:
+            raise SchemaError("a schema matches genes by name: pass gene_names, or a DataFrame with columns of genes.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
         parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
         return cls(*parts, table.obs)
@@ -231,7 +241,7 @@ class Cells:
 
     def __getitem__(self, index: CellIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """Minibatch (x, gamma): float32 copies, (cells, genes) and (cells, covariates)."""
-        rows = positions(index, self.n_cells)
+        rows = self._rows(index)
         x = self.counts[rows]
         x = x if isinstance(x, np.ndarray) else x.toarray()
         return torch.from_numpy(x.astype(np.float32, copy=False)), torch.from_numpy(self.covariates[rows])
@@ -242,9 +252,12 @@ class Cells:
         Raises
         ------
         DataError
-            If no cell is left, or the index is neither integers nor a mask of the cells.
+            If no cell is left, or the index is neither integers nor a mask of the cells. A mask that is a Series is
+            matched by the names of the cells.
+        IndexError
+            If a cell lies beyond the last.
         """
-        rows = positions(index, self.n_cells)
+        rows = self._rows(index)
         if rows.size == 0:
             raise DataError("the index selects no cell.")
         return Cells(rows_of(self.counts, rows), self.covariates[rows], self.schema, self.obs.iloc[rows])
@@ -265,6 +278,11 @@ class Cells:
             If either part would be empty.
         ModelError
             If the seed is no integer of 0 or more.
+
+        Warns
+        -----
+        UserWarning
+            If all cells of a batch are held out: nothing can be learnt of it.
         """
         train, test = self.split_rows(held_out, seed=seed)
         return self.take(train), self.take(test)
@@ -277,13 +295,26 @@ class Cells:
         DataError, ModelError
             As in :meth:`split`.
         """
-        require_seed(seed)
-        n_test = number_held_out(held_out, self.n_cells)
-        is_test = np.zeros(self.n_cells, dtype=bool)
-        is_test[np.random.default_rng(seed).permutation(self.n_cells)[:n_test]] = True
-        return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+        train, test = split_at_random(self.n_cells, held_out, seed)
+        in_train, in_test = (self.covariates[rows, : self.n_batches].any(axis=0) for rows in (train, test))
+        lost = [self.schema.batches[i] for i in np.flatnonzero(in_test & ~in_train)]
+        if lost and len(test) <= len(train):  # else the larger part is not there to train on
+            warn(
+                f"all cells of batch {quoted(lost)} (column {self.schema.batch!r}) are held out: nothing can be learnt "
+                "of it. Join or leave out small batches, or take another seed."
+            )
+        return train, test
 
-    def with_batch(self, name: str) -> "Cells":
+    def _rows(self, index: CellIndex) -> np.ndarray:
+        """Positions of the cells that an index selects; a mask with names is matched by name."""
+        index = as_series(index)
+        if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index):
+            if index.isna().any():
+                raise DataError(f"the mask has no value for {index.isna().sum()} cells; fill them with True or False.")
+            index = index.to_numpy(dtype=bool)[positions_of(self.cell_names, index.index, "the mask")]
+        return positions(index, self.n_cells)
+
+    def with_batch(self, name: Hashable) -> "Cells":
         """Return the same cells as if all were from one batch; ``obs`` keeps the recorded batches.
 
         For cells of an unknown batch, average a prediction over

@@ -16,6 +16,11 @@ LARGEST_USUAL_COUNT = 1e6
 LARGEST_EXACT_COUNT = 2**24
 """Above this, float32 no longer holds every integer."""
 
+FEATURE_TYPES, GENES = "feature_types", "Gene Expression"
+
+ROUNDING_ERROR = 1e-3
+"""Small values that are closer to integers than this may have been integers; a hundredth of it more per count."""
+
 
 def check_counts(
     counts: Counts,
@@ -25,6 +30,7 @@ def check_counts(
     hint: str,
     *,
     allow_non_integer: bool = False,
+    exact: float = np.inf,
 ) -> Counts:
     """Scan every entry, and return the matrix in a type that converts to float32 without loss.
 
@@ -38,6 +44,8 @@ def check_counts(
         Name of the matrix in messages, and where raw counts might be instead.
     allow_non_integer
         Accept finite non-negative values that are no integers.
+    exact
+        The number up to which the type that the counts came in holds every integer.
 
     Returns
     -------
@@ -52,9 +60,9 @@ def check_counts(
     Warns
     -----
     UserWarning
-        If an entry is above ``LARGEST_USUAL_COUNT``.
+        If an entry is above ``LARGEST_USUAL_COUNT`` or ``exact``.
     """
-    check = Check(genes, source, hint, allow_non_integer)
+    check = Check(genes, source, hint, allow_non_integer, exact)
     if isinstance(counts, Source):
         if not counts.checked:
             counts.scan(lambda rows, block: check(block, cells[rows]))
@@ -65,14 +73,42 @@ def check_counts(
     return narrow(counts)
 
 
+def warn_of_features(var: pd.DataFrame | None) -> None:
+    """Warn of columns of counts that are no genes, such as antibodies, as 10x tells them in ``var["feature_types"]``.
+
+    Warns
+    -----
+    UserWarning
+        If there are any; names their kinds.
+    """
+    if var is None or FEATURE_TYPES not in var:
+        return
+    kinds = var[FEATURE_TYPES].dropna().astype(str)
+    others = kinds[kinds != GENES]
+    if len(others):
+        counted = ", ".join(f"{n} {kind!r}" for kind, n in others.value_counts().items())
+        warn(
+            f"{len(others)} of the {len(var)} features are no genes by var[{FEATURE_TYPES!r}]: {counted}. They would "
+            "be fitted as genes are, and make up part of the totals of the cells. To leave them out: adata[:, "
+            f"adata.var[{FEATURE_TYPES!r}] == {GENES!r}]."
+        )
+
+
 class Check:
     """Refuses blocks of a matrix with values that are no counts; arguments as in :func:`check_counts`."""
 
     def __init__(
-        self, genes: Sequence[str] | pd.Index, source: str, hint: str, allow_non_integer: bool = False
+        self,
+        genes: Sequence[str] | pd.Index,
+        source: str,
+        hint: str,
+        allow_non_integer: bool = False,
+        exact: float = np.inf,
     ) -> None:
-        self.genes, self.source, self.hint, self.rules = genes, source, hint, _rules(allow_non_integer)
+        self.genes, self.source, self.hint, self.exact = genes, source, hint, exact
+        self.rules = _rules(allow_non_integer)
         self.implausible: str | None = None  # the first entry that is implausibly large
+        self.rounded: str | None = None  # the first entry that its type has rounded
 
     def __call__(self, counts: Matrix, cells: pd.Index) -> None:
         """Scan a block, (cells, genes), whose cells have these names."""
@@ -80,13 +116,23 @@ class Check:
             position = _first(counts, rule.breaks)
             if position is not None:
                 entry = _describe(counts, position, self.genes, cells)
-                raise DataError(rule.message.format(source=self.source, entry=entry, hint=self.hint))
-        position = _first(counts, lambda values: values > LARGEST_USUAL_COUNT)
-        if position is not None and self.implausible is None:
-            self.implausible = _describe(counts, position, self.genes, cells)
+                text = rule.message.format(source=self.source, entry=entry, hint=self.hint)
+                raise DataError(f"{text}{rule.more(counts)}")
+        self.implausible = self.implausible or self._above(LARGEST_USUAL_COUNT, counts, cells)
+        self.rounded = self.rounded or self._above(self.exact, counts, cells)
+
+    def _above(self, limit: float, counts: Matrix, cells: pd.Index) -> str | None:
+        """The first entry above a limit, in words; None if there is none."""
+        position = _first(counts, lambda values: values > limit) if limit < np.inf else None
+        return None if position is None else _describe(counts, position, self.genes, cells)
 
     def warn(self) -> None:
-        """Warn about an implausibly large count, once for all blocks."""
+        """Warn about counts that are implausibly large or were rounded, once for all blocks."""
+        if self.rounded is not None:
+            warn(
+                f"{self.source} came in a type of 16 bits, which rounds counts above {self.exact:g}: {self.rounded}, "
+                "and may have been another count before. Take the counts from where they are float32 or integers."
+            )
         if self.implausible is not None:
             warn(
                 f"{self.source} has an implausibly large count: {self.implausible}. It is taken as it is and weighs on "
@@ -97,6 +143,7 @@ class Check:
 class _Rule(NamedTuple):
     breaks: Callable[[np.ndarray], np.ndarray]  # values -> bool of the same shape
     message: str
+    more: Callable[[Matrix], str] = lambda counts: ""  # what the other values of the block say about the cause
 
 
 def _rules(allow_non_integer: bool) -> list[_Rule]:
@@ -120,7 +167,7 @@ def _rules(allow_non_integer: bool) -> list[_Rule]:
             "{source} must hold raw integer counts; {entry}. Are the values normalised or logarithms? {hint} "
             "To go on with these values, pass allow_non_integer=True."
         )
-        rules.append(_Rule(lambda values: np.rint(values) != values, message))
+        rules.append(_Rule(lambda values: np.rint(values) != values, message, _how_to_round))
     return rules
 
 
@@ -133,9 +180,29 @@ def _first(counts: Matrix, breaks: Callable[[np.ndarray], np.ndarray]) -> int | 
     return None
 
 
+def _how_to_round(counts: Matrix) -> str:
+    """What to do if every value is an integer but for rounding errors; else nothing."""
+    largest = 0.0
+    for _, values in blocks(stored_values(counts)):
+        off = np.abs(values - np.rint(values))
+        if (off > ROUNDING_ERROR * (1 + 0.01 * np.abs(values))).any():
+            return ""
+        largest = max(largest, float(off.max(initial=0)))
+    return (
+        f" All values are within {largest:.1g} of integers, as counts are that were won back from normalised values: "
+        "np.rint(matrix) rounds them, as in adata.X = np.rint(adata.X)."
+    )
+
+
 def _describe(counts: Matrix, position: int, genes: Sequence[str] | pd.Index, cells: pd.Index) -> str:
     if isinstance(counts, np.ndarray):
         cell, gene = divmod(position, counts.shape[1])
     else:
         cell, gene = int(np.searchsorted(counts.indptr, position, side="right")) - 1, counts.indices[position]
-    return f"cell {str(cells[cell])!r}, gene {str(genes[gene])!r} holds {stored_values(counts)[position]:g}"
+    return f"cell {str(cells[cell])!r}, gene {str(genes[gene])!r} holds {_digits(stored_values(counts)[position])}"
+
+
+def _digits(value: np.number) -> str:
+    """A number in few digits, or in as many as show that it is no integer."""
+    short = f"{value:g}"
+    return str(value) if float(short).is_integer() and value != float(short) else short

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.errors import DataError
+
+# The next integer is exact, too, but the one after it is rounded to it.
+_LARGEST_EXACT = {np.dtype(np.float16): 2.0**11 - 1, torch.float16: 2.0**11 - 1, torch.bfloat16: 2.0**8 - 1}
 
 _SCAN_SIZE = 2**22  # entries per block: temporary arrays stay at a few MB for any matrix
 _CELLS_AT_ONCE = 2**14  # rows whose totals are computed together
@@ -97,7 +101,7 @@ def canonical(matrix: Any, source: str) -> Matrix:
     Parameters
     ----------
     matrix
-        Counts, (cells, genes): NumPy, any SciPy sparse format, torch, a backed AnnData matrix or a DataFrame.
+        Counts, (cells, genes): NumPy, any SciPy sparse format, torch, a backed AnnData matrix or a dask array.
     source
         Name of the matrix in errors, such as ``"X"``.
 
@@ -114,7 +118,8 @@ def canonical(matrix: Any, source: str) -> Matrix:
     """
     if matrix is None:
         raise DataError(f"{source} is None: there are no counts to read.")
-    matrix = _in_memory(matrix)
+    matrix = _in_memory(matrix, source)
+    require_whole(matrix, source)
     if not sparse.issparse(matrix):
         matrix = _dense(matrix, source)
     if matrix.ndim != 2 or 0 in matrix.shape:
@@ -123,8 +128,19 @@ def canonical(matrix: Any, source: str) -> Matrix:
         )
     if matrix.dtype.kind not in "iuf":
         raise DataError(f"{source} must hold counts; its values are of type {matrix.dtype}. Pass integer counts.")
-    # float16 overflows in comparisons with large numbers, and SciPy converts no sparse matrix of it
-    return _row_major(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix, source)
+    if matrix.dtype == np.float16:  # it overflows in comparisons, and SciPy converts no sparse matrix of it
+        matrix = matrix.astype(np.float32)
+    return _row_major(matrix, source)
+
+
+def is_chunked(matrix: Any) -> bool:
+    """Whether a matrix is a dask array, as in an AnnData that was read lazily."""
+    return hasattr(matrix, "compute") and hasattr(matrix, "numblocks")
+
+
+def largest_exact(dtype: Any) -> float:
+    """The number up to which a type of 16 bits holds every integer; infinity for the types that counts come in."""
+    return _LARGEST_EXACT.get(dtype, np.inf)
 
 
 def cell_totals(counts: Counts) -> np.ndarray:
@@ -235,21 +251,55 @@ def blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, values[start : start + _SCAN_SIZE]
 
 
-def _in_memory(matrix: Any) -> Any:
+def _in_memory(matrix: Any, source: str) -> Any:
     if isinstance(matrix, torch.Tensor):
-        return _from_torch(matrix)
+        return _from_torch(matrix, source)
     if hasattr(matrix, "to_memory"):  # sparse matrix of a backed AnnData
+        require_whole(matrix, source)
         return matrix.to_memory()
-    return matrix
+    return _computed(matrix, source) if is_chunked(matrix) else matrix
 
 
-def _from_torch(tensor: torch.Tensor) -> Any:
+def _computed(array: Any, source: str) -> Any:
+    """A dask array in memory; chunk by chunk, because dask cannot join every kind of sparse matrix."""
+    if len(array.shape) != 2:
+        return array.compute()
+    height, width = array.numblocks
+    chunks = [[array.blocks[i, j].compute() for j in range(width)] for i in range(height)]
+    # An empty chunk is no matrix of counts, and it adds nothing.
+    rows: list[list[Any]] = [[canonical(chunk, source) for chunk in row if 0 not in chunk.shape] for row in chunks]
+    rows = [row for row in rows if row]
+    if not rows:
+        return np.empty(array.shape)
+    if any(sparse.issparse(chunk) for row in rows for chunk in row):
+        return sparse.vstack([sparse.hstack([sparse.csr_array(chunk) for chunk in row]) for row in rows], format="csr")
+    return np.block(rows)
+
+
+def _from_torch(tensor: torch.Tensor, source: str) -> Any:
+    if tensor.device.type == "meta":
+        raise DataError(f"{source} is a tensor without data, on the device meta.")
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
     if tensor.layout == torch.strided:
         return tensor.numpy()
-    entries = tensor.to_sparse_coo().coalesce()
+    if tensor.ndim != 2 or tensor.dense_dim():  # SciPy has no such matrix
+        return tensor.to(torch.float64).to_dense().numpy()
+    if tensor.layout == torch.sparse_csr:
+        return _pointed(sparse.csr_array, tensor, tensor.crow_indices(), tensor.col_indices())
+    if tensor.layout == torch.sparse_csc:
+        return _pointed(sparse.csc_array, tensor, tensor.ccol_indices(), tensor.row_indices())
+    # torch adds up entries at the same place in their own type, where small integers overflow
+    entries = tensor.to_sparse_coo()
+    entries = entries if entries.is_coalesced() else entries.to(torch.float64).coalesce()
     return sparse.coo_array((entries.values().numpy(), tuple(entries.indices().numpy())), shape=tuple(entries.shape))
+
+
+def _pointed(kind: Any, tensor: torch.Tensor, pointer: torch.Tensor, indices: torch.Tensor) -> Any:
+    """A matrix of SciPy with the parts of a tensor; its constructor would drop what the pointer leaves out."""
+    matrix = kind(tuple(tensor.shape))
+    matrix.data, matrix.indices, matrix.indptr = tensor.values().numpy(), indices.numpy(), pointer.numpy()
+    return matrix
 
 
 def _dense(matrix: Any, source: str) -> np.ndarray:
@@ -264,7 +314,7 @@ def _dense(matrix: Any, source: str) -> np.ndarray:
 def _row_major(matrix: Any, source: str) -> Matrix:
     if isinstance(matrix, np.ndarray):
         return np.ascontiguousarray(matrix)
-    rows = matrix.tocsr()
+    rows = _by_rows(matrix)
     # SciPy keeps mixed index types, and then converts all of them at every row selection: 100 times slower.
     index = np.int32 if max(rows.nnz, *rows.shape) <= np.iinfo(np.int32).max else np.int64
     parts = (rows.data, rows.indices.astype(index, copy=False), rows.indptr.astype(index, copy=False))
@@ -277,3 +327,13 @@ def _row_major(matrix: Any, source: str) -> Matrix:
         counts = counts.astype(np.float64)  # a copy, in which small integer types cannot overflow
         counts.sum_duplicates()
     return counts
+
+
+def _by_rows(matrix: Any) -> Any:
+    """The matrix as CSR. SciPy adds up entries at the same place on the way, in their own type if it is let."""
+    if matrix.format in ("csr", "csc"):
+        return matrix.tocsr()
+    summed, own = matrix.astype(np.float64).tocsr(), matrix.dtype
+    if own.kind in "iu" and summed.nnz and np.iinfo(own).min <= summed.min() and summed.max() <= np.iinfo(own).max:
+        return summed.astype(own)
+    return summed

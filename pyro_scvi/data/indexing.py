@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from pyro_scvi.errors import DataError
+from pyro_scvi.utils.checks import require_seed
 
 CellIndex = int | slice | Sequence[int] | np.ndarray | torch.Tensor
 
@@ -18,6 +19,8 @@ def positions(index: CellIndex, n_cells: int) -> np.ndarray:
     ------
     DataError
         If the index is neither integers nor a slice nor a mask over all cells.
+    IndexError
+        If a position is out of range.
     """
     if isinstance(index, slice):
         return np.arange(*index.indices(n_cells))
@@ -28,7 +31,25 @@ def positions(index: CellIndex, n_cells: int) -> np.ndarray:
         raise DataError(
             f"index cells by integers, (cells,), or by a mask, ({n_cells},); got {rows.dtype} of shape {rows.shape}."
         )
+    within(rows, n_cells)
     return rows.astype(np.int64, copy=False)
+
+
+def split_at_random(n_cells: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of two parts of the cells, in the order of the cells: those kept and those held out.
+
+    Raises
+    ------
+    DataError
+        If either part would be empty.
+    ModelError
+        If the seed is no integer of 0 or more.
+    """
+    require_seed(seed)
+    n_test = number_held_out(held_out, n_cells)
+    is_test = np.zeros(n_cells, dtype=bool)
+    is_test[np.random.default_rng(seed).permutation(n_cells)[:n_test]] = True
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
 def number_held_out(held_out: float, n_cells: int) -> int:
@@ -63,7 +84,8 @@ def within(rows: np.ndarray, n: int) -> np.ndarray:
     """
     rows = np.asarray(rows, dtype=np.int64)
     if rows.size and not (-n <= rows.min() and rows.max() < n):
-        raise IndexError(f"cells are numbered from 0 to {n - 1}; asked for {rows.min()} to {rows.max()}.")
+        outside = rows[(rows < -n) | (rows >= n)]
+        raise IndexError(f"cells are numbered from 0 to {n - 1}; there is no cell {outside[0]}.")
     return np.where(rows < 0, rows + n, rows)
 
 

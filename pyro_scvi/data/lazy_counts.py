@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from anndata.abc import CSCDataset, CSRDataset
 
+from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.data.counts import Counts, Matrix, Source, canonical, select_genes
 from pyro_scvi.data.indexing import consecutive, within
-from pyro_scvi.errors import DataError
+from pyro_scvi.data.names import warn_of_numbered_genes
+from pyro_scvi.errors import DataError, SchemaError
 
 
 def rows_of(counts: Counts, rows: np.ndarray) -> Counts:
@@ -63,7 +65,7 @@ class Backed(Source):
     Raises
     ------
     DataError
-        If it is stored by genes, or is in memory already.
+        If it is stored by genes, is in memory already, or is a broken sparse matrix.
     """
 
     def __init__(self, matrix: Any, name: str) -> None:
@@ -75,15 +77,38 @@ class Backed(Source):
         is_sparse = isinstance(matrix, CSRDataset)
         if not is_sparse and (isinstance(matrix, np.ndarray) or not hasattr(matrix, "chunks")):
             raise DataError(f"{name} is no matrix on disk ({type(matrix).__name__}); read it without backed=True.")
-        if len(matrix.shape) != 2 or 0 in matrix.shape:
-            raise DataError(
-                f"{name} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}."
-            )
+        _require_matrix(matrix, name)
+        require_whole(matrix, name)
         super().__init__(tuple(matrix.shape), matrix.dtype, f"backed {'sparse' if is_sparse else 'dense'}")
         self.matrix, self.name = matrix, name
 
     def __getitem__(self, rows: np.ndarray) -> Matrix:
         return in_file_order(lambda wanted: canonical(self.matrix[wanted], self.name), rows, self)
+
+
+class Chunked(Source):
+    """A dask array of dense or sparse chunks, as in an AnnData that was read lazily.
+
+    Parameters
+    ----------
+    array
+        (cells, genes).
+    name
+        Name of the matrix in errors.
+
+    Raises
+    ------
+    DataError
+        If it is no matrix, or has no cells or genes.
+    """
+
+    def __init__(self, array: Any, name: str) -> None:
+        _require_matrix(array, name)
+        super().__init__(tuple(array.shape), array.dtype, "lazy")
+        self.array, self.name = array, name
+
+    def __getitem__(self, rows: np.ndarray) -> Matrix:
+        return in_file_order(lambda wanted: canonical(self.array[wanted], self.name), rows, self)
 
 
 class Collection(Source):
@@ -101,6 +126,12 @@ class Collection(Source):
 
     def __init__(self, collection: Any, layer: str | None, name: str) -> None:
         self.collection, self.layer, self.name = collection, layer, name
+        for adata in collection.adatas:
+            if layer is not None and layer not in adata.layers:
+                raise SchemaError(f"a part of the collection has no layer {layer!r}; it has {list(adata.layers)}.")
+            require_whole(adata.X if layer is None else adata.layers[layer], name)
+        if len(collection.adatas) > 1:
+            warn_of_numbered_genes(*(adata.var_names for adata in collection.adatas))
         first = self._read(slice(0, 1))
         super().__init__(collection.shape, first.dtype, "collected")
 
@@ -110,6 +141,11 @@ class Collection(Source):
     def _read(self, rows: np.ndarray | slice) -> Matrix:
         view = self.collection[rows]
         return canonical(view.X if self.layer is None else view.layers[self.layer], self.name)
+
+
+def _require_matrix(matrix: Any, name: str) -> None:
+    if len(matrix.shape) != 2 or 0 in matrix.shape:
+        raise DataError(f"{name} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}.")
 
 
 def in_file_order(read: Callable[[np.ndarray | slice], Matrix], rows: np.ndarray, source: Source) -> Matrix:

@@ -7,9 +7,22 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.utils.checks import warn
 
 MOST_FLOAT_LEVELS = 20
-"""A batch column of floats with more levels than this is refused: it is probably a continuous covariate."""
+"""A batch column of numbers with decimals and more levels than this is refused: it is probably continuous."""
+
+MOST_INTEGER_LEVELS = 100
+"""A batch column of integers with more levels than this raises a warning: it may count something."""
+
+FEW_CELLS = 2
+"""A batch of so few cells raises a warning."""
+
+LARGEST_NUMBER = 1e100
+"""A covariate above this is refused: its variance may overflow."""
+
+WORDS_FOR_MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "nat", "<na>"})
+"""What a missing value becomes when a column is turned into text; in lower case."""
 
 
 def categories(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
@@ -37,13 +50,50 @@ def categories(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
             "fill or drop them."
         )
     categorical = column.astype("category").cat.remove_unused_categories()
-    labels = [_label(level) for level in categorical.cat.categories]
-    if column.dtype.kind == "f" and len(labels) > MOST_FLOAT_LEVELS:
+    labels = [label_of(level) for level in categorical.cat.categories]
+    if len(labels) > MOST_FLOAT_LEVELS and (column.dtype.kind == "f" or _have_decimals(labels)):
         raise DataError(
             f"batch column {name!r} holds floats with {len(labels)} levels. If it is continuous, pass "
-            f"covariates=[{name!r}]; if it does name batches, turn it into strings."
+            f"covariates=[{name!r}]; if it does name batches, turn it into other words."
         )
     return labels, categorical.cat.codes.to_numpy()
+
+
+def warn_of_batches(obs: pd.DataFrame, name: str) -> None:
+    """Warn of what can serve as a batch, but is mostly a slip: very small batches, measurements, words for missing.
+
+    Warns
+    -----
+    UserWarning
+        Once for each kind of slip; names the column and the batches.
+    """
+    labels, codes = categories(obs, name)
+    sizes = pd.Series(codes).map(dict(enumerate(labels))).value_counts()
+    missing = words_for_missing(sizes.index)
+    if missing:
+        warn(
+            f"batch column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values are "
+            "written in text; these cells count as a batch of their own. Name their batch or leave them out."
+        )
+    if len(labels) > len(sizes):
+        warn(f"batch column {name!r} holds the same batches as numbers and as text, such as 1 and '1': taken as one.")
+    if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
+        warn(
+            f"batch column {name!r} holds integers with {len(sizes)} levels, each a batch. If it is a measurement, "
+            f"pass covariates=[{name!r}]."
+        )
+    few = sizes[sizes <= FEW_CELLS]
+    if len(few):
+        warn(
+            f"{len(few)} of the {len(sizes)} batches in column {name!r} have 1 or 2 cells, too few to learn from: "
+            f"{quoted(list(few.index))}. If this is no column of batches, choose another; otherwise join or leave out "
+            "such batches."
+        )
+
+
+def words_for_missing(labels: Sequence[Any] | pd.Index) -> list[Any]:
+    """Labels that are words for a missing value, such as "nan", which ``astype(str)`` makes of it."""
+    return [label for label in labels if isinstance(label, str) and label.strip().lower() in WORDS_FOR_MISSING]
 
 
 def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
@@ -57,15 +107,23 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
         If it is not numeric, or a value is NaN or infinite.
     """
     column = _column(obs, name)
-    levels = column.dtype.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    if _holds_categories(column):
+        raise DataError(
+            f"covariate column {name!r} must be numeric; its type is {column.dtype}, and text and categories are no "
+            "measurements, even if they are digits, as the numbers of clusters are. Pass categories as batch=; two "
+            "columns of them, joined into one: obs['a'].astype(str) + '_' + obs['b'].astype(str). For a measurement "
+            f"that was read as text, obs[{name!r}].astype(float)."
+        )
     try:
-        if levels.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and turn dates into nanoseconds
+        if column.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and turn dates into nanoseconds
             raise TypeError
         values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"covariate column {name!r} must be numeric; its type is {column.dtype}. Pass categories as batch=."
         ) from error
+    if (np.abs(values) > LARGEST_NUMBER).any() and np.isfinite(values).all():
+        raise DataError(f"covariate column {name!r} holds values too large to be standardised; rescale it.")
     wrong = ~np.isfinite(values)
     if wrong.any():
         raise DataError(
@@ -105,6 +163,29 @@ def _first(obs: pd.DataFrame, mask: np.ndarray) -> str:
     return repr(str(obs.index[int(mask.argmax())]))
 
 
-def _label(level: Any) -> str:
+def label_of(level: Any) -> str:
     """Name of a category; 1.0 is named 1, because a missing value turns a column of integers into floats."""
     return str(int(level)) if isinstance(level, float | np.floating) and float(level).is_integer() else str(level)
+
+
+def _holds_categories(column: pd.Series) -> bool:
+    """Whether values are text or categories, whatever is written in them."""
+    if isinstance(column.dtype, pd.CategoricalDtype | pd.StringDtype):
+        return True
+    return pd.api.types.is_object_dtype(column) and any(isinstance(value, str | bytes) for value in column)
+
+
+def _have_decimals(labels: Sequence[str]) -> bool:
+    """Whether all labels are numbers and some are no integers."""
+    return all(map(_is_number, labels)) and not all(map(_is_integer, labels))
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return np.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _is_integer(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()

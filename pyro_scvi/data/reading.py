@@ -1,17 +1,20 @@
 """Reading an AnnData or a bare matrix: validated counts, covariates and schema."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+from anndata import AnnData, Raw
 
-from pyro_scvi.data.count_checks import check_counts
-from pyro_scvi.data.counts import Counts, canonical, cell_totals, expressed_genes
-from pyro_scvi.data.lazy_counts import Backed, Collection, genes_of
+from pyro_scvi.data.compressed import require_whole
+from pyro_scvi.data.count_checks import check_counts, warn_of_features
+from pyro_scvi.data.counts import Counts, canonical, cell_totals, expressed_genes, is_chunked, largest_exact
+from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
+from pyro_scvi.data.names import labelled, names_in, positions_of
 from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
 from pyro_scvi.errors import DataError, SchemaError
@@ -31,30 +34,46 @@ class Table(NamedTuple):
     obs: pd.DataFrame  # one row per cell, indexed by cell name
     source: str  # name of the counts in errors
     hint: str  # where raw counts may be instead
-    layer: str | None
+    place: Place = Place()
+    exact: float = np.inf  # up to which the type in which the counts came holds every integer
+    var: pd.DataFrame | None = None  # annotations of the genes, if there are any
 
 
-def table_of_anndata(adata: AnnData, layer: str | None) -> Table:
-    """Take the counts of ``X`` or of a layer."""
-    if not isinstance(adata, AnnData):
-        raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
-    names = layer_names(adata)
-    layers = ", ".join(map(repr, names)) or "none"
-    if layer is not None and (not isinstance(layer, str) or layer not in names):
-        raise SchemaError(
-            f"there is no layer {layer!r}; the layers are: {layers}. If X holds the raw counts, "
-            f"adata.layers[{layer!r}] = adata.X.copy() gives them that name."
-        )
-    hint = f"Pass layer= with raw counts (layers: {layers})."
-    if adata.raw is not None:
-        hint += " There is adata.raw, too: if it holds the raw counts, pass adata.raw.to_adata()."
-    source = "X" if layer is None else f"layer {layer!r}"
-    matrix = _matrix(adata, layer, source)
+def table_of_anndata(adata: AnnData, place: Place) -> Table:
+    """Take the counts of ``X``, of a layer or of ``raw``."""
+    _require_anndata(adata)
+    _require_place(adata, place)
+    hint = _hint(adata, place)
+    if adata.is_view:  # what is broken in the whole matrix does not show in some of its rows
+        require_whole(_matrix(adata._adata_ref, place), place.name)
+    matrix = _matrix(adata, place)
     if matrix is None:
-        raise DataError(f"{source} is None: there are no counts to read. {hint}")
-    return Table(
-        canonical(matrix, source), pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer
-    )
+        raise DataError(f"{place.name} is None: there are no counts to read. {hint}")
+    counts = canonical(matrix, place.name)
+    var = _var(adata, place)
+    return Table(counts, _texts(var.index), _obs(adata), place.name, hint, place, largest_exact(matrix.dtype), var)
+
+
+def _require_place(adata: AnnData, place: Place) -> None:
+    if place.layer is not None and (not isinstance(place.layer, str) or place.layer not in layer_names(adata)):
+        raise SchemaError(
+            f"there is no layer {place.layer!r}; the layers are: {_listed(adata)}. If X holds the raw counts, "
+            f"adata.layers[{place.layer!r}] = adata.X.copy() gives them that name."
+        )
+    if place.raw and adata.raw is None:
+        raise SchemaError(
+            f"there is no adata.raw to read; the layers are: {_listed(adata)}. If X holds the raw counts, adata.raw = "
+            "adata gives them that name."
+        )
+
+
+def _hint(adata: AnnData, place: Place) -> str:
+    """Where raw counts may be instead, for messages."""
+    return hint_of(_listed(adata), adata.raw is not None and not place.raw)
+
+
+def _listed(adata: AnnData) -> str:
+    return ", ".join(map(repr, layer_names(adata))) or "none"
 
 
 def layer_names(adata: AnnData) -> list[str]:
@@ -62,55 +81,130 @@ def layer_names(adata: AnnData) -> list[str]:
     return [name for name in adata.layers if name is not None]
 
 
-def _matrix(adata: AnnData, layer: str | None, source: str) -> Any:
-    try:
-        return adata.X if layer is None else adata.layers[layer]
-    except Exception as error:  # what anndata, h5py and SciPy raise for a closed file, or a view that they cannot read
-        raise DataError(f"{source} cannot be read: {error}; is its file open? adata.to_memory() may help.") from error
-
-
-def table_in_place(adata: Any, layer: str | None) -> Table:
-    """Leave the counts of a backed AnnData or of an AnnCollection where they are."""
-    source, hint = ("X" if layer is None else f"layer {layer!r}"), "Pass raw counts."
+def _require_anndata(adata: Any) -> None:
     if isinstance(adata, AnnData):
-        if layer is not None or adata.is_view:
-            raise DataError(
-                "backed=True reads X of a whole file: anndata loads layers and views into memory. Use Cells.take for "
-                "some of the cells, and ps.stores.build(file, path, layer=...) for a layer."
-            )
-        return Table(
-            Backed(adata.X, source), pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer
+        return
+    parts = getattr(adata, "mod", None)  # MuData holds an AnnData for each modality
+    if isinstance(parts, Mapping) and parts:
+        raise DataError(
+            f"from_anndata takes an AnnData, got {type(adata).__name__} with {quoted(list(parts))}; pass the one that "
+            f"holds the counts of genes, such as mdata[{first_of(list(parts))!r}]."
         )
+    if isinstance(adata, Raw):
+        raise DataError("from_anndata takes an AnnData, got its raw; pass the AnnData itself with raw=True.")
+    raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
+
+
+def _matrix(adata: AnnData, place: Place) -> Any:
+    try:
+        if place.raw:
+            return None if adata.raw is None else adata.raw.X
+        return adata.X if place.layer is None else adata.layers[place.layer]
+    except Exception as error:  # what anndata, h5py and SciPy raise for a closed file, or a view that they cannot read
+        raise DataError(
+            f"{place.name} cannot be read: {error}; is its file open? adata.to_memory() may help."
+        ) from error
+
+
+def _obs(adata: Any) -> pd.DataFrame:
+    """Annotations of the cells; those of a lazily read AnnData are read now."""
+    return adata.obs.copy() if isinstance(adata.obs, pd.DataFrame) else adata.obs.to_memory()
+
+
+def _var(adata: AnnData, place: Place) -> pd.DataFrame:
+    var = adata.raw.var if place.raw else adata.var
+    return var if isinstance(var, pd.DataFrame) else var.to_memory()
+
+
+def _texts(names: Iterable[Any]) -> pd.Index:
+    return pd.Index([str(name) for name in names])
+
+
+def table_in_place(adata: Any, place: Place) -> Table:
+    """Leave the counts of a backed or lazily read AnnData, or of an AnnCollection, where they are."""
+    if isinstance(adata, AnnData):
+        return _table_of_anndata_in_place(adata, place)
     from anndata.experimental import AnnCollection
 
     if not isinstance(adata, AnnCollection):
         raise DataError(f"backed=True takes a backed AnnData or an AnnCollection, got {type(adata).__name__}.")
-    counts = Collection(adata, layer, source)
-    return Table(counts, pd.Index(list(map(str, adata.var_names))), adata.obs.copy(), source, hint, layer)
+    if place.raw:
+        raise DataError("an AnnCollection has no raw; pass one of adata.raw.to_adata() for each of its parts.")
+    collection = Collection(adata, place.layer, place.name)
+    return Table(collection, _texts(adata.var_names), adata.obs.copy(), place.name, "Pass raw counts.", place)
+
+
+def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
+    _require_place(adata, place)
+    lazy = not adata.isbacked and is_chunked(_matrix(adata, place))
+    if not lazy and (place.layer is not None or adata.is_view):
+        raise DataError(
+            "backed=True reads X or raw of a whole file: anndata loads layers and views into memory. Use Cells.take "
+            "for some of the cells, and ps.stores.build(file, path, layer=...) for a layer."
+        )
+    matrix, var = _matrix(adata, place), _var(adata, place)
+    counts = Chunked(matrix, place.name) if lazy else Backed(matrix, place.name)
+    exact, hint = largest_exact(counts.dtype), _hint(adata, place)
+    return Table(counts, _texts(var.index), _obs(adata), place.name, hint, place, exact, var)
 
 
 def table_of_store(path: str | Path, verify: bool) -> Table:
     """Take the counts of a store, which were validated when it was built."""
     store = CountStore(path, verify=verify)
-    annotations = store.annotations()
-    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", store.schema.plan["layer"])
+    annotations, plan = store.annotations(), store.schema.plan
+    place = Place(plan["layer"], plan.get("raw", False))
+    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", place)
 
 
 def table_of_matrix(
     matrix: Any, gene_names: Sequence[str] | None, cell_names: Sequence[str] | None, obs: pd.DataFrame | None
 ) -> Table:
-    """Take a matrix; names that are not given are numbered."""
+    """Take a matrix; names that are neither given nor those of a DataFrame are numbered."""
+    if isinstance(matrix, AnnData):
+        raise DataError("from_counts takes a matrix, got an AnnData, which from_anndata reads.")
     if obs is not None and not isinstance(obs, pd.DataFrame):
         raise DataError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
+    matrix, rows, columns = labelled(matrix)
     counts = canonical(matrix, "counts")
     n_cells, n_genes = counts.shape
-    genes = pd.Index(_checked_names(gene_names, "gene", n_genes))
-    obs = pd.DataFrame(index=pd.Index(_checked_names(cell_names, "cell", n_cells))) if obs is None else obs.copy()
+    genes = _agreed(_checked_names(gene_names, "gene", n_genes), names_in(columns), "gene")
+    cells = _agreed(_checked_names(cell_names, "cell", n_cells), names_in(rows), "cell")
+    if genes is None:
+        genes = pd.Index([f"gene_{i}" for i in range(n_genes)])
+    exact = largest_exact(matrix.dtype) if hasattr(matrix, "dtype") else np.inf
+    return Table(counts, genes, _obs_of(obs, cells, rows, counts.shape), "counts", "Pass the raw counts.", exact=exact)
+
+
+def _obs_of(
+    obs: pd.DataFrame | None, cells: pd.Index | None, numbers: pd.Index | None, shape: tuple[int, int]
+) -> pd.DataFrame:
+    """Annotations in the order of the cells, under their names; of cells without names, by the numbers they have."""
+    n_cells, n_genes = shape
+    if obs is None:
+        return pd.DataFrame(index=pd.Index([f"cell_{i}" for i in range(n_cells)]) if cells is None else cells)
     if len(obs) != n_cells:
-        raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.")
-    if cell_names is not None:
-        obs.index = pd.Index(_checked_names(cell_names, "cell", n_cells))
-    return Table(counts, genes, obs, "counts", "Pass the raw counts.", None)
+        turned = " Are cells and genes swapped in the counts?" if len(obs) == n_genes else ""
+        raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.{turned}")
+    known = numbers if cells is None else cells
+    ordered = obs.copy() if known is None else obs.iloc[positions_of(known, obs.index, "obs")].copy()
+    ordered.index = ordered.index if cells is None else cells
+    return ordered
+
+
+def _agreed(given: pd.Index | None, own: pd.Index | None, kind: str) -> pd.Index | None:
+    """The names that were passed, or those of the matrix.
+
+    Raises
+    ------
+    DataError
+        If there are both, and they differ.
+    """
+    if given is not None and own is not None and not given.equals(own):
+        raise DataError(
+            f"{kind}_names are {quoted(given, 3)}, but the counts name their {kind}s {quoted(own, 3)}. Leave "
+            f"{kind}_names out, or pass the counts without names, as .to_numpy() gives them."
+        )
+    return own if given is None else given
 
 
 def read(
@@ -137,12 +231,21 @@ def read(
     _check_names(table)
     counts, genes, learning = table.counts, table.genes, schema is None
     if schema is None:
-        schema = Schema.learn(genes, table.obs, table.layer, batch, covariates)
+        warn_of_features(table.var)
+        schema = Schema.learn(genes, table.obs, table.place, batch, covariates)
     else:
         schema.check_columns(batch, covariates)
         counts = genes_of(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
         genes = pd.Index(schema.gene_names)
-    counts = check_counts(counts, genes, table.obs.index, table.source, table.hint, allow_non_integer=allow_non_integer)
+    counts = check_counts(
+        counts,
+        genes,
+        table.obs.index,
+        table.source,
+        table.hint,
+        allow_non_integer=allow_non_integer,
+        exact=table.exact,
+    )
     _warn_of_zeros("cell", table.obs.index[cell_totals(counts) == 0])
     if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
@@ -169,12 +272,12 @@ def _warn_of_zeros(kind: str, names: pd.Index) -> None:
         warn(f"{subject} no counts: {quoted(names)}. {_OF_ZEROS[kind]}")
 
 
-def _checked_names(names: Any, kind: str, n: int) -> list[str]:
+def _checked_names(names: Any, kind: str, n: int) -> pd.Index | None:
     if names is None:
-        return [f"{kind}_{i}" for i in range(n)]
+        return None
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise DataError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
     names = list(names)
     if len(names) != n:
         raise DataError(f"there are {len(names)} {kind} names for {n} {kind}s.")
-    return [str(name) for name in names]
+    return _texts(names)

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.data.obs_columns import categories, numbers, quoted
+from pyro_scvi.data.names import warn_of_numbered_genes
+from pyro_scvi.data.obs_columns import categories, label_of, numbers, quoted, warn_of_batches
+from pyro_scvi.data.places import Place
+from pyro_scvi.data.scales import require_near, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
@@ -33,6 +36,8 @@ class Schema:
         Names of the continuous columns of ``obs``, in the order of the columns after the batches.
     means, sds
         (continuous covariates,): mean and standard deviation of each, in the column's own unit.
+    raw
+        Whether the counts are those of ``adata.raw``.
 
     Examples
     --------
@@ -50,13 +55,14 @@ class Schema:
     covariates: tuple[str, ...] = ()
     means: tuple[float, ...] = ()
     sds: tuple[float, ...] = ()
+    raw: bool = False
 
     @classmethod
     def learn(
         cls,
         gene_names: Sequence[str] | pd.Index,
         obs: pd.DataFrame,
-        layer: str | None,
+        place: Place,
         batch: str | None,
         covariates: Sequence[str],
     ) -> "Schema":
@@ -67,7 +73,13 @@ class Schema:
         SchemaError
             If a column does not exist.
         DataError
-            If a batch is missing or looks continuous, or a covariate is missing, not numeric or constant.
+            If a batch is missing or looks continuous, or a covariate is missing, not numeric, constant or has values
+            that are implausibly far from the others.
+
+        Warns
+        -----
+        UserWarning
+            If the batch column is mostly a slip, see :func:`warn_of_batches`.
         """
         names = _listed(covariates)
         for name in (batch, *names):
@@ -79,9 +91,13 @@ class Schema:
         for name, value in zip(names, values, strict=True):
             if not value.std() > 1e-10 * abs(value.mean()):  # the rounding error of a constant column is below this
                 raise DataError(f"covariate column {name!r} is constant ({value[0]:g}); leave it out of covariates.")
+            require_near(name, value, value.mean(), value.std(), obs.index)
+        if batch is not None:
+            warn_of_batches(obs, batch)
         return cls(
             gene_names=tuple(map(str, gene_names)),
-            layer=layer,
+            layer=place.layer,
+            raw=place.raw,
             batch=batch,
             batches=() if batch is None else tuple(dict.fromkeys(categories(obs, batch)[0])),
             covariates=names,
@@ -92,9 +108,15 @@ class Schema:
     def __repr__(self) -> str:
         parts = [f"genes: {quoted(self.gene_names, 3)}"]
         parts += [f"layer: {self.layer!r}"] if self.layer else []
+        parts += ["raw"] if self.raw else []
         parts += [f"batch: {self.batch!r} of {quoted(self.batches, 3)}"] if self.batch else []
         parts += [f"covariates: {quoted(self.covariates)}"] if self.covariates else []
         return f"Schema({'; '.join(parts)})"
+
+    @property
+    def place(self) -> Place:
+        """Where the counts of an AnnData are."""
+        return Place(self.layer, self.raw)
 
     @property
     def n_genes(self) -> int:
@@ -113,7 +135,8 @@ class Schema:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, strings and numbers, as JSON takes them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return values if self.raw else {key: values[key] for key in values if key != "raw"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schema":
@@ -125,7 +148,7 @@ class Schema:
             If keys are unknown or missing, or lengths disagree.
         """
         expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
+        if {*values, "raw"} != expected:  # schemas without it are of counts in X or a layer
             raise SchemaError(f"a schema has the keys {sorted(expected)}; got {sorted(values)}.")
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
@@ -136,7 +159,7 @@ class Schema:
         return schema
 
     def check_columns(self, batch: str | None, covariates: Sequence[str]) -> None:
-        """Refuse columns other than the schema's own, which None and () stand for.
+        """Refuse columns other than the schema's own, in any order, which None and () stand for.
 
         Raises
         ------
@@ -144,7 +167,8 @@ class Schema:
             If another column is named.
         """
         names = _listed(covariates)
-        if batch not in (None, self.batch) or names not in ((), self.covariates):
+        known = not names or sorted(names, key=str) == sorted(self.covariates)
+        if batch not in (None, self.batch) or not known:
             raise SchemaError(
                 f"the schema has batch {self.batch!r} and covariates {self.covariates}, got {batch!r} and {names}; "
                 "leave both out, and rename the columns of obs if they have other names."
@@ -169,6 +193,11 @@ class Schema:
         ------
         SchemaError
             If no gene matches, or some are missing and ``fill_missing`` is False.
+
+        Warns
+        -----
+        UserWarning
+            If genes are filled in, or match only because both sides number them.
         """
         wanted = pd.Index(self.gene_names)
         positions = query.get_indexer(wanted)
@@ -187,6 +216,7 @@ class Schema:
         if len(missing):
             text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}."
             warn(text)
+        warn_of_numbered_genes(wanted, query)
         if len(query) > n_matched:
             extra = query.difference(wanted, sort=False)
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
@@ -200,17 +230,25 @@ class Schema:
         SchemaError
             If a column does not exist, or a batch is not one of the schema's.
         DataError
-            If a value is missing or not numeric.
+            If a value is missing, not numeric or implausibly far from those of the training cells.
+
+        Warns
+        -----
+        UserWarning
+            If a covariate looks as if it were in another unit.
         """
         encoded = np.empty((len(obs), self.n_covariates), dtype=np.float32)
         if self.batch is not None:
             encoded[:, : self.n_batches] = self._one_hot(obs, self.batch)
         for i, name in enumerate(self.covariates):
-            encoded[:, self.n_batches + i] = (numbers(obs, name) - self.means[i]) / self.sds[i]
+            value, mean, sd = numbers(obs, name), self.means[i], self.sds[i]
+            require_near(name, value, mean, sd, obs.index)
+            warn_of_units(name, value, mean, sd)
+            encoded[:, self.n_batches + i] = (value - mean) / sd
         return encoded
 
-    def batch_position(self, name: str) -> int:
-        """Column of a batch among the one-hot columns.
+    def batch_position(self, name: Hashable) -> int:
+        """Column of a batch among the one-hot columns; the batch of a column of numbers may be named by its number.
 
         Raises
         ------
@@ -219,6 +257,7 @@ class Schema:
         """
         if self.batch is None:
             raise SchemaError(f"there is no batch {name!r}: these cells were made without batch=.")
+        name = label_of(name)
         if name not in self.batches:
             raise SchemaError(f"column {self.batch!r} has no batch {name!r}; its batches are {quoted(self.batches)}.")
         return self.batches.index(name)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
+from pyro_scvi.data.names import as_series, is_shuffled_numbering, positions_of
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
 from pyro_scvi.utils.checks import require_seed, warn
@@ -26,6 +28,8 @@ UMAP, PCA = "UMAP", "PCA"
 class Projection(NamedTuple):
     """Cells in two dimensions, (cells, 2), and the method used, which names the axes.
 
+    The coordinates are a DataFrame by cell name if the embedding was one.
+
     Examples
     --------
     >>> placed = ps.plots.Projection(np.zeros((60, 2)), "UMAP")
@@ -33,11 +37,11 @@ class Projection(NamedTuple):
     'UMAP 1'
     """
 
-    coordinates: np.ndarray
+    coordinates: np.ndarray | pd.DataFrame
     method: str
 
 
-def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
+def project(latent: np.ndarray | pd.DataFrame | xr.DataArray, *, seed: int = 0) -> Projection:
     """Reduce an embedding (cells, latents) to two dimensions by UMAP, or return it if it has two.
 
     Principal components are used if umap-learn (a dependency of scanpy) is missing or fails, or if there are fewer
@@ -46,7 +50,7 @@ def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
     Parameters
     ----------
     latent
-        (cells, latents).
+        (cells, latents); a DataFrame or DataArray keeps the names of its cells.
     seed
         Of UMAP.
 
@@ -68,20 +72,32 @@ def project(latent: np.ndarray, *, seed: int = 0) -> Projection:
     ('coordinates', 'method')
     """
     require_seed(seed)
-    latent = np.asarray(latent)
+    names = _names_of(latent)
+    method, coordinates = _projected(np.asarray(latent), seed)
+    return Projection(coordinates if names is None else pd.DataFrame(coordinates, index=names), method)
+
+
+def _projected(latent: np.ndarray, seed: int) -> tuple[str, np.ndarray]:
     if latent.ndim != 2 or not latent.size or latent.dtype.kind not in "iuf" or not np.isfinite(latent).all():
         raise DataError(
             "an embedding must be a finite matrix (cells, latents), as ps.embed(fit, cells) gives it; got shape "
             f"{latent.shape} of {latent.dtype}"
         )
     if latent.shape[1] == 2:
-        return Projection(latent, "latent")
+        return "latent", latent
     coordinates = _umap(latent, seed) if len(latent) >= 30 else None
-    return Projection(_pca(latent), PCA) if coordinates is None else Projection(coordinates, UMAP)
+    return (PCA, _pca(latent)) if coordinates is None else (UMAP, coordinates)
+
+
+def _names_of(values: Any) -> pd.Index | None:
+    """Names of the cells of an embedding, if it has any."""
+    if isinstance(values, xr.DataArray):
+        return values.indexes.get(values.dims[0])
+    return values.index if isinstance(values, pd.DataFrame) else None
 
 
 def embedding(
-    latent: np.ndarray | Projection,
+    latent: np.ndarray | pd.DataFrame | xr.DataArray | Projection,
     labels: Sequence[Any] | np.ndarray | pd.Series | None = None,
     ax: Axes | None = None,
     *,
@@ -94,7 +110,8 @@ def embedding(
     latent
         (cells, latents), or the result of :func:`project`.
     labels
-        (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey.
+        (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey. Where both
+        have names of cells, as a Series and a DataFrame or DataArray have, they are matched by name.
     ax
         Axes to draw into; None: axes of a new pyplot figure.
     seed
@@ -108,7 +125,7 @@ def embedding(
     Raises
     ------
     DataError
-        If there is not one label per cell, or ``latent`` is no finite matrix.
+        If there is not one label per cell, labels are of other cells, or ``latent`` is no finite matrix.
     ModelError
         If the seed is no integer of 0 or more, or ``ax`` are no axes.
 
@@ -119,10 +136,9 @@ def embedding(
     ('latent 1', 'latent 2')
     """
     require_seed(seed)
-    points, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
-    values = None if labels is None else pd.Series(labels).reset_index(drop=True)
-    if values is not None and len(values) != len(points):
-        raise DataError(f"labels must have one value for each of the {len(points)} cells, got {len(values)}")
+    placed, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
+    values = None if labels is None else _of_cells(labels, _names_of(placed), len(placed))
+    points = np.asarray(placed)
     ax = given_or_new(ax, (6.4, 4.4))
     # A fixed random order: no category lies on top of another because it comes later.
     order = np.random.default_rng(seed).permutation(len(points))
@@ -141,6 +157,19 @@ def embedding(
     ax.set_aspect("equal", "datalim")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _of_cells(labels: Any, names: pd.Index | None, n_cells: int) -> pd.Series:
+    """Labels in the order of the cells: by name if both have names."""
+    given = as_series(labels)
+    values = given if isinstance(given, pd.Series) else pd.Series(given)
+    if names is None:  # an array has no names; rows that were renumbered are seen nevertheless
+        names = pd.RangeIndex(n_cells) if is_shuffled_numbering(values.index) else values.index
+    elif values is not given:
+        names = values.index
+    if len(names) != n_cells or len(values) < n_cells:
+        raise DataError(f"labels must have one value for each of the {n_cells} cells, got {len(values)}")
+    return values.iloc[positions_of(names, values.index, "labels")].reset_index(drop=True)
 
 
 def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:

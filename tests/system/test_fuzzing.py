@@ -216,6 +216,8 @@ def usable_batch(column):
 def as_numbers(column):
     """A covariate as floats, or None where it is none: by Python's own float of every value."""
     values = column.tolist()
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return None
     if column.isna().any() or any(isinstance(v, str | bytes | complex | tuple | pd.Timestamp) for v in values):
         return None
     floats = np.array([float(value) for value in values])
@@ -296,6 +298,12 @@ def check_embedding(example):
         np.testing.assert_allclose(latent, ps.embed(known_fit(), twin), rtol=1e-5, atol=1e-6)
 
 
+def differential_expression(cells, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "groupby holds '", UserWarning)  # words for missing values
+        return ps.differential_expression(known_fit(), cells, **options)
+
+
 def check_differential_expression(example):
     found = query(example)
     if found is None:
@@ -306,7 +314,7 @@ def check_differential_expression(example):
     options = {"largest_se": 1.0, "most_pairs": 64}
     groups = {"group_a": known[0], "group_b": known[1]} if len(known) > 1 else {"group_a": known[0] if known else "x"}
     try:
-        table = ps.differential_expression(known_fit(), cells, groupby="kind", **groups, **options)
+        table = differential_expression(cells, groupby="kind", **groups, **options)
     except PyroScviError:
         assert not known or len(set(map(str, labels))) == 1
         return
@@ -315,7 +323,7 @@ def check_differential_expression(example):
     in_a = np.array([not pd.isna(label) and label == groups["group_a"] for label in labels])
     np.testing.assert_allclose(table.mean_a, x[in_a].mean(0), rtol=1e-5)
     twin = ps.Cells.from_counts(x.astype(np.float32), gene_names=FITTED_GENES)
-    other = ps.differential_expression(known_fit(), twin, groupby=labels, **groups, **options)
+    other = differential_expression(twin, groupby=labels, **groups, **options)
     np.testing.assert_allclose(table, other, rtol=1e-4, atol=1e-5)
 
 

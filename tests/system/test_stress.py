@@ -156,12 +156,14 @@ def test_few_and_many_latents(n_latent):
 
 
 @pytest.mark.parametrize("levels", [1, N])
+@pytest.mark.filterwarnings("ignore:.*(have 1 or 2 cells|are held out):UserWarning")
 def test_one_batch_and_a_batch_for_every_cell(levels):
     cells = cells_of(plain(), [f"donor {i % levels}" for i in range(N)])
     assert cells.n_covariates == levels
     check(fit_of(cells), cells)
 
 
+@pytest.mark.filterwarnings("ignore:.*(have 1 or 2 cells|are held out):UserWarning")
 def test_500_batches():
     counts = simulated_counts(1000, 5)
     cells = cells_of(counts, [f"donor {i % 500}" for i in range(1000)])

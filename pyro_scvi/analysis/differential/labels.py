@@ -6,34 +6,53 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.names import as_series, positions_of
+from pyro_scvi.data.obs_columns import quoted, words_for_missing
 from pyro_scvi.errors import DataError
+from pyro_scvi.utils.checks import warn
 
 
-def labels_of(cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray) -> np.ndarray:
+def labels_of(cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray | pd.Series) -> np.ndarray:
     """One label per cell, (cells,) of objects; NaN where a label is missing.
+
+    A Series is matched by the names of the cells, whatever its order, and may have further rows.
 
     Raises
     ------
     DataError
-        For an unknown column, labels that are not one per cell, or labels that cannot be compared.
+        For an unknown column, labels that are not one per cell or of other cells, or labels that cannot be compared.
+
+    Warns
+    -----
+    UserWarning
+        If a label is a word for a missing value, such as "nan".
     """
     if isinstance(groupby, str):
         if groupby not in cells.obs:
             raise DataError(
                 f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}; name one of them, or "
-                "pass one value per cell"
+                f"pass one value per cell, such as adata.obs[{groupby!r}] for a column that is newer than the cells"
             )
         labels = cells.obs[groupby].to_numpy(dtype=object)
     else:
-        labels = _as_objects(groupby)
+        labels = _as_objects(cells, groupby)
     if labels.shape != (cells.n_cells,):
         raise DataError(f"groupby must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
     if not all(isinstance(label, Hashable) for label in labels):
         raise DataError("groupby must hold words, numbers or other labels that can be compared; some are lists")
+    if missing := words_for_missing(list(pd.unique(labels))):
+        warn(
+            f"groupby holds {quoted(missing)}, as missing values are written in text: these cells count as a group of "
+            "their own; replace the word by None to leave them out."
+        )
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA cannot be compared: it has no truth value
 
 
-def _as_objects(groupby: Sequence[Hashable] | np.ndarray) -> np.ndarray:
+def _as_objects(cells: Cells, groupby: Sequence[Hashable] | np.ndarray | pd.Series) -> np.ndarray:
+    values = as_series(groupby)
+    if isinstance(values, pd.Series):
+        rows = positions_of(cells.cell_names, values.index, "groupby")
+        return values.iloc[rows].to_numpy(dtype=object)
     if not isinstance(groupby, list | tuple):
         return np.asarray(groupby, dtype=object)
     return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix

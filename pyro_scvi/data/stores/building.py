@@ -17,8 +17,18 @@ from anndata import AnnData
 from anndata.io import write_elem
 from scipy import sparse
 
-from pyro_scvi.data.count_checks import Check
-from pyro_scvi.data.counts import Matrix, block_slices, cell_totals, cells_by_gene, select_genes, smallest_type
+from pyro_scvi.data.count_checks import Check, warn_of_features
+from pyro_scvi.data.counts import (
+    Matrix,
+    block_slices,
+    cell_totals,
+    cells_by_gene,
+    largest_exact,
+    select_genes,
+    smallest_type,
+)
+from pyro_scvi.data.names import warn_of_numbered_genes
+from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.stores.inputs import (
     Input,
     check_names,
@@ -59,6 +69,7 @@ def build(
     path: str | Path,
     *,
     layer: str | None = None,
+    raw: bool = False,
     genes: Sequence[str] | None = None,
     label: str | None = None,
     index_unique: str | None = None,
@@ -79,6 +90,8 @@ def build(
         The folder to write.
     layer
         Layer with the raw counts; None for ``X``.
+    raw
+        Read the counts and genes of ``raw``.
     genes
         The genes to keep, which every file must have; None for the genes of all files, in the order of the first.
     label
@@ -102,14 +115,15 @@ def build(
         has no gene in common with the others, or shares cell names with another; or if ``genes``, ``label`` or
         ``index_unique`` are no names.
     SchemaError
-        If a layer or gene does not exist.
+        If a layer, ``raw`` or a gene does not exist.
     StoreError
         If ``path`` holds something else or a broken store, or parts of another build lie beside it.
 
     Warns
     -----
     UserWarning
-        For an implausibly large count.
+        For counts that are implausibly large or were rounded by a type of 16 bits, features that are no genes, and
+        genes of several files that match by numbers only.
 
     Examples
     --------
@@ -121,9 +135,12 @@ def build(
     target = Path(path).expanduser().absolute()
     named = named_files(files)
     check_names(genes=genes, label=label, index_unique=index_unique)
+    place = chosen(layer, raw, Place())
     with ExitStack() as stack:
-        inputs = [stack.enter_context(opened(name, file, layer)) for name, file in named.items()]
+        inputs = [stack.enter_context(opened(name, file, place)) for name, file in named.items()]
         shared = common_genes(inputs, genes)
+        if len(inputs) > 1:
+            warn_of_numbered_genes(*(each.genes for each in inputs))
         obs = joined_obs(inputs, label, index_unique)
         plan = {
             "format": FORMAT,
@@ -134,6 +151,7 @@ def build(
             "index_unique": index_unique,
             "allow_non_integer": allow_non_integer,
         }
+        plan |= {"raw": True} if raw else {}  # plans of earlier versions know no other place than X and layers
         if target.exists():
             _require_built_by(plan, target)
         else:
@@ -209,7 +227,9 @@ def _parts(
     with progress_bar(len(cells), "cell", progress) as bar:
         first = 0
         for each in inputs:
-            check = Check(genes, each.counts.name, "Pass layer= with raw counts.", allow_non_integer)
+            exact = largest_exact(each.counts.dtype)
+            check = Check(genes, each.counts.name, each.hint, allow_non_integer, exact)
+            warn_of_features(each.var.loc[genes])
             for rows in block_slices(*each.counts.shape):
                 path = work / f"part-{len(parts):06d}.npz"
                 block = _reread(path, rows.stop - rows.start, len(genes))

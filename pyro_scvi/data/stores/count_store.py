@@ -65,9 +65,10 @@ class CountStore(Source):
         self.indptr = np.load(self.path / INDPTR, mmap_mode="r")
         self._indices, self._data = _Array(self.path / INDICES), _Array(self.path / DATA)
         totals, detected = np.load(self.path / TOTALS, mmap_mode="r"), np.load(self.path / DETECTED)
-        lengths = [len(self.indptr) - 1, len(totals), len(detected), self._indices.n, self._data.n, self.indptr[-1]]
+        lengths = [len(self.indptr) - 1, len(totals), len(detected), self._indices.n, self._data.n, detected.sum()]
         n_nonzero = self.schema.n_nonzero
-        if lengths != [n_cells, n_cells, n_genes, n_nonzero, n_nonzero, n_nonzero] or detected.sum() != n_nonzero:
+        ends = [self.indptr[0], self.indptr[-1]]
+        if lengths != [n_cells, n_cells, n_genes, n_nonzero, n_nonzero, n_nonzero] or ends != [0, n_nonzero]:
             raise StoreError(f"the arrays of {self.path} are not of the sizes in its schema; {rebuild(self.path)}")
         super().__init__(
             (n_cells, n_genes),

@@ -15,6 +15,7 @@ from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
+from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief
@@ -28,8 +29,14 @@ class Input(NamedTuple):
     name: str
     path: Path
     counts: Backed
-    genes: pd.Index
+    var: pd.DataFrame
     obs: pd.DataFrame
+    hint: str  # where raw counts may be instead
+
+    @property
+    def genes(self) -> pd.Index:
+        """Names of the genes."""
+        return self.var.index
 
 
 def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
@@ -65,30 +72,38 @@ def check_names(genes: Any, label: Any, index_unique: Any) -> None:
 
 
 @contextmanager
-def opened(name: str, path: Path, layer: str | None) -> Iterator[Input]:
+def opened(name: str, path: Path, place: Place) -> Iterator[Input]:
     """Open a .h5ad file or a zarr folder as anndata wrote it.
 
     Raises
     ------
     DataError
-        If it cannot be read, its counts are stored by genes, or a gene name occurs twice.
+        If it cannot be read, its counts are stored by genes or are a broken matrix, or a gene name occurs twice.
     SchemaError
-        If the layer does not exist.
+        If the layer or ``raw`` does not exist.
     """
     with _group(path) as group:
-        where, called = ("X", "X") if layer is None else (f"layers/{layer}", f"layer {layer!r}")
-        if where not in group:
-            layers = quoted(list(group["layers"])) if "layers" in group else "none"
-            raise SchemaError(f"{path} has no {called}; its layers are: {layers}.")
-        if missing := [name for name in ("obs", "var") if name not in group]:
-            raise DataError(f"{path} was not written by anndata: it has no {' and no '.join(missing)}.")
-        matrix = group[where]
+        _require_anndata(group, path)
+        layers = (quoted(list(group["layers"])) if "layers" in group else "") or "none"
+        has_raw = "raw" in group and "X" in group["raw"]
+        if place.path not in group:
+            raise SchemaError(f"{path} has no {place.name}; its layers are: {layers}.")
+        matrix = group[place.path]
         matrix = sparse_dataset(matrix) if "encoding-type" in matrix.attrs and hasattr(matrix, "keys") else matrix
-        genes = read_elem(group["var"]).index
-        doubled = genes[genes.duplicated()].unique()
+        var = read_elem(group["raw/var" if place.raw else "var"])
+        doubled = var.index[var.index.duplicated()].unique()
         if len(doubled):
             raise DataError(f"gene names must be unique; in {path}, {quoted(doubled)} occur more than once.")
-        yield Input(name, path, Backed(matrix, f"{called} of {path}"), genes, read_elem(group["obs"]))
+        counts = Backed(matrix, f"{place.name} of {path}")
+        if len(var) != counts.shape[1]:
+            raise DataError(f"{path} has counts of {counts.shape[1]} genes and {len(var)} names of genes.")
+        yield Input(name, path, counts, var, read_elem(group["obs"]), hint_of(layers, has_raw and not place.raw))
+
+
+def _require_anndata(group: Any, path: Path) -> None:
+    require_no_mudata(group, path)
+    if missing := [name for name in ("obs", "var") if name not in group]:
+        raise DataError(f"{path} was not written by anndata: it has no {' and no '.join(missing)}.")
 
 
 @contextmanager

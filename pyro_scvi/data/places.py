@@ -1,0 +1,71 @@
+"""Places of counts in an AnnData: X, a layer, or raw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyro_scvi.errors import DataError
+
+
+class Place(NamedTuple):
+    """Where the counts of an AnnData are: ``X`` by default, or a layer, or ``raw.X``."""
+
+    layer: str | None = None
+    raw: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the matrix in messages."""
+        if self.raw:
+            return "raw.X"
+        return "X" if self.layer is None else f"layer {self.layer!r}"
+
+    @property
+    def path(self) -> str:
+        """Where a file of anndata has the matrix."""
+        if self.raw:
+            return "raw/X"
+        return "X" if self.layer is None else f"layers/{self.layer}"
+
+
+def chosen(layer: str | None, raw: bool, default: Place) -> Place:
+    """The place that arguments name, else the default one.
+
+    Raises
+    ------
+    DataError
+        If they name two.
+    """
+    if not isinstance(raw, bool):
+        raise DataError(f"raw must be True or False, got {raw!r}.")
+    if raw and layer is not None:
+        raise DataError("the counts are in a layer or in adata.raw: pass layer= or raw=True, not both.")
+    return default if layer is None and not raw else Place(layer, raw)
+
+
+def require_no_mudata(group: Any, path: Path) -> None:
+    """Refuse an open file of several AnnData.
+
+    Raises
+    ------
+    DataError
+        If it is one; names what it holds.
+    """
+    if "mod" in group and len(group["mod"]):
+        raise DataError(
+            f"{path} holds MuData ({', '.join(group['mod'])}): write the AnnData with the counts of genes into a file "
+            f"of its own, as in mdata[{first_of(list(group['mod']))!r}].write_h5ad(...)."
+        )
+
+
+def first_of(modalities: Sequence[str]) -> str:
+    """The AnnData of a MuData that most probably holds the counts of genes."""
+    return "rna" if "rna" in modalities else modalities[0]
+
+
+def hint_of(layers: str, has_raw: bool) -> str:
+    """Where raw counts may be instead, for messages."""
+    hint = f"Pass layer= with raw counts (layers: {layers})."
+    if has_raw:
+        hint += " There is adata.raw, too: if it holds the raw counts, pass raw=True, or pass adata.raw.to_adata()."
+    return hint
