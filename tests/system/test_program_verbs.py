@@ -287,27 +287,29 @@ class Later(ps.SCVI):
         gamma = check_inputs(self, x, gamma)
         with cells_plate(gamma, index, n_cells):
             e = pyro.sample("e", dist.Normal(0.0, 3.0))
-            z = pyro.sample("z", dist.Normal(3 * e[..., None], 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(0.3 * e[..., None], 1.0).to_event(1))
             theta = self.decode(z, self.library(x, gamma), gamma)
             return self.observe(x, theta, marginal=marginal, mask=mask)
 
 
 @pytest.mark.parametrize("guide", ["DiagonalNormal", "FullRankNormal"])
 def test_the_bound_is_that_of_draws_alone(guide):
-    """The mean of 400 losses is that of Pyro's estimator without closed forms; a wrong one is dozens of nats off."""
+    """The mean difference to Pyro's estimator without closed forms, draw by draw, is none; a wrong one is 3 nats."""
     model = toy(Later)
     q = getattr(ps.guides, guide)(model).double()
     with torch.no_grad():
         for name, parameter in q.named_parameters():
             parameter.add_(3.0 * ("lower.bias" in name))
     x, gamma = (t.double() for t in cells_of()[:])
-    losses = []
-    for elbo in (MeanFieldELBO(), Trace_ELBO()):
-        torch.manual_seed(0)
-        with torch.no_grad(), pyro.get_param_store().scope():
-            losses.append([elbo.loss(model, q, x, gamma) for _ in range(400)])
-    gap = np.mean(losses[0]) - np.mean(losses[1])
-    assert abs(gap) < 5 * np.hypot(np.std(losses[0]), np.std(losses[1])) / 20
+    gaps = []
+    with torch.no_grad(), pyro.get_param_store().scope():
+        for seed in range(400):
+            losses = []
+            for elbo in (MeanFieldELBO(), Trace_ELBO()):
+                torch.manual_seed(seed)
+                losses.append(elbo.loss(model, q, x, gamma))
+            gaps.append(losses[0] - losses[1])
+    assert abs(np.mean(gaps)) < 5 * np.std(gaps) / 20 + 1e-9
 
 
 # --- global latents ---
