@@ -115,11 +115,16 @@ print(json.dumps(headline))
 
 
 # %%
+def law_of_z(guide, x, gamma):
+    """q(z | x), which draws no latent before z."""
+    return guide.law(guide.coordinates.local["z"], guide.encode(x, gamma, None), {})
+
+
 def split_of_kl(fit, n_draws=2):
     """Mean KL, information and KL of the aggregate from the prior, in nats per cell, by draws from the guide."""
     x, gamma = train[:]
     with torch.no_grad():
-        q = fit.guide.z_law(fit.guide.encode(x, gamma, None))  # batch shape (cells, 1)
+        q = law_of_z(fit.guide, x, gamma)  # batch shape (cells, 1)
         z = q.sample((n_draws,))  # (draws, cells, 1, latents)
         log_q = q.log_prob(z).squeeze(-1)  # of each cell's draws under its own code, (draws, cells)
         under_all = q.log_prob(z.unsqueeze(2)).squeeze(-1)  # and under every cell's, (draws, cells, cells)
@@ -142,7 +147,7 @@ def cells_and_prior(fit, ax):
     """Draws from the aggregate posterior over draws from the prior, in the two latents with the widest codes."""
     x, gamma = train[:]
     with torch.no_grad():
-        z = fit.guide.z_law(fit.guide.encode(x, gamma, None)).sample().squeeze(1)
+        z = law_of_z(fit.guide, x, gamma).sample().squeeze(1)
         prior = fit.model.prior().sample((2000,))
     first, second = z.var(0).argsort(descending=True)[:2]
     ax.scatter(prior[:, first].numpy(), prior[:, second].numpy(), s=3, color="#c9ced6", label="prior")

@@ -58,6 +58,23 @@ class SCVI(Program):
     --------
     >>> [site.name for site in ps.SCVI(20, n_latent=2).sites()]
     ['z', 'l', 'w', 'y', 'h', 'x']
+
+    A program of one's own overrides ``forward`` and nothing else; every verb follows it.
+
+    >>> import pyro.distributions as dist
+    >>> from pyro_scvi.program import cells_plate, check_inputs, register
+    >>> class Shifted(ps.SCVI):
+    ...     def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+    ...         register(self)
+    ...         gamma = check_inputs(self, x, gamma)
+    ...         with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
+    ...             z = pyro.sample("z", self.prior())
+    ...             e = pyro.sample("e", dist.Normal(0.0, 1.0))  # a latent more: (cells, 1)
+    ...             theta = self.decode(z, self.library(x, gamma), gamma)
+    ...             theta["log_mean"] = theta["log_mean"] + e
+    ...             return self.observe(x, theta, marginal=marginal, mask=mask)
+    >>> [site.name for site in Shifted(20, n_latent=2).sites(marginal=True)]
+    ['z', 'e', 'l', 'x']
     """
 
     def __init__(
@@ -124,6 +141,10 @@ class SCVI(Program):
         n_cells: int | None = None,
     ) -> Tensor:
         """Sample or score cells and return x: sites z, x and, where latent, l; with ``marginal=False`` also w, y and h.
+
+        What is sampled here is what every verb uses. Latents of the cells belong in the plate over cells, with batch
+        shape (cells, 1) and any dimensions to the left of it. What is sampled outside is shared by all cells. Discrete
+        latents of the cells with ``infer={"enumerate": "parallel"}`` are summed out.
 
         Parameters
         ----------
