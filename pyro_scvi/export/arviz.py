@@ -93,7 +93,8 @@ def to_datatree(
     samples
         Draws per cell, over all chains, rounded down to a multiple of the number of chains.
     sites
-        Variables of ``posterior``: any of "z", "l", "w", "y", "h"; None: z, and l where the model has it.
+        Variables of ``posterior``: names of latents, and any of "w", "y", "h"; None: all latents, but no global one of
+        more than 10,000 numbers.
     sampler
         ``ps.Amortized()``, ``ps.Refined()``, ``ps.Importance()`` or ``ps.HMC()``. HMC has several chains. The others
         draw independently and have one chain. Draws of the first two only approximate the posterior, see ``khat``.

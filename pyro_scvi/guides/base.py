@@ -11,6 +11,7 @@ from torch import BoolTensor, Tensor, nn
 from pyro_scvi.discovery import Kind, TracedSite
 from pyro_scvi.distributions.supports import bijection_to, require_coordinates, support_of
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.broadcasting import require_broadcasting
 from pyro_scvi.guides.coordinates import Coordinates, LocalSite, transform_distribution
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import Latent, require_supported
@@ -64,6 +65,7 @@ class Guide(Component):
         self.weights = GlobalNormal(model)
         self.require_prior()
         self.require_supported()
+        require_broadcasting(model, self.coordinates, self.weights.medians())
 
     @property
     def model(self) -> SCVI:

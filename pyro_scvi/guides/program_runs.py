@@ -81,11 +81,15 @@ def _run(model: SCVI, x: Tensor | None, gamma: Tensor) -> None:
         except (AttributeError, TypeError) as error:
             if x is not None:
                 raise
-            # What None gives where a tensor is expected.
-            raise ModelError(
-                f"{type(model).__name__}.forward cannot be run without counts, as prior draws need it: x=None must "
-                f"draw them ({error})"
-            ) from error
+            raise needs_counts(model, error) from error
+
+
+def needs_counts(model: SCVI, error: Exception) -> ModelError:
+    """The error for a program that takes x=None for a tensor; ``error`` is what Python made of it."""
+    return ModelError(
+        f"{type(model).__name__}.forward cannot be run without counts, as prior draws need it: x=None must draw them "
+        f"({error})"
+    )
 
 
 class _Enough(Exception):

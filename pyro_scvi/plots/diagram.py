@@ -131,10 +131,10 @@ def _relations(model: SCVI) -> _Sites:
 
 
 def _sites(relations: Mapping[str, Any]) -> _Sites:
-    """Sort the sites: gamma is a constant of the cells, whatever is in no plate becomes theta."""
+    """Sort the sites: gamma is a constant of the cells, whatever is in neither plate becomes theta."""
     parents = dict(relations["sample_sample"])
     constants = {"gamma"} & parents.keys()
-    plates = {name: list(sites) for name, sites in relations["plate_sample"].items()}
+    plates = {name: list(relations["plate_sample"][name]) for name in _SUBSCRIPTS}  # latents in others are global
     plates["cells"] = [*plates["cells"][:1], *constants, *plates["cells"][1:]]
     inside = {name for sites in plates.values() for name in sites}
     outside = [name for name in parents if name not in inside]

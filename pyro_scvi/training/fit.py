@@ -97,7 +97,8 @@ def fit(
     learning_rate, eps
         Schedule and epsilon of the Adam optimiser.
     kl_weight
-        Weight of the KL divergence of the latents of the cells. The history always reports the untempered bound.
+        Weight of the KL divergence of the latents of the cells but the library size. The history always reports the
+        untempered bound.
     elbo
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start

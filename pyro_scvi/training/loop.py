@@ -162,8 +162,10 @@ class Trainer:
             )
 
     def _tempered(self, weight: float) -> TemperedLatents:
-        coordinates = self.guide.coordinates
-        return TemperedLatents(weight, {*coordinates.local, *coordinates.enumerated})
+        # Not the library size, which earlier work leaves at full weight (Lopez et al. 2018, their code).
+        known = self.guide.coordinates
+        names = {name for name, site in known.local.items() if site is not known.library}
+        return TemperedLatents(weight, names | known.enumerated.keys())
 
     def _row(self, tempered: TemperedLatents) -> dict[str, float]:
         """Train for one epoch and evaluate the held-out cells; returns the epoch's row of the history."""

@@ -297,6 +297,15 @@ class NoneMissing(Observing):
         return super().latent(x, gamma) + pyro.sample("e", dist.Normal(0.0, 1.0))
 
 
+class FromTheLeft(Observing):
+    """Takes draws for cells where there are several."""
+
+    def latent(self, x, gamma):
+        z = super().latent(x, gamma)
+        pyro.sample("e", dist.Normal(4 * z[:, 0, :1], 0.1))
+        return z
+
+
 class CalledCell(Observing):
     def latent(self, x, gamma):
         return super().latent(x, gamma) + pyro.sample("cell", dist.Normal(0.0, 1.0))[..., None]

@@ -14,7 +14,8 @@ import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.program import cells_plate, check_inputs, register
-from tests.support.programs import KNOWN, N_GENES, N_LATENT, Own, made
+from pyro_scvi.training.checks import TemperedLatents
+from tests.support.programs import KNOWN, N_GENES, N_LATENT, FromTheLeft, Own, made, normal
 from tests.support.simulate import simulated_counts
 from tests.support.toys import cells_of, fit_of, toy
 
@@ -466,3 +467,43 @@ def test_compiled_steps_and_densities_are_the_same(kind):
     few, effort = cells().take(range(4)), {"samples": 100, "steps": 20, "rounds": 1, "progress": False}
     tables = [ps.evidence(fits[0], few, compiled=compiled, **effort) for compiled in (False, True)]
     np.testing.assert_allclose(*(table.log_evidence for table in tables), rtol=1e-3)
+
+
+# --- programs that mean something else than they say ---
+
+
+@pytest.mark.parametrize("n_latent", [1, 3])
+def test_a_program_that_counts_dimensions_from_the_left_is_refused(n_latent):
+    model = FromTheLeft(N_GENES, n_latent, n_hidden=8, n_layers=1)
+    with pytest.raises(ModelError, match="index from the right"):
+        ps.guides.DiagonalNormal(model)
+
+
+def test_the_library_size_keeps_its_full_divergence_under_a_weight():
+    """Under a weight of 0 the loss moves with the prior of l, not with that of z."""
+    x, gamma = cells()[:]
+    losses = []
+    for loc, shift in ((5.0, 0.0), (5.0, 2.0), (6.0, 0.0)):
+        model = made(prior=lambda shift=shift: normal(shift), library=ps.libraries.LatentLibrary(loc, 1.0))
+        guide = ps.guides.DiagonalNormal(model, seed=1)
+        known = guide.coordinates
+        names = {name for name, site in known.local.items() if site is not known.library}
+        torch.manual_seed(0)
+        with TemperedLatents(0.0, names), torch.no_grad(), pyro.get_param_store().scope():
+            losses.append(MeanFieldELBO().loss(model, guide, x, gamma))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert abs(losses[2] - losses[0]) > 1
+
+
+def test_prior_draws_of_a_program_that_needs_counts_say_so():
+    class Counting(Own):
+        def latent(self, x, gamma):
+            return super().latent(x, gamma) + x.sum(-1, keepdim=True)[..., None] * 0
+
+    with pytest.raises(ModelError, match="cannot be run without counts"):
+        ps.prior_predictive(made(Counting), 3)
+
+
+def test_the_diagram_shows_global_latents_of_any_plate():
+    ax = ps.plots.program(KNOWN["population"][0]())
+    assert "theta" in {str(artist.get_gid()).removeprefix("node:") for artist in ax.patches}

@@ -341,9 +341,21 @@ def test_a_parameter_without_a_gradient_is_an_error(cells):
 def test_a_latent_of_the_prior_that_the_guide_lacks_is_an_error(cells):
     def prior():
         tau = pyro.sample("tau", pyro.distributions.Gamma(1.0, 1.0))
-        return pyro.distributions.Normal(torch.zeros(3), tau).to_event(1)
+        return pyro.distributions.Normal(torch.zeros(3), tau[..., None]).to_event(1)
 
-    with pytest.raises(ModelError, match="tau"):
+    model = small_model(cells, prior=lambda: pyro.distributions.Normal(torch.zeros(3), 1.0).to_event(1))
+    guide = ps.guides.DiagonalNormal(model)
+    model.prior = prior
+    with pytest.raises(ModelError, match=r"model samples \['tau'\], which the guide does not"):
+        small_fit(cells, model, guide=guide)
+
+
+def test_a_latent_that_is_stretched_over_the_cells_is_an_error(cells):
+    def prior():
+        tau = pyro.sample("tau", pyro.distributions.Gamma(1.0, 1.0))
+        return pyro.distributions.Normal(torch.zeros(3), tau).to_event(1)  # of shape (cells,): [..., None] is missing
+
+    with pytest.raises(ModelError, match=r"site 'z' has batch shape \(2, 2\).*\[..., None\] missing"):
         small_fit(cells, small_model(cells, prior=prior))
 
 

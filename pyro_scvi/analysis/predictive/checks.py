@@ -20,6 +20,7 @@ from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.program_runs import needs_counts
 from pyro_scvi.guides.supported import require_drawable
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
@@ -83,6 +84,8 @@ def prior_predictive(
             return model(None, constants).cpu().numpy()
     except NotImplementedError as error:
         raise ModelError(f"the prior {model.prior!r} cannot be drawn from: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise needs_counts(model, error) from error
 
 
 def _gamma(model: SCVI, n_cells: int, given: ArrayLike | Tensor | None) -> Tensor:
