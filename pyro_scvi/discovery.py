@@ -35,7 +35,7 @@ class Kind(Enum):
 
     LOCAL = (
         "a latent of every cell",
-        "make the guide anew, after the model's last change, so that it has this latent too",
+        "make the guide anew, after the model's last change",
     )
     ENUMERATED = (
         "a discrete latent that is summed out",
@@ -47,7 +47,7 @@ class Kind(Enum):
     )
     GLOBAL = (
         "a latent outside the plate 'cells'",
-        "make the guide anew, after the model's last change, so that it has this latent too",
+        "make the guide anew, after the model's last change",
     )
     DISCRETE = (
         "a discrete latent",
@@ -98,8 +98,10 @@ class TracedSite(NamedTuple):
 
     def refusal(self) -> ModelError:
         """The error that names the site and says what to do."""
+        followed = self.kind in (Kind.LOCAL, Kind.ENUMERATED, Kind.GLOBAL)
+        why = "which the guide does not have" if followed else "which is not supported"
         return ModelError(
-            f"the program's site {self.name!r} is {self.kind.what}, which is not supported: {self.kind.remedy}. "
+            f"the program's site {self.name!r} is {self.kind.what}, {why}: {self.kind.remedy}. "
             "Model and guide still run under plain Pyro (SVI, MCMC, Predictive)"
         )
 
