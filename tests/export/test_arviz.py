@@ -606,7 +606,7 @@ def test_trees_without_what_is_needed_are_refused(azs, change, message):
 def test_sensitivity_of_what_is_not_there_is_refused(azs, fit, named_cells):
     with pytest.raises(ModelError, match="lacks.*'w'"):
         prior_sensitivity(conjugate_tree(np.ones(1), 1.0, 20), priors=["w"])
-    with pytest.raises(ModelError, match="neither z nor l"):
+    with pytest.raises(ModelError, match="no latent of the cells"):
         prior_sensitivity(to_datatree(fit, named_cells, samples=4, sites=["h"]))
 
 
