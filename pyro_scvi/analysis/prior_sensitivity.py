@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ FEWEST_DRAWS = 25  # a Pareto law is fitted to five or more in each tail, which 
 
 
 def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None, step: float = 0.01) -> pd.DataFrame:
-    r"""Measure how sensitive every cell's z and l are to their prior and to the cell's counts, by power-scaling.
+    r"""Measure how sensitive every cell's latents are to their prior and to the cell's counts, by power-scaling.
 
     .. math::
 
@@ -33,21 +34,23 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     cumulative Jensen-Shannon distance. Draws are reweighted to the posterior at alpha = 1 - step and 1 + step, with the
     Pareto-smoothed weights p(z, l)^(alpha - 1) or p(x | z, l)^(alpha - 1). z_n and l_n belong to one cell, so the
     weights do too. A density summed over all cells, as ``arviz_stats.psense`` of the whole tree takes it, is mostly
-    noise from the other cells. w, y and h are left out, because the scaled density has them integrated out.
+    noise from the other cells. The same holds of every other continuous latent of the cells. w, y and h are left out,
+    because the scaled density has them integrated out. Global latents belong to no cell and get no row.
 
     Parameters
     ----------
     tree
-        From ``to_datatree``, with z, l or both in ``posterior``. The draws must follow the posterior: take
-        ``ps.Importance()`` or ``ps.HMC()``, and a thousand or more, see ``prior_noise`` below.
+        From ``to_datatree``, with z, l or other continuous latents of the cells in ``posterior``. The draws must follow
+        the posterior: take ``ps.Importance()`` or ``ps.HMC()``, and a thousand or more, see ``prior_noise`` below.
     priors
-        Variables whose prior density is scaled: ("z",), ("l",), or, by default, all.
+        Variables whose prior density is scaled, by their names in ``log_prior``, such as ("z",) or ("l",); by default,
+        all.
     step
         Distance of alpha from 1.
 
     Returns
     -------
-    DataFrame by (cell, variable), the variables z[0], z[1], ... and l
+    DataFrame by (cell, variable), the variables z[0], z[1], ..., l, and others in the same way
         ``prior`` and ``likelihood``: sensitivities, not negative; NaN where too few draws differ. ``prior_noise`` and
         ``likelihood_noise``: the same with the weights of unrelated draws, which shows the Monte Carlo error (with 10
         latents about 0.04 for 200 draws, 0.02 for 1,000). Kallioinen et al. count a sensitivity above 0.05. To the
@@ -59,8 +62,8 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     ImportError
         Without arviz-stats, which the extra ``arviz`` installs.
     ModelError
-        If ``tree`` is no DataTree, has neither z nor l, or lacks ``log_prior`` or the ``lp`` of ``sample_stats``, or no
-        cell has enough draws that differ.
+        If ``tree`` is no DataTree, has no latent of the cells, or lacks ``log_prior`` or the ``lp`` of
+        ``sample_stats``, or no cell has enough draws that differ.
 
     Warns
     -----
@@ -115,19 +118,31 @@ def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> tuple[xr.DataArra
             "priors= names: pass what to_datatree returns"
         ) from error
     # lp holds prior and likelihood: the likelihood is what the priors leave.
-    return _joined(posterior), _total(scaled), log_joint - _total(list(log_prior.values()))
+    latents = _joined(posterior, list(log_prior))
+    return latents, _total(scaled), log_joint - _total(list(log_prior.values()))
 
 
-def _joined(posterior: Any) -> xr.DataArray:
-    latents = []
-    if "z" in posterior:
-        names = [f"z[{k}]" for k in posterior["latent"].values]
-        latents.append(posterior["z"].rename(latent="variable").assign_coords(variable=names))
-    if "l" in posterior:
-        latents.append(posterior["l"].expand_dims(variable=["l"], axis=-1))
+def _joined(posterior: Any, names: Sequence[str]) -> xr.DataArray:
+    """The latents ``names`` of the cells as variables (chain, draw, cell, variable), one for each of their numbers."""
+    latents = [_by_number(posterior[name]) for name in names if name in posterior]
     if not latents:
-        raise ModelError("posterior has neither z nor l; leave sites= of to_datatree out, or name z or l there")
+        raise ModelError(
+            f"posterior has no latent of the cells, such as {' or '.join(names)}; leave sites= of to_datatree out, or "
+            "name one there"
+        )
     return xr.concat(latents, "variable")
+
+
+def _by_number(latent: xr.DataArray) -> xr.DataArray:
+    """A scalar by its name, an array's numbers by the name and their places."""
+    own = [dim for dim in latent.dims if dim not in (*DRAWS, "cell")]
+    if not own:
+        return latent.expand_dims(variable=[latent.name], axis=-1)
+    places = product(*(latent[dim].values for dim in own))
+    labels = [f"{latent.name}[{', '.join(map(str, place))}]" for place in places]
+    flat = latent.transpose(*DRAWS, "cell", *own).values.reshape(*(latent.sizes[d] for d in (*DRAWS, "cell")), -1)
+    known = {dim: latent[dim].values for dim in (*DRAWS, "cell")} | {"variable": labels}
+    return xr.DataArray(flat, known, (*DRAWS, "cell", "variable"))
 
 
 def _total(terms: Sequence[xr.DataArray]) -> xr.DataArray:

@@ -227,8 +227,8 @@ def _sampled(law: Any) -> Tensor:
 
 def _of_moderate_size(fit: Fit) -> tuple[str, ...]:
     """All latents, but no global one that is an array of more numbers than ``MODERATE``."""
-    loc = dict(zip(fit.guide.weights.supports, fit.guide.weights.loc, strict=True))
-    return tuple(name for name in latent_sites(fit) if name not in loc or loc[name].numel() <= MODERATE)
+    shared = fit.guide.weights.medians()
+    return tuple(name for name in latent_sites(fit) if name not in shared or shared[name].numel() <= MODERATE)
 
 
 def _split(sites: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LocalSite
+from pyro_scvi.guides.global_latents import GlobalGuide
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Encoder, initialise
 from pyro_scvi.nn.normalization import BatchNorm, Norm
@@ -41,6 +42,8 @@ class AmortizedGuide(Guide):
         Whether log(1 + x) is the input rather than x.
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         Hidden layers of the new encoder, and the seed of its initial weights.
+    global_guide
+        As in :class:`Guide`.
     """
 
     def __init__(
@@ -56,10 +59,11 @@ class AmortizedGuide(Guide):
         norm: Norm | None = BatchNorm(),
         initial_sd: float | None = None,
         seed: int = 0,
+        global_guide: GlobalGuide | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, global_guide=global_guide, seed=seed)
         shared = encoder is None and hasattr(model.prior, "encoder")
-        if shared and (given := self.arguments.keys() - {"model", "encoder", "seed"}):
+        if shared and (given := self.arguments.keys() - {"model", "encoder", "seed", "global_guide"}):
             raise ModelError(
                 f"the guide shares the encoder of {type(model.prior).__name__}, so {sorted(given)} would say nothing; "
                 "set them there, or pass encoder="
@@ -163,6 +167,9 @@ class DiagonalNormal(AmortizedGuide):
         Whether log(1 + x) is the input rather than x.
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         Hidden layers of the new encoder, and the seed of its initial weights.
+    global_guide
+        What makes q of the global latents (weights, dispersions): a class of ``pyro.infer.autoguide``, such as
+        AutoMultivariateNormal, or a ``functools.partial`` of one, see :class:`Guide`. None: independent normals.
 
     Raises
     ------

@@ -1,20 +1,17 @@
-"""Base class of guides q(latents | x), and the normal guide of global latents."""
+"""Base class of guides q(latents | x)."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
-from torch import BoolTensor, Tensor, nn
+from torch import BoolTensor, Tensor
 
-from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import bijection_to, require_coordinates, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.broadcasting import require_broadcasting
-from pyro_scvi.guides.coordinates import Coordinates, LocalSite, transform_distribution
+from pyro_scvi.guides.coordinates import Coordinates, LocalSite
+from pyro_scvi.guides.global_latents import GlobalGuide, global_latents
 from pyro_scvi.guides.program_runs import theta_at
-from pyro_scvi.guides.supported import Latent, require_supported
+from pyro_scvi.guides.supported import require_supported
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import Component
 from pyro_scvi.priors.flat import Flat
@@ -31,19 +28,29 @@ class Guide(Component):
     A guide takes the latents from the program, when it is made: every latent of the cells, whatever it is called, and
     every global one. It defines how it encodes cells, the distribution :meth:`law` of each latent, and :meth:`start`, a
     normal from which a cell's posterior can be refined. ``amortized``: it can encode cells that it has not seen.
-    ``stochastic``: q has a density. ``factorised``: no latent of a cell depends on another. Global latents have
-    independent normals in unconstrained coordinates. Discrete latents that the program sums out have no q.
+    ``stochastic``: q has a density. ``factorised``: no latent of a cell depends on another. Discrete latents
+    that the program sums out have no q.
 
     Parameters
     ----------
     model
         The model; the guide does not own its parameters.
+    global_guide
+        What makes q of the global latents (weights, dispersions) of a program that samples these alone: a class of
+        ``pyro.infer.autoguide``, or a ``functools.partial`` of one. AutoNormal, AutoDiagonalNormal,
+        AutoMultivariateNormal and AutoLowRankMultivariateNormal will do, and AutoDelta in the guide Point. None:
+        independent normals in unconstrained coordinates. A fit with one is loaded by ``ps.load(path, model=model,
+        guide=guide)``, with a guide made in the same way. In SVI written by hand, take Trace_ELBO: with such a guide,
+        Pyro's TraceMeanField_ELBO leaves the change of volume of bounded latents out.
+    seed
+        Of the initial parameters of ``global_guide``.
 
     Raises
     ------
     ModelError
-        If ``model`` is no SCVI, its program has a site that is not supported, or its prior is Flat and q has a density.
-        When called, if there are no counts, or genes, covariates or rows do not agree.
+        If ``model`` is no SCVI, its program has a site that is not supported, its prior is Flat and q has a density, or
+        ``global_guide`` makes nothing that will do. When called, if there are no counts, or genes, covariates or rows
+        do not agree.
 
     Examples
     --------
@@ -57,15 +64,20 @@ class Guide(Component):
     stochastic = True
     factorised = True
 
-    def __init__(self, model: SCVI) -> None:
+    def __init__(self, model: SCVI, *, global_guide: GlobalGuide | None = None, seed: int = 0) -> None:
         super().__init__()
         require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
         self._model = (model,)  # in a tuple, or torch would make it a submodule: parameters have one owner
         self.coordinates = Coordinates(model)
-        self.weights = GlobalNormal(model)
+        self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)
         self.require_prior()
         self.require_supported()
         require_broadcasting(model, self.coordinates, self.weights.medians())
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether latents are functions of a draw of an auxiliary site, which the model does not have."""
+        return self.weights.auxiliary
 
     @property
     def model(self) -> SCVI:
@@ -179,71 +191,3 @@ class Guide(Component):
         """The latents, where q factorises in the order of the program: its divergences then have closed forms."""
         names = self.coordinates.order if self.factorised else self.coordinates.local
         return [self.coordinates.local[name] for name in names]
-
-
-class GlobalNormal(nn.Module):
-    """Independent normals, in unconstrained coordinates, for the model's global latents (weights, dispersions).
-
-    Pyro's AutoNormal would give its parameters the same names for every model of a session.
-    """
-
-    def __init__(self, model: SCVI) -> None:
-        super().__init__()
-        found = {site.name: site for site in model.discovered() if site.kind is Kind.GLOBAL}
-        for name, site in found.items():
-            require_coordinates(site.law, f"the law of the global latent {name!r}")
-        self.supports = {name: support_of(site.law) for name, site in found.items()}
-        self.events = {name: tuple(site.law.event_shape) for name, site in found.items()}
-        self.plates = {
-            name: {dim: (plate, site.batch_shape[dim]) for dim, plate in site.plates.items()}
-            for name, site in found.items()
-        }
-        starts = [_start(model, site) for site in found.values()]
-        self.loc = nn.ParameterList(starts)
-        # A sd of 0.05: draws start close to the initial weights.
-        self.log_scale = nn.ParameterList(torch.full_like(start, -3.0) for start in starts)
-
-    def forward(self) -> dict[str, Tensor]:
-        """Sample every global latent, in the plates in which the program does."""
-        drawn = {}
-        for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True):
-            with ExitStack() as plates:
-                for dim, (plate, size) in self.plates[name].items():
-                    plates.enter_context(pyro.plate(plate, size, dim=dim))
-                drawn[name] = pyro.sample(name, self._law(name, loc, log_scale))
-        return drawn
-
-    def draws(self, samples: int) -> dict[str, Tensor]:
-        """Draws (samples, ...) of every global latent."""
-        return {
-            name: self._law(name, loc, log_scale).sample((samples,))
-            for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True)
-        }
-
-    def _law(self, name: str, loc: Tensor, log_scale: Tensor) -> Distribution:
-        """Normals of the coordinates of one latent, with the events that it has in the program."""
-        support = self.supports[name]
-        n_event = len(bijection_to(support).inverse_shape(torch.Size(self.events[name])))
-        return transform_distribution(dist.Normal(loc, log_scale.exp()).to_event(n_event), support)
-
-    def latents(self) -> dict[str, Latent]:
-        """What the model must sample them as."""
-        return {name: Latent(Kind.GLOBAL, support, self.events[name]) for name, support in self.supports.items()}
-
-    def medians(self) -> dict[str, Tensor]:
-        """The median of every global latent under q."""
-        pairs = zip(self.supports.items(), self.loc, strict=True)
-        # A view, for a program may keep what it samples as an attribute, where a parameter would become its own.
-        return {name: bijection_to(support)(loc.view_as(loc)) for (name, support), loc in pairs}
-
-
-def _start(model: SCVI, site: TracedSite) -> Tensor:
-    """Unconstrained start of a global latent: where its parameter started, if it is one; else the middle of R^n."""
-    bijection = bijection_to(support_of(site.law))
-    shape = torch.Size(bijection.inverse_shape(site.value.shape))
-    middle = site.value.new_zeros(shape)
-    given = model.weights.start_of(site.name)
-    if given is None:
-        return middle
-    start: Tensor = bijection.inv(given)
-    return torch.where(start.isfinite(), start, middle)  # a parameter may start outside the prior's support

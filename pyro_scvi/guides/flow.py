@@ -30,7 +30,7 @@ class InverseAutoregressiveFlow(AmortizedGuide):
 
     Parameters
     ----------
-    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed
+    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed, global_guide
         As in :class:`DiagonalNormal`.
 
     Raises
@@ -47,6 +47,11 @@ class InverseAutoregressiveFlow(AmortizedGuide):
     """
 
     n_flows = 2
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether latents are functions of a draw of an auxiliary site, which the model does not have."""
+        return len(self.joint) > 1 or super().auxiliary
 
     def build(self) -> None:
         """Masked autoregressive networks conditioned on the encoder's hidden units."""

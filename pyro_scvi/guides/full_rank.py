@@ -19,7 +19,7 @@ class FullRankNormal(AmortizedGuide):
 
     Parameters
     ----------
-    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed
+    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed, global_guide
         As in :class:`DiagonalNormal`.
 
     Raises

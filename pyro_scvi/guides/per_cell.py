@@ -7,6 +7,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.amortized import Code
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LocalSite
+from pyro_scvi.guides.global_latents import GlobalGuide
 from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import Distribution
@@ -28,6 +29,8 @@ class PerCell(Guide):
         Number of training cells.
     seed
         Of the initial locations.
+    global_guide
+        As in :class:`DiagonalNormal`.
 
     Raises
     ------
@@ -45,8 +48,8 @@ class PerCell(Guide):
 
     amortized = False
 
-    def __init__(self, model: SCVI, n_cells: int, *, seed: int = 0) -> None:
-        super().__init__(model)
+    def __init__(self, model: SCVI, n_cells: int, *, seed: int = 0, global_guide: GlobalGuide | None = None) -> None:
+        super().__init__(model, global_guide=global_guide, seed=seed)
         with seeded(seed):
             self.loc = nn.Parameter(0.1 * torch.randn(n_cells, self.coordinates.size))
         self.log_scale = nn.Parameter(torch.full((n_cells, self.coordinates.size), -1.0))

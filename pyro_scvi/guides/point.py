@@ -19,8 +19,8 @@ class Point(AmortizedGuide):
 
     Parameters
     ----------
-    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed
-        As in :class:`DiagonalNormal`.
+    model, encoder, encode_covariates, log_input, n_hidden, n_layers, dropout, norm, initial_sd, seed, global_guide
+        As in :class:`DiagonalNormal`; ``global_guide`` may be AutoDelta, too.
 
     Raises
     ------

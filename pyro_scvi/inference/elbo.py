@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import check_fully_reparametrized, is_validation_enabled
@@ -13,6 +14,7 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_scvi.distributions.supports import unwrapped
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import is_enumerated
 from pyro_scvi.utils.execution import execution
@@ -32,11 +34,13 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     (Lopez et al. 2017, Eq. 1). Discrete latents that ask for it, by ``infer={"enumerate": "parallel"}``, are summed out
     of the program, cell by cell.
 
-    The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``, with two exceptions: that one
-    knows no discrete latents, and takes the closed form also where a latent's prior depends on another that the guide
-    draws after it, where it is wrong. It also evaluates densities of latents whose divergence has a closed form, and
-    needs every parameter registered in every step. Only for reparameterised guides. If programs are to be checked
-    (:class:`~pyro_scvi.utils.execution.Execution`), they are by Pyro, which refuses guides that do not match the model.
+    The value, the gradients and the draws are those of Pyro's ``TraceMeanField_ELBO``, with three exceptions: that one
+    knows no discrete latents; it takes the closed form also where a latent's prior depends on another that the guide
+    draws after it, where it is wrong; and it leaves out the change of volume of latents that are functions of an
+    auxiliary draw, as in Pyro's AutoMultivariateNormal. It also evaluates densities of latents whose divergence has a
+    closed form, and needs every parameter registered in every step. Only for reparameterised guides. If programs are to
+    be checked (:class:`~pyro_scvi.utils.execution.Execution`), they are by Pyro, which refuses guides that do not match
+    the model.
     """
 
     def __init__(self) -> None:
@@ -161,8 +165,11 @@ def _log_prob(site: Any) -> Tensor:
 
 
 def _divergence(guided: Any, modelled: Any, closed: bool) -> Tensor:
-    """Log q - log p at the draw, or its mean over the latent alone: if its prior is known before it is drawn."""
-    if not closed:
+    """Log q - log p at the draw, or its mean over the latent alone: if its prior is known before it is drawn.
+
+    What is a function of an auxiliary draw has a change of volume for a density, which the closed form leaves out.
+    """
+    if not closed or isinstance(unwrapped(guided["fn"]), dist.Delta):
         return _log_prob(guided) - _log_prob(modelled)
     try:
         return _total(guided, kl_divergence(guided["fn"], modelled["fn"]))

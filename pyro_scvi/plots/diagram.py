@@ -15,7 +15,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, R
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
-from pyro_scvi.guides.base import GlobalNormal
+from pyro_scvi.guides.global_latents import GlobalNormal
 from pyro_scvi.inference.evaluation import undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots.canvas import INK, SHADE, given_or_new

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -28,7 +28,8 @@ class TemperedLatents(Messenger):
     """Scale the latents of the cells by ``weight`` in guide and model, and keep how much that changes the loss.
 
     Both are scaled, because an analytic KL takes the scale of the guide's site and a sampled one takes both.
-    ``sites`` are their names; discrete ones, which the model alone has, are summed out.
+    ``sites`` are their names; discrete ones, which the model alone has, are summed out. Auxiliary sites of the guide
+    belong to them if they are in the plate over cells; others are of global latents, which have no weight.
     """
 
     def __init__(self, weight: float, sites: Collection[str]) -> None:
@@ -55,7 +56,7 @@ class TemperedLatents(Messenger):
                 self._close()
 
     def _tempers(self, msg: Any) -> bool:
-        return msg["name"] in self.names or bool((msg["infer"] or {}).get("is_auxiliary"))
+        return msg["name"] in self.names or _is_auxiliary_of_cells(msg)
 
     def _close(self) -> None:
         """At the end of a run of the model: what the weight changed, averaged over particles, summed over cells."""
@@ -132,15 +133,22 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
 
 
 def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> None:
-    """Refuse a bound that would draw discrete latents from their prior instead of summing them out.
+    """Refuse a bound that would draw discrete latents from their prior, or leave out a part of the density of q.
 
     Raises
     ------
     FitError
-        If there are such latents, and the bound is of another kind, or is not weighted as is asked for.
+        Naming the bound, if it does so with this guide, or cannot be weighted as is asked for.
     """
+    if isinstance(elbo, MeanFieldELBO):
+        return
+    if guide.auxiliary and isinstance(elbo, TraceMeanField_ELBO):
+        raise FitError(
+            f"{type(elbo).__name__} leaves the change of volume of latents that are functions of one draw out of the "
+            "bound: leave elbo out, or pass Trace_ELBO()"
+        )
     names = list(guide.coordinates.enumerated)
-    if not names or isinstance(elbo, MeanFieldELBO):
+    if not names:
         return
     if not isinstance(elbo, TraceEnum_ELBO):
         raise FitError(f"{type(elbo).__name__} does not sum out {names}: leave elbo out, or pass TraceEnum_ELBO()")
@@ -175,6 +183,11 @@ def _require_same(in_model: set[str], in_guide: set[str]) -> None:
         raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")
     if extra := in_guide - in_model:
         raise ModelError(f"the guide samples {sorted(extra)}, which the model does not have")
+
+
+def _is_auxiliary_of_cells(msg: Any) -> bool:
+    in_cells = any(frame.name == "cells" for frame in msg["cond_indep_stack"])
+    return in_cells and bool((msg["infer"] or {}).get("is_auxiliary"))
 
 
 def _latents(trace: pyro.poutine.Trace) -> set[str]:

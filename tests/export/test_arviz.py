@@ -507,6 +507,32 @@ def conjugate_tree(x, sd, draws, seed=0):
     )
 
 
+def test_every_latent_of_the_cells_has_its_rows(azs):
+    """A scalar by its name, an array by its places: each as z is alone; global latents and discrete ones have none."""
+    x = np.array([0.5, 3.0])
+    trees = {name: conjugate_tree(x, 1.0, 400, seed) for seed, name in enumerate(("age", "shape"))}
+    z, twice = trees["age"].posterior.z, trees["shape"].posterior.z
+    posterior = xr.Dataset(
+        {
+            "age": z[..., 0].drop_vars("latent"),
+            "shape": (("chain", "draw", "cell", "rows", "columns"), np.stack([twice.values, z.values], -2)),
+            "tau": (("chain", "draw"), z.values[:, :, 0, 0]),
+            "c": (("chain", "draw", "cell"), z.values[..., 0].round()),
+        }
+    )
+    for name, tree in trees.items():
+        tree["log_prior"] = tree.log_prior.to_dataset().rename(z=name)
+        tree["posterior"] = posterior
+    table = prior_sensitivity(trees["age"])
+    assert list(table.loc["c0"].index) == ["age"]
+    own = prior_sensitivity(conjugate_tree(x, 1.0, 400, 0))
+    np.testing.assert_allclose(table, own)
+    both = prior_sensitivity(trees["shape"])
+    assert list(both.loc["c1"].index) == ["shape[0, 0]", "shape[1, 0]"]
+    of_first = prior_sensitivity(conjugate_tree(x, 1.0, 400, 1))
+    np.testing.assert_allclose(both.xs("shape[0, 0]", level="variable"), of_first)
+
+
 def exact_sensitivity(x, sd, low, high, alphas):
     """Cumulative Jensen-Shannon distance to the scaled posterior per unit of log2 alpha, by a grid over the draws."""
     t = np.linspace(low, high, 100_001)
@@ -606,7 +632,7 @@ def test_trees_without_what_is_needed_are_refused(azs, change, message):
 def test_sensitivity_of_what_is_not_there_is_refused(azs, fit, named_cells):
     with pytest.raises(ModelError, match="lacks.*'w'"):
         prior_sensitivity(conjugate_tree(np.ones(1), 1.0, 20), priors=["w"])
-    with pytest.raises(ModelError, match="neither z nor l"):
+    with pytest.raises(ModelError, match="no latent of the cells"):
         prior_sensitivity(to_datatree(fit, named_cells, samples=4, sites=["h"]))
 
 

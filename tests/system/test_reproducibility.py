@@ -23,7 +23,7 @@ from scipy import sparse
 
 import pyro_scvi as ps
 from pyro_scvi.analysis.differential import expected_fdr
-from pyro_scvi.guides.base import GlobalNormal
+from pyro_scvi.guides.global_latents import GlobalNormal
 from pyro_scvi.priors.base import require_proper
 from tests.support.paths import ROOT
 from tests.support.short_evidence import compared
