@@ -23,7 +23,7 @@ def our_outputs(fit: ps.Fit) -> Outputs:
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         code = guide.encode(x, x.new_zeros(len(x), 0), None)
-        return code.loc, code.scale
+        return code.loc["z"], code.scale["z"]
 
     def decode(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gamma = x.new_zeros(len(x), 0)

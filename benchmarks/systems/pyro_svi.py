@@ -61,9 +61,10 @@ class ByHand(Trace_ELBO):
     ) -> float:
         """Negative bound of all ``n_cells`` estimated by the batch, nats; adds its gradients."""
         code = guide.encode(x, gamma, index)
-        z = code.loc + code.scale * torch.randn_like(code.loc)
+        loc, scale = code.loc["z"], code.scale["z"]
+        z = loc + scale * torch.randn_like(loc)
         theta = model.decode(z[:, None], model.library(x, gamma), gamma)
-        kl = 0.5 * (code.loc.square() + code.scale.square() - 1).sum() - code.scale.log().sum()
+        kl = 0.5 * (loc.square() + scale.square() - 1).sum() - scale.log().sum()
         loss = (kl - model.likelihood.marginal(**theta).log_prob(x).sum()) * (n_cells / len(x))
         loss.backward()
         return loss.item()

@@ -72,8 +72,12 @@ def prior_draws(
 
 
 def _run(model: SCVI, x: Tensor | None, gamma: Tensor) -> None:
-    """Run a program until a handler has what it wants."""
-    with pyro.get_param_store().scope(), executing(register_parameters=False):
+    """Run a program until a handler has what it wants.
+
+    Pyro's store of parameters stays as it is: a guide calls this in a training step, and the store would make its
+    parameters anew.
+    """
+    with executing(register_parameters=False):
         try:
             model(x, gamma)
         except _Enough:

@@ -16,7 +16,6 @@ from pyro_scvi.distributions.supports import require_coordinates, same_coordinat
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.model import SCVI
-from pyro_scvi.priors.flat import Flat
 
 DIMENSIONS = ("sample", "chain", "draw", "cell", "gene", "latent", "covariate")
 
@@ -71,7 +70,7 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     _require_names(found)
     _require_x(found, model.n_genes)
     _require_n_latent(found, model.n_latent)
-    _require_proper([site for site in found if site.name != "z" or not isinstance(model.prior, Flat)])
+    _require_proper([site for site in found if site.name != "z"])  # a prior of z is asked itself, by what needs it
     if getattr(model.forward, "__func__", None) is not SCVI.forward:
         _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
     likelihood = model.likelihood
@@ -123,7 +122,7 @@ def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> No
 
 
 def _require_proper(found: list[TracedSite]) -> None:
-    """Refuse latents without a density, of which there is neither evidence nor a draw; a prior Flat says so itself."""
+    """Refuse latents without a density, of which there is neither evidence nor a draw."""
     for site in found:
         if site.kind.latent and isinstance(unwrapped(site.law), dist.ImproperUniform):
             raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")

@@ -531,11 +531,14 @@ def large_counts(place, folder):
 def latent_that_the_guide_lacks(value, folder):
     def prior():
         tau = pyro.sample("tau", dist.Gamma(1.0, 1.0))
-        return dist.Normal(torch.zeros(2), tau).to_event(1)
+        return dist.Normal(torch.zeros(2), tau[..., None]).to_event(1)
 
     cells = ps.Cells.from_anndata(make_adata())
+    model = quick_model(cells, prior=lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    guide = ps.guides.DiagonalNormal(model)
+    model.prior = prior
     with pytest.raises(ModelError, match=r"the model samples \['tau'\], which the guide does not"):
-        quick_fit(cells, quick_model(cells, prior=prior))
+        quick_fit(cells, model, guide=guide)
 
 
 @row("a user prior with pyro.param")

@@ -376,10 +376,13 @@ def test_a_parameter_that_pyro_alone_knows_is_refused(cells):
 
 def test_a_latent_that_the_guide_lacks_is_refused(cells):
     def prior():
-        return dist.Normal(torch.zeros(3), pyro.sample("spread", dist.HalfNormal(1.0))).to_event(1)
+        return dist.Normal(torch.zeros(3), pyro.sample("spread", dist.HalfNormal(1.0))[..., None]).to_event(1)
 
+    model = ps.SCVI(cells.n_genes, 3, prior=lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1), n_hidden=8)
+    guide = ps.guides.DiagonalNormal(model)
+    model.prior = prior
     with pytest.raises(ModelError, match="the model samples .'spread'., which the guide does not"):
-        ps.fit(ps.SCVI(cells.n_genes, 3, prior=prior, n_hidden=8), cells, epochs=2, progress=False)
+        ps.fit(model, cells, guide, epochs=2, progress=False)
 
 
 def test_a_parameter_without_a_part_in_the_loss_is_refused(cells):

@@ -140,8 +140,8 @@ def test_conditional_is_the_bound_and_the_divergence(fit):
     x, gamma = cells[:]
     with evaluating(fit.model, fit.guide, 0):
         code = fit.guide.encode(x, gamma, None)
-        of_z = Normal(code.loc, code.scale), Normal(torch.zeros_like(code.loc), 1.0)
-        of_l = Normal(code.l_loc, code.l_scale), fit.model.library.law(gamma).base_dist
+        of_z = Normal(code.loc["z"], code.scale["z"]), Normal(torch.zeros_like(code.loc["z"]), 1.0)
+        of_l = Normal(code.loc["l"], code.scale["l"]), fit.model.library.law(gamma).base_dist
         kl = sum(kl_divergence(*laws).sum(-1) for laws in (of_z, of_l))
     gap = held_out.conditional(fit, cells) - bound(fit, cells)
     assert kl.mean() > 1
