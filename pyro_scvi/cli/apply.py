@@ -10,6 +10,7 @@ from anndata import AnnData
 from pyro_scvi.analysis.integration import embedding
 from pyro_scvi.analysis.predictive import imputation
 from pyro_scvi.cli.files import add, load_fit, matched, read_h5ad, record, write_h5ad
+from pyro_scvi.cli.messages import say
 from pyro_scvi.cli.options import Device, Fill, FitFolder, Force, Input, OutFile, QueryLayer, Sampling, Seed
 from pyro_scvi.cli.workspace import new_file
 from pyro_scvi.data.cells import Cells
@@ -36,7 +37,7 @@ def embed(
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = matched(fit, adata, layer, fill_missing_genes)
-        typer.echo(f"embedding {cells.n_cells:,} cells")
+        say(f"embedding {cells.n_cells:,} cells")
         add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
         write_h5ad(adata, space.path)
@@ -85,7 +86,7 @@ def impute(
         adata = read_h5ad(file)
         cells = matched(fit, adata, layer, fill_missing_genes)
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)(), "seed": seed}
-        typer.echo(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
+        say(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
         layers = {}
         if technical_zeros:  # first: it is refused at once where the model has none
             layers["pyro_scvi_technical_zero"] = imputation.technical_zero_probability(fit, cells, **drawing)
