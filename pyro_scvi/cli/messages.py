@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import typer
 
 from pyro_scvi.errors import PyroScviError
+from pyro_scvi.training.signals import sigterm_raises
+
+_MEMORY = "there is not enough memory; lower --batch-size, --block or --samples, or pass fewer cells or genes"
 
 
 def printable(text: str) -> str:
@@ -45,7 +49,21 @@ def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
 def errors_in_one_line() -> Iterator[None]:
     """Errors that a user can mend end as one line and exit code 1."""
     try:
-        yield
+        with sigterm_raises():
+            yield
     except (PyroScviError, OSError, ImportError, MemoryError) as error:
-        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
-        raise typer.Exit(1) from error
+        raise _told(str(error) or type(error).__name__) from error
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise _told(f"{_MEMORY} ({str(error).splitlines()[0]})") from error
+
+
+def _told(text: str) -> typer.Exit:
+    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
+    return typer.Exit(1)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory: on a GPU it has an exception for that, on a CPU only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

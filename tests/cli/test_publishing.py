@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import anndata
@@ -264,6 +265,32 @@ def test_what_came_meanwhile_is_not_replaced(quick, source, tmp_path):
         assert "not empty" in fitted(source, out).stderr
     assert (out / "index.html").read_text() == "mine"
     assert len(ps.load(out / "fit").history) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("owner", [pipeline.html_page, pipeline], ids=["page", "before training"])
+def test_a_signal_leaves_no_litter(quick, source, tmp_path, number, code, owner):
+    name = {pipeline.html_page: "page", pipeline: "number_held_out"}[owner]
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        setattr(owner, name, lambda *_: (os.kill(os.getpid(), number), time.sleep(9)))
+        os._exit(fitted(source, tmp_path / "out").exit_code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
+    assert found == ({"out", "out/fit"} if owner is pipeline.html_page else set())
+    assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+def test_torch_without_memory_is_one_line(quick, source, tmp_path):
+    with failing(pipeline, "evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes\nmore")):
+        result = fitted(source, tmp_path / "out")
+    assert "error: there is not enough memory; lower --batch-size" in result.stderr
+    assert "the fit is finished" in result.stderr
+    with failing(pipeline, "train", torch.OutOfMemoryError("CUDA out of memory")):
+        assert "there is not enough memory" in one_line(fitted(source, tmp_path / "out2"))
+    with failing(pipeline, "train", RuntimeError("a fault of ours")):
+        assert isinstance(fitted(source, tmp_path / "out3").exception, RuntimeError)
 
 
 @pytest.mark.parametrize("exists", [False, True])
