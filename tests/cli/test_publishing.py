@@ -363,6 +363,16 @@ def test_a_full_disk_leaves_what_was_there(source, fit_folder, tmp_path, name, l
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("limit", [0, 300, 3_000, 15_000])
+def test_a_store_on_a_full_disk_goes_on(source, tmp_path, limit):
+    call = ("store", source, "--out", tmp_path / "store", "--no-progress")
+    with file_size_limit(limit):
+        assert "File too large" in one_line(run(*call))
+    succeed(*call)
+    assert ps.Cells.from_store(tmp_path / "store").n_cells == 60
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
 @pytest.mark.parametrize("name", ["embed", "page"])
 def test_a_full_disk_leaves_earlier_results(source, fit_folder, tmp_path, name):
     command, out, *more = COMMANDS[name]
