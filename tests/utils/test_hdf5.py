@@ -42,7 +42,7 @@ def test_without_faults_it_is_an_ordinary_file(whole, tmp_path):
 
 
 def test_a_disk_that_is_full_at_any_size(whole, tmp_path):
-    for limit in range(0, whole.stat().st_size - 1, whole.stat().st_size // 40):
+    for limit in range(0, whole.stat().st_size - 1, whole.stat().st_size // 12):
         with (
             file_size_limit(limit),
             pytest.raises(OSError, match="File too large"),
