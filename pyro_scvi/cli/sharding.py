@@ -10,8 +10,8 @@ from pyro_scvi.analysis.evidence.evidence import evidence as log_evidence
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli.files import QueryOptions, load_fit, read_h5ad
+from pyro_scvi.cli.messages import errors_in_one_line, say
 from pyro_scvi.cli.options import AllowNonInteger, Device, Fill, FitFolder, Progress, QueryLayer, Raw, Sampling, Seed
-from pyro_scvi.cli.workspace import errors_in_one_line
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
 from pyro_scvi.export import blocks
@@ -69,7 +69,7 @@ def infer(
         left = blocks.write(
             fit, cells, out, verbs, shard=shares, block=block, seed=seed, progress=progress and ranks.first
         )
-        typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")
+        say(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")
 
 
 def _opened(fit: Fit, source: Path, reading: QueryOptions) -> Cells:
