@@ -15,9 +15,9 @@ from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_prob
 from pyro_scvi.cli import genes
 from pyro_scvi.cli.files import write_csv
 from pyro_scvi.cli.genes import compared, named
-from pyro_scvi.cli.pictures import new_axes, save
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.export import html_page
+from pyro_scvi.export.pictures import new_axes, save
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.plots import Projection
 from pyro_scvi.training.fitted import Fit

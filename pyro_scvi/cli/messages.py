@@ -39,12 +39,19 @@ def notes_of(caught: list[warnings.WarningMessage]) -> list[str]:
 @contextmanager
 def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
-    with errors_in_one_line(), warnings.catch_warnings(record=True) as caught:
+    with errors_in_one_line(), warnings_as_notes() as caught:
+        yield caught
+    say(f"wrote {result}")
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[list[warnings.WarningMessage]]:
+    """Warnings of the block are said after it."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield caught
     for text in notes_of(caught):
         note(text)
-    say(f"wrote {result}")
 
 
 @contextmanager

@@ -168,3 +168,26 @@ def test_column_names_are_spelled_out(tmp_path, name):
     result = run("fit", tmp_path / "in.h5ad", "--out", tmp_path / "o", "--labels", "nope")
     assert all(line.isprintable() for line in result.output.splitlines())
     assert result.exit_code == 1
+
+
+def test_errors_are_both_spelled_out_and_worded_as_options(tmp_path):
+    adata = make_adata()
+    adata.var_names = [f"other\x1b[2J{number}" for number in range(adata.n_vars)]
+    some = adata[:, 1:].copy()
+    ps.fit(ps.SCVI(20, 2, n_hidden=8), ps.Cells.from_anndata(adata), epochs=1, progress=False).save(tmp_path / "fit")
+    some.write_h5ad(tmp_path / "in.h5ad")
+    for command in (("embed", "o.h5ad"), ("infer", "o.zarr"), ("impute", "o.h5ad")):
+        line = one_line(run(command[0], tmp_path / "fit", tmp_path / "in.h5ad", "--out", tmp_path / command[1]))
+        assert "Add --fill-missing-genes" in line
+        assert line.isprintable()
+
+
+def test_infer_says_notes_as_the_other_commands(fit_folder, place):
+    path = place / "in" / "in\x1b[2J.h5ad"
+    (place / "in" / "in.h5ad").rename(path)
+    anndata.read_h5ad(path).write_h5ad(place / "in" / "part.h5")
+    with h5py.File(path, "r+") as file:
+        file["uns/more"] = h5py.ExternalLink("part.h5", "obs")
+    result = succeed("infer", fit_folder, path, "--out", place / "o.zarr", "--no-progress")
+    assert result.stderr.startswith("note: uns/more of")
+    assert all(line.isprintable() for line in result.output.splitlines())

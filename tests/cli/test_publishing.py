@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.cli import fit_report, page, pictures, pipeline, workspace
+from pyro_scvi.cli import fit_report, page, pipeline, workspace
+from pyro_scvi.export import pictures
 from pyro_scvi.utils import locks
 from pyro_scvi.utils.publishing import NotRolledBack, publish, rescue, signals_deferred
 from tests.support.cli_runs import make_adata, one_line, run, succeed
