@@ -10,6 +10,7 @@ from anndata import AnnData
 from pyro_scvi.analysis.integration import embedding
 from pyro_scvi.analysis.predictive import imputation
 from pyro_scvi.cli.files import QueryOptions, add, load_fit, read_h5ad, record, write_h5ad
+from pyro_scvi.cli.messages import say
 from pyro_scvi.cli.options import (
     AllowNonInteger,
     Device,
@@ -51,7 +52,7 @@ def embed(
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
-        typer.echo(f"embedding {cells.n_cells:,} cells")
+        say(f"embedding {cells.n_cells:,} cells")
         add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
         write_h5ad(adata, space.path)
@@ -103,7 +104,7 @@ def impute(
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)(), "seed": seed}
-        typer.echo(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
+        say(f"imputing {cells.n_cells:,} cells x {cells.n_genes:,} genes")
         layers = {}
         if technical_zeros:  # first: it is refused at once where the model has none
             layers["pyro_scvi_technical_zero"] = imputation.technical_zero_probability(fit, cells, **drawing)

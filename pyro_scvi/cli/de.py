@@ -10,8 +10,9 @@ from anndata import AnnData
 
 from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
 from pyro_scvi.cli import genes
-from pyro_scvi.cli.files import QueryOptions, column, load_fit, read_h5ad
+from pyro_scvi.cli.files import QueryOptions, column, load_fit, read_h5ad, write_csv
 from pyro_scvi.cli.genes import REST, Comparison
+from pyro_scvi.cli.messages import say
 from pyro_scvi.cli.options import (
     AllowNonInteger,
     Device,
@@ -82,11 +83,11 @@ def de(
 
     if out.suffix == ".csv":
         with new_file(out, force, file) as space:
-            compute().table.to_csv(space.path)
+            write_csv(compute().table, space.path)
         return
     with new_folder(out, ("table.csv",), force, file) as space:
         result = compute()
-        result.table.to_csv(space.path / "table.csv")
+        write_csv(result.table, space.path / "table.csv")
         source = f"{file.name} by the fit {fit_folder}"
         page = html_page.page(f"pyro-scvi: {file.name}", _sections(space, request, result, source, called(ctx)))
         (space.path / PAGE).write_text(page, encoding="utf-8")
@@ -124,7 +125,7 @@ def _compare(fit: Fit, adata: AnnData, request: Request, reading: QueryOptions) 
             "name one or two by --group-a and --group-b, or take another column"
         )
     cells = reading.cells_of(fit, adata)
-    typer.echo(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {request.groupby}")
+    say(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {request.groupby}")
     table = differential_expression(fit, cells, groupby=labels, **request.groups, **request.options)
     delta, b = request.options["delta"], request.group_b
     if request.group_a is None:

@@ -19,7 +19,11 @@ from pyro_scvi.errors import CheckpointError, DataError, SchemaError
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
+from pyro_scvi.utils import hdf5
+from pyro_scvi.utils.hdf5_links import links_out_of
 from pyro_scvi.version import __version__
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
@@ -28,8 +32,9 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
     Raises
     ------
     DataError
-        If it is no valid h5ad file, or one of MuData.
+        If it is no valid h5ad file, one of MuData, or parts of it are links to files in other folders.
     """
+    check_links(file)
     try:
         with h5py.File(file) as group:
             require_no_mudata(group, file)
@@ -41,10 +46,50 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
         raise DataError(f"{file}: cannot read it as h5ad: {reason}") from error
 
 
+def check_links(file: Path) -> None:
+    """Refuse a file whose parts are in other folders: who made it would decide which files are read here.
+
+    Raises
+    ------
+    DataError
+        If there is such a link; names it.
+
+    Warns
+    -----
+    UserWarning
+        If a part is in another file of the same folder.
+    """
+    if not file.is_file():
+        return
+    for link in links_out_of(file):
+        what = f"{link.name} of {link.file} is in another file, {link.target}"
+        if not link.beside:
+            raise DataError(f"{what}, which is not read; copy its values into {link.file.name}, or that file beside it")
+        warnings.warn(what, UserWarning, stacklevel=2)
+
+
 def write_h5ad(adata: AnnData, path: Path) -> None:
     """Write the data with strings as strings: anndata would turn them into categories, or refuse missing ones."""
-    with anndata.settings.override(allow_write_nullable_strings=True):
-        anndata.io.write_h5ad(path, adata, convert_strings_to_categoricals=False)
+    with anndata.settings.override(allow_write_nullable_strings=True), hdf5.written(path, "w") as file:
+        anndata.io.write_elem(file, "/", adata)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write a table; text that a spreadsheet would calculate gets an apostrophe before it, with a warning."""
+    plain = table.reset_index() if any(table.index.names) else table
+    guarded = plain.map(_not_a_formula).rename(columns=_not_a_formula)
+    risky = [text for text in [*plain, *plain.to_numpy(object).flat] if _not_a_formula(text) is not text]
+    if risky:
+        text = f"{path.name}: {risky[0]!r} and the like would be formulas in a spreadsheet; an ' stands before"
+        warnings.warn(text, UserWarning, stacklevel=2)
+    guarded.to_csv(path, index=plain is table)
+
+
+def _not_a_formula(value: Any) -> Any:
+    if not isinstance(value, str) or not (value.startswith(_FORMULA) or "\r" in value):
+        return value
+    text = value.replace("\r", " ")  # pandas leaves it unquoted, and readers take what follows as a new row
+    return f"'{text}" if value.startswith(_FORMULA) else text
 
 
 def load_fit(folder: Path, device: str) -> Fit:

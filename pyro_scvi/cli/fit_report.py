@@ -13,10 +13,11 @@ from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.predictive.checks import check_predictions
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli import genes
+from pyro_scvi.cli.files import write_csv
 from pyro_scvi.cli.genes import compared, named
-from pyro_scvi.cli.pictures import new_axes, save
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.export import html_page
+from pyro_scvi.export.pictures import new_axes, save
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.plots import Projection
 from pyro_scvi.training.fitted import Fit
@@ -71,7 +72,7 @@ def differing_genes(evaluated: EvaluatedFit, labels: pd.Series, pair: tuple[str,
     table = differential_expression(
         evaluated.fit, evaluated.cells, groupby=groups, group_a=a, group_b=b, delta=DELTA, seed=evaluated.seed
     )
-    table.to_csv(folder / "differential_expression.csv")
+    write_csv(table, folder / "differential_expression.csv")
     comparison = compared(table, groups, a, b, DELTA)
     sentence = (
         f"{genes.sides(comparison)} {len(comparison.called):,} of {len(table):,} genes are called for "

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi import plots
-from pyro_scvi.cli.pictures import new_axes, save
 from pyro_scvi.export import html_page
+from pyro_scvi.export.pictures import new_axes, save
 
 FDR = 0.05
 REST = "the rest"

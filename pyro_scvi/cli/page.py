@@ -1,6 +1,7 @@
 """The page of a fit: its sections, its settings, how it was made and how to go on."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 from pyro_scvi.cli import fit_report
 from pyro_scvi.cli.fit_report import EvaluatedFit
+from pyro_scvi.cli.wording import on_the_command_line
 from pyro_scvi.export import html_page
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.utils.checks import warn
 from pyro_scvi.version import __version__
 
 
@@ -38,13 +41,27 @@ def summary(job: Job, fit: Fit) -> str:
 
 def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:
     """Sections with the fit's results; their pictures and tables are written into the folder."""
-    return [
-        ("Numbers", [fit_report.numbers(evaluated)]),
-        *_genes(job, evaluated, folder),
-        ("Data against replicas", fit_report.predictions(evaluated, folder)),
-        ("Zeros", fit_report.zeros(evaluated)),
-        ("Model and training", [fit_report.training(evaluated, folder)]),
-    ]
+    parts: dict[str, Callable[[], list[str]]] = {"Numbers": lambda: [fit_report.numbers(evaluated)]}
+    if (pair := job.pair) is not None and (labels := evaluated.labels) is not None:
+        parts["Genes that differ"] = lambda: fit_report.differing_genes(evaluated, labels, pair, folder)
+    parts |= {
+        "Data against replicas": lambda: fit_report.predictions(evaluated, folder),
+        "Zeros": lambda: fit_report.zeros(evaluated),
+        "Model and training": lambda: [fit_report.training(evaluated, folder)],
+    }
+    return [(heading, made_or_told(heading, make)) for heading, make in parts.items()]
+
+
+def made_or_told(name: str, make: Callable[[], list[str]]) -> list[str]:
+    """A part of the page; where it fails, a sentence that says so, and a warning: a page must not cost a fit."""
+    try:
+        return make()
+    except OSError:  # a full disk: the rest of the page would fail as well
+        raise
+    except Exception as error:
+        text = f"{name} could not be shown: {on_the_command_line(str(error))[:300] or type(error).__name__}"
+        warn(text)
+        return [text]
 
 
 def making(job: Job, settings: dict[str, Any]) -> list[html_page.Section]:
@@ -87,9 +104,3 @@ def versions() -> str:
         except PackageNotFoundError:  # scanpy is optional
             continue
     return ", ".join(packages)
-
-
-def _genes(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.Section]:
-    if job.pair is None or evaluated.labels is None:
-        return []
-    return [("Genes that differ", fit_report.differing_genes(evaluated, evaluated.labels, job.pair, folder))]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import typer
 from anndata import AnnData
 
 from pyro_scvi import plots
@@ -13,6 +12,7 @@ from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.cli import fit_report, page
 from pyro_scvi.cli.files import column, write_h5ad
 from pyro_scvi.cli.fit_report import EvaluatedFit
+from pyro_scvi.cli.messages import say
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.workspace import FIT, PAGE, Workspace
 from pyro_scvi.data.cells import Cells
@@ -36,10 +36,11 @@ BuildModel = Callable[[Cells], tuple[SCVI, Guide | None]]
 def fit_and_report(space: Workspace, adata: AnnData, cells: Cells, build_model: BuildModel, job: Job) -> None:
     """Hold out a tenth of the cells, fit the rest, embed all, and write tables, pictures and the page."""
     held_out = number_held_out(HELD_OUT, cells.n_cells)
-    typer.echo(f"fitting {cells.n_cells - held_out:,} cells x {cells.n_genes:,} genes, {held_out:,} cells held out")
+    say(f"fitting {cells.n_cells - held_out:,} cells x {cells.n_genes:,} genes, {held_out:,} cells held out")
     fitted, train_cells, test_cells = train(cells, build_model, job.seed, job.training)
     _require_finished(fitted, job)
     fitted.save(space.path / FIT)
+    space.keep(FIT)
     labels = None if job.labels is None else adata.obs[job.labels]
     evaluated = evaluate(fitted, cells, train_cells, test_cells, labels, job.seed)
     write_report(space, adata, evaluated, job)
@@ -59,7 +60,7 @@ def evaluate(
     latent = embed(fitted, cells, seed=seed)
     few = test_cells.n_cells <= JUDGED_CELLS
     judged = test_cells if few else test_cells.take(split_at_random(test_cells.n_cells, JUDGED_CELLS, seed)[1])
-    typer.echo(f"judging the fit on {judged.n_cells:,} held-out cells")
+    say(f"judging the fit on {judged.n_cells:,} held-out cells")
     return EvaluatedFit(fitted, cells, train_cells, test_cells, judged, latent, labels, seed)
 
 
@@ -70,8 +71,8 @@ def write_report(space: Workspace, adata: AnnData, evaluated: EvaluatedFit, job:
     projection = plots.project(evaluated.latent, seed=job.seed)
     _annotate(adata, evaluated.latent, projection, settings)
     write_h5ad(adata, space.path / job.table)
-    picture = fit_report.embedded(evaluated, projection, space.path)
-    first = ("", [page.summary(job, evaluated.fit), picture, *space.notes])
+    pictures = page.made_or_told("The embedding", lambda: [fit_report.embedded(evaluated, projection, space.path)])
+    first = ("", [page.summary(job, evaluated.fit), *pictures, *space.notes])
     text = html_page.page(f"pyro-scvi: {job.title}", [first, *results, *page.making(job, settings)])
     (space.path / PAGE).write_text(text, encoding="utf-8")
 

@@ -10,8 +10,8 @@ from pyro_scvi.analysis.evidence.evidence import evidence as log_evidence
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli.files import QueryOptions, load_fit, read_h5ad
+from pyro_scvi.cli.messages import errors_in_one_line, say, warnings_as_notes
 from pyro_scvi.cli.options import AllowNonInteger, Device, Fill, FitFolder, Progress, QueryLayer, Raw, Sampling, Seed
-from pyro_scvi.cli.workspace import errors_in_one_line
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
 from pyro_scvi.export import blocks
@@ -56,7 +56,7 @@ def infer(
     Cells are read block by block, so that memory does not grow with them. Several jobs, or the ranks of torchrun, may
     write into one OUT.zarr. The same command goes on with the blocks that are missing.
     """
-    with errors_in_one_line(), joined() as ranks:
+    with errors_in_one_line(), warnings_as_notes(), joined() as ranks:
         fit = load_fit(fit_folder, device)
         cells = _opened(fit, source, QueryOptions(layer, raw, fill_missing_genes, allow_non_integer))
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)()}
@@ -69,7 +69,7 @@ def infer(
         left = blocks.write(
             fit, cells, out, verbs, shard=shares, block=block, seed=seed, progress=progress and ranks.first
         )
-        typer.echo(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")
+        say(f"wrote {out}" if left == 0 else f"{left:,} blocks of {out} are still missing")
 
 
 def _opened(fit: Fit, source: Path, reading: QueryOptions) -> Cells:

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from pyro_scvi.cli.files import check_links
+from pyro_scvi.cli.messages import reporting, say
 from pyro_scvi.cli.options import AllowNonInteger, Layer, Progress, Raw
-from pyro_scvi.cli.workspace import reporting
 from pyro_scvi.data import stores
 from pyro_scvi.data.stores import CountStore
 
@@ -28,6 +29,8 @@ def store(
     Genes are matched by name: those that all files have are kept. After an interruption the same command goes on.
     """
     with reporting(out):
+        for file in files:
+            check_links(file)
         path = stores.build(
             files,
             out,
@@ -39,4 +42,4 @@ def store(
             progress=progress,
         )
         n_cells, n_genes = CountStore(path, verify=False).shape
-        typer.echo(f"{n_cells:,} cells x {n_genes:,} genes")
+        say(f"{n_cells:,} cells x {n_genes:,} genes")

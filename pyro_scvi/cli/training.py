@@ -24,6 +24,7 @@ from pyro_scvi.cli.fit_options import (
     PriorName,
     Resume,
 )
+from pyro_scvi.cli.messages import errors_in_one_line
 from pyro_scvi.cli.options import (
     AllowNonInteger,
     Device,
@@ -39,7 +40,7 @@ from pyro_scvi.cli.options import (
 )
 from pyro_scvi.cli.page import Job
 from pyro_scvi.cli.pipeline import fit_and_report, largest_groups, train
-from pyro_scvi.cli.workspace import FIT, errors_in_one_line, new_folder
+from pyro_scvi.cli.workspace import FIT, new_folder
 from pyro_scvi.data import datasets
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.likelihoods.negative_binomial import ZINB

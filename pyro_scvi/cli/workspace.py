@@ -1,37 +1,52 @@
-"""Output folders and files: written completely or not at all, inputs never touched, errors in one line."""
+"""Output folders and files: written completely or not at all, what is finished stays, inputs are never touched."""
 
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import typer
-
-from pyro_scvi.cli.wording import on_the_command_line
-from pyro_scvi.errors import PyroScviError
+from pyro_scvi.cli.messages import note, notes_of, reporting
 from pyro_scvi.persistence.archive import CONFIG
+from pyro_scvi.utils.locks import only_writer
+from pyro_scvi.utils.publishing import NotRolledBack, publish, rescue
+from pyro_scvi.utils.temporary import leftovers, new_temporary
 
 FIT, PAGE = "fit", "index.html"
 STEPS, WRITTEN = "steps", "written.json"
+_NEW = "new"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder or file being written, and the warnings raised meanwhile."""
+    """A folder or file being written, where it will be, and the warnings raised meanwhile.
+
+    ``kept`` names results that are finished whatever becomes of the others.
+    """
 
     path: Path
+    out: Path
     caught: list[warnings.WarningMessage]
+    kept: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
         """Every warning once, without its line of code."""
-        texts = (str(note.message) for note in self.caught if note.category is UserWarning)
-        return list(dict.fromkeys(map(on_the_command_line, texts)))
+        return notes_of(self.caught)
+
+    def keep(self, name: str) -> None:
+        """Keep a finished result, whatever happens from now on.
+
+        It takes its place at once. Where an earlier one is in this place, that stays until all results are finished.
+        """
+        self.kept.append(name)
+        if not os.path.lexists(self.out / name):
+            self.out.mkdir(exist_ok=True)
+            (self.path / name).rename(self.out / name)
 
 
 @contextmanager
@@ -43,11 +58,13 @@ def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | 
     with reporting(out / PAGE) as caught:
         _check_source(source)
         _check_folder(out, results, force, source)
-        with _beside(out) as temporary:
-            space = Workspace(temporary / "new", caught)
+        with _temporary(out) as temporary:
+            space = Workspace(temporary / _NEW, out, caught)
             space.path.mkdir()
-            yield space
-            _publish(space.path, out, temporary)
+            with _finished_results_kept(space):
+                yield space
+                _check_folder(out, results, force, source, space.kept)  # others may have come meanwhile
+                publish(space.path, out, temporary)
 
 
 @contextmanager
@@ -56,9 +73,10 @@ def new_file(out: Path, force: bool, source: Path) -> Iterator[Workspace]:
     with reporting(out) as caught:
         _check_source(source)
         _check_file(out, force, source)
-        with _beside(out) as temporary:
-            space = Workspace(temporary / out.name, caught)
+        with _temporary(out) as temporary:
+            space = Workspace(temporary / out.name, out, caught)
             yield space
+            _check_file(out, force, source)
             space.path.replace(out)
 
 
@@ -73,8 +91,8 @@ def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
         _check_resumable(out)
         _check_ours(out, results)
         (out / STEPS).mkdir(parents=True, exist_ok=True)
-        with _beside(out) as temporary:
-            space = Workspace(temporary / "new", caught)
+        with _temporary(out) as temporary:
+            space = Workspace(temporary / _NEW, out, caught)
             space.path.mkdir()
             yield space
             made = sorted(space.path.iterdir())
@@ -82,36 +100,51 @@ def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
             hashes = sorted(_written(out) | set(map(_digest, made)))
             (temporary / WRITTEN).write_text(json.dumps(hashes, indent=1))
             (temporary / WRITTEN).replace(out / STEPS / WRITTEN)
-            _publish(space.path, out, temporary)
+            publish(space.path, out, temporary)
 
 
 @contextmanager
-def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
-    """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
-    with errors_in_one_line(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield caught
-    for note in Workspace(result, caught).notes:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(f"wrote {result}")
+def _temporary(out: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of ``out``, so that a rename moves its content; no other process writes there.
+
+    It is inside a folder that exists: that may be a link, or a disk of its own, or in a place that cannot be written.
+    """
+    within = out if out.is_dir() else out.parent
+    within.mkdir(parents=True, exist_ok=True)
+    with only_writer(out):
+        for folder in leftovers(out, within):
+            note(f"{folder} was left by a run that was stopped{_finished_in(folder)}; move or delete it")
+        temporary = new_temporary(out, within)
+        try:
+            yield temporary
+        except NotRolledBack:
+            raise
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finished_in(folder: Path) -> str:
+    fit = folder / _NEW / FIT
+    return f", and its fit is in {fit}" if (fit / CONFIG).is_file() else ""
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Errors that a user can mend end as one line and exit code 1."""
+def _finished_results_kept(space: Workspace) -> Iterator[None]:
+    """Whatever is raised in the block, results that were kept stay, and the user hears where."""
     try:
         yield
-    except (PyroScviError, OSError, ImportError, MemoryError) as error:
-        typer.echo(f"error: {on_the_command_line(str(error))}", err=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk, so that a rename moves its content."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        yield Path(temporary)
+    except NotRolledBack:
+        raise
+    except BaseException:
+        for name in space.kept:
+            if os.path.lexists(space.path / name):  # with an earlier one in its place
+                place = rescue(space.path / name, space.out)
+                note(f"the new {name} is finished and in {place}; earlier results in {space.out} are as they were")
+            else:
+                note(f"the {name} is finished and in {space.out / name}; the other results are missing")
+        raise
 
 
 def _check_source(source: Path | None) -> None:
@@ -119,11 +152,12 @@ def _check_source(source: Path | None) -> None:
         raise FileNotFoundError(f"there is no file {source}")
 
 
-def _check_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | None) -> None:
+def _check_folder(
+    out: Path, results: tuple[str, ...], force: bool, source: Path | None, kept: Iterable[str] = ()
+) -> None:
     """Raise, before computing anything, if results could not be written or would overwrite something else."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; pass a folder as --out")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    _require_folder(out)
+    if not force and _holds_others(out, kept):
         raise FileExistsError(f"{out} is not empty; pass another --out, or --force to replace earlier results in it")
     for result in results:
         if source is not None and (out / result).exists() and (out / result).samefile(source):
@@ -134,10 +168,26 @@ def _check_folder(out: Path, results: tuple[str, ...], force: bool, source: Path
         raise FileExistsError(f"{out / FIT} is no saved fit and would be overwritten; pass another --out")
 
 
-def _check_resumable(out: Path) -> None:
+def _require_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; pass a folder as --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / STEPS).is_dir():
+    if os.path.lexists(out) and not out.is_dir():
+        raise FileExistsError(f"{out} is a link that leads nowhere; pass another --out")
+    if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out} cannot be written; pass another --out")
+
+
+def _holds_others(out: Path, kept: Iterable[str]) -> bool:
+    """Whether a folder holds more than ``kept`` results and the temporary folders of runs."""
+    if not out.is_dir():
+        return False
+    ours = {*kept, *(folder.name for folder in leftovers(out, out)), f".{out.name}.lock"}
+    return any(item.name not in ours for item in out.iterdir())
+
+
+def _check_resumable(out: Path) -> None:
+    _require_folder(out)
+    if _holds_others(out, ()) and not (out / STEPS).is_dir():
         raise FileExistsError(f"{out} is not empty and holds no earlier run; pass another --out")
 
 
@@ -166,14 +216,3 @@ def _check_file(out: Path, force: bool, source: Path) -> None:
         raise FileExistsError(f"{out} is the input, which is never written; pass another --out")
     if os.path.lexists(out) and not force:  # a link that leads nowhere is somebody's too
         raise FileExistsError(f"{out} exists; pass another --out, or --force to replace it")
-
-
-def _publish(folder: Path, out: Path, temporary: Path) -> None:
-    """Move every result into place; replaced files are deleted with the temporary folder."""
-    replaced = temporary / "replaced"
-    replaced.mkdir()
-    out.mkdir(exist_ok=True)
-    for result in sorted(folder.iterdir()):
-        if (out / result.name).exists():
-            (out / result.name).rename(replaced / result.name)
-        result.rename(out / result.name)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -24,6 +21,7 @@ from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import inferred, object_columns
 from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.export.block_files import Format, format_of, reached, something_else, temporary_folder
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.persistence.serialization import states_of
 from pyro_scvi.utils.checks import brief, require_at_least, require_seed
@@ -40,11 +38,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Mode = Literal["r", "r+", "w"]
 Verb = Callable[..., np.ndarray | pd.DataFrame]
 """(fit, cells, seed=) -> a row for each cell, such as ``ps.embed`` or ``functools.partial(ps.impute, samples=10)``."""
 
 DONE, RUN = "pyro_scvi_blocks", "pyro_scvi_run"
+_DONE_PLACE = f"uns/{DONE}"
 
 
 def write(
@@ -93,19 +91,22 @@ def write(
     Raises
     ------
     DataError
-        If ``path`` is locked or may not be written. If it holds something else, or results of another fit, other cells
-        or covariates (such as those of ``cells.with_batch``), verbs, seed or blocks. Functions are compared by module
-        and name, and by the arguments that ``functools.partial`` binds. If a column of ``obs`` holds values of several
-        types.
+        If ``path`` is locked, has no room for the results or may not be written. If it holds something else, or results
+        of another fit, other cells or covariates (such as those of ``cells.with_batch``), verbs, seed or blocks.
+        Functions are compared by module and name, and by the arguments that ``functools.partial`` binds. If a column of
+        ``obs`` holds values of several types.
     ModelError
         If an argument has the wrong type. If a verb does not return one row per cell, or returns different columns for
         different blocks. If names are empty, contain ``/`` or occur twice.
     SchemaError
         If the cells' genes or covariates are not those of the fit; raised by the verbs of this package.
 
-    Notes ----- A block counts as done once it is in the file, so a process that is killed loses only its current block.
-    If it is killed while HDF5 writes its tables, the whole .h5ad file may become unreadable; a .zarr folder has no such
-    tables. Finished blocks are not checked again: a chunk that was later deleted or truncated is not noticed.
+    Notes
+    -----
+    A block counts as done once it has been read back from the file, so a process that is killed, or a disk that is
+    full, loses only its current block. An .h5ad file gets the space of all results before the first is computed; its
+    structure does not change afterwards. Finished blocks are not checked again: a chunk of a .zarr folder that was
+    later deleted or truncated is not noticed.
 
     Examples
     --------
@@ -126,29 +127,27 @@ def write(
     require_seed(seed)
     block, seed = int(block), int(seed)  # NumPy's integers are none to JSON
     index, of = _checked(shard)
-    kind, path = _format_of(path), Path(path)
+    kind, path = format_of(path), Path(path)
     if of > 1 and not kind.shared:
         raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
     columns = _columns(fit, cells, verbs, seed)
-    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed}
+    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed, "layout": kind.layout}
     run |= _described(cells, columns) | {f"verb {name!r}": _identity(verb) for name, verb in verbs.items()}
-    if not os.path.lexists(path):
-        _create(kind, path, cells, [column for some in columns.values() for column in some], run)
-    with _opened(kind, path, run) as group:
-        done = group["uns"][DONE]
-        todo = [k for k in np.flatnonzero(~done[:]).tolist() if k % of == index]
-        for k in each(todo, "block", progress):
-            rows = slice(k * block, min((k + 1) * block, cells.n_cells))
-            part = cells.take(np.arange(rows.start, rows.stop))
-            for name, verb in verbs.items():
-                of_part = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
-                _require_alike(name, of_part, columns[name])
-                for column in of_part:
-                    group[column.place][rows] = column.values
-            kind.flush(group)  # a block counts as done only where it is in the file
-            done[k] = True
-            kind.flush(group)
-        return int((~done[:]).sum())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with kind.alone(path):
+        if not os.path.lexists(path):
+            _create(kind, path, cells, [column for some in columns.values() for column in some], run)
+        with _opened(kind, path, run) as results:
+            for k in each([k for k in results.missing() if k % of == index], "block", progress):
+                rows = slice(k * block, min((k + 1) * block, cells.n_cells))
+                part = cells.take(np.arange(rows.start, rows.stop))
+                for name, verb in verbs.items():
+                    of_part = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
+                    _require_alike(name, of_part, columns[name])
+                    for column in of_part:
+                        results.put(column, rows)
+                results.mark(k)
+            return len(results.missing())
 
 
 class _Column(NamedTuple):
@@ -235,27 +234,38 @@ def _checked(shard: Any) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def _create(kind: _Format, path: Path, cells: Cells, columns: list[_Column], run: dict[str, Any]) -> None:
+def _create(kind: Format, path: Path, cells: Cells, columns: list[_Column], run: dict[str, Any]) -> None:
     """Make the file with empty arrays under a temporary name; move it into place unless another process was faster."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = np.zeros(-(-cells.n_cells // run["block"]), bool)
     adata = AnnData(obs=_writable(cells.obs), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        new = Path(folder) / path.name
-        with kind.opened(new, "w") as group, ad.settings.override(allow_write_nullable_strings=True):
-            ad.io.write_elem(group, "/", adata)
-            kind.add(group["uns"], DONE, done.dtype, done.shape, 1)
-            for column in columns:
-                place, name = column.place.split("/", 1)
-                shape = (cells.n_cells, *column.values.shape[1:])
-                kind.add(group[place], name, column.values.dtype, shape, min(run["block"], cells.n_cells))
-            attributes = group["obs"].attrs
-            attributes["column-order"] = [*attributes["column-order"], *_names(columns, "obs")]
+    with temporary_folder(path) as folder:
+        new = folder / path.name
+        try:
+            _fill(kind, new, adata, columns, run["block"])
+        except (OSError, RuntimeError, ValueError) as error:  # zarr and HDF5 have no error of their own
+            raise DataError(f"{path} cannot be made: {_line(error)}") from error
         try:
             new.rename(path)
         except OSError:  # a folder that is not empty: another process was faster
             if not path.exists():
                 raise
+
+
+def _fill(kind: Format, path: Path, adata: AnnData, columns: list[_Column], block: int) -> None:
+    """Write cells and genes, and empty arrays for the results."""
+    with kind.opened(path, "w") as group, ad.settings.override(allow_write_nullable_strings=True):
+        ad.io.write_elem(group, "/", adata)
+        kind.add(group["uns"], DONE, np.dtype(bool), (-(-adata.n_obs // block),), 1)
+        for column in columns:
+            place, name = column.place.split("/", 1)
+            shape = (adata.n_obs, *column.values.shape[1:])
+            kind.add(group[place], name, column.values.dtype, shape, min(block, adata.n_obs))
+        attributes = group["obs"].attrs
+        attributes["column-order"] = [*attributes["column-order"], *_names(columns, "obs")]
+
+
+def _line(error: Any) -> str:
+    """An error as one line of limited length."""
+    return " ".join(str(error).split())[:300]
 
 
 def _writable(obs: pd.DataFrame) -> pd.DataFrame:
@@ -279,108 +289,71 @@ def _names(columns: list[_Column], place: str) -> list[str]:
     return [column.place.removeprefix(f"{place}/") for column in columns if column.place.startswith(f"{place}/")]
 
 
+class _Results:
+    """The arrays of an open file, and which blocks of them are done."""
+
+    def __init__(self, kind: Format, path: Path, group: Any, n_blocks: int) -> None:
+        self.kind, self.path, self.group, self.n_blocks = kind, path, group, n_blocks
+
+    def missing(self) -> list[int]:
+        """Blocks that are not done."""
+        done = self.kind.get(self.group, _DONE_PLACE, slice(0, self.n_blocks))
+        return [int(k) for k in np.flatnonzero(~done)]
+
+    def put(self, column: _Column, rows: slice) -> None:
+        """Write a block of a column, and read it back.
+
+        Raises
+        ------
+        DataError
+            If it is not in the file afterwards.
+        """
+        try:
+            self.kind.put(self.group, column.place, rows, column.values)
+            found = self.kind.get(self.group, column.place, rows)
+        except (OSError, RuntimeError, ValueError) as error:  # zarr and HDF5 have no error of their own
+            raise self._lost(error) from error
+        if not np.array_equal(found, column.values, equal_nan=True):
+            raise self._lost(f"{column.place} reads otherwise than it was written")
+
+    def mark(self, k: int) -> None:
+        """Mark a block as done, once all of it can be read."""
+        self.put(_Column(_DONE_PLACE, np.ones(1, bool)), slice(k, k + 1))
+
+    def _lost(self, reason: Any) -> DataError:
+        return DataError(
+            f"{self.path}: a block could not be written: {_line(reason)}. The blocks marked as done are "
+            "safe; mend that, and the same call goes on with the others"
+        )
+
+
 @contextmanager
-def _opened(kind: _Format, path: Path, run: dict[str, Any]) -> Iterator[Any]:
+def _opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[_Results]:
     """The file, if it holds results of this run."""
     try:
-        with _reached(kind, path, "r") as group:
+        with reached(kind, path, "r") as group:
             text = group["uns"][RUN][()]
             recorded = json.loads(text.decode() if isinstance(text, bytes) else str(text))
             differing = [name for name in run if recorded.get(name) != run[name]]
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(_something_else(path, error)) from error
+        raise DataError(something_else(path, error)) from error
     if differing:
         raise DataError(
             f"{path} holds results of another run: {', '.join(differing)} differ; pass the same as then, or choose "
             "another path"
         )
-    with _reached(kind, path, "r+") as group:
-        yield group
+    _reserve(kind, path)
+    with reached(kind, path, "r+") as group:
+        yield _Results(kind, path, group, -(-run["n_cells"] // run["block"]))
 
 
-@contextmanager
-def _reached(kind: _Format, path: Path, mode: Mode) -> Iterator[Any]:
-    """The root group; a locked or read-only file raises an error of its own."""
-    with ExitStack() as stack:
-        try:
-            group = stack.enter_context(kind.opened(path, mode))
-        except OSError as error:
-            if error.errno is None or isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise DataError(_something_else(path, error)) from error
-            raise DataError(f"{path} cannot be opened: {error}") from error
-        yield group
-
-
-def _something_else(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"{path} holds something else than results of ps.shards.write ({reason}); choose another path"
-
-
-class _Format(ABC):
-    """A file format of AnnData: ``shared`` says whether several processes may write into one file."""
-
-    shared: bool
-
-    @abstractmethod
-    def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
-        """The root group."""
-
-    @abstractmethod
-    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
-        """An array in chunks of so many rows, empty: NaN or False."""
-
-    @abstractmethod
-    def flush(self, group: Any) -> None:
-        """Flush to the file, so that a kill loses nothing written so far."""
-
-    def add(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> None:
-        """Add an empty array with the attributes by which anndata recognises one."""
-        array = self.make(group, name, dtype, shape, rows)
-        array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
-
-
-class _Zarr(_Format):
-    shared = True
-
-    @contextmanager
-    def opened(self, path: Path, mode: Mode) -> Iterator[Any]:
-        import zarr
-
-        yield zarr.open_group(path, mode=mode, zarr_format=2)
-
-    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
-        chunks = (rows, *shape[1:])
-        return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=_empty(dtype))
-
-    def flush(self, group: Any) -> None:
-        """Every chunk is a file, written at once."""
-
-
-class _HDF5(_Format):
-    shared = False
-
-    def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
-        return h5py.File(path, mode)
-
-    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
-        return group.create_dataset(name, shape, dtype, chunks=(rows, *shape[1:]), fillvalue=_empty(dtype))
-
-    def flush(self, group: Any) -> None:
-        group.file.flush()
-
-
-def _empty(dtype: np.dtype) -> Any:
-    return False if dtype.kind == "b" else np.nan
-
-
-_FORMATS: dict[str, _Format] = {".zarr": _Zarr(), ".h5ad": _HDF5()}
-
-
-def _format_of(path: Any) -> _Format:
-    suffix = Path(path).suffix if isinstance(path, str | Path) else None
-    if suffix not in _FORMATS:
-        given = brief(path) if suffix is None else path
-        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {given}")
-    return _FORMATS[suffix]
+def _reserve(kind: Format, path: Path) -> None:
+    try:
+        kind.reserve(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"there is no room for all results in {path}: {_line(error)}. No block was computed; make room, and "
+            "the same call goes on"
+        ) from error

@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pyro_scvi.likelihoods import library_size
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import Component, lasting_repr
 from pyro_scvi.priors import weights
+from pyro_scvi.utils.allocation_limit import AllocationLimit
 
 FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
 
@@ -66,7 +68,41 @@ def build(description: Any, model: SCVI | None) -> Any:
             return _class_called(name)(**{key: build(item, model) for key, item in arguments.items()})
         case {"foreign": text}:
             raise CheckpointError(f"it was made with {text}, which is not this package's: pass model= (and guide=)")
-    raise CheckpointError(f"unknown description {description!r}")
+    raise CheckpointError(f"unknown description {repr(description)[:100]}")
+
+
+def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]) -> Any:
+    """As :func:`build`, for a description whose sizes are among those of ``tensors``.
+
+    Raises
+    ------
+    CheckpointError
+        If one is larger: it would take memory and time that the tensors do not account for.
+    """
+    largest = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
+    for name, size in _sizes(description):
+        if size > largest:
+            raise CheckpointError(f"{name} is {size}, more than any size of its weights")
+    return build(description, model)
+
+
+def limited_by(tensors: dict[str, Tensor]) -> AllocationLimit:
+    """A limit that models with these tensors stay far below while they are made."""
+    n_elements = sum(tensor.numel() for tensor in tensors.values())
+    return AllocationLimit(16 * n_elements + 4_000_000, 100 * len(tensors) + 1_000)
+
+
+def _sizes(description: Any) -> Iterator[tuple[str, int]]:
+    """Integers among the arguments, by name; a seed is no size."""
+    if isinstance(description, list):
+        for item in description:
+            yield from _sizes(item)
+    elif isinstance(description, dict):
+        for name, value in description.items():
+            if type(value) is int and name != "seed":
+                yield name, value
+            elif name != "tensor":
+                yield from _sizes(value)
 
 
 def with_new_names(description: Any) -> Any:
@@ -129,6 +165,41 @@ def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{name} has shape {shapes}")
 
 
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that hold NaN or infinity: every result of a fit with such weights would be NaN.
+
+    Raises
+    ------
+    CheckpointError
+        If there is one; names some.
+    """
+    lost = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if lost:
+        raise CheckpointError(f"{len(lost)} of its weights hold NaN or infinity: {', '.join(sorted(lost)[:3])}")
+
+
+def check_schema(schema: Schema, model: SCVI) -> None:
+    """Refuse a schema that is not that of a model, or whose names and scales are none.
+
+    Raises
+    ------
+    CheckpointError
+        If it is refused; says why.
+    """
+    names = (*schema.gene_names, *schema.batches, *schema.covariates)
+    if not all(isinstance(name, str) for name in (*names, schema.batch or "", schema.layer or "")):
+        raise CheckpointError("its schema has names that are no strings")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*schema.means, *schema.sds)):
+        raise CheckpointError("its schema has means or standard deviations that are no numbers")
+    if not all(sd > 0 for sd in schema.sds):
+        raise CheckpointError("its schema has standard deviations that are not above 0")
+    if len(set(schema.gene_names)) < schema.n_genes or len(set(schema.batches)) < schema.n_batches:
+        raise CheckpointError("its schema has genes or batches that occur twice")
+    if (schema.n_genes, schema.n_covariates) != (model.n_genes, model.n_covariates):
+        found = f"{schema.n_genes} genes and {schema.n_covariates} covariates"
+        raise CheckpointError(f"its schema has {found}, the model {model.n_genes} and {model.n_covariates}")
+
+
 def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into model and guide, all of them or none.
 
@@ -166,4 +237,4 @@ def _class_called(name: str) -> Callable[..., Any]:
     for known, label in _own_classes().items():
         if label == RENAMED.get(name, name):
             return known
-    raise CheckpointError(f"unknown part {name!r}")
+    raise CheckpointError(f"unknown part {repr(name)[:100]}")

@@ -37,11 +37,13 @@ def given_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
-    """A legend to the right of the axes, so that it covers nothing."""
+    """A legend to the right of the axes, so that it covers nothing; its text is plain, whatever signs it holds."""
     columns = math.ceil(len(handles) / 20)
-    ax.legend(
+    legend = ax.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns, fontsize="small"
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def require(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:

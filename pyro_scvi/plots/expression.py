@@ -148,7 +148,7 @@ def _label(ax: Axes, genes: _Genes, most: int) -> None:
     for row in rows:
         place = (genes.x[row], genes.y[row])
         text = ax.annotate(genes.names[row], place, (0, 0), textcoords="offset points", fontsize="x-small", zorder=4)
-        text.set(color=INK, path_effects=[withStroke(linewidth=2, foreground="white")])
+        text.set(parse_math=False, color=INK, path_effects=[withStroke(linewidth=2, foreground="white")])
         box = _free(text, ax.get_window_extent(), taken)
         if box is None:
             text.remove()

@@ -146,7 +146,8 @@ def embedding(
     style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85, "rasterized": True}
     if values is not None and pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         drawn = ax.scatter(points[order, 0], points[order, 1], c=values.to_numpy(float)[order], cmap="viridis", **style)
-        ax.figure.colorbar(drawn, ax=ax, label=str(values.name or ""), shrink=0.8)
+        bar = ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
+        bar.set_label(str(values.name or ""), parse_math=False)
     else:
         colours, legend = _categories(values, len(points))
         ax.scatter(points[order, 0], points[order, 1], c=colours[order], **style)

@@ -59,7 +59,7 @@ def comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     _bars(ax, rows, gaps, 2 * table.difference_se.to_numpy(float), TRAIN, 1.8)
     ax.scatter(gaps, rows, s=38, c=np.where(hollow, "white", TRAIN), edgecolors=TRAIN, linewidths=1.5, zorder=3)
     _khat_column(ax, rows, table.khat_bad)
-    ax.set_yticks(rows, [str(name) for name in table.index])
+    ax.set_yticks(rows, [str(name) for name in table.index], parse_math=False)
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlabel("\n".join(_meaning(refitted, bool(hollow.any()))))
     ax.spines[["top", "right"]].set_visible(False)

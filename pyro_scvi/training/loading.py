@@ -10,7 +10,16 @@ from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
-from pyro_scvi.persistence.serialization import FIT_FACTS, build, check_shapes, history_of, put_states
+from pyro_scvi.persistence.serialization import (
+    FIT_FACTS,
+    build_sized,
+    check_finite,
+    check_schema,
+    check_shapes,
+    history_of,
+    limited_by,
+    put_states,
+)
 from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
 from pyro_scvi.training.fitted import Fit
 
@@ -62,8 +71,9 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
 def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) -> Fit:
     facts: dict[str, Any] = content.facts
     dtype = _PRECISIONS[facts["dtype"]]
-    model = build(facts["model"], None) if model is None else model
-    guide = build(facts["guide"], model) if guide is None else guide
+    with limited_by(content.tensors):
+        model = build_sized(facts["model"], None, content.tensors) if model is None else model
+        guide = build_sized(facts["guide"], model, content.tensors) if guide is None else guide
     if not isinstance(facts["settings"], dict):
         raise CheckpointError("its settings are no mapping of names to values")
     if not (isinstance(model, SCVI) and isinstance(guide, Guide)):
@@ -73,8 +83,10 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
             "the guide was made for another model; make it with this one, as in DiagonalNormal(model)"
         )
     history, schema = history_of(facts["history"]), Schema.from_dict(facts["schema"])
+    check_schema(schema, model)
     tensors = content.tensors if content.kind == "fit" else best_states(content)
     check_shapes(model, guide, tensors)  # before the caller's model and guide are changed
+    check_finite(tensors)
     made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, schema, facts["settings"])
     put_states(model, guide, tensors)
     model.trained = True

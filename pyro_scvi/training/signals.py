@@ -54,12 +54,33 @@ def noted_interrupts() -> Iterator[Interrupts]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit inside the block, so that what is finished is kept and the rest is cleaned up.
+
+    By Python's default it ends the process at once. A handler of the user's own is left alone; in training the signal
+    ends the running step.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # the exit code that a shell gives to a process that a signal has ended
+
+
 def _note_then_call(note: Handler, earlier: Any) -> Handler:
     """A handler that notes a signal, then calls the user's own; Python's default one would raise at once."""
 
     def handle(number: int, frame: Any) -> None:
         note(number, frame)
-        if callable(earlier) and earlier is not signal.default_int_handler:
+        if callable(earlier) and earlier not in (signal.default_int_handler, _exit):
             earlier(number, frame)
 
     return handle

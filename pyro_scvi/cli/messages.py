@@ -1,0 +1,78 @@
+"""Messages of the commands: notes, errors in one line, and no byte that a terminal would obey."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import typer
+
+from pyro_scvi.cli.wording import on_the_command_line
+from pyro_scvi.errors import PyroScviError
+from pyro_scvi.training.signals import sigterm_raises
+
+_MEMORY = "there is not enough memory; lower --batch-size, --block or --samples, or pass fewer cells or genes"
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names from a file could rename or recolour a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    typer.echo(printable(text))
+
+
+def note(text: str) -> None:
+    """Print a line for the user's attention, beside the results."""
+    typer.echo(f"note: {printable(text)}", err=True)
+
+
+def notes_of(caught: list[warnings.WarningMessage]) -> list[str]:
+    """Every warning once, without its line of code."""
+    texts = (str(one.message) for one in caught if one.category is UserWarning)
+    return list(dict.fromkeys(map(on_the_command_line, texts)))
+
+
+@contextmanager
+def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
+    """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
+    with errors_in_one_line(), warnings_as_notes() as caught:
+        yield caught
+    say(f"wrote {result}")
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[list[warnings.WarningMessage]]:
+    """Warnings of the block are said after it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield caught
+    for text in notes_of(caught):
+        note(text)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Errors that a user can mend end as one line and exit code 1."""
+    try:
+        with sigterm_raises():
+            yield
+    except (PyroScviError, OSError, ImportError, MemoryError) as error:
+        raise _told(str(error) or type(error).__name__) from error
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise _told(f"{_MEMORY} ({str(error).splitlines()[0]})") from error
+
+
+def _told(text: str) -> typer.Exit:
+    typer.echo(f"error: {printable(on_the_command_line(text))}", err=True)
+    return typer.Exit(1)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory: on a GPU it has an exception for that, on a CPU only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,248 @@
+"""Files of results that are filled block by block: their space, their arrays, and what is on the disk for certain."""
+
+import errno
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from pyro_scvi.errors import DataError
+from pyro_scvi.utils import hdf5
+from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.locks import only_writer
+from pyro_scvi.utils.temporary import leftovers, new_temporary
+
+Mode = Literal["r", "r+", "w"]
+_TABLES = 2**16  # bytes that HDF5 may add to its tables beside the arrays
+
+
+class Format(ABC):
+    """A file format of AnnData: ``shared`` says whether several processes may write into one file.
+
+    Values are written by :meth:`put` and read back by :meth:`get`, which asks the file, not a cache of the library.
+    """
+
+    shared: bool
+    layout: str
+    """How arrays lie in the file; results of another layout are not continued."""
+
+    @abstractmethod
+    def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
+        """The root group."""
+
+    @abstractmethod
+    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
+        """An array for blocks of so many rows, empty: NaN or False."""
+
+    @abstractmethod
+    def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
+        """Write rows of an array, and wait until they are on the disk."""
+
+    @abstractmethod
+    def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
+        """Rows of an array as the file holds them."""
+
+    @abstractmethod
+    def alone(self, path: Path) -> AbstractContextManager[None]:
+        """Keep other writers out, where only one may write."""
+
+    @abstractmethod
+    def reserve(self, path: Path) -> None:
+        """Reserve the space of all arrays on the disk."""
+
+    def add(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> None:
+        """Add an empty array with the attributes by which anndata recognises one."""
+        array = self.make(group, name, dtype, shape, rows)
+        array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
+
+
+class _Zarr(Format):
+    """A folder in which every block of an array is a file, which zarr replaces at once."""
+
+    shared, layout = True, "chunks"
+
+    @contextmanager
+    def opened(self, path: Path, mode: Mode) -> Iterator[Any]:
+        import zarr
+
+        yield zarr.open_group(path, mode=mode, zarr_format=2)
+
+    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
+        chunks = (rows, *shape[1:])
+        return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=_empty(dtype))
+
+    def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
+        array = group[place]
+        array[rows] = values
+        number = rows.start // array.chunks[0]
+        chunk = array.store_path.store.root / array.path / ".".join(["0"] * array.ndim)
+        _sync(chunk.with_name(".".join([str(number), *["0"] * (array.ndim - 1)])))
+
+    def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
+        return np.asarray(group[place][rows])
+
+    def alone(self, path: Path) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def reserve(self, path: Path) -> None:
+        """Nothing: how small its blocks become is known once they are compressed; one without room is not marked."""
+
+
+class _HDF5(Format):
+    """A file whose arrays get their space before the first result, each in one piece.
+
+    HDF5 loses rows in silence when a disk is full while it closes an array, and its tables are torn if it is killed
+    while it writes them. So nothing is written through it after the file was made: results go straight to their bytes.
+    """
+
+    shared, layout = False, "in one piece"
+
+    def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
+        return hdf5.written(path, "w") if mode == "w" else h5py.File(path, mode)
+
+    def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
+        return group.create_dataset(name, shape, dtype, fillvalue=_empty(dtype))
+
+    def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
+        path, offset, dtype = _bytes_of(group[place], rows)
+        content = np.ascontiguousarray(values, dtype).tobytes()
+        file = os.open(path, os.O_WRONLY)
+        try:
+            written = 0
+            while written < len(content):  # a signal or a limit may cut a call short
+                written += os.pwrite(file, content[written:], offset + written)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
+        array = group[place]
+        path, offset, dtype = _bytes_of(array, rows)
+        shape = (rows.stop - rows.start, *array.shape[1:])
+        found = np.fromfile(path, dtype, int(np.prod(shape)), offset=offset)
+        if found.size < np.prod(shape):
+            raise OSError(errno.EIO, f"{path} ends before the rows {rows.start} to {rows.stop} of {place}")
+        return found.reshape(shape)
+
+    def alone(self, path: Path) -> AbstractContextManager[None]:
+        return _only_writer(path)
+
+    def reserve(self, path: Path) -> None:
+        """Write NaN into every array, in a copy that replaces the file: at every moment the file is whole."""
+        with h5py.File(path, "r") as file:
+            missing = sum(array.nbytes + _TABLES for array in _without_space(file))
+        if not missing:
+            return
+        with temporary_folder(path) as folder:
+            copy = folder / path.name
+            shutil.copyfile(path, copy)
+            _allocate(copy, missing)
+            with hdf5.written(copy, "r+") as file:
+                for array in _without_space(file):
+                    array[:1] = array.fillvalue  # HDF5 fills the rest as well
+            copy.replace(path)
+
+
+def _empty(dtype: np.dtype) -> Any:
+    return False if dtype.kind == "b" else np.nan
+
+
+def _bytes_of(array: h5py.Dataset, rows: slice) -> tuple[str, int, np.dtype]:
+    """File, position and type of rows of an array that lies in one piece."""
+    row = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+    return array.file.filename, array.id.get_offset() + rows.start * row, array.dtype
+
+
+def _without_space(file: h5py.File) -> list[h5py.Dataset]:
+    """Arrays of a file that have a size and no bytes yet."""
+    found: list[h5py.Dataset] = []
+
+    def note(_: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.nbytes and not item.chunks and not item.id.get_storage_size():
+            found.append(item)
+
+    file.visititems(note)
+    return found
+
+
+def _allocate(path: Path, more: int) -> None:
+    """Let a file own so many more bytes of the disk; HDF5 gives back what it does not use."""
+    if not hasattr(os, "posix_fallocate"):  # macOS: a full disk is noticed when HDF5 fills the arrays
+        return
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size + more)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk; zarr makes none for a block of nothing but NaN."""
+    if not path.exists():
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    try:
+        with only_writer(path):
+            for folder in leftovers(path, path.parent):  # of a process that was killed; it holds no results
+                shutil.rmtree(folder, ignore_errors=True)
+            yield
+    except BlockingIOError as error:
+        raise DataError(f"{path} is locked: {error}") from error
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder on the disk of a path, deleted afterwards."""
+    folder = new_temporary(path, path.parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def reached(kind: Format, path: Path, mode: Mode) -> Iterator[Any]:
+    """The root group; a locked or read-only file raises an error of its own."""
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(kind.opened(path, mode))
+        except OSError as error:
+            if error.errno is None or isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise DataError(something_else(path, error)) from error
+            raise DataError(f"{path} cannot be opened: {error}") from error
+        yield group
+
+
+def something_else(path: Path, error: Exception) -> str:
+    """Message for a file that does not hold results."""
+    reason = " ".join(str(error).split())[:200]
+    return f"{path} holds something else than results of ps.shards.write ({reason}); choose another path"
+
+
+_FORMATS: dict[str, Format] = {".zarr": _Zarr(), ".h5ad": _HDF5()}
+
+
+def format_of(path: Any) -> Format:
+    """The format that the end of a name stands for.
+
+    Raises
+    ------
+    DataError
+        If it stands for none.
+    """
+    suffix = Path(path).suffix if isinstance(path, str | Path) else None
+    if suffix not in _FORMATS:
+        given = brief(path) if suffix is None else path
+        raise DataError(f"path must end in {' or '.join(_FORMATS)}, got {given}")
+    return _FORMATS[suffix]

@@ -1,0 +1,17 @@
+"""Temporary folders beside what they are for, under names by which those of killed processes are found."""
+
+import glob
+import tempfile
+from pathlib import Path
+
+_SUFFIX = ".partial"
+
+
+def new_temporary(path: Path, within: Path) -> Path:
+    """Make a hidden folder in ``within`` for something that will be called ``path``."""
+    return Path(tempfile.mkdtemp(dir=within, prefix=f".{path.name}.", suffix=_SUFFIX))
+
+
+def leftovers(path: Path, within: Path) -> list[Path]:
+    """Folders that :func:`new_temporary` has made; those of processes that died, if no other one is writing."""
+    return sorted(within.glob(f".{glob.escape(path.name)}.????????{_SUFFIX}"))

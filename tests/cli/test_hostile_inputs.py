@@ -1,0 +1,193 @@
+"""Inputs that were made to harm: links out of a file, formulas in tables, and bytes that a terminal obeys."""
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.cli.files import write_csv
+from pyro_scvi.cli.messages import printable
+from tests.support.cli_runs import make_adata, one_line, run, succeed
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def fit_folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    cells = ps.Cells.from_anndata(make_adata())
+    path = tmp_path_factory.mktemp("fitted") / "fit"
+    ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=1, progress=False, device="cpu").save(path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with counts, and a secret elsewhere."""
+    (tmp_path / "in").mkdir()
+    adata = make_adata()
+    adata.X = adata.X.toarray()
+    adata.write_h5ad(tmp_path / "in" / "in.h5ad")
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["x"] = np.zeros(adata.shape, np.float32)
+        file["table/words"] = "secret"
+    (tmp_path / "secret.raw").write_bytes(bytes(4 * adata.n_obs * adata.n_vars))
+    return tmp_path
+
+
+def external(file, target):
+    del file["X"]
+    file["X"] = h5py.ExternalLink(target, "x")
+
+
+def hidden(file, target):
+    file["uns/deep/deeper"] = h5py.ExternalLink(target, "table")
+
+
+def virtual(file, target):
+    shape, attributes = file["X"].shape, dict(file["X"].attrs)
+    del file["X"]
+    layout = h5py.VirtualLayout(shape, np.float32)
+    layout[:] = h5py.VirtualSource(target, "x", shape)
+    file.create_virtual_dataset("X", layout).attrs.update(attributes)
+
+
+def raw(file, target):
+    shape, attributes = file["X"].shape, dict(file["X"].attrs)
+    del file["X"]
+    size = 4 * int(np.prod(shape))
+    outside = [(target.replace(".h5", ".raw"), 0, size)]
+    file.create_dataset("X", shape, np.float32, external=outside).attrs.update(attributes)
+
+
+LINKS = (external, hidden, virtual, raw)
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_links_to_other_folders_are_refused(fit_folder, place, link, absolute):
+    path = place / "in" / "in.h5ad"
+    with h5py.File(path, "r+") as file:
+        link(file, str(place / "secret.h5") if absolute else "../secret.h5")
+    for command in (
+        ("embed", fit_folder, path, "--out", place / "o.h5ad"),
+        ("infer", fit_folder, path, "--out", place / "o.zarr", "--no-progress"),
+        ("store", path, "--out", place / "store", "--no-progress"),
+        ("fit", path, "--out", place / "out", "--epochs", 1),
+    ):
+        line = one_line(run(*command))
+        assert "is in another file" in line
+        assert str(place / "secret") in line
+    assert sorted(item.name for item in place.iterdir()) == ["in", "secret.h5", "secret.raw"]
+
+
+def test_links_to_the_same_folder_are_read_and_told(fit_folder, place):
+    path = place / "in" / "in.h5ad"
+    anndata.read_h5ad(path).write_h5ad(place / "in" / "part.h5")
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file["X"] = h5py.ExternalLink("part.h5", "X")
+    result = succeed("embed", fit_folder, path, "--out", place / "o.h5ad")
+    assert "note: X of" in result.stderr
+    assert "part.h5" in result.stderr
+    with h5py.File(place / "in" / "part.h5", "r+") as file:  # and from there out of the folder
+        file["uns/more"] = h5py.ExternalLink("../secret.h5", "table")
+    assert "secret.h5" in one_line(run("embed", fit_folder, path, "--out", place / "o2.h5ad"))
+
+
+def test_links_that_lead_nowhere_or_round_in_a_circle(fit_folder, place):
+    path, other = place / "in" / "in.h5ad", place / "in" / "other.h5ad"
+    anndata.read_h5ad(path).write_h5ad(other)
+    for start, target in ((other, "in.h5ad"), (path, "other.h5ad")):
+        with h5py.File(start, "r+") as file:
+            file["uns/more"] = h5py.ExternalLink(target, "obs")
+    assert "other.h5ad" in succeed("embed", fit_folder, path, "--out", place / "o.h5ad").stderr
+    other.unlink()
+    assert "other.h5ad, which is not read" in one_line(run("embed", fit_folder, path, "--out", place / "o2.h5ad"))
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r=", "a\r="])
+def test_text_that_a_spreadsheet_would_calculate(tmp_path, start):
+    name = f"{start}1+cmd|' /C calc'!A0"
+    table = pd.DataFrame({"x": [-1.5, 2.0], "kind": ["plain", name]}, index=pd.Index([name, "g1"], name="gene"))
+    with pytest.warns(UserWarning, match="would be formulas in a spreadsheet"):
+        write_csv(table, tmp_path / "a.csv")
+    written = pd.read_csv(tmp_path / "a.csv", index_col="gene")
+    told = (name if start.startswith("a") else f"'{name}").replace("\r", " ")
+    assert list(written.index) == [told, "g1"]
+    assert list(written.kind) == ["plain", told]
+    assert list(written.x) == [-1.5, 2.0]
+
+
+def test_tables_without_such_text_are_as_pandas_writes_them(tmp_path):
+    for names in (["a"], ["a", "b"]):
+        table = pd.DataFrame({name: [-1 / 3, np.nan] for name in names}, index=pd.Index(["g0", "g1"], name="gene"))
+        write_csv(table, tmp_path / "a.csv")
+        table.to_csv(tmp_path / "b.csv")
+        assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+@pytest.mark.parametrize("out", ["de", "de.csv"])
+def test_groups_and_genes_that_are_formulas(fit_folder, tmp_path, out):
+    adata = make_adata()
+    adata.obs["kind"] = np.where(np.arange(60) % 2, "=1+1", "@SUM(A1)")
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    result = succeed("de", fit_folder, tmp_path / "in.h5ad", "--groupby", "kind", "--out", tmp_path / out)
+    assert "would be formulas in a spreadsheet" in result.stderr
+    table = (tmp_path / out / "table.csv" if out == "de" else tmp_path / out).read_text()
+    assert not any(line.startswith(("=", "@")) for line in table.splitlines())
+
+
+ESCAPES = {
+    "title": "\x1b]0;pwned\x07",
+    "colour": "\x1b[31mred",
+    "clear": "\x1b[2J",
+    "8 bit": "\x9b2J",
+    "bell": "\a",
+    "backspace": "\b\b\b",
+    "carriage return": "\rerror: none",
+    "right to left": "\u202egnp.exe",
+    "half a pair": "\ud83d",
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES.values(), ids=ESCAPES)
+def test_names_do_not_reach_the_terminal_as_commands(name):
+    assert printable(f"a{name}é漢 b").isprintable()
+    assert printable("é漢 b") == "é漢 b"
+
+
+@pytest.mark.parametrize("name", [name for name in ESCAPES.values() if name.isascii()])
+def test_column_names_are_spelled_out(tmp_path, name):
+    adata = make_adata()
+    adata.obs[f"x{name}"] = "q"
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    result = run("fit", tmp_path / "in.h5ad", "--out", tmp_path / "o", "--labels", "nope")
+    assert all(line.isprintable() for line in result.output.splitlines())
+    assert result.exit_code == 1
+
+
+def test_errors_are_both_spelled_out_and_worded_as_options(tmp_path):
+    adata = make_adata()
+    adata.var_names = [f"other\x1b[2J{number}" for number in range(adata.n_vars)]
+    some = adata[:, 1:].copy()
+    ps.fit(ps.SCVI(20, 2, n_hidden=8), ps.Cells.from_anndata(adata), epochs=1, progress=False).save(tmp_path / "fit")
+    some.write_h5ad(tmp_path / "in.h5ad")
+    for command in (("embed", "o.h5ad"), ("infer", "o.zarr"), ("impute", "o.h5ad")):
+        line = one_line(run(command[0], tmp_path / "fit", tmp_path / "in.h5ad", "--out", tmp_path / command[1]))
+        assert "Add --fill-missing-genes" in line
+        assert line.isprintable()
+
+
+def test_infer_says_notes_as_the_other_commands(fit_folder, place):
+    path = place / "in" / "in\x1b[2J.h5ad"
+    (place / "in" / "in.h5ad").rename(path)
+    anndata.read_h5ad(path).write_h5ad(place / "in" / "part.h5")
+    with h5py.File(path, "r+") as file:
+        file["uns/more"] = h5py.ExternalLink("part.h5", "obs")
+    result = succeed("infer", fit_folder, path, "--out", place / "o.zarr", "--no-progress")
+    assert result.stderr.startswith("note: uns/more of")
+    assert all(line.isprintable() for line in result.output.splitlines())

@@ -1,0 +1,193 @@
+"""Results written block by block to disks that are full, break or lie: what is marked as done is there."""
+
+import os
+import shutil
+import signal
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.errors import DataError
+from pyro_scvi.export import block_files
+from tests.support.faults import DISK_ERRORS, disk_error, failing, file_size_limit
+from tests.support.simulate import simulated_counts
+
+pytestmark = pytest.mark.faults
+
+N, BLOCK = 96, 16
+OPTIONS = {"block": BLOCK, "seed": 4, "progress": False}
+
+
+def wide(fit, cells, seed):
+    """A layer that is large beside the tables of the file, other for every cell and seed."""
+    totals = cells.totals.astype(np.float32)[:, None]
+    return totals + np.arange(cells.n_genes, dtype=np.float32) / 64 + np.float32(seed % 7)
+
+
+VERBS = {"z": ps.embed, "w": wide, "total": lambda fit, cells, seed: cells.totals.astype(float)}
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return ps.Cells.from_counts(simulated_counts(N), obs=pd.DataFrame(index=[f"c{i}" for i in range(N)]))
+
+
+@pytest.fixture(scope="module")
+def fit(cells):
+    torch.manual_seed(0)
+    return ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=1, progress=False, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(fit, cells, tmp_path_factory):
+    path = tmp_path_factory.mktemp("expected") / "out.h5ad"
+    assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0
+    return ad.read_h5ad(path)
+
+
+def read(path):
+    return (ad.read_zarr if path.suffix == ".zarr" else ad.read_h5ad)(path)
+
+
+def check_partial(path, expected):
+    """Blocks marked as done hold what they should, others are missing; returns how many are done."""
+    found = read(path)
+    done = np.repeat(found.uns["pyro_scvi_blocks"], BLOCK)
+    for result, right in (
+        (found.layers["w"], expected.layers["w"]),
+        (found.obsm["z"], expected.obsm["z"]),
+        (found.obs[["total"]].to_numpy(), expected.obs[["total"]].to_numpy()),
+    ):
+        np.testing.assert_array_equal(result[done], right[done])
+        assert ((result == right) | np.isnan(result)).all()
+    return int(found.uns["pyro_scvi_blocks"].sum())
+
+
+def check_goes_on(fit, cells, path, expected):
+    assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0
+    assert check_partial(path, expected) == N // BLOCK
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_space_is_reserved_before_the_first_block(fit, cells, expected, tmp_path):
+    path = tmp_path / "out.h5ad"
+    for number in DISK_ERRORS:
+        message = f"no room for all results.*{os.strerror(number)}.*No block"
+        with failing(os, "posix_fallocate", disk_error(number)), pytest.raises(DataError, match=message):
+            ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+        assert check_partial(path, expected) == 0
+    check_goes_on(fit, cells, path, expected)
+
+
+def test_a_file_has_its_size_before_the_first_block(fit, cells, tmp_path):
+    sizes = []
+
+    def measuring(fit, cells, seed):
+        sizes.append(os.stat(tmp_path / "out.h5ad").st_size if (tmp_path / "out.h5ad").exists() else 0)
+        return ps.embed(fit, cells, seed=seed)
+
+    ps.shards.write(fit, cells, tmp_path / "out.h5ad", {"z": measuring}, **OPTIONS)
+    assert len(set(sizes[1:])) == 1  # the first asks for the shape
+    assert sizes[-1] == os.stat(tmp_path / "out.h5ad").st_size
+
+
+@pytest.mark.parametrize("limit", [0, 1_000, 6_000, 16_000])
+def test_a_limit_on_the_size_of_files(fit, cells, expected, tmp_path, limit):
+    path = tmp_path / "out.h5ad"
+    with file_size_limit(limit), pytest.raises(DataError, match="no room|cannot be made"):
+        ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+    assert not path.exists() or check_partial(path, expected) == 0
+    check_goes_on(fit, cells, path, expected)
+
+
+@pytest.mark.parametrize(("name", "call"), [("out.h5ad", "pwrite"), ("out.h5ad", "fsync"), ("out.zarr", "fsync")])
+def test_a_disk_that_fails_in_the_middle_loses_one_block(fit, cells, expected, tmp_path, name, call):
+    path, done = tmp_path / name, 0
+    for number in DISK_ERRORS:
+        with (
+            failing(block_files.os, call, disk_error(number), after=5),
+            pytest.raises(DataError, match=f"could not be written: .*{os.strerror(number)}.*marked as done are safe"),
+        ):
+            ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+        assert check_partial(path, expected) == (done := done + 1)
+    check_goes_on(fit, cells, path, expected)
+
+
+def test_a_stop_at_any_call_of_the_system(fit, cells, expected, tmp_path):
+    path, done = tmp_path / "out.h5ad", 0
+    for after in range(8):
+        with failing(block_files.os, "pwrite", KeyboardInterrupt(), after=after), pytest.raises(KeyboardInterrupt):
+            ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+        assert check_partial(path, expected) == (done := done + after // 4)  # three arrays and the mark of each block
+    check_goes_on(fit, cells, path, expected)
+
+
+def test_short_writes_are_finished(fit, cells, expected, tmp_path, monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(block_files.os, "pwrite", lambda file, content, at: write(file, content[:100], at))
+    check_goes_on(fit, cells, tmp_path / "out.h5ad", expected)
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_disk_that_lies_is_found_out(fit, cells, expected, tmp_path, monkeypatch, share):
+    path = tmp_path / "out.h5ad"
+    with monkeypatch.context() as patch:
+        patch.setattr(block_files.os, "pwrite", lambda file, content, at: -(-len(content) // share))
+        with pytest.raises(DataError, match="reads otherwise than it was written"):
+            ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+    assert check_partial(path, expected) == 0
+    check_goes_on(fit, cells, path, expected)
+
+
+def test_a_folder_on_a_full_disk_loses_one_block(fit, cells, expected, tmp_path):
+    path = tmp_path / "out.zarr"
+    ps.shards.write(fit, cells, path, VERBS, shard=(0, 3), **OPTIONS)
+    with file_size_limit(100), pytest.raises(DataError, match="could not be written: .*File too large"):
+        ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+    assert check_partial(path, expected) == 2
+    check_goes_on(fit, cells, path, expected)
+
+
+def test_two_writers_of_one_file(fit, cells, expected, tmp_path):
+    path = tmp_path / "out.h5ad"
+
+    def beside(fit, cells, seed):
+        if path.exists():
+            with pytest.raises(DataError, match="is locked: another process is writing"):
+                ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
+        return ps.embed(fit, cells, seed=seed)
+
+    assert ps.shards.write(fit, cells, path, {"z": beside}, **OPTIONS) == 0
+    np.testing.assert_array_equal(read(path).obsm["z"], expected.obsm["z"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_deleted(fit, cells, expected, tmp_path):
+    path = tmp_path / "out.h5ad"
+    child = os.fork()
+    if not child:
+        block_files.shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # between file and space
+        ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    assert check_partial(path, expected) == 0
+    check_goes_on(fit, cells, path, expected)
+
+
+def test_files_of_another_layout_are_refused(fit, cells, tmp_path):
+    path = tmp_path / "out.h5ad"
+    ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
+    with h5py.File(path, "r+") as file:
+        run = file["uns/pyro_scvi_run"][()].decode().replace('"in one piece"', '"chunks"')
+        del file["uns/pyro_scvi_run"]
+        file["uns/pyro_scvi_run"] = run
+    shutil.copy(path, tmp_path / "before")
+    with pytest.raises(DataError, match="another run: layout differ"):
+        ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
+    assert path.read_bytes() == (tmp_path / "before").read_bytes()

@@ -1,0 +1,189 @@
+"""Saves with right checksums and hostile content: refused in one line, at no cost, or loaded and usable."""
+
+import hashlib
+import os
+import resource
+import time
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.errors import CheckpointError, PyroScviError
+from pyro_scvi.persistence import archive
+from pyro_scvi.training.state import HISTORY
+from pyro_scvi.utils.allocation_limit import AllocationLimit
+from tests.support.hostile_saves import content, forge, paths, put
+from tests.support.simulate import simulated_counts
+
+pytestmark = pytest.mark.faults
+
+SECONDS, MEGABYTES = 5, 200  # that any one save may cost
+EVERY = 3  # one of so many pairs of a place and a value is tried: each place and each value come up all the same
+VALUES = (0, -1, 20_000, 10**9, 2**63, 10**30, 1.5, float("nan"), "3", None, True, [3], {"tensor": [[1.0]]})
+
+
+@pytest.fixture(scope="module")
+def cells():
+    obs = pd.DataFrame({"donor": np.array(["a", "b"])[np.arange(40) % 2], "age": np.linspace(20, 50, 40)})
+    return ps.Cells.from_counts(simulated_counts(40), obs=obs, batch="donor", covariates=["age"])
+
+
+@pytest.fixture(scope="module")
+def saved(cells, tmp_path_factory):
+    """Facts and tensors of a fit with many sizes."""
+    torch.manual_seed(0)
+    model = ps.SCVI(cells.n_genes, 3, cells.n_covariates, n_hidden=8, prior=ps.priors.Flow(3))
+    guide = ps.guides.InverseAutoregressiveFlow(model, n_hidden=8)
+    folder = tmp_path_factory.mktemp("saved") / "fit"
+    ps.fit(model, cells, guide, epochs=1, progress=False, device="cpu").save(folder)
+    return content(folder)
+
+
+def check(folder, cells):
+    """Refused by name, or usable; quick, and without much memory. Returns what was said."""
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    try:
+        fit = ps.load(folder)
+        assert np.isfinite(ps.embed(fit, cells)).all()
+        repr(fit)
+        fit._repr_html_()
+        said = "usable"
+    except PyroScviError as error:
+        said = str(error)
+        assert len(said) < 2_000
+    assert time.monotonic() - began < SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024
+    return said
+
+
+def test_any_value_at_any_place_of_model_and_guide(saved, cells, tmp_path):
+    facts, tensors = saved
+    places = [path for part in ("model", "guide") for path in paths(facts[part], (part,))]
+    assert len(places) >= 8
+    for number, (path, value) in enumerate(list(product(places, VALUES))[::EVERY]):
+        said = check(forge(tmp_path / str(number), put(facts, path, value), tensors), cells)
+        if isinstance(value, int) and value >= 20_000 and path[-1] != "seed":
+            assert said != "usable", (path, value)
+
+
+def test_any_value_at_any_place_of_schema_history_and_settings(saved, cells, tmp_path):
+    facts, tensors = saved
+    parts = ("schema", "history", "settings", "dtype")
+    places = [path for part in parts for path in paths(facts[part], (part,))]
+    places = [path for path in places if path[0] == "schema" and path[-1] in (0, "batch", "layer")]
+    places += [("schema",), ("history",), ("settings",), ("dtype",), ("history", "epoch"), ("history", "kl", 0)]
+    for number, (path, value) in enumerate(list(product(places, VALUES[::4]))[::EVERY]):
+        check(forge(tmp_path / str(number), put(facts, path, value), tensors), cells)
+
+
+@pytest.mark.parametrize("column", ["epoch", *HISTORY])
+def test_a_history_without_a_column(saved, cells, tmp_path, column):
+    facts, tensors = saved
+    history = {name: values for name, values in facts["history"].items() if name != column}
+    check(forge(tmp_path / "fit", facts | {"history": history}, tensors), cells)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers(saved, cells, tmp_path, value):
+    facts, tensors = saved
+    for number, name in enumerate(sorted(tensors)[::16]):
+        if tensors[name].is_floating_point() and tensors[name].numel():
+            lost = tensors[name].clone()
+            lost.view(-1)[-1] = value
+            said = check(forge(tmp_path / str(number), facts, tensors | {name: lost}), cells)
+            assert f"1 of its weights hold NaN or infinity: {name}" in said
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda tensor: tensor[None],
+        lambda tensor: tensor.double(),
+        lambda tensor: tensor.half(),
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: torch.zeros(0),
+        lambda tensor: tensor.repeat(1000, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor.repeat(1000),
+    ],
+)
+def test_weights_of_other_shapes_and_types(saved, cells, tmp_path, other):
+    facts, tensors = saved
+    for number, name in enumerate(sorted(tensors)[::16]):
+        changed = tensors | {name: other(tensors[name]).contiguous()}
+        assert check(forge(tmp_path / str(number), facts, changed), cells) != "usable"
+
+
+def test_a_wide_layer_that_a_small_file_makes_possible(saved, cells, tmp_path):
+    """A vector as long as the size in the JSON: the size is one of the weights', its square is not."""
+    facts, tensors = saved
+    long = {**tensors, "more": torch.zeros(100_000)}
+    for number, path in enumerate(path for part in ("model", "guide") for path in paths(facts[part], (part,))):
+        value = facts
+        for key in path:
+            value = value[key]
+        if type(value) is int and path[-1] != "seed":
+            said = check(forge(tmp_path / str(number), put(facts, path, 100_000), long), cells)
+            assert said != "usable"
+
+
+@pytest.mark.parametrize("depth", [50, 500, 5_000, 50_000])
+def test_descriptions_in_descriptions(saved, cells, tmp_path, depth):
+    facts, tensors = saved
+    deep = '{"mapping": {"a": ' * depth + "1" + "}}" * depth
+    folder = forge(tmp_path / "fit", facts | {"guide": "here"}, tensors)
+    body = (folder / archive.CONFIG).read_bytes().split(b',\n "sha256": "')
+    body = b',\n "sha256": "'.join(body[:-1]).replace(b'"here"', deep.encode())
+    end = f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'
+    (folder / archive.CONFIG).write_bytes(body + end.encode())
+    assert check(folder, cells) != "usable"
+
+
+@pytest.mark.parametrize("count", [100, 2_000])
+def test_many_parts(saved, cells, tmp_path, count):
+    facts, tensors = saved
+    part = {"part": "Flow", "arguments": {"n_latent": 3}}
+    many = put(facts, ("model", "arguments", "prior"), [part] * count)
+    assert check(forge(tmp_path / "fit", many, tensors), cells) != "usable"
+
+
+STRANGE = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device that never ends": lambda path: os.symlink("/dev/zero", path),
+    "a device that is empty": lambda path: os.symlink("/dev/null", path),
+    "a terminal": lambda path: os.symlink("/dev/tty", path),
+    "a link to itself": lambda path: os.symlink(path, path),
+    "a link that leads nowhere": lambda path: os.symlink("nowhere", path),
+}
+
+
+@pytest.mark.parametrize("make", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("which", ["config", "weights"])
+def test_what_is_no_file_is_not_read(saved, cells, tmp_path, make, which):
+    folder = forge(tmp_path / "fit", *saved)
+    path = folder / archive.CONFIG if which == "config" else next(folder.glob("weights-*"))
+    path.unlink()
+    make(path)
+    assert "there is no saved fit or checkpoint, or a part of it is missing" in check(folder, cells)
+    with pytest.raises(CheckpointError, match="holds something else"):
+        archive.check_replaceable(folder, "fit")
+
+
+def test_the_limit_counts_what_is_asked_for_before_it_is_made():
+    for ask in (
+        lambda: torch.zeros(10**5, 10**5),
+        lambda: torch.empty([10**12]),
+        lambda: torch.eye(10**5),
+        lambda: torch.ones(10**5)[:, None] * torch.ones(10**5),
+        lambda: torch.ones(10**5, 1) @ torch.ones(1, 10**5),
+        lambda: torch.ones(10**4).repeat(10**4),
+        lambda: [torch.zeros(10) for _ in range(2_000)],
+        lambda: torch.nn.Linear(10**5, 10**5),
+    ):
+        with pytest.raises(CheckpointError, match="far more memory or time"), AllocationLimit(10**6, 1_000):
+            ask()
+    with AllocationLimit(10**6, 1_000):
+        assert torch.nn.Linear(100, 100)(torch.ones(5, 100)).shape == (5, 100)
