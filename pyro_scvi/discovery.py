@@ -90,6 +90,7 @@ class TracedSite(NamedTuple):
     value: Tensor
     plates: dict[int, str]
     infer: dict[str, Any]
+    weighed: bool
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -173,7 +174,8 @@ def _classified(messages: list[dict[str, Any]]) -> Iterator[TracedSite]:
         kind = _kind(msg)
         if kind is not None:
             plates = {frame.dim: frame.name for frame in msg["cond_indep_stack"] if frame.vectorized}
-            yield TracedSite(msg["name"], kind, msg["fn"], msg["value"], plates, dict(msg["infer"] or {}))
+            infer = dict(msg["infer"] or {})
+            yield TracedSite(msg["name"], kind, msg["fn"], msg["value"], plates, infer, _is_weighed(msg))
 
 
 def _kind(msg: dict[str, Any]) -> Kind | None:
@@ -195,6 +197,12 @@ def _kind(msg: dict[str, Any]) -> Kind | None:
     if is_discrete(law):
         return Kind.ENUMERATED if "cells" in plates and _is_summed_out(msg) else Kind.DISCRETE
     return Kind.LOCAL if "cells" in plates else Kind.GLOBAL
+
+
+def _is_weighed(msg: Any) -> bool:
+    """Whether a scale, or a mask on a latent, says that the site's density counts otherwise than once."""
+    masked = msg["mask"] is not None and msg["mask"] is not True
+    return (masked and not msg["is_observed"]) or bool(torch.as_tensor(msg["scale"] != 1).any())
 
 
 def _is_summed_out(msg: Any) -> bool:

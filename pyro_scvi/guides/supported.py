@@ -68,6 +68,7 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     found = model.discovered()
     _require_known(found, latents)
     _require_names(found)
+    _require_unweighed(found)
     _require_x(found, model.n_genes)
     _require_n_latent(found, model.n_latent)
     _require_proper([site for site in found if site.name != "z"])  # a prior of z is asked itself, by what needs it
@@ -134,6 +135,16 @@ def _require_names(found: list[TracedSite]) -> None:
         if site.kind.latent and site.name in RESERVED:
             raise ModelError(
                 f"the program's site {site.name!r} has a name that results use for something else: rename it"
+            )
+
+
+def _require_unweighed(found: list[TracedSite]) -> None:
+    """Refuse sites whose density counts otherwise than once: no posterior is one of such a joint density."""
+    for site in found:
+        if site.weighed:
+            raise ModelError(
+                f"the program's site {site.name!r} is under poutine.scale, or a latent under poutine.mask, so that "
+                "densities and draws of the program disagree: change its law instead, or mask x by observe(mask=)"
             )
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_scvi.errors import CheckpointError
 
 _VIEWS = {"expand", "expand_as", "broadcast_to", "view", "view_as", "__get__", "__set__", "size", "dim", "stride"}
+_RESTORING = {"_set_grad_enabled", "set_rng_state", "set_state"}  # by which contexts end, also after the limit was met
 _PRODUCTS = {"linear", "matmul", "mm", "__matmul__"}
 _SQUARES = {"eye", "diag", "diag_embed", "diagflat", "outer", "tril_indices", "triu_indices"}
 
@@ -34,9 +35,10 @@ class AllocationLimit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, if its result is within the limit."""
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in _RESTORING:
+            return func(*args, **kwargs)
         self.calls -= 1
-        name = getattr(func, "__name__", "")
         if name not in _VIEWS:
             made = _at_most(name, (args, kwargs))
             self.elements -= made if made <= self.elements else _exactly(func, args, kwargs)

@@ -127,6 +127,7 @@ def test_a_wide_layer_that_a_small_file_makes_possible(saved, cells, tmp_path):
         if type(value) is int and path[-1] != "seed":
             said = check(forge(tmp_path / str(number), put(facts, path, 100_000), long), cells)
             assert said != "usable"
+            assert torch.is_grad_enabled()  # torch makes weights without gradients, and must come out of that
 
 
 @pytest.mark.parametrize("depth", [50, 500, 5_000, 50_000])

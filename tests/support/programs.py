@@ -306,6 +306,19 @@ class FromTheLeft(Observing):
         return z
 
 
+class Scaled(Observing):
+    def latent(self, x, gamma):
+        with pyro.poutine.scale(scale=0.5):
+            return super().latent(x, gamma)
+
+
+class Masked(Observing):
+    def latent(self, x, gamma):
+        with pyro.poutine.mask(mask=torch.arange(len(gamma))[:, None] > 0):
+            e = pyro.sample("e", dist.Normal(0.0, 1.0))
+        return super().latent(x, gamma) + e[..., None]
+
+
 class CalledCell(Observing):
     def latent(self, x, gamma):
         return super().latent(x, gamma) + pyro.sample("cell", dist.Normal(0.0, 1.0))[..., None]
@@ -366,6 +379,8 @@ REFUSED = {
     "global factor": (lambda: made(GlobalFactor), "penalty"),
     "second observation": (lambda: made(Proteins), "protein"),
     "point mass": (lambda: made(Point), "point"),
+    "scaled": (lambda: made(Scaled), "z"),
+    "masked": (lambda: made(Masked), "e"),
     "name of a dimension": (lambda: made(CalledCell), "cell"),
     "None missing": (lambda: made(NoneMissing), "(e|x)"),
     "improper": (lambda: made(Improper), "anything"),
