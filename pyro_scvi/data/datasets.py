@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import io, sparse
+from scipy import sparse
 
 from pyro_scvi.errors import DataError
 
@@ -226,6 +226,8 @@ def _read_10x_folder(folder: Path) -> AnnData:
 
 
 def _matrix_market(file: Any) -> Any:
+    from scipy import io  # 15 ms, which only these files need
+
     with warnings.catch_warnings():
         # SciPy 1.18 wants to be told the class of its result, which does not matter here; SciPy 1.13 cannot be told.
         warnings.filterwarnings("ignore", "The default value for `spmatrix`", DeprecationWarning)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from scipy.special import betainc, betaln, expit, polygamma
 from torch import Tensor
 
 CACHED = 2**18  # entries processed at a time, so that successive operations find them in the cache
@@ -44,6 +43,8 @@ def probability_less(a: Side, b: Side) -> Tensor:
 
     (the regularised incomplete beta function; Lopez et al. 2017, Sec. 4, with the integral over w exact).
     """
+    from scipy.special import betainc, expit  # 35 ms, which only comparisons need
+
     gap = b.log_mean.double() - a.log_mean.double()
     if a.log_r is None or b.log_r is None:
         return 0.5 * (1 + gap.sign())
@@ -79,6 +80,8 @@ class SharedDispersion:
     REACH, STEPS = 8.0, 1024
 
     def __init__(self, log_r: Tensor) -> None:
+        from scipy.special import polygamma
+
         r = log_r.detach().double().cpu().clamp(-60, 60).exp()  # keeps the trigamma function finite
         scale = torch.from_numpy(polygamma(1, r.numpy())).mul(2).sqrt()
         self.per_unit = (self.STEPS / self.REACH / scale).float()  # table steps per unit of the gap, (genes,)
@@ -107,6 +110,8 @@ class SharedDispersion:
 
 def _above_half(r: Tensor, scale: Tensor, reach: float, steps: int) -> Tensor:
     """P - 1/2 at t = 0 ... ``reach``, (genes, steps + 1)."""
+    from scipy.special import betaln
+
     r, scale = r.clamp(max=NEARLY_NORMAL), torch.maximum(scale, torch.tensor(math.sqrt(2 / NEARLY_NORMAL)).double())
     gap = scale[:, None] * torch.linspace(0, reach, 2 * steps + 1, dtype=torch.float64)
     log_density = (scale.log() - torch.from_numpy(betaln(r.numpy(), r.numpy())))[:, None]

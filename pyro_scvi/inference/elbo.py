@@ -155,6 +155,8 @@ def _table(sites: list[Any]) -> Tensor:
 def _by_cell(site: Any) -> Tensor:
     """Log density (..., cells) of a site that is in the plate of the cells, and perhaps in that of the genes."""
     terms: Tensor = site["fn"].log_prob(site["value"])
+    if site["mask"] is False:
+        return torch.zeros_like(terms).sum(-1)
     if isinstance(site["mask"], Tensor):
         terms = torch.where(site["mask"], terms, 0.0)
     return terms.sum(-1)
