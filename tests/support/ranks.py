@@ -134,7 +134,7 @@ def checkpointed(ranks, folder):
     fit = ps.fit(model, cells, guide, checkpoint=folder / "checkpoint", resume=True, ranks=ranks, **options)
     if ranks.first:
         fit.history.to_csv(folder / "history.csv")
-        torch.save(state(model, guide), folder / "final.pt")
+        torch.save(state(fit.model, fit.guide), folder / "final.pt")
 
 
 def checkpointed_in(name):

@@ -71,7 +71,7 @@ def check_trains(model, guide, cells, rise=0.5):
     fit = ps.fit(model, cells, guide, epochs=20, learning_rate=ps.schedules.OneCycle(0.03), **options)
     assert np.isfinite(fit.history[["train_loss"]]).all(axis=None)
     assert fit.history.train_loss.iloc[-4:].mean() < fit.history.train_loss.iloc[:4].mean()
-    after = bound(model, guide, x, gamma)
+    after = bound(fit.model, fit.guide, x, gamma)
     assert after > before + rise
     return fit
 
