@@ -162,7 +162,7 @@ def test_weight_priors(priors, guide, cells):
     assert len(q.weights.loc) > 0
     before = [loc.detach().clone() for loc in q.weights.loc]
     fit = check_trains(model, q, cells)
-    assert all(not torch.equal(a, b) for a, b in zip(before, q.weights.loc, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, fit.guide.weights.loc, strict=True))
     check_verbs(fit, cells)
 
 
