@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.supported import EXPLICIT
 from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, with_enumerated
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.types import Distribution, Theta
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Reducer = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-EXPLICIT = ("w", "y", "h")
 GLOBAL_STREAM = 1
 """Key of the random stream of global latents, which is not that of the cells'."""
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import (
     DIMS,
-    EXPLICIT,
     check_sites,
     draw_sites,
     global_draws,
@@ -26,6 +25,7 @@ from pyro_scvi.analysis.posterior_samples import (
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import cell_terms, entry_terms, latent_terms, scored
+from pyro_scvi.guides.supported import EXPLICIT
 from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
