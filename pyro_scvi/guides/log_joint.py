@@ -54,6 +54,21 @@ def latent_terms(trace: pyro.poutine.Trace, *names: str) -> dict[str, Tensor]:
     return {name: after - before[i] for i, (name, after) in enumerate(zip(in_order, up_to, strict=True))}
 
 
+def global_terms(
+    model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], drawn: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Log density (samples,) of each global latent, given those before it, at ``drawn`` (samples, ...), nats.
+
+    A program with weights among them runs for one draw at a time: at ``sites``, the latents of any cells.
+    """
+    terms: dict[str, list[Tensor]] = {name: [] for name in drawn}
+    for values in zip(*drawn.values(), strict=True):
+        trace = scored(model, x, gamma, sites | dict(zip(drawn, values, strict=True)))
+        for name, of_draws in terms.items():
+            of_draws.append(trace.nodes[name]["log_prob"].sum())
+    return {name: torch.stack(of_draws) for name, of_draws in terms.items()}
+
+
 def entry_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
     """Log p(x_ng | latents ``names``), (samples, cells, genes), with enumerated sites summed out given the latents."""
     of_entries: Tensor = trace.nodes["x"]["log_prob"]
