@@ -12,6 +12,7 @@ from pyro_scvi.analysis.evidence.comparison import compare
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.labels import predict_labels
 from pyro_scvi.analysis.posterior_samples import sample_posterior
 from pyro_scvi.analysis.predictive import calibration, imputation
 from pyro_scvi.analysis.predictive import checks as criticism
@@ -85,6 +86,7 @@ __all__ = [
     "networks",
     "plots",
     "posterior_predictive",
+    "predict_labels",
     "presets",
     "prior_predictive",
     "prior_sensitivity",

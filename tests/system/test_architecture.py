@@ -99,6 +99,7 @@ def test_public_names():
         "networks",
         "plots",
         "posterior_predictive",
+        "predict_labels",
         "presets",
         "prior_predictive",
         "prior_sensitivity",
