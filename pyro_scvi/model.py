@@ -14,7 +14,7 @@ from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.likelihoods.library_size import LatentLibrary, Library
 from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.nn.closures import require_owned
-from pyro_scvi.nn.networks import Decoder
+from pyro_scvi.nn.decoders import DecoderPart, MLPDecoder, require_decoder, require_heads
 from pyro_scvi.nn.normalization import BatchNorm, Norm
 from pyro_scvi.priors.base import is_improper, law_of, require_columns, takes_gamma
 from pyro_scvi.priors.normal import StandardNormal
@@ -23,6 +23,9 @@ from pyro_scvi.program import Program, cells_plate, check_inputs, register
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.checks import brief, require_at_least, require_kind
 from pyro_scvi.utils.random_state import seeded
+
+OF_MLP = ("n_hidden", "n_layers", "dropout", "norm", "initial_sd")
+"""Arguments that are for the default decoder."""
 
 
 class SCVI(Program):
@@ -46,6 +49,11 @@ class SCVI(Program):
         p(x | z); None: ZINB with an inverse dispersion per cell and gene.
     library
         Library size; None: LatentLibrary. NoLibrary is the paper's.
+    decoder
+        What makes the network that maps z and gamma to the likelihood's parameters, such as
+        ``ps.networks.LinearDecoder()``; None: ``MLPDecoder`` with the settings below. One of your own is called with
+        n_latent, n_genes, the names of the heads, and the number of covariates, and returns a module that maps z
+        (..., cells, latents) and gamma (cells, covariates) to a dict of heads, each (..., cells, genes).
     decoder_columns
         Which columns of gamma enter the decoder, slices such as ``cells.columns["donor"]``; None: all but those that
         the prior is given (Conditional, ByLabel).
@@ -95,6 +103,7 @@ class SCVI(Program):
         prior: Callable[..., Distribution] | None = None,
         likelihood: Likelihood | None = None,
         library: Library | None = None,
+        decoder: DecoderPart | None = None,
         decoder_columns: Sequence[slice] | None = None,
         n_hidden: int = 128,
         n_layers: int = 2,
@@ -117,24 +126,37 @@ class SCVI(Program):
         if isinstance(prior, type) or not callable(self.prior):
             raise ModelError(f"prior must be an object such as ps.priors.StudentT({n_latent}), got {brief(prior)}")
         self._take_columns(decoder_columns)
+        decoder = self._decoder_part(decoder, MLPDecoder(n_hidden, n_layers, dropout, norm, initial_sd))
         with seeded(seed):
-            self.decoder = Decoder(
-                n_latent,
-                n_genes,
-                self.likelihood.heads,
-                n_covariates=n_covariates if self.decoder_columns is None else len(self.decoder_columns),
-                n_hidden=n_hidden,
-                n_layers=n_layers,
-                dropout=dropout,
-                norm=norm,
-                initial_sd=initial_sd,
-            )
+            self.decoder = self._built(decoder)
         self.require_genes()
         # After all parts exist: it takes parameters out of them.
         self.weights = RandomWeights(self, weight_priors or {})
         self._require_prior(seed)
-        for name in ("prior", "likelihood", "library", "weights"):
+        for name in ("prior", "likelihood", "library", "decoder", "weights"):
             require_owned(getattr(self, name), name, self)
+
+    def _decoder_part(self, given: DecoderPart | None, default: DecoderPart) -> DecoderPart:
+        """What makes the decoder; refuses settings of the default's beside another."""
+        if given is None:
+            return default
+        require_decoder(given)
+        if beside := sorted(self.arguments.keys() & set(OF_MLP)):
+            raise ModelError(f"{beside} are for the default decoder: give them to the decoder that you pass instead")
+        return given
+
+    def _built(self, part: DecoderPart) -> Any:
+        """The decoder, for the likelihood's heads and the columns of gamma that it sees."""
+        n_seen = self.n_covariates if self.decoder_columns is None else len(self.decoder_columns)
+        sizes = (self.n_latent, self.n_genes, self.likelihood.heads, n_seen)
+        network = part(*sizes)
+        require_heads(network, *sizes)
+        return network
+
+    def shown(self) -> dict[str, Any]:
+        """All arguments that say something, also defaults."""
+        dropped = () if self.arguments.get("decoder") is None else OF_MLP
+        return {name: value for name, value in super().shown().items() if name not in dropped}
 
     def _take_columns(self, given: Sequence[slice] | None) -> None:
         """Keep which columns of gamma enter the decoder; None for all of them."""

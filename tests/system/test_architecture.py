@@ -96,6 +96,7 @@ def test_public_names():
         "libraries",
         "likelihoods",
         "load",
+        "loadings",
         "networks",
         "plots",
         "posterior_predictive",
