@@ -12,6 +12,8 @@ from pyro_scvi.analysis.evidence.comparison import compare
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.labels import predict_labels
+from pyro_scvi.analysis.loadings import loadings
 from pyro_scvi.analysis.posterior_samples import sample_posterior
 from pyro_scvi.analysis.predictive import calibration, imputation
 from pyro_scvi.analysis.predictive import checks as criticism
@@ -84,9 +86,11 @@ __all__ = [
     "libraries",
     "likelihoods",
     "load",
+    "loadings",
     "networks",
     "plots",
     "posterior_predictive",
+    "predict_labels",
     "presets",
     "prior_predictive",
     "prior_sensitivity",

@@ -310,7 +310,7 @@ def _tree(gathered: _Gathered, cells: Cells, n_latent: int, run: dict[str, str |
         "cell": list(cells.cell_names),
         "gene": list(cells.gene_names),
         "latent": range(n_latent),
-        "covariate": [*(f"{schema.batch}={batch}" for batch in schema.batches), *schema.covariates],
+        "covariate": list(schema.column_names),
     }
     tree = {"/": xr.Dataset(attrs=library | run)}
     for group, variables in gathered.groups.items():
