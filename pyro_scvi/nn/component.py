@@ -57,7 +57,7 @@ class Component(nn.Module):
         made = {}
         for key, parameter in constructor_parameters(type(self)).items():
             given, held = self.arguments.get(key, parameter.default), self._modules.get(key)
-            if held is not None and (given is None or isinstance(given, nn.Module)):
+            if isinstance(held, Component if given is None else nn.Module) and isinstance(given, nn.Module | None):
                 made[key] = held
             elif key in self.arguments:
                 made[key] = given
