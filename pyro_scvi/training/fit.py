@@ -130,18 +130,18 @@ def fit(
     ------
     ModelError
         If model, guide and cells do not match, one of them is of the wrong kind, the program has a site that guide or
-        verbs do not know, a parameter does not affect the loss, or the seed is no integer of 0 or more. Also, naming
-        it, if a part of model or guide has no copy: a parameter that shares memory with another tensor, an object that
-        Python cannot copy, or a function that reaches a part of the model, which would then be of the given one.
+        verbs do not know, a parameter does not affect the loss, an option is out of range or of the wrong kind, a KL
+        warm-up does not end inside the run, the device cannot be used, or there are fewer cells than ranks. Also,
+        naming it, if a part of model or guide has no copy: a parameter that shares memory with another tensor, an
+        object that Python cannot copy, or a function that reaches a part of the given model.
     SchemaError
         If validation cells have another schema.
     DataError
         If no cell would be left to train on, or none held out.
     FitError
-        If the loss is not finite even after the learning rate was halved 12 times, a KL warm-up does not end inside the
-        run, an option is out of range or of the wrong kind, the device cannot be used, ranks were given different
-        arguments or too few cells, or another rank failed. The error's ``fit`` is the Fit of the last good epoch, if
-        there was one.
+        If the loss is not finite even after the learning rate was halved 12 times, a step cannot be compiled, ranks
+        were given different arguments, or another rank failed. The error's ``fit`` is the Fit of the last good epoch,
+        if there was one.
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or exists although ``resume`` is False;
         ``fit`` as in FitError. Files that were there are kept.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.inference.compiled import Recorded, RecordedJoint
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
@@ -322,5 +322,5 @@ def test_the_compilers_words_are_those_of_the_error(cells, monkeypatch):
     ],
 )
 def test_what_is_no_option_is_refused(cells, options, message):
-    with pytest.raises(FitError, match=message):
+    with pytest.raises(ModelError, match=message):
         ps.fit(ps.SCVI(cells.n_genes), cells, progress=False, **options)

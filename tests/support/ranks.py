@@ -236,7 +236,7 @@ def few(ranks, folder):
         model, guide = parts()
         try:
             ps.fit(model, ps.Cells.from_counts(simulated_counts(3)), guide, ranks=ranks, progress=False, **options)
-        except ps.errors.FitError as error:
+        except ps.errors.ModelError as error:
             told.append(str(error))
     (folder / f"few-{ranks.rank}.json").write_text(json.dumps(told))
 
