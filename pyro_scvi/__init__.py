@@ -19,6 +19,7 @@ from pyro_scvi.analysis.predictive import calibration, imputation
 from pyro_scvi.analysis.predictive import checks as criticism
 from pyro_scvi.analysis.predictive.calibration import calibrate
 from pyro_scvi.analysis.predictive.checks import check_predictions, posterior_predictive, prior_predictive
+from pyro_scvi.analysis.predictive.global_calibration import calibrate_globals
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.analysis.prior_sensitivity import prior_sensitivity
 from pyro_scvi.data import datasets, stores
@@ -65,6 +66,7 @@ __all__ = [
     "annotate",
     "baselines",
     "calibrate",
+    "calibrate_globals",
     "calibration",
     "check_predictions",
     "compare",

@@ -77,6 +77,7 @@ def test_public_names():
         "annotate",
         "baselines",
         "calibrate",
+        "calibrate_globals",
         "calibration",
         "check_predictions",
         "compare",
