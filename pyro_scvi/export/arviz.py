@@ -137,7 +137,7 @@ def to_datatree(
     """
     require_inputs(fit, cells)
     require_sampler(sampler)
-    require_proper(fit.model.prior, "there is no posterior to export")
+    require_proper(fit.model, "there is no posterior to export")
     if sites is None:
         sites = _of_moderate_size(fit)
     require_at_least(1, samples=samples, batch_size=batch_size)

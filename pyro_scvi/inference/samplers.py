@@ -114,7 +114,7 @@ class Refined:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Draw from the refined proposal."""
-        require_proper(guide.model.prior, "there is no posterior to sample")
+        require_proper(guide.model, "there is no posterior to sample")
         density, loc, scale = start(guide, x, gamma)
         proposal = corrected_proposal(density, loc, scale, steps=self.steps, rounds=0)
         u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
@@ -162,7 +162,7 @@ class Importance:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
-        require_proper(guide.model.prior, "there is no posterior to sample")
+        require_proper(guide.model, "there is no posterior to sample")
         result = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
         chosen = torch.multinomial(result.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
         u = result.draws.gather(0, chosen[..., None].expand(-1, -1, result.draws.shape[-1]))
@@ -224,7 +224,7 @@ class HMC:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Run the chains for samples / chains draws each after warm-up, but at least ``least``."""
-        require_proper(guide.model.prior, "there is no posterior to sample")
+        require_proper(guide.model, "there is no posterior to sample")
         density, loc, scale = start(guide, x, gamma)
         length = -(-samples // self.chains)
         chains = sample_chains(

@@ -98,7 +98,7 @@ def evidence(
     True
     """
     require_inputs(fit, cells)
-    require_proper(fit.model.prior, "the evidence does not exist")
+    require_proper(fit.model, "the evidence does not exist")
     require_at_least(2, samples=samples)
     require_at_least(1, batch_size=batch_size)
     require_at_least(0, steps=steps, rounds=rounds)
