@@ -12,7 +12,7 @@ import pandas as pd
 from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.data.obs_columns import categories, has_order, label_of, labels_of, numbers, quoted, warn_of_batches
 from pyro_scvi.data.places import Place
-from pyro_scvi.data.scales import require_near, warn_of_units
+from pyro_scvi.data.scales import require_near, require_not_tiny, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
@@ -114,6 +114,7 @@ class Schema:
         _require_distinct(batch, further, names, labels)
         values = [numbers(obs, name) for name in names]
         for name, value in zip(names, values, strict=True):
+            require_not_tiny(name, value)
             if not value.std() > 1e-10 * abs(value.mean()):  # the rounding error of a constant column is below this
                 raise DataError(f"covariate column {name!r} is constant ({value[0]:g}); leave it out of covariates.")
             require_near(name, value, value.mean(), value.std(), obs.index)
