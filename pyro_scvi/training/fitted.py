@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
@@ -65,9 +66,16 @@ class Fit:
         return next(self.guide.parameters()).dtype
 
     def to(self, device: str | torch.device) -> "Fit":
-        """Move model and guide in place; returns the fit."""
-        self.model.to(device)
-        self.guide.to(device)
+        """Move model and guide in place; returns the fit.
+
+        Raises
+        ------
+        ModelError
+            If the device cannot be used.
+        """
+        place = resolve_device(device)
+        self.model.to(place)
+        self.guide.to(place)
         return self
 
     def save(self, path: str | Path) -> None:
