@@ -22,6 +22,7 @@ def compare(
     cells: Cells,
     *,
     samples: int = 1000,
+    pointwise: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -40,6 +41,10 @@ def compare(
     samples, seed, progress
         As in ``evidence``; every fit is scored with the same draws and seed.
 
+    pointwise
+        Whether to keep log p(x) of every cell, as the table cells x models ``.attrs["pointwise"]``, for
+        :func:`stacking_weights`.
+
     Returns
     -------
     DataFrame by model, best first
@@ -53,8 +58,8 @@ def compare(
     ------
     ModelError
         If no fit is given, if a prior has no density, if the cells have labels and only some of the models depend on
-        them, or for log likelihoods or leave-one-out results in place of fits:
-        leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
+        them, or for log likelihoods or leave-one-out results in place of fits: leave-one-cell-out from log p(x_n | z_n)
+        is invalid here. Single entries may be left out: ``ps.leave_one_out``.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -69,12 +74,15 @@ def compare(
     given = _given(listed, cells)
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
     tables = {name: [evidence(fit, cells, **options) for fit in of] for name, of in listed.items()}
-    by_cell = pd.DataFrame({name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()})
+    means = {name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()}
+    by_cell = pd.DataFrame(means, pd.Index(cells.cell_names, name="cell"))
     order = by_cell.mean().sort_values(ascending=False).index
     gaps = by_cell.sub(by_cell[order[0]], axis=0)
     rows = [_row(listed[name], tables[name], by_cell[name], gaps[name]) for name in order]
     table = pd.DataFrame(rows, index=pd.Index(order, name="model"))
     table.attrs["quantity"] = f"log p(x | {given})" if given else "log p(x)"
+    if pointwise:
+        table.attrs["pointwise"] = by_cell[list(order)]
     return table
 
 
