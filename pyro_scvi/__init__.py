@@ -15,6 +15,7 @@ from pyro_scvi.analysis.evidence.stacking import stacking_weights
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.integration.labels import predict_labels
 from pyro_scvi.analysis.loadings import loadings
+from pyro_scvi.analysis.log_density import log_density
 from pyro_scvi.analysis.posterior_samples import sample_posterior
 from pyro_scvi.analysis.predictive import calibration, imputation
 from pyro_scvi.analysis.predictive import checks as criticism
@@ -29,6 +30,7 @@ from pyro_scvi.data.schema import Schema
 from pyro_scvi.export import blocks as shards
 from pyro_scvi.export.arviz import to_datatree
 from pyro_scvi.export.scanpy import add_rank_genes_groups, annotate
+from pyro_scvi.inference.given import Given
 from pyro_scvi.inference.samplers import HMC, Amortized, Importance, Refined
 from pyro_scvi.likelihoods import library_size as libraries
 from pyro_scvi.model import SCVI
@@ -59,6 +61,7 @@ __all__ = [
     "Amortized",
     "Cells",
     "Fit",
+    "Given",
     "Importance",
     "Refined",
     "Schema",
@@ -88,6 +91,7 @@ __all__ = [
     "likelihoods",
     "load",
     "loadings",
+    "log_density",
     "networks",
     "plots",
     "posterior_predictive",
