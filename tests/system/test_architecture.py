@@ -109,6 +109,7 @@ def test_public_names():
         "sample_posterior",
         "schedules",
         "shards",
+        "spaces",
         "stores",
         "technical_zero_probability",
         "to_datatree",
