@@ -12,6 +12,7 @@ from pyro_scvi.analysis.evidence.comparison import compare
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
 from pyro_scvi.analysis.evidence.stacking import stacking_weights
+from pyro_scvi.analysis.integration import spaces
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.integration.labels import predict_labels
 from pyro_scvi.analysis.loadings import loadings
@@ -103,6 +104,7 @@ __all__ = [
     "sample_posterior",
     "schedules",
     "shards",
+    "spaces",
     "stacking_weights",
     "stores",
     "technical_zero_probability",

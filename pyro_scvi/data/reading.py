@@ -239,6 +239,7 @@ def read(
     schema: Schema | None,
     fill_missing_genes: bool,
     allow_non_integer: bool,
+    allow_new_batches: bool = False,
 ) -> tuple[Counts, np.ndarray, Schema]:
     """Validate a table, and match it with a schema or learn one.
 
@@ -253,6 +254,8 @@ def read(
     """
     if schema is not None and not isinstance(schema, Schema):
         raise SchemaError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
+    if allow_new_batches and schema is None:
+        raise SchemaError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
     _check_names(table)
     counts, genes, learning = table.counts, table.genes, schema is None
     if schema is None:
@@ -274,7 +277,7 @@ def read(
     _warn_of_zeros("cell", table.obs.index[cell_totals(counts) == 0])
     if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
-    return counts, schema.encode(table.obs), schema
+    return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
 
 
 def _check_names(table: Table) -> None:

@@ -138,12 +138,27 @@ def test_fewer_batches_in_a_query_keep_their_columns():
 
 
 def test_unseen_batches_are_named_with_the_way_out():
-    with pytest.raises(SchemaError, match=r"'run' holds 'd', 'e', .*batches are 'a', 'b', 'c'.*with_batch"):
-        Cells.from_anndata(make_adata(run=["a", "d", "e"] * 8), schema=make_cells().schema)
-    adata = make_adata(run="a")  # the way out
-    query = Cells.from_anndata(adata, schema=make_cells().schema)
-    average = np.mean([query.with_batch(name).covariates for name in query.schema.batches], axis=0)
-    np.testing.assert_allclose(average[:, :3], 1 / 3)
+    adata, schema = make_adata(run=["a", "d", "e"] * 8), make_cells().schema
+    with pytest.raises(SchemaError, match=r"'run' holds 'd', 'e', .*batches are 'a', 'b', 'c'.*allow_new_batches=True"):
+        Cells.from_anndata(adata, schema=schema)
+    query = Cells.from_anndata(adata, schema=schema, allow_new_batches=True)
+    np.testing.assert_allclose(query.covariates[:3, :3], [[1, 0, 0], [1 / 3] * 3, [1 / 3] * 3], rtol=1e-6)
+    assert query.new_batches == ("d", "e")
+    assert query.schema == schema
+    assert "new batches: d, e" in repr(query)
+    known = [query.with_batch(name) for name in schema.batches] + [query.take(range(0, 24, 3))]
+    assert all(cells.new_batches == () for cells in known)
+    average = np.mean([cells.covariates for cells in known[:3]], axis=0)
+    np.testing.assert_allclose(average[:, :3], 1 / 3, rtol=1e-6)
+
+
+def test_new_batches_are_for_queries_and_of_a_column_that_is_there():
+    with pytest.raises(SchemaError, match="pass schema=fit.schema"):
+        Cells.from_anndata(make_adata(), batch="run", allow_new_batches=True)
+    adata = make_adata(run="d")
+    del adata.obs["run"]
+    with pytest.raises(SchemaError, match="no column 'run'"):
+        Cells.from_anndata(adata, schema=make_cells().schema, allow_new_batches=True)
 
 
 def test_category_that_no_cell_of_the_query_has_is_no_error():

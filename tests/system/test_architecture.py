@@ -111,6 +111,7 @@ def test_public_names():
         "sample_posterior",
         "schedules",
         "shards",
+        "spaces",
         "stacking_weights",
         "stores",
         "technical_zero_probability",
