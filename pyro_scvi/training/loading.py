@@ -19,6 +19,7 @@ from pyro_scvi.persistence.serialization import (
     history_of,
     limited_by,
     put_states,
+    with_landmarks,
 )
 from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
 from pyro_scvi.training.fitted import Fit
@@ -85,6 +86,7 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     history, schema = history_of(facts["history"]), Schema.from_dict(facts["schema"])
     check_schema(schema, model)
     tensors = content.tensors if content.kind == "fit" else best_states(content)
+    tensors = with_landmarks(guide, tensors)
     check_shapes(model, guide, tensors)  # before the caller's model and guide are changed
     check_finite(tensors)
     made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, schema, facts["settings"])
