@@ -130,7 +130,10 @@ class Fit:
     def _facts(self) -> dict[str, str]:
         made = self._of_training() if len(self.history) and "train_loss" in self.history else {"training": BY_HAND}
         parts = {"model": repr(self.model), "guide": type(self.guide).__name__, "training": made.pop("training")}
-        return parts | {"device": str(self.device)} | made
+        parts |= {"device": str(self.device)} | made
+        if not self.guide.has_landmarks and self.guide.amortized:
+            parts["landmarks"] = "of no training cells (an earlier save?): modes are sought from guide and prior"
+        return parts
 
     def _of_training(self) -> dict[str, str]:
         history = self.history.reindex(columns=list(COLUMNS))  # one made by hand may lack some
