@@ -41,13 +41,15 @@ def require_inputs(fit: Any, cells: Any) -> None:
         )
 
 
-def minibatches(fit: Fit, cells: Cells) -> Minibatches:
+def minibatches(fit: Fit, cells: Cells, *, new_batches: bool = False) -> Minibatches:
     """Minibatches of the cells on the fit's device, once their genes and covariates match the fit's.
+
+    ``new_batches``: the caller knows what to do with cells of batches that the fit does not know.
 
     Raises
     ------
     SchemaError
-        If they do not match.
+        If they do not match, or there are such cells and the caller does not know.
     """
     fitted, given = fit.schema, cells.schema
     if fitted.gene_names != given.gene_names:
@@ -61,4 +63,4 @@ def minibatches(fit: Fit, cells: Cells) -> Minibatches:
             f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; make "
             "them with Cells.from_anndata(adata, schema=fit.schema)"
         )
-    return Minibatches(cells, fit.device, fit.dtype)
+    return Minibatches(cells, fit.device, fit.dtype, new_batches=new_batches)

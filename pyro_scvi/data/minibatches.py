@@ -39,7 +39,12 @@ class Minibatches:
     """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
 
     The counts lie on the device in the smallest type that holds them. If they are too many, minibatches are copied from
-    the matrix of the cells instead.
+    the matrix of the cells instead. ``new_batches``: whether cells may be of batches that the schema does not know.
+
+    Raises
+    ------
+    SchemaError
+        If there are such cells and ``new_batches`` is False.
     """
 
     def __init__(
@@ -48,7 +53,11 @@ class Minibatches:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         selected: np.ndarray | None = None,
+        *,
+        new_batches: bool = False,
     ) -> None:
+        if not new_batches:
+            cells.require_known_batches()
         self.cells, self.device, self.dtype = cells, device, dtype
         self.selected = np.arange(cells.n_cells) if selected is None else selected
         self.n_cells = len(self.selected)

@@ -245,7 +245,20 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
             carrier: Any = error  # Python's own has no such attribute
             carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
+        _note_landmarks(guide, data.train, options.ranks)
     return _made(trainer, cells, settings)
+
+
+@torch.no_grad()
+def _note_landmarks(guide: Guide, cells: Minibatches, ranks: Processes) -> None:
+    """Keep in the guide where some training cells lie, from where modes of other cells are sought."""
+    if not guide.amortized:
+        return
+    guide.eval()
+    rows = evenly_spaced(len(guide.landmarks), cells.n_cells).to(cells.device)
+    loc, _ = guide.start(*cells.rows(rows)) if len(rows) else (guide.landmarks[:0], None)
+    known = torch.as_tensor(ranks.gather(loc.cpu().numpy()))
+    guide.landmarks.copy_(known[torch.arange(len(guide.landmarks)) * len(known) // len(guide.landmarks)])
 
 
 def _checkpoints(

@@ -136,6 +136,13 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
             f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
             f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
         )
+    for columns in model.weights.ordered_columns(model):
+        for name, place in cells.columns.items():
+            if place == columns and name not in cells.schema.ordered:
+                raise SchemaError(
+                    f"a prior takes the categories of {name!r} for steps in time, and they are words without an order: "
+                    f"make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
+                )
     if isinstance(held_out, Cells) and held_out.schema != cells.schema:
         raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
 

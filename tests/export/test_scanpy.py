@@ -87,7 +87,7 @@ def test_a_layer_of_an_earlier_call_keeps_its_own_provenance(fit, adata, tmp_pat
     first = adata.copy()
     ps.annotate(adata, other, expression=True, seed=9, overwrite=True)
     found = adata.uns["pyro_scvi"]
-    assert set(found) == {"X_pyro_scvi", EXPRESSION, TECHNICAL}
+    assert set(found) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca", EXPRESSION, TECHNICAL}
     np.testing.assert_array_equal(adata.layers[TECHNICAL], first.layers[TECHNICAL])
     assert found[TECHNICAL] == first.uns["pyro_scvi"][TECHNICAL]
     assert [found[TECHNICAL][name] for name in ("seed", "samples", "sampler")] == [1, 2, repr(REFINED)]
@@ -98,7 +98,7 @@ def test_a_layer_of_an_earlier_call_keeps_its_own_provenance(fit, adata, tmp_pat
     assert anndata.read_h5ad(tmp_path / "a.h5ad").uns["pyro_scvi"][TECHNICAL]["seed"] == 1
     del adata.layers[TECHNICAL]
     ps.annotate(adata, other, overwrite=True)
-    assert set(adata.uns["pyro_scvi"]) == {"X_pyro_scvi", EXPRESSION}
+    assert set(adata.uns["pyro_scvi"]) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca", EXPRESSION}
 
 
 def test_counts_that_were_kept_in_a_layer_are_annotated_after_normalisation():

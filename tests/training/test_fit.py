@@ -322,9 +322,11 @@ def test_encoder_options_beside_a_shared_encoder_are_refused(cells):
     assert ps.guides.DiagonalNormal(model, seed=1).encoder is model.prior.encoder
 
 
-def test_parameters_of_the_prior_cannot_have_a_prior(cells):
-    with pytest.raises(ModelError, match=r"no parameter that may have a prior is called 'prior.loc'"):
-        small_model(cells, prior=ps.priors.GaussianMixture(3), weight_priors={"prior.loc": ps.weights.NormalWeights()})
+def test_parameters_that_the_guide_shares_cannot_have_a_prior(cells):
+    normal = {"prior.*": ps.weights.NormalWeights()}
+    with pytest.raises(ModelError, match=r"'prior.encoder.*cannot have a prior, because the guide shares them"):
+        small_model(cells, prior=ps.priors.VampPrior(20, 3, 5), weight_priors=normal)
+    assert small_model(cells, prior=ps.priors.GaussianMixture(3), weight_priors=normal).weights.prior_of
 
 
 def test_a_guide_of_another_model_is_refused(cells):

@@ -14,9 +14,10 @@ from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.inference.pareto_khat import pareto_smoothed
-from pyro_scvi.inference.samplers import Importance, Sampler, require_sampler
+from pyro_scvi.inference.samplers import Importance, Sampler
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
 from pyro_scvi.utils.checks import require_at_least, warn
 from pyro_scvi.utils.progress_bars import over_cells
@@ -94,7 +95,7 @@ def leave_one_out(
     (('cell', 'gene'), (2, 20))
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, batch_size=batch_size)
     require_at_least(2, samples=samples)
     if tuple(over) != ("cell", "gene"):

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_scvi.analysis.global_averages import at_draws, shares
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -30,6 +32,7 @@ def __dir__() -> list[str]:
 
 
 Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
+AtDraws = Sequence[tuple["Fit", Draws]]  # fits at draws of the global latents, each with draws of the cells'
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
@@ -105,6 +108,7 @@ def impute(
     quantiles: Sequence[float] = (),
     batches: Sequence[str] = (),
     samples: int = 25,
+    global_draws: int | None = None,
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
@@ -129,6 +133,8 @@ def impute(
         averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
     samples, sampler, seed, batch_size
         As in ``sample_posterior``.
+    global_draws
+        None: global latents are at the guide's medians. A number: the samples are shared among so many of their draws.
     out
         Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
         memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
@@ -155,7 +161,7 @@ def impute(
     True
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     _check_arguments(quantity, quantiles, batches)
     if batches and (quantiles or quantity is not mean_given_no_dropout):
@@ -164,15 +170,17 @@ def impute(
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
     imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    fits = at_draws(fit, global_draws, seed)
+    parts = list(zip(fits, shares(samples, len(fits)), strict=True))
     with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
-            draws = sampler.draw(fit.guide, x, gamma, samples)
+            drawn = [(one, sampler.draw(one.guide, x, gamma, n)) for one, n in parts]
             if quantiles:
-                imputed[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
+                imputed[:, rows] = _quantiles(drawn, x, gamma, quantiles).cpu().numpy()
             else:
                 constants = [other[rows].to(gamma) for other in swapped] or [gamma]
-                means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
+                means = [_mean(drawn, x, constant, quantity) for constant in constants]
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
     return imputed
 
@@ -219,7 +227,7 @@ def technical_zero_probability(
     ((12, 20), True)
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
     probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
@@ -259,10 +267,12 @@ def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
         raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
 
 
-def _mean(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantity: Quantity) -> Tensor:
-    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)).mean(0)
+def _mean(drawn: AtDraws, x: Tensor, gamma: Tensor, quantity: Quantity) -> Tensor:
+    values = [quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)) for fit, latents in drawn]
+    return (values[0] if len(values) == 1 else torch.cat(values)).mean(0)
 
 
-def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantiles: Sequence[float]) -> Tensor:
-    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"]
+def _quantiles(drawn: AtDraws, x: Tensor, gamma: Tensor, quantiles: Sequence[float]) -> Tensor:
+    values = [fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"] for fit, latents in drawn]
+    w = values[0] if len(values) == 1 else torch.cat(values)
     return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)
