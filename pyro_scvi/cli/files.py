@@ -15,6 +15,7 @@ from anndata.io import sparse_dataset
 from pyro_scvi.cli.workspace import FIT
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.compressed import require_whole
+from pyro_scvi.data.links import check_links
 from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.data.places import require_no_mudata
 from pyro_scvi.errors import CheckpointError, DataError, SchemaError
@@ -22,7 +23,6 @@ from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
 from pyro_scvi.utils import hdf5
-from pyro_scvi.utils.hdf5_links import links_out_of
 from pyro_scvi.utils.unreadable import errors_named
 from pyro_scvi.version import __version__
 
@@ -54,28 +54,6 @@ def _require_whole_matrices(group: h5py.File, file: Path) -> None:
         matrix = group.get(name)
         if isinstance(matrix, h5py.Group) and matrix.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
             require_whole(sparse_dataset(matrix), f"{name} of {file}")
-
-
-def check_links(file: Path) -> None:
-    """Refuse a file whose parts are in other folders: who made it would decide which files are read here.
-
-    Raises
-    ------
-    DataError
-        If there is such a link; names it.
-
-    Warns
-    -----
-    UserWarning
-        If a part is in another file of the same folder.
-    """
-    if not file.is_file():
-        return
-    for link in links_out_of(file):
-        what = f"{link.name} of {link.file} is in another file, {link.target}"
-        if not link.beside:
-            raise DataError(f"{what}, which is not read; copy its values into {link.file.name}, or that file beside it")
-        warnings.warn(what, UserWarning, stacklevel=2)
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:

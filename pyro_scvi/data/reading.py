@@ -12,6 +12,7 @@ from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.data.count_checks import check_counts, warn_of_features
 from pyro_scvi.data.counts import Counts, canonical, cell_totals, expressed_genes, is_chunked, largest_exact
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
+from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import labelled, names_in, positions_of
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.places import Place, first_of, hint_of
@@ -151,6 +152,8 @@ def table_in_place(adata: Any, place: Place) -> Table:
 
 def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
     _require_place(adata, place)
+    if adata.isbacked:
+        check_links(Path(adata.filename))
     lazy = not adata.isbacked and is_chunked(_matrix(adata, place))
     if not lazy and (place.layer is not None or adata.is_view):
         raise DataError(

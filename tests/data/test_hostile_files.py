@@ -200,6 +200,28 @@ def test_pointers_beside_the_shape(cells):
         Cells.from_counts(falling)
 
 
+def test_links_from_python(whole, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(whole[0], tmp_path / "elsewhere" / "secret.h5ad")
+
+    def link(target):
+        def change(file):
+            del file["X"]
+            file["X"] = h5py.ExternalLink(target, "X")
+
+        return change
+
+    ways = (store, lambda path: Cells.from_anndata(anndata.read_h5ad(path, backed="r"), backed=True, **COLUMNS))
+    for way in ways:
+        for target in ("../elsewhere/secret.h5ad", str(tmp_path / "elsewhere" / "secret.h5ad")):
+            with pytest.raises(DataError, match=r"X of .*in.h5ad is in another file, .*secret.h5ad, which is not read"):
+                way(damaged(whole[0], tmp_path / "in", link(target)))
+        path = damaged(whole[0], tmp_path / "in", link("part.h5ad"))
+        shutil.copy(whole[0], tmp_path / "in" / "part.h5ad")
+        with pytest.warns(UserWarning, match="X of .* is in another file, .*part.h5ad"):
+            np.testing.assert_array_equal(way(path)[:][0], whole[2])
+
+
 ZARR = ("X/zarr.json", "X/data/zarr.json", "X/indptr/c/0", "obs/zarr.json", "obs/age/c/0", "zarr.json")
 
 

@@ -14,6 +14,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
+from pyro_scvi.data.links import check_links
 from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
@@ -140,6 +141,7 @@ def _group(path: Path) -> Iterator[Any]:
         return
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+    check_links(path)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
