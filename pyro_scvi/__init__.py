@@ -12,11 +12,14 @@ from pyro_scvi.analysis.evidence.comparison import compare
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.labels import predict_labels
+from pyro_scvi.analysis.loadings import loadings
 from pyro_scvi.analysis.posterior_samples import sample_posterior
 from pyro_scvi.analysis.predictive import calibration, imputation
 from pyro_scvi.analysis.predictive import checks as criticism
 from pyro_scvi.analysis.predictive.calibration import calibrate
 from pyro_scvi.analysis.predictive.checks import check_predictions, posterior_predictive, prior_predictive
+from pyro_scvi.analysis.predictive.global_calibration import calibrate_globals
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.analysis.prior_sensitivity import prior_sensitivity
 from pyro_scvi.data import datasets, stores
@@ -63,6 +66,7 @@ __all__ = [
     "annotate",
     "baselines",
     "calibrate",
+    "calibrate_globals",
     "calibration",
     "check_predictions",
     "compare",
@@ -82,9 +86,11 @@ __all__ = [
     "libraries",
     "likelihoods",
     "load",
+    "loadings",
     "networks",
     "plots",
     "posterior_predictive",
+    "predict_labels",
     "presets",
     "prior_predictive",
     "prior_sensitivity",

@@ -1,25 +1,31 @@
 """scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
+import torch
 from torch import BoolTensor, Tensor, nn
 
+from pyro_scvi.discovery import like
 from pyro_scvi.distributions.supports import require_coordinates
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.likelihoods.library_size import LatentLibrary, Library
 from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.nn.closures import require_owned
-from pyro_scvi.nn.networks import Decoder
+from pyro_scvi.nn.decoders import DecoderPart, MLPDecoder, require_decoder, require_heads
 from pyro_scvi.nn.normalization import BatchNorm, Norm
+from pyro_scvi.priors.base import is_improper, law_of, require_columns, takes_gamma
 from pyro_scvi.priors.normal import StandardNormal
 from pyro_scvi.priors.weights import RandomWeights
 from pyro_scvi.program import Program, cells_plate, check_inputs, register
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.checks import brief, require_at_least, require_kind
 from pyro_scvi.utils.random_state import seeded
+
+OF_MLP = ("n_hidden", "n_layers", "dropout", "norm", "initial_sd")
+"""Arguments that are for the default decoder."""
 
 
 class SCVI(Program):
@@ -37,11 +43,20 @@ class SCVI(Program):
     n_genes, n_latent, n_covariates
         Sizes of x, z and gamma.
     prior
-        p(z): a callable that returns a distribution with event shape (latents,); None: StandardNormal.
+        p(z): a callable that returns a distribution with event shape (latents,); None: StandardNormal. One that takes
+        an argument is given gamma (cells, 1, covariates); its distribution then has batch shape (cells, 1).
     likelihood
         p(x | z); None: ZINB with an inverse dispersion per cell and gene.
     library
         Library size; None: LatentLibrary. NoLibrary is the paper's.
+    decoder
+        What makes the network that maps z and gamma to the likelihood's parameters, such as
+        ``ps.networks.LinearDecoder()``; None: ``MLPDecoder`` with the settings below. One of your own is called with
+        n_latent, n_genes, the names of the heads, and the number of covariates, and returns a module that maps z
+        (..., cells, latents) and gamma (cells, covariates) to a dict of heads, each (..., cells, genes).
+    decoder_columns
+        Which columns of gamma enter the decoder, slices such as ``cells.columns["donor"]``; None: all but those that
+        the prior is given (Conditional, ByLabel).
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         The decoder's hidden layers, and the seed of the initial weights.
     weight_priors
@@ -50,9 +65,9 @@ class SCVI(Program):
     Raises
     ------
     ModelError
-        If the prior's event shape is not (n_latent,), a part is for another number of genes, a weight prior names no
-        parameter, or an argument is of the wrong kind; if z is discrete, on a circle or otherwise without coordinates
-        in R^n, or the code of a part reaches parameters that no part has as its own.
+        If the prior's event shape is not (n_latent,), columns are not those of gamma, a part is for another number of
+        genes, a weight prior names no parameter, or an argument is of the wrong kind; if z is discrete, on a circle or
+        otherwise without coordinates in R^n, or the code of a part reaches parameters that no part has as its own.
 
     Examples
     --------
@@ -68,7 +83,7 @@ class SCVI(Program):
     ...         register(self)
     ...         gamma = check_inputs(self, x, gamma)
     ...         with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
-    ...             z = pyro.sample("z", self.prior())
+    ...             z = pyro.sample("z", self.prior_of(gamma))
     ...             e = pyro.sample("e", dist.Normal(0.0, 1.0))  # a latent more: (cells, 1)
     ...             theta = self.decode(z, self.library(x, gamma), gamma)
     ...             theta["log_mean"] = theta["log_mean"] + e
@@ -77,15 +92,19 @@ class SCVI(Program):
     ['z', 'e', 'l', 'x']
     """
 
+    decoder_columns: Tensor | None
+
     def __init__(
         self,
         n_genes: int,
         n_latent: int = 10,
         n_covariates: int = 0,
         *,
-        prior: Callable[[], Distribution] | None = None,
+        prior: Callable[..., Distribution] | None = None,
         likelihood: Likelihood | None = None,
         library: Library | None = None,
+        decoder: DecoderPart | None = None,
+        decoder_columns: Sequence[slice] | None = None,
         n_hidden: int = 128,
         n_layers: int = 2,
         dropout: float = 0.0,
@@ -106,29 +125,77 @@ class SCVI(Program):
         require_kind(self.library, Library, "library", "ps.libraries.NoLibrary()")
         if isinstance(prior, type) or not callable(self.prior):
             raise ModelError(f"prior must be an object such as ps.priors.StudentT({n_latent}), got {brief(prior)}")
+        self._take_columns(decoder_columns)
+        decoder = self._decoder_part(decoder, MLPDecoder(n_hidden, n_layers, dropout, norm, initial_sd))
         with seeded(seed):
-            self.decoder = Decoder(
-                n_latent,
-                n_genes,
-                self.likelihood.heads,
-                n_covariates=n_covariates,
-                n_hidden=n_hidden,
-                n_layers=n_layers,
-                dropout=dropout,
-                norm=norm,
-                initial_sd=initial_sd,
-            )
+            self.decoder = self._built(decoder)
         self.require_genes()
         # After all parts exist: it takes parameters out of them.
         self.weights = RandomWeights(self, weight_priors or {})
-        # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
-        with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block():
-            law = self.prior()
-        if (shape := tuple(law.event_shape)) != (n_latent,):
-            raise ModelError(f"the prior must have event shape ({n_latent},), got {shape}; is to_event(1) missing?")
-        require_coordinates(law, "the prior of z")
-        for name in ("prior", "likelihood", "library", "weights"):
+        self._require_prior(seed)
+        for name in ("prior", "likelihood", "library", "decoder", "weights"):
             require_owned(getattr(self, name), name, self)
+
+    def _decoder_part(self, given: DecoderPart | None, default: DecoderPart) -> DecoderPart:
+        """What makes the decoder; refuses settings of the default's beside another."""
+        if given is None:
+            return default
+        require_decoder(given)
+        if beside := sorted(self.arguments.keys() & set(OF_MLP)):
+            raise ModelError(f"{beside} are for the default decoder: give them to the decoder that you pass instead")
+        return given
+
+    def _built(self, part: DecoderPart) -> Any:
+        """The decoder, for the likelihood's heads and the columns of gamma that it sees."""
+        n_seen = self.n_covariates if self.decoder_columns is None else len(self.decoder_columns)
+        sizes = (self.n_latent, self.n_genes, self.likelihood.heads, n_seen)
+        network = part(*sizes)
+        require_heads(network, *sizes)
+        return network
+
+    def shown(self) -> dict[str, Any]:
+        """All arguments that say something, also defaults."""
+        dropped = () if self.arguments.get("decoder") is None else OF_MLP
+        return {name: value for name, value in super().shown().items() if name not in dropped}
+
+    def _take_columns(self, given: Sequence[slice] | None) -> None:
+        """Keep which columns of gamma enter the decoder; None for all of them."""
+        taken = getattr(self.prior, "columns", None) if takes_gamma(self.prior) else None
+        if isinstance(taken, slice):
+            require_columns(taken, "columns of the prior", self.n_covariates)
+        if given is not None and not isinstance(given, list | tuple):
+            raise ModelError(f'decoder_columns must be a list, as [cells.columns["donor"]], got {brief(given)}')
+        for one in given or ():
+            require_columns(one, "decoder_columns", self.n_covariates)
+        everything = list(range(self.n_covariates))
+        left = everything if given is None else [place for one in given for place in range(one.start, one.stop)]
+        if given is None and isinstance(taken, slice):
+            left = [place for place in everything if not taken.start <= place < taken.stop]
+        if len(set(left)) < len(left):
+            raise ModelError(f"decoder_columns name a column of gamma twice: {given}")
+        kept = None if left == everything else torch.tensor(left, dtype=torch.long)
+        self.register_buffer("decoder_columns", kept, persistent=False)
+
+    def _require_prior(self, seed: int) -> None:
+        """Refuse a prior whose distribution is of another shape, or that no coordinates reach."""
+        gamma = like(self).new_zeros(2, self.n_covariates)
+        # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
+        with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block(), pyro.validation_enabled(False):
+            law: Any = self.prior_of(gamma)
+        if (shape := tuple(law.event_shape)) != (self.n_latent,):
+            raise ModelError(
+                f"the prior must have event shape ({self.n_latent},), got {shape}; is to_event(1) missing?"
+            )
+        require_coordinates(law, "the prior of z")
+        if not takes_gamma(self.prior):
+            return
+        if tuple(law.batch_shape) not in ((), (1,), (1, 1), (2, 1)):
+            raise ModelError(
+                "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
+                f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
+            )
+        if is_improper(law):
+            raise ModelError("a prior that is given gamma must have a density: take a wide normal")
 
     def forward(
         self,
@@ -168,13 +235,18 @@ class SCVI(Program):
         register(self)
         gamma = check_inputs(self, x, gamma)
         with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
-            z = pyro.sample("z", self.prior())  # (cells, 1, latents)
+            z = pyro.sample("z", self.prior_of(gamma))  # (cells, 1, latents)
             theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
             return self.observe(x, theta, marginal=marginal, mask=mask)
 
+    def prior_of(self, gamma: Tensor) -> Distribution:
+        """p(z) of cells with covariates gamma (cells, covariates): what ``prior`` returns, given gamma or not."""
+        return law_of(self.prior, gamma)
+
     def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
         """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
-        eta = self.decoder(z.squeeze(-2), gamma)
+        seen = gamma if self.decoder_columns is None else gamma.index_select(-1, self.decoder_columns)
+        eta = self.decoder(z.squeeze(-2), seen)
         return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
 
     def observe(

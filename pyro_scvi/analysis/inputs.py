@@ -56,14 +56,9 @@ def minibatches(fit: Fit, cells: Cells) -> Minibatches:
             f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
             "fit, or in another order; make them with Cells.from_anndata(adata, schema=fit.schema)"
         )
-    if (fitted.batches, fitted.covariates, fitted.means, fitted.sds) != (
-        given.batches,
-        given.covariates,
-        given.means,
-        given.sds,
-    ):
+    if fitted.encoding != given.encoding:
         raise SchemaError(
-            f"the fit has batches {fitted.batches} and covariates {fitted.covariates}, the cells have {given.batches} "
-            f"and {given.covariates}, or other scales; make them with Cells.from_anndata(adata, schema=fit.schema)"
+            f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; make "
+            "them with Cells.from_anndata(adata, schema=fit.schema)"
         )
     return Minibatches(cells, fit.device, fit.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.supported import EXPLICIT
 from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, with_enumerated
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.types import Distribution, Theta
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Reducer = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-EXPLICIT = ("w", "y", "h")
 GLOBAL_STREAM = 1
 """Key of the random stream of global latents, which is not that of the cells'."""
 
@@ -171,17 +171,21 @@ def check_sites(fit: Fit, sites: Sequence[str]) -> None:
 
 
 def global_draws(fit: Fit, sites: Sequence[str], samples: int, seed: int) -> dict[str, np.ndarray]:
-    """Draws (samples, ...) of those of the ``sites`` that all cells share, from the guide.
+    """Draws (samples, ...) of those of the ``sites`` that all cells share, from the guide."""
+    if not any(name in fit.guide.weights.supports for name in sites):
+        return {}
+    drawn, _ = weighed_global_draws(fit, samples, seed)
+    return {name: drawn[name].cpu().numpy() for name in sites if name in drawn}
+
+
+def weighed_global_draws(fit: Fit, samples: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws (samples, ...) of all global latents from the guide, and log q (samples,) of them together.
 
     They have a stream of their own: the draws of the cells do not depend on whether these are asked for.
     """
-    wanted = [name for name in sites if name in fit.guide.weights.supports]
-    if not wanted:
-        return {}
     own = int(np.random.SeedSequence(seed, spawn_key=(GLOBAL_STREAM,)).generate_state(1)[0])
     with seeded(own):
-        drawn = fit.guide.weights.draws(samples)
-    return {name: drawn[name].detach().cpu().numpy() for name in wanted}
+        return fit.guide.weights.weighed_draws(samples)
 
 
 def _dataset(parts: list[dict[str, tuple[bool, np.ndarray]]], cells: Cells, n_latent: int) -> xr.Dataset:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from arviz_stats.base.dataarray import BaseDataArray
 
 DRAWS = ["chain", "draw"]
+
+ALL_CELLS = "all cells"
+"""What rows of global latents have for a cell."""
 
 FEWEST_DRAWS = 25  # a Pareto law is fitted to five or more in each tail, which is a fifth of them
 
@@ -35,7 +38,17 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     Pareto-smoothed weights p(z, l)^(alpha - 1) or p(x | z, l)^(alpha - 1). z_n and l_n belong to one cell, so the
     weights do too. A density summed over all cells, as ``arviz_stats.psense`` of the whole tree takes it, is mostly
     noise from the other cells. The same holds of every other continuous latent of the cells. w, y and h are left out,
-    because the scaled density has them integrated out. Global latents belong to no cell and get no row.
+    because the scaled density has them integrated out.
+
+    Global latents theta get rows of no cell. Their draws come from the guide, which was fitted to all cells. So the
+    guide's density stands for their posterior, and what it has over the prior for the likelihood of all cells:
+
+    .. math::
+
+        p_\alpha(\theta | x) \propto p(\theta)^\alpha\, \frac{q(\theta)}{p(\theta)} \quad or \quad
+        p(\theta)\, \Big(\frac{q(\theta)}{p(\theta)}\Big)^\alpha
+
+    If the guide is wrong about them, so are these rows.
 
     Parameters
     ----------
@@ -44,13 +57,14 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
         the posterior: take ``ps.Importance()`` or ``ps.HMC()``, and a thousand or more, see ``prior_noise`` below.
     priors
         Variables whose prior density is scaled, by their names in ``log_prior``, such as ("z",) or ("l",); by default,
-        all.
+        all. The table has rows of the latents of cells, or of global ones, if it is a prior of theirs.
     step
         Distance of alpha from 1.
 
     Returns
     -------
-    DataFrame by (cell, variable), the variables z[0], z[1], ..., l, and others in the same way
+    DataFrame by (cell, variable), the variables z[0], z[1], ..., l, and others in the same way; global latents have
+    the cell "all cells"
         ``prior`` and ``likelihood``: sensitivities, not negative; NaN where too few draws differ. ``prior_noise`` and
         ``likelihood_noise``: the same with the weights of unrelated draws, which shows the Monte Carlo error (with 10
         latents about 0.04 for 200 draws, 0.02 for 1,000). Kallioinen et al. count a sensitivity above 0.05. To the
@@ -84,17 +98,39 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     """
     require_kind(tree, xr.DataTree, "tree", "ps.to_datatree(fit, cells, sampler=ps.Importance())")
     array_stats, dataarray_stats = _arviz()
-    latents, log_prior, log_likelihood = _parts(tree, priors)
-    _warn_of_khat(tree)
+    parts = _parts(tree, priors)
+    if ALL_CELLS not in parts[0].latents.cell:
+        _warn_of_khat(tree)
+    table = pd.concat([_sensitivity(array_stats, dataarray_stats, part, step) for part in parts])
+    if table.prior.isna().all():
+        raise ModelError(
+            f"to weigh its draws, a cell needs {FEWEST_DRAWS} or more that differ, and none has; take samples=1000 "
+            "and sampler=ps.Importance() or ps.HMC()"
+        )
+    return table
+
+
+class _Part(NamedTuple):
+    """Latents (chain, draw, cell, variable), and log densities (chain, draw, cell) of the scaled prior and of x, nats.
+
+    Global latents have one cell, which stands for all.
+    """
+
+    latents: xr.DataArray
+    log_prior: xr.DataArray
+    log_likelihood: xr.DataArray
+
+
+def _sensitivity(array_stats: BaseArray, dataarray_stats: BaseDataArray, part: _Part, step: float) -> pd.DataFrame:
     columns = {}
-    for name, log_density in {"prior": log_prior, "likelihood": log_likelihood}.items():
+    for name, log_density in {"prior": part.log_prior, "likelihood": part.log_likelihood}.items():
         weights = [_weights(array_stats, log_density, alpha) for alpha in (1 - step, 1 + step)]
         # Draws half a chain apart are as good as unrelated, and a shift keeps the chain's autocorrelation.
         unrelated = [weight.roll(draw=weight.sizes["draw"] // 2) for weight in weights]
-        columns[name] = _distance_moved(dataarray_stats, latents, weights, step)
-        columns[f"{name}_noise"] = _distance_moved(dataarray_stats, latents, unrelated, step)
-    index = pd.MultiIndex.from_product([latents["cell"].values, latents["variable"].values], names=["cell", "variable"])
-    return pd.DataFrame(columns, index)
+        columns[name] = _distance_moved(dataarray_stats, part.latents, weights, step)
+        columns[f"{name}_noise"] = _distance_moved(dataarray_stats, part.latents, unrelated, step)
+    labels = [part.latents[dim].values for dim in ("cell", "variable")]
+    return pd.DataFrame(columns, pd.MultiIndex.from_product(labels, names=["cell", "variable"]))
 
 
 def _arviz() -> tuple[BaseArray, BaseDataArray]:
@@ -106,20 +142,43 @@ def _arviz() -> tuple[BaseArray, BaseDataArray]:
     return array_stats, dataarray_stats
 
 
-def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
-    """Latents (chain, draw, cell, variable), log density of the priors to scale and of x (chain, draw, cell), nats."""
+def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> list[_Part]:
+    """The latents of the cells and the global ones, those of the two that have a prior to scale."""
     try:
-        posterior, log_joint = tree["posterior"], tree["sample_stats"]["lp"].astype(float)
+        posterior, stats = tree["posterior"].to_dataset(), tree["sample_stats"].to_dataset()
         log_prior = {str(name): value.astype(float) for name, value in tree["log_prior"].data_vars.items()}
-        scaled = [log_prior[name] for name in priors or log_prior]
+        scaled = {name: log_prior[name] for name in (priors or log_prior)}
+        shared = {name for name, value in log_prior.items() if "cell" not in value.dims}
+        parts = []
+        if scaled.keys() - shared:
+            parts.append(_part(posterior, _of(log_prior, log_prior.keys() - shared), scaled, stats["lp"]))
+        if scaled.keys() & shared:
+            densities = {name: _as_cell(value) for name, value in _of(log_prior, shared).items()}
+            of_globals = posterior[[name for name in posterior.data_vars if name in shared]].map(_as_cell)
+            parts.append(_part(of_globals, densities, scaled, _as_cell(stats["log_q_global"])))
     except KeyError as error:
         raise ModelError(
             f"the tree lacks {error}; needed are posterior, lp in sample_stats, and log_prior with the variables that "
             "priors= names: pass what to_datatree returns"
         ) from error
-    # lp holds prior and likelihood: the likelihood is what the priors leave.
-    latents = _joined(posterior, list(log_prior))
-    return latents, _total(scaled), log_joint - _total(list(log_prior.values()))
+    return parts
+
+
+def _of(log_prior: dict[str, xr.DataArray], names: Collection[str]) -> dict[str, xr.DataArray]:
+    return {name: value for name, value in log_prior.items() if name in names}
+
+
+def _as_cell(value: xr.DataArray) -> xr.DataArray:
+    """A global latent, or its density, as that of one cell."""
+    return value.expand_dims(cell=[ALL_CELLS], axis=2)
+
+
+def _part(
+    posterior: xr.Dataset, log_prior: dict[str, xr.DataArray], scaled: Collection[str], log_joint: xr.DataArray
+) -> _Part:
+    """``log_joint`` holds prior and likelihood: the likelihood is what the priors leave."""
+    log_likelihood = log_joint.astype(float) - _total(list(log_prior.values()))
+    return _Part(_joined(posterior, list(log_prior)), _total(list(_of(log_prior, scaled).values())), log_likelihood)
 
 
 def _joined(posterior: Any, names: Sequence[str]) -> xr.DataArray:
@@ -165,18 +224,14 @@ def _weights(stats: BaseArray, log_density: xr.DataArray, alpha: float) -> xr.Da
     def of_cell(values: np.ndarray) -> np.ndarray:
         try:
             enough = len(np.unique(values)) >= FEWEST_DRAWS
-            return stats.power_scale_lw(values, alpha=alpha, axis=(0, 1)) if enough else np.full_like(values, np.nan)
+            with np.errstate(divide="ignore", invalid="ignore"):  # a tail of nearly equal draws
+                lw = stats.power_scale_lw(values, alpha=alpha, axis=(0, 1)) if enough else np.full_like(values, np.nan)
+            return lw
         except ValueError:  # a tail of equal draws
             return np.full_like(values, np.nan)
 
-    weights = np.exp(
-        xr.apply_ufunc(of_cell, log_density, input_core_dims=[DRAWS], output_core_dims=[DRAWS], vectorize=True)
-    )
-    if bool(weights.isnull().all()):
-        raise ModelError(
-            f"to weigh its draws, a cell needs {FEWEST_DRAWS} or more that differ, and none has; take samples=1000 "
-            "and sampler=ps.Importance() or ps.HMC()"
-        )
+    of_cells = xr.apply_ufunc(of_cell, log_density, input_core_dims=[DRAWS], output_core_dims=[DRAWS], vectorize=True)
+    weights: xr.DataArray = np.exp(of_cells)
     return weights
 
 

@@ -17,7 +17,7 @@ from pyro_scvi.data.lazy_counts import rows_of
 from pyro_scvi.data.names import as_series, labelled, names_in, positions_of
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.places import Place, chosen
-from pyro_scvi.data.reading import read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
+from pyro_scvi.data.reading import Annotations, read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import warn
@@ -37,7 +37,8 @@ class Cells:
         (cells, genes), counts: a CSR array if the input was sparse, else an ndarray. For a store, or a file left in
         place, a source that is indexed by rows.
     covariates
-        (cells, covariates), float32: one-hot batches first, then standardised continuous covariates.
+        (cells, covariates), float32: one-hot batches, one-hot categories, standardised continuous covariates, one-hot
+        labels. ``columns`` says where each of them is.
     schema
         The meaning of the columns; pass it to ``from_anndata`` to read a query in the same way.
     obs
@@ -74,7 +75,9 @@ class Cells:
         layer: str | None = None,
         raw: bool = False,
         batch: str | None = None,
+        categories: Sequence[str] = (),
         covariates: Sequence[str] = (),
+        labels: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
@@ -92,11 +95,16 @@ class Cells:
             Read the counts and genes of ``adata.raw``.
         batch
             Column of ``obs`` with a category for each cell, one-hot encoded.
+        categories
+            Further columns of ``obs`` with a category for each cell, each one-hot encoded after the batch.
         covariates
             Columns of ``obs`` with continuous covariates, standardised to mean 0 and sd 1.
+        labels
+            Column of ``obs`` with labels, such as cell types, one-hot encoded after the covariates. Cells with a
+            missing value have no label: their columns are zero. A query may lack the column.
         schema
             ``schema`` of other cells: genes are matched by name and reordered, extra genes left out (logged),
-            batches and scales taken over. ``batch`` and ``covariates`` are then the schema's own.
+            batches and scales taken over. ``batch``, ``categories``, ``covariates`` and ``labels`` are then its own.
         fill_missing_genes
             Count genes of the schema that ``adata`` lacks as 0, with a warning, instead of raising.
         allow_non_integer
@@ -124,7 +132,8 @@ class Cells:
         """
         place = chosen(layer, raw, schema.place if isinstance(schema, Schema) else Place())
         table = table_in_place(adata, place) if backed else table_of_anndata(adata, place)
-        parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
+        annotations = Annotations(batch, covariates, categories, labels)
+        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer)
         return cls(*parts, table.obs)
 
     @classmethod
@@ -136,7 +145,9 @@ class Cells:
         cell_names: Sequence[str] | None = None,
         obs: pd.DataFrame | None = None,
         batch: str | None = None,
+        categories: Sequence[str] = (),
         covariates: Sequence[str] = (),
+        labels: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
@@ -154,7 +165,7 @@ class Cells:
         obs
             Annotations, (cells, columns): matched by name where counts and ``obs`` have names, else in the order of the
             rows of ``counts``. An index 0, 1, 2, ... is no name.
-        batch, covariates, schema, fill_missing_genes, allow_non_integer
+        batch, categories, covariates, labels, schema, fill_missing_genes, allow_non_integer
             As in :meth:`from_anndata`.
 
         Raises
@@ -165,7 +176,8 @@ class Cells:
         if gene_names is None and schema is not None and names_in(labelled(counts).columns) is None:
             raise SchemaError("a schema matches genes by name: pass gene_names, or a DataFrame with columns of genes.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
-        parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer)
+        annotations = Annotations(batch, covariates, categories, labels)
+        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer)
         return cls(*parts, table.obs)
 
     @classmethod
@@ -174,7 +186,9 @@ class Cells:
         path: str | Path,
         *,
         batch: str | None = None,
+        categories: Sequence[str] = (),
         covariates: Sequence[str] = (),
+        labels: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         verify: bool = True,
@@ -185,7 +199,7 @@ class Cells:
         ----------
         path
             The store.
-        batch, covariates, schema, fill_missing_genes
+        batch, categories, covariates, labels, schema, fill_missing_genes
             As in :meth:`from_anndata`.
         verify
             Whether to compare the checksum of every array, which reads the store once. Sizes are always compared.
@@ -198,7 +212,8 @@ class Cells:
             As in :meth:`from_anndata`.
         """
         table = table_of_store(path, verify)
-        parts = read(table, batch, covariates, schema, fill_missing_genes, allow_non_integer=True)
+        annotations = Annotations(batch, covariates, categories, labels)
+        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer=True)
         return cls(*parts, table.obs)
 
     @property
@@ -213,8 +228,19 @@ class Cells:
 
     @property
     def n_covariates(self) -> int:
-        """Number of columns of gamma: batches, then continuous covariates."""
+        """Number of columns of gamma: batches, further categories, continuous covariates, labels."""
         return self.schema.n_covariates
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """What each column of gamma is: the name of a column of ``obs`` -> its columns of gamma.
+
+        Examples
+        --------
+        >>> ps.Cells.from_anndata(adata, batch="donor", labels="kind").columns
+        {'donor': slice(0, 2, None), 'kind': slice(2, 4, None)}
+        """
+        return self.schema.columns
 
     @property
     def n_batches(self) -> int:
@@ -330,6 +356,26 @@ class Cells:
         covariates[:, self.schema.batch_position(name)] = 1.0
         return replace(self, covariates=covariates)
 
+    def without(self, name: str) -> "Cells":
+        """Return the same cells without their labels, as if none had been given; ``obs`` keeps them.
+
+        The evidence of a cell with a label may be that of its counts given the label. Without it, it is that of the
+        counts alone.
+
+        Raises
+        ------
+        SchemaError
+            If ``name`` is not the column of the labels: only labels may be missing.
+        """
+        if self.schema.labels is None or name != self.schema.labels:
+            raise SchemaError(
+                f"only labels may be missing, and {name!r} is no column of labels; these cells have labels "
+                f"{self.schema.labels!r}."
+            )
+        covariates = self.covariates.copy()
+        covariates[:, self.columns[name]] = 0.0
+        return replace(self, covariates=covariates)
+
     def _facts(self) -> dict[str, str]:
         schema = self.schema
         share = n_nonzero(self.counts) / (self.n_cells * self.n_genes)
@@ -340,8 +386,15 @@ class Cells:
         }
         if schema.batch is not None:
             facts["batch"] = f"{schema.batch} ({', '.join(schema.batches)})"
+        facts |= {
+            name: f"category ({', '.join(levels)})"
+            for name, levels in zip(schema.categories, schema.levels, strict=True)
+        }
         if schema.covariates:
             facts["covariates"] = ", ".join(schema.covariates)
+        if schema.labels is not None:
+            known = self.covariates[:, self.columns[schema.labels]].any(1).sum()
+            facts["labels"] = f"{schema.labels} ({', '.join(schema.label_names)}) of {known:,} cells"
         return facts
 
     def __repr__(self) -> str:

@@ -21,12 +21,19 @@ FEW_CELLS = 2
 LARGEST_NUMBER = 1e100
 """A covariate above this is refused: its variance may overflow."""
 
+PLURALS = {"batch": "batches", "category": "categories"}
+"""What columns of categories are called in messages."""
+
 WORDS_FOR_MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "nat", "<na>"})
 """What a missing value becomes when a column is turned into text; in lower case."""
 
 
-def categories(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
-    """Read a column of categories.
+WORDS_FOR_UNLABELLED = WORDS_FOR_MISSING | {"unknown", "unlabelled", "unlabeled", "unassigned"}
+"""What cells without a label are called where missing values are spelled out; in lower case."""
+
+
+def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[str], np.ndarray]:
+    """Read a column of categories; ``what`` names in messages what they are.
 
     Returns
     -------
@@ -46,20 +53,56 @@ def categories(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
     absent = column.isna().to_numpy()
     if absent.any():
         raise DataError(
-            f"batch column {name!r} has no value for {absent.sum()} cells, such as {_first(obs, absent)}; "
+            f"{what} column {name!r} has no value for {absent.sum()} cells, such as {_first(obs, absent)}; "
             "fill or drop them."
         )
     categorical = column.astype("category").cat.remove_unused_categories()
     labels = [label_of(level) for level in categorical.cat.categories]
     if len(labels) > MOST_FLOAT_LEVELS and (column.dtype.kind == "f" or _have_decimals(labels)):
         raise DataError(
-            f"batch column {name!r} holds floats with {len(labels)} levels. If it is continuous, pass "
-            f"covariates=[{name!r}]; if it does name batches, turn it into other words."
+            f"{what} column {name!r} holds floats with {len(labels)} levels. If it is continuous, pass "
+            f"covariates=[{name!r}]; if it does name groups of cells, turn it into other words."
         )
     return labels, categorical.cat.codes.to_numpy()
 
 
-def warn_of_batches(obs: pd.DataFrame, name: str) -> None:
+def has_order(obs: pd.DataFrame, name: str) -> bool:
+    """Whether the categories of a column have an order of their own: numbers, dates, or an ordered Categorical."""
+    column = _column(obs, name)
+    if isinstance(column.dtype, pd.CategoricalDtype) and column.cat.ordered:
+        return True
+    levels = column.astype("category").cat.categories
+    return levels.dtype.kind in "biufmM" and levels.is_monotonic_increasing
+
+
+def labels_of(obs: pd.DataFrame, name: str) -> tuple[list[str], np.ndarray]:
+    """Read a column of labels as :func:`categories` does; cells without a label have the code -1.
+
+    Raises
+    ------
+    SchemaError, DataError
+        As :func:`categories`, and if no cell has a label.
+
+    Warns
+    -----
+    UserWarning
+        If a label is a word for a missing value.
+    """
+    present = _column(obs, name).notna().to_numpy()
+    if not present.any():
+        raise DataError(f"label column {name!r} has no value for any cell; leave labels= out.")
+    labels, known = categories(obs[present], name, "label")
+    if words := [label for label in labels if label.strip().lower() in WORDS_FOR_UNLABELLED]:
+        warn(
+            f"label column {name!r} holds {quoted(words)}, which counts as a label like any other. If these cells have "
+            f"no label, put missing values there: obs[{name!r}].replace({words[0]!r}, None)."
+        )
+    codes = np.full(len(obs), -1)
+    codes[present] = known
+    return labels, codes
+
+
+def warn_of_batches(obs: pd.DataFrame, name: str, what: str = "batch") -> None:
     """Warn of what can serve as a batch, but is mostly a slip: very small batches, measurements, words for missing.
 
     Warns
@@ -67,27 +110,28 @@ def warn_of_batches(obs: pd.DataFrame, name: str) -> None:
     UserWarning
         Once for each kind of slip; names the column and the batches.
     """
-    labels, codes = categories(obs, name)
+    plural = PLURALS[what]
+    labels, codes = categories(obs, name, what)
     sizes = pd.Series(codes).map(dict(enumerate(labels))).value_counts()
     missing = words_for_missing(sizes.index)
     if missing:
         warn(
-            f"batch column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values are "
-            "written in text; these cells count as a batch of their own. Name their batch or leave them out."
+            f"{what} column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values are "
+            f"written in text; these cells count as a {what} of their own. Name their {what} or leave them out."
         )
     if len(labels) > len(sizes):
-        warn(f"batch column {name!r} holds the same batches as numbers and as text, such as 1 and '1': taken as one.")
+        warn(f"{what} column {name!r} holds the same {plural} as numbers and as text, such as 1 and '1': taken as one.")
     if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
         warn(
-            f"batch column {name!r} holds integers with {len(sizes)} levels, each a batch. If it is a measurement, "
+            f"{what} column {name!r} holds integers with {len(sizes)} levels, each a {what}. If it is a measurement, "
             f"pass covariates=[{name!r}]."
         )
     few = sizes[sizes <= FEW_CELLS]
     if len(few):
         warn(
-            f"{len(few)} of the {len(sizes)} batches in column {name!r} have 1 or 2 cells, too few to learn from: "
-            f"{quoted(list(few.index))}. If this is no column of batches, choose another; otherwise join or leave out "
-            "such batches."
+            f"{len(few)} of the {len(sizes)} {plural} in column {name!r} have 1 or 2 cells, too few to learn from: "
+            f"{quoted(list(few.index))}. If this is no column of {plural}, choose another; otherwise join or leave out "
+            f"such {plural}."
         )
 
 

@@ -39,6 +39,15 @@ class Table(NamedTuple):
     var: pd.DataFrame | None = None  # annotations of the genes, if there are any
 
 
+class Annotations(NamedTuple):
+    """Which columns of ``obs`` are columns of gamma."""
+
+    batch: str | None
+    covariates: Sequence[str]
+    categories: Sequence[str]
+    labels: str | None
+
+
 def table_of_anndata(adata: AnnData, place: Place) -> Table:
     """Take the counts of ``X``, of a layer or of ``raw``."""
     _require_anndata(adata)
@@ -209,8 +218,7 @@ def _agreed(given: pd.Index | None, own: pd.Index | None, kind: str) -> pd.Index
 
 def read(
     table: Table,
-    batch: str | None,
-    covariates: Sequence[str],
+    annotations: Annotations,
     schema: Schema | None,
     fill_missing_genes: bool,
     allow_non_integer: bool,
@@ -232,9 +240,9 @@ def read(
     counts, genes, learning = table.counts, table.genes, schema is None
     if schema is None:
         warn_of_features(table.var)
-        schema = Schema.learn(genes, table.obs, table.place, batch, covariates)
+        schema = Schema.learn(genes, table.obs, table.place, *annotations)
     else:
-        schema.check_columns(batch, covariates)
+        schema.check_columns(*annotations)
         counts = genes_of(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
         genes = pd.Index(schema.gene_names)
     counts = check_counts(

@@ -3,19 +3,31 @@
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.names import warn_of_numbered_genes
-from pyro_scvi.data.obs_columns import categories, label_of, numbers, quoted, warn_of_batches
+from pyro_scvi.data.obs_columns import categories, has_order, label_of, labels_of, numbers, quoted, warn_of_batches
 from pyro_scvi.data.places import Place
 from pyro_scvi.data.scales import require_near, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
 _log = logging.getLogger(__name__)
+
+LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered")
+"""Fields that saves leave out where they are empty, as those written before there were any do."""
+
+
+_NO_BATCH = (
+    "its batches are {}. For cells of an unknown batch, set the column to any known batch, then average the results of "
+    "cells.with_batch(name) over the known names."
+)
+_NO_CATEGORY = "its categories are {}."
+_NO_LABEL = "its labels are {}. Cells whose label is none of these must have a missing value there."
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,16 @@ class Schema:
         (continuous covariates,): mean and standard deviation of each, in the column's own unit.
     raw
         Whether the counts are those of ``adata.raw``.
+    categories
+        Further columns of ``obs`` with a category for each cell.
+    levels
+        (categories,): the categories of each, in the order of its one-hot columns.
+    labels
+        Column of ``obs`` with labels, which cells may lack; None without labels.
+    label_names
+        (labels,): in the order of the one-hot columns.
+    ordered
+        Those of the columns of categories whose categories have an order: numbers, dates and ordered Categoricals.
 
     Examples
     --------
@@ -56,6 +78,11 @@ class Schema:
     means: tuple[float, ...] = ()
     sds: tuple[float, ...] = ()
     raw: bool = False
+    categories: tuple[str, ...] = ()
+    levels: tuple[tuple[str, ...], ...] = ()
+    labels: str | None = None
+    label_names: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
 
     @classmethod
     def learn(
@@ -65,6 +92,8 @@ class Schema:
         place: Place,
         batch: str | None,
         covariates: Sequence[str],
+        categorical: Sequence[str] = (),
+        labels: str | None = None,
     ) -> "Schema":
         """Take categories, means and standard deviations from the annotations, (cells, columns), of the training cells.
 
@@ -79,14 +108,10 @@ class Schema:
         Warns
         -----
         UserWarning
-            If the batch column is mostly a slip, see :func:`warn_of_batches`.
+            If a column of categories is mostly a slip, see :func:`warn_of_batches` and :func:`labels_of`.
         """
-        names = _listed(covariates)
-        for name in (batch, *names):
-            if not isinstance(name, Hashable):
-                raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
-        if len({*names, batch}) <= len(names):  # without a batch, None is the extra element
-            raise DataError(f"batch and covariates must be different columns; got batch {batch!r}, covariates {names}.")
+        names, further = _listed(covariates), _listed(categorical, "categories")
+        _require_distinct(batch, further, names, labels)
         values = [numbers(obs, name) for name in names]
         for name, value in zip(names, values, strict=True):
             if not value.std() > 1e-10 * abs(value.mean()):  # the rounding error of a constant column is below this
@@ -94,6 +119,8 @@ class Schema:
             require_near(name, value, value.mean(), value.std(), obs.index)
         if batch is not None:
             warn_of_batches(obs, batch)
+        for name in further:
+            warn_of_batches(obs, name, "category")
         return cls(
             gene_names=tuple(map(str, gene_names)),
             layer=place.layer,
@@ -103,6 +130,11 @@ class Schema:
             covariates=names,
             means=tuple(float(value.mean()) for value in values),
             sds=tuple(float(value.std()) for value in values),
+            categories=further,
+            levels=tuple(tuple(dict.fromkeys(categories(obs, name, "category")[0])) for name in further),
+            labels=labels,
+            label_names=() if labels is None else tuple(dict.fromkeys(labels_of(obs, labels)[0])),
+            ordered=tuple(name for name in (batch, *further) if name is not None and has_order(obs, name)),
         )
 
     def __repr__(self) -> str:
@@ -110,7 +142,9 @@ class Schema:
         parts += [f"layer: {self.layer!r}"] if self.layer else []
         parts += ["raw"] if self.raw else []
         parts += [f"batch: {self.batch!r} of {quoted(self.batches, 3)}"] if self.batch else []
+        parts += [f"{name!r} of {quoted(levels, 3)}" for name, levels in zip(self.categories, self.levels, strict=True)]
         parts += [f"covariates: {quoted(self.covariates)}"] if self.covariates else []
+        parts += [f"labels: {self.labels!r} of {quoted(self.label_names, 3)}"] if self.labels else []
         return f"Schema({'; '.join(parts)})"
 
     @property
@@ -130,13 +164,36 @@ class Schema:
 
     @property
     def n_covariates(self) -> int:
-        """Number of columns of gamma: batches, then continuous covariates."""
-        return len(self.batches) + len(self.covariates)
+        """Number of columns of gamma: batches, further categories, continuous covariates, labels."""
+        return len(self.column_names)
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """What each column of gamma is: the name of a column of ``obs`` -> its columns of gamma, in their order."""
+        ends = list(accumulate(len(words) for _, words in self._parts()))
+        return {name: slice(end - len(words), end) for (name, words), end in zip(self._parts(), ends, strict=True)}
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """One name for each column of gamma, such as "donor=a" or "age"."""
+        return tuple(name if word is None else f"{name}={word}" for name, words in self._parts() for word in words)
+
+    @property
+    def encoding(self) -> tuple[Any, ...]:
+        """What two schemas share if they encode annotations in the same way."""
+        return (self.batches, self.categories, self.levels, self.covariates, self.means, self.sds, self.label_names)
+
+    def _parts(self) -> list[tuple[str, Sequence[str | None]]]:
+        """Columns of ``obs`` and their categories, in the order of gamma; a continuous one has a single None."""
+        parts: list[tuple[str, Sequence[str | None]]] = [] if self.batch is None else [(self.batch, self.batches)]
+        parts += zip(self.categories, self.levels, strict=True)
+        parts += [(name, (None,)) for name in self.covariates]
+        return parts if self.labels is None else [*parts, (self.labels, self.label_names)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, strings and numbers, as JSON takes them."""
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return values if self.raw else {key: values[key] for key in values if key != "raw"}
+        values = {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if value or key not in LATER}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schema":
@@ -148,17 +205,23 @@ class Schema:
             If keys are unknown or missing, or lengths disagree.
         """
         expected = {field.name for field in fields(cls)}
-        if {*values, "raw"} != expected:  # schemas without it are of counts in X or a layer
+        if {*values, *LATER} != expected:
             raise SchemaError(f"a schema has the keys {sorted(expected)}; got {sorted(values)}.")
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        plain: dict[str, Any] = {key: _frozen(value) for key, value in values.items()}
         schema = cls(**plain)
+        if len(schema.categories) != len(schema.levels):
+            raise SchemaError("a schema has a list of levels for each column of categories; the lengths differ.")
         if not len(schema.covariates) == len(schema.means) == len(schema.sds):
             raise SchemaError("a schema has one mean and one sd for each covariate; the lengths differ.")
         return schema
 
-    def check_columns(self, batch: str | None, covariates: Sequence[str]) -> None:
+    def check_columns(
+        self,
+        batch: str | None,
+        covariates: Sequence[str],
+        categorical: Sequence[str] = (),
+        labels: str | None = None,
+    ) -> None:
         """Refuse columns other than the schema's own, in any order, which None and () stand for.
 
         Raises
@@ -166,12 +229,18 @@ class Schema:
         SchemaError
             If another column is named.
         """
-        names = _listed(covariates)
+        names, further = _listed(covariates), _listed(categorical, "categories")
         known = not names or sorted(names, key=str) == sorted(self.covariates)
         if batch not in (None, self.batch) or not known:
             raise SchemaError(
                 f"the schema has batch {self.batch!r} and covariates {self.covariates}, got {batch!r} and {names}; "
                 "leave both out, and rename the columns of obs if they have other names."
+            )
+        known = not further or sorted(further, key=str) == sorted(self.categories)
+        if labels not in (None, self.labels) or not known:
+            raise SchemaError(
+                f"the schema has categories {self.categories} and labels {self.labels!r}, got {further} and "
+                f"{labels!r}; leave both out, and rename the columns of obs if they have other names."
             )
 
     def gene_positions(self, query: pd.Index, *, fill_missing: bool) -> np.ndarray:
@@ -223,12 +292,14 @@ class Schema:
         return positions
 
     def encode(self, obs: pd.DataFrame) -> np.ndarray:
-        """One-hot batches, then standardised covariates: (cells, covariates), float32.
+        """One-hot batches and categories, standardised covariates, one-hot labels: (cells, covariates), float32.
+
+        Cells without a label, and all of them if there is no column of labels, have zeros there.
 
         Raises
         ------
         SchemaError
-            If a column does not exist, or a batch is not one of the schema's.
+            If a column other than that of the labels does not exist, or a category is not one of the schema's.
         DataError
             If a value is missing, not numeric or implausibly far from those of the training cells.
 
@@ -237,14 +308,21 @@ class Schema:
         UserWarning
             If a covariate looks as if it were in another unit.
         """
-        encoded = np.empty((len(obs), self.n_covariates), dtype=np.float32)
+        encoded, places = np.zeros((len(obs), self.n_covariates), dtype=np.float32), self.columns
         if self.batch is not None:
-            encoded[:, : self.n_batches] = self._one_hot(obs, self.batch)
-        for i, name in enumerate(self.covariates):
-            value, mean, sd = numbers(obs, name), self.means[i], self.sds[i]
+            encoded[:, places[self.batch]] = self._one_hot(obs, self.batch)
+        for name, levels in zip(self.categories, self.levels, strict=True):
+            encoded[:, places[name]] = _one_hot(name, levels, *categories(obs, name, "category"), _NO_CATEGORY)
+        for name, mean, sd in zip(self.covariates, self.means, self.sds, strict=True):
+            value = numbers(obs, name)
             require_near(name, value, mean, sd, obs.index)
             warn_of_units(name, value, mean, sd)
-            encoded[:, self.n_batches + i] = (value - mean) / sd
+            encoded[:, places[name].start] = (value - mean) / sd
+        if self.labels is not None and self.labels in obs.columns and obs[self.labels].notna().to_numpy().any():
+            labels, codes = labels_of(obs, self.labels)
+            encoded[codes >= 0, places[self.labels]] = _one_hot(
+                self.labels, self.label_names, labels, codes[codes >= 0], _NO_LABEL
+            )
         return encoded
 
     def batch_position(self, name: Hashable) -> int:
@@ -263,19 +341,42 @@ class Schema:
         return self.batches.index(name)
 
     def _one_hot(self, obs: pd.DataFrame, batch: str) -> np.ndarray:
-        labels, codes = categories(obs, batch)
-        unseen = [label for label in labels if label not in self.batches]
-        if unseen:
-            raise SchemaError(
-                f"column {batch!r} holds {quoted(unseen)}, which the schema does not know; its batches are "
-                f"{quoted(self.batches)}. For cells of an unknown batch, set the column to any known batch, then "
-                "average the results of cells.with_batch(name) over the known names."
-            )
-        positions = np.array([self.batches.index(label) for label in labels])
-        return np.eye(self.n_batches, dtype=np.float32)[positions[codes]]
+        return _one_hot(batch, self.batches, *categories(obs, batch), _NO_BATCH)
 
 
-def _listed(covariates: Any) -> tuple[str, ...]:
-    if not isinstance(covariates, Iterable):
-        raise DataError(f"covariates must be names of columns, as in ['age'] or (), got {brief(covariates)}.")
-    return (covariates,) if isinstance(covariates, str) else tuple(covariates)
+def _one_hot(name: str, known: Sequence[str], found: list[str], codes: np.ndarray, hint: str) -> np.ndarray:
+    """Rows of the unit matrix for ``codes`` into the words ``found``, in the order of the ``known`` words."""
+    if unseen := [word for word in found if word not in known]:
+        raise SchemaError(
+            f"column {name!r} holds {quoted(unseen)}, which the schema does not know; {hint.format(quoted(known))}"
+        )
+    positions = np.array([known.index(word) for word in found], dtype=int)
+    return np.eye(len(known), dtype=np.float32)[positions[codes]]
+
+
+def _require_distinct(batch: Any, categorical: tuple[Any, ...], covariates: tuple[Any, ...], labels: Any) -> None:
+    """Refuse names that are no single words, and a column that is named twice."""
+    given = {"batch": batch, "categories": categorical, "covariates": covariates, "labels": labels}
+    names = [name for name in (batch, *categorical, *covariates, labels) if name is not None]
+    for name in names:
+        if not isinstance(name, Hashable):
+            raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
+    if len(set(names)) < len(names):
+        shown = ", ".join(f"{what} {value!r}" for what, value in given.items() if value)
+        raise DataError(f"batch and covariates must be different columns, as all that are named; got {shown}.")
+
+
+def _listed(names: Any, what: str = "covariates") -> tuple[str, ...]:
+    if not isinstance(names, Iterable):
+        raise DataError(f"{what} must be names of columns, as in ['age'] or (), got {brief(names)}.")
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

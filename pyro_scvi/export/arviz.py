@@ -14,18 +14,18 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import (
     DIMS,
-    EXPLICIT,
     check_sites,
     draw_sites,
-    global_draws,
     latent_sites,
     n_event,
     own_dims,
     predicted,
+    weighed_global_draws,
 )
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.log_joint import cell_terms, entry_terms, latent_terms, scored
+from pyro_scvi.guides.log_joint import cell_terms, entry_terms, global_terms, latent_terms, scored
+from pyro_scvi.guides.supported import EXPLICIT
 from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
@@ -46,6 +46,9 @@ TRAILING = {**DIMS, "x": ("gene",), "gamma": ("covariate",)}
 
 MODERATE = 10_000
 """Numbers in a global latent up to which it is exported without being asked for by name."""
+
+LOG_Q = "log_q_global"
+"""Name of the log density of all global latents under the guide."""
 
 FROM_SAMPLER = ("posterior", "log_prior", "sample_stats", "log_likelihood", "posterior_predictive")
 
@@ -68,9 +71,10 @@ def to_datatree(
     - ``posterior``: z (chain, draw, cell, latent), l (chain, draw, cell), counts, other latents likewise, and global
       latents (chain, draw, ...) from the guide; with ``sites`` also w, y and h (chain, draw, cell, gene).
     - ``log_prior``: log p(z) and log p(l) as z and l (chain, draw, cell), nats per cell, and likewise of every latent,
-      given those before it in the program. Discrete latents are summed out.
+      given those before it in the program. Discrete latents are summed out. Of a global latent (chain, draw), nats.
     - ``sample_stats``: lp = log p(x, z, l) (chain, draw, cell), nats per cell; the sampler's diagnostics (cell): khat
-      and ess, or rhat, ess and divergences.
+      and ess, or rhat, ess and divergences. If there are global latents in ``posterior``, log_q_global (chain, draw),
+      nats: the density of all of them under the guide.
     - ``prior``: z and l of new cells with the covariates of these, independent draws, dimensions as in ``posterior``.
     - ``observed_data``: x (cell, gene), counts. ``constant_data``, if there are covariates: gamma (cell, covariate).
     - on request ``log_likelihood``: log p(x_ng | z_n, l_n) as x (chain, draw, cell, gene), nats per entry.
@@ -150,9 +154,10 @@ def to_datatree(
             gathered.fill(rows, "sample_stats", draws.diagnose(), FIXED)
             gathered.fill(rows, "observed_data", {"x": _counted(x)}, FIXED)
             gathered.fill(rows, "constant_data", {"gamma": gamma} if cells.n_covariates else {}, FIXED)
-        shape = gathered.draws
-        for name, value in global_draws(fit, extent.sites, shape[0] * shape[1], seed).items():
-            gathered.share("posterior", name, value.reshape(*shape, *value.shape[1:]))
+        if set(sites) & set(fit.guide.weights.supports):
+            cell = {name: value[:1, :1] for name, value in draws.sites.items()}
+            for group, values in _of_globals(fit, x[:1], gamma[:1], cell, gathered.n_draws, seed).items():
+                gathered.share(group, {name: v for name, v in values.items() if group != "posterior" or name in sites})
     return _tree(gathered, cells, fit.model.n_latent, {"sampler": repr(sampler), "seed": seed})
 
 
@@ -198,6 +203,13 @@ def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], ent
     groups = {"log_prior": {name: log_p[name] for name in sites}}
     groups["sample_stats"] = {"lp": torch.stack(list(log_p.values())).sum(0)}
     return groups | ({"log_likelihood": {"x": torch.cat(of_entries)}} if entries else {})
+
+
+def _of_globals(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], samples: int, seed: int) -> Groups:
+    """Draws of the global latents from the guide, log p of each and log q of all; ``sites`` are latents of a cell."""
+    drawn, log_q = weighed_global_draws(fit, samples, seed)
+    log_p = global_terms(fit.model, x, gamma, sites, drawn)
+    return {"posterior": drawn, "log_prior": log_p, "sample_stats": {LOG_Q: log_q}}
 
 
 def _prior(fit: Fit, gamma: Tensor, extent: _Extent) -> Groups:
@@ -261,14 +273,20 @@ class _Gathered:
         self.groups: dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]] = {}
 
     @property
-    def draws(self) -> tuple[int, int]:
-        """Numbers of chains and of draws of each."""
-        chains, draws = self.groups["sample_stats"]["lp"][1].shape[:2]
-        return chains, draws
+    def n_draws(self) -> int:
+        """Number of draws over all chains."""
+        return int(np.prod(self._shape))
 
-    def share(self, group: str, name: str, value: np.ndarray) -> None:
-        """Write a variable that all cells share, (chain, draw) and its own dimensions."""
-        self.groups.setdefault(group, {})[name] = (("chain", "draw", *own_dims(name, value.ndim - 2)), value)
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Numbers of chains and of draws of each."""
+        return self.groups["sample_stats"]["lp"][1].shape[:2]
+
+    def share(self, group: str, values: dict[str, Tensor]) -> None:
+        """Write variables (samples, ...) that all cells share, as (chain, draw) and their own dimensions."""
+        for name, value in values.items():
+            shaped = value.cpu().numpy().reshape(*self._shape, *value.shape[1:])
+            self.groups.setdefault(group, {})[name] = (("chain", "draw", *own_dims(name, value.dim() - 1)), shaped)
 
     def fill(self, rows: slice, group: str, values: dict[str, Tensor], lead: tuple[str, ...]) -> None:
         """Write the values of some cells, with leading dimensions ``lead`` of which the cells are the last."""
@@ -292,7 +310,7 @@ def _tree(gathered: _Gathered, cells: Cells, n_latent: int, run: dict[str, str |
         "cell": list(cells.cell_names),
         "gene": list(cells.gene_names),
         "latent": range(n_latent),
-        "covariate": [*(f"{schema.batch}={batch}" for batch in schema.batches), *schema.covariates],
+        "covariate": list(schema.column_names),
     }
     tree = {"/": xr.Dataset(attrs=library | run)}
     for group, variables in gathered.groups.items():

@@ -181,6 +181,7 @@ class DiagonalNormal(AmortizedGuide):
     --------
     >>> model = ps.SCVI(20, 2)
     >>> guide = ps.guides.DiagonalNormal(model, n_hidden=16, dropout=0.1)
-    >>> ps.fit(model, cells, guide, epochs=1, progress=False).guide is guide
-    True
+    >>> made = ps.fit(model, cells, guide, epochs=1, progress=False)
+    >>> made.guide is guide, made.guide.model is made.model  # trained copies, made together
+    (False, True)
     """

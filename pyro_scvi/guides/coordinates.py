@@ -1,7 +1,9 @@
 """Unconstrained coordinates of a cell's latents, one number line for each, as the program samples them."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -20,7 +22,8 @@ FIRST = ("z", "l")
 """Sites whose coordinates come first, in every save; those of others follow in the program's order."""
 
 
-class LocalSite(NamedTuple):
+@dataclass(frozen=True)
+class LocalSite:
     """A latent of every cell: its support, event shape, bijection from R^n, and its place among the coordinates."""
 
     name: str
@@ -29,12 +32,12 @@ class LocalSite(NamedTuple):
     bijection: Any
     place: slice
 
-    @property
+    @cached_property
     def real(self) -> bool:
         """Whether the coordinates are the values themselves."""
         return is_real(self.support)
 
-    @property
+    @cached_property
     def inverse_shape(self) -> torch.Size:
         """Shape of an event in unconstrained coordinates."""
         return torch.Size(self.bijection.inverse_shape(self.event_shape))
@@ -55,7 +58,7 @@ class LocalSite(NamedTuple):
 
     def value(self, part: Tensor) -> Tensor:
         """The site (..., cells, 1) and its event, at its coordinates (..., cells, size)."""
-        value: Tensor = self.bijection(self.shaped(part))
+        value: Tensor = self.shaped(part) if self.real else self.bijection(self.shaped(part))
         return value
 
     def coordinates(self, value: Tensor) -> Tensor:

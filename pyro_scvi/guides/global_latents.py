@@ -67,6 +67,10 @@ class GlobalLatents(nn.Module):
 
     def draws(self, samples: int) -> dict[str, Tensor]:
         """Draws (samples, ...) of every global latent."""
+        return self.weighed_draws(samples)[0]
+
+    def weighed_draws(self, samples: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws (samples, ...) of every global latent, and log q (samples,) of all of them together, nats."""
         raise NotImplementedError
 
     def medians(self) -> dict[str, Tensor]:
@@ -100,12 +104,15 @@ class GlobalNormal(GlobalLatents):
                 drawn[name] = pyro.sample(name, self._law(name, loc, log_scale))
         return drawn
 
-    def draws(self, samples: int) -> dict[str, Tensor]:
-        """Draws (samples, ...) of every global latent."""
-        return {
-            name: self._law(name, loc, log_scale).sample((samples,))
-            for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True)
-        }
+    @torch.no_grad()
+    def weighed_draws(self, samples: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws (samples, ...) of every global latent, and log q (samples,) of all of them together, nats."""
+        drawn, log_q = dict[str, Tensor](), torch.zeros(samples)
+        for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True):
+            law = self._law(name, loc, log_scale)
+            drawn[name] = law.sample((samples,))
+            log_q = log_q.to(loc) + law.log_prob(drawn[name]).reshape(samples, -1).sum(-1)
+        return drawn, log_q
 
     def _law(self, name: str, loc: Tensor, log_scale: Tensor) -> Distribution:
         """Normals of the coordinates of one latent, with the events that it has in the program."""
@@ -176,11 +183,14 @@ class GlobalAutoguide(GlobalLatents):
         return {name: drawn[alias] for alias, name in self.called.items() if alias in drawn}
 
     @torch.no_grad()
-    def draws(self, samples: int) -> dict[str, Tensor]:
-        """Draws (samples, ...) of every global latent."""
+    def weighed_draws(self, samples: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws (samples, ...) of every global latent, and log q (samples,) of all of them together, nats."""
         with _apart():
-            each = [self() for _ in range(samples)]
-        return {name: torch.stack([drawn[name] for drawn in each]) for name in self.supports}
+            each = [pyro.poutine.trace(self).get_trace() for _ in range(samples)]
+        drawn = {
+            name: torch.stack([torch.as_tensor(trace.nodes[name]["value"]) for trace in each]) for name in self.supports
+        }
+        return drawn, torch.stack([torch.as_tensor(trace.log_prob_sum()) for trace in each])
 
     def medians(self) -> dict[str, Tensor]:
         """The median of every global latent under q."""

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.guides.coordinates import Coordinates
-from pyro_scvi.guides.supported import is_enumerated, require_conditioned
+from pyro_scvi.guides.enumeration import LEFT_OF_DRAWS, Enumerating, enumerated_sites, log_sum_over_values
+from pyro_scvi.guides.supported import require_conditioned
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.execution import executing
 
 LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
 Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or a compiled form of it
-
-LEFT_OF_DRAWS = -4
-"""First dimension for the values of discrete latents: left of (samples, cells, genes)."""
 
 
 def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
@@ -28,7 +26,7 @@ def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> p
     """
     given = pyro.poutine.condition(model, data=sites)
     with pyro.get_param_store().scope(), executing(register_parameters=False):
-        trace = pyro.poutine.trace(pyro.poutine.enum(given, LEFT_OF_DRAWS)).get_trace(x, gamma)
+        trace = pyro.poutine.trace(Enumerating(LEFT_OF_DRAWS)(given)).get_trace(x, gamma)
         require_conditioned(trace, sites)
         trace.compute_log_prob()
     return trace
@@ -40,7 +38,7 @@ def cell_terms(trace: pyro.poutine.Trace, *names: str) -> tuple[Tensor, Tensor]:
     of_latents, of_x = by_cell(trace, *names, *enumerated), by_cell(trace, "x")
     if not enumerated:
         return of_latents, of_x
-    joint, of_latents = _summed_out(of_latents + of_x), _summed_out(of_latents)
+    joint, of_latents = log_sum_over_values(of_latents + of_x), log_sum_over_values(of_latents)
     return of_latents, joint - of_latents
 
 
@@ -50,9 +48,25 @@ def latent_terms(trace: pyro.poutine.Trace, *names: str) -> dict[str, Tensor]:
     in_order = [name for name in trace.nodes if name in names]
     if not enumerated:
         return {name: by_cell(trace, name) for name in in_order}
-    up_to = [_summed_out(by_cell(trace, *in_order[: i + 1], *enumerated)) for i in range(len(in_order))]
+    tables = [by_cell(trace, *in_order[: i + 1], *enumerated) for i in range(len(in_order))]
+    up_to = [log_sum_over_values(table) for table in tables]
     before = [torch.zeros_like(up_to[0]), *up_to]
     return {name: after - before[i] for i, (name, after) in enumerate(zip(in_order, up_to, strict=True))}
+
+
+def global_terms(
+    model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], drawn: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Log density (samples,) of each global latent, given those before it, at ``drawn`` (samples, ...), nats.
+
+    A program with weights among them runs for one draw at a time: at ``sites``, the latents of any cells.
+    """
+    terms: dict[str, list[Tensor]] = {name: [] for name in drawn}
+    for values in zip(*drawn.values(), strict=True):
+        trace = scored(model, x, gamma, sites | dict(zip(drawn, values, strict=True)))
+        for name, of_draws in terms.items():
+            of_draws.append(trace.nodes[name]["log_prob"].sum())
+    return {name: torch.stack(of_draws) for name, of_draws in terms.items()}
 
 
 def entry_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
@@ -62,13 +76,8 @@ def entry_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
     if not enumerated or of_entries.dim() < 4:
         return of_entries
     weights = by_cell(trace, *names, *enumerated)
-    weights = weights - _summed_out(weights)
-    return _summed_out(of_entries + weights[..., None], kept=3)
-
-
-def enumerated_sites(trace: pyro.poutine.Trace) -> list[str]:
-    """Names of the discrete latents that take all their values in this trace."""
-    return [name for name, node in trace.nodes.items() if node["type"] == "sample" and is_enumerated(node)]
+    weights = weights - log_sum_over_values(weights)
+    return log_sum_over_values(of_entries + weights[..., None], kept=3)
 
 
 def by_cell(trace: pyro.poutine.Trace, *names: str) -> Tensor:
@@ -76,11 +85,6 @@ def by_cell(trace: pyro.poutine.Trace, *names: str) -> Tensor:
     terms = {name: trace.nodes[name]["log_prob"] for name in names}
     sums = [term.sum(-1) if name == "x" else term.squeeze(-1) for name, term in terms.items()]
     return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
-
-
-def _summed_out(terms: Tensor, kept: int = 2) -> Tensor:
-    """Log of the sum over the values of discrete latents, which lie left of the last ``kept`` dimensions."""
-    return terms.flatten(0, -kept - 1).logsumexp(0) if terms.dim() > kept else terms
 
 
 def log_joint(model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]) -> LogJoint:

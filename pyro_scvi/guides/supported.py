@@ -14,6 +14,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro_scvi.discovery import Kind, TracedSite
 from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of, unwrapped
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.enumeration import is_enumerated
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.model import SCVI
 
@@ -32,11 +33,6 @@ class Latent(NamedTuple):
     kind: Kind
     support: Any
     event_shape: tuple[int, ...] | None
-
-
-def is_enumerated(node: Any) -> bool:
-    """Whether a traced site took all its values at once, to be summed out."""
-    return (node["infer"] or {}).get("_enumerate_dim") is not None
 
 
 def require_theta(model: SCVI) -> None:

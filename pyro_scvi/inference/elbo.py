@@ -16,11 +16,8 @@ from torch.distributions import kl_divergence
 
 from pyro_scvi.distributions.supports import unwrapped
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.supported import is_enumerated
+from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
 from pyro_scvi.utils.execution import execution
-
-LEFT_OF_CELLS = -3
-"""First dimension for the values of discrete latents: left of (cells, genes)."""
 
 DEPTH = 2
 """Plates inside each other: cells and genes."""
@@ -61,7 +58,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Negative bound, nats, a scalar."""
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-        summed = pyro.poutine.enum(pyro.poutine.replay(model, trace=guided), LEFT_OF_CELLS)
+        summed = Enumerating(LEFT_OF_CELLS)(pyro.poutine.replay(model, trace=guided))
         modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
         if execution().check_programs and is_validation_enabled():
             _check(guided, modelled)
@@ -109,7 +106,7 @@ def _negative_bound(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) ->
     for name, site in _sites(guided):
         if name not in modelled.nodes:  # an auxiliary site, which the guide alone has
             loss = loss + _log_prob(site)
-    return loss - _summed_out(tables) if tables else loss
+    return loss - _log_evidence_of(tables) if tables else loss
 
 
 def _sites(trace: pyro.poutine.Trace) -> list[tuple[str, Any]]:
@@ -132,7 +129,7 @@ def _differs_along(dims: list[int], site: Any) -> bool:
     return in_cells and any(len(shape) >= -dim and shape[dim] > 1 for dim in dims)
 
 
-def _summed_out(sites: list[Any]) -> Tensor:
+def _log_evidence_of(sites: list[Any]) -> Tensor:
     """Sum over cells of log p of latents and of x given these, of the sites that differ by discrete latents' values.
 
     Each is summed over these values, then scaled: the two have scales of their own where the KL divergence has a

@@ -1,13 +1,14 @@
 """What a callable reaches beside its arguments, and the refusal of trainable things that no module owns.
 
 A module registers the parameters that are its attributes. What its code reaches otherwise (through a closure, a
-default, a partial, a list or a global name) would be neither trained nor moved nor saved.
+default, a partial, a list or a global name) would be neither trained nor moved nor saved, nor copied.
 """
 
 import dis
 import functools
 import types
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ DEEPEST = 8  # steps from the part to what it reaches
 MOST = 1000  # items of a container that are looked at
 GLOBAL, ATTRIBUTE = ("LOAD_GLOBAL", "LOAD_NAME"), ("LOAD_ATTR", "LOAD_METHOD")
 LIBRARIES = ("pyro_scvi", "torch", "pyro", "numpy", "builtins", "functools")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 Names = frozenset[str]
 NONE: Names = frozenset()
@@ -41,7 +43,11 @@ def require_owned(part: Any, what: str, *owners: nn.Module) -> None:
         Naming the part and how it reaches them.
     """
     own = {id(parameter) for owner in owners for parameter in owner.parameters()}
-    lost = sorted({path for path, tensor in _trainable(_Step(what, part), 0, {}) if id(tensor) not in own})
+
+    def is_lost(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in own
+
+    lost = sorted(set(reached(part, what, is_lost)))
     if lost:
         raise ModelError(
             f"{', '.join(lost[:3])}: trainable, but only the code of the {what} reaches it, so that it would not be "
@@ -50,19 +56,27 @@ def require_owned(part: Any, what: str, *owners: nn.Module) -> None:
         )
 
 
-def _trainable(step: _Step, depth: int, seen: dict[tuple[int, Names], Any]) -> Iterator[tuple[str, Tensor]]:
-    """Paths and trainable tensors within reach; ``seen`` keeps the objects, lest another take the place of one."""
+def reached(part: Any, what: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
+    """How ``part``, called ``what``, reaches what is wanted: as a part of it, or by its code."""
+    return _reached(_Step(what, part), 0, {}, wanted)
+
+
+def _reached(
+    step: _Step, depth: int, seen: dict[tuple[int, Names], Any], wanted: Callable[[Any], bool]
+) -> Iterator[str]:
+    """The paths; ``seen`` keeps the objects, lest another take the place of one."""
     value = step.value
+    if wanted(value):
+        yield step.written
+        return
     if isinstance(value, Tensor):
-        if value.requires_grad and value.is_leaf:
-            yield step.written, value
         return
     key = (id(value), step.names)
     if depth > DEEPEST or key in seen or isinstance(value, str | bytes | int | float | None):
         return
     seen[key] = value
     for further in _further(value, step.names):
-        yield from _trainable(further._replace(written=step.written + further.written), depth + 1, seen)
+        yield from _reached(further._replace(written=step.written + further.written), depth + 1, seen, wanted)
 
 
 def _further(value: Any, names: Names) -> Iterator[_Step]:
@@ -72,6 +86,8 @@ def _further(value: Any, names: Names) -> Iterator[_Step]:
         return iter([_Step("", value.__func__), _Step("", value.__self__, _named_in(value.__func__))])
     if isinstance(value, functools.partial):
         return iter([_Step(".func", value.func), _Step(".args", value.args), _Step("", value.keywords)])
+    if isinstance(value, weakref.ref):
+        return iter([_Step("()", value(), names)])
     if isinstance(value, dict):
         return (_Step(f"[{key!r}]", inner, names) for key, inner in islice(value.items(), MOST))
     if isinstance(value, list | tuple | set | frozenset):
@@ -99,6 +115,7 @@ def _of_object(value: Any, names: Names) -> Iterator[_Step]:
     if isinstance(value, nn.Module):
         yield from (_Step(f".{name}", found) for name, found in value.named_parameters(recurse=False))
         yield from (_Step(f".{name}", found) for name, found in value.named_children())
+        yield from (_Step(" -> a hook", hook) for kind in HOOKS for hook in getattr(value, kind).values())
     own = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in LIBRARIES]
     methods = {name: found for kind in reversed(own) for name, found in vars(kind).items()}
     for name, found in methods.items():

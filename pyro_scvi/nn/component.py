@@ -45,19 +45,19 @@ class Component(nn.Module):
         # By object.__setattr__, because that of nn.Module works only after its __init__.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))  # without self
-        object.__setattr__(self, "pyro_name", f"{cls.__name__}_{next(_serial)}")
+        named_anew(self)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, which must not share the original's parameters in Pyro's store
-        object.__setattr__(self, "pyro_name", f"{type(self).__name__}_{next(_serial)}")
+        named_anew(self)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments; components that were left out or exchanged are shown as they are now."""
         made = {}
         for key, parameter in constructor_parameters(type(self)).items():
             given, held = self.arguments.get(key, parameter.default), self._modules.get(key)
-            if held is not None and (given is None or isinstance(given, nn.Module)):
+            if isinstance(held, Component if given is None else nn.Module) and isinstance(given, nn.Module | None):
                 made[key] = held
             elif key in self.arguments:
                 made[key] = given
@@ -75,6 +75,11 @@ class Component(nn.Module):
         facts = {key: _brief(value) for key, value in self.shown().items() if value is not None}
         learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return table(type(self).__name__, facts | {"parameters to learn": f"{learned:,}"})
+
+
+def named_anew(component: Component) -> None:
+    """Give a component a ``pyro_name`` that no other has."""
+    object.__setattr__(component, "pyro_name", f"{type(component).__name__}_{next(_serial)}")
 
 
 def constructor_parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ def describe(value: Any, model: SCVI) -> Any:
         return {"part": type(value).__name__, "arguments": arguments}
     if isinstance(value, Tensor | np.ndarray):
         return {"tensor": value.tolist()}
+    if isinstance(value, slice):  # columns of gamma
+        return {"slice": [value.start, value.stop]}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -62,6 +65,8 @@ def build(description: Any, model: SCVI | None) -> Any:
             return model
         case {"tensor": values}:
             return torch.tensor(values)
+        case {"slice": [start, stop]}:
+            return slice(start, stop)
         case {"mapping": items}:
             return {key: build(item, model) for key, item in items.items()}
         case {"part": name, "arguments": arguments}:
@@ -191,14 +196,16 @@ def check_schema(schema: Schema, model: SCVI) -> None:
     CheckpointError
         If it is refused; says why.
     """
-    names = (*schema.gene_names, *schema.batches, *schema.covariates)
-    if not all(isinstance(name, str) for name in (*names, schema.batch or "", schema.layer or "")):
+    words = [schema.batches, *schema.levels, schema.label_names]
+    names = (*schema.gene_names, *schema.covariates, *schema.categories, *chain.from_iterable(words))
+    columns = (schema.batch, schema.layer, schema.labels)
+    if not all(isinstance(name, str) for name in (*names, *(column or "" for column in columns))):
         raise CheckpointError("its schema has names that are no strings")
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*schema.means, *schema.sds)):
         raise CheckpointError("its schema has means or standard deviations that are no numbers")
     if not all(sd > 0 for sd in schema.sds):
         raise CheckpointError("its schema has standard deviations that are not above 0")
-    if len(set(schema.gene_names)) < schema.n_genes or len(set(schema.batches)) < schema.n_batches:
+    if any(len(set(of)) < len(of) for of in (schema.gene_names, *words)):
         raise CheckpointError("its schema has genes or batches that occur twice")
     if (schema.n_genes, schema.n_covariates) != (model.n_genes, model.n_covariates):
         found = f"{schema.n_genes} genes and {schema.n_covariates} covariates"

@@ -1,8 +1,11 @@
-"""Priors p(z): each is a callable without arguments that returns a Pyro distribution with event shape (latents,).
+"""Priors p(z): each is a callable that returns a Pyro distribution with event shape (latents,).
+
+A callable that takes an argument is given gamma (cells, 1, covariates).
 
 Any other callable of that kind serves as well; a module may hold parameters, which are then learned with the model.
 """
 
+from pyro_scvi.priors.conditional import ByLabel, Conditional
 from pyro_scvi.priors.flat import Flat
 from pyro_scvi.priors.flow import Flow
 from pyro_scvi.priors.heavy_tailed import Laplace, StudentT
@@ -12,6 +15,8 @@ from pyro_scvi.priors.simplex import Dirichlet, LogisticNormal
 
 __all__ = [
     "ARDNormal",
+    "ByLabel",
+    "Conditional",
     "Dirichlet",
     "Flat",
     "Flow",

@@ -1,24 +1,30 @@
-"""Base class of priors p(z), and the check that a prior is proper."""
+"""Base class of priors p(z), how a prior is called, and the check that it is proper."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.types import Distribution
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import brief, require_at_least
 from pyro_scvi.utils.random_state import seeded
 
 
 class Prior(Component):
-    """A prior on ``n_latent`` latents; if ``learned``, its own shape is fitted to the data."""
+    """A prior on ``n_latent`` latents; if ``learned``, its own shape is fitted to the data.
+
+    A prior whose ``forward`` takes an argument is given gamma (cells, 1, covariates), and its distribution has batch
+    shape (cells, 1). ``columns`` are those columns of gamma that the decoder leaves to it.
+    """
 
     learned = False
+    columns: slice | None = None
     zeros: Tensor
 
     def __init__(self, n_latent: int) -> None:
@@ -27,12 +33,70 @@ class Prior(Component):
         self.n_latent = n_latent
         self.register_buffer("zeros", torch.zeros(n_latent), persistent=False)  # carries device and dtype
 
-    def forward(self) -> Distribution:
+    def forward(self, *args: Any, **kwargs: Any) -> Distribution:
         """The distribution of z, event shape (latents,)."""
         raise NotImplementedError
 
 
-def require_proper(prior: Callable[[], Distribution], what: str) -> None:
+class ConditionalPrior(Prior):
+    """A prior that depends on some ``columns`` of gamma."""
+
+    columns: slice
+
+    def __init__(self, n_latent: int, columns: slice) -> None:
+        super().__init__(n_latent)
+        require_columns(columns, "columns")
+        self.columns = columns
+
+    @property
+    def n_columns(self) -> int:
+        """Number of these columns."""
+        return int(self.columns.stop - self.columns.start)
+
+
+def require_columns(columns: Any, what: str, n_covariates: int | None = None) -> None:
+    """Refuse what is no slice of columns of gamma, such as ``cells.columns["donor"]``.
+
+    Raises
+    ------
+    ModelError
+        If it is none, or ends beyond the ``n_covariates`` columns that there are.
+    """
+    start, stop = (columns.start, columns.stop) if isinstance(columns, slice) and columns.step is None else (0, 0)
+    if not (type(start) is int and type(stop) is int and 0 <= start < stop):
+        raise ModelError(f'{what} must be columns of gamma, as cells.columns["donor"] gives them, got {brief(columns)}')
+    if n_covariates is not None and stop > n_covariates:
+        raise ModelError(
+            f"{what} are columns {start} to {stop - 1} of gamma, of which the model has {n_covariates}: make "
+            "it with n_covariates=cells.n_covariates"
+        )
+
+
+def takes_gamma(prior: Callable[..., Distribution]) -> bool:
+    """Whether a prior is to be called with gamma: if it needs an argument, or has one of that name.
+
+    Raises
+    ------
+    ModelError
+        If it needs more than one argument.
+    """
+    try:
+        signature = inspect.signature(prior.forward if isinstance(prior, nn.Module) else prior)
+    except ValueError:  # of what is compiled
+        return False
+    given = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p.name for p in given if p.default is p.empty]
+    if len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in given if p.default is p.empty):
+        raise ModelError(f"a prior takes no argument, or gamma (cells, 1, covariates) alone; this one needs {needed}")
+    return bool(needed) or any(p.name == "gamma" and p.kind is not p.KEYWORD_ONLY for p in given[:1])
+
+
+def law_of(prior: Callable[..., Distribution], gamma: Tensor) -> Distribution:
+    """The distribution of z for cells with covariates gamma (cells, covariates)."""
+    return prior(gamma[..., None, :]) if takes_gamma(prior) else prior()
+
+
+def require_proper(prior: Callable[..., Distribution], what: str) -> None:
     """Refuse a prior whose density does not integrate to one; ``what`` completes the message.
 
     Raises
@@ -40,11 +104,18 @@ def require_proper(prior: Callable[[], Distribution], what: str) -> None:
     ModelError
         For ``Flat``, and for any distribution that is improper or masked.
     """
+    if takes_gamma(prior):  # the model has looked at its distribution
+        return
     with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
         distribution: Any = prior()
+    if is_improper(distribution):
+        name = getattr(prior, "__name__", type(prior).__name__)
+        raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")
+
+
+def is_improper(distribution: Any) -> bool:
+    """Whether a distribution, or what it wraps, is improper or masked."""
     improper = dist.ImproperUniform | dist.MaskedDistribution
     while not isinstance(distribution, improper) and hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    if isinstance(distribution, improper):
-        name = getattr(prior, "__name__", type(prior).__name__)
-        raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")
+    return isinstance(distribution, improper)

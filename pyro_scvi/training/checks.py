@@ -16,8 +16,8 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.discovery import Kind
 from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.supported import is_enumerated
-from pyro_scvi.inference.elbo import LEFT_OF_CELLS, MeanFieldELBO
+from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
+from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.schedules import KLWeight
@@ -117,7 +117,7 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
         drawn = [site for site in model.discovered() if site.kind.latent and site.kind is not Kind.ENUMERATED]
         _require_same({site.name for site in drawn}, _latents(guided))
         guide.require_supported()
-        summed = pyro.poutine.enum(pyro.poutine.replay(model, trace=guided), LEFT_OF_CELLS)
+        summed = Enumerating(LEFT_OF_CELLS)(pyro.poutine.replay(model, trace=guided))
         modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
     _require_same(_latents(modelled), _latents(guided))
     own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters

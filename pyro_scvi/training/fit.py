@@ -20,6 +20,7 @@ from pyro_scvi.persistence.serialization import facts_of
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
 from pyro_scvi.training.checkpoint import Checkpoints, identity
 from pyro_scvi.training.checks import check_elbo, check_kinds
+from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loop import Trainer, TrainingData, evenly_spaced
@@ -55,18 +56,22 @@ def fit(
     ranks: Processes = SingleProcess(),
     progress: bool = True,
 ) -> Fit:
-    r"""Train model and guide in place, by stochastic gradient steps on the evidence bound (ELBO).
+    r"""Train a copy of model and guide by stochastic gradient steps on the evidence bound (ELBO).
 
     .. math:: L(n) = E_{q(z | x_n)} \log p(x_n | z) - KL(q(z | x_n) \| p(z))
 
     (Lopez et al. 2017, Eq. 1), with the KL divergence in closed form if there is one.
 
+    ``fit.model`` and ``fit.guide`` are the trained copies, made together, so that ``fit.guide.model is fit.model``.
+    What was given stays as it is, so every fit of one model object has the same start. To go on from a fit, pass its
+    copies: ``ps.fit(fit.model, cells, guide=fit.guide)``.
+
     Parameters
     ----------
     model, cells
-        The model and the training cells.
+        The model and the training cells. Neither is changed.
     guide
-        q(z | x); None: DiagonalNormal(model, seed=seed).
+        q(z | x), of this model; None: DiagonalNormal(model, seed=seed). It is not changed.
     epochs
         Passes through the cells. None: 60 up to 2,500 cells; for more cells fewer, in proportion to
         1 / sqrt(number of cells), but at least 8.
@@ -102,8 +107,7 @@ def fit(
     elbo
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
-        Start the genes' means and the library size's distribution at those of the data, unless the model was trained
-        before.
+        Start the genes' means and the library size's distribution at those of the data, unless the model is of a fit.
     checkpoint, checkpoint_every
         Directory for the state of training at the end of an epoch, and how often it is written. An earlier checkpoint
         stays readable until the next is complete. :func:`load` returns the fit up to the checkpoint.
@@ -120,13 +124,15 @@ def fit(
     Returns
     -------
     Fit
-        Model and guide, in evaluation mode, with the history of the run and the cells' schema.
+        Trained model and guide, in evaluation mode, with the history of the run and the cells' schema.
 
     Raises
     ------
     ModelError
         If model, guide and cells do not match, one of them is of the wrong kind, the program has a site that guide or
-        verbs do not know, a parameter does not affect the loss, or the seed is no integer of 0 or more.
+        verbs do not know, a parameter does not affect the loss, or the seed is no integer of 0 or more. Also, naming
+        it, if a part of model or guide has no copy: a parameter that shares memory with another tensor, an object that
+        Python cannot copy, or a function that reaches a part of the model, which would then be of the given one.
     SchemaError
         If validation cells have another schema.
     DataError
@@ -140,8 +146,7 @@ def fit(
         If the checkpoint cannot be written, is corrupt or of another run, or exists although ``resume`` is False;
         ``fit`` as in FitError. Files that were there are kept.
     KeyboardInterrupt
-        If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; model and guide are then in the
-        state of the best epoch so far.
+        If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; ``fit`` as in FitError.
 
     Warns
     -----
@@ -167,9 +172,10 @@ def fit(
     """
     options = TrainingOptions.among(locals())  # first, while locals() holds the arguments and nothing else
     check_kinds(model, cells, guide)
-    guide = DiagonalNormal(model, seed=seed) if guide is None else guide
-    if guide.model is not model:
+    if guide is not None and guide.model is not model:
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
+    model, guide = copied(model, guide)
+    guide = DiagonalNormal(model, seed=seed) if guide is None else guide
     options = options.checked(model, cells)
     ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
@@ -213,7 +219,8 @@ def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SinglePr
     totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
     model.library.start_from(torch.as_tensor(totals).float(), torch.as_tensor(gamma))
-    bias = model.decoder.heads["log_mean"]._parameters.get("bias")  # None if it has a prior and is latent
+    heads = getattr(model.decoder, "heads", {})  # a decoder of one's own may have others
+    bias = heads["log_mean"]._parameters.get("bias") if "log_mean" in heads else None  # None if it is latent
     if bias is not None:
         with torch.no_grad():
             bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none
@@ -228,8 +235,9 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
         trainer = Trainer.at_start(model, guide, data, options, checkpoints, interrupts)
         try:
             trainer.train()
-        except (FitError, CheckpointError) as error:
-            error.fit = _made(trainer, cells, settings) if trainer.state.rows else None
+        except (FitError, CheckpointError, KeyboardInterrupt) as error:
+            carrier: Any = error  # Python's own has no such attribute
+            carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
         _note_landmarks(guide, data.train, options.ranks)
     return _made(trainer, cells, settings)

@@ -22,6 +22,7 @@ from pyro_scvi.persistence.serialization import (
     with_landmarks,
 )
 from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
+from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit
 
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
@@ -36,7 +37,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
         The directory.
     model, guide
         Needed if the fit holds components that are not this package's own (a user's prior or likelihood): the same
-        objects, built again. Their weights are then read.
+        objects, built again. Copies of them get the weights that were saved; the objects stay as they are.
 
     Returns
     -------
@@ -46,7 +47,8 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     Raises
     ------
     CheckpointError
-        If the save is missing, corrupt or of another format, or holds a part that must be passed.
+        If the save is missing, corrupt or of another format, or holds a part that must be passed; if what is passed is
+        of another kind or shape, or has no copy (as in :func:`fit`).
 
     Warns
     -----
@@ -71,7 +73,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
 
 def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) -> Fit:
     facts: dict[str, Any] = content.facts
-    dtype = _PRECISIONS[facts["dtype"]]
+    dtype, given = _PRECISIONS[facts["dtype"]], model is not None
     with limited_by(content.tensors):
         model = build_sized(facts["model"], None, content.tensors) if model is None else model
         guide = build_sized(facts["guide"], model, content.tensors) if guide is None else guide
@@ -87,9 +89,10 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     check_schema(schema, model)
     tensors = content.tensors if content.kind == "fit" else best_states(content)
     tensors = with_landmarks(guide, tensors)
-    check_shapes(model, guide, tensors)  # before the caller's model and guide are changed
+    check_shapes(model, guide, tensors)
     check_finite(tensors)
-    made = Fit(model.to(dtype).eval(), guide.to(dtype).eval(), history, schema, facts["settings"])
-    put_states(model, guide, tensors)
-    model.trained = True
+    own_model, own_guide = copied(model, guide) if given else (model, guide)
+    made = Fit(own_model.to(dtype).eval(), own_guide.to(dtype).eval(), history, schema, facts["settings"])
+    put_states(own_model, own_guide, tensors)
+    own_model.trained = True
     return made

@@ -205,7 +205,7 @@ class Trainer:
         state.restore(state.good)
         tried = f", halved {state.halvings} times in this run" if state.halvings else ""
         raise FitError(
-            f"{failure}, at learning rate {rate:.2g}{tried}. Model and guide are as after epoch {epoch}: there "
+            f"{failure}, at learning rate {rate:.2g}{tried}. With the parameters after epoch {epoch}, "
             f"{suspects(self.model, self.guide, self.data.train)}. Try a smaller learning_rate, another prior, "
             "or leave out such cells or genes"
         ) from failure
@@ -223,7 +223,7 @@ class Trainer:
             raise FitError(
                 f"the loss was no number {state.halvings} times, and what was learned at half the learning rate each "
                 f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
-                "make a new model and try a smaller learning_rate"
+                "try a smaller learning_rate"
             )
 
     def epoch(self, tempered: TemperedLatents, epoch: int) -> float:

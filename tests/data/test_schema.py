@@ -233,3 +233,85 @@ def test_bare_counts_take_annotations():
     assert list(cells.cell_names) == list(reference.cell_names)
     renamed = Cells.from_counts(COUNTS, cell_names=range(24), obs=make_adata().obs)
     assert list(renamed.cell_names[:2]) == ["0", "1"]
+
+
+def labelled(**columns):
+    given = {"assay": ["v3", "v2"] * 12, "type": ["B", None, "T", "B"] * 6} | columns
+    return make_adata(**given)
+
+
+ALL = {"batch": "run", "categories": ["assay"], "covariates": ["mito"], "labels": "type"}
+
+
+def test_columns_of_gamma_say_what_they_are():
+    cells = Cells.from_anndata(labelled(), **ALL)
+    assert cells.columns == {"run": slice(0, 3), "assay": slice(3, 5), "mito": slice(5, 6), "type": slice(6, 8)}
+    assert list(cells.schema.column_names) == [
+        *("run=a", "run=b", "run=c", "assay=v2", "assay=v3", "mito", "type=B", "type=T")
+    ]
+    gamma = cells[:][1].numpy()
+    np.testing.assert_array_equal(gamma[:4, 3:5], [[0, 1], [1, 0], [0, 1], [1, 0]])
+    np.testing.assert_array_equal(gamma[:4, 6:], [[1, 0], [0, 0], [0, 1], [1, 0]])
+    assert (cells.n_covariates, cells.n_batches) == (8, 3)
+    assert "type (B, T) of 18 cells" in repr(cells)
+
+
+def test_only_labels_may_be_missing():
+    cells = Cells.from_anndata(labelled(), **ALL)
+    stripped = cells.without("type")
+    assert not stripped[:][1][:, 6:].any()
+    assert stripped.schema == cells.schema
+    np.testing.assert_array_equal(stripped.covariates[:, :6], cells.covariates[:, :6])
+    for name in ("run", "assay", "mito", "colour"):
+        with pytest.raises(SchemaError, match="only labels may be missing"):
+            cells.without(name)
+    with pytest.raises(DataError, match="category column 'assay' has no value for 12 cells"):
+        Cells.from_anndata(labelled(assay=["v3", None] * 12), **ALL)
+    with pytest.raises(DataError, match="label column 'type' has no value for any cell"):
+        Cells.from_anndata(labelled(type=[None] * 24), **ALL)
+
+
+def test_a_query_is_encoded_like_the_training_cells_and_may_lack_labels():
+    cells = Cells.from_anndata(labelled(), **ALL)
+    saved = Schema.from_dict(json.loads(json.dumps(cells.schema.to_dict())))
+    assert saved == cells.schema
+    query = labelled(assay=["v3"] * 24, type=["T"] * 24)
+    gamma = Cells.from_anndata(query, schema=saved)[:][1].numpy()
+    np.testing.assert_array_equal(gamma[:, 3:5], np.tile([0, 1], (24, 1)))
+    np.testing.assert_array_equal(gamma[:, 6:], np.tile([0, 1], (24, 1)))
+    for adata in (labelled(type=[None] * 24), make_adata(assay=["v2"] * 24)):
+        assert not Cells.from_anndata(adata, schema=saved)[:][1][:, 6:].any()
+    with pytest.raises(SchemaError, match="'v4', which the schema does not know; its categories are 'v2', 'v3'"):
+        Cells.from_anndata(labelled(assay=["v4"] * 24), schema=saved)
+    with pytest.raises(SchemaError, match="'NK', which the schema does not know; its labels are 'B', 'T'.*missing"):
+        Cells.from_anndata(labelled(type=["NK"] * 24), schema=saved)
+    with pytest.raises(SchemaError, match="categories .'assay',. and labels 'type'"):
+        Cells.from_anndata(labelled(), schema=saved, labels="assay")
+
+
+def test_slips_in_categories_and_labels_are_named():
+    with pytest.warns(UserWarning, match="label column 'type' holds 'Unknown'"):
+        Cells.from_anndata(labelled(type=["Unknown", "T"] * 12), **ALL)
+    with pytest.warns(UserWarning, match="2 of the 3 categories in column 'assay' have 1 or 2 cells"):
+        Cells.from_anndata(labelled(assay=["v2"] + ["v3"] * 22 + ["v1"]), **ALL)
+    for doubled in ({"labels": "run"}, {"categories": ["run"]}, {"categories": ["assay", "assay"]}):
+        with pytest.raises(DataError, match="must be different columns"):
+            Cells.from_anndata(labelled(), **ALL | doubled)
+    with pytest.raises(DataError, match="categories must be names of columns"):
+        Cells.from_anndata(labelled(), categories=3)
+
+
+def test_schemas_without_categories_are_written_as_before():
+    saved = make_cells().schema.to_dict()
+    assert list(saved) == ["gene_names", "layer", "batch", "batches", "covariates", "means", "sds"]
+
+
+def test_the_order_of_categories_is_known():
+    def ordered(column):
+        return Cells.from_anndata(labelled(assay=column), **ALL).schema.ordered
+
+    days = ["day 2", "day 10"] * 12
+    assert ordered(days) == ordered(pd.Categorical(days)) == ()
+    assert ordered(pd.Categorical(days, ["day 2", "day 10"], ordered=True)) == ("assay",)
+    assert ordered([2, 10] * 12) == ("assay",)
+    assert ordered(pd.Categorical([2, 10] * 12, [10, 2])) == ()

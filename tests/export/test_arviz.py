@@ -508,7 +508,7 @@ def conjugate_tree(x, sd, draws, seed=0):
 
 
 def test_every_latent_of_the_cells_has_its_rows(azs):
-    """A scalar by its name, an array by its places: each as z is alone; global latents and discrete ones have none."""
+    """A scalar by its name, an array by its places: each as z is alone; discrete ones have none."""
     x = np.array([0.5, 3.0])
     trees = {name: conjugate_tree(x, 1.0, 400, seed) for seed, name in enumerate(("age", "shape"))}
     z, twice = trees["age"].posterior.z, trees["shape"].posterior.z
@@ -531,6 +531,58 @@ def test_every_latent_of_the_cells_has_its_rows(azs):
     assert list(both.loc["c1"].index) == ["shape[0, 0]", "shape[1, 0]"]
     of_first = prior_sensitivity(conjugate_tree(x, 1.0, 400, 1))
     np.testing.assert_allclose(both.xs("shape[0, 0]", level="variable"), of_first)
+
+
+def global_tree(x=(0.5, 3.0)):
+    """A tree of two cells, and global latents of which one has the draws and densities of the second cell's z."""
+    tree = conjugate_tree(np.array(x), 1.0, 400)
+    posterior, log_prior, stats_ = (tree[g].to_dataset() for g in ("posterior", "log_prior", "sample_stats"))
+    draws = ("chain", "draw")
+    tau = np.stack([posterior.z.values[:, :, 1, 0], np.arange(400.0).reshape(2, 200) % 7], -1)
+    posterior["tau"] = ((*draws, "tau_dim_0"), tau)
+    log_prior["tau"], log_prior["other"] = (draws, log_prior.z.values[..., 1] - 1), (draws, np.ones((2, 200)))
+    stats_["log_q_global"] = draws, stats_.lp.values[..., 1] + 5
+    tree["posterior"], tree["log_prior"], tree["sample_stats"] = posterior, log_prior, stats_
+    return tree
+
+
+def test_global_latents_have_rows_of_no_cell(azs):
+    """Those of a cell with the same draws and densities: the guide's density is the posterior's, up to a constant."""
+    own, table = prior_sensitivity(conjugate_tree(np.array([0.5, 3.0]), 1.0, 400)), prior_sensitivity(global_tree())
+    assert list(table.index[-2:]) == [("all cells", "tau[0]"), ("all cells", "tau[1]")]
+    pd.testing.assert_frame_equal(table.iloc[:2], own)
+    np.testing.assert_allclose(table.loc["all cells", "tau[0]"], own.loc["c1", "z[0]"], rtol=1e-6)
+    assert list(prior_sensitivity(global_tree(), priors=["z"]).index) == list(own.index)
+    of_tau = prior_sensitivity(global_tree(), priors=["tau"])
+    pd.testing.assert_frame_equal(of_tau, table.iloc[2:])
+
+
+def test_globals_whose_guide_is_their_prior_depend_on_it_alone(azs, cells):
+    model = ps.SCVI(
+        cells.n_genes,
+        2,
+        cells.n_covariates,
+        likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(cells.n_genes)),
+        weight_priors={"likelihood.dispersion.*": ps.weights.NormalWeights(0.3)},
+    )
+    fit = ps.fit(model, cells, epochs=1, validation=0, progress=False)
+    (name,) = fit.guide.weights.supports
+    with torch.no_grad():
+        for loc, log_scale, sd in ((0.0, np.log(0.3), 0.3), (1.0, np.log(0.05), 0.05)):
+            fit.guide.weights.loc[0].fill_(loc)
+            fit.guide.weights.log_scale[0].fill_(log_scale)
+            tree = to_datatree(fit, cells.take(range(3)), samples=400)
+            values = tree.posterior[name].values.reshape(400, -1)
+            expected = stats.norm.logpdf(values, loc, sd).sum(1)
+            np.testing.assert_allclose(tree.sample_stats.log_q_global.values[0], expected, rtol=1e-4)
+            prior = stats.norm.logpdf(values, 0.0, 0.3).sum(1)
+            np.testing.assert_allclose(tree.log_prior[name].values[0], prior, rtol=1e-4, atol=1e-4)
+            rows = prior_sensitivity(tree, priors=[name]).loc["all cells"]
+            if loc == 0:
+                assert not (rows.likelihood > 1e-3).any()
+                assert rows.prior.mean() > 2 * rows.prior_noise.mean()
+            else:
+                assert rows.likelihood.mean() > 2 * rows.likelihood_noise.mean()
 
 
 def exact_sensitivity(x, sd, low, high, alphas):

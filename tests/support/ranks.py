@@ -111,7 +111,7 @@ def trained(ranks, folder):
                 value.add_(1)
     Noting.seeds.clear()
     fit = ps.fit(model, cells, guide, epochs=25, batch_size=24, validation=5, progress=False, ranks=ranks)
-    torch.save(state(model, guide), folder / f"state-{ranks.size}-{ranks.rank}.pt")
+    torch.save(state(fit.model, fit.guide), folder / f"state-{ranks.size}-{ranks.rank}.pt")
     (folder / f"seeds-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(sorted(Noting.seeds)))
     fit.history.to_csv(folder / f"history-{ranks.size}-{ranks.rank}.csv")
 

@@ -267,7 +267,9 @@ def test_copies_and_pickles():
     with torch.no_grad():
         next(copied.weights.parameters()).add_(1.0)
     assert float(copied.weights.medians()["m"][0] - own.weights.medians()["m"][0]) == pytest.approx(1.0, abs=1e-5)
-    assert quick(copied.model, copied).guide is copied
+    again = quick(copied.model, copied)
+    assert again.guide.pyro_name not in {one.pyro_name for one in (own, copied, pickled)}
+    assert again.guide.model is again.model is not copied.model
 
 
 def test_precision_follows_the_guide():

@@ -341,10 +341,10 @@ def test_training_a_copy_leaves_the_original_alone(cells):
     svi = SVI(clone, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
     for _ in range(3):
         svi.step(cells[:][0])
-    ps.fit(clone, cells, guide, epochs=2, progress=False)
+    fit = ps.fit(clone, cells, guide, epochs=2, progress=False)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    for name, parameter in clone.named_parameters():
+    for name, parameter in fit.model.named_parameters():
         assert not torch.equal(parameter, before[name]), name
 
 

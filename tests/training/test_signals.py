@@ -104,8 +104,9 @@ def test_before_the_first_epoch_there_is_no_fit(cells, tmp_path, monkeypatch, ha
     before = [p.clone() for p in guide.parameters()]
     with monkeypatch.context() as patch:
         sent(patch, (2, signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt, match="SIGTERM before the first epoch"):
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM before the first epoch") as caught:
             run(cells, model, guide, checkpoint=tmp_path / "run")
+    assert caught.value.fit is None
     assert all(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
     check_equal(run(cells, checkpoint=tmp_path / "run", resume=True), whole)
 
@@ -124,8 +125,9 @@ def test_a_second_signal_stops_at_once(cells, tmp_path, monkeypatch, handlers):
             return rows(self, index)
 
         patch.setattr(Minibatches, "rows", twice)
-        with pytest.raises(KeyboardInterrupt, match="SIGINT after SIGINT"):
+        with pytest.raises(KeyboardInterrupt, match="SIGINT after SIGINT") as caught:
             run(cells, checkpoint=tmp_path / "run")
+    assert len(caught.value.fit.history) == 2
     check_equal(run(cells, checkpoint=tmp_path / "run", resume=True), whole)
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import WHY_NOT_CELLS
+from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.importance import KHAT_LIMIT
@@ -45,12 +46,14 @@ def compare(
         ``log_evidence`` (nats per cell, mean over cells and refits) and its ``se`` over cells, ``difference`` from the
         best model, paired by cell, with ``difference_se``, ``refit_sd`` (spread of the mean over refits, NaN for one),
         ``bound_gap`` (evidence minus the guide's bound), median ``ess``, ``khat_bad`` (share of cells above 0.7),
-        ``parameters``, ``seconds`` of training, ``fits``.
+        ``parameters``, ``seconds`` of training, ``fits``. ``.attrs["quantity"]`` says what is compared: "log p(x)", or
+        "log p(x | cell_type)" if the cells have labels and every model depends on them.
 
     Raises
     ------
     ModelError
-        If no fit is given, if a prior has no density, or for log likelihoods or leave-one-out results in place of fits:
+        If no fit is given, if a prior has no density, if the cells have labels and only some of the models depend on
+        them, or for log likelihoods or leave-one-out results in place of fits:
         leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
@@ -63,13 +66,34 @@ def compare(
     (['normal', 'student-t'], 0.0)
     """
     listed = _listed(fits)
+    given = _given(listed, cells)
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
     tables = {name: [evidence(fit, cells, **options) for fit in of] for name, of in listed.items()}
     by_cell = pd.DataFrame({name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()})
     order = by_cell.mean().sort_values(ascending=False).index
     gaps = by_cell.sub(by_cell[order[0]], axis=0)
     rows = [_row(listed[name], tables[name], by_cell[name], gaps[name]) for name in order]
-    return pd.DataFrame(rows, index=pd.Index(order, name="model"))
+    table = pd.DataFrame(rows, index=pd.Index(order, name="model"))
+    table.attrs["quantity"] = f"log p(x | {given})" if given else "log p(x)"
+    return table
+
+
+def _given(listed: dict[str, list[Fit]], cells: Cells) -> str | None:
+    """The column of labels that evidence of these cells is given; refuses fits that disagree on it."""
+    name = cells.schema.labels if isinstance(cells, Cells) else None
+    if name is None or not cells.covariates[:, cells.columns[name]].any():
+        return None
+    labelled = cells.take(np.flatnonzero(cells.covariates[:, cells.columns[name]].any(1)))
+    depends = {
+        key: any(dependence(fit, labelled, cells.columns[name]).sites for fit in of) for key, of in listed.items()
+    }
+    if len(set(depends.values())) > 1:
+        first, second = ([key for key in depends if depends[key] is one] for one in (True, False))
+        raise ModelError(
+            f"the evidence of {first} would be log p(x | {name}) of cells with a label, that of {second} log p(x), and "
+            f"the two cannot be compared: pass cells.without({name!r})"
+        )
+    return name if all(depends.values()) else None
 
 
 def _listed(fits: Mapping[str, Any]) -> dict[str, list[Fit]]:

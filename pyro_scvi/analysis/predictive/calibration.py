@@ -155,7 +155,7 @@ class Calibration(NamedTuple):
 
     def _facts(self) -> dict[str, str]:
         n, p = len(self.ranks), self.summary.rank_p
-        facts = {"cells": f"{n} simulated, each truth ranked among {self.draws} draws"}
+        facts = {f"{self.ranks.index.name}s": f"{n}, each truth ranked among {self.draws} draws"}
         if p.notna().any():
             facts["uniform ranks"] = f"smallest p {p.min():.2g}, {p.idxmin()}, of {len(p)} quantities"
         for level in LEVELS:
@@ -186,8 +186,8 @@ def calibrate(
     If latents come from the prior and draws from the posterior, ranks are uniform on 0 to L for every quantity (Talts,
     Betancourt, Simpson, Vehtari and Gelman 2018). The quantities are every continuous latent of a cell, and the log
     likelihood of x, which reveals errors that no single latent shows (Modrak et al. 2023). Global latents are held at
-    the guide's medians. With an observed library size, the total that the simulation drew is not the total of x, so
-    even a correct sampler's ranks are not uniform.
+    the guide's medians; :func:`pyro_scvi.calibrate_globals` ranks them. With an observed library size, the total that
+    the simulation drew is not the total of x, so even a correct sampler's ranks are not uniform.
 
     Parameters
     ----------
@@ -233,9 +233,8 @@ def calibrate(
     require_fit(fit)
     require_sampler(sampler)
     require_proper(fit.model.prior, "nothing can be drawn from it")
-    require_at_least(1, n_cells=n_cells, thin=thin, draws=draws, batch_size=batch_size)
-    if (draws + 1) % 20:
-        raise ModelError(f"draws + 1 must be a multiple of 20 (draws of 19, 39, 99 ...), got draws={draws}")
+    require_at_least(1, n_cells=n_cells, thin=thin, batch_size=batch_size)
+    require_ranks(draws)
     if isinstance(source, type) or not hasattr(source, "draw"):
         raise ModelError(
             f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
@@ -248,7 +247,20 @@ def calibrate(
             bar.update(len(part))
     ranks = pd.DataFrame(np.concatenate(parts), columns=_quantities(fit))
     ranks.index.name = "simulated cell"
-    return Calibration(ranks, _summary(ranks, draws), draws)
+    return Calibration(ranks, summary_of(ranks, draws), draws)
+
+
+def require_ranks(draws: int) -> None:
+    """Refuse a number of draws whose ranks do not fall into 20 bins of one size.
+
+    Raises
+    ------
+    ModelError
+        If draws + 1 is no multiple of 20.
+    """
+    require_at_least(1, draws=draws)
+    if (draws + 1) % 20:
+        raise ModelError(f"draws + 1 must be a multiple of 20 (draws of 19, 39, 99 ...), got draws={draws}")
 
 
 def _ranks(
@@ -307,7 +319,8 @@ def _quantities(fit: Fit) -> list[str]:
     return [*names, "log_likelihood"]
 
 
-def _summary(ranks: pd.DataFrame, draws: int) -> pd.DataFrame:
+def summary_of(ranks: pd.DataFrame, draws: int) -> pd.DataFrame:
+    """One row for each quantity, a column of ``ranks``: see :func:`rank_summary`."""
     rows = {name: rank_summary(values.to_numpy(), draws) for name, values in ranks.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
 

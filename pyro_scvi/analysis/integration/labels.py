@@ -1,0 +1,115 @@
+"""predict_labels: P(label | x) of every cell under a prior with a component for each label."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.label_effects import dependence
+from pyro_scvi.data.cells import Cells
+from pyro_scvi.errors import ModelError
+from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.progress_bars import over_cells
+
+if TYPE_CHECKING:
+    from pyro_scvi.training.fitted import Fit
+
+
+def predict_labels(
+    fit: Fit,
+    cells: Cells,
+    *,
+    samples: int = 100,
+    sampler: Sampler = Amortized(),
+    seed: int = 0,
+    batch_size: int = 512,
+    progress: bool = True,
+) -> pd.DataFrame:
+    r"""Probability of each label for every cell, under the prior ``ps.priors.ByLabel``.
+
+    .. math:: P(c | x_n) = E_{q(z | x_n)} \left[\frac{\pi_c\, Normal(z; m_c, s_c^2)}
+        {\sum_k \pi_k\, Normal(z; m_k, s_k^2)}\right]
+
+    Labels that the cells have are not looked at.
+
+    Parameters
+    ----------
+    fit, cells
+        A fit whose model has this prior, and cells of its schema.
+    samples
+        Draws of z for each cell.
+    sampler
+        What draws z, as in ``sample_posterior``. ``ps.Importance()`` corrects the guide, at a much higher cost.
+    seed, batch_size, progress
+        As in ``sample_posterior``.
+
+    Returns
+    -------
+    DataFrame
+        Cells x labels; rows sum to 1.
+
+    Raises
+    ------
+    ModelError
+        If the prior has no labels, its columns are not those of one column of ``obs``, or labels act on anything else
+        than z: the formula would be wrong.
+    SchemaError
+        If the cells' genes or covariates are not those of the fit.
+
+    Examples
+    --------
+    >>> kinds = ps.Cells.from_anndata(adata, labels="kind")
+    >>> prior = ps.priors.ByLabel(2, columns=kinds.columns["kind"])
+    >>> labelled = ps.fit(ps.SCVI(20, 2, kinds.n_covariates, prior=prior), kinds, epochs=1, progress=False)
+    >>> ps.predict_labels(labelled, kinds.take(range(3))).columns.tolist()
+    ['a', 'b']
+    """
+    require_inputs(fit, cells)
+    require_sampler(sampler)
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    prior: Any = fit.model.prior
+    words = _labels(fit, prior)
+    if beside := [site for site in dependence(fit, cells, prior.columns).sites if site != "z"]:
+        raise ModelError(
+            f"P(label | x) is computed from z alone, and {beside} of this model depend on the labels, too: leave "
+            "decoder_columns= out, or leave the labels' columns out of it"
+        )
+    parts = []
+    with evaluating(fit.model, fit.guide, seed):
+        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
+            unlabelled = gamma.clone()
+            unlabelled[:, prior.columns] = 0.0
+            z = sampler.draw(fit.guide, x, unlabelled, samples).sites["z"]
+            parts.append(_probabilities(fit, prior, z).cpu().numpy())
+    return pd.DataFrame(np.concatenate(parts), columns=pd.Index(words), index=pd.Index(cells.cell_names, name="cell"))
+
+
+def _labels(fit: Fit, prior: Any) -> list[str]:
+    if not hasattr(prior, "log_prob_of_labels"):
+        raise ModelError(
+            f"the prior {type(prior).__name__} says nothing of labels: fit with prior=ps.priors.ByLabel(n_latent, "
+            'columns=cells.columns["cell_type"]), from cells that were read with labels="cell_type"'
+        )
+    places = [name for name, place in fit.schema.columns.items() if place == prior.columns]
+    if not places:
+        raise ModelError(
+            f"the prior's columns {prior.columns.start} to {prior.columns.stop - 1} of gamma are not those of one "
+            f"column of obs; these are {fit.schema.columns}"
+        )
+    return [name.removeprefix(f"{places[0]}=") for name in fit.schema.column_names[prior.columns]]
+
+
+def _probabilities(fit: Fit, prior: Any, z: Tensor) -> Tensor:
+    """P(label | x) (cells, labels) from draws z (samples, cells, 1, latents), global latents at their medians."""
+    medians, model = fit.guide.weights.medians(), fit.model
+    with torch.no_grad(), pyro.poutine.block(), pyro.poutine.condition(data=medians), model.weights.drawn_into(model):
+        log_p: Tensor = prior.log_prob_of_labels(z.squeeze(-2))
+    return log_p.exp().mean(0)

@@ -1,0 +1,49 @@
+"""Discrete latents of the cells that take all their values at once, to be summed out."""
+
+from typing import Any
+
+import pyro
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+
+LEFT_OF_CELLS = -3
+"""First dimension for the values of discrete latents: left of (cells, genes)."""
+
+LEFT_OF_DRAWS = -4
+"""First dimension for the values of discrete latents: left of (samples, cells, genes)."""
+
+
+class Enumerating(EnumMessenger):
+    """Lets discrete latents that ask for it, by ``infer={"enumerate": "parallel"}``, take all their values.
+
+    Pyro's own notes down the dimensions of every site. Inside ``pyro.markov`` alone do others need them, and in a
+    program without discrete latents they cost 3 % of a density.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if _asks(msg):
+            super()._pyro_sample(msg)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _asks(msg):
+            super()._pyro_post_sample(msg)
+
+
+def _asks(msg: Any) -> bool:
+    infer = msg["infer"]
+    return bool(infer) and ("enumerate" in infer or "_markov_scope" in infer)
+
+
+def is_enumerated(node: Any) -> bool:
+    """Whether a traced site took all its values at once, to be summed out."""
+    return (node["infer"] or {}).get("_enumerate_dim") is not None
+
+
+def enumerated_sites(trace: pyro.poutine.Trace) -> list[str]:
+    """Names of the discrete latents that take all their values in this trace."""
+    return [name for name, node in trace.nodes.items() if node["type"] == "sample" and is_enumerated(node)]
+
+
+def log_sum_over_values(terms: Tensor, kept: int = 2) -> Tensor:
+    """Log of the sum over the values of discrete latents: all dimensions but the last ``kept``, (samples, cells)."""
+    return terms.flatten(0, -kept - 1).logsumexp(0) if terms.dim() > kept else terms

@@ -1,0 +1,131 @@
+"""Priors of z given columns of gamma: a mean for each category, and a component for each label."""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_scvi.errors import ModelError
+from pyro_scvi.priors.base import ConditionalPrior
+from pyro_scvi.types import Distribution
+from pyro_scvi.utils.checks import brief, require_positive
+from pyro_scvi.utils.random_state import seeded
+
+__all__ = ["ByLabel", "Conditional"]
+
+
+class Conditional(ConditionalPrior):
+    r"""A normal whose mean is learned for each category, such as a donor or a time point.
+
+    .. math:: z_n \sim Normal(m_{c(n)}, diag(s_{c(n)}^2)), \qquad
+        m_{c(n)} = \gamma_n^T M, \quad \log s_{c(n)} = \gamma_n^T S
+
+    gamma are here the ``columns`` alone, one-hot for a category; a continuous covariate makes m linear in it. The
+    decoder leaves these columns out, unless ``decoder_columns`` says otherwise: it could undo what m says. Where all
+    of them are zero, m is 0, and s is 1 or ``scale``.
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+    columns
+        Columns of gamma, such as ``cells.columns["donor"]``.
+    scale
+        s, the same for all categories and latents; None: learned for each.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1, ``columns`` are no slice of gamma, or scale is no number above 0.
+
+    Examples
+    --------
+    >>> donors = ps.Cells.from_anndata(adata, batch="donor")
+    >>> prior = ps.priors.Conditional(2, columns=donors.columns["donor"])
+    >>> model = ps.SCVI(20, 2, donors.n_covariates, prior=prior)
+    >>> [name for name, _ in model.prior.named_parameters()]
+    ['loc']
+    """
+
+    learned = True
+
+    def __init__(self, n_latent: int, columns: slice, scale: float | None = 1.0) -> None:
+        super().__init__(n_latent, columns)
+        self.loc = nn.Parameter(torch.zeros(self.n_columns, n_latent))
+        self.scale = scale
+        if scale is None:
+            self.log_scale = nn.Parameter(torch.zeros(self.n_columns, n_latent))
+        else:
+            require_positive(scale, "scale")
+
+    def forward(self, gamma: Tensor) -> Distribution:
+        """Normals with the mean of each cell's category; gamma (cells, 1, covariates)."""
+        category = gamma[..., self.columns]
+        scale = (category @ self.log_scale).exp() if self.scale is None else self.scale
+        return dist.Normal(category @ self.loc, scale).to_event(1)
+
+
+class ByLabel(ConditionalPrior):
+    r"""A normal for each label; a cell without a label comes from their mixture.
+
+    .. math:: z_n | c_n \sim Normal(m_{c_n}, diag(s_{c_n}^2)), \qquad P(c_n = c) = \pi_c
+
+    Means and scales are learned. A cell with a label says nothing about pi: its evidence is p(x | label). That of a
+    cell without one is p(x), the sum over labels. ``ps.predict_labels`` gives P(label | x). The decoder leaves the
+    labels' columns out, unless ``decoder_columns`` says otherwise.
+
+    Parameters
+    ----------
+    n_latent
+        Number of latents.
+    columns
+        Columns of gamma with the labels, ``cells.columns["cell_type"]``.
+    weights
+        None: pi is learned from the cells without a label. "uniform": the same for all labels.
+    seed
+        Of the initial means, standard normal; scales start at 1, weights equal.
+
+    Raises
+    ------
+    ModelError
+        If n_latent is below 1, ``columns`` are no slice of gamma, weights is neither, or the seed is no integer of 0 or
+        more.
+
+    Examples
+    --------
+    >>> kinds = ps.Cells.from_anndata(adata, labels="kind")
+    >>> prior = ps.priors.ByLabel(2, columns=kinds.columns["kind"])
+    >>> ps.SCVI(20, 2, kinds.n_covariates, prior=prior).sites()[0]
+    Site(name='z', law='mixture of 2 Normal', shape='cells x 2')
+    """
+
+    learned = True
+
+    def __init__(self, n_latent: int, columns: slice, weights: str | None = None, *, seed: int = 0) -> None:
+        super().__init__(n_latent, columns)
+        if weights not in (None, "uniform"):
+            raise ModelError(f'weights must be None, to learn them, or "uniform"; got {brief(weights)}')
+        with seeded(seed):
+            self.loc = nn.Parameter(torch.randn(self.n_columns, n_latent))
+        self.log_scale = nn.Parameter(torch.zeros(self.n_columns, n_latent))
+        logits = torch.zeros(self.n_columns)
+        if weights is None:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits, persistent=False)
+
+    def forward(self, gamma: Tensor) -> Distribution:
+        """The component of each cell's label, or the mixture; gamma (cells, 1, covariates)."""
+        label = gamma[..., self.columns]
+        known = label.sum(-1, keepdim=True) > 0
+        logits = torch.where(known, label.log(), self.logits.log_softmax(-1))  # (cells, 1, labels)
+        parts = self.components().expand((*logits.shape[:-1], self.n_columns))
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
+
+    def components(self) -> Distribution:
+        """The normals of the labels, batch shape (labels,)."""
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+    def log_prob_of_labels(self, z: Tensor) -> Tensor:
+        """Log P(label | z) (..., labels) of cells without a label, at z (..., latents)."""
+        joint = self.components().log_prob(z[..., None, :]) + self.logits.log_softmax(-1)
+        return joint.log_softmax(-1)

@@ -1,0 +1,247 @@
+"""Fits of one model object do not know of each other: training and loading take copies."""
+
+import functools
+import multiprocessing
+import threading
+import weakref
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import pyro_scvi as ps
+from pyro_scvi.errors import CheckpointError, ModelError
+from pyro_scvi.training.copying import copied
+from tests.support.fits_alone import CELLS, alone, pair, results, trained
+
+SHARED = {  # kinds of model and guide in which parts refer to each other
+    "normal": {},
+    "guide with the prior's encoder": {"prior": ps.priors.VampPrior(20, 2, 4, n_hidden=8)},
+    "latent weights": {"weight_priors": {"decoder.heads.log_mean.weight": ps.weights.HorseshoeWeights()}},
+}
+
+
+def everything(*parts):
+    """All tensors with their kinds, gradients and modes; whether a model was trained, and Pyro's names."""
+    found = []
+    for part in parts:
+        tensors = part.state_dict(keep_vars=True)
+        found += [(name, t.detach().clone(), t.dtype, t.requires_grad, t.grad is None) for name, t in tensors.items()]
+        found += [(name, torch.tensor(module.training)) for name, module in part.named_modules()]
+        found.append((part.pyro_name, torch.tensor(getattr(part, "trained", False))))
+    return found
+
+
+def same(first, second):
+    return all(
+        one[0] == other[0] and torch.equal(one[1], other[1]) and one[2:] == other[2:]
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:k-hat is above")
+def test_fits_of_one_model_are_those_of_separate_processes(tmp_path):
+    """Whatever is done between them, in whatever order."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        elsewhere = pool.apply_async(alone, (1,))
+        expected = [alone(seed) for seed in range(3)]
+        model, guide = pair()
+        fits = {2: trained(model, guide, seed=2)}
+        fits[2].save(tmp_path / "two")
+        fits[0] = trained(model, guide, seed=0)
+        ps.differential_expression(fits[0], CELLS, groupby=np.arange(CELLS.n_cells) % 2)
+        ps.compare({"first": [fits[2], fits[0]]}, CELLS.take(np.arange(2)), samples=200)
+        loaded = ps.load(tmp_path / "two", model=model, guide=guide)
+        trained(loaded.model, loaded.guide, seed=5)
+        fits[1] = trained(model, guide, seed=1, checkpoint=tmp_path / "run")
+        assert expected[1] == elsewhere.get(timeout=120)
+    assert [results(fits[seed]) for seed in range(3)] == expected
+    assert results(loaded) == expected[2]
+    assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("options", SHARED.values(), ids=SHARED.keys())
+def test_what_is_given_stays_bit_for_bit(options, tmp_path):
+    model, guide = pair(**options)
+    next(guide.parameters()).grad = torch.ones_like(next(guide.parameters()))
+    before = everything(model, guide)
+    fit = trained(model, guide, dtype=torch.float64)
+    assert fit.guide.model is fit.model is not model
+    assert fit.guide.arguments["model"] is fit.model
+    fit.save(tmp_path / "fit")
+    loaded = ps.load(tmp_path / "fit", model=model, guide=guide)
+    assert loaded.guide.model is loaded.model is not model
+    assert same(before, everything(model, guide))
+    assert results(loaded) == results(fit)
+    names = [
+        part.pyro_name
+        for of in (model, guide, fit.model, fit.guide, loaded.model, loaded.guide)
+        for part in of.modules()
+        if hasattr(part, "pyro_name")
+    ]
+    own = [part for of in (model, guide) for part in of.modules() if hasattr(part, "pyro_name")]
+    assert len(set(names)) == 3 * len({id(part) for part in own})
+
+
+def test_a_fit_goes_on_where_its_copies_are_passed():
+    model, guide = pair()
+    first = trained(model, guide)
+    before = everything(first.model, first.guide)
+    more = trained(first.model, first.guide, learning_rate=ps.schedules.Constant(0.005), epochs=4)
+    assert more.history.train_loss.iloc[0] < first.history.train_loss.iloc[0] - 1
+    assert same(before, everything(first.model, first.guide))
+
+
+def test_a_failed_or_interrupted_run_leaves_what_it_was_given():
+    model, guide = pair()
+    model.stray = nn.Parameter(torch.zeros(1))
+    before = everything(model, guide)
+    with pytest.raises(ModelError, match="stray"):
+        trained(model, guide)
+    assert same(before, everything(model, guide))
+
+
+def test_parametrised_weights_are_copied():
+    model, guide = pair()
+    parametrizations.weight_norm(model.decoder.heads["log_mean"])
+    before = everything(model, guide)
+    fit = trained(model, guide)
+    assert same(before, everything(model, guide))
+    assert not torch.equal(fit.model.decoder.heads["log_mean"].weight, model.decoder.heads["log_mean"].weight)
+
+
+class Keeping(ps.priors.StandardNormal):
+    """A prior that keeps what its last call computed."""
+
+    def __init__(self, n_latent):
+        super().__init__(n_latent)
+        self.scale = nn.Parameter(torch.ones(n_latent))
+
+    def forward(self):
+        self.last = [self.scale.exp()]
+        return dist.Normal(torch.zeros_like(self.scale), self.last[0]).to_event(1)
+
+
+def test_results_of_earlier_calls_are_copied_without_their_gradients():
+    model, guide = pair(prior=Keeping(2))
+    model(None, torch.zeros(3, 0))
+    fit = trained(model, guide)
+    assert not torch.equal(fit.model.prior.scale, model.prior.scale)
+
+
+def test_hooks_of_parameters_act_on_the_copies():
+    """As where a part of a weight matrix is kept as it is, by a hook on its gradient."""
+    model, guide = pair()
+    weight, mask = model.decoder.heads["log_mean"].weight, torch.zeros(20, 1)
+    mask[3:] = 1.0
+    weight.register_hook(functools.partial(torch.mul, mask))
+    seen = []
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(id(parameter)))
+    fit = trained(model, guide)
+    changed = (fit.model.decoder.heads["log_mean"].weight != weight).any(1)
+    assert changed.tolist() == [False] * 3 + [True] * 17
+    assert set(seen) == {id(fit.model.decoder.heads["log_mean"].weight)}
+
+
+def closure(model):
+    layer = model.decoder.heads["log_mean"]
+    model.likelihood.shift = lambda: layer.bias.sum()
+
+
+def weak(model):
+    owner = weakref.ref(model)
+    model.likelihood.shift = lambda: owner().decoder
+
+
+def a_default(model):
+    def shift(bias=model.decoder.heads["log_mean"].bias):
+        return bias
+
+    model.prior.shift = shift
+
+
+def frozen_closure(model):
+    """Not trained, but its running statistics would be changed."""
+    layers = model.decoder.requires_grad_(False)
+    model.prior.shift = [lambda z: layers(z)]
+
+
+def a_hook(model):
+    model.decoder.register_forward_pre_hook(lambda layer, given: model.library.loc.add_(1) and None)
+
+
+def gradient_hook(model):
+    bias = model.decoder.heads["log_mean"].bias
+    bias.register_hook(lambda gradient: gradient * bias.detach())
+
+
+class Uncopied(ps.priors.StandardNormal):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def itself(model):
+    model.prior = Uncopied(2)
+
+
+REACHING = [closure, weak, a_default, frozen_closure, a_hook, gradient_hook, itself]
+
+
+@pytest.mark.parametrize("change", REACHING, ids=[change.__name__ for change in REACHING])
+def test_code_that_reaches_the_given_model_is_refused(change):
+    model, guide = pair()
+    change(model)
+    with pytest.raises(ModelError, match=r"still of the model that was given.*self\.model"):
+        trained(model, guide)
+
+
+def test_a_guide_whose_code_knows_the_given_model_is_refused():
+    model, _ = pair()
+
+    class Knowing(ps.guides.DiagonalNormal):
+        def law(self, site, code, drawn):
+            return site.normal(code.loc[site.name] * model.n_genes, code.scale[site.name])
+
+    with pytest.raises(ModelError, match=r"guide -> model: still of the model that was given"):
+        trained(model, Knowing(model, n_hidden=8))
+
+
+def a_lock(model):
+    model.likelihood.lock = threading.Lock()
+    return r"model.likelihood.lock cannot be copied.*__deepcopy__"
+
+
+def a_view(model):
+    head = model.decoder.heads["log_mean"]
+    head.register_buffer("first", head.weight.data[0])
+    return r"model.decoder.heads.log_mean.first and .*weight share memory|weight and .*first share memory"
+
+
+def tied_data(model):
+    first, second = (model.decoder.heads[name] for name in ("log_mean", "gate_logits"))
+    first.weight.data = second.weight.data
+    return r"heads.*weight and .*heads.*weight share memory"
+
+
+@pytest.mark.parametrize("change", [a_lock, a_view, tied_data], ids=["lock", "view", "tied data"])
+def test_what_has_no_copy_is_refused_by_name(change, tmp_path):
+    model, guide = pair()
+    trained(model, guide).save(tmp_path / "fit")
+    told = change(model)
+    with pytest.raises(ModelError, match=told):
+        trained(model, guide)
+    if "first" not in told:
+        with pytest.raises(CheckpointError, match=told):
+            ps.load(tmp_path / "fit", model=model, guide=guide)
+
+
+def test_a_parameter_in_two_places_is_one_in_the_copy():
+    model, guide = pair()
+    heads = model.decoder.heads
+    heads["gate_logits"].weight = heads["log_mean"].weight
+    copy, guide_of_copy = copied(model, guide)
+    assert copy.decoder.heads["gate_logits"].weight is copy.decoder.heads["log_mean"].weight
+    assert guide_of_copy.model is copy
