@@ -46,7 +46,7 @@ class Proposal(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A mixture of Student-t: ``parts`` (modes, cells, ...), ``log_shares`` (modes, cells), -inf: a cell has fewer."""
+    """A mixture of Student-t: ``parts`` (modes, cells, ...) and ``log_shares`` (modes, cells), -inf for none."""
 
     parts: Proposal
     log_shares: Tensor

@@ -44,9 +44,8 @@ class Modes(NamedTuple):
         """Distance (modes, cells) of each mode from the nearest other one, infinite if there is none."""
         by_cell = self.places.transpose(0, 1)
         gaps = torch.cdist(by_cell, by_cell)
-        both = (
-            self.present.T[:, None] & self.present.T[:, :, None] & ~torch.eye(len(self.places)).bool().to(gaps.device)
-        )
+        other = ~torch.eye(len(self.places), dtype=torch.bool, device=gaps.device)
+        both = self.present.T[:, None] & self.present.T[:, :, None] & other
         return gaps.where(both, torch.inf).amin(-1).T
 
     def with_more(self, rows: Tensor, more: "Modes") -> "Modes":
@@ -66,7 +65,7 @@ def separate_modes(
     ``values`` (n, cells) are the densities there; one climb always starts at the highest of them. At most ``block``
     points of a cell are evaluated at once, but 6 in any case.
     """
-    unit = candidates.std(0).clamp(min=1e-6)
+    unit, values = candidates.std(0).clamp(min=1e-6), values.nan_to_num(-torch.inf)
     first = _at(candidates, _promising(candidates, values, unit, starts))
     climbs = [climbed(density, part, unit) for part in first.split(max(block, FEW))]
     ends, heights, ahead = (torch.cat(of) for of in zip(*climbs, strict=True))
