@@ -13,7 +13,10 @@ from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
 from pyro_scvi.analysis.integration import spaces
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.expression import normalized_expression
 from pyro_scvi.analysis.integration.labels import predict_labels
+from pyro_scvi.analysis.integration.mapping import map_query
+from pyro_scvi.analysis.integration.transfer import transfer_labels
 from pyro_scvi.analysis.loadings import loadings
 from pyro_scvi.analysis.posterior_samples import sample_posterior
 from pyro_scvi.analysis.predictive import calibration, imputation
@@ -88,7 +91,9 @@ __all__ = [
     "likelihoods",
     "load",
     "loadings",
+    "map_query",
     "networks",
+    "normalized_expression",
     "plots",
     "posterior_predictive",
     "predict_labels",
@@ -103,5 +108,6 @@ __all__ = [
     "stores",
     "technical_zero_probability",
     "to_datatree",
+    "transfer_labels",
     "weights",
 ]

@@ -98,7 +98,9 @@ def test_public_names():
         "likelihoods",
         "load",
         "loadings",
+        "map_query",
         "networks",
+        "normalized_expression",
         "plots",
         "posterior_predictive",
         "predict_labels",
@@ -113,6 +115,7 @@ def test_public_names():
         "stores",
         "technical_zero_probability",
         "to_datatree",
+        "transfer_labels",
         "weights",
     ]
     assert all(hasattr(ps, name) for name in ps.__all__)
