@@ -102,6 +102,7 @@ class QueryOptions:
     raw: bool
     fill_missing_genes: bool
     allow_non_integer: bool
+    allow_new_batches: bool = False
 
     def cells_of(self, fit: Fit, adata: AnnData, *, in_place: bool = False) -> Cells:
         """The cells of a file in the fit's schema, with genes matched by name."""

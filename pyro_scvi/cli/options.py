@@ -109,6 +109,9 @@ AllowNonInteger = Annotated[
 ]
 QueryLayer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="the fit's")]
 Fill = Annotated[bool, typer.Option("--fill-missing-genes", help="Count genes that FILE lacks as 0 in every cell.")]
+NewBatches = Annotated[
+    bool, typer.Option("--allow-new-batches", help="Accept cells of batches that the fit does not know.")
+]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes through the cells.", show_default="by their number")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Sampling = Annotated[Any, choice(SAMPLERS, "How the latents of a cell are drawn")]

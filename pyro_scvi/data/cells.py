@@ -112,7 +112,7 @@ class Cells:
             Accept values that are no integers, such as corrected counts.
         allow_new_batches
             Accept cells of batches that the schema does not know: gamma then holds the mean over the known ones.
-            ``embed``, ``annotate``, ``normalized_expression`` and ``transfer_labels`` take such cells, ``map_query``
+            ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells, ``map_query``
             learns their batches, and everything else refuses them. The column of batches must be there.
         backed
             Leave the counts of a backed or lazily read AnnData, or of an ``AnnCollection``, where they are. They
@@ -374,7 +374,7 @@ class Cells:
         if unknown.any():
             raise SchemaError(
                 f"{unknown.sum()} cells are of batches that the fit does not know, {quoted(self.new_batches)}: "
-                "ps.embed, ps.annotate, ps.normalized_expression and ps.transfer_labels take them as they are; for "
+                "ps.embed, ps.annotate, ps.normalized_expression, ps.impute and ps.transfer_labels take them; for "
                 "anything else, let ps.map_query(fit, cells) learn these batches."
             )
 

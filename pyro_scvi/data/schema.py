@@ -345,7 +345,7 @@ class Schema:
     def of_unknown_batch(self, gamma: np.ndarray) -> np.ndarray:
         """Which cells (cells,) of gamma (cells, covariates) are of a batch that is not known: they have a mean there.
 
-        Where only one batch is known, its cells and others have the same gamma, and none is of an unknown one.
+        Where only one batch is known, :meth:`encode` refuses others.
         """
         unknown: np.ndarray = ~(gamma[:, : self.n_batches] == 1).any(1) & (self.n_batches > 0)
         return unknown
@@ -354,6 +354,11 @@ class Schema:
         found, codes = categories(obs, batch)
         if not allow_new:
             return _one_hot(batch, self.batches, found, codes, _NO_BATCH)
+        if self.n_batches == 1 and found != list(self.batches):
+            raise SchemaError(
+                f"column {batch!r} holds {quoted(found)}, and the schema knows one batch only, {self.batches[0]!r}: "
+                "its cells and those of a new batch would look alike. Fit without batch=, or with several batches."
+            )
         rows = np.full((len(found), self.n_batches), 1 / self.n_batches, dtype=np.float32)
         for row, word in zip(rows, found, strict=True):
             if word in self.batches:

@@ -93,7 +93,7 @@ def annotate(
     allow_non_integer
         Whether to accept values that are no integers, for a fit made from such values.
     allow_new_batches
-        Whether to accept cells of batches that the fit does not know, for the embedding alone.
+        Whether to accept cells of batches that the fit does not know; ``technical_zeros`` refuses them.
 
     Raises
     ------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches
-from pyro_scvi.analysis.integration.new_batches import in_known_batches, z_means
+from pyro_scvi.analysis.new_batches import in_known_batches, z_means
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, ModelError
@@ -261,6 +261,11 @@ class FittedSpace(Space):
         The batches that are averaged over. A fit that :func:`pyro_scvi.map_query` made of another has more.
     of
         A fingerprint of the fit's guide.
+
+    Examples
+    --------
+    >>> ps.spaces.Expression(3).fitted(fit, train)
+    FittedSpace(Expression(components=3), 20 features)
     """
 
     space: Decoded

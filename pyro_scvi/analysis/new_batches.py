@@ -1,7 +1,8 @@
-"""Cells of batches that a fit does not know: what they are in gamma, and E[z | x] of them."""
+"""Gamma of other batches than the cells' own, and latents of cells whose batch a fit does not know."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.guides.amortized import AmortizedGuide
 from pyro_scvi.guides.base import Guide
+from pyro_scvi.inference.evaluation import with_enumerated
 from pyro_scvi.inference.proposals import refined
+from pyro_scvi.inference.samplers import Amortized, Sampler
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -49,3 +52,32 @@ def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
         loc, _ = refined(guide, x, gamma)
         return guide.coordinates.sites(loc)[site.name]
     return guide.mean(site, x, gamma)
+
+
+def draw_latents(fit: Fit, x: Tensor, gamma: Tensor, sampler: Sampler, samples: int) -> dict[str, Tensor]:
+    """Draws of all latents (samples, cells, 1) and their events, discrete ones given the others.
+
+    Cells of unknown batches are taken to be of each known batch for an equal part of the draws, which may then be a few
+    more, unless nothing that is drawn depends on it.
+    """
+    settings = in_known_batches(fit.schema, gamma)
+    alike = isinstance(sampler, Amortized) and not (reads_gamma(fit.guide) or fit.guide.coordinates.enumerated)
+    settings = settings[:1] if alike else settings
+    each = -(-samples // len(settings))
+    drawn = [with_enumerated(fit.guide, x, own, sampler.draw(fit.guide, x, own, each).sites) for own in settings]
+    return {name: torch.cat([sites[name] for sites in drawn]) for name in drawn[0]}
+
+
+def in_batches(schema: Schema, gamma: Tensor, batches: Sequence[str] | None) -> list[Tensor]:
+    """Gamma (cells, covariates) in each of ``batches`` in turn; None: in each known one; none: in the cells' own."""
+    if batches is None and schema.n_batches:
+        batches = schema.batches
+    if not batches:
+        return in_known_batches(schema, gamma)
+    settings = []
+    for name in batches:
+        setting = gamma.clone()
+        setting[:, : schema.n_batches] = 0.0
+        setting[:, schema.batch_position(name)] = 1.0
+        settings.append(setting)
+    return settings
