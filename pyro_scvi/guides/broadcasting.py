@@ -1,4 +1,4 @@
-"""The check that a program's densities are the same for a stack of draws as for each draw by itself."""
+"""The check that a program's densities are the same for a stack of draws, and for several cells, as for each alone."""
 
 import pyro
 import torch
@@ -17,24 +17,26 @@ DRAWS = 3
 
 
 def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: dict[str, Tensor]) -> None:
-    """Refuse a program whose densities differ between single values of its latents and a stack of draws.
+    """Refuse a program whose densities differ between single values of its latents and a stack, or with other cells.
 
     Training gives latents of shape (cells, 1), other verbs (samples, cells, 1): code that counts dimensions from the
-    left takes draws for cells there.
+    left takes draws for cells there. Cells come in batches of any kind: a density that depends on what is beside a cell
+    is none of the cell.
 
     Raises
     ------
     ModelError
-        If they differ, or cannot be computed for a stack.
+        If they differ, or cannot be computed for a stack or for one cell.
     """
     if _is_packaged(model):
         return
     looks = [{site.name: site.value for site in model.discovered(seed=seed)} for seed in range(DRAWS)]
     single = [{name: look[name] for name in coordinates.local} for look in looks]
     stacked = {name: torch.stack([sites[name] for sites in single]) for name in coordinates.local}
-    alone = torch.cat([_log_joint(model, global_latents, sites).reshape(1, -1) for sites in single])
+    x = like(model).new_ones(2, model.n_genes) * like(model).new_tensor([[1.0], [3.0]])
+    alone = torch.cat([_log_joint(model, global_latents, sites, x).reshape(1, -1) for sites in single])
     try:
-        together = _log_joint(model, global_latents, stacked)
+        together = _log_joint(model, global_latents, stacked, x)
         same = together.shape == alone.shape and torch.allclose(alone, together, rtol=1e-3, equal_nan=True)
     except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
         same = False
@@ -44,6 +46,27 @@ def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: 
             "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
             "broadcast over leading dimensions"
         )
+    _require_cells_apart(model, global_latents, single[0], x, alone[0])
+
+
+def _require_cells_apart(
+    model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor, together: Tensor
+) -> None:
+    """Compare the log joint density of two cells ``together``, (cells,), with that of each without the other."""
+    try:
+        alone = [
+            _log_joint(model, global_latents, {name: value[[n]] for name, value in sites.items()}, x[[n]]).flatten()
+            for n in range(len(x))
+        ]
+        same = torch.allclose(torch.cat(alone), together, rtol=1e-3, equal_nan=True)
+    except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
+        same = False
+    if not same:
+        raise ModelError(
+            f"{type(model).__name__}: the log density of a cell depends on the cells that come with it, or on its "
+            "place among them, so that cells have no evidence of their own: let what cells share be a latent outside "
+            "the plate 'cells' or a parameter, and what is known of each be a column of gamma"
+        )
 
 
 def _is_packaged(model: SCVI) -> bool:
@@ -52,9 +75,9 @@ def _is_packaged(model: SCVI) -> bool:
     return all(type(part).__module__.startswith("pyro_scvi.") for part in parts) and "forward" not in vars(model)
 
 
-def _log_joint(model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor]) -> Tensor:
-    """Log p(x, latents) (..., cells) of two cells with counts of 1."""
-    ones, gamma = like(model).new_ones(2, model.n_genes), like(model).new_zeros(2, model.n_covariates)
+def _log_joint(model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Log p(x, latents) (..., cells) of cells with the counts x."""
+    gamma = x.new_zeros(len(x), model.n_covariates)
     with evaluation_mode(model), seeded(0), torch.no_grad(), pyro.poutine.block(), pyro.validation_enabled(False):
-        trace = scored(model, ones, gamma, global_latents | sites)
+        trace = scored(model, x, gamma, global_latents | sites)
         return torch.stack(cell_terms(trace, *sites)).sum(0)
