@@ -12,8 +12,12 @@ from pyro_scvi.analysis.evidence.comparison import compare
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
 from pyro_scvi.analysis.evidence.stacking import stacking_weights
+from pyro_scvi.analysis.integration import spaces
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.expression import normalized_expression
 from pyro_scvi.analysis.integration.labels import predict_labels
+from pyro_scvi.analysis.integration.mapping import map_query
+from pyro_scvi.analysis.integration.transfer import transfer_labels
 from pyro_scvi.analysis.loadings import loadings
 from pyro_scvi.analysis.log_density import log_density
 from pyro_scvi.analysis.posterior_samples import sample_posterior
@@ -92,7 +96,9 @@ __all__ = [
     "load",
     "loadings",
     "log_density",
+    "map_query",
     "networks",
+    "normalized_expression",
     "plots",
     "posterior_predictive",
     "predict_labels",
@@ -103,9 +109,11 @@ __all__ = [
     "sample_posterior",
     "schedules",
     "shards",
+    "spaces",
     "stacking_weights",
     "stores",
     "technical_zero_probability",
     "to_datatree",
+    "transfer_labels",
     "weights",
 ]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides.base import Guide
@@ -67,9 +68,16 @@ class Fit:
         return next(self.guide.parameters()).dtype
 
     def to(self, device: str | torch.device) -> "Fit":
-        """Move model and guide in place; returns the fit."""
-        self.model.to(device)
-        self.guide.to(device)
+        """Move model and guide in place; returns the fit.
+
+        Raises
+        ------
+        ModelError
+            If the device cannot be used.
+        """
+        place = resolve_device(device)
+        self.model.to(place)
+        self.guide.to(place)
         return self
 
     def with_globals(self, draws: Any) -> "Fit":
@@ -122,7 +130,10 @@ class Fit:
     def _facts(self) -> dict[str, str]:
         made = self._of_training() if len(self.history) and "train_loss" in self.history else {"training": BY_HAND}
         parts = {"model": repr(self.model), "guide": type(self.guide).__name__, "training": made.pop("training")}
-        return parts | {"device": str(self.device)} | made
+        parts |= {"device": str(self.device)} | made
+        if not self.guide.has_landmarks and self.guide.amortized:
+            parts["landmarks"] = "of no training cells (an earlier save?): modes are sought from guide and prior"
+        return parts
 
     def _of_training(self) -> dict[str, str]:
         history = self.history.reindex(columns=list(COLUMNS))  # one made by hand may lack some

@@ -99,8 +99,10 @@ def test_public_names():
         "likelihoods",
         "load",
         "loadings",
+        "map_query",
         "log_density",
         "networks",
+        "normalized_expression",
         "plots",
         "posterior_predictive",
         "predict_labels",
@@ -111,10 +113,12 @@ def test_public_names():
         "sample_posterior",
         "schedules",
         "shards",
+        "spaces",
         "stacking_weights",
         "stores",
         "technical_zero_probability",
         "to_datatree",
+        "transfer_labels",
         "weights",
     ]
     assert all(hasattr(ps, name) for name in ps.__all__)

@@ -104,9 +104,9 @@ def leave_one_out(
         raise ModelError(
             "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
         )
-    results, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
-    judged = list[dict[str, Tensor]]()
+    judged, done = list[dict[str, Tensor]](), 0
     with evaluating(fit.model, fit.guide, seed):
+        results = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype)
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.global_averages import at_draws, shares
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import minibatches, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.new_batches import in_known_batches
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -123,7 +124,8 @@ def impute(
     Parameters
     ----------
     fit, cells
-        The fit and any cells of its schema.
+        The fit and any cells of its schema. For cells of a batch that it does not know, read with
+        ``allow_new_batches=True``, the mean over each known batch as their own; quantiles are refused.
     quantity
         ``imputation.expression`` (default) or ``imputation.mean_given_no_dropout``; averaged over draws of z and l.
     quantiles
@@ -169,18 +171,20 @@ def impute(
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
-    imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    imputed, done = result_array(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     fits = at_draws(fit, global_draws, seed)
     parts = list(zip(fits, shares(samples, len(fits)), strict=True))
     with evaluating(fit.model, fit.guide, seed, theta=True):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
-            rows = slice(done, done := done + len(x))
-            drawn = [(one, sampler.draw(one.guide, x, gamma, n)) for one, n in parts]
-            if quantiles:
-                imputed[:, rows] = _quantiles(drawn, x, gamma, quantiles).cpu().numpy()
-            else:
-                constants = [other[rows].to(gamma) for other in swapped] or [gamma]
-                means = [_mean(drawn, x, constant, quantity) for constant in constants]
+        for x, gamma in minibatches(fit, cells, new_batches=not quantiles).in_order(batch_size):
+            rows, means = slice(done, done := done + len(x)), []
+            for own in in_known_batches(fit.schema, gamma):
+                drawn = [(one, sampler.draw(one.guide, x, own, n)) for one, n in parts]
+                if quantiles:
+                    imputed[:, rows] = _quantiles(drawn, x, own, quantiles).cpu().numpy()
+                else:
+                    constants = [other[rows].to(gamma) for other in swapped] or [own]
+                    means += [_mean(drawn, x, constant, quantity) for constant in constants]
+            if means:
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
     return imputed
 
@@ -230,7 +234,7 @@ def technical_zero_probability(
     sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
-    probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
+    probability, done = result_array(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
@@ -244,27 +248,13 @@ def technical_zero_probability(
     return probability
 
 
-def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
-    """Array that takes the results; thousands of small ones among large temporaries would fragment memory."""
-    if out is None:
-        return torch.empty(shape, dtype=fit.dtype).numpy()
-    if getattr(out, "shape", None) != shape:
-        given = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ModelError(f"out must be an array of shape {shape}, got {given}")
-    return out
-
-
 def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
     if not callable(quantity):
         raise ModelError(
             f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
         )
-    if not isinstance(quantiles, Iterable) or isinstance(quantiles, str):
-        raise ModelError(f"quantiles must be numbers in a list or tuple, got {brief(quantiles)}")
-    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in quantiles):
-        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
-    if isinstance(batches, str):
-        raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
+    require_quantiles(quantiles)
+    require_names(batches, "batches")
 
 
 def _mean(drawn: AtDraws, x: Tensor, gamma: Tensor, quantity: Quantity) -> Tensor:
