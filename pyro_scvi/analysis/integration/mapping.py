@@ -136,8 +136,8 @@ def map_query(
         )
     if takes_gamma(fit.model.prior) or fit.model.decoder_columns is not None:
         raise ModelError(
-            "new batches would move the columns of gamma that the prior or decoder_columns of this model were made for: "
-            "fit the query together with the other cells"
+            "new batches would move the columns of gamma that the prior or decoder_columns of this model were made "
+            "for: fit the query together with the other cells"
         )
     made, widened = _widened(fit, cells, len(new))
     schema = replace(fit.schema, batches=(*fit.schema.batches, *new))
