@@ -112,8 +112,8 @@ class Cells:
             Accept values that are no integers, such as corrected counts.
         allow_new_batches
             Accept cells of batches that the schema does not know: gamma then holds the mean over the known ones.
-            ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells, ``map_query``
-            learns their batches, and everything else refuses them. The column of batches must be there.
+            ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells,
+            ``map_query`` learns their batches, and everything else refuses them. The column of batches must be there.
         backed
             Leave the counts of a backed or lazily read AnnData, or of an ``AnnCollection``, where they are. They
             are scanned once; then every minibatch is read from the file, which must stay open. A store
