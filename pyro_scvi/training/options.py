@@ -15,6 +15,7 @@ from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
+from pyro_scvi.likelihoods.library_size import SizeFactor
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
@@ -135,6 +136,14 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
             f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
             f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
         )
+    name = cells.schema.size_factor
+    if name is not None and getattr(model.library, "columns", None) != cells.columns[name]:
+        raise ModelError(
+            f"the cells have size factors, {name!r}, and the model does not scale its means by them: make it with "
+            f"library=ps.libraries.SizeFactor(cells.columns[{name!r}])"
+        )
+    if isinstance(model.library, SizeFactor) and name is None:
+        raise ModelError("the model takes size factors, and the cells have none: read them with size_factor=")
     if isinstance(held_out, Cells) and held_out.schema != cells.schema:
         raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
 

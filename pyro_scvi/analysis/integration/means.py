@@ -36,7 +36,7 @@ def _heads(model: Any) -> dict[str, Any]:
 
 
 def _zeros(head: nn.Module) -> Any:
-    n_genes = head.out_features
+    n_genes: Any = head.out_features
 
     def forward(hidden: Tensor) -> Tensor:
         return hidden.new_zeros(()).expand(*hidden.shape[:-1], n_genes)
