@@ -21,7 +21,7 @@ from pyro_scvi.data.obs_columns import (
     warn_of_batches,
 )
 from pyro_scvi.data.places import Place
-from pyro_scvi.data.scales import require_near, warn_of_units
+from pyro_scvi.data.scales import require_near, require_not_tiny, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
@@ -127,6 +127,7 @@ class Schema:
         _require_distinct(batch, further, names, labels, size_factor)
         values = [numbers(obs, name) for name in names]
         for name, value in zip(names, values, strict=True):
+            require_not_tiny(name, value)
             if not value.std() > 1e-10 * abs(value.mean()):  # the rounding error of a constant column is below this
                 raise DataError(f"covariate column {name!r} is constant ({value[0]:g}); leave it out of covariates.")
             require_near(name, value, value.mean(), value.std(), obs.index)

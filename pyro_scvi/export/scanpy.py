@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from pyro_scvi.analysis.integration.spaces import Expression, FittedSpace, requi
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_seed
+from pyro_scvi.utils.checks import require_at_least, require_seed, warn
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def annotate(
     expression: bool = False,
     technical_zeros: bool = False,
     layer: str | None = None,
+    raw: bool = False,
     samples: int = 25,
     sampler: Sampler = Amortized(),
     seed: int = 0,
@@ -77,6 +79,8 @@ def annotate(
     layer
         Layer with the raw counts; None: the layer that the fit was made from, or ``X``. Needed if ``X`` was normalised
         after the fit and the counts were kept in a layer.
+    raw
+        Whether to read the counts of ``adata.raw``, for ``X`` that was normalised after the fit.
     samples, sampler, batch_size
         Draws of z and l for the layers, as in ``impute``.
     seed
@@ -130,6 +134,7 @@ def annotate(
     cells = Cells.from_anndata(
         adata,
         layer=layer,
+        raw=raw,
         schema=fit.schema,
         fill_missing_genes=fill_missing_genes,
         allow_non_integer=allow_non_integer,
@@ -145,7 +150,7 @@ def annotate(
         adata.obsm[COMPONENTS] = components.pop("values")
     for name, values in results.items():
         adata.layers[name] = in_genes_of(adata, cells, values)
-    made = _provenance(fit, seed, layer) | {"seconds": time.perf_counter() - started}
+    made = _provenance(fit, seed, chosen(layer, raw, fit.schema.place)) | {"seconds": time.perf_counter() - started}
     drawn = made | {"samples": samples, "sampler": repr(sampler)}
     placed = {COMPONENTS: made | components} if components else {}
     adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | placed | dict.fromkeys(results, drawn)
@@ -200,6 +205,11 @@ def add_rank_genes_groups(
         genes of a group. If its genes are not in ``adata``, its groups are not those of the column, or there is no such
         column. If ``uns[key]`` is taken. Nothing is then written.
 
+    Warns
+    -----
+    UserWarning
+        If a group's name holds ":", which the older format of zarr cannot write.
+
     Examples
     --------
     >>> annotated = adata.copy()
@@ -227,6 +237,7 @@ def add_rank_genes_groups(
     }
     records = {name: pd.DataFrame(values).to_records(index=False) for name, values in columns.items()}
     params = {"groupby": groupby, "reference": "rest", "method": "pyro_scvi", "use_raw": False, "layer": None}
+    _tell_of_zarr(ranked)
     target: MutableMapping[str, Any] = adata.uns
     target[key] = {"params": params, **records}
 
@@ -277,11 +288,21 @@ def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
         )
 
 
-def _provenance(fit: Fit, seed: int, layer: str | None) -> dict[str, Any]:
+def _tell_of_zarr(groups: Collection[str]) -> None:
+    """Warn of groups that scanpy's records cannot be written with by zarr's format 2."""
+    if marked := [group for group in groups if ":" in group]:
+        warn(
+            f"groups have ':' in their names ({quoted(marked)}). In memory and in .h5ad that is no problem, but "
+            "write_zarr fails with it in format 2: set anndata.settings.zarr_write_format = 3 before, or rename the "
+            "groups before they are compared"
+        )
+
+
+def _provenance(fit: Fit, seed: int, read: Place) -> dict[str, Any]:
     return {
         "version": __version__,
         "seed": seed,
-        "layer": layer or fit.schema.layer or "X",
+        "layer": "raw.X" if read.raw else read.layer or "X",
         "model": repr(fit.model),
         "guide": type(fit.guide).__name__,
         "settings": json.dumps(fit.settings),

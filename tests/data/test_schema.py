@@ -228,6 +228,30 @@ def test_covariates_may_be_small_numbers_or_flags():
     assert Cells.from_anndata(make_adata(mito=[True, False] * 12), covariates=["mito"]).covariates[0, 0] == 1
 
 
+@pytest.mark.parametrize("scale", [1e-99, 1e-90, 1e-30, 1e30, 1e90, 1e99])
+@pytest.mark.parametrize("kind", [np.float64, np.longdouble])
+def test_covariates_of_any_scale_are_right(scale, kind):
+    values = np.linspace(-1, 2, 24) ** 3
+    cells = Cells.from_anndata(make_adata(mito=(values * scale).astype(kind)), covariates=["mito"])
+    np.testing.assert_allclose(cells.covariates[:, 0], (values - values.mean()) / values.std(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(np.linspace(-1, 2, 24) * scale for scale in (1e101, 1e200, 5e307, 1e-110, 1e-160, 1e-200, 1e-310, 5e-324)),
+        np.linspace(0, 1, 24).astype(np.longdouble) * np.longdouble("1e400"),
+        pd.Series([10**400 + i for i in range(24)], [f"c{i}" for i in range(24)], dtype=object),
+        np.r_[np.linspace(0, 1, 23), np.inf].astype(np.float32),
+        np.r_[np.linspace(0, 1, 23), -np.inf].astype(np.float16),
+    ],
+)
+def test_covariates_beyond_numbers_are_refused(values):
+    """Squares of such values overflow or underflow: the column would be a constant, or have a wrong scale."""
+    with pytest.raises(DataError, match="too (large|small) to be standardised|must be finite"):
+        Cells.from_anndata(make_adata(mito=values), covariates=["mito"])
+
+
 def test_one_column_cannot_serve_twice():
     for kwargs in ({"covariates": ["mito", "mito"]}, {"batch": "mito", "covariates": ["mito"]}):
         with pytest.raises(DataError, match="different columns"):

@@ -235,7 +235,8 @@ def test_a_mapped_fit_is_saved_and_mapped_and_trained_again(mapped, tmp_path):
     np.testing.assert_array_equal(ps.impute(loaded, new, samples=2), ps.impute(mapped, new, samples=2))
     other = QUERY.copy()
     other.obs["donor"] = "d"
-    twice = ps.map_query(loaded, query_of(loaded, other), epochs=1, progress=False)
+    with torch.inference_mode():
+        twice = ps.map_query(loaded, query_of(loaded, other), epochs=1, progress=False)
     assert twice.schema.batches == ("a", "b", "c", "d")
     again = ps.fit(twice.model, ps.Cells.from_anndata(other, schema=twice.schema), guide=twice.guide, epochs=1)
     assert np.isfinite(again.history.train_loss).all()
