@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -25,7 +25,7 @@ from pyro_scvi.training.distributed import Processes
 from pyro_scvi.utils.checks import brief
 
 # Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
-_OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress")
+_OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class TrainingOptions:
     resume: bool
     ranks: Processes
     progress: bool
+    callbacks: Sequence[Callable[..., None]]
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "TrainingOptions":
@@ -77,6 +78,7 @@ class TrainingOptions:
         if not isinstance(self.ranks, Processes):
             raise ModelError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)
+        _check_callbacks(self.callbacks)
         return options
 
     def for_cells(self, n_cells: int) -> "TrainingOptions":
@@ -186,6 +188,13 @@ def _check_compiled(compiled: Any, elbo: Any) -> None:
         raise ModelError(f"compiled must be True or False, got {brief(compiled)}")
     if compiled and elbo is not None:
         raise ModelError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    listed = isinstance(callbacks, list | tuple)
+    if not listed or not all(callable(one) and not isinstance(one, type) for one in callbacks):
+        got = [brief(one) for one in callbacks] if listed else brief(callbacks)
+        raise ModelError(f"callbacks must be functions of (epoch, row, fit) in a list, got {got}")
 
 
 def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:
