@@ -56,7 +56,7 @@ class SCVI(Program):
         (..., cells, latents) and gamma (cells, covariates) to a dict of heads, each (..., cells, genes).
     decoder_columns
         Which columns of gamma enter the decoder, slices such as ``cells.columns["donor"]``; None: all but those that
-        the prior is given (Conditional, ByLabel).
+        the prior (Conditional, ByLabel) or the library (SizeFactor) is given.
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         The decoder's hidden layers, and the seed of the initial weights.
     weight_priors
@@ -167,12 +167,15 @@ class SCVI(Program):
             require_columns(taken, "columns of the prior", self.n_covariates)
         if given is not None and not isinstance(given, list | tuple):
             raise ModelError(f'decoder_columns must be a list, as [cells.columns["donor"]], got {brief(given)}')
+        if isinstance(sizes := getattr(self.library, "columns", None), slice):
+            require_columns(sizes, "columns of the library", self.n_covariates)
         for one in given or ():
             require_columns(one, "decoder_columns", self.n_covariates)
         everything = list(range(self.n_covariates))
         left = everything if given is None else [place for one in given for place in range(one.start, one.stop)]
-        if given is None and isinstance(taken, slice):
-            left = [place for place in everything if not taken.start <= place < taken.stop]
+        for own in (taken, sizes):
+            if given is None and isinstance(own, slice):
+                left = [place for place in left if not own.start <= place < own.stop]
         if len(set(left)) < len(left):
             raise ModelError(f"decoder_columns name a column of gamma twice: {given}")
         kept = None if left == everything else torch.tensor(left, dtype=torch.long)

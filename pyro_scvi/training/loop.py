@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class Gradients(NamedTuple):
 class Trainer:
     """One training run: model, guide, cells, options, state, and the signals that may end it.
 
-    ``checkpoints`` is None if this process writes none.
+    ``checkpoints`` is None if this process writes none. ``after_epoch`` is called when an epoch has ended.
     """
 
     model: SCVI
@@ -72,6 +72,7 @@ class Trainer:
     state: TrainingState
     checkpoints: Checkpoints | None
     interrupts: Interrupts
+    after_epoch: Callable[["Trainer"], None]
 
     @classmethod
     def at_start(
@@ -82,6 +83,7 @@ class Trainer:
         options: TrainingOptions,
         checkpoints: Checkpoints | None,
         interrupts: Interrupts,
+        after_epoch: Callable[["Trainer"], None],
     ) -> "Trainer":
         """A run before its first step, with a new optimiser and schedule."""
         keep_freed_memory()
@@ -95,7 +97,9 @@ class Trainer:
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
         schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
         state = TrainingState(model, guide, optimiser, schedule, options.patience)
-        return cls(model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts)
+        return cls(
+            model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts, after_epoch
+        )
 
     def train(self) -> None:
         """Train until the epochs are done, patience runs out or a signal comes; then restore the best state.
@@ -152,6 +156,7 @@ class Trainer:
             state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
                 self.checkpoints.note(state)
+            self.after_epoch(self)
             bar.set_postfix_str(_losses(row), refresh=False)
             bar.update()
         if state.best.waited_out:

@@ -128,8 +128,7 @@ def map_query(
     require_at_least(1, batch_size=batch_size, **({} if epochs is None else {"epochs": epochs}))
     require_positive(learning_rate, "learning_rate")
     minibatches(fit, cells.take([0]), new_batches=True)  # refuses other schemas
-    new = cells.new_batches
-    if not new:
+    if not cells.new_batches:
         raise ModelError(
             f"no cell is of a new batch; the fit knows {quoted(fit.schema.batches)}. Read the query with "
             "Cells.from_anndata(query, schema=fit.schema, allow_new_batches=True)"
@@ -139,6 +138,20 @@ def map_query(
             "new batches would move the columns of gamma that the prior or decoder_columns of this model were made "
             "for: fit the query together with the other cells"
         )
+    with torch.inference_mode(False):  # gradients, also inside a caller's torch.no_grad() or inference_mode()
+        return _mapped(fit, cells, epochs, batch_size, learning_rate, seed, progress)
+
+
+def _mapped(
+    fit: Fit,
+    cells: Cells,
+    epochs: int | None,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
+) -> Fit:
+    new = cells.new_batches
     made, widened = _widened(fit, cells, len(new))
     schema = replace(fit.schema, batches=(*fit.schema.batches, *new))
     query = _in_schema(cells, schema)
