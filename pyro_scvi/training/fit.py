@@ -24,7 +24,8 @@ from pyro_scvi.training.checks import check_elbo, check_kinds
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
-from pyro_scvi.training.loop import Trainer, TrainingData, evenly_spaced
+from pyro_scvi.training.landmarks import evenly_spaced
+from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.random_state import seeded
@@ -265,20 +266,7 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
             carrier: Any = error  # Python's own has no such attribute
             carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
-        _note_landmarks(guide, data.train, options.ranks)
     return _made(trainer, cells, settings)
-
-
-@torch.no_grad()
-def _note_landmarks(guide: Guide, cells: Minibatches, ranks: Processes) -> None:
-    """Keep in the guide where some training cells lie, from where modes of other cells are sought."""
-    if not guide.amortized:
-        return
-    guide.eval()
-    rows = evenly_spaced(len(guide.landmarks), cells.n_cells).to(cells.device)
-    loc, _ = guide.start(*cells.rows(rows)) if len(rows) else (guide.landmarks[:0], None)
-    known = torch.as_tensor(ranks.gather(loc.cpu().numpy()))
-    guide.landmarks.copy_(known[torch.arange(len(guide.landmarks)) * len(known) // len(guide.landmarks)])
 
 
 def _checkpoints(

@@ -24,6 +24,7 @@ from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
+from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
@@ -152,6 +153,7 @@ class Trainer:
             except Diverged as failure:
                 self._roll_back(failure)
                 continue
+            note_landmarks(self.guide, self.data.train, self.options.ranks)
             # Epochs are compared under the last KL weight: 0 leaves the prior of z out of the comparison, too.
             state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
@@ -307,12 +309,6 @@ def _losses(row: dict[str, float]) -> str:
     """Text of the progress bar after an epoch; the held-out loss is shown only if cells are held out."""
     losses = {"train": row["train_loss"], "held out": row["held_out_loss"]}
     return ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items() if not math.isnan(loss)) + " nats per cell"
-
-
-def evenly_spaced(at_most: int, n: int) -> Tensor:
-    """At most ``at_most`` of n positions, evenly spaced, because files are often sorted by cell type or donor."""
-    few = min(at_most, n)
-    return torch.arange(few) * n // max(few, 1)
 
 
 def _implausible(bound: float, kl: float) -> bool:

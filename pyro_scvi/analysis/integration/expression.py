@@ -18,7 +18,8 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import SchemaError
 from pyro_scvi.inference.evaluation import evaluating, theta_given
-from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Sampler
 from pyro_scvi.utils.checks import require_at_least, require_positive
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def normalized_expression(
     True
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     require_positive(per, "per")
     require_names(() if batches is None else batches, "batches")
