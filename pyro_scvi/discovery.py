@@ -71,7 +71,7 @@ class Kind(Enum):
         "leave out subsample_size and subsample; minibatches of cells are taken by index= and n_cells=",
     )
     PARAMETER = (
-        "a pyro.param, which fit would never train, and which verbs would start anew",
+        "a pyro.param, which fit would never train and verbs would start anew",
         "make it an nn.Parameter of a module that is part of the model",
     )
     DETERMINISTIC = ("a function of other sites", "")

@@ -138,6 +138,71 @@ class SCVI(Program):
         for name in ("prior", "likelihood", "library", "decoder", "weights"):
             require_owned(getattr(self, name), name, self)
 
+    def forward(
+        self,
+        x: Tensor | None,
+        gamma: Tensor | None = None,
+        *,
+        marginal: bool = True,
+        mask: BoolTensor | bool = True,
+        index: Tensor | None = None,
+        n_cells: int | None = None,
+    ) -> Tensor:
+        """Sample or score cells and return x: sites z, x and, where latent, l; with ``marginal=False`` also w, y and h.
+
+        What is sampled here is what every verb uses. Latents of the cells belong in the plate over cells, with batch
+        shape (cells, 1) and any dimensions to the left of it. What is sampled outside is shared by all cells. Discrete
+        latents of the cells with ``infer={"enumerate": "parallel"}`` are summed out.
+
+        Parameters
+        ----------
+        x
+            Counts (cells, genes), or None to draw them.
+        gamma
+            Covariates (cells, covariates); may be left out if the model has none and x is given.
+        marginal
+            Whether w, y and h are integrated out (Sec. 2).
+        mask
+            Which entries (cells, genes) count in the likelihood.
+        index, n_cells
+            Rows of this minibatch among all cells, and the number of all cells. Terms of a cell are then scaled by
+            n_cells / len(index).
+
+        Raises
+        ------
+        ModelError
+            If genes, covariates or rows do not agree, or ``marginal=False`` and the likelihood has no w, y and h.
+        """
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
+            z = pyro.sample("z", self.prior_of(gamma))  # (cells, 1, latents)
+            theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
+            return self.observe(x, theta, marginal=marginal, mask=mask)
+
+    def prior_of(self, gamma: Tensor) -> Distribution:
+        """p(z) of cells with covariates gamma (cells, covariates): what ``prior`` returns, given gamma or not."""
+        return law_of(self.prior, gamma)
+
+    def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
+        """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
+        seen = gamma if self.decoder_columns is None else gamma.index_select(-1, self.decoder_columns)
+        eta = self.decoder(z.squeeze(-2), seen)
+        return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
+
+    def observe(
+        self, x: Tensor | None, theta: Theta, *, marginal: bool = True, mask: BoolTensor | bool = True
+    ) -> Tensor:
+        """Sample x, or w, y, h and x, at theta, the likelihood's parameters (..., cells, genes): a program's last line.
+
+        What is computed from theta, such as imputed values, is computed from the theta that comes here.
+        """
+        told: Any = {"theta": theta}  # Pyro hands on what a site says of its inference
+        with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
+            if marginal:
+                return pyro.sample("x", self.likelihood.marginal(**theta), obs=x, infer=told)
+            return self.likelihood.generate(x, theta)
+
     def _decoder_part(self, given: DecoderPart | None, default: DecoderPart) -> DecoderPart:
         """What makes the decoder; refuses settings of the default's beside another."""
         if given is None:
@@ -207,68 +272,3 @@ class SCVI(Program):
                 "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
                 f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
             )
-
-    def forward(
-        self,
-        x: Tensor | None,
-        gamma: Tensor | None = None,
-        *,
-        marginal: bool = True,
-        mask: BoolTensor | bool = True,
-        index: Tensor | None = None,
-        n_cells: int | None = None,
-    ) -> Tensor:
-        """Sample or score cells and return x: sites z, x and, where latent, l; with ``marginal=False`` also w, y and h.
-
-        What is sampled here is what every verb uses. Latents of the cells belong in the plate over cells, with batch
-        shape (cells, 1) and any dimensions to the left of it. What is sampled outside is shared by all cells. Discrete
-        latents of the cells with ``infer={"enumerate": "parallel"}`` are summed out.
-
-        Parameters
-        ----------
-        x
-            Counts (cells, genes), or None to draw them.
-        gamma
-            Covariates (cells, covariates); may be left out if the model has none and x is given.
-        marginal
-            Whether w, y and h are integrated out (Sec. 2).
-        mask
-            Which entries (cells, genes) count in the likelihood.
-        index, n_cells
-            Rows of this minibatch among all cells, and the number of all cells. Terms of a cell are then scaled by
-            n_cells / len(index).
-
-        Raises
-        ------
-        ModelError
-            If genes, covariates or rows do not agree, or ``marginal=False`` and the likelihood has no w, y and h.
-        """
-        register(self)
-        gamma = check_inputs(self, x, gamma)
-        with self.weights.drawn_into(self), cells_plate(gamma, index, n_cells):
-            z = pyro.sample("z", self.prior_of(gamma))  # (cells, 1, latents)
-            theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
-            return self.observe(x, theta, marginal=marginal, mask=mask)
-
-    def prior_of(self, gamma: Tensor) -> Distribution:
-        """p(z) of cells with covariates gamma (cells, covariates): what ``prior`` returns, given gamma or not."""
-        return law_of(self.prior, gamma)
-
-    def decode(self, z: Tensor, log_library: Tensor | None, gamma: Tensor) -> Theta:
-        """f_w and f_h: the likelihood's parameters (..., cells, genes) at z (..., cells, 1, latents)."""
-        seen = gamma if self.decoder_columns is None else gamma.index_select(-1, self.decoder_columns)
-        eta = self.decoder(z.squeeze(-2), seen)
-        return self.likelihood.theta({**eta, "log_mean": self.library.log_mean(eta["log_mean"], log_library)}, gamma)
-
-    def observe(
-        self, x: Tensor | None, theta: Theta, *, marginal: bool = True, mask: BoolTensor | bool = True
-    ) -> Tensor:
-        """Sample x, or w, y, h and x, at theta, the likelihood's parameters (..., cells, genes): a program's last line.
-
-        What is computed from theta, such as imputed values, is computed from the theta that comes here.
-        """
-        told: Any = {"theta": theta}  # Pyro hands on what a site says of its inference
-        with pyro.plate("genes", self.n_genes, dim=-1), pyro.poutine.mask(mask=mask):
-            if marginal:
-                return pyro.sample("x", self.likelihood.marginal(**theta), obs=x, infer=told)
-            return self.likelihood.generate(x, theta)
