@@ -133,7 +133,7 @@ def map_query(
             f"no cell is of a new batch; the fit knows {quoted(fit.schema.batches)}. Read the query with "
             "Cells.from_anndata(query, schema=fit.schema, allow_new_batches=True)"
         )
-    if takes_gamma(fit.model.prior) or fit.model.decoder_columns is not None:
+    if takes_gamma(fit.model.prior) or fit.model.arguments.get("decoder_columns") is not None:
         raise ModelError(
             "new batches would move the columns of gamma that the prior or decoder_columns of this model were made "
             "for: fit the query together with the other cells"
