@@ -262,7 +262,19 @@ def found_globals(model: SCVI) -> dict[str, TracedSite]:
     found = {site.name: site for site in model.discovered() if site.kind is Kind.GLOBAL}
     for name, site in found.items():
         require_coordinates(site.law, f"the law of the global latent {name!r}")
+    if found and getattr(model.forward, "__func__", None) is not SCVI.forward:
+        _require_one_size(found, model.discovered(few=3))
     return found
+
+
+def _require_one_size(found: dict[str, TracedSite], others: list[TracedSite]) -> None:
+    """Refuse a latent of the cells that is sampled outside their plate, which shows in its shape."""
+    for site in others:
+        if site.name in found and site.value.shape != found[site.name].value.shape:
+            raise ModelError(
+                f"the program's site {site.name!r} has a value for each cell and is outside of the plate 'cells': sample "
+                "it inside of cells_plate(gamma, index, n_cells) from pyro_scvi.program"
+            )
 
 
 def _start(model: SCVI, site: TracedSite) -> Tensor:

@@ -147,6 +147,10 @@ def _require_names(found: list[TracedSite]) -> None:
             raise ModelError(
                 f"the program's site {site.name!r} has a name that results use for something else: rename it"
             )
+        if site.kind.latent and "/" in site.name:
+            raise ModelError(
+                f"the program's site {site.name!r} has a '/' in its name, which trees and files use: rename it"
+            )
 
 
 def _require_plainly_enumerated(found: list[TracedSite]) -> None:

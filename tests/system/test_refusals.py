@@ -488,6 +488,36 @@ class TwoInOnePlate(Written):
         return self.m[0] + self.s[1]
 
 
+class OtherPlate(Written):
+    def plate(self, gamma, index, n_cells):
+        return pyro.plate("obs", len(gamma), dim=-2)
+
+
+class Outside(Written):
+    def plate(self, gamma, index, n_cells):
+        self.e = pyro.sample("e", dist.Normal(0.0, 1.0).expand([len(gamma), 1]).to_event(2))
+        return super().plate(gamma, index, n_cells)
+
+    def more(self, x, gamma):
+        return self.e
+
+
+@pytest.mark.parametrize(("kind", "name"), [(OtherPlate, "z"), (Outside, "e")])
+def test_latents_of_cells_outside_their_plate_are_refused(kind, name):
+    with pytest.raises(ModelError, match=f"'{name}' has a value for each cell and is outside"):
+        fit_of(made(kind))
+
+
+class Slash(Written):
+    def more(self, x, gamma):
+        return pyro.sample("a/b", dist.Normal(0.0, 1.0))
+
+
+def test_names_with_slashes_are_refused():
+    with pytest.raises(ModelError, match="has a '/' in its name"):
+        ps.embed(fit_of(made(Slash)), cells_of())
+
+
 @pytest.mark.parametrize("kind", [Bounded, TwoInOnePlate])
 def test_programs_that_look_alike_are_trained(kind):
     fit = ps.fit(made(kind), cells_of(), epochs=1, batch_size=4, progress=False)
