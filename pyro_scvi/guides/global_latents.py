@@ -272,8 +272,8 @@ def _require_one_size(found: dict[str, TracedSite], others: list[TracedSite]) ->
     for site in others:
         if site.name in found and site.value.shape != found[site.name].value.shape:
             raise ModelError(
-                f"the program's site {site.name!r} has a value for each cell and is outside of the plate 'cells': sample "
-                "it inside of cells_plate(gamma, index, n_cells) from pyro_scvi.program"
+                f"the program's site {site.name!r} has a value for each cell and is outside of the plate 'cells': "
+                "sample it inside of cells_plate(gamma, index, n_cells) from pyro_scvi.program"
             )
 
 
