@@ -27,7 +27,7 @@ from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.decoders import LinearDecoder
 from pyro_scvi.nn.networks import Decoder
-from pyro_scvi.priors.base import takes_gamma
+from pyro_scvi.priors.base import ConditionalPrior, takes_gamma
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit as MadeFit
 from pyro_scvi.utils.checks import require_at_least, require_positive
@@ -133,10 +133,10 @@ def map_query(
             f"no cell is of a new batch; the fit knows {quoted(fit.schema.batches)}. Read the query with "
             "Cells.from_anndata(query, schema=fit.schema, allow_new_batches=True)"
         )
-    if takes_gamma(fit.model.prior) or fit.model.arguments.get("decoder_columns") is not None:
+    if takes_gamma(fit.model.prior) and not isinstance(fit.model.prior, ConditionalPrior):
         raise ModelError(
-            "new batches would move the columns of gamma that the prior or decoder_columns of this model were made "
-            "for: fit the query together with the other cells"
+            "new batches would move the columns of gamma that the prior of this model was made for: fit the query "
+            "together with the other cells"
         )
     with torch.inference_mode(False):  # gradients, also inside a caller's torch.no_grad() or inference_mode()
         return _mapped(fit, cells, epochs, batch_size, learning_rate, seed, progress)
