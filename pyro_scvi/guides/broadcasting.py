@@ -1,5 +1,7 @@
 """The check that a program's densities are the same for a stack of draws, and for several cells, as for each alone."""
 
+from collections.abc import Callable
+
 import pyro
 import torch
 from torch import Tensor
@@ -35,12 +37,7 @@ def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: 
     stacked = {name: torch.stack([sites[name] for sites in single]) for name in coordinates.local}
     x = like(model).new_ones(2, model.n_genes) * like(model).new_tensor([[1.0], [3.0]])
     alone = torch.cat([_log_joint(model, global_latents, sites, x).reshape(1, -1) for sites in single])
-    try:
-        together = _log_joint(model, global_latents, stacked, x)
-        same = together.shape == alone.shape and torch.allclose(alone, together, rtol=1e-3, equal_nan=True)
-    except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
-        same = False
-    if not same:
+    if not _gives(alone, lambda: _log_joint(model, global_latents, stacked, x)):
         raise ModelError(
             f"{type(model).__name__}: the log density of a stack of draws of {list(coordinates.local)}, each (samples, "
             "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
@@ -53,20 +50,26 @@ def _require_cells_apart(
     model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor, together: Tensor
 ) -> None:
     """Compare the log joint density of two cells ``together``, (cells,), with that of each without the other."""
-    try:
-        alone = [
-            _log_joint(model, global_latents, {name: value[[n]] for name, value in sites.items()}, x[[n]]).flatten()
-            for n in range(len(x))
-        ]
-        same = torch.allclose(torch.cat(alone), together, rtol=1e-3, equal_nan=True)
-    except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
-        same = False
-    if not same:
+
+    def alone() -> Tensor:
+        parts = [{name: value[[n]] for name, value in sites.items()} for n in range(len(x))]
+        return torch.cat([_log_joint(model, global_latents, part, x[[n]]).flatten() for n, part in enumerate(parts)])
+
+    if not _gives(together, alone):
         raise ModelError(
             f"{type(model).__name__}: the log density of a cell depends on the cells that come with it, or on its "
             "place among them, so that cells have no evidence of their own: let what cells share be a latent outside "
             "the plate 'cells' or a parameter, and what is known of each be a column of gamma"
         )
+
+
+def _gives(expected: Tensor, computed: Callable[[], Tensor]) -> bool:
+    """Whether densities can be computed and are those expected, up to rounding."""
+    try:
+        found = computed()
+    except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
+        return False
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, equal_nan=True)
 
 
 def _is_packaged(model: SCVI) -> bool:
