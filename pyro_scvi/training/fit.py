@@ -1,5 +1,6 @@
 """fit: stochastic variational inference on minibatches."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,8 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
             carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
         _note_landmarks(guide, data.train, options.ranks)
+        if not math.isnan(loss := trainer.kept_loss()):
+            settings["held_out_loss"] = loss
     return _made(trainer, cells, settings)
 
 

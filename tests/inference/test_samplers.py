@@ -163,7 +163,7 @@ def test_weights_repair_the_means_of_the_amortized_draws(toy):
 
 
 def test_weights_make_the_refined_draws_exact(toy):
-    n = 20_000
+    n = 100_000
     draws, diagnostics = toy.draw(ps.Refined(), n)
     vouched = diagnostics["khat"] < 0.5
     assert vouched.sum() >= N_CELLS / 2

@@ -447,3 +447,12 @@ def test_epsilon_is_in_nats_per_cell():
         ends.append(parameters(fit))
     for one, twice in zip(*ends, strict=True):
         torch.testing.assert_close(one, twice, rtol=1e-9, atol=1e-12)
+
+
+def test_the_held_out_loss_shown_is_not_the_least_of_noisy_looks(cells):
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=30, validation=8, progress=False)
+    shown, noisy = fit.settings["held_out_loss"], fit.history.held_out_loss
+    assert f"{shown:.2f} nats per cell" in repr(fit)
+    assert shown > noisy.min()
+    again = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=2, validation=0, progress=False)
+    assert "held_out_loss" not in again.settings

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
@@ -93,10 +94,12 @@ def annealed_evidence(
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             log_weights = _annealed(fit.guide, x, gamma, chains, temperatures, leapfrog)
             log_mean, se, ess, khat = evidence_of(log_weights)
-            log_mean = log_mean + fit.model.library.log_prob_of_total(x, gamma)
+            log_mean = log_mean + total_term(fit.model, x, gamma)
             parts.append(torch.stack([log_mean, se, ess, khat], -1).cpu().numpy())
     index = pd.Index(cells.cell_names, name="cell")
-    return pd.DataFrame(np.concatenate(parts), columns=["log_evidence", "se", "ess", "khat"], index=index)
+    table = pd.DataFrame(np.concatenate(parts), columns=["log_evidence", "se", "ess", "khat"], index=index)
+    table.attrs[CONDITIONAL] = warn_if_conditional(fit.model)
+    return table
 
 
 def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures: int, leapfrog: int) -> Tensor:

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
@@ -46,8 +47,10 @@ def evidence(
     covariance of a Laplace approximation, and adapted in ``rounds`` rounds of weighted Student-t draws. A cell whose
     k-hat stays above 0.7 gets twice the steps and rounds, then four times as many. The amortized q itself is not good
     enough a proposal to compare models: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above
-    0.7 nearly everywhere. A model with an observed library size conditions on the cell's total, so the evidence
-    includes log p(total) under the LogNormal distribution of the library size. Global latents (weights, dispersions
+    0.7 nearly everywhere. With an observed
+    library size and Poisson counts, it is log p(total) under the LogNormal distribution of the size, and the counts
+    given the total. With one and other counts it is conditional on the total (``attrs["conditional_on_total"]``).
+    Global latents (weights, dispersions
     with a prior) are held at the guide's medians.
 
     Parameters
@@ -87,7 +90,7 @@ def evidence(
     Warns
     -----
     UserWarning
-        If k-hat is above 0.7 for more than a tenth of the cells.
+        If k-hat is above 0.7 for more than a tenth of the cells, or if the evidence is conditional on the total.
 
     Examples
     --------
@@ -109,13 +112,13 @@ def evidence(
         values = torch.cat([_of_batch(fit.guide, x, gamma, budget, joint) for x, gamma in batches])
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
+    table.attrs[CONDITIONAL] = warn_if_conditional(fit.model)
     return table
 
 
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, joint: Joint) -> Tensor:
     result = weighted(guide, x, gamma, budget, joint=joint)
-    # An observed library conditions on the cell's total: log p(total) completes log p(x). A latent one adds 0.
-    charge = guide.model.library.log_prob_of_total(x, gamma)
+    charge = total_term(guide.model, x, gamma)
     log_evidence, bound = result.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
     columns = (log_evidence, result.se, result.ess, result.khat, bound)
     return torch.stack([column.double().cpu() for column in columns], -1)

@@ -12,10 +12,11 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.distributions.gamma_mixture import gamma_mixture_quantiles
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
-from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler, require_sampler
+from pyro_scvi.likelihoods.base import Likelihood, updated_rate
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import brief, require_at_least
 
@@ -105,7 +106,7 @@ def impute(
     quantiles: Sequence[float] = (),
     batches: Sequence[str] = (),
     samples: int = 25,
-    sampler: Sampler = Amortized(),
+    sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
     out: Any = None,
@@ -123,12 +124,16 @@ def impute(
     quantity
         ``imputation.expression`` (default) or ``imputation.mean_given_no_dropout``; averaged over draws of z and l.
     quantiles
-        Instead of the mean, these quantiles of draws of w given x.
+        Instead of the mean, these quantiles of w given x: those of its exact distribution given the latents, averaged
+        over the draws of these.
     batches
         Batches to correct for: z is inferred in the cell's own batch, decoded in each of these, and the results are
         averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
-    samples, sampler, seed, batch_size
+    samples, seed, batch_size
         As in ``sample_posterior``.
+    sampler
+        As there. None: ``ps.Amortized()`` for means, ``ps.Refined()`` for quantiles, because intervals from the guide
+        itself are too narrow.
     out
         Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
         memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
@@ -155,20 +160,22 @@ def impute(
     True
     """
     require_inputs(fit, cells)
+    _check_arguments(quantity, quantiles, batches)
+    if sampler is None:
+        sampler = Refined() if len(quantiles) else Amortized()
     require_sampler(sampler)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    _check_arguments(quantity, quantiles, batches)
-    if batches and (quantiles or quantity is not mean_given_no_dropout):
+    if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
-    lead = (len(quantiles),) if quantiles else ()
+    lead = (len(quantiles),) if len(quantiles) else ()
     imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             draws = sampler.draw(fit.guide, x, gamma, samples)
-            if quantiles:
+            if len(quantiles):
                 imputed[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
             else:
                 constants = [other[rows].to(gamma) for other in swapped] or [gamma]
@@ -264,5 +271,28 @@ def _mean(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantity: Quantity
 
 
 def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantiles: Sequence[float]) -> Tensor:
-    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"]
-    return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)
+    """Quantiles (quantiles, cells, genes) of the distribution of w given x, averaged over the draws of the latents."""
+    theta = decoded(fit, x, gamma, latents)
+    likelihood, lead = fit.model.likelihood, next(iter(latents.sites.values())).shape[:1]
+    likelihood.require_explicit()
+    prior, logits = likelihood.rate(**theta), likelihood.technical_zero_logits(**theta)
+    if prior is None:  # w = mu, whose distribution the draws are
+        mean = theta["log_mean"].exp().expand(*lead, *x.shape)
+        return torch.quantile(mean, torch.as_tensor(quantiles, dtype=mean.dtype, device=mean.device), 0)
+    rho = torch.zeros_like(x) if logits is None else torch.sigmoid(logits) * (x == 0)
+    technical, seen = updated_rate(prior, x, 1.0), updated_rate(prior, x, 0.0)
+    parts = [(seen.concentration, seen.rate, 1 - rho), (technical.concentration, technical.rate, rho)]
+    if logits is None:
+        parts = parts[:1]
+    components = [torch.cat([t.expand(*lead, *x.shape) for t in of]).flatten(1) for of in zip(*parts, strict=True)]
+    return torch.stack([_averaged(x, lead[0], components, float(q)) for q in quantiles])
+
+
+def _averaged(x: Tensor, draws: int, parts: Sequence[Tensor], p: float) -> Tensor:
+    """Quantile of every entry (cells, genes); a positive count has the first components alone."""
+    shape, rate, weight = parts
+    found, weight = torch.empty_like(x).flatten(), weight / weight.sum(0)
+    positive = (x > 0).flatten()
+    for rows, n in ((positive, draws), (~positive, len(shape))):
+        found[rows] = gamma_mixture_quantiles(shape[:n, rows], rate[:n, rows], weight[:n, rows], p)
+    return found.view_as(x)
