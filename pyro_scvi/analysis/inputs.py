@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.utils.cell_streams import cell_streams
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -39,6 +43,21 @@ def require_inputs(fit: Any, cells: Any) -> None:
         raise ModelError(
             f"expected Cells, got {type(cells).__name__}; make them with Cells.from_anndata(adata, schema=fit.schema)"
         )
+
+
+def batches_in_streams(fit: Fit, cells: Cells, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Counts and covariates of all cells in order; while a batch is computed, its cells have their random streams.
+
+    Raises
+    ------
+    SchemaError
+        As :func:`minibatches`.
+    """
+    done = 0
+    for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        rows = slice(done, done := done + len(x))
+        with cell_streams(seed, cells.cell_names[rows]):
+            yield x, gamma
 
 
 def minibatches(fit: Fit, cells: Cells) -> Minibatches:

@@ -35,8 +35,9 @@ class Fit:
     schema
         Genes, batches and covariates of its cells; new cells are read with it.
     settings
-        How the fit was made: epochs, seed, number of cells and the like. ``held_out_loss`` is that of the epoch that was
-        kept, by many draws; the history's, by one draw for each cell, was the least of all, and is too low by chance.
+        How the fit was made: epochs, seed, number of cells and the like. ``held_out_loss`` is that of the epoch that
+        was kept, by many draws; the history's, by one draw for each cell, was the least of all, and is too low by
+        chance.
 
     Examples
     --------

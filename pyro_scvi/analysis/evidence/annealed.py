@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import LogTerms, log_terms
@@ -91,7 +91,7 @@ def annealed_evidence(
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
+        for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             log_weights = _annealed(fit.guide, x, gamma, chains, temperatures, leapfrog)
             log_mean, se, ess, khat = evidence_of(log_weights)
             log_mean = log_mean + total_term(fit.model, x, gamma)

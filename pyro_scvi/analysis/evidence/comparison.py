@@ -120,7 +120,7 @@ def _require_one_kind(listed: dict[str, list[Fit]]) -> None:
     if len(kinds) > 1:
         raise ModelError(
             f"{[name for name, told in conditional.items() if told]} have an ObservedLibrary: their evidence is of "
-            "counts given the total, no match for that of whole cells. Fit them with LatentLibrary, or compare them alone"
+            "counts given the total, no match for that of whole cells. Take LatentLibrary, or compare them alone"
         )
 
 

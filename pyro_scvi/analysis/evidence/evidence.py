@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import Joint, log_joint
@@ -108,7 +108,7 @@ def evidence(
     budget = SamplingBudget(samples, steps, rounds)
     joint = RecordedJoint(min(batch_size, cells.n_cells)) if compiled else log_joint
     with evaluating(fit.model, fit.guide, seed):
-        batches = over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress)
+        batches = over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress)
         values = torch.cat([_of_batch(fit.guide, x, gamma, budget, joint) for x, gamma in batches])
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)

@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -147,7 +147,7 @@ def posterior_predictive(
     require_at_least(1, samples=samples, batch_size=batch_size)
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size, seed):
             if not torch.equal(replicas.int().to(replicas), replicas):
                 counts = counts.astype(np.float32, copy=False)
             counts[:, done : done + len(x)] = replicas.cpu().numpy()
@@ -248,7 +248,7 @@ def check_predictions(
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
     sums, totals = torch.zeros(()), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size, seed):
             both = torch.cat([x[None], replicas]).double()  # the data is the first of 1 + samples
             sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
             totals.append(both.sum(-1).cpu())
@@ -261,9 +261,9 @@ def check_predictions(
 
 
 def _replicated(
-    fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int
+    fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, gamma in minibatches(fit, cells).in_order(batch_size):
+    for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
         draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
         # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
         parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.distributions.gamma_mixture import gamma_mixture_quantiles
@@ -172,7 +172,7 @@ def impute(
     lead = (len(quantiles),) if len(quantiles) else ()
     imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
             rows = slice(done, done := done + len(x))
             draws = sampler.draw(fit.guide, x, gamma, samples)
             if len(quantiles):
@@ -231,7 +231,7 @@ def technical_zero_probability(
     fit.model.likelihood.require_explicit()
     probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
             rows = slice(done, done := done + len(x))
             logits = fit.model.likelihood.technical_zero_logits(
                 **decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
