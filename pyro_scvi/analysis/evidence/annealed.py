@@ -92,7 +92,7 @@ def annealed_evidence(
     parts = []
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
-            log_weights = _annealed(fit.guide, x, gamma, chains, temperatures, leapfrog)
+            log_weights = annealed_weights(fit.guide, x, gamma, chains, temperatures, leapfrog)
             log_mean, se, ess, khat = evidence_of(log_weights)
             log_mean = log_mean + total_term(fit.model, x, gamma)
             parts.append(torch.stack([log_mean, se, ess, khat], -1).cpu().numpy())
@@ -102,7 +102,7 @@ def annealed_evidence(
     return table
 
 
-def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures: int, leapfrog: int) -> Tensor:
+def annealed_weights(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures: int, leapfrog: int) -> Tensor:
     """Log weights (chains, cells) in float64."""
     terms = log_terms(guide.model, x, gamma, guide.weights.medians())
     sites = drawn_from_prior(guide, gamma, PILOTS + chains)

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.analysis.evidence.annealed import annealed_weights
 from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
@@ -15,7 +16,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import Joint, log_joint
 from pyro_scvi.inference.compiled import RecordedJoint
 from pyro_scvi.inference.evaluation import bound_terms, evaluating
-from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget
+from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget, evidence_of
 from pyro_scvi.inference.proposals import weighted
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least, warn
@@ -24,6 +25,8 @@ from pyro_scvi.utils.progress_bars import over_cells
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
+CELLS_FOR_A_CHECK, MOST_CHECKED = 200, 2  # one of so many cells is annealed, and at most two of a call
+CHAINS, TEMPERATURES = 64, 60  # of that: a few per cent of the time
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 
 
@@ -90,7 +93,8 @@ def evidence(
     Warns
     -----
     UserWarning
-        If k-hat is above 0.7 for more than a tenth of the cells, or if the evidence is conditional on the total.
+        If k-hat is above 0.7 for more than a tenth of the cells, if the evidence is conditional on the total, or if
+        annealing, by which one of 200 cells and at most two are checked, finds more mass than the proposals.
 
     Examples
     --------
@@ -112,6 +116,7 @@ def evidence(
         values = torch.cat([_of_batch(fit.guide, x, gamma, budget, joint) for x, gamma in batches])
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
+    _check_some(fit, cells, table, seed)
     table.attrs[CONDITIONAL] = warn_if_conditional(fit.model)
     return table
 
@@ -128,6 +133,27 @@ def _amortized_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
     if not (guide.amortized and guide.stochastic):
         return torch.full_like(x[:, 0], torch.nan)
     return bound_terms(guide, x, gamma, 100)[0].mean(0)
+
+
+def _check_some(fit: Fit, cells: Cells, table: pd.DataFrame, seed: int) -> None:
+    """Anneal few of many cells, and warn if that finds mass which the proposals have missed."""
+    n = min(MOST_CHECKED, cells.n_cells // CELLS_FOR_A_CHECK)
+    if not n:
+        return
+    rows = torch.arange(n) * cells.n_cells // n
+    few, some = cells.take(rows.tolist()), table.iloc[rows.tolist()]
+    with evaluating(fit.model, fit.guide, seed):
+        for x, gamma in batches_in_streams(fit, few, n, seed):
+            value, se, ess, _ = evidence_of(annealed_weights(fit.guide, x, gamma, CHAINS, TEMPERATURES, 1))
+            excess = (value + total_term(fit.model, x, gamma)).cpu().numpy() - some.log_evidence
+            # Annealing in few steps is too low, if anything: only where it is higher does it say something.
+            error = (se.cpu().numpy() ** 2 + some.se**2) ** 0.5
+            missed = excess[(excess > 3 * error + 0.1) & (ess.cpu().numpy() > 4) & (some.khat <= KHAT_LIMIT)]
+    if len(missed):
+        warn(
+            f"annealing finds {missed.max():.1f} nats more for {list(missed.index)}: the proposals miss modes, "
+            "which k-hat cannot tell; check others by ps.annealed_evidence"
+        )
 
 
 def _warn_of(table: pd.DataFrame) -> None:

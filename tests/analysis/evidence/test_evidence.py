@@ -1,5 +1,6 @@
 """Evidence against quadrature and closed forms, its standard errors, and its warnings."""
 
+import importlib
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from numpy.polynomial.hermite_e import hermegauss
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
+from pyro_scvi.inference import modes
 
 PRIORS = {
     "normal": lambda: ps.priors.StandardNormal(1),
@@ -180,3 +182,27 @@ def test_a_user_prior_is_integrated_too():
     fit, cells = one_latent_fit(lambda: dist.Normal(torch.zeros(1, dtype=torch.float64) + 1.0, 0.5).to_event(1))
     table = ps.evidence(fit, cells, samples=1000)
     assert ((table.log_evidence - quadrature(fit, cells, width=12)).abs() / table.se).max() < 4
+
+
+class Mirrored(ps.SCVI):
+    def decode(self, z, log_library, gamma):
+        return super().decode(10 * z.square(), log_library, gamma)
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts")
+def test_modes_that_the_proposals_miss_are_found_by_annealing(monkeypatch):
+    model = Mirrored(8, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.Poisson(), n_hidden=4, norm=None)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for head in model.decoder.heads.values():
+            head.weight.normal_(0, 0.3)
+    counts = ps.prior_predictive(model, 300, seed=1)
+    far = counts.sum(1).argsort()[260:276]  # large counts, whose z is far from 0
+    cells = ps.Cells.from_counts(counts[far].astype(int))
+    fit = ps.fit(model, cells, epochs=1, progress=False, learning_rate=ps.schedules.Constant(1e-6), data_start=False)
+    monkeypatch.setattr(modes, "VALLEY", math.inf)  # no mode is separate
+    module = importlib.import_module("pyro_scvi.analysis.evidence.evidence")
+    monkeypatch.setattr(module, "CELLS_FOR_A_CHECK", 1)
+    monkeypatch.setattr(module, "MOST_CHECKED", 16)
+    with pytest.warns(UserWarning, match="annealing finds"):
+        ps.evidence(fit, cells, samples=200, steps=30, rounds=1, progress=False)
