@@ -149,12 +149,13 @@ class LatentLibrary(LogNormalLibrary):
 
 
 class ObservedLibrary(LogNormalLibrary):
-    r"""The cell's total count as its size. The model conditions on the total, so evidence includes log p(total).
+    r"""The cell's total count as its size: the model is conditional on the total.
 
     .. math:: l_n = \max(1, \textstyle\sum_g x_{ng}), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 
-    If x is not observed, l is drawn from LogNormal(loc, scale^2). The same distribution gives log p(total) in the
-    evidence.
+    If x is not observed, l is drawn from LogNormal(loc, scale^2). For Poisson counts, evidence is that of the counts
+    given their total, which are multinomial, and of the total under the same distribution. For other counts it is
+    conditional on the total, and ``compare`` refuses it beside models that are not.
 
     Parameters
     ----------
@@ -182,9 +183,16 @@ class ObservedLibrary(LogNormalLibrary):
         return x.sum(-1, keepdim=True).clamp(min=1).log()
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """Log probability of the cells' totals (cells,): the LogNormal density, over a bin of one count."""
-        total = x.sum(-1, keepdim=True).clamp(min=1)
-        return self.law(gamma).log_prob(total).squeeze(-1)
+        """Log probability of the cells' totals (cells,): that of a size that rounds to it."""
+        law, total = self.law(gamma), x.sum(-1, keepdim=True)
+        upper, lower = ((at.log() - law.loc) / law.scale for at in (total + 0.5, (total - 0.5).clamp(min=0)))
+        # From the side on which both are small, or their difference would be lost.
+        low, high = (torch.where(upper + lower > 0, *pair) for pair in ((-upper, lower), (-lower, upper)))
+        inner, outer = (torch.special.log_ndtr(at.double()) for at in (high, low))
+        inside: Tensor = inner + torch.log1p(-(outer - inner).exp())
+        # Bins of large totals are so narrow that the density in the middle is exact enough, and the difference is not.
+        dense = law.log_prob(total.clamp(min=1)).double()
+        return torch.where(total > 1000, dense, inside).to(x.dtype).squeeze(-1)
 
 
 class SizeFactor(Library):

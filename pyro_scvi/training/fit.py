@@ -1,5 +1,6 @@
 """fit: stochastic variational inference on minibatches."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,6 +267,8 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
             carrier: Any = error  # Python's own has no such attribute
             carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
+        if not math.isnan(loss := trainer.kept_loss()):
+            settings["held_out_loss"] = loss
     return _made(trainer, cells, settings)
 
 

@@ -33,6 +33,7 @@ from pyro_scvi.utils.execution import executing
 from pyro_scvi.utils.progress_bars import progress_bar
 
 WATCHED_IN_TRAINING = 256  # training cells whose bound is evaluated if no cells are held out
+KEPT_DRAWS = 2**14  # for the loss of the epoch that is kept, over all cells
 LEAST_KL = -1e4  # nats per cell; an estimate below it means that parameters have diverged
 
 _log = logging.getLogger(__name__)
@@ -285,8 +286,18 @@ class Trainer:
         with executing(matrix_products=self.options.autocast, register_parameters=not own, check_programs=checked):
             yield
 
-    def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
-        """Negative bound and KL in nats per cell, by one draw for each held-out cell or for 256 training cells.
+    def kept_loss(self) -> float:
+        """Negative bound of the held-out cells in the state that is kept, by many draws; NaN if no cells are held out.
+
+        The history's is that of one draw a cell, and the kept epoch is the one where it was least: too low, by chance.
+        """
+        if self.data.held_out is None or not self.guide.amortized:
+            return math.nan
+        (n_cells,) = self.options.ranks.sum(float(self.data.held_out.n_cells))
+        return self.evaluate(self.data.held_out, 0, max(1, KEPT_DRAWS // max(int(n_cells), 1)))[0]
+
+    def evaluate(self, cells: Minibatches, seed: int, samples: int = 1) -> tuple[float, float]:
+        """Negative bound and KL in nats per cell, by draws for each held-out cell or for 256 training cells.
 
         Every rank evaluates its share of them.
         """
@@ -298,7 +309,7 @@ class Trainer:
         sums, n = [0.0, 0.0], 0
         with undisturbed(ranks.noise_seed(seed), self.model, self.guide):
             for some in rows.split(512) if len(rows) else ():
-                log_weight, gap = bound_terms(self.guide, *cells.rows(some))
+                log_weight, gap = (of.mean(0) for of in bound_terms(self.guide, *cells.rows(some), samples))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
                 n += len(some)
         loss, kl, seen = ranks.sum(*sums, n)
