@@ -78,7 +78,7 @@ FROM_THETA = {
     "impute": lambda fit, cells, tmp: ps.impute(fit, cells, samples=2),
     "technical_zero_probability": lambda fit, cells, tmp: ps.technical_zero_probability(fit, cells, samples=2),
     "differential_expression": lambda fit, cells, tmp: ps.differential_expression(
-        fit, cells, groupby=LABELS, group_a=0, group_b=1, most_pairs=100
+        fit, cells, groupby=LABELS, group_a=0, group_b=1
     ),
 }
 VERBS = FROM_DENSITIES | FROM_THETA
