@@ -249,8 +249,7 @@ def test_differential_expression_moves_with_the_effect(tilted):
         groupby="treated",
         group_a=0.0,
         group_b=1.0,
-        estimand=ps.differential.RandomPairs(contrast=ps.differential.Uncorrected(), most_pairs=400),
-        sampler=EXACT,
+        estimand=ps.differential.RandomPairs(contrast=ps.differential.Uncorrected(), most_pairs=400, sampler=EXACT),
     )
     np.testing.assert_allclose(table.lfc, -gap / np.log(2), atol=0.05)
 

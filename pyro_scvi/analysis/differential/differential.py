@@ -64,9 +64,10 @@ def differential_expression(
     -------
     DataFrame by gene (and group, when each is compared in turn)
         Of GroupMeans: ``lfc`` with standard error ``lfc_se`` and 95 % interval ``lfc_low`` to ``lfc_high``; ``z``,
-        ``p_value``, ``q_value``; ``mean_a``, ``mean_b``, molecules per cell of median depth; ``detected_a``,
-        ``detected_b``, share of cells above zero; ``tested``. Genes that are not tested have NaN. Against every other
-        group also ``against``, the group of the least comparison.
+        ``p_value``, ``q_value``; ``lfc_shrunk``, ``lfc_shrunk_sd`` and ``lfsr``, posterior mean and sd of the fold
+        change and the local false sign rate; ``mean_a``, ``mean_b``, molecules per cell of median depth;
+        ``detected_a``, ``detected_b``, share of cells above zero; ``tested``. Genes that are not tested have NaN.
+        Against every other group also ``against``, the group of the least comparison.
 
         Of RandomPairs: ``p_a_lt_b``, its Monte Carlo standard error ``se``, ``log_bayes_factor`` (natural log odds of
         w_a < w_b, p clipped to [1 / 2M, 1 - 1 / 2M] for M pairs that share no draw, so that it is finite), ``lfc``,

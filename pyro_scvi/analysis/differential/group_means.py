@@ -45,6 +45,10 @@ class GroupMeans:
     counts as 30 cells where it is larger than the data's. p values are those of a t distribution (Welch 1947;
     Satterthwaite 1946), q values by Benjamini and Hochberg (1995).
 
+    ``lfc_shrunk`` is the posterior mean of the fold change under a unimodal prior around 0 that is learned over the
+    genes (Stephens 2017), ``lfsr`` the local false sign rate: the probability that its sign is wrong or that there is
+    no change. Rank by size with these. ``lfc`` of a gene that one group hardly shows is large by chance.
+
     Parameters
     ----------
     replicates
@@ -147,6 +151,8 @@ class ComparisonOfMeans:
         any_tested = known.any(0)
         table["z"] = np.where(any_tested, np.where(one_way, table["z"], 0.0), np.nan)
         table["p_value"] = np.where(any_tested, np.where(one_way, table["p_value"], 1.0), np.nan)
+        lfsr = np.stack([each["lfsr"].to_numpy() for each in tables.values()])
+        table["lfsr"] = np.where(any_tested, np.where(one_way, lfsr.max(0), 1.0), np.nan)
         table["q_value"] = scattered(benjamini_hochberg(table["p_value"].to_numpy()[any_tested]), any_tested)
         table["tested"] = any_tested
         return table.assign(against=[names[i] for i in nearest])

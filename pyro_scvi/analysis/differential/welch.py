@@ -8,20 +8,25 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from pyro_scvi.analysis.differential.designs import Design
+from pyro_scvi.analysis.differential.shrinkage import shrunken
 from pyro_scvi.analysis.differential.weighted_means import Strata
 
 EPSILON = 1e-4  # molecules of a median cell, added to both means of a fold change
 LEVEL = 0.975  # upper end of the interval of a fold change
+NORMAL = 1.959964  # the same end of a standard normal law
 TABLE = ("lfc", "lfc_se", "lfc_low", "lfc_high", "z", "p_value", "q_value")
 
 
 class Side(NamedTuple):
-    """A group in a comparison, (genes,) each: its mean with variance and degrees of freedom, and its counts."""
+    """A group in a comparison, (genes,) each: its mean with variance and degrees of freedom, and its counts.
+
+    ``scale`` is the variance of the mean over the mean, by the group alone: what counting one molecule adds, at least.
+    """
 
     mean: np.ndarray
     variance: np.ndarray
     degrees: np.ndarray
-    per_mean: np.ndarray
+    scale: np.ndarray
     molecules: np.ndarray
     detected: np.ndarray
 
@@ -39,7 +44,12 @@ def sides(design: Design, a: Strata, b: Strata) -> tuple[Side, Side]:
 def _side(design: Design, strata: Strata, weight: np.ndarray, mean: np.ndarray, pooled: np.ndarray) -> Side:
     variance, degrees = design.variance(strata, weight, pooled)
     molecules, detected = strata.molecules.sum(0), strata.detected.sum(0) / strata.n.sum()
-    return Side(mean, variance, degrees, weight**2 @ strata.per_mean, molecules, detected)
+    counting = weight**2 @ strata.per_mean
+    alone, _ = design.variance(strata, weight, np.zeros_like(pooled))
+    scale = np.maximum(alone / np.maximum(mean, counting), counting)
+    # Few degrees of freedom: as much wider as the t law is.
+    scale *= np.square(stdtrit(degrees, LEVEL) / NORMAL)
+    return Side(mean, variance, degrees, scale, molecules, detected)
 
 
 def tested(a: Side, b: Side, min_detected: float, min_molecules: float) -> np.ndarray:
@@ -58,8 +68,9 @@ def welch(a: Side, b: Side, chosen: np.ndarray) -> dict[str, np.ndarray]:
     relative = a.variance / (a.mean + EPSILON) ** 2 + b.variance / (b.mean + EPSILON) ** 2
     se = np.sqrt(relative) / np.log(2)
     reach = stdtrit(degrees, LEVEL) * se
-    columns = zip(TABLE, (change, se, change - reach, change + reach, z, p, benjamini_hochberg(p)), strict=True)
-    return {name: scattered(values, chosen) for name, values in columns}
+    columns = dict(zip(TABLE, (change, se, change - reach, change + reach, z, p, benjamini_hochberg(p)), strict=True))
+    columns |= shrunken(a.mean / a.scale, b.mean / b.scale, np.log(b.scale) - np.log(a.scale))
+    return {name: scattered(values, chosen) for name, values in columns.items()}
 
 
 def scattered(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from pyro_scvi.errors import DataError, ModelError
 from tests.support.simulate import simulated_counts
 
 COLUMNS = ["lfc", "lfc_se", "lfc_low", "lfc_high", "z", "p_value", "q_value"]
+COLUMNS += ["lfc_shrunk", "lfc_shrunk_sd", "lfsr"]
 COLUMNS += ["mean_a", "detected_a", "mean_b", "detected_b", "tested"]
 GROUPS = np.array(["x", "y", "z"])[np.arange(60) % 3]
 EveryOther, GroupMeans = ps.differential.EveryOther, ps.differential.GroupMeans
@@ -152,7 +153,7 @@ def test_genes_with_few_counts_keep_their_row_and_are_not_tested(observed):
     cells = ps.Cells.from_counts(counts[:, :], gene_names=observed.schema.gene_names, schema=observed.schema)
     table = compare(observed, cells, min_detected=0.06)
     assert list(np.flatnonzero(~table.tested)) == [3, 4, 5]
-    assert table.loc[~table.tested, COLUMNS[:7]].isna().all(axis=None)
+    assert table.loc[~table.tested, COLUMNS[:10]].isna().all(axis=None)
     assert table[["mean_a", "mean_b", "detected_a", "detected_b"]].notna().all(axis=None)
     assert table.mean_a.iloc[3] == 0
     np.testing.assert_allclose(table.q_value[table.tested], stats.false_discovery_control(table.p_value[table.tested]))
