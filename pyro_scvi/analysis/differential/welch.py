@@ -47,8 +47,6 @@ def _side(design: Design, strata: Strata, weight: np.ndarray, mean: np.ndarray, 
     counting = weight**2 @ strata.per_mean
     alone, _ = design.variance(strata, weight, np.zeros_like(pooled))
     scale = np.maximum(alone / np.maximum(mean, counting), counting)
-    # Few degrees of freedom: as much wider as the t law is.
-    scale *= np.square(stdtrit(degrees, LEVEL) / NORMAL)
     return Side(mean, variance, degrees, scale, molecules, detected)
 
 
@@ -65,12 +63,18 @@ def welch(a: Side, b: Side, chosen: np.ndarray) -> dict[str, np.ndarray]:
     z = (a.mean - b.mean) / np.sqrt(variance)
     p = 2 * stdtr(degrees, -np.abs(z))
     change = np.log2((a.mean + EPSILON) / (b.mean + EPSILON))
-    relative = a.variance / (a.mean + EPSILON) ** 2 + b.variance / (b.mean + EPSILON) ** 2
-    se = np.sqrt(relative) / np.log(2)
+    se = np.sqrt(_relative(a) + _relative(b)) / np.log(2)
     reach = stdtrit(degrees, LEVEL) * se
     columns = dict(zip(TABLE, (change, se, change - reach, change + reach, z, p, benjamini_hochberg(p)), strict=True))
-    columns |= shrunken(a.mean / a.scale, b.mean / b.scale, np.log(b.scale) - np.log(a.scale))
+    # Few degrees of freedom: as much wider as the t law is.
+    a_scale, b_scale = (side.scale * np.square(stdtrit(side.degrees, LEVEL) / NORMAL) for side in (a, b))
+    columns |= shrunken(a.mean / a_scale, b.mean / b_scale, np.log(b_scale) - np.log(a_scale))
     return {name: scattered(values, chosen) for name, values in columns.items()}
+
+
+def _relative(side: Side) -> np.ndarray:
+    """Variance of the log of a group's mean: at its own mean, or at one molecule where there is none."""
+    return side.scale * np.maximum(side.mean, side.scale) / (side.mean + EPSILON) ** 2
 
 
 def scattered(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:

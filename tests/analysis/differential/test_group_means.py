@@ -83,7 +83,11 @@ def by_hand(x, depth, moments):
         z = (means[0] - means[1]) / total**0.5
         degrees = total**2 / sum(variance[k] ** 2 / (sizes[k] - 1) for k in range(2))
         lfc = np.log2((means[0] + 1e-4) / (means[1] + 1e-4))
-        relative = sum(variance[k] / (means[k] + 1e-4) ** 2 for k in range(2))
+        relative = 0
+        for k in range(2):
+            averaged = (30 * constant[k] + (sizes[k] - 1) * spreads[k]) / (30 + sizes[k] - 1)
+            scale = max(max(spreads[k], averaged) / max(means[k], counting[k]), counting[k])
+            relative += scale * max(means[k], scale) / (means[k] + 1e-4) ** 2
         se = relative**0.5 / np.log(2)
         p = 2 * stats.t.sf(abs(z), degrees)
         reach = stats.t.ppf(0.975, degrees) * se
@@ -320,7 +324,7 @@ def simulated(n, depth, seed):
 @pytest.mark.filterwarnings("ignore:.*genes? .*no count")
 @pytest.mark.parametrize("depth", [1.0, 4.0])
 def test_the_false_discovery_rate_is_kept_at_equal_and_unequal_depths(depth):
-    false, called, found = 0, 0, {400: [], 1200: []}
+    false, called, found, covered = 0, 0, {400: [], 1200: []}, []
     for n, seeds in ((400, range(3)), (1200, range(1))):
         for seed in seeds:
             counts, b = simulated(n, depth, seed)
@@ -333,11 +337,14 @@ def test_the_false_discovery_rate_is_kept_at_equal_and_unequal_depths(depth):
             assert not calls[140]
             false, called = false + calls[30:].sum(), called + calls.sum()
             found[n].append(calls[:30].mean())
+            truth = np.where(np.arange(150) < 30, np.where(np.arange(150) % 2, -1.0, 1.0), 0.0)
+            enough = counts.sum(0) >= 50
+            covered.append(((table.lfc_low <= truth) & (truth <= table.lfc_high))[enough].mean())
             if n == 1200:
                 many = counts[:, :30].sum(0) > 300
-                truth = np.where(np.arange(30) % 2, -1.0, 1.0)[many]
-                assert np.polyfit(truth, table.lfc[:30][many], 1)[0] == pytest.approx(1, abs=0.08)
+                assert np.polyfit(truth[:30][many], table.lfc[:30][many], 1)[0] == pytest.approx(1, abs=0.08)
     assert false / called < 0.1
+    assert 0.92 < np.mean(covered) < 0.98
     assert np.mean(found[400]) > 0.4
     assert np.mean(found[1200]) > np.mean(found[400])  # power grows with cells
 
