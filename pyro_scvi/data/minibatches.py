@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Matrix, smallest_type
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import ModelError
 
 RESIDENT_BYTES = 2**28  # largest dense copy of the counts in main memory, beside the matrix of the cells
+LONGEST_REASON = 120  # characters of torch's own words
 _BLOCK = 2**22  # entries moved at a time
 
 
@@ -20,9 +22,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises an AssertionError
-            reason = str(error).splitlines()[0]
-            raise FitError(f"the device {device!r} cannot be used: {reason}; 'auto' takes one that can") from error
+        except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA raises an AssertionError
+            reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")  # without MPS, torch lists its back ends
+            raise ModelError(f"the device {device!r} cannot be used: {reason}; 'auto' takes one that can") from error
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -37,7 +39,12 @@ class Minibatches:
     """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
 
     The counts lie on the device in the smallest type that holds them. If they are too many, minibatches are copied from
-    the matrix of the cells instead.
+    the matrix of the cells instead. ``new_batches``: whether cells may be of batches that the schema does not know.
+
+    Raises
+    ------
+    SchemaError
+        If there are such cells and ``new_batches`` is False.
     """
 
     def __init__(
@@ -46,7 +53,11 @@ class Minibatches:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         selected: np.ndarray | None = None,
+        *,
+        new_batches: bool = False,
     ) -> None:
+        if not new_batches:
+            cells.require_known_batches()
         self.cells, self.device, self.dtype = cells, device, dtype
         self.selected = np.arange(cells.n_cells) if selected is None else selected
         self.n_cells = len(self.selected)

@@ -20,6 +20,7 @@ from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.utils.checks import require_at_least, require_number
 
@@ -99,9 +100,9 @@ class GroupMeans:
 
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfMeans:
         """What is shared by all comparisons of these cells: their depths and the model's moments."""
-        batches, design = minibatches(fit, cells), self._design(cells)
+        batches, design, sampler = minibatches(fit, cells), self._design(cells), sampler_for(self.sampler, cells)
         with evaluating(fit.model, fit.guide, seed, theta=True):
-            moments = posterior_moments(fit, batches, part, self.sampler, self.samples)
+            moments = posterior_moments(fit, batches, part, sampler, self.samples)
         return ComparisonOfMeans(self, cells, design, moments)
 
     def _design(self, cells: Cells) -> Design:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.utils.checks import require_number
 
@@ -110,7 +111,8 @@ class RandomPairs:
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfPairs:
         """What is shared by all comparisons of these cells."""
         decoding = None if self.decode_in is None else cells.with_batch(self.decode_in).covariates
-        return ComparisonOfPairs(self, fit, cells, minibatches(fit, cells), decoding, self._plan(), seed)
+        told = replace(self, sampler=sampler_for(self.sampler, cells))
+        return ComparisonOfPairs(told, fit, cells, minibatches(fit, cells), decoding, self._plan(), seed)
 
     def _plan(self) -> AllPairs | MatchedPairs:
         if self.pairing is None:
