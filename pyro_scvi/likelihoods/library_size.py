@@ -13,7 +13,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.utils.checks import brief
 
-__all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary"]
+__all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary", "SizeFactor"]
 
 
 def __dir__() -> list[str]:
@@ -36,6 +36,10 @@ class Library(Component, ABC):
     @abstractmethod
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
         """Set what the user did not give, from the totals (cells,) of the training cells."""
+
+    def depth(self, total: Tensor, gamma: Tensor) -> Tensor:
+        """What counts of cells are divided by to be compared, (cells, 1), where it is no latent: the total."""
+        return total.clamp(min=1)
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Zero, (cells,): the total is part of what the model explains."""
@@ -185,6 +189,72 @@ class ObservedLibrary(LogNormalLibrary):
         """Log probability of the cells' totals (cells,): the LogNormal density, over a bin of one count."""
         total = x.sum(-1, keepdim=True).clamp(min=1)
         return self.law(gamma).log_prob(total).squeeze(-1)
+
+
+class SizeFactor(Library):
+    r"""A known size factor of each cell, such as that of DESeq2 or scran, which scales the means.
+
+    .. math:: \log \mu_{ng} = \log s_n - loc + \eta_{ng}
+
+    with s the size factor and eta the decoder's head. The means are not shares: the total of a cell is a part of what
+    the model explains, and evidence is given the size factors. ``loc`` is the mean of log s over the training cells,
+    so that the unit of s does not matter; it is a constant, not trained.
+
+    Parameters
+    ----------
+    columns
+        Where log s is in gamma: ``cells.columns["size_factor"]`` of cells read with ``size_factor="size_factor"``. The
+        decoder leaves this column out.
+
+    Raises
+    ------
+    ModelError
+        If ``columns`` is no slice of one column.
+
+    Examples
+    --------
+    >>> sized = adata.copy()
+    >>> sized.obs["size_factor"] = np.asarray(sized.X.sum(1)) / 100
+    >>> known = ps.Cells.from_anndata(sized, size_factor="size_factor")
+    >>> library = ps.libraries.SizeFactor(known.columns["size_factor"])
+    >>> made = ps.fit(ps.SCVI(20, 2, known.n_covariates, library=library), known, epochs=1, progress=False)
+    >>> made.model.decoder.layers.linear[0].in_features  # z alone
+    2
+    """
+
+    latent = False
+    loc: Tensor
+
+    def __init__(self, columns: slice) -> None:
+        super().__init__()
+        if not isinstance(columns, slice) or columns.start is None or columns.stop != columns.start + 1:
+            raise ModelError(
+                f'columns must be the slice of one column of gamma, as cells.columns["size_factor"], got {columns!r}'
+            )
+        self.columns = columns
+        self.register_buffer("loc", torch.zeros(()))
+
+    def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
+        """Log size factor of every cell less its mean over the training cells, (cells, 1)."""
+        if gamma.shape[-1] < self.columns.stop:
+            raise ModelError(
+                f"SizeFactor reads column {self.columns.start} of gamma, which has {gamma.shape[-1]} columns: read the "
+                "cells with size_factor="
+            )
+        return gamma[..., self.columns] - self.loc
+
+    def log_mean(self, eta: Tensor, log_library: Any) -> Tensor:
+        """Log mean count: the head and the log size factor, (..., cells, genes)."""
+        mean: Tensor = eta + log_library
+        return mean
+
+    def depth(self, total: Tensor, gamma: Tensor) -> Tensor:
+        """The size factor of every cell, (cells, 1), whatever its total."""
+        return (gamma[..., self.columns] - self.loc).exp()
+
+    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+        """Take loc from the training cells."""
+        self.loc.copy_(gamma[:, self.columns].mean())
 
 
 def _numbers(value: Any, name: str) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
+from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
@@ -61,7 +62,7 @@ class Gradients(NamedTuple):
 class Trainer:
     """One training run: model, guide, cells, options, state, and the signals that may end it.
 
-    ``checkpoints`` is None if this process writes none.
+    ``checkpoints`` is None if this process writes none. ``after_epoch`` is called when an epoch has ended.
     """
 
     model: SCVI
@@ -72,6 +73,7 @@ class Trainer:
     state: TrainingState
     checkpoints: Checkpoints | None
     interrupts: Interrupts
+    after_epoch: Callable[["Trainer"], None]
 
     @classmethod
     def at_start(
@@ -82,6 +84,7 @@ class Trainer:
         options: TrainingOptions,
         checkpoints: Checkpoints | None,
         interrupts: Interrupts,
+        after_epoch: Callable[["Trainer"], None],
     ) -> "Trainer":
         """A run before its first step, with a new optimiser and schedule."""
         keep_freed_memory()
@@ -95,7 +98,9 @@ class Trainer:
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
         schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
         state = TrainingState(model, guide, optimiser, schedule, options.patience)
-        return cls(model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts)
+        return cls(
+            model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts, after_epoch
+        )
 
     def train(self) -> None:
         """Train until the epochs are done, patience runs out or a signal comes; then restore the best state.
@@ -148,10 +153,12 @@ class Trainer:
             except Diverged as failure:
                 self._roll_back(failure)
                 continue
+            note_landmarks(self.guide, self.data.train, self.options.ranks)
             # Epochs are compared under the last KL weight: 0 leaves the prior of z out of the comparison, too.
             state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
                 self.checkpoints.note(state)
+            self.after_epoch(self)
             bar.set_postfix_str(_losses(row), refresh=False)
             bar.update()
         if state.best.waited_out:
@@ -302,12 +309,6 @@ def _losses(row: dict[str, float]) -> str:
     """Text of the progress bar after an epoch; the held-out loss is shown only if cells are held out."""
     losses = {"train": row["train_loss"], "held out": row["held_out_loss"]}
     return ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items() if not math.isnan(loss)) + " nats per cell"
-
-
-def evenly_spaced(at_most: int, n: int) -> Tensor:
-    """At most ``at_most`` of n positions, evenly spaced, because files are often sorted by cell type or donor."""
-    few = min(at_most, n)
-    return torch.arange(few) * n // max(few, 1)
 
 
 def _implausible(bound: float, kl: float) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.minibatches import Minibatches
-from pyro_scvi.inference.samplers import Sampler
+from pyro_scvi.inference.samplers import Draws, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.types import Theta
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def posterior_moments(fit: Fit, batches: Minibatches, part: np.ndarray, sampler:
     for k, rows in _blocks(part, n_parts):
         x, gamma = batches.rows(torch.as_tensor(rows, device=fit.device))
         draws = sampler.draw(fit.guide, x, gamma, samples)
-        # A library that is no latent is the observed total, and so it is where the model has none.
-        size = draws.sites["l"].mean(0) if fit.model.library.latent else x.new_tensor(totals[rows])[:, None]
-        size = size.clamp(min=torch.finfo(size.dtype).tiny) if fit.model.library.latent else size.clamp(min=1)
+        size = _size(fit.model.library, x.new_tensor(totals[rows])[:, None], gamma, draws)
         mean, square = rate_moments(fit.model.likelihood, x, decoded(fit, x, gamma, draws))
         depth[rows] = size[:, 0].double().cpu().numpy()
         first[k] += (mean / size).mean(0).sum(0).double().cpu().numpy()
@@ -66,6 +65,12 @@ def posterior_moments(fit: Fit, batches: Minibatches, part: np.ndarray, sampler:
     median = np.nanmedian(depth)
     n = np.bincount(part[part >= 0], minlength=n_parts)
     return Moments(depth / median, part, n, first * median, second * median**2)
+
+
+def _size(library: Library, total: Tensor, gamma: Tensor, draws: Draws) -> Tensor:
+    """Posterior mean of the library size (cells, 1); a known one, or the total, where it is no latent."""
+    size = draws.sites["l"].mean(0) if library.latent else library.depth(total, gamma)
+    return size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 def _blocks(part: np.ndarray, n_parts: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -14,6 +14,7 @@ from pyro_scvi.analysis.differential.contrasts import DepthCorrected, Uncorrecte
 from pyro_scvi.analysis.differential.groups import Group
 from pyro_scvi.analysis.differential.matched_pairs import Groups, MatchedPairs
 from pyro_scvi.analysis.differential.summary import raw_counts, summary
+from pyro_scvi.analysis.global_averages import at_draws
 from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
@@ -21,7 +22,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_number
+from pyro_scvi.utils.checks import require_at_least, require_number
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -66,6 +67,9 @@ class RandomPairs:
     pairing
         ``AllPairs(samples=...)`` takes this many draws of each group and uses all their pairs. It replaces the three
         arguments above and needs one dispersion per gene.
+    global_draws
+        None: global latents are at the guide's medians. A number: pairs take turns at so many of their draws, whose
+        spread is in ``se``; not with ``AllPairs``. There is then no more certainty to be had from pairs alone.
     sampler
         Draws the latents of every cell, as in ``sample_posterior``.
     decode_in
@@ -75,8 +79,8 @@ class RandomPairs:
     Raises
     ------
     ModelError
-        For an invalid contrast, pairing, sampler or number; when comparing, for a likelihood without w, or AllPairs
-        where cells differ in dispersion.
+        For an invalid contrast, pairing, sampler or number; when comparing, for a likelihood without w, AllPairs where
+        cells differ in dispersion, or ``global_draws`` where the model has no global latents.
     DataError
         When comparing within batches, if no batch holds cells of both groups.
     SchemaError
@@ -96,6 +100,7 @@ class RandomPairs:
     largest_se: float = 0.005
     most_pairs: int = 20_000
     pairing: AllPairs | None = None
+    global_draws: int | None = None
     sampler: Sampler = Amortized()
     decode_in: Hashable | None = None
 
@@ -107,12 +112,14 @@ class RandomPairs:
         require_number(self.delta, "delta")
         require_sampler(self.sampler)
         self._plan()
+        self._check_global_draws()
 
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfPairs:
         """What is shared by all comparisons of these cells."""
         decoding = None if self.decode_in is None else cells.with_batch(self.decode_in).covariates
         told = replace(self, sampler=sampler_for(self.sampler, cells))
-        return ComparisonOfPairs(told, fit, cells, minibatches(fit, cells), decoding, self._plan(), seed)
+        turns = () if self.global_draws is None else tuple(at_draws(fit, self.global_draws, seed))
+        return ComparisonOfPairs(told, fit, cells, minibatches(fit, cells), decoding, turns, self._plan(), seed)
 
     def _plan(self) -> AllPairs | MatchedPairs:
         if self.pairing is None:
@@ -122,6 +129,17 @@ class RandomPairs:
         if self.within_batch:
             raise ModelError("AllPairs pairs cells of all batches; leave pairing out, or within_batch")
         return self.pairing
+
+    def _check_global_draws(self) -> None:
+        if self.global_draws is None:
+            return
+        require_at_least(1, global_draws=self.global_draws)
+        if self.pairing is not None:
+            raise ModelError("AllPairs takes one law for all draws; leave pairing out, or global_draws")
+        if self.global_draws > self.most_pairs // 2:
+            raise ModelError(
+                f"most_pairs must be at least twice global_draws, got {self.most_pairs} and {self.global_draws}"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,13 +151,15 @@ class ComparisonOfPairs:
     cells: Cells
     batches: Minibatches
     decoding: np.ndarray | None
+    turns: tuple[Fit, ...]
     plan: AllPairs | MatchedPairs
     seed: int
 
     def table(self, a: Group, b: Group) -> pd.DataFrame:
         """One row per gene, (genes, columns)."""
         fit, cells, options = self.fit, self.cells, self.estimand
-        groups = Groups(fit, cells, self.batches, a.rows, b.rows, options.contrast, options.sampler, self.decoding)
+        how = (options.contrast, options.sampler, self.decoding, self.turns)
+        groups = Groups(fit, cells, self.batches, a.rows, b.rows, *how)
         with evaluating(fit.model, fit.guide, self.seed, theta=True):
             estimate = self.plan.estimate(groups, np.random.default_rng(self.seed), options.delta)
         table = summary(estimate) | raw_counts(cells, a.rows, "a") | raw_counts(cells, b.rows, "b")

@@ -113,6 +113,18 @@ def test_the_table_is_that_of_the_formula(observed, cells, monkeypatch):
     np.testing.assert_allclose(table.detected_b, (cells.counts[rows[1]] > 0).mean(0))
 
 
+def test_known_size_factors_are_the_depths(cells):
+    """Not the totals: a spike-in may say that one group has three times the RNA of the other."""
+    known = np.where(GROUPS == "x", 2.0, 6.0)
+    obs = pd.DataFrame({"size": known})
+    told = ps.Cells.from_counts(cells.counts, obs=obs, size_factor="size")
+    fit = fitted(told, library=ps.libraries.SizeFactor(told.columns["size"]), epochs=1)
+    with pytest.warns(UserWarning, match="depths differ more than 2-fold"):
+        table = compare(fit, told)
+    x, y = (told.counts[group == GROUPS].mean(0) for group in "xy")
+    np.testing.assert_allclose(table.mean_a / table.mean_b, 3 * x / y, rtol=1e-5)
+
+
 def test_variance_of_a_group_is_between_and_within_cells(cells):
     """Over the cells of a group: variance of E[w / l | x] plus mean of Var[w / l | x], by impute and draws of w."""
     fit = fitted(cells, ps.likelihoods.NB(), library=ps.libraries.ObservedLibrary())
