@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_scvi.inference.pareto_khat import pareto_khat
 from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.random_state import seeded
 
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
@@ -28,7 +29,8 @@ class Proposal(NamedTuple):
     def sample(self, samples: int) -> Tensor:
         """Draws of shape (samples, cells, latents)."""
         normal = torch.randn(samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-        chi2 = torch.distributions.Chi2(torch.full_like(self.loc[:, :1], DEGREES_OF_FREEDOM)).sample((samples,))
+        half = torch.full_like(self.loc[:, :1], 0.5)
+        chi2 = torch.distributions.Gamma(DEGREES_OF_FREEDOM * half, half).sample((samples,))
         step = torch.einsum("cij,scj->sci", self.scale_tril, normal) * (DEGREES_OF_FREEDOM / chi2).sqrt()
         return self.loc + step
 
@@ -116,7 +118,8 @@ def persistent_importance(
     better = (~(again.khat >= result.khat[failed])).nonzero().squeeze(-1)
     for kept, new in zip(result, again, strict=True):
         of_cells = int(kept.dim() > 1)  # the dimension of cells: draws come first
-        kept.index_copy_(of_cells, failed[better], new.index_select(of_cells, better))
+        places, chosen = failed[better].to(kept.device), better.to(kept.device)
+        kept.index_copy_(of_cells, places, new.index_select(of_cells, chosen))
     return result
 
 
@@ -173,11 +176,11 @@ def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tenso
     difference = gradient[:latents] - gradient[latents:]  # (step along k, cells, latents)
     # In units of the scale, where the matrix is well conditioned: S H S with S = diag(scale).
     curvature = -difference.permute(1, 0, 2) / (2 * step[:, :, None]) * scale[:, :, None] * scale[:, None, :]
-    curvature = (curvature + curvature.mT).double().nan_to_num(0.0, 0.0, 0.0) / 2
+    curvature = in_float64(curvature + curvature.mT).nan_to_num(0.0, 0.0, 0.0) / 2
     values, vectors = torch.linalg.eigh(curvature)
     # The floor bounds the variance along directions without curvature, at 10 times the scale squared.
     covariance = (vectors / values.clamp(min=0.1)[:, None, :]) @ vectors.mT
-    return scale[:, :, None] * torch.linalg.cholesky(covariance).to(loc.dtype)
+    return scale[:, :, None] * put_back(torch.linalg.cholesky(covariance), loc)
 
 
 @torch.no_grad()
@@ -185,7 +188,7 @@ def weighted_draws(log_joint: LogJoint, proposal: Proposal, samples: int, block:
     """Draws (samples, cells, latents) from the proposal and their float64 log weights (samples, cells)."""
     draws = proposal.sample(samples)
     log_density = torch.cat([log_joint(part) for part in draws.split(block)])
-    log_weights = (log_density - proposal.log_prob(draws)).double()
+    log_weights = in_float64(log_density - proposal.log_prob(draws))
     return draws, log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)  # an overflow gets no weight
 
 
@@ -194,16 +197,17 @@ def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
     weights = log_weights.softmax(0).nan_to_num(1 / len(log_weights))  # (samples, cells); NaN if none has weight
     ess = 1 / weights.square().sum(0)
     kept = (draws.shape[-1] / (draws.shape[-1] + ess))[:, None]  # share of the old proposal
-    u, old = draws.double(), proposal.loc.double()
+    u, old = in_float64(draws), in_float64(proposal.loc)
     mean = torch.einsum("sc,sci->ci", weights, u)
     centred = u - mean
     covariance = torch.einsum("sc,sci,scj->cij", weights, centred, centred)
-    tril = proposal.scale_tril.double()
+    tril = in_float64(proposal.scale_tril)
     covariance = (1 - kept[..., None]) * covariance + kept[..., None] * (tril @ tril.mT)
     loc = (1 - kept) * mean + kept * old
     jitter = 1e-8 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-    return Proposal(loc.to(proposal.loc.dtype), torch.linalg.cholesky(covariance + jitter * eye).to(proposal.loc.dtype))
+    new_tril = torch.linalg.cholesky(covariance + jitter * eye)
+    return Proposal(put_back(loc, proposal.loc), put_back(new_tril, proposal.loc))
 
 
 def evidence_of(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

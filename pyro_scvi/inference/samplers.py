@@ -15,6 +15,7 @@ from pyro_scvi.inference.importance import SamplingBudget, corrected_proposal, e
 from pyro_scvi.inference.proposals import start, weighted
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.precision import in_float64
 
 
 class Draws(NamedTuple):
@@ -81,7 +82,7 @@ class Amortized:
         if not guide.stochastic:
             ones = torch.ones_like(log_q[0])
             return Draws(sites, lambda: {"khat": ones * torch.inf, "ess": ones})
-        return Draws(sites, lambda: _weight_diagnostics(weigh(guide, x, gamma, sites, log_q)[0].double()))
+        return Draws(sites, lambda: _weight_diagnostics(in_float64(weigh(guide, x, gamma, sites, log_q)[0])))
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Importance:
         require_proper(guide.model.prior, "there is no posterior to sample")
         result = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
         chosen = torch.multinomial(result.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
-        u = result.draws.gather(0, chosen[..., None].expand(-1, -1, result.draws.shape[-1]))
+        u = result.draws.gather(0, chosen[..., None].expand(-1, -1, result.draws.shape[-1]).to(result.draws.device))
         return Draws(guide.coordinates.sites(u), lambda: {"khat": result.khat, "ess": result.ess})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyro_scvi.data.minibatches import require_precision
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
@@ -65,7 +66,14 @@ class Fit:
         return next(self.guide.parameters()).dtype
 
     def to(self, device: str | torch.device) -> "Fit":
-        """Move model and guide in place; returns the fit."""
+        """Move model and guide in place; returns the fit.
+
+        Raises
+        ------
+        FitError
+            For MPS if the parameters are float64, which it does not have.
+        """
+        require_precision(torch.device(device), self.dtype)
         self.model.to(device)
         self.guide.to(device)
         return self

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.minibatches import resolve_device
+from pyro_scvi.data.minibatches import require_precision, resolve_device
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
@@ -72,6 +72,7 @@ class TrainingOptions:
         options = replace(self, device=resolve_device(self.device))
         _check_cells(model, cells, self.validation)
         _check_precision(self.dtype, self.autocast)
+        require_precision(options.device, self.dtype)
         if not isinstance(self.ranks, Processes):
             raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)

@@ -18,6 +18,7 @@ from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget
 from pyro_scvi.inference.proposals import weighted
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.precision import in_float64
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -116,9 +117,9 @@ def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, jo
     result = weighted(guide, x, gamma, budget, joint=joint)
     # An observed library conditions on the cell's total: log p(total) completes log p(x). A latent one adds 0.
     charge = guide.model.library.log_prob_of_total(x, gamma)
-    log_evidence, bound = result.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
+    log_evidence, bound = result.log_evidence + in_float64(charge), _amortized_bound(guide, x, gamma) + charge
     columns = (log_evidence, result.se, result.ess, result.khat, bound)
-    return torch.stack([column.double().cpu() for column in columns], -1)
+    return torch.stack([in_float64(column).cpu() for column in columns], -1)
 
 
 def _amortized_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
