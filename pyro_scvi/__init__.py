@@ -11,9 +11,15 @@ from pyro_scvi.analysis.evidence.annealed import annealed_evidence
 from pyro_scvi.analysis.evidence.comparison import compare
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
+from pyro_scvi.analysis.evidence.stacking import stacking_weights
+from pyro_scvi.analysis.integration import spaces
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.expression import normalized_expression
 from pyro_scvi.analysis.integration.labels import predict_labels
+from pyro_scvi.analysis.integration.mapping import map_query
+from pyro_scvi.analysis.integration.transfer import transfer_labels
 from pyro_scvi.analysis.loadings import loadings
+from pyro_scvi.analysis.log_density import log_density
 from pyro_scvi.analysis.posterior_samples import sample_posterior
 from pyro_scvi.analysis.predictive import calibration, imputation
 from pyro_scvi.analysis.predictive import checks as criticism
@@ -28,6 +34,7 @@ from pyro_scvi.data.schema import Schema
 from pyro_scvi.export import blocks as shards
 from pyro_scvi.export.arviz import to_datatree
 from pyro_scvi.export.scanpy import add_rank_genes_groups, annotate
+from pyro_scvi.inference.given import Given
 from pyro_scvi.inference.samplers import HMC, Amortized, Importance, Refined
 from pyro_scvi.likelihoods import library_size as libraries
 from pyro_scvi.model import SCVI
@@ -58,6 +65,7 @@ __all__ = [
     "Amortized",
     "Cells",
     "Fit",
+    "Given",
     "Importance",
     "Refined",
     "Schema",
@@ -87,7 +95,10 @@ __all__ = [
     "likelihoods",
     "load",
     "loadings",
+    "log_density",
+    "map_query",
     "networks",
+    "normalized_expression",
     "plots",
     "posterior_predictive",
     "predict_labels",
@@ -98,8 +109,11 @@ __all__ = [
     "sample_posterior",
     "schedules",
     "shards",
+    "spaces",
+    "stacking_weights",
     "stores",
     "technical_zero_probability",
     "to_datatree",
+    "transfer_labels",
     "weights",
 ]

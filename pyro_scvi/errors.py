@@ -69,10 +69,10 @@ class FitError(PyroScviError, RuntimeError):
 
     Examples
     --------
-    >>> ps.fit(ps.SCVI(20, 2), cells, epochs=0)
+    >>> ps.fit(ps.SCVI(20, 2), cells, epochs=2, learning_rate=ps.schedules.Constant(1e30), progress=False)
     Traceback (most recent call last):
         ...
-    pyro_scvi.errors.FitError: epochs must be an integer of 1 or more, got 0
+    pyro_scvi.errors.FitError: ...
     """
 
     fit: Any = None  # a Fit, whose module imports this one

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import BoolTensor, Tensor, nn
+from torch import BoolTensor, Tensor
 
 from pyro_scvi.discovery import like
 from pyro_scvi.distributions.supports import require_coordinates
@@ -16,9 +16,9 @@ from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.nn.decoders import DecoderPart, MLPDecoder, require_decoder, require_heads
 from pyro_scvi.nn.normalization import BatchNorm, Norm
-from pyro_scvi.priors.base import is_improper, law_of, require_columns, takes_gamma
+from pyro_scvi.priors.base import law_of, require_columns, takes_gamma
 from pyro_scvi.priors.normal import StandardNormal
-from pyro_scvi.priors.weights import RandomWeights
+from pyro_scvi.priors.weights import RandomWeights, WeightPrior
 from pyro_scvi.program import Program, cells_plate, check_inputs, register
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.checks import brief, require_at_least, require_kind
@@ -60,7 +60,9 @@ class SCVI(Program):
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         The decoder's hidden layers, and the seed of the initial weights.
     weight_priors
-        Parameter name pattern -> prior on it, see :mod:`pyro_scvi.priors.weights`.
+        Parameter name pattern -> prior on it, see :mod:`pyro_scvi.priors.weights`: of the decoder, the likelihood, the
+        library or the prior. Any callable will do that takes the parameter's name and a tensor like it, samples at
+        least one site, and returns a tensor of that shape.
 
     Raises
     ------
@@ -110,7 +112,7 @@ class SCVI(Program):
         dropout: float = 0.0,
         norm: Norm | None = BatchNorm(),
         initial_sd: float | None = None,
-        weight_priors: dict[str, nn.Module] | None = None,
+        weight_priors: dict[str, WeightPrior] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -176,26 +178,32 @@ class SCVI(Program):
         kept = None if left == everything else torch.tensor(left, dtype=torch.long)
         self.register_buffer("decoder_columns", kept, persistent=False)
 
-    def _require_prior(self, seed: int) -> None:
-        """Refuse a prior whose distribution is of another shape, or that no coordinates reach."""
+    def example_law(self, seed: int = 0) -> Distribution:
+        """p(z) of two cells whose gamma is zero, with global latents drawn: of which kind and shape it is."""
         gamma = like(self).new_zeros(2, self.n_covariates)
         # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
-        with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block(), pyro.validation_enabled(False):
-            law: Any = self.prior_of(gamma)
+        with (
+            seeded(seed),
+            pyro.get_param_store().scope(),
+            pyro.poutine.block(),
+            pyro.validation_enabled(False),
+            self.weights.drawn_into(self),
+        ):
+            return self.prior_of(gamma)
+
+    def _require_prior(self, seed: int) -> None:
+        """Refuse a prior whose distribution is of another shape, or that no coordinates reach."""
+        law: Any = self.example_law(seed)
         if (shape := tuple(law.event_shape)) != (self.n_latent,):
             raise ModelError(
                 f"the prior must have event shape ({self.n_latent},), got {shape}; is to_event(1) missing?"
             )
         require_coordinates(law, "the prior of z")
-        if not takes_gamma(self.prior):
-            return
-        if tuple(law.batch_shape) not in ((), (1,), (1, 1), (2, 1)):
+        if takes_gamma(self.prior) and tuple(law.batch_shape) not in ((), (1,), (1, 1), (2, 1)):
             raise ModelError(
                 "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
                 f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
             )
-        if is_improper(law):
-            raise ModelError("a prior that is given gamma must have a density: take a wide normal")
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import ModelError
 from pyro_scvi.utils.checks import require_number
 
 __all__ = ["CheckpointInterval", "Constant", "ConstantKL", "OneCycle", "WarmUp"]
@@ -131,7 +131,7 @@ class WarmUp:
 
     Raises
     ------
-    FitError
+    ModelError
         Raised by ``fit``, if ``epochs`` is below 1, or not below the number of epochs of the run.
 
     Examples
@@ -144,11 +144,11 @@ class WarmUp:
     epochs: int
 
     def at(self, epoch: int, epochs: int) -> float:
-        """Weight in ``epoch`` of ``epochs``; raises FitError if the warm-up would not end inside the run."""
+        """Weight in ``epoch`` of ``epochs``; raises ModelError if the warm-up would not end inside the run."""
         if not self.epochs >= 1:  # refuses NaN, too
-            raise FitError(f"a KL warm-up takes 1 epoch or more, got {self.epochs}")
+            raise ModelError(f"a KL warm-up takes 1 epoch or more, got {self.epochs}")
         if self.epochs >= epochs:
-            raise FitError(
+            raise ModelError(
                 f"a KL warm-up of {self.epochs} epochs does not end inside a run of {epochs}: the evidence bound would "
                 "never be optimised; shorten the warm-up or train longer"
             )
@@ -166,7 +166,7 @@ class CheckpointInterval:
 
     Raises
     ------
-    FitError
+    ModelError
         If ``epochs`` is below 1 or ``seconds`` below 0.
 
     Examples
@@ -183,7 +183,7 @@ class CheckpointInterval:
 
     def __post_init__(self) -> None:
         if not (self.epochs >= 1 and self.seconds >= 0):  # refuses NaN, too
-            raise FitError(f"checkpoints need epochs >= 1 and seconds >= 0, got {self}")
+            raise ModelError(f"checkpoints need epochs >= 1 and seconds >= 0, got {self}")
 
 
 LearningRate = OneCycle | Constant

@@ -46,7 +46,7 @@ def test_presets_fit_as_documented_and_keep_their_start(batched_cells, preset):
     model, options = preset(batched_cells)
     start = model.decoder.heads["log_mean"].bias.detach().clone()
     frozen = options | {"learning_rate": ps.schedules.Constant(0.0), "epochs": 1}
-    ps.fit(model, batched_cells, progress=False, **frozen)
-    assert torch.equal(model.decoder.heads["log_mean"].bias, start)
+    started = ps.fit(model, batched_cells, progress=False, **frozen).model
+    assert torch.equal(started.decoder.heads["log_mean"].bias, start)
     fit = ps.fit(model, batched_cells, progress=False, **options | {"epochs": 20})
     assert fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0]

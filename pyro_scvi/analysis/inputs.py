@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.utils.checks import brief
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -41,13 +46,15 @@ def require_inputs(fit: Any, cells: Any) -> None:
         )
 
 
-def minibatches(fit: Fit, cells: Cells) -> Minibatches:
+def minibatches(fit: Fit, cells: Cells, *, new_batches: bool = False) -> Minibatches:
     """Minibatches of the cells on the fit's device, once their genes and covariates match the fit's.
+
+    ``new_batches``: the caller knows what to do with cells of batches that the fit does not know.
 
     Raises
     ------
     SchemaError
-        If they do not match.
+        If they do not match, or there are such cells and the caller does not know.
     """
     fitted, given = fit.schema, cells.schema
     if fitted.gene_names != given.gene_names:
@@ -61,4 +68,48 @@ def minibatches(fit: Fit, cells: Cells) -> Minibatches:
             f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; make "
             "them with Cells.from_anndata(adata, schema=fit.schema)"
         )
-    return Minibatches(cells, fit.device, fit.dtype)
+    return Minibatches(cells, fit.device, fit.dtype, new_batches=new_batches)
+
+
+def result_array(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
+    """Array that takes the results: ``out``, or a new one.
+
+    Raises
+    ------
+    ModelError
+        If ``out`` has another shape.
+    """
+    if out is None:  # by torch: thousands of small ones among large temporaries would fragment memory
+        return torch.empty(shape, dtype=fit.dtype).numpy()
+    if getattr(out, "shape", None) != shape:
+        given = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ModelError(f"out must be an array of shape {shape}, got {given}")
+    return out
+
+
+def require_quantiles(quantiles: Any) -> None:
+    """Refuse what is no list of numbers from 0 to 1.
+
+    Raises
+    ------
+    ModelError
+        If it is refused.
+    """
+    if not isinstance(quantiles, Iterable) or isinstance(quantiles, str):
+        raise ModelError(f"quantiles must be numbers in a list or tuple, got {brief(quantiles)}")
+    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in quantiles):
+        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
+
+
+def require_names(names: Any, what: str) -> None:
+    """Refuse one name, or what is no list, in the place of several names.
+
+    Raises
+    ------
+    ModelError
+        If it is refused.
+    """
+    if isinstance(names, str):
+        raise ModelError(f"{what} must be names in a list or tuple, as in [{names!r}], got {names!r}")
+    if not isinstance(names, Iterable):
+        raise ModelError(f"{what} must be names in a list or tuple, got {brief(names)}")

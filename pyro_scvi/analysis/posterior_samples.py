@@ -14,7 +14,8 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import EXPLICIT
 from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, with_enumerated
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.progress_bars import over_cells
@@ -104,7 +105,7 @@ def sample_posterior(
     True
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     parts = []

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.inference.importance import SamplingBudget, Target, persistent_importance
+from pyro_scvi.inference.importance import Importance, SamplingBudget, adaptive_importance, persistent_importance
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.random_state import seeded
 
@@ -49,11 +49,14 @@ def integrate(
         Draws of the sampler, and its seed.
     """
 
-    def target(rows: Tensor) -> Target:
-        return Target(log_joint_of(rows), loc[rows], scale[rows], _BLOCK)
+    def run(rows: Tensor, budget: SamplingBudget) -> Importance:
+        draw = int(torch.randint(2**31, ()))
+        return adaptive_importance(
+            log_joint_of(rows), loc[rows], scale[rows], **budget._asdict(), seed=draw, block=_BLOCK
+        )
 
     with seeded(seed):
         budget = SamplingBudget(samples, STEPS, ROUNDS)
-        parts = [persistent_importance(target, rows, budget) for rows in torch.arange(len(loc)).split(AT_ONCE)]
+        parts = [persistent_importance(run, rows, budget) for rows in torch.arange(len(loc)).split(AT_ONCE)]
     columns = zip(*((part.log_evidence, part.se, part.ess, part.khat) for part in parts), strict=True)
     return Evidence(*(torch.cat(column).cpu().numpy() for column in columns))

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.stats import norm, rankdata
 
+from pyro_scvi.baselines.inputs import in_order_of
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_at_least
 
@@ -95,7 +97,8 @@ def idr(
     Parameters
     ----------
     score_1, score_2
-        (items,) each, in the same order, finite. -log p of a p-value of 0 is infinite: drop such pairs first.
+        (items,) each, finite; in the same order, or Series, whose names are matched. -log p of a p-value of 0 is
+        infinite: drop such pairs first.
     starts
         Starting points of the EM: a sequence of :class:`Mixture`, or of its four numbers.
     tol
@@ -229,9 +232,11 @@ def _running_mean(local_idr: np.ndarray) -> np.ndarray:
     return np.cumsum(np.sort(local_idr))[no_larger - 1] / no_larger
 
 
-def _ranks(*scores: Any) -> list[np.ndarray]:
+def _ranks(first: Any, second: Any) -> list[np.ndarray]:
     """Number of items that score no higher, divided by n + 1, for each vector of scores."""
-    vectors = [np.asarray(score, dtype=np.float64) for score in scores]
+    if isinstance(second, pd.Series) and len(second) == np.size(first):  # further items would be left out unseen
+        second = in_order_of(getattr(first, "index", None), second, "score_2")
+    vectors = [np.asarray(score, dtype=np.float64) for score in (first, second)]
     shapes = [vector.shape for vector in vectors]
     if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
         raise DataError(f"the scores must be two vectors of one length, got shapes {shapes[0]} and {shapes[1]}")

@@ -1,13 +1,15 @@
 """The commands ``embed`` and ``impute``: apply a saved fit to the cells of a file and add the results to a copy."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from anndata import AnnData
 
-from pyro_scvi.analysis.integration import embedding
+from pyro_scvi.analysis.integration import embedding, expression
 from pyro_scvi.analysis.predictive import imputation
 from pyro_scvi.cli.files import QueryOptions, add, load_fit, read_h5ad, record, write_h5ad
 from pyro_scvi.cli.messages import say
@@ -18,6 +20,7 @@ from pyro_scvi.cli.options import (
     FitFolder,
     Force,
     Input,
+    NewBatches,
     OutFile,
     QueryLayer,
     Raw,
@@ -28,6 +31,7 @@ from pyro_scvi.cli.workspace import new_file
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.export.scanpy import in_genes_of
 from pyro_scvi.inference.samplers import Amortized
+from pyro_scvi.training.fitted import Fit
 
 
 def embed(
@@ -38,6 +42,7 @@ def embed(
     raw: Raw = False,
     fill_missing_genes: Fill = False,
     allow_non_integer: AllowNonInteger = False,
+    allow_new_batches: NewBatches = False,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -47,7 +52,7 @@ def embed(
     OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"]. Genes are matched by name, in any order; genes that
     the fit does not know are kept but play no part.
     """
-    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer)
+    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
     with new_file(out, force, file) as space:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
@@ -65,17 +70,23 @@ def impute(
     no_dropout: Annotated[
         bool, typer.Option("--no-dropout", help="The mean given no dropout, mu, instead of E[w | x].")
     ] = False,
+    normalized: Annotated[
+        bool, typer.Option("--normalized", help="Shares of the genes per 10,000, with batches averaged, instead.")
+    ] = False,
     technical_zeros: Annotated[
         bool, typer.Option("--technical-zeros", help="Add P(h = 1 | x), that a zero is technical.")
     ] = False,
     batch_as: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="As if of this batch, the mean over all given; takes --no-dropout."),
+        typer.Option(
+            metavar="NAME", help="As if of this batch, the mean over all; takes --no-dropout or --normalized."
+        ),
     ] = None,
     layer: QueryLayer = None,
     raw: Raw = False,
     fill_missing_genes: Fill = False,
     allow_non_integer: AllowNonInteger = False,
+    allow_new_batches: NewBatches = False,
     samples: Annotated[int, typer.Option(min=1, help="Draws of the latents of each cell.")] = 25,
     sampler: Sampling = None,
     seed: Seed = 0,
@@ -86,19 +97,14 @@ def impute(
 
     OUT.h5ad is a copy of FILE with the layer "pyro_scvi_expression", E[w | x] in counts, float32. With --no-dropout its
     name is "pyro_scvi_no_dropout", with --batch-as "pyro_scvi_no_dropout_batch_swapped"; --technical-zeros adds the
-    layer "pyro_scvi_technical_zero".
+    layer "pyro_scvi_technical_zero". With --normalized the layer is "pyro_scvi_normalized": the mean share of each gene
+    in a cell, which sum to 10,000, averaged over all batches of the fit or over those of --batch-as.
 
     Genes are matched by name, in any order, and OUT keeps all genes of FILE: those that the fit does not know are NaN
     in these layers, and var["pyro_scvi_modelled"] says which are known.
     """
-    if batch_as and not no_dropout:
-        raise typer.BadParameter(
-            "in another batch nothing was observed; add --no-dropout for the mean there", param_hint="'--batch-as'"
-        )
-    quantity = imputation.mean_given_no_dropout if no_dropout else imputation.expression
-    name = "pyro_scvi_no_dropout" if no_dropout else "pyro_scvi_expression"
-    name += "_batch_swapped" if batch_as else ""
-    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer)
+    name, verb = _quantity(normalized, no_dropout, batch_as)
+    reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
     with new_file(out, force, file) as space:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
@@ -108,11 +114,33 @@ def impute(
         layers = {}
         if technical_zeros:  # first: it is refused at once where the model has none
             layers["pyro_scvi_technical_zero"] = imputation.technical_zero_probability(fit, cells, **drawing)
-        layers[name] = imputation.impute(fit, cells, quantity=quantity, batches=batch_as or (), **drawing)
+        layers[name] = verb(fit, cells, **drawing)
         _add_layers(adata, cells, layers)
         asked = drawing | {"sampler": repr(drawing["sampler"]), "batch_as": ", ".join(batch_as or ())}
         record(adata, "pyro_scvi_impute", fit_folder, layers=", ".join(layers), **asked)
         write_h5ad(adata, space.path)
+
+
+def _quantity(normalized: bool, no_dropout: bool, batch_as: list[str] | None) -> tuple[str, Callable[..., Any]]:
+    """Name of the layer, and what computes it."""
+    if normalized and no_dropout:
+        raise typer.BadParameter("shares are of the mean given no dropout as they are", param_hint="'--no-dropout'")
+    if normalized:
+        name = "pyro_scvi_normalized" + "_batch_swapped" * bool(batch_as)
+        return name, partial(_normalized, batches=batch_as or None)
+    if batch_as and not no_dropout:
+        raise typer.BadParameter(
+            "in another batch nothing was observed; add --no-dropout for the mean there, or --normalized for shares",
+            param_hint="'--batch-as'",
+        )
+    quantity = imputation.mean_given_no_dropout if no_dropout else imputation.expression
+    name = ("pyro_scvi_no_dropout" if no_dropout else "pyro_scvi_expression") + "_batch_swapped" * bool(batch_as)
+    return name, partial(imputation.impute, quantity=quantity, batches=batch_as or ())
+
+
+def _normalized(fit: Fit, cells: Cells, **options: Any) -> np.ndarray:
+    values: np.ndarray = expression.normalized_expression(fit, cells, **options).to_numpy()
+    return values
 
 
 def _add_layers(adata: AnnData, cells: Cells, layers: dict[str, np.ndarray]) -> None:

@@ -10,9 +10,12 @@ import anndata
 import h5py
 import pandas as pd
 from anndata import AnnData
+from anndata.io import sparse_dataset
 
 from pyro_scvi.cli.workspace import FIT
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.compressed import require_whole
+from pyro_scvi.data.links import check_links
 from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.data.places import require_no_mudata
 from pyro_scvi.errors import CheckpointError, DataError, SchemaError
@@ -20,7 +23,7 @@ from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
 from pyro_scvi.utils import hdf5
-from pyro_scvi.utils.hdf5_links import links_out_of
+from pyro_scvi.utils.unreadable import errors_named
 from pyro_scvi.version import __version__
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -34,38 +37,23 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
     DataError
         If it is no valid h5ad file, one of MuData, or parts of it are links to files in other folders.
     """
-    check_links(file)
-    try:
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+    with errors_named(f"{file}:", "cannot read it as h5ad"):
+        check_links(file)
         with h5py.File(file) as group:
             require_no_mudata(group, file)
+            _require_whole_matrices(group, file)
         return anndata.read_h5ad(file, backed="r" if in_place else None)
-    except DataError:
-        raise
-    except Exception as error:  # whatever h5py and anndata say of a broken file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{file}: cannot read it as h5ad: {reason}") from error
 
 
-def check_links(file: Path) -> None:
-    """Refuse a file whose parts are in other folders: who made it would decide which files are read here.
-
-    Raises
-    ------
-    DataError
-        If there is such a link; names it.
-
-    Warns
-    -----
-    UserWarning
-        If a part is in another file of the same folder.
-    """
-    if not file.is_file():
-        return
-    for link in links_out_of(file):
-        what = f"{link.name} of {link.file} is in another file, {link.target}"
-        if not link.beside:
-            raise DataError(f"{what}, which is not read; copy its values into {link.file.name}, or that file beside it")
-        warnings.warn(what, UserWarning, stacklevel=2)
+def _require_whole_matrices(group: h5py.File, file: Path) -> None:
+    """Refuse broken sparse matrices before anndata reads them: what it makes of them may look whole."""
+    layers = (f"layers/{name}" for name in group.get("layers", ()))
+    for name in ("X", "raw/X", *layers):
+        matrix = group.get(name)
+        if isinstance(matrix, h5py.Group) and matrix.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
+            require_whole(sparse_dataset(matrix), f"{name} of {file}")
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:
@@ -114,6 +102,7 @@ class QueryOptions:
     raw: bool
     fill_missing_genes: bool
     allow_non_integer: bool
+    allow_new_batches: bool = False
 
     def cells_of(self, fit: Fit, adata: AnnData, *, in_place: bool = False) -> Cells:
         """The cells of a file in the fit's schema, with genes matched by name."""

@@ -1,5 +1,6 @@
 """Messages of the commands: notes, errors in one line, and no byte that a terminal would obey."""
 
+import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pyro_scvi.cli.wording import on_the_command_line
 from pyro_scvi.errors import PyroScviError
 from pyro_scvi.training.signals import sigterm_raises
 
+_NO_MEMORY = ("can't allocate memory", "can't start new thread")
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _MEMORY = "there is not enough memory; lower --batch-size, --block or --samples, or pass fewer cells or genes"
 
 
@@ -39,9 +42,20 @@ def notes_of(caught: list[warnings.WarningMessage]) -> list[str]:
 @contextmanager
 def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
-    with errors_in_one_line(), warnings_as_notes() as caught:
+    with errors_in_one_line(), warnings_as_notes() as caught, _place_told(result):
         yield caught
     say(f"wrote {result}")
+
+
+@contextmanager
+def _place_told(result: Path) -> Iterator[None]:
+    """Errors of a disk name the result where they name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS or error.filename is not None:
+            raise
+        raise OSError(f"{result} could not be written: {error}") from error
 
 
 @contextmanager
@@ -74,5 +88,5 @@ def _told(text: str) -> typer.Exit:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch had no memory: on a GPU it has an exception for that, on a CPU only a text."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether torch or a new thread had no memory: on a GPU torch has an exception for that, else there is a text."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)

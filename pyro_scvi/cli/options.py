@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from pyro_scvi import guides, likelihoods, priors
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import resolve_device
-from pyro_scvi.errors import FitError, ModelError
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference import samplers
 from pyro_scvi.likelihoods import library_size
@@ -87,7 +87,7 @@ def choice(parts: Mapping[str, Any], text: str) -> Any:
 def _usable_device(name: str) -> str:
     try:
         resolve_device(name)
-    except FitError as error:
+    except ModelError as error:
         raise typer.BadParameter(str(error)) from error
     return name
 
@@ -109,6 +109,9 @@ AllowNonInteger = Annotated[
 ]
 QueryLayer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="the fit's")]
 Fill = Annotated[bool, typer.Option("--fill-missing-genes", help="Count genes that FILE lacks as 0 in every cell.")]
+NewBatches = Annotated[
+    bool, typer.Option("--allow-new-batches", help="Accept cells of batches that the fit does not know.")
+]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes through the cells.", show_default="by their number")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Sampling = Annotated[Any, choice(SAMPLERS, "How the latents of a cell are drawn")]

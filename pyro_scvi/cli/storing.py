@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from pyro_scvi.cli.files import check_links
 from pyro_scvi.cli.messages import reporting, say
 from pyro_scvi.cli.options import AllowNonInteger, Layer, Progress, Raw
 from pyro_scvi.data import stores
@@ -29,8 +28,6 @@ def store(
     Genes are matched by name: those that all files have are kept. After an interruption the same command goes on.
     """
     with reporting(out):
-        for file in files:
-            check_links(file)
         path = stores.build(
             files,
             out,

@@ -15,7 +15,7 @@ from pyro_scvi.data.counts import Counts, Source, cell_totals, n_nonzero
 from pyro_scvi.data.indexing import CellIndex, positions, split_at_random
 from pyro_scvi.data.lazy_counts import rows_of
 from pyro_scvi.data.names import as_series, labelled, names_in, positions_of
-from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.obs_columns import categories, quoted
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.reading import Annotations, read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.data.schema import Schema
@@ -81,6 +81,7 @@ class Cells:
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
+        allow_new_batches: bool = False,
         backed: bool = False,
     ) -> "Cells":
         """Read an AnnData, which is not changed; errors in its counts and columns are raised here.
@@ -109,6 +110,10 @@ class Cells:
             Count genes of the schema that ``adata`` lacks as 0, with a warning, instead of raising.
         allow_non_integer
             Accept values that are no integers, such as corrected counts.
+        allow_new_batches
+            Accept cells of batches that the schema does not know: gamma then holds the mean over the known ones.
+            ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells, ``map_query``
+            learns their batches, and everything else refuses them. The column of batches must be there.
         backed
             Leave the counts of a backed or lazily read AnnData, or of an ``AnnCollection``, where they are. They
             are scanned once; then every minibatch is read from the file, which must stay open. A store
@@ -133,7 +138,7 @@ class Cells:
         place = chosen(layer, raw, schema.place if isinstance(schema, Schema) else Place())
         table = table_in_place(adata, place) if backed else table_of_anndata(adata, place)
         annotations = Annotations(batch, covariates, categories, labels)
-        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer)
+        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
         return cls(*parts, table.obs)
 
     @classmethod
@@ -151,6 +156,7 @@ class Cells:
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
+        allow_new_batches: bool = False,
     ) -> "Cells":
         """Take a matrix without an AnnData, validated in the same way as by :meth:`from_anndata`.
 
@@ -165,7 +171,7 @@ class Cells:
         obs
             Annotations, (cells, columns): matched by name where counts and ``obs`` have names, else in the order of the
             rows of ``counts``. An index 0, 1, 2, ... is no name.
-        batch, categories, covariates, labels, schema, fill_missing_genes, allow_non_integer
+        batch, categories, covariates, labels, schema, fill_missing_genes, allow_non_integer, allow_new_batches
             As in :meth:`from_anndata`.
 
         Raises
@@ -177,7 +183,7 @@ class Cells:
             raise SchemaError("a schema matches genes by name: pass gene_names, or a DataFrame with columns of genes.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
         annotations = Annotations(batch, covariates, categories, labels)
-        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer)
+        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
         return cls(*parts, table.obs)
 
     @classmethod
@@ -191,6 +197,7 @@ class Cells:
         labels: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
+        allow_new_batches: bool = False,
         verify: bool = True,
     ) -> "Cells":
         """Read a store that ``ps.stores.build`` wrote; counts stay on disk, and memory grows only with the cells.
@@ -199,7 +206,7 @@ class Cells:
         ----------
         path
             The store.
-        batch, categories, covariates, labels, schema, fill_missing_genes
+        batch, categories, covariates, labels, schema, fill_missing_genes, allow_new_batches
             As in :meth:`from_anndata`.
         verify
             Whether to compare the checksum of every array, which reads the store once. Sizes are always compared.
@@ -213,7 +220,7 @@ class Cells:
         """
         table = table_of_store(path, verify)
         annotations = Annotations(batch, covariates, categories, labels)
-        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer=True)
+        parts = read(table, annotations, schema, fill_missing_genes, True, allow_new_batches)
         return cls(*parts, table.obs)
 
     @property
@@ -343,8 +350,7 @@ class Cells:
     def with_batch(self, name: Hashable) -> "Cells":
         """Return the same cells as if all were from one batch; ``obs`` keeps the recorded batches.
 
-        For cells of an unknown batch, average a prediction over
-        ``cells.with_batch(name) for name in cells.schema.batches``.
+        Cells of an unknown batch, too: they then count as known.
 
         Raises
         ------
@@ -355,6 +361,31 @@ class Cells:
         covariates[:, : self.n_batches] = 0.0
         covariates[:, self.schema.batch_position(name)] = 1.0
         return replace(self, covariates=covariates)
+
+    def require_known_batches(self) -> None:
+        """Refuse cells of batches that the schema does not know, which ``allow_new_batches`` let in.
+
+        Raises
+        ------
+        SchemaError
+            If there are any; names their batches.
+        """
+        unknown = self.schema.of_unknown_batch(self.covariates)
+        if unknown.any():
+            raise SchemaError(
+                f"{unknown.sum()} cells are of batches that the fit does not know, {quoted(self.new_batches)}: "
+                "ps.embed, ps.annotate, ps.normalized_expression, ps.impute and ps.transfer_labels take them; for "
+                "anything else, let ps.map_query(fit, cells) learn these batches."
+            )
+
+    @property
+    def new_batches(self) -> tuple[str, ...]:
+        """Batches of cells whose batch the schema does not know, in the order of ``obs``."""
+        unknown = self.schema.of_unknown_batch(self.covariates)
+        if self.schema.batch is None or not unknown.any():
+            return ()
+        found, _ = categories(self.obs[unknown], self.schema.batch)
+        return tuple(word for word in found if word not in self.schema.batches)
 
     def without(self, name: str) -> "Cells":
         """Return the same cells without their labels, as if none had been given; ``obs`` keeps them.
@@ -386,6 +417,8 @@ class Cells:
         }
         if schema.batch is not None:
             facts["batch"] = f"{schema.batch} ({', '.join(schema.batches)})"
+        if self.new_batches:
+            facts["new batches"] = ", ".join(self.new_batches)
         facts |= {
             name: f"category ({', '.join(levels)})"
             for name, levels in zip(schema.categories, schema.levels, strict=True)

@@ -11,6 +11,7 @@ from pyro_scvi.data.counts import Counts, Matrix, Source, canonical, select_gene
 from pyro_scvi.data.indexing import consecutive, within
 from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.utils.unreadable import errors_named
 
 
 def rows_of(counts: Counts, rows: np.ndarray) -> Counts:
@@ -77,13 +78,15 @@ class Backed(Source):
         is_sparse = isinstance(matrix, CSRDataset)
         if not is_sparse and (isinstance(matrix, np.ndarray) or not hasattr(matrix, "chunks")):
             raise DataError(f"{name} is no matrix on disk ({type(matrix).__name__}); read it without backed=True.")
-        _require_matrix(matrix, name)
-        require_whole(matrix, name)
-        super().__init__(tuple(matrix.shape), matrix.dtype, f"backed {'sparse' if is_sparse else 'dense'}")
+        with errors_named(name):
+            _require_matrix(matrix, name)
+            require_whole(matrix, name)
+            super().__init__(tuple(matrix.shape), matrix.dtype, f"backed {'sparse' if is_sparse else 'dense'}")
         self.matrix, self.name = matrix, name
 
     def __getitem__(self, rows: np.ndarray) -> Matrix:
-        return in_file_order(lambda wanted: canonical(self.matrix[wanted], self.name), rows, self)
+        with errors_named(self.name):
+            return in_file_order(lambda wanted: canonical(self.matrix[wanted], self.name), rows, self)
 
 
 class Chunked(Source):
@@ -108,7 +111,8 @@ class Chunked(Source):
         self.array, self.name = array, name
 
     def __getitem__(self, rows: np.ndarray) -> Matrix:
-        return in_file_order(lambda wanted: canonical(self.array[wanted], self.name), rows, self)
+        with errors_named(self.name):
+            return in_file_order(lambda wanted: canonical(self.array[wanted], self.name), rows, self)
 
 
 class Collection(Source):
@@ -139,12 +143,13 @@ class Collection(Source):
         return in_file_order(self._read, rows, self)
 
     def _read(self, rows: np.ndarray | slice) -> Matrix:
-        view = self.collection[rows]
-        return canonical(view.X if self.layer is None else view.layers[self.layer], self.name)
+        with errors_named(self.name):
+            view = self.collection[rows]
+            return canonical(view.X if self.layer is None else view.layers[self.layer], self.name)
 
 
 def _require_matrix(matrix: Any, name: str) -> None:
-    if len(matrix.shape) != 2 or 0 in matrix.shape:
+    if len(matrix.shape or ()) != 2 or min(matrix.shape) < 1:  # an array without content has the shape None
         raise DataError(f"{name} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}.")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Matrix, smallest_type
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import ModelError
 
 RESIDENT_BYTES = 2**28  # largest dense copy of the counts in main memory, beside the matrix of the cells
+LONGEST_REASON = 120  # characters of torch's own words
 _BLOCK = 2**22  # entries moved at a time
 
 
@@ -20,10 +22,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=accelerator if device == "auto" else device).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises an AssertionError
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA raises an AssertionError
+        reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")  # without MPS, torch lists its back ends
         other = "device='cpu' can" if device == "auto" else "'auto' takes one that can"
-        raise FitError(f"the device {device!r} cannot be used: {reason}; {other}") from error
+        raise ModelError(f"the device {device!r} cannot be used: {reason}; {other}") from error
 
 
 def require_precision(device: torch.device, dtype: torch.dtype) -> None:
@@ -31,11 +33,11 @@ def require_precision(device: torch.device, dtype: torch.dtype) -> None:
 
     Raises
     ------
-    FitError
+    ModelError
         If it is asked for; says what to do.
     """
     if device.type == "mps" and dtype == torch.float64:
-        raise FitError("MPS has no float64: take device='cpu', or fit with dtype=torch.float32")
+        raise ModelError("MPS has no float64: take device='cpu', or fit with dtype=torch.float32")
 
 
 def resident_bytes(device: torch.device) -> int:
@@ -52,7 +54,12 @@ class Minibatches:
     """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
 
     The counts lie on the device in the smallest type that holds them. If they are too many, minibatches are copied from
-    the matrix of the cells instead.
+    the matrix of the cells instead. ``new_batches``: whether cells may be of batches that the schema does not know.
+
+    Raises
+    ------
+    SchemaError
+        If there are such cells and ``new_batches`` is False.
     """
 
     def __init__(
@@ -61,7 +68,11 @@ class Minibatches:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         selected: np.ndarray | None = None,
+        *,
+        new_batches: bool = False,
     ) -> None:
+        if not new_batches:
+            cells.require_known_batches()
         self.cells, self.device, self.dtype = cells, device, dtype
         self.selected = np.arange(cells.n_cells) if selected is None else selected
         self.n_cells = len(self.selected)

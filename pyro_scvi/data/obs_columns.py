@@ -24,6 +24,8 @@ LARGEST_NUMBER = 1e100
 PLURALS = {"batch": "batches", "category": "categories"}
 """What columns of categories are called in messages."""
 
+_TOO_LARGE = "holds values too large to be standardised; rescale it."
+
 WORDS_FOR_MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "nat", "<na>"})
 """What a missing value becomes when a column is turned into text; in lower case."""
 
@@ -161,13 +163,16 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
     try:
         if column.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and turn dates into nanoseconds
             raise TypeError
-        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        with np.errstate(over="ignore"):  # of a longer type; infinity is refused below
+            values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    except OverflowError as error:  # an integer of Python may be of any size
+        raise DataError(f"covariate column {name!r} {_TOO_LARGE}") from error
     except (TypeError, ValueError) as error:
         raise DataError(
             f"covariate column {name!r} must be numeric; its type is {column.dtype}. Pass categories as batch=."
         ) from error
     if (np.abs(values) > LARGEST_NUMBER).any() and np.isfinite(values).all():
-        raise DataError(f"covariate column {name!r} holds values too large to be standardised; rescale it.")
+        raise DataError(f"covariate column {name!r} {_TOO_LARGE}")
     wrong = ~np.isfinite(values)
     if wrong.any():
         raise DataError(

@@ -12,13 +12,16 @@ from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.data.count_checks import check_counts, warn_of_features
 from pyro_scvi.data.counts import Counts, canonical, cell_totals, expressed_genes, is_chunked, largest_exact
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
+from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import labelled, names_in, positions_of
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.data.stores.layout import SCHEMA
+from pyro_scvi.errors import DataError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, warn
+from pyro_scvi.utils.unreadable import errors_named
 
 _OF_ZEROS = {
     "cell": "Results for such cells are mostly the prior's; sc.pp.filter_cells(adata, min_counts=1) leaves them out.",
@@ -76,6 +79,10 @@ def _require_place(adata: AnnData, place: Place) -> None:
         )
 
 
+def _source(adata: AnnData, place: Place) -> str:
+    return f"{place.name} of {adata.filename}" if adata.isbacked else place.name
+
+
 def _hint(adata: AnnData, place: Place) -> str:
     """Where raw counts may be instead, for messages."""
     return hint_of(_listed(adata), adata.raw is not None and not place.raw)
@@ -111,7 +118,7 @@ def _matrix(adata: AnnData, place: Place) -> Any:
         return adata.X if place.layer is None else adata.layers[place.layer]
     except Exception as error:  # what anndata, h5py and SciPy raise for a closed file, or a view that they cannot read
         raise DataError(
-            f"{place.name} cannot be read: {error}; is its file open? adata.to_memory() may help."
+            f"{_source(adata, place)} cannot be read: {error}; is its file open? adata.to_memory() may help."
         ) from error
 
 
@@ -145,24 +152,37 @@ def table_in_place(adata: Any, place: Place) -> Table:
 
 def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
     _require_place(adata, place)
+    if adata.isbacked:
+        check_links(Path(adata.filename))
     lazy = not adata.isbacked and is_chunked(_matrix(adata, place))
     if not lazy and (place.layer is not None or adata.is_view):
         raise DataError(
             "backed=True reads X or raw of a whole file: anndata loads layers and views into memory. Use Cells.take "
             "for some of the cells, and ps.stores.build(file, path, layer=...) for a layer."
         )
-    matrix, var = _matrix(adata, place), _var(adata, place)
-    counts = Chunked(matrix, place.name) if lazy else Backed(matrix, place.name)
+    matrix, var, obs = _matrix(adata, place), _var(adata, place), _obs(adata)
+    source = _source(adata, place)
+    counts = Chunked(matrix, source) if lazy else Backed(matrix, source)
+    if counts.shape != (len(obs), len(var)):  # anndata does not compare them with a file
+        raise DataError(f"{source} has the shape {counts.shape}, but there are {len(obs)} cells and {len(var)} genes.")
     exact, hint = largest_exact(counts.dtype), _hint(adata, place)
-    return Table(counts, _texts(var.index), _obs(adata), place.name, hint, place, exact, var)
+    return Table(counts, _texts(var.index), obs, source, hint, place, exact, var)
 
 
 def table_of_store(path: str | Path, verify: bool) -> Table:
     """Take the counts of a store, which were validated when it was built."""
     store = CountStore(path, verify=verify)
-    annotations, plan = store.annotations(), store.schema.plan
-    place = Place(plan["layer"], plan.get("raw", False))
-    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", place)
+    annotations = store.annotations()
+    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", _place_of(store))
+
+
+def _place_of(store: CountStore) -> Place:
+    file = store.path / SCHEMA
+    with errors_named(str(file), kind=StoreError):
+        layer, raw = store.schema.plan["layer"], store.schema.plan.get("raw", False)
+    if not isinstance(layer, str | None) or not isinstance(raw, bool):
+        raise StoreError(f"{file} names no place of counts: layer {brief(layer)}, raw {brief(raw)}")
+    return Place(layer, raw)
 
 
 def table_of_matrix(
@@ -222,6 +242,7 @@ def read(
     schema: Schema | None,
     fill_missing_genes: bool,
     allow_non_integer: bool,
+    allow_new_batches: bool = False,
 ) -> tuple[Counts, np.ndarray, Schema]:
     """Validate a table, and match it with a schema or learn one.
 
@@ -236,6 +257,8 @@ def read(
     """
     if schema is not None and not isinstance(schema, Schema):
         raise SchemaError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
+    if allow_new_batches and schema is None:
+        raise SchemaError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
     _check_names(table)
     counts, genes, learning = table.counts, table.genes, schema is None
     if schema is None:
@@ -257,7 +280,7 @@ def read(
     _warn_of_zeros("cell", table.obs.index[cell_totals(counts) == 0])
     if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
-    return counts, schema.encode(table.obs), schema
+    return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
 
 
 def _check_names(table: Table) -> None:

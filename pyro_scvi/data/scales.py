@@ -17,6 +17,22 @@ NARROWEST = 0.05
 smaller unit."""
 
 
+SMALLEST = 1e-100
+"""A covariate whose values are all below this is refused: its variance may underflow, and its scale be wrong."""
+
+
+def require_not_tiny(name: str, values: np.ndarray) -> None:
+    """Refuse a covariate whose values (cells,) are too small for their squares to be numbers.
+
+    Raises
+    ------
+    DataError
+        If they are; names the column.
+    """
+    if 0 < np.abs(values).max(initial=0) < SMALLEST:
+        raise DataError(f"covariate column {name!r} holds values too small to be standardised; rescale it.")
+
+
 def require_near(name: str, values: np.ndarray, mean: float, sd: float, cells: pd.Index) -> None:
     """Refuse values (cells,) of a covariate at which no function of a fit gives numbers that can be trusted.
 

@@ -12,7 +12,7 @@ import pandas as pd
 from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.data.obs_columns import categories, has_order, label_of, labels_of, numbers, quoted, warn_of_batches
 from pyro_scvi.data.places import Place
-from pyro_scvi.data.scales import require_near, warn_of_units
+from pyro_scvi.data.scales import require_near, require_not_tiny, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
@@ -23,8 +23,8 @@ LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered")
 
 
 _NO_BATCH = (
-    "its batches are {}. For cells of an unknown batch, set the column to any known batch, then average the results of "
-    "cells.with_batch(name) over the known names."
+    "its batches are {}. Pass allow_new_batches=True to read cells of other batches: ps.embed and "
+    "ps.normalized_expression take them as they are, and ps.map_query learns their batches."
 )
 _NO_CATEGORY = "its categories are {}."
 _NO_LABEL = "its labels are {}. Cells whose label is none of these must have a missing value there."
@@ -114,6 +114,7 @@ class Schema:
         _require_distinct(batch, further, names, labels)
         values = [numbers(obs, name) for name in names]
         for name, value in zip(names, values, strict=True):
+            require_not_tiny(name, value)
             if not value.std() > 1e-10 * abs(value.mean()):  # the rounding error of a constant column is below this
                 raise DataError(f"covariate column {name!r} is constant ({value[0]:g}); leave it out of covariates.")
             require_near(name, value, value.mean(), value.std(), obs.index)
@@ -291,10 +292,11 @@ class Schema:
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
 
-    def encode(self, obs: pd.DataFrame) -> np.ndarray:
+    def encode(self, obs: pd.DataFrame, *, allow_new_batches: bool = False) -> np.ndarray:
         """One-hot batches and categories, standardised covariates, one-hot labels: (cells, covariates), float32.
 
-        Cells without a label, and all of them if there is no column of labels, have zeros there.
+        Cells without a label, and all of them if there is no column of labels, have zeros there. Cells of a batch that
+        the schema does not know have the mean over the known ones if ``allow_new_batches``.
 
         Raises
         ------
@@ -310,7 +312,7 @@ class Schema:
         """
         encoded, places = np.zeros((len(obs), self.n_covariates), dtype=np.float32), self.columns
         if self.batch is not None:
-            encoded[:, places[self.batch]] = self._one_hot(obs, self.batch)
+            encoded[:, places[self.batch]] = self._batches(obs, self.batch, allow_new_batches)
         for name, levels in zip(self.categories, self.levels, strict=True):
             encoded[:, places[name]] = _one_hot(name, levels, *categories(obs, name, "category"), _NO_CATEGORY)
         for name, mean, sd in zip(self.covariates, self.means, self.sds, strict=True):
@@ -340,8 +342,29 @@ class Schema:
             raise SchemaError(f"column {self.batch!r} has no batch {name!r}; its batches are {quoted(self.batches)}.")
         return self.batches.index(name)
 
-    def _one_hot(self, obs: pd.DataFrame, batch: str) -> np.ndarray:
-        return _one_hot(batch, self.batches, *categories(obs, batch), _NO_BATCH)
+    def of_unknown_batch(self, gamma: np.ndarray) -> np.ndarray:
+        """Which cells (cells,) of gamma (cells, covariates) are of a batch that is not known: they have a mean there.
+
+        Where only one batch is known, :meth:`encode` refuses others.
+        """
+        unknown: np.ndarray = ~(gamma[:, : self.n_batches] == 1).any(1) & (self.n_batches > 0)
+        return unknown
+
+    def _batches(self, obs: pd.DataFrame, batch: str, allow_new: bool) -> np.ndarray:
+        found, codes = categories(obs, batch)
+        if not allow_new:
+            return _one_hot(batch, self.batches, found, codes, _NO_BATCH)
+        if self.n_batches == 1 and found != list(self.batches):
+            raise SchemaError(
+                f"column {batch!r} holds {quoted(found)}, and the schema knows one batch only, {self.batches[0]!r}: "
+                "its cells and those of a new batch would look alike. Fit without batch=, or with several batches."
+            )
+        rows = np.full((len(found), self.n_batches), 1 / self.n_batches, dtype=np.float32)
+        for row, word in zip(rows, found, strict=True):
+            if word in self.batches:
+                row[:] = np.eye(self.n_batches)[self.batches.index(word)]
+        encoded: np.ndarray = rows[codes]
+        return encoded
 
 
 def _one_hot(name: str, known: Sequence[str], found: list[str], codes: np.ndarray, hint: str) -> np.ndarray:

@@ -27,7 +27,8 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import cell_terms, entry_terms, global_terms, latent_terms, scored
 from pyro_scvi.guides.supported import EXPLICIT
 from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.random_state import seeded
@@ -136,8 +137,8 @@ def to_datatree(
     ('chain', 'draw', 'cell', 'latent')
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
-    require_proper(fit.model.prior, "there is no posterior to export")
+    sampler = sampler_for(sampler, cells)
+    require_proper(fit.model, "there is no posterior to export")
     if sites is None:
         sites = _of_moderate_size(fit)
     require_at_least(1, samples=samples, batch_size=batch_size)

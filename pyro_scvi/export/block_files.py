@@ -14,7 +14,7 @@ import numpy as np
 
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils import hdf5
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.locks import only_writer
 from pyro_scvi.utils.temporary import leftovers, new_temporary
 
@@ -91,7 +91,19 @@ class _Zarr(Format):
         return nullcontext()
 
     def reserve(self, path: Path) -> None:
-        """Nothing: how small its blocks become is known once they are compressed; one without room is not marked."""
+        """Warn where there may be too little: how small its blocks become is known once they are compressed.
+
+        A block without room is not marked as done.
+        """
+        with self.opened(path, "r") as group:
+            arrays = [item for _, item in group.members(max_depth=None) if hasattr(item, "nbytes")]
+            left = sum(array.nbytes * (1 - array.nchunks_initialized / array.nchunks) for array in arrays if array.size)
+        free = shutil.disk_usage(path).free
+        if left > free:
+            warn(
+                f"the results in {path} may take {left / 1e9:.3g} GB more, less what compression saves, and its disk "
+                f"has {free / 1e9:.3g} GB left. A full disk ends the run at a block; the same call goes on."
+            )
 
 
 class _HDF5(Format):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,19 +14,22 @@ from anndata import AnnData
 from pyro_scvi.analysis.differential.summary import half_step
 from pyro_scvi.analysis.inputs import require_fit
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.spaces import Expression, FittedSpace, require_space
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
-from pyro_scvi.errors import DataError
+from pyro_scvi.data.places import Place, chosen
+from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_seed
+from pyro_scvi.utils.checks import require_at_least, require_seed, warn
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-EMBEDDING, EXPRESSION, TECHNICAL, PROVENANCE = (
+EMBEDDING, COMPONENTS, EXPRESSION, TECHNICAL, PROVENANCE = (
     "X_pyro_scvi",
+    "X_pyro_scvi_expression_pca",
     "pyro_scvi_expression",
     "pyro_scvi_technical_zero",
     "pyro_scvi",
@@ -37,9 +40,11 @@ def annotate(
     adata: AnnData,
     fit: Fit,
     *,
+    space: Expression | FittedSpace | None = Expression(),
     expression: bool = False,
     technical_zeros: bool = False,
     layer: str | None = None,
+    raw: bool = False,
     samples: int = 25,
     sampler: Sampler = Amortized(),
     seed: int = 0,
@@ -47,14 +52,17 @@ def annotate(
     overwrite: bool = False,
     fill_missing_genes: bool = False,
     allow_non_integer: bool = False,
+    allow_new_batches: bool = False,
 ) -> None:
     """Write the embedding of the cells, and on request their expression, into ``adata``, leaving raw counts unchanged.
 
-    ``obsm["X_pyro_scvi"]`` holds E[z | x], (cells, latents); ``layers["pyro_scvi_expression"]`` E[w | x], counts, and
-    ``layers["pyro_scvi_technical_zero"]`` P(h = 1 | x), (cells, genes) each, NaN for genes that the fit does not know.
-    ``uns["pyro_scvi"]`` records how each was made, under its name: the package's version, seed, the layer that was
-    read, model, guide, settings of the fit, its schema (JSON) and the seconds of the call; for layers also samples and
-    sampler. Continue with ``scanpy.pp.neighbors(adata, use_rep="X_pyro_scvi")``.
+    ``obsm["X_pyro_scvi"]`` holds E[z | x], (cells, latents); ``obsm["X_pyro_scvi_expression_pca"]`` principal
+    components of the expression decoded from it, (cells, components); ``layers["pyro_scvi_expression"]`` E[w | x],
+    counts, and ``layers["pyro_scvi_technical_zero"]`` P(h = 1 | x), (cells, genes) each, NaN for genes that the fit
+    does not know. ``uns["pyro_scvi"]`` records how each was made, under its name: the package's version, seed, the
+    layer that was read, model, guide, settings of the fit, its schema (JSON) and the seconds of the call; for layers
+    also samples and sampler, for the components their axes. Continue with
+    ``scanpy.pp.neighbors(adata, use_rep="X_pyro_scvi_expression_pca")``.
 
     Parameters
     ----------
@@ -62,11 +70,17 @@ def annotate(
         Raw counts in the layer of the fit; genes are matched by name, in any order.
     fit
         The fit.
+    space
+        What the principal components are of. The axes are those of these cells. For a query, pass the space of the
+        reference, so that both lie in one space: ``ps.spaces.from_record(reference)`` after
+        ``ps.annotate(reference, fit)``. None: E[z | x] alone is written.
     expression, technical_zeros
         Which layers to add.
     layer
         Layer with the raw counts; None: the layer that the fit was made from, or ``X``. Needed if ``X`` was normalised
         after the fit and the counts were kept in a layer.
+    raw
+        Whether to read the counts of ``adata.raw``, for ``X`` that was normalised after the fit.
     samples, sampler, batch_size
         Draws of z and l for the layers, as in ``impute``.
     seed
@@ -78,6 +92,8 @@ def annotate(
         Whether to count genes that ``adata`` lacks as zero, with a warning, instead of raising.
     allow_non_integer
         Whether to accept values that are no integers, for a fit made from such values.
+    allow_new_batches
+        Whether to accept cells of batches that the fit does not know; ``technical_zeros`` refuses them.
 
     Raises
     ------
@@ -88,14 +104,16 @@ def annotate(
         If genes, batches or covariates are not those of the fit, or there is no such layer.
     ModelError
         If ``fit`` is no Fit, the model has no ``technical_zeros`` or ``expression``, a number is below 1, or an
-        argument has the wrong type.
+        argument has the wrong type. If ``space`` cannot be had of this fit and these cells: pass ``space=None``.
 
     Examples
     --------
     >>> annotated = adata.copy()
     >>> ps.annotate(annotated, fit)
-    >>> annotated.obsm["X_pyro_scvi"].shape, sorted(annotated.uns["pyro_scvi"]["X_pyro_scvi"])[:3]
-    ((60, 2), ['guide', 'layer', 'model'])
+    >>> annotated.obsm["X_pyro_scvi"].shape, annotated.obsm["X_pyro_scvi_expression_pca"].shape
+    ((60, 2), (60, 10))
+    >>> sorted(annotated.uns["pyro_scvi"]["X_pyro_scvi"])[:3]
+    ['guide', 'layer', 'model']
     """
     started = time.perf_counter()
     _require_own(adata, "annotate(adata, fit)")
@@ -105,26 +123,46 @@ def annotate(
     require_at_least(1, samples=samples, batch_size=batch_size)
     wanted: dict[str, Callable[..., np.ndarray]] = {EXPRESSION: impute} if expression else {}
     wanted |= {TECHNICAL: technical_zero_probability} if technical_zeros else {}
-    taken = [f"obsm[{EMBEDDING!r}]"] * (EMBEDDING in adata.obsm) + [f"uns[{PROVENANCE!r}]"] * (PROVENANCE in adata.uns)
+    if space is not None:
+        require_space(space)
+    taken = [f"obsm[{name!r}]" for name in (EMBEDDING, COMPONENTS) if name in adata.obsm] + [f"uns[{PROVENANCE!r}]"] * (
+        PROVENANCE in adata.uns
+    )
     taken += [f"layers[{name!r}]" for name in wanted if name in adata.layers]
     if taken and not overwrite:
         raise DataError(f"adata has {', '.join(taken)} already; pass overwrite=True to replace, or annotate a copy")
     cells = Cells.from_anndata(
         adata,
         layer=layer,
+        raw=raw,
         schema=fit.schema,
         fill_missing_genes=fill_missing_genes,
         allow_non_integer=allow_non_integer,
+        allow_new_batches=allow_new_batches,
     )
     drawing: dict[str, Any] = {"samples": samples, "sampler": sampler, "seed": seed, "batch_size": batch_size}
     results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
     latent = embed(fit, cells, seed=seed)
+    components = {} if space is None else _components(fit, cells, space, seed)
     adata.obsm[EMBEDDING] = latent
+    adata.obsm.pop(COMPONENTS, None)  # of an earlier call, whose z is replaced
+    if components:
+        adata.obsm[COMPONENTS] = components.pop("values")
     for name, values in results.items():
         adata.layers[name] = in_genes_of(adata, cells, values)
-    made = _provenance(fit, seed, layer) | {"seconds": time.perf_counter() - started}
+    made = _provenance(fit, seed, chosen(layer, raw, fit.schema.place)) | {"seconds": time.perf_counter() - started}
     drawn = made | {"samples": samples, "sampler": repr(sampler)}
-    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | dict.fromkeys(results, drawn)
+    placed = {COMPONENTS: made | components} if components else {}
+    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | placed | dict.fromkeys(results, drawn)
+
+
+def _components(fit: Fit, cells: Cells, space: Any, seed: int) -> dict[str, Any]:
+    """Coordinates of the cells, and the axes that place others beside them."""
+    try:
+        fitted = space.fitted(fit, cells, seed=seed)
+        return {"values": fitted.place(fit, cells, seed=seed), "pca": fitted.record()}
+    except ModelError as error:
+        raise ModelError(f"{error}; annotate(space=None) writes E[z | x] alone") from error
 
 
 def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:
@@ -167,6 +205,11 @@ def add_rank_genes_groups(
         genes of a group. If its genes are not in ``adata``, its groups are not those of the column, or there is no such
         column. If ``uns[key]`` is taken. Nothing is then written.
 
+    Warns
+    -----
+    UserWarning
+        If a group's name holds ":", which the older format of zarr cannot write.
+
     Examples
     --------
     >>> annotated = adata.copy()
@@ -194,6 +237,7 @@ def add_rank_genes_groups(
     }
     records = {name: pd.DataFrame(values).to_records(index=False) for name, values in columns.items()}
     params = {"groupby": groupby, "reference": "rest", "method": "pyro_scvi", "use_raw": False, "layer": None}
+    _tell_of_zarr(ranked)
     target: MutableMapping[str, Any] = adata.uns
     target[key] = {"params": params, **records}
 
@@ -244,11 +288,21 @@ def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
         )
 
 
-def _provenance(fit: Fit, seed: int, layer: str | None) -> dict[str, Any]:
+def _tell_of_zarr(groups: Collection[str]) -> None:
+    """Warn of groups that scanpy's records cannot be written with by zarr's format 2."""
+    if marked := [group for group in groups if ":" in group]:
+        warn(
+            f"groups have ':' in their names ({quoted(marked)}). In memory and in .h5ad that is no problem, but "
+            "write_zarr fails with it in format 2: set anndata.settings.zarr_write_format = 3 before, or rename the "
+            "groups before they are compared"
+        )
+
+
+def _provenance(fit: Fit, seed: int, read: Place) -> dict[str, Any]:
     return {
         "version": __version__,
         "seed": seed,
-        "layer": layer or fit.schema.layer or "X",
+        "layer": "raw.X" if read.raw else read.layer or "X",
         "model": repr(fit.model),
         "guide": type(fit.guide).__name__,
         "settings": json.dumps(fit.settings),

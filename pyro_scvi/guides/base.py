@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import BoolTensor, Tensor
 
 from pyro_scvi.errors import ModelError
@@ -19,6 +20,9 @@ from pyro_scvi.program import cells_plate, check_inputs, register
 from pyro_scvi.types import Distribution
 from pyro_scvi.utils.checks import require_kind
 
+LANDMARKS = 64
+"""Number of training cells whose place a fitted guide knows."""
+
 
 class Guide(Component):
     r"""q(latents | x), with the arguments and site names of the model's program (Lopez et al. 2017, Sec. 2).
@@ -29,7 +33,8 @@ class Guide(Component):
     every global one. It defines how it encodes cells, the distribution :meth:`law` of each latent, and :meth:`start`, a
     normal from which a cell's posterior can be refined. ``amortized``: it can encode cells that it has not seen.
     ``stochastic``: q has a density. ``factorised``: no latent of a cell depends on another. Discrete latents
-    that the program sums out have no q.
+    that the program sums out have no q. ``landmarks`` (64, size) are coordinates of training cells, zero before a fit:
+    modes of other cells are sought there, too.
 
     Parameters
     ----------
@@ -69,6 +74,8 @@ class Guide(Component):
         require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
         self._model = (model,)  # in a tuple, or torch would make it a submodule: parameters have one owner
         self.coordinates = Coordinates(model)
+        self.landmarks: Tensor
+        self.register_buffer("landmarks", torch.zeros(LANDMARKS, self.coordinates.size))
         self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)
         self.require_prior()
         self.require_supported()
@@ -162,6 +169,20 @@ class Guide(Component):
     def start(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale (cells, size) of a normal near the cells' posterior, in unconstrained coordinates."""
         raise NotImplementedError
+
+    @property
+    def has_landmarks(self) -> bool:
+        """Whether training cells were noted; older saves have none."""
+        return bool((self.landmarks != 0).any())
+
+    def landmarks_for(self, loc: Tensor) -> Tensor:
+        """Where training cells lie, (landmarks, cells, size), for cells at ``loc`` whose library sizes they take."""
+        if not self.has_landmarks:
+            return loc.new_zeros(0, *loc.shape)
+        points = self.landmarks[:, None].repeat(1, len(loc), 1)
+        if self.coordinates.library:
+            points[..., self.coordinates.library.place] = loc[:, self.coordinates.library.place]
+        return points
 
     def sample(self, code: Any) -> dict[str, Tensor]:
         """Sample the latents of the cells, inside the plate over cells."""

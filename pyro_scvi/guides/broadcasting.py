@@ -48,7 +48,7 @@ def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: 
 
 def _is_packaged(model: SCVI) -> bool:
     """Whether all that the program runs is this package's."""
-    parts = (model, model.prior, model.likelihood, model.library, model.decoder, *model.weights.priors)
+    parts = (model, model.prior, model.likelihood, model.library, model.decoder, *model.weights.makers)
     return all(type(part).__module__.startswith("pyro_scvi.") for part in parts) and "forward" not in vars(model)
 
 

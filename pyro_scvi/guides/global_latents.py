@@ -89,7 +89,7 @@ class GlobalNormal(GlobalLatents):
     """
 
     def __init__(self, model: SCVI) -> None:
-        found = _found(model)
+        found = found_globals(model)
         super().__init__(found)
         starts = [_start(model, site) for site in found.values()]
         self.loc = nn.ParameterList(starts)
@@ -155,7 +155,7 @@ class GlobalAutoguide(GlobalLatents):
 
     def __init__(self, model: SCVI, make: GlobalGuide, *, points: bool, seed: int) -> None:
         _require_maker(make)
-        found = _found(model)
+        found = found_globals(model)
         super().__init__(found)
         if not found:
             raise ModelError("the model has no global latents for a guide to be over: leave global_guide= out")
@@ -253,7 +253,7 @@ def _inside(plates: dict[int, tuple[str, int]]) -> Iterator[None]:
         yield
 
 
-def _found(model: SCVI) -> dict[str, TracedSite]:
+def found_globals(model: SCVI) -> dict[str, TracedSite]:
     """The global latents by name; refuses laws without coordinates."""
     found = {site.name: site for site in model.discovered() if site.kind is Kind.GLOBAL}
     for name, site in found.items():

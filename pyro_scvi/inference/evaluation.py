@@ -45,6 +45,7 @@ def undisturbed(seed: int, *programs: nn.Module) -> Iterator[None]:
         seeded(seed),
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
+        torch.inference_mode(False),  # a caller's own would forbid the gradients that refinement and HMC take
         torch.no_grad(),
     ):
         yield

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_scvi.inference.importance import Proposal, weighted_draws
+from pyro_scvi.inference.importance import Mixture, Proposal, weighted_draws
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.precision import in_float64
 
@@ -24,7 +24,7 @@ class Chains(NamedTuple):
 
 def sample_chains(
     log_joint: LogJoint,
-    proposal: Proposal,
+    proposal: Proposal | Mixture,
     *,
     chains: int,
     draws: int,
@@ -37,15 +37,18 @@ def sample_chains(
     Each cell has its own step size, adapted in ``warmup`` by dual averaging towards an acceptance of ``target``
     (Hoffman and Gelman 2014, Sec. 3.2). The length of a trajectory is random, so that no chain is periodic. Chains
     start at draws of the proposal, resampled by their weights. Without resampling one might start far out in the heavy
-    tails, where the density is steep and a step that suits the other chains may never be accepted.
+    tails, where the density is steep and a step that suits the other chains may never be accepted. Those of a mixture
+    start in its components in turn, and jump between these by draws of the mixture.
     """
-    density = Whitened(log_joint, proposal)
+    density = Whitened(log_joint, proposal.pooled() if isinstance(proposal, Mixture) else proposal)
     state = density.at(density.inverse(_starts(log_joint, proposal, chains)))
     step = _DualAveraging(torch.full_like(state.value[0], 0.5), target)
     kept, divergences, acceptance = [], torch.zeros_like(step.size), torch.zeros_like(step.size)
     for iteration in range(warmup + draws):
         state, log_ratio = transition(density, state, step.size, leapfrog)
         probability = log_ratio.clamp(max=0).exp().mean(0)
+        if isinstance(proposal, Mixture):
+            state = _jumped(density, proposal, state)
         if iteration < warmup:
             step.update(probability, last=iteration == warmup - 1)
         else:
@@ -55,8 +58,16 @@ def sample_chains(
     return Chains(torch.stack(kept), divergences, acceptance, step.size)
 
 
-def _starts(log_joint: LogJoint, proposal: Proposal, chains: int) -> Tensor:
-    """Starting points (chains, cells, latents): draws of the proposal, resampled by their weights."""
+def _starts(log_joint: LogJoint, proposal: Proposal | Mixture, chains: int) -> Tensor:
+    """Starting points (chains, cells, latents): draws of the proposal, resampled by their weights.
+
+    Those from a mixture are at its components, however small: chains that do not mix then show in R-hat.
+    """
+    if isinstance(proposal, Mixture):
+        held = torch.isfinite(proposal.log_shares)
+        ordered = held.int().argsort(dim=0, descending=True, stable=True)  # the components that a cell has, first
+        turn = torch.arange(chains, device=held.device)[:, None] % held.sum(0)
+        return proposal.of(ordered.gather(0, turn)).loc
     draws, log_weights = weighted_draws(log_joint, proposal, 10 * chains, chains)
     weights = log_weights.softmax(0).nan_to_num(1.0)  # equal ones if no draw has any weight
     chosen = torch.multinomial(weights.T, chains, replacement=True).T
@@ -107,8 +118,20 @@ def transition(density: Whitened, state: State, size: Tensor, leapfrog: int) -> 
     log_ratio = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
     log_ratio = log_ratio.nan_to_num(-torch.inf)  # a trajectory that left the numbers is rejected
     accepted = torch.rand_like(log_ratio).log() < log_ratio
-    pairs = zip(new, state, strict=True)
-    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs)), log_ratio
+    return _chosen(accepted, new, state), log_ratio
+
+
+def _jumped(density: Whitened, mixture: Mixture, state: State) -> State:
+    """The state after a draw of the mixture is accepted or rejected for every chain (Tierney 1994, Sec. 2.3)."""
+    u = mixture.sample(len(state.v))
+    new = density.at(density.inverse(u))
+    log_ratio = new.value - mixture.log_prob(u) - state.value + mixture.log_prob(density.coordinates(state.v))
+    return _chosen(torch.rand_like(log_ratio).log() < log_ratio.nan_to_num(-torch.inf), new, state)
+
+
+def _chosen(accepted: Tensor, new: State, old: State) -> State:
+    pairs = zip(new, old, strict=True)
+    return State(*(torch.where(accepted[..., None] if a.dim() > 2 else accepted, a, b) for a, b in pairs))
 
 
 def _leap(density: Whitened, state: State, momentum: Tensor, size: Tensor, count: int) -> tuple[State, Tensor]:

@@ -16,7 +16,10 @@ from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.random_state import seeded
 
+Run = Callable[[Tensor, "SamplingBudget"], "Importance"]  # weighted draws of the cells in given rows
+
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
+LEAST_SHARE = 0.1  # of a mixture proposal's draws, spread evenly over its components
 DEGREES_OF_FREEDOM = 7.0  # of the Student-t proposal: tails heavier than the posterior's, finite fourth moment
 
 
@@ -44,6 +47,47 @@ class Proposal(NamedTuple):
         return constant - log_det - (n + latents) / 2 * torch.log1p(white.square().sum(1).T / n)
 
 
+class Mixture(NamedTuple):
+    """A mixture of Student-t: ``parts`` (modes, cells, ...) and ``log_shares`` (modes, cells), -inf for none."""
+
+    parts: Proposal
+    log_shares: Tensor
+
+    @property
+    def loc(self) -> Tensor:
+        """Of the component with the largest share, (cells, latents)."""
+        return self.of(self.log_shares.argmax(0, keepdim=True)).loc[0]
+
+    def of(self, chosen: Tensor) -> Proposal:
+        """The components ``chosen`` (n, cells) of every cell, (n, cells, ...)."""
+        cells = torch.arange(chosen.shape[-1], device=chosen.device)
+        return Proposal(self.parts.loc[chosen, cells], self.parts.scale_tril[chosen, cells])
+
+    def pooled(self) -> Proposal:
+        """One Student-t at the largest component, with the mean covariance within components."""
+        tril = in_float64(self.parts.scale_tril)
+        within = (in_float64(self.log_shares).softmax(0)[..., None, None] * (tril @ tril.mT)).sum(0)
+        return Proposal(self.loc, put_back(torch.linalg.cholesky(within), self.loc))
+
+    def sample(self, samples: int) -> Tensor:
+        """Draws of shape (samples, cells, latents)."""
+        upto = self.log_shares.softmax(0).cumsum(0)[:-1]
+        uniform = torch.rand(samples, *self.log_shares.shape[1:], dtype=upto.dtype, device=upto.device)
+        own = self.of((uniform[:, None] > upto).sum(1))
+        eye = torch.eye(own.loc.shape[-1], dtype=own.loc.dtype, device=own.loc.device)
+        standard = Proposal(torch.zeros_like(own.loc[0]), eye.expand_as(own.scale_tril[0])).sample(samples)
+        return own.loc + (own.scale_tril @ standard[..., None]).squeeze(-1)
+
+    def log_prob_by_part(self, u: Tensor) -> Tensor:
+        """Log share times density of u (samples, cells, latents), (modes, samples, cells)."""
+        of_parts = [Proposal(*part).log_prob(u) for part in zip(*self.parts, strict=True)]
+        return torch.stack(of_parts) + self.log_shares.log_softmax(0)[:, None]
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log density of u (samples, cells, latents), shape (samples, cells)."""
+        return self.log_prob_by_part(u).logsumexp(0)
+
+
 class SamplingBudget(NamedTuple):
     """Effort for a cell's proposal: weighted draws, gradient steps, rounds of adaptation."""
 
@@ -54,15 +98,6 @@ class SamplingBudget(NamedTuple):
     def doubled(self) -> "SamplingBudget":
         """Twice the steps and rounds, for cells whose proposal did not fit."""
         return SamplingBudget(self.samples, 2 * self.steps, 2 * self.rounds)
-
-
-class Target(NamedTuple):
-    """The cells' log joint density, location and scale to start from, (cells, latents) each, and draws at once."""
-
-    log_joint: LogJoint
-    loc: Tensor
-    scale: Tensor
-    block: int
 
 
 class Importance(NamedTuple):
@@ -79,6 +114,16 @@ class Importance(NamedTuple):
     khat: Tensor
     draws: Tensor
     log_weights: Tensor
+
+    def of(self, cells: Tensor) -> "Importance":
+        """The result for some of the cells."""
+        # The dimension of cells is the second where draws come first. Draws may be on another device than weights.
+        return Importance(*(of_all.index_select(int(of_all.dim() > 1), cells.to(of_all.device)) for of_all in self))
+
+    def replace(self, cells: Tensor, others: "Importance") -> None:
+        """Put the result of ``others`` in the place of these cells'."""
+        for kept, new in zip(self, others, strict=True):
+            kept.index_copy_(int(kept.dim() > 1), cells.to(kept.device), new)
 
 
 def adaptive_importance(
@@ -101,25 +146,18 @@ def adaptive_importance(
     return Importance(*evidence_of(log_weights), draws, log_weights)
 
 
-def persistent_importance(
-    target: Callable[[Tensor], Target], rows: Tensor, budget: SamplingBudget, *, attempts: int = 3
-) -> Importance:
-    """Run :func:`adaptive_importance` for the cells in ``rows``, again for cells whose k-hat is above 0.7.
+def persistent_importance(run: Run, rows: Tensor, budget: SamplingBudget, *, attempts: int = 3) -> Importance:
+    """``run`` for the cells in ``rows``, again for cells whose k-hat is above 0.7.
 
-    These get twice the budget, then four times; the best attempt counts. The seed comes from the global generator.
+    These get twice the budget, then four times; the best attempt counts.
     """
-    log_joint, loc, scale, block = target(rows)
-    seed = int(torch.randint(2**31, ()))
-    result = adaptive_importance(log_joint, loc, scale, **budget._asdict(), seed=seed, block=block)
+    result = run(rows, budget)
     failed = (~(result.khat <= KHAT_LIMIT)).nonzero().squeeze(-1)  # written so that NaN fails, too
     if attempts == 1 or not len(failed):
         return result
-    again = persistent_importance(target, rows[failed], budget.doubled(), attempts=attempts - 1)
+    again = persistent_importance(run, rows[failed], budget.doubled(), attempts=attempts - 1)
     better = (~(again.khat >= result.khat[failed])).nonzero().squeeze(-1)
-    for kept, new in zip(result, again, strict=True):
-        of_cells = int(kept.dim() > 1)  # the dimension of cells: draws come first
-        places, chosen = failed[better].to(kept.device), better.to(kept.device)
-        kept.index_copy_(of_cells, places, new.index_select(of_cells, chosen))
+    result.replace(failed[better], again.of(better))
     return result
 
 
@@ -184,7 +222,9 @@ def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def weighted_draws(log_joint: LogJoint, proposal: Proposal, samples: int, block: int) -> tuple[Tensor, Tensor]:
+def weighted_draws(
+    log_joint: LogJoint, proposal: Proposal | Mixture, samples: int, block: int
+) -> tuple[Tensor, Tensor]:
     """Draws (samples, cells, latents) from the proposal and their float64 log weights (samples, cells)."""
     draws = proposal.sample(samples)
     log_density = torch.cat([log_joint(part) for part in draws.split(block)])
@@ -208,6 +248,25 @@ def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
     eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
     new_tril = torch.linalg.cholesky(covariance + jitter * eye)
     return Proposal(put_back(loc, proposal.loc), put_back(new_tril, proposal.loc))
+
+
+def adapted_mixture(mixture: Mixture, draws: Tensor, log_weights: Tensor) -> Mixture:
+    """Shares, means and covariances of weighted draws (Cappé et al. 2008, Sec. 3).
+
+    Each draw counts for a component by the component's share in the density there, so that components stay apart.
+    """
+    by_part = in_float64(mixture.log_prob_by_part(draws))
+    weights_of_parts = log_weights + by_part - by_part.logsumexp(0)
+    held = torch.isfinite(in_float64(mixture.log_shares))
+    shares = weights_of_parts.logsumexp(1).nan_to_num(-math.inf).softmax(0).nan_to_num(0.0)
+    # A floor: a mode that no draw has reached in this round may be reached in the next.
+    shares = torch.where(held, (1 - LEAST_SHARE) * shares + LEAST_SHARE / held.sum(0), 0.0)
+    log_shares = put_back(shares.log(), mixture.log_shares)
+    parts = [
+        adapted(Proposal(*part), draws, weights)
+        for *part, weights in zip(*mixture.parts, weights_of_parts, strict=True)
+    ]
+    return Mixture(Proposal(*(torch.stack(of) for of in zip(*parts, strict=True))), log_shares)
 
 
 def evidence_of(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,10 @@
-"""Proposals for importance sampling: starts from the guide and from the prior, refined for each cell."""
+"""Proposals for the posteriors of cells: starts from the guide, training cells and the prior, fitted to each cell.
+
+A cell has one Student-t if its posterior has one mode as far as short climbs can tell, else a mixture of several.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,37 +12,152 @@ from torch import Tensor
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import Joint, log_joint
 from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once
-from pyro_scvi.inference.importance import Importance, SamplingBudget, Target, persistent_importance, refine
+from pyro_scvi.inference.importance import (
+    Importance,
+    Mixture,
+    Proposal,
+    SamplingBudget,
+    adapted,
+    adapted_mixture,
+    corrected_proposal,
+    evidence_of,
+    persistent_importance,
+    refine,
+    weighted_draws,
+)
+from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, Modes, separate_modes
 from pyro_scvi.types import LogJoint
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
 MARGIN = 10.0  # nats by which they must win; smaller differences in density say little about where the mass is
+EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
+LEAST_ROUNDS = 2  # of the adaptation of a mixture
+ENTRIES = 256  # of counts that climbs of one cell start with: many starts cost little where there are few genes
+NO_MASS = -1e4  # nats; of a mode where the density is no number
+
+
+class Fitted(NamedTuple):
+    """Some of the cells, by row, with the log joint density of these, draws to evaluate at once, and a proposal."""
+
+    rows: Tensor
+    density: LogJoint
+    block: int
+    proposal: Proposal | Mixture
+
+
+class Posteriors:
+    """The posteriors of cells with counts x (cells, genes) and covariates gamma, their densities by ``joint``."""
+
+    def __init__(self, guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> None:
+        self.guide, self.x, self.gamma, self.joint = guide, x, gamma, joint
+        self.density = self._density(joint)
+        self.block = draws_at_once(x)
+
+    def _density(self, joint: Joint) -> LogJoint:
+        return joint(self.guide.model, self.x, self.gamma, self.guide.weights.medians())
+
+    def of(self, rows: Tensor) -> "Posteriors":
+        """Those of some of the cells; a row may occur several times."""
+        return Posteriors(self.guide, self.x[rows], self.gamma[rows], self.joint)
+
+    @torch.no_grad()
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Points (n, cells, size) where modes may be, the guide's start first, and the density there, (n, cells).
+
+        Beside the guide's are those of training cells and draws from the prior. None depends on the other cells here.
+        """
+        loc, _ = self.guide.start(self.x, self.gamma)
+        points = torch.cat([loc[None], self.guide.landmarks_for(loc), *self._drawn_from_prior()])
+        values = torch.cat([self.density(part) for part in points.split(self.block)])
+        return points, values.nan_to_num(-torch.inf)
+
+    def _drawn_from_prior(self) -> list[Tensor]:
+        try:
+            sites = drawn_from_prior(self.guide, self.gamma, CANDIDATES)
+        except NotImplementedError:  # an improper prior has no draws
+            return []
+        return [self.guide.coordinates.of(sites)]
+
+    def fitted(self, *, steps: int, rounds: int, samples: int = 500) -> list[Fitted]:
+        """A proposal for every cell: the cells with one mode together, and those with several."""
+        modes, scale = self._modes(), self.guide.start(self.x, self.gamma)[1].detach()
+        cell, mode = modes.present.T.nonzero().T
+        # Each mode of a cell is refined as if it were a cell, from a scale that does not reach the next mode.
+        pairs = self if len(cell) == len(self.x) else self.of(cell)
+        scale = torch.minimum(scale[cell], modes.nearest()[mode, cell][:, None] / 4)
+        by_pair = corrected_proposal(pairs.density, modes.places[mode, cell], scale, steps=steps, rounds=0)
+        made, alone = list[Fitted](), modes.alone
+        if len(alone):
+            part, first = self if pairs is self else self.of(alone), torch.isin(cell, alone)
+            proposal = Proposal(by_pair.loc[first], by_pair.scale_tril[first])
+            for _ in range(rounds):
+                proposal = adapted(proposal, *weighted_draws(part.density, proposal, samples, part.block))
+            made.append(Fitted(alone, part.density, part.block, proposal))
+        if len(alone) < len(self.x):
+            mixture = self._mixture(pairs.density, by_pair, cell, mode, modes)
+            made.append(self._adapted(mixture, modes.several, rounds, samples))
+        return made
+
+    def _modes(self) -> Modes:
+        """The modes that climbs find; a cell's only one is at the best candidate, unless this leads to no mass."""
+        points, values = self.candidates()
+        values[0] += MARGIN
+        # The program itself, even where a compiled density is at hand: each new shape would be compiled.
+        density = self._density(log_joint)
+        starts = min(max(ENTRIES // self.x.shape[1], FEW), MANY)
+        modes = MODES if starts == MANY else AT_FIRST
+        found = separate_modes(density, points, values, starts=starts, modes=modes, block=self.block)
+        if starts == MANY:
+            return self._started(found, points, values)
+        many = (found.present.sum(0) == AT_FIRST).nonzero().squeeze(-1)
+        if len(many):
+            more = self.of(many)._density(log_joint)
+            again = separate_modes(more, points[:, many], values[:, many], starts=MANY, modes=MODES, block=self.block)
+            found = found.with_more(many, again)
+        return self._started(found, points, values)
+
+    @staticmethod
+    def _started(found: Modes, points: Tensor, values: Tensor) -> Modes:
+        """With the best candidate in the place of a cell's only mode, unless a climb from there leads to no mass."""
+        kept = (found.start_is_low | (found.present.sum(0) > 1))[:, None]
+        found.places[0] = torch.where(kept, found.places[0], _best(points, values))
+        return found
+
+    def _mixture(self, density: LogJoint, by_pair: Proposal, cell: Tensor, mode: Tensor, modes: Modes) -> Mixture:
+        """The mixtures of the cells with several modes; ``by_pair`` are the components of ``mode`` of ``cell``."""
+        trils = torch.eye(by_pair.loc.shape[-1]).to(by_pair.loc).repeat(*modes.present.shape, 1, 1)
+        modes.places[mode, cell], trils[mode, cell] = by_pair.loc, by_pair.scale_tril
+        with torch.no_grad():
+            heights = density(by_pair.loc[None])[0] + by_pair.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        masses = torch.full_like(modes.places[..., 0], -torch.inf)
+        masses[mode, cell] = heights.nan_to_num(NO_MASS)
+        shares = (1 - EVEN) * masses.softmax(0) + EVEN * modes.present / modes.present.sum(0)
+        rows = modes.several
+        return Mixture(Proposal(modes.places[:, rows], trils[:, rows]), shares[:, rows].log())
+
+    def _adapted(self, mixture: Mixture, rows: Tensor, rounds: int, samples: int) -> Fitted:
+        part = self.of(rows)
+        for _ in range(max(rounds, LEAST_ROUNDS)):  # without any, shares would be those of Laplace
+            drawn = weighted_draws(part.density, mixture, samples, part.block)
+            mixture = adapted_mixture(mixture, *drawn)
+        return Fitted(rows, part.density, part.block, mixture)
 
 
 def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> tuple[LogJoint, Tensor, Tensor]:
     """The log joint density of cells, by ``joint``, and location and scale (cells, size) to start from.
 
-    The start is the guide's, except for cells where a draw from the prior has a much higher density. These are so far
-    from the training cells that gradient steps from the guide's start may end in a mode without mass, which k-hat
-    cannot detect.
+    The start is the guide's, except for cells where a training cell's or a draw from the prior has a much higher
+    density. These are so far from the training cells that gradient steps from the guide's start may end in a mode
+    without mass, which k-hat cannot detect.
     """
-    fixed = guide.weights.medians()
-    density = joint(guide.model, x, gamma, fixed)
-    loc, scale = guide.start(x, gamma)
-    with torch.no_grad():
-        candidates = torch.cat([loc[None], *_drawn_from_prior(guide, gamma)])
-        values = torch.cat([density(part) for part in candidates.split(draws_at_once(x))])
-        values[0] += MARGIN
-        best = values.nan_to_num(-torch.inf).argmax(0)
-    return density, candidates[best, torch.arange(len(x), device=x.device)], scale.detach()
+    cells = Posteriors(guide, x, gamma, joint)
+    points, values = cells.candidates()
+    values[0] += MARGIN
+    return cells.density, _best(points, values), guide.start(x, gamma)[1].detach()
 
 
-def _drawn_from_prior(guide: Guide, gamma: Tensor) -> list[Tensor]:
-    try:
-        sites = drawn_from_prior(guide, gamma, CANDIDATES)
-    except NotImplementedError:  # an improper prior has no draws
-        return []
-    return [guide.coordinates.of(sites)]
+def _best(points: Tensor, values: Tensor) -> Tensor:
+    return points[values.argmax(0), torch.arange(points.shape[1], device=points.device)]
 
 
 @torch.enable_grad()
@@ -52,8 +173,28 @@ def weighted(
 
     Cells whose k-hat is above 0.7 are tried again with twice the budget, then four times; the best attempt counts.
     """
+    cells = Posteriors(guide, x, gamma, joint)
+    everyone = torch.arange(len(x), device=x.device)
 
-    def target(rows: Tensor) -> Target:
-        return Target(*start(guide, x[rows], gamma[rows], joint), draws_at_once(x[rows]))
+    def run(rows: Tensor, budget: SamplingBudget) -> Importance:
+        part = cells if rows is everyone else cells.of(rows)
+        return _importance(part, budget)
 
-    return persistent_importance(target, torch.arange(len(x), device=x.device), budget, attempts=attempts)
+    return persistent_importance(run, everyone, budget, attempts=attempts)
+
+
+def _importance(cells: Posteriors, budget: SamplingBudget) -> Importance:
+    options = {"steps": budget.steps, "rounds": budget.rounds, "samples": max(budget.samples // 2, 2)}
+    made, results = cells.fitted(**options), list[Importance]()
+    for part in made:
+        draws, log_weights = weighted_draws(part.density, part.proposal, budget.samples, part.block)
+        results.append(Importance(*evidence_of(log_weights), draws, log_weights))
+    return Importance(*(in_order(made, of, int(of[0].dim() > 1)) for of in zip(*results, strict=True)))
+
+
+def in_order(made: list[Fitted], values: Sequence[Tensor], dim: int) -> Tensor:
+    """What was found for each group of cells, in one tensor in the order of the cells, which are dimension ``dim``."""
+    if len(made) == 1:
+        return values[0]
+    places = torch.cat([part.rows for part in made]).argsort()
+    return torch.cat(list(values), dim).index_select(dim, places)

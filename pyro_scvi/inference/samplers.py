@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.inference.evaluation import draws_at_once, weigh
+from pyro_scvi.inference.evaluation import weigh
 from pyro_scvi.inference.hmc import Chains, bulk_ess, rank_normalised_rhat, sample_chains
-from pyro_scvi.inference.importance import SamplingBudget, corrected_proposal, evidence_of, weighted_draws
-from pyro_scvi.inference.proposals import start, weighted
+from pyro_scvi.inference.importance import SamplingBudget, evidence_of, weighted_draws
+from pyro_scvi.inference.proposals import Posteriors, in_order, weighted
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import brief, require_at_least
 from pyro_scvi.utils.precision import in_float64
+
+POOL = 200  # weighted draws of a cell, at least, from which Refined takes its draws
 
 
 class Draws(NamedTuple):
@@ -89,6 +91,9 @@ class Amortized:
 class Refined:
     """q refined for each cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
 
+    A cell for which climbs from the guide, training cells and the prior find several modes gets one for each, with the
+    shares of weighted draws. At least 200 draws of the proposal are made and resampled by their weights.
+
     ``khat`` and ``ess`` are those of the weights p(x, z, l) / q(z, l), as for :class:`Amortized`.
 
     Parameters
@@ -115,10 +120,12 @@ class Refined:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Draw from the refined proposal."""
-        require_proper(guide.model.prior, "there is no posterior to sample")
-        density, loc, scale = start(guide, x, gamma)
-        proposal = corrected_proposal(density, loc, scale, steps=self.steps, rounds=0)
-        u, log_weights = weighted_draws(density, proposal, samples, draws_at_once(x))
+        require_proper(guide.model, "there is no posterior to sample")
+        made = Posteriors(guide, x, gamma).fitted(steps=self.steps, rounds=0)
+        pool = max(samples, POOL)
+        drawn = [weighted_draws(part.density, part.proposal, pool, part.block) for part in made]
+        u, log_weights = (in_order(made, of, 1) for of in zip(*drawn, strict=True))
+        u = resampled(u, log_weights, samples)
         return Draws(guide.coordinates.sites(u), lambda: _weight_diagnostics(log_weights))
 
 
@@ -129,7 +136,8 @@ class Importance:
     .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
 
     with q_n a Student-t in unconstrained coordinates. It is refined and given the covariance of a Laplace step as for
-    :class:`Refined`; it then takes the mean and covariance of its own weighted draws. Cells whose ``khat`` (Vehtari,
+    :class:`Refined`, or a mixture of these where there are several modes; it then takes the mean and covariance of its
+    own weighted draws. Cells whose ``khat`` (Vehtari,
     Simpson, Gelman, Yao and Gabry 2024) stays above 0.7 are tried again with twice the ``steps`` and ``rounds``, then
     with four times as many.
 
@@ -163,10 +171,9 @@ class Importance:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
-        require_proper(guide.model.prior, "there is no posterior to sample")
+        require_proper(guide.model, "there is no posterior to sample")
         result = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
-        chosen = torch.multinomial(result.log_weights.softmax(0).T, samples, replacement=True).T  # (samples, cells)
-        u = result.draws.gather(0, chosen[..., None].expand(-1, -1, result.draws.shape[-1]).to(result.draws.device))
+        u = resampled(result.draws, result.log_weights, samples)
         return Draws(guide.coordinates.sites(u), lambda: {"khat": result.khat, "ess": result.ess})
 
 
@@ -178,6 +185,8 @@ class HMC:
 
     The proposal is a refined one with the covariance of a Laplace step, adapted in ``rounds`` as for
     :class:`Importance`. Each cell has its own step size, adapted by dual averaging (Hoffman and Gelman 2014, Sec. 3.2).
+    Where there are several modes, chains start in different ones, and after each draw a draw from the proposal is
+    accepted or rejected, so that chains change modes (an independence sampler, Tierney 1994, Sec. 2.3).
 
     Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest; Vehtari,
     Gelman, Simpson, Carpenter and Buerkner 2021, Secs. 3 and 4) and ``divergences`` (number of draws whose energy error
@@ -225,20 +234,27 @@ class HMC:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Run the chains for samples / chains draws each after warm-up, but at least ``least``."""
-        require_proper(guide.model.prior, "there is no posterior to sample")
-        density, loc, scale = start(guide, x, gamma)
+        require_proper(guide.model, "there is no posterior to sample")
         length = -(-samples // self.chains)
-        chains = sample_chains(
-            density,
-            corrected_proposal(density, loc, scale, steps=self.steps, rounds=self.rounds, block=draws_at_once(x)),
-            chains=self.chains,
-            draws=max(self.least, length),
-            warmup=self.warmup,
-            leapfrog=self.leapfrog,
-        )
+        options = {"chains": self.chains, "warmup": self.warmup, "leapfrog": self.leapfrog}
+        made = Posteriors(guide, x, gamma).fitted(steps=self.steps, rounds=self.rounds)
+        runs = [sample_chains(p.density, p.proposal, draws=max(self.least, length), **options) for p in made]
+        chains = Chains(*(in_order(made, of, of[0].dim() - 1 - (of[0].dim() > 1)) for of in zip(*runs, strict=True)))
         kept = torch.linspace(0, len(chains.draws) - 1, length).round().long()
         u = chains.draws[kept.to(chains.draws.device)].flatten(0, 1)[:samples]
         return Draws(guide.coordinates.sites(u), lambda: _chain_diagnostics(chains), self.chains)
+
+
+def resampled(draws: Tensor, log_weights: Tensor, samples: int) -> Tensor:
+    """``samples`` of the weighted draws (draws, cells, latents), by systematic resampling (Kitagawa 1996, Appendix).
+
+    With equal weights every draw comes once, or as often as every other.
+    """
+    upto = log_weights.softmax(0).nan_to_num(1.0).cumsum(0).T.contiguous()  # (cells, draws)
+    first = torch.rand(len(upto), 1, dtype=upto.dtype, device=upto.device)
+    places = (first + torch.arange(samples, device=upto.device)) / samples * upto[:, -1:]
+    chosen = torch.searchsorted(upto, places).clamp(max=len(draws) - 1).T
+    return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]).to(draws.device))
 
 
 def _chain_diagnostics(chains: Chains) -> dict[str, Tensor]:

@@ -4,14 +4,12 @@
 its content. Renaming ``config.json`` therefore replaces both at once, whenever a process or machine stops.
 """
 
-import errno
 import hashlib
 import json
 import os
 import platform
 import re
 import secrets
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.utils.checks import warn
+from pyro_scvi.utils.files import regular_bytes
 from pyro_scvi.version import __version__
 
 FORMAT = 2
@@ -237,19 +236,9 @@ def _mismatches(facts: dict[str, Any], keys: Mapping[str, set[str]]) -> list[str
     return [f"{what} keys {names}" for what, names in (("unknown", unknown), ("no", missing)) if names]
 
 
-def _regular_bytes(path: Path) -> bytes:
-    """Content of a regular file: a pipe or a device would hang, or never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "no regular file", str(path))
-    with open(descriptor, "rb") as file:
-        return file.read()
-
-
 def _bytes(path: Path) -> bytes:
     try:
-        return _regular_bytes(path)
+        return regular_bytes(path)
     except OSError as error:
         raise CheckpointError(f"there is no saved fit or checkpoint, or a part of it is missing: {error}") from error
 
@@ -264,7 +253,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 def _peek(path: Path) -> dict[str, Any]:
     try:
-        return _parsed(_regular_bytes(path))
+        return _parsed(regular_bytes(path))
     except OSError:
         return {}
 

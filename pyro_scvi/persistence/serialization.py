@@ -152,6 +152,11 @@ def states_of(model: SCVI, guide: Guide) -> dict[str, Tensor]:
     return {f"{side}.{name}": value for side, part in pair.items() for name, value in part.state_dict().items()}
 
 
+def with_landmarks(guide: Guide, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a save, with none of the landmarks known if an earlier version wrote it."""
+    return {"guide.landmarks": torch.zeros_like(guide.landmarks)} | tensors
+
+
 def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     """Refuse tensors that do not fit model and guide.
 

@@ -2,9 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.types import Distribution
 from pyro_scvi.utils.checks import brief, require_at_least
-from pyro_scvi.utils.random_state import seeded
 
 
 class Prior(Component):
@@ -99,24 +97,30 @@ def law_of(prior: Callable[..., Distribution], gamma: Tensor) -> Distribution:
     return prior(gamma[..., None, :]) if takes_gamma(prior) else prior()
 
 
-def require_proper(prior: Callable[..., Distribution], what: str) -> None:
-    """Refuse a prior whose density does not integrate to one; ``what`` completes the message.
+class HasPrior(Protocol):
+    """A model with a prior of z."""
+
+    prior: Any
+
+    def example_law(self) -> Distribution:
+        """Some distribution of z that the prior returns."""
+        ...
+
+
+def require_proper(model: HasPrior, what: str) -> None:
+    """Refuse a model whose prior's density does not integrate to one; ``what`` completes the message.
 
     Raises
     ------
     ModelError
         For ``Flat``, and for any distribution that is improper or masked.
     """
-    if takes_gamma(prior):  # the model has looked at its distribution
-        return
-    with seeded(0), pyro.get_param_store().scope(), pyro.poutine.block():
-        distribution: Any = prior()
-    if is_improper(distribution):
-        name = getattr(prior, "__name__", type(prior).__name__)
+    if _is_improper(model.example_law()):
+        name = getattr(model.prior, "__name__", type(model.prior).__name__)
         raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")
 
 
-def is_improper(distribution: Any) -> bool:
+def _is_improper(distribution: Any) -> bool:
     """Whether a distribution, or what it wraps, is improper or masked."""
     improper = dist.ImproperUniform | dist.MaskedDistribution
     while not isinstance(distribution, improper) and hasattr(distribution, "base_dist"):

@@ -6,13 +6,29 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import transforms
 from pyro.nn import AutoRegressiveNN
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.priors.base import Prior
 from pyro_scvi.types import Distribution
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.random_state import seeded
+
+
+class Autoregressive(transforms.AffineAutoregressive):
+    """Pyro's stable affine autoregressive layer, with an inverse as precise as its argument."""
+
+    def __init__(self, network: AutoRegressiveNN) -> None:
+        super().__init__(network, stable=True)
+
+    def _inverse_stable(self, y: Tensor) -> Tensor:
+        x, logit = list(torch.zeros_like(y).unbind(-1)), y
+        for i in self.arn.permutation:
+            mean, logit = self.arn(torch.stack(x, -1))
+            inverse_scale = 1 + torch.exp(-logit[..., i] - self.sigmoid_bias)
+            x[i] = inverse_scale * y[..., i] + (1 - inverse_scale) * mean[..., i]
+        self._cached_log_scale = self.logsigmoid(logit + self.sigmoid_bias)
+        return torch.stack(x, -1)
 
 
 class Flow(Prior):
@@ -52,10 +68,7 @@ class Flow(Prior):
         if n_latent < 2:
             raise ModelError("Flow needs n_latent >= 2; take GaussianMixture for one latent")
         with seeded(seed):
-            self.layers = nn.ModuleList(
-                transforms.AffineAutoregressive(AutoRegressiveNN(n_latent, [n_hidden]), stable=True)
-                for _ in range(layers)
-            )
+            self.layers = nn.ModuleList(Autoregressive(AutoRegressiveNN(n_latent, [n_hidden])) for _ in range(layers))
 
     def forward(self) -> Distribution:
         """The transformed normal."""

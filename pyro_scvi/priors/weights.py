@@ -1,20 +1,23 @@
 """Priors on weights and dispersions: a model's parameters, chosen by name, become global latent variables."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions.transforms import Transform
 
 from pyro_scvi.errors import ModelError
+from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.nn.component import Component
 from pyro_scvi.types import Distribution
-from pyro_scvi.utils.checks import require_kind, require_positive
+from pyro_scvi.utils.checks import brief, require_kind, require_positive
 
-__all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights"]
+__all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights", "RandomWalkWeights"]
 
 
 def __dir__() -> list[str]:
@@ -167,6 +170,77 @@ class HierarchicalWeights(Component):
         return pyro.sample(name, dist.Normal(m.expand(like.shape), s).to_event(like.dim()))
 
 
+class RandomWalkWeights(Component):
+    r"""Rows that follow each other, such as the means of time points, differ little: a random walk over the rows.
+
+    .. math:: W_{1j} \sim Normal(0, first^2), \qquad W_{tj} \sim Normal(W_{t-1, j}, scale^2)
+
+    Site: the parameter's own name, with its shape. The rows of ``prior.loc`` of ``ps.priors.Conditional`` are the
+    categories of a column of ``obs`` in the order of its pandas Categorical. ``ps.fit`` refuses words without an order.
+
+    Parameters
+    ----------
+    scale
+        Standard deviation of a step from one row to the next, above 0.
+    first
+        Standard deviation of the first row, above 0.
+
+    Raises
+    ------
+    ModelError
+        If scale or first is no finite number above 0.
+
+    Examples
+    --------
+    >>> times = ps.priors.Conditional(2, columns=slice(0, 5))  # as cells.columns["day"] may be
+    >>> model = ps.SCVI(20, 2, 5, prior=times, weight_priors={"prior.loc": ps.weights.RandomWalkWeights(0.3)})
+    >>> model.sites()[0].shape
+    '5 x 2'
+    """
+
+    ordered = True
+
+    def __init__(self, scale: float = 0.5, first: float = 1.0) -> None:
+        super().__init__()
+        require_positive(scale, "scale")
+        require_positive(first, "first")
+        self.scale, self.first = scale, first
+
+    def forward(self, name: str, like: Tensor) -> Tensor:
+        """Sample site ``name`` with the shape, device and dtype of ``like``."""
+        sds = torch.full_like(like, self.scale)
+        sds[:1] = self.first
+        steps = dist.Normal(torch.zeros_like(like), sds).to_event(like.dim())
+        return pyro.sample(name, dist.TransformedDistribution(steps, [_CumulativeSum(like.dim())]))
+
+
+class _CumulativeSum(Transform):
+    """Sums of the rows up to each row; its Jacobian is 1."""
+
+    bijective = True
+
+    def __init__(self, event_dim: int) -> None:
+        super().__init__()
+        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
+        self.rows = -event_dim
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.cumsum(self.rows)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.diff(y, dim=self.rows, prepend=torch.zeros_like(y.narrow(self.rows, 0, 1)))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[: x.dim() + self.rows])
+
+
+WeightPrior = Callable[[str, Tensor], Tensor]
+"""Samples a parameter from its name and a tensor like it."""
+
+SHARED = "prior.encoder."
+"""Parameters that the guide shares, which computes with them outside the program."""
+
+
 class RandomWeights(nn.Module):
     """Replaces parameters of ``model``, chosen by name pattern, by latent variables with a prior.
 
@@ -178,25 +252,27 @@ class RandomWeights(nn.Module):
         Name pattern (as in ``fnmatch``) -> prior, for example ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
     """
 
-    def __init__(self, model: nn.Module, priors: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, priors: dict[str, WeightPrior]) -> None:
         super().__init__()
         require_kind(priors, dict, "weight_priors", '{"decoder.heads.*": ps.weights.NormalWeights()}')
         for pattern, prior in priors.items():
-            require_kind(prior, nn.Module, f"the prior of {pattern!r}", "ps.weights.NormalWeights()")
-        self.priors = nn.ModuleList(priors.values())
+            if isinstance(prior, type) or not callable(prior):
+                raise ModelError(
+                    f"the prior of {pattern!r} must be an object such as ps.weights.NormalWeights(), or a function of "
+                    f"a name and a tensor like the parameter, got {brief(prior)}"
+                )
+        self.makers = list(priors.values())
+        self.priors = nn.ModuleList(prior for prior in self.makers if isinstance(prior, nn.Module))
         self.prior_of: dict[str, int] = {}
         for index, pattern in enumerate(priors):
-            # Not those of the prior p(z): it is also called outside the program, where no weight is sampled for it.
-            free = [name for name, _ in model.named_parameters() if not name.startswith("prior.")]
-            names = [name for name in free if fnmatchcase(name, pattern)]
-            if not names:
-                raise ModelError(f"no parameter that may have a prior is called {pattern!r}; the model has {free}")
-            for name in names:
+            for name in _matching(model, pattern):
                 owner, leaf = _owner(model, name)
                 start = getattr(owner, leaf).detach()
                 delattr(owner, leaf)
                 self.register_buffer(_slot(name), start, persistent=False)
                 self.prior_of[name] = index
+        for pattern, prior in priors.items():
+            require_owned(prior, f"prior of {pattern!r}", model, self)
 
     @contextmanager
     def drawn_into(self, model: nn.Module) -> Iterator[None]:
@@ -206,12 +282,27 @@ class RandomWeights(nn.Module):
             for name, index in self.prior_of.items():
                 owner, leaf = _owner(model, name)
                 # In __dict__, because a value may be a parameter of the guide, which setattr would register here.
-                owner.__dict__[leaf] = self.priors[index](name, getattr(self, _slot(name)))
+                owner.__dict__[leaf] = self._drawn(name, self.makers[index])
                 places.append((owner, leaf))
             yield
         finally:
             for owner, leaf in places:
                 del owner.__dict__[leaf]
+
+    def _drawn(self, name: str, prior: WeightPrior) -> Tensor:
+        like: Tensor = getattr(self, _slot(name))
+        value = prior(name, like)
+        if not isinstance(value, Tensor) or value.shape != like.shape:
+            raise ModelError(
+                f"the prior of {name!r} must return a tensor of shape {tuple(like.shape)}, as the parameter has, got "
+                f"{brief(value)}"
+            )
+        return value
+
+    def ordered_columns(self, model: nn.Module) -> list[slice]:
+        """The columns of gamma whose categories are rows of parameters that have a prior over ordered rows."""
+        owners = (_owner(model, name)[0] for name, index in self.prior_of.items() if _is_ordered(self.makers[index]))
+        return [columns for owner in owners if isinstance(columns := getattr(owner, "columns", None), slice)]
 
     def start_of(self, site: str) -> Tensor | None:
         """Initial value of the parameter that a site is, or that the horseshoe's ``raw`` makes up; None for others."""
@@ -227,6 +318,23 @@ def _centred(like: Tensor, scale: Tensor) -> Distribution:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the parameters that match a pattern."""
+    known = [name for name, _ in model.named_parameters()]
+    names = [name for name in known if fnmatchcase(name, pattern)]
+    if shared := [name for name in names if name.startswith(SHARED)]:
+        raise ModelError(
+            f"{shared} cannot have a prior, because the guide shares them; {pattern!r} must not match them"
+        )
+    if not names:
+        raise ModelError(f"no parameter that may have a prior is called {pattern!r}; the model has {known}")
+    return names
+
+
+def _is_ordered(prior: WeightPrior) -> bool:
+    return bool(getattr(prior, "ordered", False))
 
 
 def _slot(name: str) -> str:

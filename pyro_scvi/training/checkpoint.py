@@ -19,7 +19,7 @@ from pyro_scvi.data.counts import Source, gene_totals
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
-from pyro_scvi.persistence.serialization import FIT_FACTS, describe, history_of, with_new_names
+from pyro_scvi.persistence.serialization import FIT_FACTS, check_finite, describe, history_of, with_new_names
 from pyro_scvi.schedules import CheckpointInterval
 from pyro_scvi.training.state import HISTORY, Snapshot, TrainingState, under
 
@@ -87,6 +87,7 @@ class Checkpoints:
         ours = self.facts(state.history) | {"run": self.run}
         then = {key: with_new_names(content.facts[key]) for key in _IDENTITY}
         self._require_same(then, {key: ours[key] for key in _IDENTITY})
+        check_finite(content.tensors)  # training would go on with NaN, to the first step that notices
         try:
             rows: Any = history_of(content.facts["history"])[list(HISTORY)].to_dict("records")
             state.restore(Snapshot(content.facts["progress"], rows, content.tensors))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.discovery import Kind
-from pyro_scvi.errors import FitError, ModelError
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
 from pyro_scvi.inference.elbo import MeanFieldELBO
@@ -92,16 +92,16 @@ def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
 
     Raises
     ------
-    FitError
+    ModelError
         If there is one; names the argument.
     """
     for name, value in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
         if name == "patience" and value is None:
             continue
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise FitError(f"{name} must be an integer of 1 or more, got {brief(value)}")
+            raise ModelError(f"{name} must be an integer of 1 or more, got {brief(value)}")
     if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
-        raise FitError(f"eps must be a finite number of 0 or more, got {brief(eps)}")
+        raise ModelError(f"eps must be a finite number of 0 or more, got {brief(eps)}")
 
 
 def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
@@ -137,13 +137,13 @@ def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> No
 
     Raises
     ------
-    FitError
+    ModelError
         Naming the bound, if it does so with this guide, or cannot be weighted as is asked for.
     """
     if isinstance(elbo, MeanFieldELBO):
         return
     if guide.auxiliary and isinstance(elbo, TraceMeanField_ELBO):
-        raise FitError(
+        raise ModelError(
             f"{type(elbo).__name__} leaves the change of volume of latents that are functions of one draw out of the "
             "bound: leave elbo out, or pass Trace_ELBO()"
         )
@@ -151,9 +151,9 @@ def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> No
     if not names:
         return
     if not isinstance(elbo, TraceEnum_ELBO):
-        raise FitError(f"{type(elbo).__name__} does not sum out {names}: leave elbo out, or pass TraceEnum_ELBO()")
+        raise ModelError(f"{type(elbo).__name__} does not sum out {names}: leave elbo out, or pass TraceEnum_ELBO()")
     if any(kl_weight.at(epoch, epochs) != 1 for epoch in range(epochs)):
-        raise FitError(
+        raise ModelError(
             f"TraceEnum_ELBO cannot weigh the KL divergence beside {names}, which it sums out: leave elbo out"
         )
 

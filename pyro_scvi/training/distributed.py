@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_scvi.data.minibatches import even_sizes
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import Bound
 from pyro_scvi.model import SCVI
@@ -80,11 +80,11 @@ class Processes(ABC):
 
         Raises
         ------
-        FitError
+        ModelError
             If there are fewer cells in a step than processes.
         """
         if min(batch_size, n_cells) < self.size:
-            raise FitError(
+            raise ModelError(
                 f"batch_size counts the cells of all {self.size} ranks together, and each needs one: got "
                 f"{batch_size} of {n_cells} cells"
             )
@@ -260,11 +260,15 @@ class ProcessGroup(Processes):
 
         Raises
         ------
+        ModelError
+            If the ELBO has no ``differentiable_loss``.
         FitError
-            If the ELBO has no ``differentiable_loss``, or another rank failed.
+            If another rank failed.
         """
         if not hasattr(elbo, "differentiable_loss"):
-            raise FitError(f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs")
+            raise ModelError(
+                f"{type(elbo).__name__} has no differentiable_loss, which training over several ranks needs"
+            )
         with self._connection_errors_explained():
             # Running statistics are each rank's own between steps; average_statistics brings them together.
             bound = DistributedDataParallel(Bound(elbo, model, guide), **_UNSYNCED_BUFFERS)

@@ -130,18 +130,18 @@ def fit(
     ------
     ModelError
         If model, guide and cells do not match, one of them is of the wrong kind, the program has a site that guide or
-        verbs do not know, a parameter does not affect the loss, or the seed is no integer of 0 or more. Also, naming
-        it, if a part of model or guide has no copy: a parameter that shares memory with another tensor, an object that
-        Python cannot copy, or a function that reaches a part of the model, which would then be of the given one.
+        verbs do not know, a parameter does not affect the loss, an option is out of range or of the wrong kind, a KL
+        warm-up does not end inside the run, the device cannot be used, or there are fewer cells than ranks. Also,
+        naming it, if a part of model or guide has no copy: a parameter that shares memory with another tensor, an
+        object that Python cannot copy, or a function that reaches a part of the given model.
     SchemaError
         If validation cells have another schema.
     DataError
         If no cell would be left to train on, or none held out.
     FitError
-        If the loss is not finite even after the learning rate was halved 12 times, a KL warm-up does not end inside the
-        run, an option is out of range or of the wrong kind, the device cannot be used, ranks were given different
-        arguments or too few cells, or another rank failed. The error's ``fit`` is the Fit of the last good epoch, if
-        there was one.
+        If the loss is not finite even after the learning rate was halved 12 times, a step cannot be compiled, ranks
+        were given different arguments, or another rank failed. The error's ``fit`` is the Fit of the last good epoch,
+        if there was one.
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or exists although ``resume`` is False;
         ``fit`` as in FitError. Files that were there are kept.
@@ -174,22 +174,28 @@ def fit(
     check_kinds(model, cells, guide)
     if guide is not None and guide.model is not model:
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
-    model, guide = copied(model, guide)
-    guide = DiagonalNormal(model, seed=seed) if guide is None else guide
+    with torch.inference_mode(False):  # gradients, also inside a caller's torch.no_grad() or inference_mode()
+        own_model, own_guide = copied(model, guide)
+        own_guide = DiagonalNormal(own_model, seed=seed) if own_guide is None else own_guide
+        made = _trained_on(cells, own_model, own_guide, options)
+    _warn(made)
+    return made
+
+
+def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOptions) -> Fit:
+    """Check the options, put cells, model and guide on the device, and train."""
     options = options.checked(model, cells)
-    ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
-    ranks.require_own_gpus(options.device)
-    train_rows, held_out = _held_out(cells, validation if guide.amortized else 0, seed)
+    options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
+    options.ranks.require_own_gpus(options.device)
+    train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
     options = options.for_cells(len(train_rows))
     check_elbo(guide, options.elbo, options.kl_weight, options.epochs)
     data = _on_device(cells, train_rows, held_out, options)
-    if data_start and not model.trained:
-        start_from_data(model, data.train, ranks)
-    model.to(options.device, dtype)
-    guide.to(options.device, dtype)
-    made = _trained(model, guide, cells, data, options)
-    _warn(made)
-    return made
+    if options.data_start and not model.trained:
+        start_from_data(model, data.train, options.ranks)
+    model.to(options.device, options.dtype)
+    guide.to(options.device, options.dtype)
+    return _trained(model, guide, cells, data, options)
 
 
 def _held_out(
@@ -240,7 +246,20 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
             carrier: Any = error  # Python's own has no such attribute
             carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
+        _note_landmarks(guide, data.train, options.ranks)
     return _made(trainer, cells, settings)
+
+
+@torch.no_grad()
+def _note_landmarks(guide: Guide, cells: Minibatches, ranks: Processes) -> None:
+    """Keep in the guide where some training cells lie, from where modes of other cells are sought."""
+    if not guide.amortized:
+        return
+    guide.eval()
+    rows = evenly_spaced(len(guide.landmarks), cells.n_cells).to(cells.device)
+    loc, _ = guide.start(*cells.rows(rows)) if len(rows) else (guide.landmarks[:0], None)
+    known = torch.as_tensor(ranks.gather(loc.cpu().numpy()))
+    guide.landmarks.copy_(known[torch.arange(len(guide.landmarks)) * len(known) // len(guide.landmarks)])
 
 
 def _checkpoints(

@@ -1,6 +1,6 @@
 """Fit: a trained model with its guide, history and schema, and how it is saved."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyro_scvi.data.minibatches import require_precision
+from pyro_scvi.data.minibatches import require_precision, resolve_device
 from pyro_scvi.data.schema import Schema
+from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides.base import Guide
+from pyro_scvi.guides.global_draws import GlobalDraws, at_globals, parsed_draws
 from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of, states_of
@@ -70,13 +72,36 @@ class Fit:
 
         Raises
         ------
-        FitError
-            For MPS if the parameters are float64, which it does not have.
+        ModelError
+            If the device cannot be used, or is MPS and the parameters are float64, which it does not have.
         """
-        require_precision(torch.device(device), self.dtype)
-        self.model.to(device)
-        self.guide.to(device)
+        place = resolve_device(device)
+        require_precision(place, self.dtype)
+        self.model.to(place)
+        self.guide.to(place)
         return self
+
+    def with_globals(self, draws: Any) -> "Fit":
+        """The fit with its global latents at these draws, from MCMC for example, instead of the guide's.
+
+        Everything else is shared with this fit. Verbs compute at the medians of the draws; draws and averages over
+        global latents are over them.
+
+        Parameters
+        ----------
+        draws
+            Of every global latent: a dict of arrays (samples, ...), or an xarray Dataset with dimensions (sample, ...)
+            or (chain, draw, ...), whose other variables are left aside.
+
+        Raises
+        ------
+        ModelError
+            Naming a latent that is missing, of another shape or outside its support.
+        """
+        given, _, _ = parsed_draws(draws, "draws")
+        if hasattr(draws, "data_vars"):
+            given = {name: value for name, value in given.items() if name in self.guide.weights.supports}
+        return replace(self, guide=at_globals(self.guide, given))
 
     def save(self, path: str | Path) -> None:
         """Write weights (safetensors) and configuration (JSON) into the directory ``path``; see :func:`load`.
@@ -85,7 +110,13 @@ class Fit:
         ------
         CheckpointError
             If the directory holds something else than a saved fit, or cannot be written. What was there is intact then.
+            Also if the global latents are at draws of your own: save the fit that they were made for, and the draws.
         """
+        if isinstance(self.guide.weights, GlobalDraws):
+            raise CheckpointError(
+                "the global latents of this fit are at draws of your own, which a save has no place for: save the fit "
+                "that with_globals was called on, and the draws by themselves"
+            )
         facts = facts_of(self.model, self.guide, self.history, self.schema, self.settings)
         archive.write(archive.folder(path), archive.Content("fit", facts, states_of(self.model, self.guide)))
 
@@ -100,7 +131,10 @@ class Fit:
     def _facts(self) -> dict[str, str]:
         made = self._of_training() if len(self.history) and "train_loss" in self.history else {"training": BY_HAND}
         parts = {"model": repr(self.model), "guide": type(self.guide).__name__, "training": made.pop("training")}
-        return parts | {"device": str(self.device)} | made
+        parts |= {"device": str(self.device)} | made
+        if not self.guide.has_landmarks and self.guide.amortized:
+            parts["landmarks"] = "of no training cells (an earlier save?): modes are sought from guide and prior"
+        return parts
 
     def _of_training(self) -> dict[str, str]:
         history = self.history.reindex(columns=list(COLUMNS))  # one made by hand may lack some

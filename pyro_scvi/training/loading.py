@@ -19,6 +19,7 @@ from pyro_scvi.persistence.serialization import (
     history_of,
     limited_by,
     put_states,
+    with_landmarks,
 )
 from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
 from pyro_scvi.training.copying import copied
@@ -87,6 +88,7 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     history, schema = history_of(facts["history"]), Schema.from_dict(facts["schema"])
     check_schema(schema, model)
     tensors = content.tensors if content.kind == "fit" else best_states(content)
+    tensors = with_landmarks(guide, tensors)
     check_shapes(model, guide, tensors)
     check_finite(tensors)
     own_model, own_guide = copied(model, guide) if given else (model, guide)

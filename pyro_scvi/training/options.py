@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import require_precision, resolve_device
-from pyro_scvi.errors import FitError, ModelError, SchemaError
+from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.model import SCVI
@@ -65,16 +66,16 @@ class TrainingOptions:
         Raises
         ------
         ModelError, SchemaError
-            If model, cells and validation cells do not fit together.
-        FitError
-            If the device cannot be used, or an option has a value that is wrong on any rank.
+            If model, cells and validation cells do not fit together, the device cannot be used, or an option has a
+            value that is wrong on any rank.
         """
         options = replace(self, device=resolve_device(self.device))
+        _check_validation(self.validation)
         _check_cells(model, cells, self.validation)
         _check_precision(self.dtype, self.autocast)
         require_precision(options.device, self.dtype)
         if not isinstance(self.ranks, Processes):
-            raise FitError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
+            raise ModelError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)
         return options
 
@@ -83,7 +84,7 @@ class TrainingOptions:
 
         Raises
         ------
-        FitError
+        ModelError
             If an option is out of range or of the wrong kind.
         """
         epochs = default_epochs(n_cells) if self.epochs is None else self.epochs
@@ -136,43 +137,60 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
             f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
             f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
         )
+    for columns in model.weights.ordered_columns(model):
+        for name, place in cells.columns.items():
+            if place == columns and name not in cells.schema.ordered:
+                raise SchemaError(
+                    f"a prior takes the categories of {name!r} for steps in time, and they are words without an order: "
+                    f"make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
+                )
     if isinstance(held_out, Cells) and held_out.schema != cells.schema:
         raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
 
 
+def _check_validation(validation: Any) -> None:
+    """Refuse what is neither cells nor a share or number of them."""
+    is_number = isinstance(validation, Real) and not isinstance(validation, bool)
+    whole = isinstance(validation, Integral)
+    if not isinstance(validation, Cells) and not (is_number and validation >= 0 and (whole or validation < 1)):
+        raise ModelError(
+            f"validation must be a share from 0 to below 1, an int number of cells, or Cells; got {brief(validation)}"
+        )
+
+
 def _check_precision(dtype: Any, autocast: Any) -> None:
     if dtype not in (torch.float32, torch.float64):
-        raise FitError(
+        raise ModelError(
             f"dtype must be torch.float32 or torch.float64, got {dtype!r}; autocast=torch.bfloat16 is faster"
         )
     if autocast is not None and dtype != torch.float32:
-        raise FitError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
+        raise ModelError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
     if autocast not in (None, torch.bfloat16):
-        raise FitError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
+        raise ModelError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
 
 
 def _check_compiled(compiled: Any, elbo: Any) -> None:
     if not isinstance(compiled, bool):
-        raise FitError(f"compiled must be True or False, got {brief(compiled)}")
+        raise ModelError(f"compiled must be True or False, got {brief(compiled)}")
     if compiled and elbo is not None:
-        raise FitError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
+        raise ModelError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
 
 
 def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:
     if not isinstance(learning_rate, LearningRate):
-        raise FitError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
+        raise ModelError(f"learning_rate must be a schedule, as in ps.schedules.OneCycle(0.01); got {learning_rate!r}")
     if not isinstance(kl_weight, KLWeight):
-        raise FitError(f"kl_weight must be an object, as in ps.schedules.ConstantKL(0.5); got {kl_weight!r}")
+        raise ModelError(f"kl_weight must be an object, as in ps.schedules.ConstantKL(0.5); got {kl_weight!r}")
     if elbo is not None and not isinstance(elbo, ELBO):
-        raise FitError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
+        raise ModelError(f"elbo must be a Pyro ELBO, as in pyro.infer.Trace_ELBO(); got {elbo!r}")
     kl_weight.at(0, epochs)
 
 
 def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
     if resume and checkpoint is None:
-        raise FitError("resume needs the directory to go on from: pass checkpoint=")
+        raise ModelError("resume needs the directory to go on from: pass checkpoint=")
     if not isinstance(every, CheckpointInterval):
-        raise FitError(
+        raise ModelError(
             f"checkpoint_every must be an object, as in ps.schedules.CheckpointInterval(epochs=5); got {every!r}"
         )
 

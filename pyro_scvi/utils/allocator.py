@@ -1,5 +1,6 @@
 """Memory allocation: freed memory is reused for the next tensors."""
 
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -14,4 +15,5 @@ def keep_freed_memory() -> None:
     With its initial threshold it may return the memory of every step to the system and fetch it again page by page,
     which takes a tenth to a quarter of the time of a step with a thousand cells. Other C libraries ignore this.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8)
+    with suppress(RuntimeError):  # there may be less memory than that, and still enough
+        torch.empty(_LARGEST, dtype=torch.uint8)

@@ -128,6 +128,23 @@ def test_impute_without_dropout_and_as_of_other_batches(folder, query, cells, tm
     assert not np.allclose(known, swapped)
 
 
+def test_impute_normalized_and_cells_of_new_batches(folder, query, tmp_path):
+    adata, fit = anndata.read_h5ad(query), ps.load(folder / "fit")
+    adata.obs["donor"] = adata.obs["donor"].astype(str).replace("b", "new")
+    adata.write_h5ad(query, convert_strings_to_categoricals=False)
+    cells = ps.Cells.from_anndata(adata, schema=fit.schema, allow_new_batches=True)
+    new, out = "--allow-new-batches", ("--out", tmp_path / "out.h5ad", "--force")
+    assert "'new'" in run("embed", folder, query, *out).stderr
+    succeed("embed", folder, query, *out, new)
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_allclose(found.obsm["X_pyro_scvi"], ps.embed(fit, cells), rtol=1e-5)
+    succeed("impute", folder, query, *out, new, "--normalized", "--samples", "3", "--batch-as", "a")
+    layer = anndata.read_h5ad(tmp_path / "out.h5ad").to_df("pyro_scvi_normalized_batch_swapped")
+    expected = ps.normalized_expression(fit, cells, batches=["a"], samples=3)
+    np.testing.assert_allclose(layer[cells.gene_names], expected, rtol=1e-5)
+    assert "--no-dropout" in run("impute", folder, query, *out, "--normalized", "--no-dropout").stderr
+
+
 def test_impute_refuses_what_the_fit_cannot_say(folder, query, tmp_path):
     result = run("impute", folder, query, "--out", tmp_path / "o.h5ad", "--batch-as", "a")
     assert result.exit_code == 2

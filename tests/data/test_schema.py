@@ -138,12 +138,27 @@ def test_fewer_batches_in_a_query_keep_their_columns():
 
 
 def test_unseen_batches_are_named_with_the_way_out():
-    with pytest.raises(SchemaError, match=r"'run' holds 'd', 'e', .*batches are 'a', 'b', 'c'.*with_batch"):
-        Cells.from_anndata(make_adata(run=["a", "d", "e"] * 8), schema=make_cells().schema)
-    adata = make_adata(run="a")  # the way out
-    query = Cells.from_anndata(adata, schema=make_cells().schema)
-    average = np.mean([query.with_batch(name).covariates for name in query.schema.batches], axis=0)
-    np.testing.assert_allclose(average[:, :3], 1 / 3)
+    adata, schema = make_adata(run=["a", "d", "e"] * 8), make_cells().schema
+    with pytest.raises(SchemaError, match=r"'run' holds 'd', 'e', .*batches are 'a', 'b', 'c'.*allow_new_batches=True"):
+        Cells.from_anndata(adata, schema=schema)
+    query = Cells.from_anndata(adata, schema=schema, allow_new_batches=True)
+    np.testing.assert_allclose(query.covariates[:3, :3], [[1, 0, 0], [1 / 3] * 3, [1 / 3] * 3], rtol=1e-6)
+    assert query.new_batches == ("d", "e")
+    assert query.schema == schema
+    assert "new batches: d, e" in repr(query)
+    known = [query.with_batch(name) for name in schema.batches] + [query.take(range(0, 24, 3))]
+    assert all(cells.new_batches == () for cells in known)
+    average = np.mean([cells.covariates for cells in known[:3]], axis=0)
+    np.testing.assert_allclose(average[:, :3], 1 / 3, rtol=1e-6)
+
+
+def test_new_batches_are_for_queries_and_of_a_column_that_is_there():
+    with pytest.raises(SchemaError, match="pass schema=fit.schema"):
+        Cells.from_anndata(make_adata(), batch="run", allow_new_batches=True)
+    adata = make_adata(run="d")
+    del adata.obs["run"]
+    with pytest.raises(SchemaError, match="no column 'run'"):
+        Cells.from_anndata(adata, schema=make_cells().schema, allow_new_batches=True)
 
 
 def test_category_that_no_cell_of_the_query_has_is_no_error():
@@ -211,6 +226,30 @@ def test_covariates_may_be_small_numbers_or_flags():
     assert cells.schema.covariates == ("mito",)
     np.testing.assert_allclose(cells.covariates.std(), 1.0, rtol=1e-5)
     assert Cells.from_anndata(make_adata(mito=[True, False] * 12), covariates=["mito"]).covariates[0, 0] == 1
+
+
+@pytest.mark.parametrize("scale", [1e-99, 1e-90, 1e-30, 1e30, 1e90, 1e99])
+@pytest.mark.parametrize("kind", [np.float64, np.longdouble])
+def test_covariates_of_any_scale_are_right(scale, kind):
+    values = np.linspace(-1, 2, 24) ** 3
+    cells = Cells.from_anndata(make_adata(mito=(values * scale).astype(kind)), covariates=["mito"])
+    np.testing.assert_allclose(cells.covariates[:, 0], (values - values.mean()) / values.std(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(np.linspace(-1, 2, 24) * scale for scale in (1e101, 1e200, 5e307, 1e-110, 1e-160, 1e-200, 1e-310, 5e-324)),
+        np.linspace(0, 1, 24).astype(np.longdouble) * np.longdouble("1e400"),
+        pd.Series([10**400 + i for i in range(24)], [f"c{i}" for i in range(24)], dtype=object),
+        np.r_[np.linspace(0, 1, 23), np.inf].astype(np.float32),
+        np.r_[np.linspace(0, 1, 23), -np.inf].astype(np.float16),
+    ],
+)
+def test_covariates_beyond_numbers_are_refused(values):
+    """Squares of such values overflow or underflow: the column would be a constant, or have a wrong scale."""
+    with pytest.raises(DataError, match="too (large|small) to be standardised|must be finite"):
+        Cells.from_anndata(make_adata(mito=values), covariates=["mito"])
 
 
 def test_one_column_cannot_serve_twice():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import warnings
 
 import anndata as ad
 import h5py
@@ -191,3 +192,16 @@ def test_files_of_another_layout_are_refused(fit, cells, tmp_path):
     with pytest.raises(DataError, match="another run: layout differ"):
         ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
     assert path.read_bytes() == (tmp_path / "before").read_bytes()
+
+
+def test_a_disk_that_may_be_too_small_for_a_folder_is_told(fit, cells, tmp_path, monkeypatch):
+    for free, told in ((10**3, True), (10**6, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(block_files.shutil, "disk_usage", lambda path, usage=usage: usage)
+        path = tmp_path / f"{free}.zarr"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0
+        assert [str(one.message)[:14] for one in caught if one.category is UserWarning] == ["the results in"] * told
+    monkeypatch.setattr(block_files.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0  # finished: nothing more is needed

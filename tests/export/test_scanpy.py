@@ -1,6 +1,7 @@
 """What is written into an AnnData: the verbs' own numbers in the right places, and nothing that was there is lost."""
 
 import json
+import re
 import warnings
 
 import anndata
@@ -86,7 +87,7 @@ def test_a_layer_of_an_earlier_call_keeps_its_own_provenance(fit, adata, tmp_pat
     first = adata.copy()
     ps.annotate(adata, other, expression=True, seed=9, overwrite=True)
     found = adata.uns["pyro_scvi"]
-    assert set(found) == {"X_pyro_scvi", EXPRESSION, TECHNICAL}
+    assert set(found) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca", EXPRESSION, TECHNICAL}
     np.testing.assert_array_equal(adata.layers[TECHNICAL], first.layers[TECHNICAL])
     assert found[TECHNICAL] == first.uns["pyro_scvi"][TECHNICAL]
     assert [found[TECHNICAL][name] for name in ("seed", "samples", "sampler")] == [1, 2, repr(REFINED)]
@@ -97,7 +98,7 @@ def test_a_layer_of_an_earlier_call_keeps_its_own_provenance(fit, adata, tmp_pat
     assert anndata.read_h5ad(tmp_path / "a.h5ad").uns["pyro_scvi"][TECHNICAL]["seed"] == 1
     del adata.layers[TECHNICAL]
     ps.annotate(adata, other, overwrite=True)
-    assert set(adata.uns["pyro_scvi"]) == {"X_pyro_scvi", EXPRESSION}
+    assert set(adata.uns["pyro_scvi"]) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca", EXPRESSION}
 
 
 def test_counts_that_were_kept_in_a_layer_are_annotated_after_normalisation():
@@ -128,6 +129,21 @@ def test_counts_that_are_in_raw_alone_are_pointed_to():
     with pytest.raises(DataError) as caught:
         ps.annotate(adata, fit)
     assert "adata.raw" not in str(caught.value)
+
+
+def test_counts_that_raw_kept_are_annotated_with_raw():
+    adata = make_adata()
+    adata.X = adata.layers["raw"].copy()
+    cells = ps.Cells.from_anndata(adata)
+    fit = ps.fit(ps.SCVI(cells.n_genes, 3), cells, epochs=1, progress=False)
+    later = adata.copy()
+    later.raw = later.copy()
+    later.X = np.log1p(later.X.toarray())
+    with pytest.raises(DataError, match="not both"):
+        ps.annotate(later, fit, layer="raw", raw=True)
+    ps.annotate(later, fit, raw=True)
+    np.testing.assert_array_equal(later.obsm["X_pyro_scvi"], ps.embed(fit, cells))
+    assert later.uns["pyro_scvi"]["X_pyro_scvi"]["layer"] == "raw.X"
 
 
 def test_values_that_are_no_integers_are_annotated_if_the_fit_was_made_of_such():
@@ -319,3 +335,30 @@ def test_ranked_genes_refuse_a_pair_a_wrong_column_and_a_taken_key(fit):
     assert adata.uns["rank_genes_groups"] == {"mine": 1}
     ps.add_rank_genes_groups(adata, table, "bulk_labels", overwrite=True)
     assert "names" in adata.uns["rank_genes_groups"]
+
+
+@pytest.mark.parametrize("names", [("B: naive?", "CD4/CD8 T"), ("a:b", "::"), ("T cells", "x:y:z")])
+def test_names_of_groups_that_zarr_cannot_write_are_told(names, tmp_path):
+    adata = anndata.AnnData(np.ones((4, 3), np.float32), pd.DataFrame({"kind": [*names] * 2}, index=list("abcd")))
+    index = pd.MultiIndex.from_product([names, adata.var_names], names=["group", "gene"])
+    columns = ("log_bayes_factor", "lfc_mean", "p_lfc", "fdr")
+    table = pd.DataFrame({name: np.linspace(0.1, 0.9, 6) for name in columns}, index=index)
+    marked = ", ".join(repr(name) for name in names if ":" in name)
+    with pytest.warns(UserWarning, match=re.escape(f"':' in their names ({marked})")):
+        ps.add_rank_genes_groups(adata, table, "kind")
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert anndata.read_h5ad(tmp_path / "a.h5ad").uns["rank_genes_groups"]["names"].dtype.names == names
+
+
+def test_other_marks_reach_zarr(tmp_path):
+    names = ("CD4/CD8 T", "B.naive?", "a;b [c]")
+    adata = anndata.AnnData(np.ones((3, 2), np.float32), pd.DataFrame({"kind": names}, index=list("abc")))
+    index = pd.MultiIndex.from_product([names, adata.var_names], names=["group", "gene"])
+    columns = ("log_bayes_factor", "lfc_mean", "p_lfc", "fdr")
+    table = pd.DataFrame({name: np.linspace(0.1, 0.9, 6) for name in columns}, index=index)
+    ps.add_rank_genes_groups(adata, table, "kind")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of anndata, on the format to come
+        adata.write_zarr(tmp_path / "a.zarr")
+        found = anndata.read_zarr(tmp_path / "a.zarr")
+    assert found.uns["rank_genes_groups"]["names"].dtype.names == names

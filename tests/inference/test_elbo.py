@@ -127,7 +127,7 @@ def test_matrix_products_in_bfloat16_train_nearly_the_same(cells):
 
 
 def test_other_types_for_matrix_products_are_refused(cells):
-    with pytest.raises(ps.errors.FitError, match="bfloat16, got torch.float16"):
+    with pytest.raises(ps.errors.ModelError, match="bfloat16, got torch.float16"):
         ps.fit(ps.SCVI(cells.n_genes), cells, autocast=torch.float16)
 
 

@@ -188,3 +188,24 @@ def test_the_limit_counts_what_is_asked_for_before_it_is_made():
             ask()
     with AllocationLimit(10**6, 1_000):
         assert torch.nn.Linear(100, 100)(torch.ones(5, 100)).shape == (5, 100)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_checkpoints_whose_tensors_are_no_numbers(cells, tmp_path, value):
+    """Training would go on with them, and Adam would spread one NaN over all weights in a step."""
+
+    def trained(folder, **options):
+        model = ps.SCVI(cells.n_genes, 2, cells.n_covariates, n_hidden=4, n_layers=1)
+        return ps.fit(model, cells, epochs=2, progress=False, device="cpu", checkpoint=folder, **options)
+
+    trained(tmp_path / "run")
+    facts, tensors = content(tmp_path / "run")
+    floats = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel())
+    some = {name.split("/")[0].split(".")[0]: name for name in floats}  # one of each kind: weights, moments
+    for number, name in enumerate([*some.values(), *floats[::20]]):
+        lost = tensors[name].clone()
+        lost.view(-1)[-1] = value
+        folder = forge(tmp_path / str(number), facts, tensors | {name: lost})
+        with pytest.raises(CheckpointError, match=f"1 of its weights hold NaN or infinity: {name}"):
+            trained(folder, resume=True)
+    assert len(trained(tmp_path / "run", resume=True).history) == 2

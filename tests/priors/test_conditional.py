@@ -208,10 +208,6 @@ def test_what_is_no_prior_given_gamma_is_refused():
         r"batch shape \(cells, 1\), got \(2,\)",
         prior=lambda gamma: dist.Normal(torch.zeros(2, 2) + gamma[:, 0, :1], 1.0).to_event(1),
     )
-    refused(
-        "must have a density",
-        prior=lambda gamma: dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(gamma[..., 0] > 0),
-    )
     for columns in (0, [0, 1], slice(2, 1), slice(0, 4, 2), slice(None, 2)):
         with pytest.raises(ModelError, match="columns must be columns of gamma"):
             ps.priors.Conditional(2, columns)

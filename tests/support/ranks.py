@@ -134,7 +134,7 @@ def checkpointed(ranks, folder):
     fit = ps.fit(model, cells, guide, checkpoint=folder / "checkpoint", resume=True, ranks=ranks, **options)
     if ranks.first:
         fit.history.to_csv(folder / "history.csv")
-        torch.save(state(model, guide), folder / "final.pt")
+        torch.save(state(fit.model, fit.guide), folder / "final.pt")
 
 
 def checkpointed_in(name):
@@ -236,7 +236,7 @@ def few(ranks, folder):
         model, guide = parts()
         try:
             ps.fit(model, ps.Cells.from_counts(simulated_counts(3)), guide, ranks=ranks, progress=False, **options)
-        except ps.errors.FitError as error:
+        except ps.errors.ModelError as error:
             told.append(str(error))
     (folder / f"few-{ranks.rank}.json").write_text(json.dumps(told))
 

@@ -71,7 +71,7 @@ def check_trains(model, guide, cells, rise=0.5):
     fit = ps.fit(model, cells, guide, epochs=20, learning_rate=ps.schedules.OneCycle(0.03), **options)
     assert np.isfinite(fit.history[["train_loss"]]).all(axis=None)
     assert fit.history.train_loss.iloc[-4:].mean() < fit.history.train_loss.iloc[:4].mean()
-    after = bound(model, guide, x, gamma)
+    after = bound(fit.model, fit.guide, x, gamma)
     assert after > before + rise
     return fit
 
@@ -162,7 +162,7 @@ def test_weight_priors(priors, guide, cells):
     assert len(q.weights.loc) > 0
     before = [loc.detach().clone() for loc in q.weights.loc]
     fit = check_trains(model, q, cells)
-    assert all(not torch.equal(a, b) for a, b in zip(before, q.weights.loc, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, fit.guide.weights.loc, strict=True))
     check_verbs(fit, cells)
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 import pyro_scvi as ps
-from pyro_scvi.errors import FitError
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from tests.support import toys
@@ -228,9 +228,9 @@ def test_other_bounds_are_refused_beside_what_is_summed_out():
     cells, options = cells_of(20), {"epochs": 1, "dtype": torch.float64, "progress": False}
     summing = TraceEnum_ELBO(max_plate_nesting=2)
     ps.fit(toy(toys.Cluster), cells, elbo=summing, **options)
-    with pytest.raises(FitError, match=r"Trace_ELBO does not sum out \['c'\]"):
+    with pytest.raises(ModelError, match=r"Trace_ELBO does not sum out \['c'\]"):
         ps.fit(toy(toys.Cluster), cells, elbo=pyro.infer.Trace_ELBO(), **options)
-    with pytest.raises(FitError, match="cannot weigh"):
+    with pytest.raises(ModelError, match="cannot weigh"):
         ps.fit(toy(toys.Cluster), cells, elbo=summing, kl_weight=ps.schedules.ConstantKL(0.5), **options)
 
 

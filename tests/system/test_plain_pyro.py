@@ -274,10 +274,12 @@ def make_pair(which):
 def step_by_svi(which, model, guide, svi, cells, step):
     torch.manual_seed(10 * step + which)
     svi.step(cells[:][0])
+    return model, guide
 
 
 def step_by_fit(which, model, guide, svi, cells, step):
-    ps.fit(model, cells, guide, epochs=4, batch_size=30, seed=10 * step + which, progress=False)
+    fit = ps.fit(model, cells, guide, epochs=4, batch_size=30, seed=10 * step + which, progress=False)
+    return fit.model, fit.guide
 
 
 def train(way, numbers):
@@ -288,7 +290,7 @@ def train(way, numbers):
     take = {"svi": step_by_svi, "fit": step_by_fit}[way]
     for step in range(STEPS[way]):
         for which, (model, guide) in pairs.items():
-            take(which, model, guide, svis[which], cells, step)
+            pairs[which] = take(which, model, guide, svis[which], cells, step)
     return {
         which: {f"{i}.{k}": v.numpy() for i, part in enumerate(pair) for k, v in part.state_dict().items()}
         for which, pair in pairs.items()

@@ -315,7 +315,7 @@ CASES |= {
     "priors.LogisticNormal": prior(lambda: ps.priors.LogisticNormal(2)),
     "priors.Dirichlet": prior(lambda: ps.priors.Dirichlet(2)),
     "priors.Flat": lambda: model(prior=ps.priors.Flat(2)),
-    "priors.require_proper": lambda: require_proper(ps.priors.Flow(2), "nothing"),
+    "priors.require_proper": lambda: require_proper(ps.SCVI(GENES, 2, prior=ps.priors.Flow(2)), "nothing"),
     "likelihoods.ZINB": law(ps.likelihoods.ZINB),
     "likelihoods.NB": law(ps.likelihoods.NB),
     "likelihoods.ZIP": law(ps.likelihoods.ZIP),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.errors import CheckpointError, FitError, PyroScviError
+from pyro_scvi.errors import CheckpointError, ModelError, PyroScviError
 from pyro_scvi.persistence import archive
 from pyro_scvi.schedules import CheckpointInterval
 from pyro_scvi.training.loop import Trainer
@@ -150,11 +150,11 @@ def test_checkpoints_are_written_as_often_as_asked(cells, tmp_path, monkeypatch)
     written.clear()
     run(cells, checkpoint=tmp_path / "c", checkpoint_every=CheckpointInterval(seconds=1e6))
     assert written == [0, 6]
-    with pytest.raises(FitError, match="epochs >= 1"):
+    with pytest.raises(ModelError, match="epochs >= 1"):
         CheckpointInterval(epochs=0)
-    with pytest.raises(FitError, match="epochs >= 1"):
+    with pytest.raises(ModelError, match="epochs >= 1"):
         CheckpointInterval(seconds=float("nan"))
-    with pytest.raises(FitError, match="CheckpointInterval"):
+    with pytest.raises(ModelError, match="CheckpointInterval"):
         run(cells, checkpoint=tmp_path / "d", checkpoint_every=5)
 
 
@@ -163,7 +163,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(cells
         fit = run(cells, checkpoint=tmp_path / "run", resume=True)
     assert "starts from the beginning" in caplog.text
     check_equal(fit, run(cells))
-    with pytest.raises(FitError, match="checkpoint="):
+    with pytest.raises(ModelError, match="checkpoint="):
         run(cells, resume=True)
 
 

@@ -175,7 +175,7 @@ def test_gradients_left_behind_do_not_enter_a_fit(cells):
     ],
 )
 def test_precisions_that_cannot_be(cells, options, message):
-    with pytest.raises(FitError, match=message):
+    with pytest.raises(ModelError, match=message):
         small_fit(cells, **options)
 
 
@@ -216,7 +216,7 @@ def test_kl_weight_zero_lets_z_say_more_and_the_history_stays_untempered(cells):
 def test_a_warm_up_must_end_inside_the_run(cells):
     fit = small_fit(cells, kl_weight=ps.schedules.WarmUp(3), epochs=4)
     assert fit.history.kl_weight.tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1])
-    with pytest.raises(FitError, match="does not end inside"):
+    with pytest.raises(ModelError, match="does not end inside"):
         small_fit(cells, kl_weight=ps.schedules.WarmUp(4), epochs=4)
 
 
@@ -252,7 +252,7 @@ def test_the_best_epoch_is_kept_under_the_weight_that_was_trained_for(cells):
 
 @pytest.mark.parametrize("option", [{"epochs": 0}, {"batch_size": 0}])
 def test_runs_of_nothing_are_refused(cells, option):
-    with pytest.raises(FitError, match="1 or more"):
+    with pytest.raises(ModelError, match="1 or more"):
         small_fit(cells, **option)
 
 
@@ -302,11 +302,16 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
         ({"kl_weight": ps.schedules.WarmUp(0)}, "1 epoch or more"),
         ({"kl_weight": ps.schedules.WarmUp(float("nan"))}, "1 epoch or more"),
         ({"elbo": pyro.infer.Trace_ELBO}, "Trace_ELBO"),
-        ({"device": "gpu"}, "cannot be used"),
+        ({"device": "gpu"}, r"cannot be used: .{,120}; 'auto' takes"),
+        ({"device": 3.5}, "cannot be used"),
+        ({"validation": 2.0}, "validation must be a share from 0 to below 1, .*got 2.0"),
+        ({"validation": -1}, "validation must be"),
+        ({"validation": True}, "validation must be"),
+        ({"validation": "a tenth"}, "validation must be"),
     ],
 )
 def test_options_of_the_wrong_kind_say_what_is_right(cells, option, says):
-    with pytest.raises(FitError, match=says):
+    with pytest.raises(ModelError, match=says):
         small_fit(cells, **option)
 
 
@@ -317,9 +322,11 @@ def test_encoder_options_beside_a_shared_encoder_are_refused(cells):
     assert ps.guides.DiagonalNormal(model, seed=1).encoder is model.prior.encoder
 
 
-def test_parameters_of_the_prior_cannot_have_a_prior(cells):
-    with pytest.raises(ModelError, match=r"no parameter that may have a prior is called 'prior.loc'"):
-        small_model(cells, prior=ps.priors.GaussianMixture(3), weight_priors={"prior.loc": ps.weights.NormalWeights()})
+def test_parameters_that_the_guide_shares_cannot_have_a_prior(cells):
+    normal = {"prior.*": ps.weights.NormalWeights()}
+    with pytest.raises(ModelError, match=r"'prior.encoder.*cannot have a prior, because the guide shares them"):
+        small_model(cells, prior=ps.priors.VampPrior(20, 3, 5), weight_priors=normal)
+    assert small_model(cells, prior=ps.priors.GaussianMixture(3), weight_priors=normal).weights.prior_of
 
 
 def test_a_guide_of_another_model_is_refused(cells):

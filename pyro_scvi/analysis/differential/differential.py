@@ -19,7 +19,8 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.evaluation import evaluating
-from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Sampler
 from pyro_scvi.utils.checks import require_number
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def differential_expression(
     FrozenList(['group', 'gene'])
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     _check_options(contrast, delta)
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = labels_of(cells, groupby)

@@ -86,7 +86,7 @@ def annealed_evidence(
     ['log_evidence', 'se', 'ess', 'khat']
     """
     require_inputs(fit, cells)
-    require_proper(fit.model.prior, "the evidence does not exist")
+    require_proper(fit.model, "the evidence does not exist")
     require_at_least(2, chains=chains)
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
     parts = []

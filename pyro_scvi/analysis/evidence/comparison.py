@@ -22,6 +22,8 @@ def compare(
     cells: Cells,
     *,
     samples: int = 1000,
+    global_draws: int | None = None,
+    pointwise: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -39,6 +41,12 @@ def compare(
         Cells that no fit has seen.
     samples, seed, progress
         As in ``evidence``; every fit is scored with the same draws and seed.
+    global_draws
+        As in ``evidence``, for the fits whose models have global latents.
+
+    pointwise
+        Whether to keep log p(x) of every cell, as the table cells x models ``.attrs["pointwise"]``, for
+        :func:`stacking_weights`.
 
     Returns
     -------
@@ -47,14 +55,15 @@ def compare(
         best model, paired by cell, with ``difference_se``, ``refit_sd`` (spread of the mean over refits, NaN for one),
         ``bound_gap`` (evidence minus the guide's bound), median ``ess``, ``khat_bad`` (share of cells above 0.7),
         ``parameters``, ``seconds`` of training, ``fits``. ``.attrs["quantity"]`` says what is compared: "log p(x)", or
-        "log p(x | cell_type)" if the cells have labels and every model depends on them.
+        "log p(x | cell_type)" if the cells have labels and every model depends on them. ``.attrs["global_latents"]``
+        says, for each model that has any, whether they are at their medians or averaged over draws.
 
     Raises
     ------
     ModelError
         If no fit is given, if a prior has no density, if the cells have labels and only some of the models depend on
-        them, or for log likelihoods or leave-one-out results in place of fits:
-        leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out: ``ps.leave_one_out``.
+        them, or for log likelihoods or leave-one-out results in place of fits: leave-one-cell-out from log p(x_n | z_n)
+        is invalid here. Single entries may be left out: ``ps.leave_one_out``.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -68,14 +77,27 @@ def compare(
     listed = _listed(fits)
     given = _given(listed, cells)
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
-    tables = {name: [evidence(fit, cells, **options) for fit in of] for name, of in listed.items()}
-    by_cell = pd.DataFrame({name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()})
+    tables = {name: [_evidence(fit, cells, global_draws, options) for fit in of] for name, of in listed.items()}
+    means = {name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()}
+    by_cell = pd.DataFrame(means, pd.Index(cells.cell_names, name="cell"))
     order = by_cell.mean().sort_values(ascending=False).index
     gaps = by_cell.sub(by_cell[order[0]], axis=0)
     rows = [_row(listed[name], tables[name], by_cell[name], gaps[name]) for name in order]
     table = pd.DataFrame(rows, index=pd.Index(order, name="model"))
     table.attrs["quantity"] = f"log p(x | {given})" if given else "log p(x)"
+    table.attrs["global_latents"] = {
+        name: "at their medians" if global_draws is None else f"averaged over {global_draws} draws"
+        for name, of in listed.items()
+        if any(fit.guide.weights.supports for fit in of)
+    }
+    if pointwise:
+        table.attrs["pointwise"] = by_cell[list(order)]
     return table
+
+
+def _evidence(fit: Fit, cells: Cells, global_draws: int | None, options: dict[str, Any]) -> pd.DataFrame:
+    """Averaged over draws of the global latents if it is asked for and there are any."""
+    return evidence(fit, cells, global_draws=global_draws if fit.guide.weights.supports else None, **options)
 
 
 def _given(listed: dict[str, list[Fit]], cells: Cells) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.analysis.global_averages import at_draws, seeds_of
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
@@ -32,6 +34,7 @@ def evidence(
     cells: Cells,
     *,
     samples: int = 1000,
+    global_draws: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     steps: int = 100,
@@ -49,7 +52,7 @@ def evidence(
     enough a proposal to compare models: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above
     0.7 nearly everywhere. A model with an observed library size conditions on the cell's total, so the evidence
     includes log p(total) under the LogNormal distribution of the library size. Global latents (weights, dispersions
-    with a prior) are held at the guide's medians.
+    with a prior) are held at the guide's medians, unless ``global_draws`` averages over them.
 
     Parameters
     ----------
@@ -57,6 +60,10 @@ def evidence(
         The fit and cells with its schema, best held out from training.
     samples
         Draws of the adapted proposal for every cell.
+    global_draws
+        None: global latents are held at the guide's medians. A number n: log p(x_n) is averaged over n of their draws
+        from the guide, log mean_s p(x_n | theta_s), at n times the cost. This is what is predicted of a new cell, for
+        each cell by itself, and not the evidence of all cells together.
     seed
         Of the draws; the global random state is left alone.
     batch_size
@@ -73,7 +80,9 @@ def evidence(
     -------
     DataFrame by cell
         ``log_evidence`` (nats per cell), its standard error ``se``, ``ess`` (of ``samples`` draws), ``khat``, and
-        ``amortized_bound``, the guide's ELBO by 100 draws (NaN where the guide has no density for the cell).
+        ``amortized_bound``, the guide's ELBO by 100 draws (NaN where the guide has no density for the cell). With
+        ``global_draws``, ``se`` has their spread in it, ``ess`` and the bound are means over them, and ``khat`` is the
+        largest.
 
     Raises
     ------
@@ -99,10 +108,15 @@ def evidence(
     True
     """
     require_inputs(fit, cells)
-    require_proper(fit.model.prior, "the evidence does not exist")
+    require_proper(fit.model, "the evidence does not exist")
     require_at_least(2, samples=samples)
     require_at_least(1, batch_size=batch_size)
     require_at_least(0, steps=steps, rounds=rounds)
+    if global_draws is not None:
+        options: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "steps": steps, "rounds": rounds}
+        fits, own = at_draws(fit, global_draws, seed), seeds_of(seed, global_draws)
+        options |= {"compiled": compiled, "progress": progress}
+        return _averaged([evidence(one, cells, seed=s, **options) for one, s in zip(fits, own, strict=True)])
     budget = SamplingBudget(samples, steps, rounds)
     joint = RecordedJoint(min(batch_size, cells.n_cells)) if compiled else log_joint
     with evaluating(fit.model, fit.guide, seed):
@@ -111,6 +125,19 @@ def evidence(
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
     return table
+
+
+def _averaged(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Log mean of p(x) over draws of the global latents, with the error of that mean."""
+    log_p = np.stack([table.log_evidence for table in tables])  # (draws, cells)
+    n = len(log_p)
+    log_mean = np.logaddexp.reduce(log_p, 0) - np.log(n)
+    ratios = np.exp(log_p - log_mean)
+    # Their spread holds the error of each, as the draws are independent; a single one has no spread.
+    se = ratios.std(0, ddof=1) / np.sqrt(n) if n > 1 else tables[0].se.to_numpy()
+    joined = {name: np.stack([table[name] for table in tables]) for name in ("ess", "khat", "amortized_bound")}
+    columns = (log_mean, se, joined["ess"].mean(0), joined["khat"].max(0), joined["amortized_bound"].mean(0))
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=tables[0].index)
 
 
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, joint: Joint) -> Tensor:

@@ -14,9 +14,10 @@ from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.inference.pareto_khat import pareto_smoothed
-from pyro_scvi.inference.samplers import Importance, Sampler, require_sampler
+from pyro_scvi.inference.samplers import Importance, Sampler
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
 from pyro_scvi.utils.checks import require_at_least, warn
 from pyro_scvi.utils.progress_bars import over_cells
@@ -94,7 +95,7 @@ def leave_one_out(
     (('cell', 'gene'), (2, 20))
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, batch_size=batch_size)
     require_at_least(2, samples=samples)
     if tuple(over) != ("cell", "gene"):
@@ -103,9 +104,9 @@ def leave_one_out(
         raise ModelError(
             "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
         )
-    results, done = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype), 0
-    judged = list[dict[str, Tensor]]()
+    judged, done = list[dict[str, Tensor]](), 0
     with evaluating(fit.model, fit.guide, seed):
+        results = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype)
         for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())

@@ -1,26 +1,22 @@
-"""embed: the posterior mean of z for every cell."""
+"""embed: a place for every cell, z or principal components of what is decoded from it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from pyro_scvi.analysis.inputs import require_inputs
+from pyro_scvi.analysis.integration.spaces import Latent, Space, require_space
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.guides.base import Guide
 from pyro_scvi.utils.checks import require_at_least
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
-from pyro_scvi.inference.evaluation import evaluating
-from pyro_scvi.inference.proposals import refined
 
 
-def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
-    r"""Posterior mean of z under the guide, E_q[z | x].
+def embed(fit: Fit, cells: Cells, *, space: Space = Latent(), batch_size: int = 1024, seed: int = 0) -> np.ndarray:
+    r"""Posterior mean of z under the guide, E_q[z | x], or what ``space`` makes of it.
 
     .. math:: \hat z_n = \int z\, q(z | x_n)\, dz
 
@@ -30,7 +26,12 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
     Parameters
     ----------
     fit, cells
-        The fit and cells with its schema; they need not be those it was fitted to.
+        The fit and cells with its schema; they need not be those it was fitted to. Cells of batches that the fit does
+        not know are taken, if they were read with ``allow_new_batches=True``.
+    space
+        ``ps.spaces.Latent()``, ``ps.spaces.Expression()`` or ``ps.spaces.Hidden()``. The principal axes of the latter
+        two are those of ``cells``. For a query beside a reference, pass a space fitted to the reference:
+        ``ps.spaces.Expression().fitted(fit, reference)``.
     batch_size
         Cells at a time.
     seed
@@ -38,30 +39,25 @@ def embed(fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> n
 
     Returns
     -------
-    ndarray (cells, latents)
+    ndarray (cells, latents), or (cells, components)
 
     Raises
     ------
     SchemaError
         If the cells' genes or covariates are not those of the fit.
     ModelError
-        If ``fit`` or ``cells`` has the wrong type, ``batch_size`` is below 1, or the seed is no integer of 0 or more.
+        If ``fit``, ``cells`` or ``space`` has the wrong type, ``batch_size`` is below 1, or the seed is no integer of 0
+        or more; if the space was fitted with another fit, has more components than there are cells, or is of a decoder
+        that does not give it.
 
     Examples
     --------
     >>> ps.embed(fit, test).shape
     (12, 2)
+    >>> ps.embed(fit, cells, space=ps.spaces.Expression(components=5)).shape
+    (60, 5)
     """
     require_inputs(fit, cells)
+    require_space(space)
     require_at_least(1, batch_size=batch_size)
-    with evaluating(fit.model, fit.guide, seed):
-        means = [_mean(fit.guide, x, gamma) for x, gamma in minibatches(fit, cells).in_order(batch_size)]
-        return torch.cat(means).cpu().numpy()
-
-
-def _mean(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
-    site = guide.coordinates.of_z()
-    if not guide.amortized:
-        loc, _ = refined(guide, x, gamma)
-        return guide.coordinates.sites(loc)[site.name].squeeze(-2)
-    return guide.mean(site, x, gamma).squeeze(-2)
+    return space.place(fit, cells, batch_size=batch_size, seed=seed)

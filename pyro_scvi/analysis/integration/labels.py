@@ -15,7 +15,8 @@ from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
-from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Sampler
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.progress_bars import over_cells
 
@@ -73,7 +74,7 @@ def predict_labels(
     ['a', 'b']
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     prior: Any = fit.model.prior
     words = _labels(fit, prior)

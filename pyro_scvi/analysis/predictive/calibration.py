@@ -232,7 +232,7 @@ def calibrate(
     """
     require_fit(fit)
     require_sampler(sampler)
-    require_proper(fit.model.prior, "nothing can be drawn from it")
+    require_proper(fit.model, "nothing can be drawn from it")
     require_at_least(1, n_cells=n_cells, thin=thin, batch_size=batch_size)
     require_ranks(draws)
     if isinstance(source, type) or not hasattr(source, "draw"):

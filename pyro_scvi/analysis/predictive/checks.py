@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_scvi.analysis.global_averages import at_draws, shares
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
@@ -23,7 +24,8 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.program_runs import needs_counts
 from pyro_scvi.guides.supported import require_drawable
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating
-from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Sampler
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.checks import require_at_least, require_kind
@@ -105,6 +107,7 @@ def posterior_predictive(
     cells: Cells,
     *,
     samples: int = 5,
+    global_draws: int | None = None,
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
@@ -122,6 +125,8 @@ def posterior_predictive(
         The fit and cells of its schema.
     samples
         Replicas of every cell.
+    global_draws
+        None: global latents are at the guide's medians. A number: the replicas are shared among so many of their draws.
     sampler, seed, batch_size
         As in ``sample_posterior``.
 
@@ -144,11 +149,13 @@ def posterior_predictive(
     (('sample', 'cell', 'gene'), (3, 12, 20))
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
+    fits = at_draws(fit, global_draws, seed)
+    parts = list(zip(fits, shares(samples, len(fits)), strict=True))
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+        for x, replicas in _replicated(parts, cells, sampler, batch_size):
             if not torch.equal(replicas.int().to(replicas), replicas):
                 counts = counts.astype(np.float32, copy=False)
             counts[:, done : done + len(x)] = replicas.cpu().numpy()
@@ -243,13 +250,13 @@ def check_predictions(
     ((20, 20), (12, 5))
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if not isinstance(interval, Real) or not 0 < interval < 1:
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
     sums, totals = torch.zeros(()), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated(fit, cells, samples, sampler, batch_size):
+        for x, replicas in _replicated([(fit, samples)], cells, sampler, batch_size):
             both = in_float64(torch.cat([x[None], replicas]))  # the data is the first of 1 + samples
             sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
             totals.append(both.sum(-1).cpu())
@@ -262,13 +269,16 @@ def check_predictions(
 
 
 def _replicated(
-    fit: Fit, cells: Cells, samples: int, sampler: Sampler, batch_size: int
+    fits: Sequence[tuple[Fit, int]], cells: Cells, sampler: Sampler, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, gamma in minibatches(fit, cells).in_order(batch_size):
-        draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
-        # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
-        parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
-        drawn = [_counts(fit, x, gamma, dict(zip(draws.sites, part, strict=True))) for part in parts]
+    """Counts of some cells, and their replicas: so many of each fit."""
+    for x, gamma in minibatches(fits[0][0], cells).in_order(batch_size):
+        drawn = []
+        for fit, samples in fits:
+            draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
+            # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
+            parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
+            drawn += [_counts(fit, x, gamma, dict(zip(draws.sites, part, strict=True))) for part in parts]
         yield x, torch.cat(drawn)
 
 

@@ -93,7 +93,7 @@ def calibrate_globals(
     (3, 20)
     """
     require_inputs(fit, cells)
-    require_proper(fit.model.prior, "nothing can be drawn from it")
+    require_proper(fit.model, "nothing can be drawn from it")
     require_at_least(1, n_sets=n_sets)
     require_ranks(draws)
     names = list(fit.guide.weights.supports)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.global_averages import at_draws, shares
+from pyro_scvi.analysis.inputs import minibatches, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.new_batches import in_known_batches
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -30,6 +33,7 @@ def __dir__() -> list[str]:
 
 
 Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
+AtDraws = Sequence[tuple["Fit", Draws]]  # fits at draws of the global latents, each with draws of the cells'
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
@@ -105,6 +109,7 @@ def impute(
     quantiles: Sequence[float] = (),
     batches: Sequence[str] = (),
     samples: int = 25,
+    global_draws: int | None = None,
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
@@ -119,7 +124,8 @@ def impute(
     Parameters
     ----------
     fit, cells
-        The fit and any cells of its schema.
+        The fit and any cells of its schema. For cells of a batch that it does not know, read with
+        ``allow_new_batches=True``, the mean over each known batch as their own; quantiles are refused.
     quantity
         ``imputation.expression`` (default) or ``imputation.mean_given_no_dropout``; averaged over draws of z and l.
     quantiles
@@ -129,6 +135,8 @@ def impute(
         averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
     samples, sampler, seed, batch_size
         As in ``sample_posterior``.
+    global_draws
+        None: global latents are at the guide's medians. A number: the samples are shared among so many of their draws.
     out
         Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
         memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
@@ -155,7 +163,7 @@ def impute(
     True
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     _check_arguments(quantity, quantiles, batches)
     if batches and (quantiles or quantity is not mean_given_no_dropout):
@@ -163,16 +171,20 @@ def impute(
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
     lead = (len(quantiles),) if quantiles else ()
-    imputed, done = _place(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    imputed, done = result_array(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
+    fits = at_draws(fit, global_draws, seed)
+    parts = list(zip(fits, shares(samples, len(fits)), strict=True))
     with evaluating(fit.model, fit.guide, seed, theta=True):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
-            rows = slice(done, done := done + len(x))
-            draws = sampler.draw(fit.guide, x, gamma, samples)
-            if quantiles:
-                imputed[:, rows] = _quantiles(fit, x, gamma, draws, quantiles).cpu().numpy()
-            else:
-                constants = [other[rows].to(gamma) for other in swapped] or [gamma]
-                means = [_mean(fit, x, constant, draws, quantity) for constant in constants]
+        for x, gamma in minibatches(fit, cells, new_batches=not quantiles).in_order(batch_size):
+            rows, means = slice(done, done := done + len(x)), []
+            for own in in_known_batches(fit.schema, gamma):
+                drawn = [(one, sampler.draw(one.guide, x, own, n)) for one, n in parts]
+                if quantiles:
+                    imputed[:, rows] = _quantiles(drawn, x, own, quantiles).cpu().numpy()
+                else:
+                    constants = [other[rows].to(gamma) for other in swapped] or [own]
+                    means += [_mean(drawn, x, constant, quantity) for constant in constants]
+            if means:
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
     return imputed
 
@@ -219,10 +231,10 @@ def technical_zero_probability(
     ((12, 20), True)
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
-    probability, done = _place(fit, (cells.n_cells, cells.n_genes), out), 0
+    probability, done = result_array(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in minibatches(fit, cells).in_order(batch_size):
             rows = slice(done, done := done + len(x))
@@ -236,33 +248,21 @@ def technical_zero_probability(
     return probability
 
 
-def _place(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
-    """Array that takes the results; thousands of small ones among large temporaries would fragment memory."""
-    if out is None:
-        return torch.empty(shape, dtype=fit.dtype).numpy()
-    if getattr(out, "shape", None) != shape:
-        given = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ModelError(f"out must be an array of shape {shape}, got {given}")
-    return out
-
-
 def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
     if not callable(quantity):
         raise ModelError(
             f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
         )
-    if not isinstance(quantiles, Iterable) or isinstance(quantiles, str):
-        raise ModelError(f"quantiles must be numbers in a list or tuple, got {brief(quantiles)}")
-    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in quantiles):
-        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
-    if isinstance(batches, str):
-        raise ModelError(f"batches must be names in a list or tuple, as in [{batches!r}], got {batches!r}")
+    require_quantiles(quantiles)
+    require_names(batches, "batches")
 
 
-def _mean(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantity: Quantity) -> Tensor:
-    return quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)).mean(0)
+def _mean(drawn: AtDraws, x: Tensor, gamma: Tensor, quantity: Quantity) -> Tensor:
+    values = [quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)) for fit, latents in drawn]
+    return (values[0] if len(values) == 1 else torch.cat(values)).mean(0)
 
 
-def _quantiles(fit: Fit, x: Tensor, gamma: Tensor, latents: Draws, quantiles: Sequence[float]) -> Tensor:
-    w = fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"]
+def _quantiles(drawn: AtDraws, x: Tensor, gamma: Tensor, quantiles: Sequence[float]) -> Tensor:
+    values = [fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"] for fit, latents in drawn]
+    w = values[0] if len(values) == 1 else torch.cat(values)
     return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)

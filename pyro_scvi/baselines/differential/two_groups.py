@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.baselines.inputs import dense_counts
+from pyro_scvi.baselines.inputs import dense_counts, in_order_of
 from pyro_scvi.errors import DataError
 
 
@@ -24,7 +24,8 @@ class TwoGroups(NamedTuple):
 def two_groups(counts: Any, group: Any) -> TwoGroups:
     """Check counts (cells, genes) and one label per cell; the label that sorts first is the first group.
 
-    Labels of an ordered categorical sort in the order of its categories.
+    Labels of an ordered categorical sort in the order of its categories. A Series of labels is matched by name with the
+    index of a DataFrame of counts.
 
     Raises
     ------
@@ -35,6 +36,7 @@ def two_groups(counts: Any, group: Any) -> TwoGroups:
     x = dense_counts(counts)
     if (empty := np.flatnonzero(~x.any(1))).size:
         raise DataError(f"{empty.size} cells have no count, the first of them cell {empty[0]}; drop them")
+    group = in_order_of(getattr(counts, "index", None), group, "group")
     labels = np.asarray(group)
     if labels.shape != (len(x),):
         raise DataError(f"group must be one label for each of {len(x)} cells, got shape {labels.shape}")

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.special import entr
 from sklearn.base import BaseEstimator
 
-from pyro_scvi.baselines.inputs import dense_counts, require_fitted
+from pyro_scvi.baselines.inputs import dense_counts, in_order_of, require_fitted
 from pyro_scvi.baselines.normalization.scalings import (
     RLE,
     TMM,
@@ -166,7 +166,8 @@ class SCONE(BaseEstimator):
         y
             Ignored.
         qc
-            Quality metrics, (cells, metrics); None for :func:`quality_metrics` of the counts.
+            Quality metrics, (cells, metrics); None for :func:`quality_metrics` of the counts. Metrics and labels with
+            names of cells are matched by name with a DataFrame of counts.
         batch, bio
             One label per cell.
         negative_controls, positive_controls
@@ -182,12 +183,15 @@ class SCONE(BaseEstimator):
             confounded. For an empty list, or duplicate names.
         """
         x = dense_counts(counts, unseen_genes=False)
+        names = {"qc": qc, "batch": batch, "bio": bio}
+        qc, batch, bio = (in_order_of(getattr(counts, "index", None), given, name) for name, given in names.items())
         metrics = quality_metrics(x) if qc is None else np.asarray(qc, dtype=np.float64).reshape(len(qc), -1)
         _check_rows(x, qc=metrics, batch=batch, bio=bio)
         labels = (None if given is None else np.asarray(given) for given in (batch, bio))
         cells = _Cells(x, components(metrics, n=MOST_COMPONENTS), *labels)
         candidates = self._candidates(cells)
-        unwanted, wanted = (_factors(x, genes) for genes in (negative_controls, positive_controls))
+        controls, genes = (negative_controls, positive_controls), getattr(counts, "columns", None)
+        unwanted, wanted = (_factors(x, in_order_of(genes, given, "controls")) for given in controls)
         rows = np.random.default_rng(self.seed).permutation(len(x))[:PAM_CELLS]
         known = Known(cells.bio, cells.batch, cells.quality, unwanted, wanted, rows)
         by_name = {each.name: scores(cells.normalised(each), known) for each in candidates}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import write_elem
+from anndata.io import read_elem, write_elem
 from scipy import sparse
 
 from pyro_scvi.data.count_checks import Check, warn_of_features
@@ -57,7 +57,9 @@ from pyro_scvi.data.stores.layout import (
     work_of,
 )
 from pyro_scvi.errors import StoreError
+from pyro_scvi.utils import hdf5
 from pyro_scvi.utils.progress_bars import progress_bar
+from pyro_scvi.utils.unreadable import errors_named
 
 PLAN, COMPLETE = "plan.json", "store"
 
@@ -158,8 +160,9 @@ def build(
             work = work_of(target)
             _begin(work, plan)
             with _removed_if_empty(work):
+                _write_annotations(work / ANNOTATIONS, obs, shared)  # before hours of reading: it may be refused
                 parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
-            _assemble(parts, obs, shared, plan, work / COMPLETE)
+            _assemble(parts, len(obs), shared, plan, work / COMPLETE)
             (work / COMPLETE).rename(target)
             sync_folder(target.parent)
     shutil.rmtree(work_of(target), ignore_errors=True)
@@ -270,7 +273,7 @@ def _reread(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
         return None
 
 
-def _assemble(parts: Sequence[_Part], obs: pd.DataFrame, genes: pd.Index, plan: dict[str, Any], folder: Path) -> None:
+def _assemble(parts: Sequence[_Part], n_cells: int, genes: pd.Index, plan: dict[str, Any], folder: Path) -> None:
     """Concatenate the parts into the arrays of a store, and write its schema."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -281,9 +284,9 @@ def _assemble(parts: Sequence[_Part], obs: pd.DataFrame, genes: pd.Index, plan: 
     durably(folder / DETECTED, lambda file: np.save(file, np.sum([part.detected for part in parts], 0, dtype=np.int64)))
     durably(folder / INDICES, lambda file: _stack(file, parts, "indices", n_nonzero, _index_type(len(genes))))
     durably(folder / DATA, lambda file: _stack(file, parts, "data", n_nonzero, dtype))
-    durably(folder / ANNOTATIONS, lambda file: _write_annotations(file, obs, genes))
+    os.replace(folder.parent / ANNOTATIONS, folder / ANNOTATIONS)
     files = {name: fingerprint(folder / name) for name in (*ARRAYS, ANNOTATIONS)}
-    StoreSchema(FORMAT, len(obs), len(genes), n_nonzero, plan, files).write(folder)
+    StoreSchema(FORMAT, n_cells, len(genes), n_nonzero, plan, files).write(folder)
     sync_folder(folder)
 
 
@@ -300,12 +303,17 @@ def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.
         file.write(values.astype(dtype, copy=False).data)
 
 
-def _write_annotations(file: BinaryIO, obs: pd.DataFrame, genes: pd.Index) -> None:
+def _write_annotations(path: Path, obs: pd.DataFrame, genes: pd.Index) -> None:
     """Write obs and the names of the genes as an .h5ad without counts; strings stay strings."""
     with doubled_names_allowed():
         annotations = AnnData(obs=obs, var=pd.DataFrame(index=genes))
-    with anndata.settings.override(allow_write_nullable_strings=True), h5py.File(file, "w") as group:
+    with (
+        anndata.settings.override(allow_write_nullable_strings=True),
+        hdf5.written(path, "w") as group,
+        errors_named("obs", "cannot be kept in a store; leave that column out, or make it text or numbers"),
+    ):
         write_elem(group, "/", annotations)
+        read_elem(group["obs"])  # not all that can be written can be read
 
 
 def _index_type(n_genes: int) -> np.dtype:

@@ -25,6 +25,7 @@ from pyro_scvi.data.stores.layout import (
     rebuild,
 )
 from pyro_scvi.errors import StoreError
+from pyro_scvi.utils.unreadable import errors_named
 
 _LONGEST_READ = 2**28  # entries; Linux reads at most 2 GB at once
 
@@ -59,12 +60,16 @@ class CountStore(Source):
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path).expanduser().absolute()
+        with errors_named(str(self.path), kind=StoreError):
+            self._open(verify)
+
+    def _open(self, verify: bool) -> None:
         self.schema = StoreSchema.read(self.path)
         self.schema.check(self.path, verify)
         n_cells, n_genes = self.schema.n_cells, self.schema.n_genes
-        self.indptr = np.load(self.path / INDPTR, mmap_mode="r")
+        self.indptr = _numbers(self.path / INDPTR, "iu")
         self._indices, self._data = _Array(self.path / INDICES), _Array(self.path / DATA)
-        totals, detected = np.load(self.path / TOTALS, mmap_mode="r"), np.load(self.path / DETECTED)
+        totals, detected = _numbers(self.path / TOTALS, "iuf"), np.asarray(_numbers(self.path / DETECTED, "iu"))
         lengths = [len(self.indptr) - 1, len(totals), len(detected), self._indices.n, self._data.n, detected.sum()]
         n_nonzero = self.schema.n_nonzero
         ends = [self.indptr[0], self.indptr[-1]]
@@ -83,23 +88,41 @@ class CountStore(Source):
         rows = within(rows, self.shape[0])
         starts = np.asarray(self.indptr[rows])
         lengths = np.asarray(self.indptr[rows + 1]) - starts
+        if (lengths < 0).any() or (starts < 0).any():
+            raise StoreError(f"{self.path / INDPTR} does not increase; {rebuild(self.path)}")
         pointers = np.concatenate([[0], np.cumsum(lengths)])
         if rows.size and consecutive(rows) and pointers[-1] < _LONGEST_READ:  # one read for all of them
             starts, lengths = starts[:1], pointers[-1:]
         index = np.int32 if pointers[-1] <= np.iinfo(np.int32).max else np.int64  # SciPy wants one type for both
         spans = list(zip(starts.tolist(), lengths.tolist(), strict=True))
         indices = self._indices.read(spans).astype(index)
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.shape[1]:
+            raise StoreError(f"{self.path / INDICES} names genes that are not there; {rebuild(self.path)}")
         parts = (self._data.read(spans), indices, pointers.astype(index))
         return sparse.csr_array(parts, shape=(len(rows), self.shape[1]))
 
     def annotations(self) -> AnnData:
         """``obs`` of the cells and names of the genes, without counts."""
-        with doubled_names_allowed():
-            return anndata.read_h5ad(self.path / ANNOTATIONS)
+        file = self.path / ANNOTATIONS
+        with doubled_names_allowed(), errors_named(str(file), kind=StoreError):
+            annotations = anndata.read_h5ad(file)
+        if annotations.shape != self.shape:
+            raise StoreError(
+                f"{file} is of {annotations.shape} cells and genes, not {self.shape}; {rebuild(self.path)}"
+            )
+        return annotations
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes open the files themselves: a file descriptor is valid in its own process only."""
         return partial(CountStore, verify=False), (self.path,)
+
+
+def _numbers(path: Path, kinds: str) -> np.ndarray:
+    """A one-dimensional array in a file, of these kinds of numbers."""
+    array = np.load(path, mmap_mode="r")
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        raise StoreError(f"{path} holds {array.dtype} of {array.ndim} dimensions, not a list of numbers")
+    return array
 
 
 class _Array:
@@ -114,6 +137,8 @@ class _Array:
             )
             (self.n,), _, self.dtype = read_header(file)
             self.offset = file.tell()
+        if self.dtype.kind not in "iuf":
+            raise StoreError(f"{path} holds {self.dtype}, not numbers")
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
 

@@ -14,11 +14,13 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
+from pyro_scvi.data.links import check_links
 from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.unreadable import errors_named
 
 _log = logging.getLogger(__name__)
 
@@ -83,21 +85,41 @@ def opened(name: str, path: Path, place: Place) -> Iterator[Input]:
         If the layer or ``raw`` does not exist.
     """
     with _group(path) as group:
-        _require_anndata(group, path)
-        layers = (quoted(list(group["layers"])) if "layers" in group else "") or "none"
-        has_raw = "raw" in group and "X" in group["raw"]
-        if place.path not in group:
-            raise SchemaError(f"{path} has no {place.name}; its layers are: {layers}.")
+        with errors_named(str(path)):
+            read = _read(group, name, path, place)
+        yield read
+
+
+def _read(group: Any, name: str, path: Path, place: Place) -> Input:
+    _require_anndata(group, path)
+    layers = (quoted(list(group["layers"])) if "layers" in group else "") or "none"
+    has_raw = "raw" in group and "X" in group["raw"]
+    if place.path not in group:
+        raise SchemaError(f"{path} has no {place.name}; its layers are: {layers}.")
+    counts = _counts(group, place, path)
+    var, obs = _table(group, "raw/var" if place.raw else "var", path), _table(group, "obs", path)
+    doubled = var.index[var.index.duplicated()].unique()
+    if len(doubled):
+        raise DataError(f"gene names must be unique; in {path}, {quoted(doubled)} occur more than once.")
+    if len(var) != counts.shape[1]:
+        raise DataError(f"{path} has counts of {counts.shape[1]} genes and {len(var)} names of genes.")
+    return Input(name, path, counts, var, obs, hint_of(layers, has_raw and not place.raw))
+
+
+def _counts(group: Any, place: Place, path: Path) -> Backed:
+    source = f"{place.name} of {path}"
+    with errors_named(source):
         matrix = group[place.path]
         matrix = sparse_dataset(matrix) if "encoding-type" in matrix.attrs and hasattr(matrix, "keys") else matrix
-        var = read_elem(group["raw/var" if place.raw else "var"])
-        doubled = var.index[var.index.duplicated()].unique()
-        if len(doubled):
-            raise DataError(f"gene names must be unique; in {path}, {quoted(doubled)} occur more than once.")
-        counts = Backed(matrix, f"{place.name} of {path}")
-        if len(var) != counts.shape[1]:
-            raise DataError(f"{path} has counts of {counts.shape[1]} genes and {len(var)} names of genes.")
-        yield Input(name, path, counts, var, read_elem(group["obs"]), hint_of(layers, has_raw and not place.raw))
+        return Backed(matrix, source)
+
+
+def _table(group: Any, name: str, path: Path) -> pd.DataFrame:
+    with errors_named(f"{name} of {path}"):
+        table = read_elem(group[name])
+        if not isinstance(table, pd.DataFrame):
+            raise DataError(f"{name} of {path} is no table, but {brief(table)}.")
+        return table
 
 
 def _require_anndata(group: Any, path: Path) -> None:
@@ -117,6 +139,9 @@ def _group(path: Path) -> Iterator[Any]:
             raise DataError(f"{path}: cannot read it as zarr: {error}") from error
         yield group
         return
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+    check_links(path)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -170,7 +195,7 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
             raise DataError(f"{each.path} has {each.counts.shape[0]} cells and {len(each.obs)} rows of obs.")
     if len(inputs) == 1 and label is None and index_unique is None:
         return inputs[0].obs
-    with doubled_names_allowed():
+    with doubled_names_allowed(), errors_named("obs of these files", "cannot be joined"):
         annotations = {each.name: AnnData(obs=each.obs) for each in inputs}
         joined = anndata.concat(annotations, label=label, index_unique=index_unique, join="outer").obs
     for name in object_columns(joined):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyro_scvi.errors import StoreError
+from pyro_scvi.utils.files import regular_bytes
 
 FORMAT = 1
 SCHEMA, ANNOTATIONS = "schema.json", "annotations.h5ad"
@@ -55,12 +56,12 @@ class StoreSchema:
             If it is missing, broken or of another format.
         """
         try:
-            content = json.loads((folder / SCHEMA).read_bytes())
+            content = json.loads(regular_bytes(folder / SCHEMA))
         except OSError as error:
             hint = f"its build was interrupted, call build again: {work_of(folder)}"
             reason = hint if work_of(folder).is_dir() else str(error)
             raise StoreError(f"{folder} is no store of counts: {reason}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"{folder / SCHEMA} is corrupt: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise StoreError(f"{folder / SCHEMA} is not of format {FORMAT}, the one that this version reads")

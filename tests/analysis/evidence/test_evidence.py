@@ -82,7 +82,7 @@ def test_evidence_on_the_simplex_counts_the_jacobian():
     x, gamma = (tensor.double() for tensor in cells[:])
     first = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     z = torch.stack([first, 1 - first], -1)[:, None, None].expand(-1, len(x), 1, 2)
-    log_p = model.likelihood.marginal(**model.decode(z, None, gamma)).log_prob(x).sum(-1)
+    log_p = fit.model.likelihood.marginal(**fit.model.decode(z, None, gamma)).log_prob(x).sum(-1)
     expected = (log_p.logsumexp(0) - math.log(2000)).detach().numpy()
     assert ((table.log_evidence - expected).abs() / table.se).max() < 4
 

@@ -128,6 +128,6 @@ def test_simulated_cells_follow_the_law_that_is_their_ceiling(monkeypatch):
     drawn = table1._draws(fit, 1_200, 0)
     assert drawn.shape == (1_200, cells.n_genes)
     assert (drawn[:500] != drawn[500:1000]).nnz > 0
-    expected = prior_predictive(model, 1_000, seed=9).mean(1)  # by cell
+    expected = prior_predictive(fit.model, 1_000, seed=9).mean(1)  # by cell
     se = expected.std() * np.sqrt(1 / 1_000 + 1 / 1_200)
     assert abs(drawn.mean() - expected.mean()) < 5 * se

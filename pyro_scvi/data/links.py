@@ -1,0 +1,29 @@
+"""Links out of a file of counts: who made it would decide which other files are read."""
+
+from pathlib import Path
+
+from pyro_scvi.errors import DataError
+from pyro_scvi.utils.checks import warn
+from pyro_scvi.utils.hdf5_links import links_out_of
+
+
+def check_links(file: Path) -> None:
+    """Refuse an HDF5 file whose parts are in other folders.
+
+    Raises
+    ------
+    DataError
+        If there is such a link; names it.
+
+    Warns
+    -----
+    UserWarning
+        If a part is in another file of the same folder.
+    """
+    if not file.is_file():
+        return
+    for link in links_out_of(file):
+        what = f"{link.name} of {link.file} is in another file, {link.target}"
+        if not link.beside:
+            raise DataError(f"{what}, which is not read; copy its values into {link.file.name}, or that file beside it")
+        warn(what)

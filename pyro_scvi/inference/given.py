@@ -1,0 +1,135 @@
+"""Given: draws of the cells' latents from elsewhere, as a sampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.base import Guide
+from pyro_scvi.guides.coordinates import LocalSite
+from pyro_scvi.guides.global_draws import parsed_draws
+from pyro_scvi.inference.samplers import Draws, Sampler, require_sampler
+
+if TYPE_CHECKING:
+    from pyro_scvi.data.cells import Cells
+
+Rows = dict[bytes, list[int]]
+
+
+class Given:
+    """Draws of your own, from NUTS, a JAX sampler or anything else, in the place of a sampler.
+
+    Every verb that takes ``sampler=`` then computes with them. They are conditional on global latents, whose medians
+    the verbs take: ``fit.with_globals`` sets these.
+
+    Parameters
+    ----------
+    draws
+        Of every latent of the cells: a dict of arrays (samples, cells) and an event, in the order of the cells that the
+        verb is given; or an xarray Dataset with dimensions (sample, cell, ...) or (chain, draw, cell, ...), whose cells
+        are found by name. ``ps.log_density(...).constrain(u)`` has this form.
+
+    Raises
+    ------
+    ModelError
+        If it is neither. When it draws, if a latent is missing, of another shape or outside its support, there are
+        fewer draws than asked for, or a cell has none.
+
+    Examples
+    --------
+    >>> few = test.take(range(3))
+    >>> draws = ps.sample_posterior(fit, few, samples=50, sites=("z", "l"), diagnostics=False)
+    >>> again = ps.sample_posterior(fit, few, samples=50, sites=("z", "l"), sampler=ps.Given(draws))
+    >>> bool((again.z == draws.z).all())
+    True
+    """
+
+    def __init__(self, draws: Any) -> None:
+        self.sites, self.chains, self.names = parsed_draws(draws, "draws")
+        self.rows: Rows | None = None
+        self.gammas = list[bytes]()
+
+    def __repr__(self) -> str:
+        return f"Given({list(self.sites)})"
+
+    def for_cells(self, cells: Cells) -> Given:
+        """These draws for some cells, whose rows are found again by their counts, as verbs take them in any order."""
+        bound = Given.__new__(Given)
+        bound.sites, bound.chains, bound.names = self._of(cells), self.chains, self.names
+        bound.rows, bound.gammas = {}, []
+        for start in range(0, cells.n_cells, 1024):
+            x, gamma = cells[slice(start, min(start + 1024, cells.n_cells))]
+            for counts, constants in zip(x, gamma, strict=True):
+                bound.rows.setdefault(_key(counts), []).append(len(bound.gammas))
+                bound.gammas.append(_key(constants))
+        return bound
+
+    def _of(self, cells: Cells) -> dict[str, Tensor]:
+        """Draws in the order of the cells."""
+        given = cells.n_cells if self.names is None else len(self.names)
+        own = {name: value for name, value in self.sites.items() if value.dim() > 1 and value.shape[1] == given}
+        if not own:
+            shapes = {name: tuple(value.shape) for name, value in self.sites.items()}
+            raise ModelError(f"there are no draws (samples, cells, ...) of {given} cells; got {shapes}")
+        if self.names is None:
+            return own
+        places = {name: place for place, name in enumerate(self.names)}
+        if missing := [name for name in cells.cell_names if name not in places]:
+            raise ModelError(f"there are no draws of {len(missing)} cells, such as {missing[0]!r}")
+        chosen = torch.tensor([places[name] for name in cells.cell_names])
+        return {name: value[:, chosen] for name, value in own.items()}
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """``samples`` of the draws of each cell, at random if there are more."""
+        if self.rows is None:
+            raise ModelError("there are no draws of these cells: ps.Given has draws of the cells that it was made for")
+        rows = torch.tensor([self._row(*pair) for pair in zip(x, gamma, strict=True)])
+        local = guide.coordinates.local
+        if missing := [name for name in local if name not in self.sites]:
+            raise ModelError(f"ps.Given needs draws of {list(local)}; {missing} are missing, or not of these cells")
+        n_draws = len(self.sites[next(iter(local))])
+        if samples > n_draws:
+            raise ModelError(f"there are {n_draws} draws of each cell, and {samples} are asked for: pass samples=")
+        order = torch.arange(n_draws) if samples == n_draws else torch.randperm(n_draws)[:samples].sort().values
+        sites = {name: _shaped(site, self.sites[name][order][:, rows]).to(x) for name, site in local.items()}
+        return Draws(sites, dict, self.chains if samples == n_draws else 1)
+
+    def _row(self, counts: Tensor, constants: Tensor) -> int:
+        """The row of a cell; cells with the same counts and covariates have the same posterior."""
+        rows = (self.rows or {}).get(_key(counts), [])
+        same = rows if len(rows) < 2 else [row for row in rows if self.gammas[row] == _key(constants)]
+        if not same:
+            raise ModelError("there are no draws of a cell: ps.Given has draws of the cells that it was made for")
+        return same[0]
+
+
+def sampler_for(sampler: Any, cells: Cells) -> Sampler:
+    """The sampler, told of the cells if it wants to know; refuses what is none.
+
+    Raises
+    ------
+    ModelError
+        If it is no sampler, or has no draws of the cells.
+    """
+    require_sampler(sampler)
+    told: Any = getattr(sampler, "for_cells", None)
+    bound: Sampler = sampler if told is None else told(cells)
+    return bound
+
+
+def _key(row: Tensor) -> bytes:
+    return row.detach().float().cpu().numpy().tobytes()
+
+
+def _shaped(site: LocalSite, value: Tensor) -> Tensor:
+    """Values (samples, cells, 1) and their event."""
+    event = tuple(site.event_shape)
+    if tuple(value.shape[2:]) not in (event, (1, *event)):
+        raise ModelError(f"draws of {site.name!r} must be (samples, cells) and an event {event}, got {value.shape[2:]}")
+    shaped = value.reshape(*value.shape[:2], 1, *event)
+    if not bool(site.support.check(shaped).all()):
+        raise ModelError(f"draws of {site.name!r} lie outside its support {site.support}")
+    return shaped

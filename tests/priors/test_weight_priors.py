@@ -1,0 +1,220 @@
+"""Priors on parameters of every part: donors' means, time courses, and callables of one's own, against exact laws."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from scipy.special import logsumexp
+
+import pyro_scvi as ps
+from pyro_scvi.discovery import Kind
+from pyro_scvi.errors import ModelError, SchemaError
+
+pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:.*was not registered in the param store")
+
+GENES = 6
+TRUE_TAU = 1.5
+LOADINGS = torch.tensor([0.5, -0.5, 0.4, -0.4, 0.6, -0.6])
+MEAN_COUNT = 8.0
+PRECISION = float((LOADINGS**2).sum() * MEAN_COUNT)  # of z given its counts, about
+
+
+def donors(name, like):
+    """m_d ~ Normal(0, tau), tau ~ HalfCauchy(1)."""
+    tau = pyro.sample("tau", dist.HalfCauchy(like.new_ones(())))
+    return pyro.sample(name, dist.Normal(torch.zeros_like(like), tau).to_event(2))
+
+
+def simulated(means, n, seed=0):
+    """z and cells, n of each group, with z ~ Normal(mean of the group, 1) and Poisson counts."""
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(len(means)), n)
+    z = rng.normal(np.asarray(means)[group], 1.0)
+    counts = rng.poisson(MEAN_COUNT * np.exp(z[:, None] * LOADINGS.numpy()))
+    obs = pd.DataFrame({"group": group}, index=[f"c{i}" for i in range(len(group))])
+    return z, ps.Cells.from_counts(counts, obs=obs, batch="group")
+
+
+def with_true_decoder(cells, weight_priors):
+    """One latent with a mean for each group, and the decoder that made the counts, which is not trained."""
+    prior = ps.priors.Conditional(1, cells.columns["group"])
+    model = ps.SCVI(
+        GENES,
+        1,
+        cells.n_covariates,
+        prior=prior,
+        likelihood=ps.likelihoods.Poisson(),
+        library=ps.libraries.NoLibrary(),
+        decoder=ps.networks.LinearDecoder(),
+        weight_priors=weight_priors,
+    )
+    head = model.decoder.heads["log_mean"].requires_grad_(False)
+    head.weight.copy_(LOADINGS[:, None])
+    head.bias.fill_(np.log(MEAN_COUNT))
+    return model
+
+
+def fitted(cells, weight_priors, epochs=40):
+    model = with_true_decoder(cells, weight_priors)
+    guide = ps.guides.DiagonalNormal(model, n_hidden=16, n_layers=1, norm=None)
+    rate = ps.schedules.OneCycle(0.1)
+    return ps.fit(
+        model, cells, guide, epochs=epochs, batch_size=64, learning_rate=rate, data_start=False, validation=0,
+        progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def of_donors():
+    truth = np.random.default_rng(3).normal(0, TRUE_TAU, 12)
+    z, cells = simulated(truth, 25)
+    return z, cells, fitted(cells, {"prior.loc": donors})
+
+
+def test_donors_means_and_their_spread_are_recovered(of_donors):
+    z, _, fit = of_donors
+    means, variance = z.reshape(12, 25).mean(1), (1 + 1 / PRECISION) / 25
+    taus = np.linspace(0.02, 8, 4000)
+    log_p = stats.halfcauchy.logpdf(taus) + stats.norm.logpdf(means[:, None], 0, np.sqrt(taus**2 + variance)).sum(0)
+    weights = np.exp(log_p - logsumexp(log_p))
+    mean = weights @ taus
+    sd = np.sqrt(weights @ (taus - mean) ** 2)
+    found = {name: value.detach().numpy() for name, value in fit.guide.weights.medians().items()}
+    assert abs(found["tau"] - mean) < sd
+    assert abs(found["tau"] - TRUE_TAU) < 5 * sd
+    shrunk = means * (weights @ (taus**2 / (taus**2 + variance)))
+    assert np.abs(found["prior.loc"].ravel() - shrunk).max() < 5 * np.sqrt(variance)
+
+
+def test_globals_of_the_prior_are_in_the_tree_and_in_draws(of_donors):
+    _, cells, fit = of_donors
+    few = cells.take(range(3))
+    tree = ps.to_datatree(fit, few, samples=20)
+    assert tree["posterior"]["prior.loc"].shape == (1, 20, 12, 1)
+    assert tree["posterior"]["tau"].shape == (1, 20)
+    drawn = ps.sample_posterior(fit, few, samples=20, sites=("z", "tau", "prior.loc"), progress=False)
+    assert drawn["tau"].dims == ("sample",)
+    assert fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0]
+
+
+def test_the_prior_of_z_moves_with_the_medians(of_donors):
+    _, cells, fit = of_donors
+    few = cells.take([0, 30, 60])
+    loc = fit.guide.weights.medians()["prior.loc"].detach().numpy().ravel()
+    points = np.linspace(-12, 12, 2001)
+    rates = MEAN_COUNT * np.exp(points[:, None] * LOADINGS.numpy())
+    log_x = stats.poisson.logpmf(few.counts[:, None], rates).sum(-1)
+    log_z = stats.norm.logpdf(points, loc[[0, 1, 2]][:, None], 1)
+    exact = logsumexp(log_x + log_z, 1) + np.log(points[1] - points[0])
+    table = ps.evidence(fit, few, steps=30, progress=False)
+    assert ((table.log_evidence - exact).abs() < 5 * table.se + 1e-3).all()
+
+
+def test_a_random_walk_has_the_density_of_its_normal():
+    walk = ps.weights.RandomWalkWeights(0.3, first=2.0)
+    trace = pyro.poutine.trace(walk).get_trace("w", torch.zeros(5, 2).double())
+    value, law = trace.nodes["w"]["value"], trace.nodes["w"]["fn"]
+    times = np.arange(5)
+    covariance = 4.0 + 0.09 * np.minimum(times[:, None], times)
+    exact = stats.multivariate_normal(np.zeros(5), covariance).logpdf(value.numpy().T).sum()
+    assert abs(float(law.log_prob(value)) - exact) < 1e-9
+    draws = law.sample((20000,)).numpy()
+    np.testing.assert_allclose(np.cov(draws[:, :, 0].T), covariance, atol=0.25)
+    assert law.log_prob(law.sample((3, 4))).shape == (3, 4)
+
+
+def test_a_smooth_course_is_found_better_by_a_random_walk():
+    truth = 1.5 * np.sin(np.linspace(0, 3, 15))
+    _, cells = simulated(truth, 4, seed=1)
+    _, test = simulated(truth, 6, seed=2)
+    priors = {"free": None, "walk": {"prior.loc": ps.weights.RandomWalkWeights(0.3)}}
+    fits = {name: fitted(cells, prior, epochs=90) for name, prior in priors.items()}
+    free = fits["free"].model.prior.loc.detach().numpy().ravel()
+    walk = fits["walk"].guide.weights.medians()["prior.loc"].detach().numpy().ravel()
+    assert np.square(walk - truth).mean() < 0.6 * np.square(free - truth).mean()
+    scores = {name: ps.evidence(fit, test, samples=100, steps=10, rounds=1, progress=False).log_evidence.mean()
+              for name, fit in fits.items()}  # fmt: skip
+    assert scores["walk"] > scores["free"]
+
+
+def test_words_without_an_order_are_no_time_points():
+    _, cells = simulated([0.0, 1.0, 2.0], 5)
+    days = np.array(["day 2", "day 10", "day 1"])[cells.obs["group"]]
+    walk = {"prior.loc": ps.weights.RandomWalkWeights()}
+
+    def read(column):
+        return ps.Cells.from_counts(cells.counts, obs=pd.DataFrame({"group": column}), categories=["group"])
+
+    for column in (days, pd.Categorical(days)):
+        with pytest.raises(SchemaError, match="'group' for steps in time, and they are words without an order"):
+            fitted(read(column), walk, epochs=1)
+    in_order = read(pd.Categorical(days, ["day 1", "day 2", "day 10"], ordered=True))
+    assert in_order.schema.levels == (("day 1", "day 2", "day 10"),)
+    assert fitted(in_order, walk, epochs=1).guide.weights.medians()["prior.loc"].shape == (3, 1)
+
+
+class Slopes(ps.libraries.LatentLibrary):
+    """A library with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(0.1))
+
+    def log_mean(self, eta, log_library):
+        return super().log_mean(eta, log_library) + self.slope
+
+
+PARTS = {
+    "prior.*": lambda: {"prior": ps.priors.GaussianMixture(2, 3)},
+    "library.slope": lambda: {"library": Slopes()},
+    "likelihood.*": lambda: {"likelihood": ps.likelihoods.NB(ps.likelihoods.PerGene(GENES))},
+    "decoder.heads.*.bias": dict,
+}
+
+
+def own(name, like):
+    return pyro.sample(name, dist.Laplace(torch.zeros_like(like), 0.5).to_event(like.dim()))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prior"), [*((pattern, own) for pattern in PARTS), ("prior.*", ps.weights.NormalWeights())]
+)
+def test_parameters_of_every_part_may_have_any_prior(pattern, prior):
+
+    _, cells = simulated([0.0, 1.0], 10)
+    model = ps.SCVI(GENES, 2, 2, n_hidden=8, weight_priors={pattern: prior}, **PARTS[pattern]())
+    names = [site.name for site in model.discovered() if site.kind is Kind.GLOBAL]
+    assert names
+    assert not set(names) & {name for name, _ in model.named_parameters()}
+    fit = ps.fit(model, cells, epochs=2, progress=False)
+    assert set(fit.guide.weights.medians()) == set(names)
+    assert ps.prior_predictive(fit.model, 2, gamma=np.eye(2)).shape == (2, GENES)
+    ps.evidence(fit, cells.take([0, 1]), samples=20, steps=2, rounds=1, progress=False)
+
+
+def test_what_is_no_prior_of_weights_is_refused():
+    def made(prior, pattern="decoder.heads.log_mean.bias"):
+        return ps.SCVI(GENES, 2, weight_priors={pattern: prior}).sites()
+
+    for wrong in (ps.weights.NormalWeights, 3.0, "normal"):
+        with pytest.raises(ModelError, match=r"the prior of 'decoder.heads.log_mean.bias' must be an object"):
+            made(wrong)
+    with pytest.raises(ModelError, match=r"must return a tensor of shape \(6,\)"):
+        made(lambda name, like: pyro.sample(name, dist.Normal(0.0, 1.0)))
+    scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ModelError, match="scale.*trainable, but only the code of the prior of"):
+        made(lambda name, like: pyro.sample(name, dist.Normal(torch.zeros_like(like), scale).to_event(1)))
+
+
+def test_a_prior_of_ones_own_is_loaded_with_its_model(of_donors, tmp_path):
+    _, cells, fit = of_donors
+    fit.save(tmp_path / "fit")
+    model = with_true_decoder(cells, {"prior.loc": donors})
+    guide = ps.guides.DiagonalNormal(model, n_hidden=16, n_layers=1, norm=None)
+    loaded = ps.load(tmp_path / "fit", model=model, guide=guide)
+    options = {"samples": 50, "steps": 5, "rounds": 1, "progress": False}
+    few = cells.take(range(3))
+    pd.testing.assert_frame_equal(ps.evidence(loaded, few, **options), ps.evidence(fit, few, **options))

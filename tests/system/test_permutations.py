@@ -1,0 +1,234 @@
+"""For a fixed fit, the answer of every verb to permuted rows and genes of named inputs is the permuted answer.
+
+What depends on draws is compared within its Monte Carlo error. With the guide Point the latents of a cell are a point,
+so that much does not depend on draws.
+"""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import pyro_scvi as ps
+from pyro_scvi import baselines
+from pyro_scvi.analysis.differential.labels import labels_of
+from pyro_scvi.analysis.predictive.imputation import mean_given_no_dropout
+from pyro_scvi.errors import DataError, SchemaError
+from tests.support.simulate import simulated_counts
+
+N_CELLS, N_GENES = 30, 12
+SEEDS = [0, 1]
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # sums of float32 in another order
+
+
+def made():
+    """Counts with names, two donors, an age and a kind of each cell."""
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {
+            "donor": np.where(rng.random(N_CELLS) < 0.5, "p", "q"),
+            "age": rng.normal(50, 9, N_CELLS),
+            "kind": np.where(np.arange(N_CELLS) % 2, "b", "a"),
+        },
+        index=[f"cell-{letter}{i}" for i, letter in enumerate("xy" * (N_CELLS // 2))],
+    )
+    var = pd.DataFrame(index=[f"GENE{i}" for i in range(N_GENES)])
+    return anndata.AnnData(simulated_counts(N_CELLS, N_GENES).astype(np.float32), obs, var)
+
+
+ADATA = made()
+CELLS = ps.Cells.from_anndata(ADATA, batch="donor", covariates=["age"])
+
+
+def fitted(guide, **options):
+    model = ps.SCVI(N_GENES, 2, CELLS.n_covariates, n_hidden=8, n_layers=1, **options)
+    q = guide(model, n_hidden=8, n_layers=1)
+    return ps.fit(model, CELLS, q, epochs=4, batch_size=10, progress=False, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def normal():
+    return fitted(ps.guides.DiagonalNormal)
+
+
+@pytest.fixture(scope="module")
+def point():
+    likelihood = ps.likelihoods.ZINB(ps.likelihoods.PerGene(N_GENES))
+    return fitted(ps.guides.Point, likelihood=likelihood)
+
+
+@pytest.fixture(params=SEEDS)
+def shuffled(request):
+    """The same data with cells, genes and columns of obs in another order, and a further gene."""
+    rng = np.random.default_rng(request.param)
+    adata = ADATA[rng.permutation(N_CELLS), rng.permutation(N_GENES)].copy()
+    adata.obs = adata.obs[rng.permutation(adata.obs.columns)]
+    more = adata[:, :1].copy()
+    more.var_names = ["new"]
+    return anndata.concat([more, adata], axis=1, merge="same")
+
+
+def read(adata, fit):
+    return ps.Cells.from_anndata(adata, schema=fit.schema)
+
+
+def by_name(values, cells):
+    """Rows in the order in which the fit's own cells are."""
+    return np.asarray(values)[cells.obs.index.get_indexer(ADATA.obs_names)]
+
+
+def test_reading_matches_all_by_name(shuffled, normal):
+    cells = read(shuffled, normal)
+    assert list(cells.gene_names) == list(CELLS.gene_names)
+    for found, expected in ((cells.counts, CELLS.counts), (cells.covariates, CELLS.covariates)):
+        np.testing.assert_allclose(by_name(found, cells), expected, **CLOSE)
+    frame, obs = shuffled.to_df(), ADATA.obs
+    for table in (frame, frame.sort_index()):
+        found = ps.Cells.from_counts(table, obs=obs, schema=normal.schema)
+        np.testing.assert_array_equal(by_name(found.counts, found), CELLS.counts)
+        np.testing.assert_allclose(by_name(found.covariates, found), CELLS.covariates, **CLOSE)
+
+
+def test_embeddings_and_deterministic_results(shuffled, normal, point):
+    for fit in (normal, point):
+        cells = read(shuffled, fit)
+        np.testing.assert_allclose(by_name(ps.embed(fit, cells), cells), ps.embed(fit, CELLS), **CLOSE)
+    verbs = {
+        "expression": lambda of: ps.impute(point, of, samples=2),
+        "mean": lambda of: ps.impute(point, of, samples=2, quantity=mean_given_no_dropout),
+        "batches": lambda of: ps.impute(point, of, samples=2, quantity=mean_given_no_dropout, batches=["q", "p"]),
+        "zeros": lambda of: ps.technical_zero_probability(point, of, samples=2),
+        "z": lambda of: ps.sample_posterior(point, of, samples=2, sites=["z"], progress=False).z.mean("sample"),
+    }
+    for name, verb in verbs.items():
+        np.testing.assert_allclose(by_name(verb(read(shuffled, point)), cells), verb(CELLS), err_msg=name, **CLOSE)
+
+
+def test_samples_keep_the_names_of_their_cells_and_genes(shuffled, point):
+    cells = read(shuffled, point)
+    for verb in (
+        lambda of: ps.sample_posterior(point, of, samples=200, sites=["w"], seed=1, progress=False).w,
+        lambda of: ps.posterior_predictive(point, of, samples=200, seed=1),
+    ):
+        found, expected = verb(cells), verb(CELLS)
+        ours = found.mean("sample").sel(cell=list(CELLS.cell_names), gene=list(CELLS.gene_names))
+        error = np.sqrt((found.var("sample").sel(cell=ours.cell, gene=ours.gene) + expected.var("sample")) / 200)
+        distance = np.abs(ours - expected.mean("sample")) / (error + 0.02)
+        assert float(distance.max()) < 6
+
+
+def test_evidence_within_its_error(shuffled, normal):
+    options = {"samples": 100, "rounds": 1, "progress": False}
+    few = [*ADATA.obs_names[:4]]
+    cells = read(shuffled, normal)
+    found = ps.evidence(normal, cells.take(cells.obs.index.get_indexer(few)[::-1]), **options)
+    expected = ps.evidence(normal, CELLS.take(range(4)), **options)
+    assert [*found.index] == few[::-1]
+    difference = found.log_evidence[few] - expected.log_evidence[few]
+    assert (difference.abs() < 6 * np.hypot(found.se[few], expected.se[few]) + 0.05).all()
+
+
+def test_genes_of_two_groups_within_their_error(shuffled, point):
+    """Groups are given in every way that has names, and in the order of the cells without names."""
+    cells = read(shuffled, point)
+    kind = ADATA.obs["kind"]
+    options = {"group_a": "a", "group_b": "b", "largest_se": 0.01, "seed": 3}
+    expected = ps.differential_expression(point, CELLS, groupby="kind", **options)
+    first = None
+    for groupby in ("kind", kind, kind.iloc[::-1], shuffled.obs["kind"].to_numpy(), kind.to_frame()):
+        found = ps.differential_expression(point, cells, groupby=groupby, **options)
+        first = found if first is None else first
+        pd.testing.assert_frame_equal(found, first)
+    ours = first.loc[expected.index]
+    np.testing.assert_allclose(ours.mean_a, expected.mean_a, rtol=1e-5)
+    assert ((ours.p_a_lt_b - expected.p_a_lt_b).abs() < 0.06).all()
+    with pytest.raises(DataError, match="no row for"):
+        labels_of(cells, kind.rename(lambda name: f"other-{name}"))
+
+
+def test_annotated_data_keep_their_own_order(shuffled, point):
+    ours, theirs = ADATA.copy(), shuffled.copy()
+    for adata in (ours, theirs):
+        ps.annotate(adata, point, expression=True, technical_zeros=True, samples=2)
+    back = theirs[ours.obs_names, ours.var_names]
+    np.testing.assert_allclose(back.obsm["X_pyro_scvi"], ours.obsm["X_pyro_scvi"], **CLOSE)
+    for layer in ("pyro_scvi_expression", "pyro_scvi_technical_zero"):
+        np.testing.assert_allclose(back.layers[layer], ours.layers[layer], **CLOSE)
+        assert np.isnan(theirs[:, "new"].layers[layer]).all()
+    table = ps.differential_expression(point, CELLS, groupby="kind", largest_se=0.1)
+    mixed = table.sample(frac=1.0, random_state=1)  # rows of a table have names, too
+    for adata, of in ((ours, table), (theirs, mixed)):
+        ps.add_rank_genes_groups(adata, of, "kind")
+    for group in ("a", "b"):
+        scores = [
+            dict(
+                zip(
+                    a.uns["rank_genes_groups"]["names"][group], a.uns["rank_genes_groups"]["scores"][group], strict=True
+                )
+            )
+            for a in (ours, theirs)
+        ]
+        assert scores[0] == scores[1]
+
+
+def test_cells_are_taken_by_the_names_of_a_mask(shuffled, normal):
+    cells = read(shuffled, normal)
+    mask = ADATA.obs["age"] > 50
+    assert set(cells.take(mask).cell_names) == set(mask.index[mask])
+    with pytest.raises(DataError, match="no row for"):
+        cells.take(mask.rename(lambda name: f"other-{name}"))
+
+
+def test_other_names_are_refused_and_not_taken_by_position(shuffled, normal):
+    shuffled.var_names = [f"{name}-" for name in shuffled.var_names]
+    with pytest.raises(SchemaError, match="gene"):
+        read(shuffled, normal)
+    cells = ps.Cells.from_anndata(ADATA[:, ::-1].copy(), batch="donor", covariates=["age"])
+    with pytest.raises(SchemaError, match="in another order"):
+        ps.embed(normal, cells)
+
+
+# --- baselines ---
+
+
+@pytest.mark.parametrize("make", [lambda: baselines.PCA(2), lambda: baselines.FactorAnalysis(2)], ids=["PCA", "FA"])
+def test_fitted_baselines_take_columns_by_name(shuffled, make):
+    method = make().fit(ADATA.to_df())
+    frame = shuffled.to_df()[[name for name in shuffled.var_names if name != "new"]]
+    found = pd.DataFrame(method.transform(frame), index=frame.index).loc[ADATA.obs_names]
+    np.testing.assert_allclose(found, method.transform(ADATA.to_df()), rtol=1e-6, atol=1e-8)
+    with pytest.raises(DataError, match="genes"):
+        method.transform(shuffled.to_df())
+
+
+@pytest.mark.parametrize("make", [baselines.Wilcoxon, baselines.MAST], ids=["Wilcoxon", "MAST"])
+def test_tests_of_two_groups_match_labels_by_name(shuffled, make):
+    kind, frame = ADATA.obs["kind"], shuffled.to_df().drop(columns="new")
+    expected = make().test(ADATA.to_df(), kind)
+    for labels in (kind, kind.iloc[::-1], kind.astype("category"), frame.index.map(kind)):
+        found = make().test(frame, labels)
+        pd.testing.assert_frame_equal(found.loc[expected.index], expected, rtol=1e-6)
+    with pytest.raises(DataError, match="no row for"):
+        make().test(frame, kind.rename(lambda name: f"other-{name}"))
+
+
+def test_normalisations_match_metrics_labels_and_controls_by_name():
+    frame, age = ADATA.to_df().iloc[::-1, ::-1], ADATA.obs[["age"]]
+    given = {"batch": ADATA.obs["donor"], "bio": ADATA.obs["kind"], "qc": age.assign(squared=age.age**2)}
+    housekeeping = pd.Series(np.arange(N_GENES) < 4, index=ADATA.var_names)
+    found = baselines.SCONE().fit(frame, negative_controls=housekeeping, **given)
+    plain = {name: values.loc[frame.index].to_numpy() for name, values in given.items()}
+    by_position = baselines.SCONE().fit(frame, negative_controls=housekeeping[frame.columns].to_numpy(), **plain)
+    pd.testing.assert_frame_equal(found.table_, by_position.table_)
+
+
+def test_scores_of_two_methods_are_matched_by_gene():
+    rng = np.random.default_rng(2)
+    signal = np.r_[rng.normal(3, 1, 60), rng.normal(0, 1, 140)]
+    genes = [f"GENE{i}" for i in range(200)]
+    first, second = (pd.Series(signal + rng.normal(0, 0.3, 200), index=genes) for _ in range(2))
+    expected = baselines.idr(first, second)
+    found = baselines.idr(first, second.iloc[rng.permutation(200)])
+    np.testing.assert_array_equal(found.local_idr, expected.local_idr)
+    with pytest.raises(DataError, match="score_2 has no row for"):
+        baselines.idr(first, second.rename(lambda name: f"other-{name}"))
