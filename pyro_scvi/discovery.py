@@ -70,6 +70,10 @@ class Kind(Enum):
         "a plate of which a random part is taken",
         "leave out subsample_size and subsample; minibatches of cells are taken by index= and n_cells=",
     )
+    PARAMETER = (
+        "a pyro.param, which fit would never train and verbs would start anew",
+        "make it an nn.Parameter of a module that is part of the model",
+    )
     DETERMINISTIC = ("a function of other sites", "")
 
     def __init__(self, what: str, remedy: str) -> None:
@@ -78,7 +82,7 @@ class Kind(Enum):
     @property
     def latent(self) -> bool:
         """Whether it is drawn, neither given nor computed."""
-        return self not in (Kind.OBSERVED, Kind.FACTOR, Kind.SUBSAMPLED, Kind.DETERMINISTIC)
+        return self not in (Kind.OBSERVED, Kind.FACTOR, Kind.SUBSAMPLED, Kind.PARAMETER, Kind.DETERMINISTIC)
 
 
 class TracedSite(NamedTuple):
@@ -136,7 +140,7 @@ def require_distinct(found: list[TracedSite]) -> None:
     ModelError
         Naming them.
     """
-    for name, times in Counter(site.name for site in found).items():
+    for name, times in Counter(site.name for site in found if site.kind is not Kind.PARAMETER).items():
         if times > 1:
             raise ModelError(f"the program samples two sites called {name!r}: give each a name of its own")
 
@@ -148,7 +152,9 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     """
     found = discovered(program, *args, **kwargs)
     return [
-        Site(one.name, _distribution_name(one.law), _shape(one)) for one in found if one.kind is not Kind.SUBSAMPLED
+        Site(one.name, _distribution_name(one.law), _shape(one))
+        for one in found
+        if one.kind not in (Kind.SUBSAMPLED, Kind.PARAMETER)
     ]
 
 
@@ -168,6 +174,9 @@ class _Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         self.messages.append(dict(msg))
 
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.messages.append(dict(msg))
+
 
 def _classified(messages: list[dict[str, Any]]) -> Iterator[TracedSite]:
     for msg in messages:
@@ -181,6 +190,8 @@ def _classified(messages: list[dict[str, Any]]) -> Iterator[TracedSite]:
 def _kind(msg: dict[str, Any]) -> Kind | None:
     """What was sampled; None for a plate all of which is taken, as this is no random variable."""
     law = msg["fn"]
+    if msg["type"] == "param":
+        return Kind.PARAMETER
     if isinstance(law, _Subsample):
         return Kind.SUBSAMPLED if len(msg["value"]) < law.size else None
     if isinstance(unwrapped(law), dist.Unit):

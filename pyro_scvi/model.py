@@ -56,7 +56,7 @@ class SCVI(Program):
         (..., cells, latents) and gamma (cells, covariates) to a dict of heads, each (..., cells, genes).
     decoder_columns
         Which columns of gamma enter the decoder, slices such as ``cells.columns["donor"]``; None: all but those that
-        the prior is given (Conditional, ByLabel).
+        the prior (Conditional, ByLabel) or the library (SizeFactor) is given.
     n_hidden, n_layers, dropout, norm, initial_sd, seed
         The decoder's hidden layers, and the seed of the initial weights.
     weight_priors
@@ -138,73 +138,6 @@ class SCVI(Program):
         for name in ("prior", "likelihood", "library", "decoder", "weights"):
             require_owned(getattr(self, name), name, self)
 
-    def _decoder_part(self, given: DecoderPart | None, default: DecoderPart) -> DecoderPart:
-        """What makes the decoder; refuses settings of the default's beside another."""
-        if given is None:
-            return default
-        require_decoder(given)
-        if beside := sorted(self.arguments.keys() & set(OF_MLP)):
-            raise ModelError(f"{beside} are for the default decoder: give them to the decoder that you pass instead")
-        return given
-
-    def _built(self, part: DecoderPart) -> Any:
-        """The decoder, for the likelihood's heads and the columns of gamma that it sees."""
-        n_seen = self.n_covariates if self.decoder_columns is None else len(self.decoder_columns)
-        sizes = (self.n_latent, self.n_genes, self.likelihood.heads, n_seen)
-        network = part(*sizes)
-        require_heads(network, *sizes)
-        return network
-
-    def shown(self) -> dict[str, Any]:
-        """All arguments that say something, also defaults."""
-        dropped = () if self.arguments.get("decoder") is None else OF_MLP
-        return {name: value for name, value in super().shown().items() if name not in dropped}
-
-    def _take_columns(self, given: Sequence[slice] | None) -> None:
-        """Keep which columns of gamma enter the decoder; None for all of them."""
-        taken = getattr(self.prior, "columns", None) if takes_gamma(self.prior) else None
-        if isinstance(taken, slice):
-            require_columns(taken, "columns of the prior", self.n_covariates)
-        if given is not None and not isinstance(given, list | tuple):
-            raise ModelError(f'decoder_columns must be a list, as [cells.columns["donor"]], got {brief(given)}')
-        for one in given or ():
-            require_columns(one, "decoder_columns", self.n_covariates)
-        everything = list(range(self.n_covariates))
-        left = everything if given is None else [place for one in given for place in range(one.start, one.stop)]
-        if given is None and isinstance(taken, slice):
-            left = [place for place in everything if not taken.start <= place < taken.stop]
-        if len(set(left)) < len(left):
-            raise ModelError(f"decoder_columns name a column of gamma twice: {given}")
-        kept = None if left == everything else torch.tensor(left, dtype=torch.long)
-        self.register_buffer("decoder_columns", kept, persistent=False)
-
-    def example_law(self, seed: int = 0) -> Distribution:
-        """p(z) of two cells whose gamma is zero, with global latents drawn: of which kind and shape it is."""
-        gamma = like(self).new_zeros(2, self.n_covariates)
-        # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
-        with (
-            seeded(seed),
-            pyro.get_param_store().scope(),
-            pyro.poutine.block(),
-            pyro.validation_enabled(False),
-            self.weights.drawn_into(self),
-        ):
-            return self.prior_of(gamma)
-
-    def _require_prior(self, seed: int) -> None:
-        """Refuse a prior whose distribution is of another shape, or that no coordinates reach."""
-        law: Any = self.example_law(seed)
-        if (shape := tuple(law.event_shape)) != (self.n_latent,):
-            raise ModelError(
-                f"the prior must have event shape ({self.n_latent},), got {shape}; is to_event(1) missing?"
-            )
-        require_coordinates(law, "the prior of z")
-        if takes_gamma(self.prior) and tuple(law.batch_shape) not in ((), (1,), (1, 1), (2, 1)):
-            raise ModelError(
-                "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
-                f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
-            )
-
     def forward(
         self,
         x: Tensor | None,
@@ -269,3 +202,73 @@ class SCVI(Program):
             if marginal:
                 return pyro.sample("x", self.likelihood.marginal(**theta), obs=x, infer=told)
             return self.likelihood.generate(x, theta)
+
+    def _decoder_part(self, given: DecoderPart | None, default: DecoderPart) -> DecoderPart:
+        """What makes the decoder; refuses settings of the default's beside another."""
+        if given is None:
+            return default
+        require_decoder(given)
+        if beside := sorted(self.arguments.keys() & set(OF_MLP)):
+            raise ModelError(f"{beside} are for the default decoder: give them to the decoder that you pass instead")
+        return given
+
+    def _built(self, part: DecoderPart) -> Any:
+        """The decoder, for the likelihood's heads and the columns of gamma that it sees."""
+        n_seen = self.n_covariates if self.decoder_columns is None else len(self.decoder_columns)
+        sizes = (self.n_latent, self.n_genes, self.likelihood.heads, n_seen)
+        network = part(*sizes)
+        require_heads(network, *sizes)
+        return network
+
+    def shown(self) -> dict[str, Any]:
+        """All arguments that say something, also defaults."""
+        dropped = () if self.arguments.get("decoder") is None else OF_MLP
+        return {name: value for name, value in super().shown().items() if name not in dropped}
+
+    def _take_columns(self, given: Sequence[slice] | None) -> None:
+        """Keep which columns of gamma enter the decoder; None for all of them."""
+        taken = getattr(self.prior, "columns", None) if takes_gamma(self.prior) else None
+        if isinstance(taken, slice):
+            require_columns(taken, "columns of the prior", self.n_covariates)
+        if given is not None and not isinstance(given, list | tuple):
+            raise ModelError(f'decoder_columns must be a list, as [cells.columns["donor"]], got {brief(given)}')
+        if isinstance(sizes := getattr(self.library, "columns", None), slice):
+            require_columns(sizes, "columns of the library", self.n_covariates)
+        for one in given or ():
+            require_columns(one, "decoder_columns", self.n_covariates)
+        everything = list(range(self.n_covariates))
+        left = everything if given is None else [place for one in given for place in range(one.start, one.stop)]
+        for own in (taken, sizes):
+            if given is None and isinstance(own, slice):
+                left = [place for place in left if not own.start <= place < own.stop]
+        if len(set(left)) < len(left):
+            raise ModelError(f"decoder_columns name a column of gamma twice: {given}")
+        kept = None if left == everything else torch.tensor(left, dtype=torch.long)
+        self.register_buffer("decoder_columns", kept, persistent=False)
+
+    def example_law(self, seed: int = 0) -> Distribution:
+        """p(z) of two cells whose gamma is zero, with global latents drawn: of which kind and shape it is."""
+        gamma = like(self).new_zeros(2, self.n_covariates)
+        # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
+        with (
+            seeded(seed),
+            pyro.get_param_store().scope(),
+            pyro.poutine.block(),
+            pyro.validation_enabled(False),
+            self.weights.drawn_into(self),
+        ):
+            return self.prior_of(gamma)
+
+    def _require_prior(self, seed: int) -> None:
+        """Refuse a prior whose distribution is of another shape, or that no coordinates reach."""
+        law: Any = self.example_law(seed)
+        if (shape := tuple(law.event_shape)) != (self.n_latent,):
+            raise ModelError(
+                f"the prior must have event shape ({self.n_latent},), got {shape}; is to_event(1) missing?"
+            )
+        require_coordinates(law, "the prior of z")
+        if takes_gamma(self.prior) and tuple(law.batch_shape) not in ((), (1,), (1, 1), (2, 1)):
+            raise ModelError(
+                "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
+                f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
+            )

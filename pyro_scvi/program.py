@@ -38,17 +38,27 @@ class Program(Component):
         return sites_of(self, None, like(self).new_zeros(2, self.n_covariates), marginal=marginal)
 
     def discovered(
-        self, *, marginal: bool = True, count: float = 1.0, seed: int = 0, at: float = 0.0
+        self,
+        *,
+        marginal: bool = True,
+        count: float = 1.0,
+        seed: int = 0,
+        at: float = 0.0,
+        n_cells: int | None = None,
+        few: int = 2,
     ) -> list[TracedSite]:
-        """The sites that the program samples for two cells whose counts are all ``count``, and whose gamma is zero.
+        """The sites that the program samples for a ``few`` cells whose counts are all ``count``, and gamma is zero.
+
+        ``n_cells`` makes them a minibatch of so many.
 
         Raises
         ------
         ModelError
             If two sites have one name.
         """
-        x, gamma = like(self).new_full((2, self.n_genes), count), like(self).new_zeros(2, self.n_covariates)
-        found = discovered(self, x, gamma, marginal=marginal, seed=seed, at=at)
+        x, gamma = like(self).new_full((few, self.n_genes), count), like(self).new_zeros(few, self.n_covariates)
+        batch = {} if n_cells is None else {"index": torch.arange(few, device=x.device), "n_cells": n_cells}
+        found = discovered(self, x, gamma, marginal=marginal, seed=seed, at=at, **batch)
         require_distinct(found)
         return found
 

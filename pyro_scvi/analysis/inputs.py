@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.utils.cell_streams import cell_streams
 from pyro_scvi.utils.checks import brief
 
 if TYPE_CHECKING:
@@ -44,6 +46,23 @@ def require_inputs(fit: Any, cells: Any) -> None:
         raise ModelError(
             f"expected Cells, got {type(cells).__name__}; make them with Cells.from_anndata(adata, schema=fit.schema)"
         )
+
+
+def batches_in_streams(
+    fit: Fit, cells: Cells, batch_size: int, seed: int, *, new_batches: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Counts and covariates of all cells in order; while a batch is computed, its cells have their random streams.
+
+    Raises
+    ------
+    SchemaError
+        As :func:`minibatches`.
+    """
+    done = 0
+    for x, gamma in minibatches(fit, cells, new_batches=new_batches).in_order(batch_size):
+        rows = slice(done, done := done + len(x))
+        with cell_streams(seed, cells.cell_names[rows]):
+            yield x, gamma
 
 
 def minibatches(fit: Fit, cells: Cells, *, new_batches: bool = False) -> Minibatches:

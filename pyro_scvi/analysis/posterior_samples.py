@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import EXPLICIT
@@ -17,6 +17,7 @@ from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, w
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.types import Distribution, Theta
+from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.progress_bars import over_cells
 from pyro_scvi.utils.random_state import seeded
@@ -74,7 +75,8 @@ def sample_posterior(
         Whether to diagnose the draws. For ``Amortized`` this needs the density of every draw, which costs far more than
         drawing.
     seed
-        The same seed and the same ``batch_size`` give the same draws.
+        The same seed gives the same draws of a cell, up to rounding, whatever the ``batch_size`` and the other cells:
+        each has a random stream of its own, by the seed and its name.
     batch_size
         Cells at a time.
     progress
@@ -110,7 +112,7 @@ def sample_posterior(
     check_sites(fit, sites)
     parts = []
     with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
-        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
+        for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             draws = sampler.draw(fit.guide, x, gamma, samples)
             drawn = draw_sites(fit, x, gamma, draws, sites)
             judged = draws.diagnose() if diagnostics else {}
@@ -136,7 +138,9 @@ def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence
     latents = with_enumerated(fit.guide, x, gamma, draws.sites) if explicit or discrete & set(sites) else draws.sites
     values = {name: value.squeeze(value.dim() - 1 - n_event(fit, name)) for name, value in latents.items()}
     if explicit:
-        values |= fit.model.likelihood.explained(x, theta_given(fit.guide, x, gamma, latents))
+        theta = theta_given(fit.guide, x, gamma, latents)
+        with per_cell():
+            values |= fit.model.likelihood.explained(x, theta)
     return {name: values[name] for name in sites if name in values}
 
 

@@ -130,7 +130,7 @@ def _sizes(evaluated: EvaluatedFit) -> list[Row]:
         ("epochs", f"{len(history):,}", ""),
         ("training time", f"{seconds:.1f}", f"seconds on {fit.device}"),
         ("training loss", f"{history.train_loss.iloc[-1]:.1f}", "nats per cell, last epoch"),
-        ("held-out loss", f"{history.held_out_loss.min():.1f}", f"nats per cell, epoch {best}, whose state is kept"),
+        ("held-out loss", f"{fit.settings['held_out_loss']:.1f}", f"nats per cell, epoch {best}, whose state is kept"),
     ]
 
 

@@ -106,7 +106,7 @@ def fit(
     its UMAP in obsm["X_umap"].
 
     Several processes train together if torchrun starts them, each on its share of the cells; the first writes:
-    torchrun --nproc-per-node 2 -m pyro_scvi fit FILE.h5ad --out DIR
+    torchrun --standalone --nproc-per-node 2 -m pyro_scvi fit FILE.h5ad --out DIR
 
     Ctrl-C or SIGTERM ends training after the running step: with --checkpoint the same command goes on with --resume,
     without it the results are those of the epochs that had ended.
@@ -117,7 +117,7 @@ def fit(
     counts = CountOptions(layer, raw, batch, covariates or (), allow_non_integer)
     training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress}
     training |= {"compiled": compiled, "checkpoint": checkpoint, "resume": resume}
-    with distributed.joined() as ranks:
+    with errors_in_one_line(), distributed.joined() as ranks:
         training["ranks"] = ranks
         if not ranks.first:
             _train_beside(file, counts, model, training)

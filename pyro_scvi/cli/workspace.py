@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pyro_scvi.cli.messages import note, notes_of, reporting
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.utils.locks import only_writer
 from pyro_scvi.utils.publishing import NotRolledBack, publish, rescue
-from pyro_scvi.utils.temporary import leftovers, new_temporary
+from pyro_scvi.utils.temporary import leftovers, new_temporary, remove
 
 FIT, PAGE = "fit", "index.html"
 STEPS, WRITTEN = "steps", "written.json"
@@ -120,9 +119,9 @@ def _temporary(out: Path) -> Iterator[Path]:
         except NotRolledBack:
             raise
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             raise
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def _finished_in(folder: Path) -> str:

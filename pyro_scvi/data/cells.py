@@ -38,7 +38,7 @@ class Cells:
         place, a source that is indexed by rows.
     covariates
         (cells, covariates), float32: one-hot batches, one-hot categories, standardised continuous covariates, one-hot
-        labels. ``columns`` says where each of them is.
+        labels, log size factor. ``columns`` says where each of them is.
     schema
         The meaning of the columns; pass it to ``from_anndata`` to read a query in the same way.
     obs
@@ -78,6 +78,7 @@ class Cells:
         categories: Sequence[str] = (),
         covariates: Sequence[str] = (),
         labels: str | None = None,
+        size_factor: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
@@ -103,6 +104,9 @@ class Cells:
         labels
             Column of ``obs`` with labels, such as cell types, one-hot encoded after the covariates. Cells with a
             missing value have no label: their columns are zero. A query may lack the column.
+        size_factor
+            Column of ``obs`` with a size factor of each cell, above 0, for ``ps.libraries.SizeFactor``. Its logarithm
+            is the last column of gamma.
         schema
             ``schema`` of other cells: genes are matched by name and reordered, extra genes left out (logged),
             batches and scales taken over. ``batch``, ``categories``, ``covariates`` and ``labels`` are then its own.
@@ -112,8 +116,8 @@ class Cells:
             Accept values that are no integers, such as corrected counts.
         allow_new_batches
             Accept cells of batches that the schema does not know: gamma then holds the mean over the known ones.
-            ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells, ``map_query``
-            learns their batches, and everything else refuses them. The column of batches must be there.
+            ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells,
+            ``map_query`` learns their batches, and everything else refuses them. The column of batches must be there.
         backed
             Leave the counts of a backed or lazily read AnnData, or of an ``AnnCollection``, where they are. They
             are scanned once; then every minibatch is read from the file, which must stay open. A store
@@ -137,7 +141,7 @@ class Cells:
         """
         place = chosen(layer, raw, schema.place if isinstance(schema, Schema) else Place())
         table = table_in_place(adata, place) if backed else table_of_anndata(adata, place)
-        annotations = Annotations(batch, covariates, categories, labels)
+        annotations = Annotations(batch, covariates, categories, labels, size_factor)
         parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
         return cls(*parts, table.obs)
 
@@ -153,6 +157,7 @@ class Cells:
         categories: Sequence[str] = (),
         covariates: Sequence[str] = (),
         labels: str | None = None,
+        size_factor: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
@@ -171,7 +176,9 @@ class Cells:
         obs
             Annotations, (cells, columns): matched by name where counts and ``obs`` have names, else in the order of the
             rows of ``counts``. An index 0, 1, 2, ... is no name.
-        batch, categories, covariates, labels, schema, fill_missing_genes, allow_non_integer, allow_new_batches
+        batch, categories, covariates, labels, size_factor, schema
+            As in :meth:`from_anndata`.
+        fill_missing_genes, allow_non_integer, allow_new_batches
             As in :meth:`from_anndata`.
 
         Raises
@@ -182,7 +189,7 @@ class Cells:
         if gene_names is None and schema is not None and names_in(labelled(counts).columns) is None:
             raise SchemaError("a schema matches genes by name: pass gene_names, or a DataFrame with columns of genes.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
-        annotations = Annotations(batch, covariates, categories, labels)
+        annotations = Annotations(batch, covariates, categories, labels, size_factor)
         parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
         return cls(*parts, table.obs)
 
@@ -195,6 +202,7 @@ class Cells:
         categories: Sequence[str] = (),
         covariates: Sequence[str] = (),
         labels: str | None = None,
+        size_factor: str | None = None,
         schema: Schema | None = None,
         fill_missing_genes: bool = False,
         allow_new_batches: bool = False,
@@ -206,7 +214,7 @@ class Cells:
         ----------
         path
             The store.
-        batch, categories, covariates, labels, schema, fill_missing_genes, allow_new_batches
+        batch, categories, covariates, labels, size_factor, schema, fill_missing_genes, allow_new_batches
             As in :meth:`from_anndata`.
         verify
             Whether to compare the checksum of every array, which reads the store once. Sizes are always compared.
@@ -219,7 +227,7 @@ class Cells:
             As in :meth:`from_anndata`.
         """
         table = table_of_store(path, verify)
-        annotations = Annotations(batch, covariates, categories, labels)
+        annotations = Annotations(batch, covariates, categories, labels, size_factor)
         parts = read(table, annotations, schema, fill_missing_genes, True, allow_new_batches)
         return cls(*parts, table.obs)
 
@@ -235,7 +243,7 @@ class Cells:
 
     @property
     def n_covariates(self) -> int:
-        """Number of columns of gamma: batches, further categories, continuous covariates, labels."""
+        """Number of columns of gamma: batches, further categories, continuous covariates, labels, log size factor."""
         return self.schema.n_covariates
 
     @property
@@ -425,6 +433,8 @@ class Cells:
         }
         if schema.covariates:
             facts["covariates"] = ", ".join(schema.covariates)
+        if schema.size_factor is not None:
+            facts["size factor"] = schema.size_factor
         if schema.labels is not None:
             known = self.covariates[:, self.columns[schema.labels]].any(1).sum()
             facts["labels"] = f"{schema.labels} ({', '.join(schema.label_names)}) of {known:,} cells"

@@ -182,6 +182,24 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
     return values
 
 
+def positive(obs: pd.DataFrame, name: str) -> np.ndarray:
+    """Read a column of size factors: (cells,), float64, above 0.
+
+    Raises
+    ------
+    SchemaError, DataError
+        As :func:`numbers`, and if a value is not above 0.
+    """
+    values = numbers(obs, name)
+    wrong = values <= 0
+    if wrong.any():
+        raise DataError(
+            f"size factors in column {name!r} must be above 0; {wrong.sum()} cells, such as {_first(obs, wrong)}, have "
+            f"{values[wrong].min():g}. Are these logarithms, or cells without counts?"
+        )
+    return values
+
+
 def object_columns(obs: pd.DataFrame) -> list[Any]:
     """Names of the columns of Python objects; ``select_dtypes(object)`` of pandas 3 adds those of type str."""
     return [name for name, kind in obs.dtypes.items() if pd.api.types.is_object_dtype(kind)]

@@ -49,6 +49,7 @@ class Annotations(NamedTuple):
     covariates: Sequence[str]
     categories: Sequence[str]
     labels: str | None
+    size_factor: str | None
 
 
 def table_of_anndata(adata: AnnData, place: Place) -> Table:

@@ -10,7 +10,16 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.names import warn_of_numbered_genes
-from pyro_scvi.data.obs_columns import categories, has_order, label_of, labels_of, numbers, quoted, warn_of_batches
+from pyro_scvi.data.obs_columns import (
+    categories,
+    has_order,
+    label_of,
+    labels_of,
+    numbers,
+    positive,
+    quoted,
+    warn_of_batches,
+)
 from pyro_scvi.data.places import Place
 from pyro_scvi.data.scales import require_near, require_not_tiny, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
@@ -18,7 +27,7 @@ from pyro_scvi.utils.checks import brief, warn
 
 _log = logging.getLogger(__name__)
 
-LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered")
+LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered", "size_factor")
 """Fields that saves leave out where they are empty, as those written before there were any do."""
 
 
@@ -60,6 +69,8 @@ class Schema:
         (labels,): in the order of the one-hot columns.
     ordered
         Those of the columns of categories whose categories have an order: numbers, dates and ordered Categoricals.
+    size_factor
+        Column of ``obs`` with a size factor of each cell; None without one.
 
     Examples
     --------
@@ -83,6 +94,7 @@ class Schema:
     labels: str | None = None
     label_names: tuple[str, ...] = ()
     ordered: tuple[str, ...] = ()
+    size_factor: str | None = None
 
     @classmethod
     def learn(
@@ -94,6 +106,7 @@ class Schema:
         covariates: Sequence[str],
         categorical: Sequence[str] = (),
         labels: str | None = None,
+        size_factor: str | None = None,
     ) -> "Schema":
         """Take categories, means and standard deviations from the annotations, (cells, columns), of the training cells.
 
@@ -111,7 +124,7 @@ class Schema:
             If a column of categories is mostly a slip, see :func:`warn_of_batches` and :func:`labels_of`.
         """
         names, further = _listed(covariates), _listed(categorical, "categories")
-        _require_distinct(batch, further, names, labels)
+        _require_distinct(batch, further, names, labels, size_factor)
         values = [numbers(obs, name) for name in names]
         for name, value in zip(names, values, strict=True):
             require_not_tiny(name, value)
@@ -136,6 +149,7 @@ class Schema:
             labels=labels,
             label_names=() if labels is None else tuple(dict.fromkeys(labels_of(obs, labels)[0])),
             ordered=tuple(name for name in (batch, *further) if name is not None and has_order(obs, name)),
+            size_factor=size_factor,
         )
 
     def __repr__(self) -> str:
@@ -145,6 +159,7 @@ class Schema:
         parts += [f"batch: {self.batch!r} of {quoted(self.batches, 3)}"] if self.batch else []
         parts += [f"{name!r} of {quoted(levels, 3)}" for name, levels in zip(self.categories, self.levels, strict=True)]
         parts += [f"covariates: {quoted(self.covariates)}"] if self.covariates else []
+        parts += [f"size factor: {self.size_factor!r}"] if self.size_factor else []
         parts += [f"labels: {self.labels!r} of {quoted(self.label_names, 3)}"] if self.labels else []
         return f"Schema({'; '.join(parts)})"
 
@@ -165,7 +180,7 @@ class Schema:
 
     @property
     def n_covariates(self) -> int:
-        """Number of columns of gamma: batches, further categories, continuous covariates, labels."""
+        """Number of columns of gamma: batches, further categories, continuous covariates, labels, log size factor."""
         return len(self.column_names)
 
     @property
@@ -182,14 +197,24 @@ class Schema:
     @property
     def encoding(self) -> tuple[Any, ...]:
         """What two schemas share if they encode annotations in the same way."""
-        return (self.batches, self.categories, self.levels, self.covariates, self.means, self.sds, self.label_names)
+        return (
+            self.batches,
+            self.categories,
+            self.levels,
+            self.covariates,
+            self.means,
+            self.sds,
+            self.label_names,
+            self.size_factor,
+        )
 
     def _parts(self) -> list[tuple[str, Sequence[str | None]]]:
         """Columns of ``obs`` and their categories, in the order of gamma; a continuous one has a single None."""
         parts: list[tuple[str, Sequence[str | None]]] = [] if self.batch is None else [(self.batch, self.batches)]
         parts += zip(self.categories, self.levels, strict=True)
         parts += [(name, (None,)) for name in self.covariates]
-        return parts if self.labels is None else [*parts, (self.labels, self.label_names)]
+        parts += [] if self.labels is None else [(self.labels, self.label_names)]
+        return parts if self.size_factor is None else [*parts, (self.size_factor, (None,))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, strings and numbers, as JSON takes them."""
@@ -222,6 +247,7 @@ class Schema:
         covariates: Sequence[str],
         categorical: Sequence[str] = (),
         labels: str | None = None,
+        size_factor: str | None = None,
     ) -> None:
         """Refuse columns other than the schema's own, in any order, which None and () stand for.
 
@@ -242,6 +268,12 @@ class Schema:
             raise SchemaError(
                 f"the schema has categories {self.categories} and labels {self.labels!r}, got {further} and "
                 f"{labels!r}; leave both out, and rename the columns of obs if they have other names."
+            )
+
+        if size_factor not in (None, self.size_factor):
+            raise SchemaError(
+                f"the schema has size factors {self.size_factor!r}, got {size_factor!r}; leave it out, and rename the "
+                "column of obs if it has another name."
             )
 
     def gene_positions(self, query: pd.Index, *, fill_missing: bool) -> np.ndarray:
@@ -293,10 +325,10 @@ class Schema:
         return positions
 
     def encode(self, obs: pd.DataFrame, *, allow_new_batches: bool = False) -> np.ndarray:
-        """One-hot batches and categories, standardised covariates, one-hot labels: (cells, covariates), float32.
+        """One-hot batches and categories, standardised covariates, one-hot labels, log size factor, float32.
 
-        Cells without a label, and all of them if there is no column of labels, have zeros there. Cells of a batch that
-        the schema does not know have the mean over the known ones if ``allow_new_batches``.
+        (cells, covariates). Cells without a label, and all of them if there is no column of labels, have zeros there.
+        Cells of a batch that the schema does not know have the mean over the known ones if ``allow_new_batches``.
 
         Raises
         ------
@@ -325,6 +357,8 @@ class Schema:
             encoded[codes >= 0, places[self.labels]] = _one_hot(
                 self.labels, self.label_names, labels, codes[codes >= 0], _NO_LABEL
             )
+        if self.size_factor is not None:
+            encoded[:, places[self.size_factor].start] = np.log(positive(obs, self.size_factor))
         return encoded
 
     def batch_position(self, name: Hashable) -> int:
@@ -377,10 +411,13 @@ def _one_hot(name: str, known: Sequence[str], found: list[str], codes: np.ndarra
     return np.eye(len(known), dtype=np.float32)[positions[codes]]
 
 
-def _require_distinct(batch: Any, categorical: tuple[Any, ...], covariates: tuple[Any, ...], labels: Any) -> None:
+def _require_distinct(
+    batch: Any, categorical: tuple[Any, ...], covariates: tuple[Any, ...], labels: Any, size_factor: Any
+) -> None:
     """Refuse names that are no single words, and a column that is named twice."""
     given = {"batch": batch, "categories": categorical, "covariates": covariates, "labels": labels}
-    names = [name for name in (batch, *categorical, *covariates, labels) if name is not None]
+    given |= {} if size_factor is None else {"size_factor": size_factor}
+    names = [name for name in (batch, *categorical, *covariates, labels, size_factor) if name is not None]
     for name in names:
         if not isinstance(name, Hashable):
             raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")

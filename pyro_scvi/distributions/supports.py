@@ -35,6 +35,15 @@ def unwrapped(law: Any) -> Any:
     return law
 
 
+def is_masked(law: Any) -> bool:
+    """Whether the law, or what it wraps, counts as if it were none in places."""
+    while isinstance(law, WRAPPERS):
+        if isinstance(law, dist.MaskedDistribution):
+            return law._mask is not True
+        law = law.base_dist
+    return False
+
+
 def made_of(law: Any) -> Iterator[Any]:
     """The law itself and every law inside it: what it wraps, transforms or mixes."""
     yield law
@@ -70,6 +79,38 @@ def support_of(law: Any) -> Any:
         component = law.component_distribution
         return _of_first(support_of(component), -1 - len(component.event_shape))
     return law.support
+
+
+def constant_support(law: Any, what: str) -> Any:
+    """The support of a latent of every cell, one for all cells, also where the law has a bound for each.
+
+    Raises
+    ------
+    ModelError
+        Naming the law by ``what``, if its support differs between cells.
+    """
+    support = support_of(law)
+    try:
+        while (deepest := _deepest_bound(support)) > len(law.event_shape):
+            support = _of_first(support, -deepest)
+    except ValueError as error:
+        raise ModelError(
+            f"{what} lives on another set for each cell or draw: take a law whose support is constant, and scale its "
+            "value instead"
+        ) from error
+    return support
+
+
+def is_learned(support: Any) -> bool:
+    """Whether a bound of a support has a gradient."""
+    bounds = _bounds(getattr(support, "base_constraint", support))
+    return any(isinstance(bound, torch.Tensor) and bound.requires_grad for bound in bounds)
+
+
+def _deepest_bound(support: Any) -> int:
+    """Dimensions of the bound that has most."""
+    bounds = _bounds(getattr(support, "base_constraint", support))
+    return max((bound.dim() for bound in bounds if isinstance(bound, torch.Tensor)), default=0)
 
 
 def bijection_to(support: Any) -> Any:
@@ -151,7 +192,7 @@ def _first(bound: Any, dim: int) -> Any:
         return bound
     first = bound.select(dim, 0)
     if not bool((bound == first.unsqueeze(dim)).all()):
-        raise ValueError("the components of the mixture live on different sets")
+        raise ValueError("its parts live on different sets")
     return first
 
 

@@ -16,7 +16,7 @@ from pyro_scvi.errors import DataError
 from pyro_scvi.utils import hdf5
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.locks import only_writer
-from pyro_scvi.utils.temporary import leftovers, new_temporary
+from pyro_scvi.utils.temporary import leftovers, new_temporary, remove
 
 Mode = Literal["r", "r+", "w"]
 _TABLES = 2**16  # bytes that HDF5 may add to its tables beside the arrays
@@ -220,7 +220,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.persistence.serialization import states_of
 from pyro_scvi.utils.checks import brief, require_at_least, require_seed
 from pyro_scvi.utils.progress_bars import each
+from pyro_scvi.utils.publishing import signals_deferred
 from pyro_scvi.utils.random_state import seed_of
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ def _checked(shard: Any) -> tuple[int, int]:
 def _create(kind: Format, path: Path, cells: Cells, columns: list[_Column], run: dict[str, Any]) -> None:
     """Make the file with empty arrays under a temporary name; move it into place unless another process was faster."""
     adata = AnnData(obs=_writable(cells.obs), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
-    with temporary_folder(path) as folder:
+    # zarr writes in threads of its own, which would go on after an interrupt, into a folder that is deleted
+    with signals_deferred(), temporary_folder(path) as folder:
         new = folder / path.name
         try:
             _fill(kind, new, adata, columns, run["block"])

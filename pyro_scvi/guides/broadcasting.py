@@ -1,4 +1,6 @@
-"""The check that a program's densities are the same for a stack of draws as for each draw by itself."""
+"""The check that a program's densities are the same for a stack of draws, and for several cells, as for each alone."""
+
+from collections.abc import Callable
 
 import pyro
 import torch
@@ -17,33 +19,57 @@ DRAWS = 3
 
 
 def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: dict[str, Tensor]) -> None:
-    """Refuse a program whose densities differ between single values of its latents and a stack of draws.
+    """Refuse a program whose densities differ between single values of its latents and a stack, or with other cells.
 
     Training gives latents of shape (cells, 1), other verbs (samples, cells, 1): code that counts dimensions from the
-    left takes draws for cells there.
+    left takes draws for cells there. Cells come in batches of any kind: a density that depends on what is beside a cell
+    is none of the cell.
 
     Raises
     ------
     ModelError
-        If they differ, or cannot be computed for a stack.
+        If they differ, or cannot be computed for a stack or for one cell.
     """
     if _is_packaged(model):
         return
     looks = [{site.name: site.value for site in model.discovered(seed=seed)} for seed in range(DRAWS)]
     single = [{name: look[name] for name in coordinates.local} for look in looks]
     stacked = {name: torch.stack([sites[name] for sites in single]) for name in coordinates.local}
-    alone = torch.cat([_log_joint(model, global_latents, sites).reshape(1, -1) for sites in single])
-    try:
-        together = _log_joint(model, global_latents, stacked)
-        same = together.shape == alone.shape and torch.allclose(alone, together, rtol=1e-3, equal_nan=True)
-    except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
-        same = False
-    if not same:
+    x = like(model).new_ones(2, model.n_genes) * like(model).new_tensor([[1.0], [3.0]])
+    alone = torch.cat([_log_joint(model, global_latents, sites, x).reshape(1, -1) for sites in single])
+    if not _gives(alone, lambda: _log_joint(model, global_latents, stacked, x)):
         raise ModelError(
             f"{type(model).__name__}: the log density of a stack of draws of {list(coordinates.local)}, each (samples, "
             "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
             "broadcast over leading dimensions"
         )
+    _require_cells_apart(model, global_latents, single[0], x, alone[0])
+
+
+def _require_cells_apart(
+    model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor, together: Tensor
+) -> None:
+    """Compare the log joint density of two cells ``together``, (cells,), with that of each without the other."""
+
+    def alone() -> Tensor:
+        parts = [{name: value[[n]] for name, value in sites.items()} for n in range(len(x))]
+        return torch.cat([_log_joint(model, global_latents, part, x[[n]]).flatten() for n, part in enumerate(parts)])
+
+    if not _gives(together, alone):
+        raise ModelError(
+            f"{type(model).__name__}: the log density of a cell depends on the cells that come with it, or on its "
+            "place among them, so that cells have no evidence of their own: let what cells share be a latent outside "
+            "the plate 'cells' or a parameter, and what is known of each be a column of gamma"
+        )
+
+
+def _gives(expected: Tensor, computed: Callable[[], Tensor]) -> bool:
+    """Whether densities can be computed and are those expected, up to rounding."""
+    try:
+        found = computed()
+    except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
+        return False
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, equal_nan=True)
 
 
 def _is_packaged(model: SCVI) -> bool:
@@ -52,9 +78,9 @@ def _is_packaged(model: SCVI) -> bool:
     return all(type(part).__module__.startswith("pyro_scvi.") for part in parts) and "forward" not in vars(model)
 
 
-def _log_joint(model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor]) -> Tensor:
-    """Log p(x, latents) (..., cells) of two cells with counts of 1."""
-    ones, gamma = like(model).new_ones(2, model.n_genes), like(model).new_zeros(2, model.n_covariates)
+def _log_joint(model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Log p(x, latents) (..., cells) of cells with the counts x."""
+    gamma = x.new_zeros(len(x), model.n_covariates)
     with evaluation_mode(model), seeded(0), torch.no_grad(), pyro.poutine.block(), pyro.validation_enabled(False):
-        trace = scored(model, ones, gamma, global_latents | sites)
+        trace = scored(model, x, gamma, global_latents | sites)
         return torch.stack(cell_terms(trace, *sites)).sum(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions.transforms import ExpTransform, ReshapeTransform
 
 from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import bijection_to, require_coordinates, support_of
+from pyro_scvi.distributions.supports import bijection_to, constant_support, require_coordinates
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import Latent
 from pyro_scvi.model import SCVI
@@ -156,7 +156,7 @@ def _placed(found: list[TracedSite]) -> dict[str, LocalSite]:
     """The sites by name, each with its place after those before it."""
     for site in found:
         require_coordinates(site.law, f"the law of the site {site.name!r}")
-    supports = [support_of(site.law) for site in found]
+    supports = [constant_support(site.law, f"the law of the site {site.name!r}") for site in found]
     events = [torch.Size(site.law.event_shape) for site in found]
     sizes = [
         torch.Size(bijection_to(support).inverse_shape(event)).numel()

@@ -31,6 +31,7 @@ from pyro_scvi.utils.checks import brief
 from pyro_scvi.utils.random_state import seeded
 
 GlobalGuide = Callable[..., AutoGuide]
+Plates = dict[tuple[str, int], Any]
 
 SUITED = (AutoNormal, AutoDelta, AutoContinuous)
 """Autoguides that need only each latent's support, shape, plates and start, and that know their medians."""
@@ -98,9 +99,9 @@ class GlobalNormal(GlobalLatents):
 
     def forward(self) -> dict[str, Tensor]:
         """Sample every global latent, in the plates in which the program does."""
-        drawn = {}
+        drawn, made = {}, Plates()
         for name, loc, log_scale in zip(self.supports, self.loc, self.log_scale, strict=True):
-            with _inside(self.plates[name]):
+            with _inside(self.plates[name], made):
                 drawn[name] = pyro.sample(name, self._law(name, loc, log_scale))
         return drawn
 
@@ -211,8 +212,9 @@ class _GlobalProgram:
         self.sites, self.plates = sites, plates
 
     def __call__(self) -> None:
+        made = Plates()
         for name, site in self.sites.items():
-            with _inside(self.plates[site.name]):
+            with _inside(self.plates[site.name], made):
                 pyro.sample(name, site.law)
 
 
@@ -245,11 +247,13 @@ def _apart() -> Iterator[None]:
 
 
 @contextmanager
-def _inside(plates: dict[int, tuple[str, int]]) -> Iterator[None]:
-    """The plates of a latent, by their dimension."""
+def _inside(plates: dict[int, tuple[str, int]], made: Plates) -> Iterator[None]:
+    """The plates of a latent, by their dimension; ``made`` are those of latents before it, which may be in the same."""
     with ExitStack() as entered:
         for dim, (plate, size) in plates.items():
-            entered.enter_context(pyro.plate(plate, size, dim=dim))
+            if (plate, dim) not in made:
+                made[plate, dim] = pyro.plate(plate, size, dim=dim)
+            entered.enter_context(made[plate, dim])
         yield
 
 
@@ -258,7 +262,19 @@ def found_globals(model: SCVI) -> dict[str, TracedSite]:
     found = {site.name: site for site in model.discovered() if site.kind is Kind.GLOBAL}
     for name, site in found.items():
         require_coordinates(site.law, f"the law of the global latent {name!r}")
+    if found and getattr(model.forward, "__func__", None) is not SCVI.forward:
+        _require_one_size(found, model.discovered(few=3))
     return found
+
+
+def _require_one_size(found: dict[str, TracedSite], others: list[TracedSite]) -> None:
+    """Refuse a latent of the cells that is sampled outside their plate, which shows in its shape."""
+    for site in others:
+        if site.name in found and site.value.shape != found[site.name].value.shape:
+            raise ModelError(
+                f"the program's site {site.name!r} has a value for each cell and is outside of the plate 'cells': "
+                "sample it inside of cells_plate(gamma, index, n_cells) from pyro_scvi.program"
+            )
 
 
 def _start(model: SCVI, site: TracedSite) -> Tensor:

@@ -12,10 +12,18 @@ import pyro.distributions as dist
 from pyro.poutine.subsample_messenger import _Subsample
 
 from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of, unwrapped
+from pyro_scvi.distributions.supports import (
+    constant_support,
+    is_masked,
+    require_coordinates,
+    same_coordinates,
+    support_of,
+    unwrapped,
+)
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.enumeration import is_enumerated
 from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.model import SCVI
 
 DIMENSIONS = ("sample", "chain", "draw", "cell", "gene", "latent", "covariate")
@@ -64,12 +72,14 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     found = model.discovered()
     _require_known(found, latents)
     _require_names(found)
+    _require_plainly_enumerated(found)
     _require_unweighed(found)
     _require_x(found, model.n_genes)
     _require_n_latent(found, model.n_latent)
     _require_proper([site for site in found if site.name != "z"])  # a prior of z is asked itself, by what needs it
     if getattr(model.forward, "__func__", None) is not SCVI.forward:
         _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
+        _require_library(model)
     likelihood = model.likelihood
     if likelihood.explicit and type(likelihood).generate is not Likelihood.generate:
         _require_known([site for site in model.discovered(marginal=False) if site.name not in EXPLICIT], latents)
@@ -123,6 +133,11 @@ def _require_proper(found: list[TracedSite]) -> None:
     for site in found:
         if site.kind.latent and isinstance(unwrapped(site.law), dist.ImproperUniform):
             raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")
+        if site.kind.latent and is_masked(site.law):
+            raise ModelError(
+                f"the law of the program's site {site.name!r} is masked, and where the mask is False its density is "
+                "none: leave the mask out"
+            )
 
 
 def _require_names(found: list[TracedSite]) -> None:
@@ -131,6 +146,61 @@ def _require_names(found: list[TracedSite]) -> None:
         if site.kind.latent and site.name in RESERVED:
             raise ModelError(
                 f"the program's site {site.name!r} has a name that results use for something else: rename it"
+            )
+        if site.kind.latent and "/" in site.name:
+            raise ModelError(
+                f"the program's site {site.name!r} has a '/' in its name, which trees and files use: rename it"
+            )
+
+
+def _require_plainly_enumerated(found: list[TracedSite]) -> None:
+    """Refuse discrete latents whose values are not all taken, or share a dimension with those of others."""
+    for site in found:
+        if site.kind is not Kind.ENUMERATED:
+            continue
+        options = [option for option in ("num_samples", "expand") if site.infer.get(option)]
+        if options or "_markov_scope" in site.infer:
+            option = f"{options[0]}=" if options else "pyro.markov"
+            raise ModelError(
+                f"the program's site {site.name!r} is summed out, and {option} is not supported beside that: leave it "
+                'out; infer={"enumerate": "parallel"} alone gives the exact sum'
+            )
+
+
+def _require_library(model: SCVI) -> None:
+    """Refuse a library whose law of the total is a part of the evidence, and which the program does not use."""
+    if type(model.library).log_prob_of_total is Library.log_prob_of_total:
+        return
+    used = []
+    handle = model.library.register_forward_hook(lambda *_: used.append(True))
+    try:
+        model.discovered()
+    finally:
+        handle.remove()
+    if not used:
+        raise ModelError(
+            f"the program does not use the model's library, {model.library!r}, whose law of a cell's total would be a "
+            "part of the evidence: call self.library(x, gamma) in forward, or pass library=ps.libraries.NoLibrary()"
+        )
+
+
+def require_scaled(model: SCVI) -> None:
+    """Refuse a program whose terms of a cell do not grow as minibatches become a smaller part of the cells.
+
+    Raises
+    ------
+    ModelError
+        Naming a site.
+    """
+    if getattr(model.forward, "__func__", None) is SCVI.forward:
+        return
+    for site in model.discovered(n_cells=8):
+        of_cell = site.kind in (Kind.LOCAL, Kind.ENUMERATED) or site.name == "x"
+        if site.weighed is not of_cell and site.kind is not Kind.DETERMINISTIC:
+            raise ModelError(
+                f"the program's site {site.name!r} is {'not ' if of_cell else ''}scaled by n_cells / len(index) in a "
+                "minibatch, so that the bound would be wrong: sample what cells have inside, and what they share "
+                "outside, of cells_plate(gamma, index, n_cells) from pyro_scvi.program"
             )
 
 
@@ -175,11 +245,13 @@ def _require_place(site: TracedSite, latent: Latent) -> None:
         )
     if site.kind is Kind.ENUMERATED:
         return
-    require_coordinates(site.law, f"the law of the site {site.name!r}")
+    what = f"the law of the site {site.name!r}"
+    require_coordinates(site.law, what)
+    support = constant_support(site.law, what) if site.kind is Kind.LOCAL else support_of(site.law)
     expected = event if latent.event_shape is None else latent.event_shape
-    if event != expected or not same_coordinates(support_of(site.law), latent.support, event):
+    if event != expected or not same_coordinates(support, latent.support, event):
         raise ModelError(
-            f"the program's site {site.name!r} has values of shape {event} in {support_of(site.law)}; the guide was "
+            f"the program's site {site.name!r} has values of shape {event} in {support}; the guide was "
             f"made for shape {expected} in {latent.support}: make it after the model's last change, and leave the site "
             "the support that its prior or library has"
         )

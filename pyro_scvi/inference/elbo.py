@@ -135,6 +135,7 @@ def _log_evidence_of(sites: list[Any]) -> Tensor:
     Each is summed over these values, then scaled: the two have scales of their own where the KL divergence has a
     weight.
     """
+    _require_one_weight(sites)
     latents = _table([site for site in sites if not site["is_observed"]])
     of_latents = latents.flatten(0, -2).logsumexp(0)
     total = of_latents.sum() * sites[0]["scale"]
@@ -142,6 +143,18 @@ def _log_evidence_of(sites: list[Any]) -> Tensor:
         joint = _table([*sites]).flatten(0, -2).logsumexp(0)
         total = total + (joint - of_latents).sum() * observed["scale"]
     return total
+
+
+def _require_one_weight(sites: list[Any]) -> None:
+    """Refuse latents that are summed over one after the other with unlike weights of their KL divergences."""
+    scales = {site["name"]: site["scale"] for site in sites if not site["is_observed"]}
+    first, *others = scales
+    for name in others:
+        if scales[name] is not scales[first] and bool(scales[name] != scales[first]):
+            raise ModelError(
+                f"the KL divergence of {first!r} has a weight and that of {name!r}, whose law depends on it, has none: "
+                "leave kl_weight= out, or give them laws that do not depend on each other"
+            )
 
 
 def _table(sites: list[Any]) -> Tensor:

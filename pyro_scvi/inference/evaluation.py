@@ -15,6 +15,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.allocator import keep_freed_memory
+from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.random_state import seeded
 
 
@@ -72,7 +73,8 @@ def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Ten
     if not guide.coordinates.enumerated:
         return sites
     fixed = guide.weights.medians()
-    return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, draws_at_once(x))
+    with per_cell():
+        return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, draws_at_once(x))
 
 
 def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = False) -> dict[str, Tensor]:
@@ -81,7 +83,8 @@ def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = 
     ``enumerated`` says whether discrete latents are among them. Raises NotImplementedError for an improper prior.
     """
     names = [*guide.coordinates.local, *(guide.coordinates.enumerated if enumerated else ())]
-    return prior_draws(guide.model, gamma, guide.weights.medians(), n, names)
+    with per_cell():
+        return prior_draws(guide.model, gamma, guide.weights.medians(), n, names)
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
@@ -89,7 +92,8 @@ def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tup
 
     Each (samples, cells), nats; the mean of the first is the ELBO, of the second the KL divergence.
     """
-    sites, log_q = guide.draw(x, gamma, samples)
+    with per_cell():
+        sites, log_q = guide.draw(x, gamma, samples)
     return weigh(guide, x, gamma, sites, log_q)
 
 

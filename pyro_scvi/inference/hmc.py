@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_scvi.inference.importance import Mixture, Proposal, weighted_draws
 from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.precision import in_float64
 
 MAX_ENERGY_ERROR = 1000.0  # nats; a larger error is counted as a divergence, as in Stan
@@ -70,7 +71,10 @@ def _starts(log_joint: LogJoint, proposal: Proposal | Mixture, chains: int) -> T
         return proposal.of(ordered.gather(0, turn)).loc
     draws, log_weights = weighted_draws(log_joint, proposal, 10 * chains, chains)
     weights = log_weights.softmax(0).nan_to_num(1.0)  # equal ones if no draw has any weight
-    chosen = torch.multinomial(weights.T, chains, replacement=True).T
+    with per_cell():
+        uniform = torch.rand(chains, weights.shape[1], dtype=weights.dtype, device=weights.device)
+    upto = weights.cumsum(0)
+    chosen = (uniform[:, None] * upto[-1] > upto).sum(1).clamp(max=len(draws) - 1)
     return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]).to(draws.device))
 
 
@@ -111,14 +115,20 @@ def transition(density: Whitened, state: State, size: Tensor, leapfrog: int) -> 
 
     The number of leapfrog steps is uniform on 1 to 2 ``leapfrog`` - 1, and the step size varies by a tenth.
     """
-    start = torch.randn_like(state.v)
-    jitter = 1 + 0.1 * (2 * torch.rand_like(state.value) - 1)
-    count = int(torch.randint(1, 2 * leapfrog, ()))
+    with per_cell():
+        start = torch.randn(state.v.shape, dtype=state.v.dtype, device=state.v.device)
+        jitter = 1 + 0.1 * (2 * _uniform(state.value) - 1)
+        count = int(torch.randint(1, 2 * leapfrog, ()))
     new, momentum = _leap(density, state, start, (size * jitter)[..., None], count)
     log_ratio = new.value - state.value + 0.5 * (start.square() - momentum.square()).sum(-1)
     log_ratio = log_ratio.nan_to_num(-torch.inf)  # a trajectory that left the numbers is rejected
-    accepted = torch.rand_like(log_ratio).log() < log_ratio
+    with per_cell():
+        accepted = _uniform(log_ratio).log() < log_ratio
     return _chosen(accepted, new, state), log_ratio
+
+
+def _uniform(like: Tensor) -> Tensor:
+    return torch.rand(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _jumped(density: Whitened, mixture: Mixture, state: State) -> State:
@@ -126,7 +136,9 @@ def _jumped(density: Whitened, mixture: Mixture, state: State) -> State:
     u = mixture.sample(len(state.v))
     new = density.at(density.inverse(u))
     log_ratio = new.value - mixture.log_prob(u) - state.value + mixture.log_prob(density.coordinates(state.v))
-    return _chosen(torch.rand_like(log_ratio).log() < log_ratio.nan_to_num(-torch.inf), new, state)
+    with per_cell():
+        accepted = _uniform(log_ratio).log() < log_ratio.nan_to_num(-torch.inf)
+    return _chosen(accepted, new, state)
 
 
 def _chosen(accepted: Tensor, new: State, old: State) -> State:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_scvi.inference.pareto_khat import pareto_khat
 from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.random_state import seeded
 
@@ -31,9 +32,10 @@ class Proposal(NamedTuple):
 
     def sample(self, samples: int) -> Tensor:
         """Draws of shape (samples, cells, latents)."""
-        normal = torch.randn(samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
         half = torch.full_like(self.loc[:, :1], 0.5)
-        chi2 = torch.distributions.Gamma(DEGREES_OF_FREEDOM * half, half).sample((samples,))
+        with per_cell():
+            normal = torch.randn(samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
+            chi2 = torch.distributions.Gamma(DEGREES_OF_FREEDOM * half, half).sample((samples,))
         step = torch.einsum("cij,scj->sci", self.scale_tril, normal) * (DEGREES_OF_FREEDOM / chi2).sqrt()
         return self.loc + step
 
@@ -72,7 +74,8 @@ class Mixture(NamedTuple):
     def sample(self, samples: int) -> Tensor:
         """Draws of shape (samples, cells, latents)."""
         upto = self.log_shares.softmax(0).cumsum(0)[:-1]
-        uniform = torch.rand(samples, *self.log_shares.shape[1:], dtype=upto.dtype, device=upto.device)
+        with per_cell():
+            uniform = torch.rand(samples, *self.log_shares.shape[1:], dtype=upto.dtype, device=upto.device)
         own = self.of((uniform[:, None] > upto).sum(1))
         eye = torch.eye(own.loc.shape[-1], dtype=own.loc.dtype, device=own.loc.device)
         standard = Proposal(torch.zeros_like(own.loc[0]), eye.expand_as(own.scale_tril[0])).sample(samples)
@@ -190,7 +193,8 @@ def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws
     optimiser = torch.optim.Adam([shift, log_stretch], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1), eta_min=0.005)
     for _ in range(steps):
-        half = torch.randn(draws // 2, *loc.shape, dtype=loc.dtype, device=loc.device)
+        with per_cell():
+            half = torch.randn(draws // 2, *loc.shape, dtype=loc.dtype, device=loc.device)
         noise = torch.cat([half, -half])  # antithetic pairs: the gradient by loc has less noise
         u = loc + scale * (shift + log_stretch.exp() * noise)
         loss = -(log_joint(u).mean(0) + log_stretch.sum(-1)).sum()

@@ -27,6 +27,7 @@ from pyro_scvi.inference.importance import (
 )
 from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, Modes, separate_modes
 from pyro_scvi.types import LogJoint
+from pyro_scvi.utils.cell_streams import narrowed
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
 MARGIN = 10.0  # nats by which they must win; smaller differences in density say little about where the mass is
@@ -43,6 +44,11 @@ class Fitted(NamedTuple):
     density: LogJoint
     block: int
     proposal: Proposal | Mixture
+
+    def weighted(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Draws (samples, cells, size) of the proposal, and their log weights (samples, cells)."""
+        with narrowed(self.rows):
+            return weighted_draws(self.density, self.proposal, samples, self.block)
 
 
 class Posteriors:
@@ -85,13 +91,15 @@ class Posteriors:
         # Each mode of a cell is refined as if it were a cell, from a scale that does not reach the next mode.
         pairs = self if len(cell) == len(self.x) else self.of(cell)
         scale = torch.minimum(scale[cell], modes.nearest()[mode, cell][:, None] / 4)
-        by_pair = corrected_proposal(pairs.density, modes.places[mode, cell], scale, steps=steps, rounds=0)
+        with narrowed(cell):
+            by_pair = corrected_proposal(pairs.density, modes.places[mode, cell], scale, steps=steps, rounds=0)
         made, alone = list[Fitted](), modes.alone
         if len(alone):
             part, first = self if pairs is self else self.of(alone), torch.isin(cell, alone)
             proposal = Proposal(by_pair.loc[first], by_pair.scale_tril[first])
-            for _ in range(rounds):
-                proposal = adapted(proposal, *weighted_draws(part.density, proposal, samples, part.block))
+            with narrowed(alone):
+                for _ in range(rounds):
+                    proposal = adapted(proposal, *weighted_draws(part.density, proposal, samples, part.block))
             made.append(Fitted(alone, part.density, part.block, proposal))
         if len(alone) < len(self.x):
             mixture = self._mixture(pairs.density, by_pair, cell, mode, modes)
@@ -137,9 +145,10 @@ class Posteriors:
 
     def _adapted(self, mixture: Mixture, rows: Tensor, rounds: int, samples: int) -> Fitted:
         part = self.of(rows)
-        for _ in range(max(rounds, LEAST_ROUNDS)):  # without any, shares would be those of Laplace
-            drawn = weighted_draws(part.density, mixture, samples, part.block)
-            mixture = adapted_mixture(mixture, *drawn)
+        with narrowed(rows):
+            for _ in range(max(rounds, LEAST_ROUNDS)):  # without any, shares would be those of Laplace
+                drawn = weighted_draws(part.density, mixture, samples, part.block)
+                mixture = adapted_mixture(mixture, *drawn)
         return Fitted(rows, part.density, part.block, mixture)
 
 
@@ -177,8 +186,8 @@ def weighted(
     everyone = torch.arange(len(x), device=x.device)
 
     def run(rows: Tensor, budget: SamplingBudget) -> Importance:
-        part = cells if rows is everyone else cells.of(rows)
-        return _importance(part, budget)
+        with narrowed(rows):
+            return _importance(cells if rows is everyone else cells.of(rows), budget)
 
     return persistent_importance(run, everyone, budget, attempts=attempts)
 
@@ -187,7 +196,7 @@ def _importance(cells: Posteriors, budget: SamplingBudget) -> Importance:
     options = {"steps": budget.steps, "rounds": budget.rounds, "samples": max(budget.samples // 2, 2)}
     made, results = cells.fitted(**options), list[Importance]()
     for part in made:
-        draws, log_weights = weighted_draws(part.density, part.proposal, budget.samples, part.block)
+        draws, log_weights = part.weighted(budget.samples)
         results.append(Importance(*evidence_of(log_weights), draws, log_weights))
     return Importance(*(in_order(made, of, int(of[0].dim() > 1)) for of in zip(*results, strict=True)))
 

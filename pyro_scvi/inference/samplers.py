@@ -11,9 +11,10 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.evaluation import weigh
 from pyro_scvi.inference.hmc import Chains, bulk_ess, rank_normalised_rhat, sample_chains
-from pyro_scvi.inference.importance import SamplingBudget, evidence_of, weighted_draws
+from pyro_scvi.inference.importance import SamplingBudget, evidence_of
 from pyro_scvi.inference.proposals import Posteriors, in_order, weighted
 from pyro_scvi.priors.base import require_proper
+from pyro_scvi.utils.cell_streams import narrowed, per_cell
 from pyro_scvi.utils.checks import brief, require_at_least
 from pyro_scvi.utils.precision import in_float64
 
@@ -80,7 +81,8 @@ class Amortized:
             raise ModelError(
                 f"{type(guide).__name__} cannot encode cells; take ps.Refined(), ps.Importance() or ps.HMC()"
             )
-        sites, log_q = guide.draw(x, gamma, samples)
+        with per_cell():
+            sites, log_q = guide.draw(x, gamma, samples)
         if not guide.stochastic:
             ones = torch.ones_like(log_q[0])
             return Draws(sites, lambda: {"khat": ones * torch.inf, "ess": ones})
@@ -123,7 +125,7 @@ class Refined:
         require_proper(guide.model, "there is no posterior to sample")
         made = Posteriors(guide, x, gamma).fitted(steps=self.steps, rounds=0)
         pool = max(samples, POOL)
-        drawn = [weighted_draws(part.density, part.proposal, pool, part.block) for part in made]
+        drawn = [part.weighted(pool) for part in made]
         u, log_weights = (in_order(made, of, 1) for of in zip(*drawn, strict=True))
         u = resampled(u, log_weights, samples)
         return Draws(guide.coordinates.sites(u), lambda: _weight_diagnostics(log_weights))
@@ -238,7 +240,10 @@ class HMC:
         length = -(-samples // self.chains)
         options = {"chains": self.chains, "warmup": self.warmup, "leapfrog": self.leapfrog}
         made = Posteriors(guide, x, gamma).fitted(steps=self.steps, rounds=self.rounds)
-        runs = [sample_chains(p.density, p.proposal, draws=max(self.least, length), **options) for p in made]
+        runs = []
+        for part in made:
+            with narrowed(part.rows):
+                runs.append(sample_chains(part.density, part.proposal, draws=max(self.least, length), **options))
         chains = Chains(*(in_order(made, of, of[0].dim() - 1 - (of[0].dim() > 1)) for of in zip(*runs, strict=True)))
         kept = torch.linspace(0, len(chains.draws) - 1, length).round().long()
         u = chains.draws[kept.to(chains.draws.device)].flatten(0, 1)[:samples]
@@ -251,7 +256,8 @@ def resampled(draws: Tensor, log_weights: Tensor, samples: int) -> Tensor:
     With equal weights every draw comes once, or as often as every other.
     """
     upto = log_weights.softmax(0).nan_to_num(1.0).cumsum(0).T.contiguous()  # (cells, draws)
-    first = torch.rand(len(upto), 1, dtype=upto.dtype, device=upto.device)
+    with per_cell():
+        first = torch.rand(len(upto), 1, dtype=upto.dtype, device=upto.device)
     places = (first + torch.arange(samples, device=upto.device)) / samples * upto[:, -1:]
     chosen = torch.searchsorted(upto, places).clamp(max=len(draws) - 1).T
     return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]).to(draws.device))

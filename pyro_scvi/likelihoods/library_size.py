@@ -12,8 +12,9 @@ from torch import Tensor
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.precision import in_float64, put_back
 
-__all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary"]
+__all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary", "SizeFactor"]
 
 
 def __dir__() -> list[str]:
@@ -149,12 +150,13 @@ class LatentLibrary(LogNormalLibrary):
 
 
 class ObservedLibrary(LogNormalLibrary):
-    r"""The cell's total count as its size. The model conditions on the total, so evidence includes log p(total).
+    r"""The cell's total count as its size: the model is conditional on the total.
 
     .. math:: l_n = \max(1, \textstyle\sum_g x_{ng}), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 
-    If x is not observed, l is drawn from LogNormal(loc, scale^2). The same distribution gives log p(total) in the
-    evidence.
+    If x is not observed, l is drawn from LogNormal(loc, scale^2). For Poisson counts, evidence is that of the counts
+    given their total, which are multinomial, and of the total under the same distribution. For other counts it is
+    conditional on the total, and ``compare`` refuses it beside models that are not.
 
     Parameters
     ----------
@@ -182,9 +184,78 @@ class ObservedLibrary(LogNormalLibrary):
         return x.sum(-1, keepdim=True).clamp(min=1).log()
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """Log probability of the cells' totals (cells,): the LogNormal density, over a bin of one count."""
-        total = x.sum(-1, keepdim=True).clamp(min=1)
-        return self.law(gamma).log_prob(total).squeeze(-1)
+        """Log probability of the cells' totals (cells,): that of a size that rounds to it."""
+        law, total = self.law(gamma), x.sum(-1, keepdim=True)
+        upper, lower = ((at.log() - law.loc) / law.scale for at in (total + 0.5, (total - 0.5).clamp(min=0)))
+        # From the side on which both are small, or their difference would be lost.
+        low, high = (torch.where(upper + lower > 0, *pair) for pair in ((-upper, lower), (-lower, upper)))
+        inner, outer = (torch.special.log_ndtr(in_float64(at)) for at in (high, low))
+        inside: Tensor = inner + torch.log1p(-(outer - inner).exp())
+        # Bins of large totals are so narrow that the density in the middle is exact enough, and the difference is not.
+        dense = in_float64(law.log_prob(total.clamp(min=1)))
+        return put_back(torch.where(in_float64(total) > 1000, dense, inside), x).squeeze(-1)
+
+
+class SizeFactor(Library):
+    r"""A known size factor of each cell, such as that of DESeq2 or scran, which scales the means.
+
+    .. math:: \log \mu_{ng} = \log s_n - loc + \eta_{ng}
+
+    with s the size factor and eta the decoder's head. The means are not shares: the total of a cell is a part of what
+    the model explains, and evidence is given the size factors. ``loc`` is the mean of log s over the training cells,
+    so that the unit of s does not matter; it is a constant, not trained.
+
+    Parameters
+    ----------
+    columns
+        Where log s is in gamma: ``cells.columns["size_factor"]`` of cells read with ``size_factor="size_factor"``. The
+        decoder leaves this column out.
+
+    Raises
+    ------
+    ModelError
+        If ``columns`` is no slice of one column.
+
+    Examples
+    --------
+    >>> sized = adata.copy()
+    >>> sized.obs["size_factor"] = np.asarray(sized.X.sum(1)) / 100
+    >>> known = ps.Cells.from_anndata(sized, size_factor="size_factor")
+    >>> library = ps.libraries.SizeFactor(known.columns["size_factor"])
+    >>> made = ps.fit(ps.SCVI(20, 2, known.n_covariates, library=library), known, epochs=1, progress=False)
+    >>> made.model.decoder.layers.linear[0].in_features  # z alone
+    2
+    """
+
+    latent = False
+    loc: Tensor
+
+    def __init__(self, columns: slice) -> None:
+        super().__init__()
+        if not isinstance(columns, slice) or columns.start is None or columns.stop != columns.start + 1:
+            raise ModelError(
+                f'columns must be the slice of one column of gamma, as cells.columns["size_factor"], got {columns!r}'
+            )
+        self.columns = columns
+        self.register_buffer("loc", torch.zeros(()))
+
+    def forward(self, x: Tensor | None, gamma: Tensor) -> Tensor | None:
+        """Log size factor of every cell less its mean over the training cells, (cells, 1)."""
+        if gamma.shape[-1] < self.columns.stop:
+            raise ModelError(
+                f"SizeFactor reads column {self.columns.start} of gamma, which has {gamma.shape[-1]} columns: read the "
+                "cells with size_factor="
+            )
+        return gamma[..., self.columns] - self.loc
+
+    def log_mean(self, eta: Tensor, log_library: Any) -> Tensor:
+        """Log mean count: the head and the log size factor, (..., cells, genes)."""
+        mean: Tensor = eta + log_library
+        return mean
+
+    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+        """Take loc from the training cells."""
+        self.loc.copy_(gamma[:, self.columns].mean())
 
 
 def _numbers(value: Any, name: str) -> Tensor:

@@ -48,7 +48,7 @@ class Content(NamedTuple):
 
 
 def folder(path: Any) -> Path:
-    """The directory at a path, with ~ resolved.
+    """The directory at a path, with ~ resolved; the same one if the process changes its working directory.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def folder(path: Any) -> Path:
         If no directory can have that name.
     """
     try:
-        directory = Path(path).expanduser()
+        directory = Path(path).expanduser().absolute()
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"expected the path of a directory, got {path!r}: {error}") from error
     if "\0" in str(directory):

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.discovery import Kind
+from pyro_scvi.distributions.supports import is_learned, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
+from pyro_scvi.guides.supported import require_scaled
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
@@ -117,9 +119,16 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
         drawn = [site for site in model.discovered() if site.kind.latent and site.kind is not Kind.ENUMERATED]
         _require_same({site.name for site in drawn}, _latents(guided))
         guide.require_supported()
+        require_scaled(model)
         summed = Enumerating(LEFT_OF_CELLS)(pyro.poutine.replay(model, trace=guided))
         modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
     _require_same(_latents(modelled), _latents(guided))
+    for name in _latents(modelled):
+        if is_learned(support_of(modelled.nodes[name]["fn"])):
+            raise ModelError(
+                f"a bound of the program's site {name!r} depends on parameters, and coordinates know fixed supports "
+                "only: take a law whose support is constant, and scale its value instead"
+            )
     own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters
     for trace in (guided, modelled):
         for name in trace.param_nodes:

@@ -96,6 +96,8 @@ def _keep_hooks(given: dict[str, Any], made: dict[str, Any], memo: dict[int, Any
     """Register the hooks of parameters with their copies: torch leaves them out."""
     pairs = zip(_parameters(given), _parameters(made), strict=True)
     for ours, theirs in {id(p): (p, q) for (_, p), (_, q) in pairs}.values():  # once, if model and guide share it
+        if not (_hooks(ours, "_backward_hooks") or _hooks(ours, "_post_accumulate_grad_hooks")):
+            continue  # integers, too, which cannot have a gradient
         theirs.requires_grad_()  # torch registers with no others; it may have been frozen after its hook was made
         for hook in _hooks(ours, "_backward_hooks"):
             theirs.register_hook(copy.deepcopy(hook, memo))

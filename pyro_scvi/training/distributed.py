@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from inspect import signature
 from typing import Any, TypeVar, final
 
@@ -276,9 +277,9 @@ class ProcessGroup(Processes):
                 distributed.broadcast(buffer, 0)
 
         def of_minibatch(x: Tensor, *args: Any, len_all: int, **kwargs: Any) -> float:
-            loss = bound(x, *args, **kwargs)
-            # DDP averages over ranks; the factor gives cells equal weight where ranks differ by a cell.
             with self._connection_errors_explained():
+                loss = bound(x, *args, **kwargs)  # torch tells the other ranks here, too, once it knows the gradients
+                # DDP averages over ranks; the factor gives cells equal weight where ranks differ by a cell.
                 (loss * (len(x) * self.size / len_all)).backward()
             return loss.item()
 
@@ -349,7 +350,8 @@ class ProcessGroup(Processes):
         if shared:
             raise FitError(
                 f"ranks {', '.join(map(str, shared))} of {self.size} do not have a GPU each, as NCCL needs: start as "
-                "many as there are GPUs, as by torchrun --nproc-per-node gpu, or pass device='cpu' to fit"
+                "many as there are GPUs, as by torchrun --nproc-per-node gpu, or let all of them train on CPUs by "
+                "device='cpu' or CUDA_VISIBLE_DEVICES= before the command"
             )
 
     def _of_all(self, value: T) -> list[T]:
@@ -373,11 +375,10 @@ class ProcessGroup(Processes):
         except RuntimeError as error:
             if not isinstance(error, distributed.DistError) and not _CONNECTION_ERROR.search(str(error)):
                 raise
-            reason = " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]
             raise FitError(
-                f"rank {self.rank} of {self.size} could not go on with the others ({reason}): one of them was lost, "
-                "and says itself why if it could. With a checkpoint, start again with resume=True and any number of "
-                "ranks"
+                f"rank {self.rank} of {self.size} could not go on with the others ({_reason(error)}): one of them was "
+                "lost, and says itself why if it could. With a checkpoint, start again with resume=True and any number "
+                "of ranks"
             ) from error
 
 
@@ -389,7 +390,7 @@ def _around_difference(*texts: str) -> list[str]:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined(*, timeout: float | None = None) -> Iterator[Processes]:
     """Join the ranks that torchrun started; without torchrun, one process alone.
 
     On a machine with CUDA each rank takes the GPU of its local rank, if there is one. Pass the result to ``fit``, and
@@ -400,13 +401,24 @@ def joined() -> Iterator[Processes]:
             if ranks.first:
                 fit.save("fit")
 
-    Start the script by ``torchrun --nproc-per-node 2 script.py``. If torch's process group exists already, it is used
-    and left open.
+    Start the script by ``torchrun --standalone --nproc-per-node 2 script.py``. If torch's process group exists already,
+    it is used and left open.
+
+    Parameters
+    ----------
+    timeout
+        Seconds after which a rank gives up waiting for one that does not answer; None for torch's own time, 30 minutes
+        on CPUs and 10 on GPUs.
 
     Yields
     ------
     SingleProcess or ProcessGroup
         What ``fit`` takes as ``ranks``.
+
+    Raises
+    ------
+    FitError
+        If the ranks cannot join, such as where another run listens on the port.
 
     Warns
     -----
@@ -434,11 +446,30 @@ def joined() -> Iterator[Processes]:
             )
         yield SingleProcess()
         return
-    cuda = torch.cuda.is_available()
-    if cuda and (local_rank := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)  # fit refuses ranks that share a GPU, unless it trains on the CPU
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    _join(timeout)
     try:
         yield ProcessGroup()
     finally:
         distributed.destroy_process_group()
+
+
+def _join(timeout: float | None) -> None:
+    if timeout is not None and not timeout > 0:
+        raise FitError(f"timeout must be seconds above 0, got {timeout!r}")
+    cuda, waiting = torch.cuda.is_available(), None if timeout is None else timedelta(seconds=timeout)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # Only fit knows where the ranks train: it refuses those that share a GPU, in all of them, so that none waits.
+    if cuda and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waiting)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise FitError(
+            f"the ranks could not join ({_reason(error)}). Is the port used by another run? On one machine, start them "
+            "by torchrun --standalone, which takes a free one; on several, choose another --master-port"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of torch's connections, without the number of its process."""
+    return " ".join(re.sub(r"^\[\S*\] ", "", str(error)).split()).split(". ")[0][:200]

@@ -1,6 +1,8 @@
 """fit: stochastic variational inference on minibatches."""
 
+import math
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from pyro_scvi.training.checks import check_elbo, check_kinds
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
-from pyro_scvi.training.loop import Trainer, TrainingData, evenly_spaced
+from pyro_scvi.training.landmarks import evenly_spaced
+from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.random_state import seeded
@@ -55,6 +58,7 @@ def fit(
     resume: bool = False,
     ranks: Processes = SingleProcess(),
     progress: bool = True,
+    callbacks: Sequence[Callable[[int, dict[str, float], Fit], None]] = (),
 ) -> Fit:
     r"""Train a copy of model and guide by stochastic gradient steps on the evidence bound (ELBO).
 
@@ -120,6 +124,10 @@ def fit(
         same arguments, and each gets the whole fit. The first writes checkpoints and shows progress.
     progress
         Whether to show a progress bar.
+    callbacks
+        Functions that are called after each epoch, on the first rank alone, with its number, its row of the history and
+        a copy of the fit so far, such as loggers. They may draw and change what they like: training goes on as without
+        them. An error in one ends training.
 
     Returns
     -------
@@ -169,6 +177,15 @@ def fit(
     ['train_loss', 'held_out_loss', 'kl', 'learning_rate', 'kl_weight', 'seconds']
     >>> bool(fit.history.train_loss.iloc[-1] < fit.history.train_loss.iloc[0])
     True
+
+    A callback that keeps an embedding of each epoch:
+
+    >>> kept = {}
+    >>> def keep(epoch, row, fit_so_far):
+    ...     kept[epoch] = ps.embed(fit_so_far, test)
+    >>> made = ps.fit(model, cells, epochs=3, callbacks=[keep], progress=False)
+    >>> list(kept)
+    [1, 2, 3]
     """
     options = TrainingOptions.among(locals())  # first, while locals() holds the arguments and nothing else
     check_kinds(model, cells, guide)
@@ -238,28 +255,22 @@ def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, option
     settings: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
     settings |= {"n_cells": data.n_cells}
     checkpoints = _checkpoints(model, guide, cells, options, settings)
+
+    def told(trainer: Trainer) -> None:
+        if options.callbacks and options.ranks.first:
+            _tell(trainer, cells, settings)
+
     with seeded(options.seed), pyro.get_param_store().scope(), noted_interrupts() as interrupts:
-        trainer = Trainer.at_start(model, guide, data, options, checkpoints, interrupts)
+        trainer = Trainer.at_start(model, guide, data, options, checkpoints, interrupts, told)
         try:
             trainer.train()
         except (FitError, CheckpointError, KeyboardInterrupt) as error:
             carrier: Any = error  # Python's own has no such attribute
             carrier.fit = _made(trainer, cells, settings) if trainer.state.rows else None
             raise
-        _note_landmarks(guide, data.train, options.ranks)
+        if not math.isnan(loss := trainer.kept_loss()):
+            settings["held_out_loss"] = loss
     return _made(trainer, cells, settings)
-
-
-@torch.no_grad()
-def _note_landmarks(guide: Guide, cells: Minibatches, ranks: Processes) -> None:
-    """Keep in the guide where some training cells lie, from where modes of other cells are sought."""
-    if not guide.amortized:
-        return
-    guide.eval()
-    rows = evenly_spaced(len(guide.landmarks), cells.n_cells).to(cells.device)
-    loc, _ = guide.start(*cells.rows(rows)) if len(rows) else (guide.landmarks[:0], None)
-    known = torch.as_tensor(ranks.gather(loc.cpu().numpy()))
-    guide.landmarks.copy_(known[torch.arange(len(guide.landmarks)) * len(known) // len(guide.landmarks)])
 
 
 def _checkpoints(
@@ -285,6 +296,17 @@ def _made(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> Fit:
         notes["interrupted"] = f"{received} after epoch {len(state.rows)} of {settings['epochs']}"
     trainer.model.trained = True
     return Fit(trainer.model.eval(), trainer.guide.eval(), state.history, cells.schema, settings | notes)
+
+
+def _tell(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> None:
+    """Call the callbacks with copies, under a seed of their own: what they do does not change what is learned."""
+    rows = trainer.state.rows
+    for callback in trainer.options.callbacks:
+        model, guide = copied(trainer.model, trainer.guide)
+        model.trained = True
+        so_far = Fit(model.eval(), guide.eval(), trainer.state.history, cells.schema, dict(settings))
+        with seeded(trainer.options.seed), pyro.get_param_store().scope():
+            callback(len(rows), dict(rows[-1]), so_far)
 
 
 def _warn(made: Fit) -> None:

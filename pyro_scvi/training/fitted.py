@@ -38,12 +38,14 @@ class Fit:
     schema
         Genes, batches and covariates of its cells; new cells are read with it.
     settings
-        How the fit was made: epochs, seed, number of cells and the like.
+        How the fit was made: epochs, seed, number of cells and the like. ``held_out_loss`` is that of the epoch that
+        was kept, by many draws; the history's, by one draw for each cell, was the least of all, and is too low by
+        chance.
 
     Examples
     --------
     >>> fit.settings
-    {'epochs': 5, 'batch_size': 128, 'seed': 0, 'n_cells': 43}
+    {'epochs': 5, 'batch_size': 128, 'seed': 0, 'n_cells': 43, 'held_out_loss': ...}
     >>> len(fit.history), fit.schema == train.schema
     (5, True)
     >>> fit.save(folder / "fit")
@@ -145,7 +147,9 @@ class Fit:
         judged = history.held_out_loss - (1 - lasting) * history.kl.fillna(0.0)
         watched = bool(judged.notna().any())
         kept = history.iloc[int(np.nanargmin(judged)) if watched else -1]
-        held_out = f"{kept.held_out_loss:.2f} nats per cell in epoch {kept.name}, the best, which was kept"
+        # One draw a cell chose the epoch; many tell its loss. Fits of earlier versions have the first alone.
+        loss = self.settings.get("held_out_loss", kept.held_out_loss)
+        held_out = f"{loss:.2f} nats per cell in epoch {kept.name}, the best, which was kept"
         return {
             "training": f"{n_epochs} of {self.settings.get('n_cells', 'some')} cells, {history.seconds.sum():.1f} s",
             "training loss": f"{kept.train_loss:.2f} nats per cell in epoch {kept.name}",

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
+from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
@@ -33,6 +34,7 @@ from pyro_scvi.utils.progress_bars import progress_bar
 from pyro_scvi.utils.random_state import seed_generators
 
 WATCHED_IN_TRAINING = 256  # training cells whose bound is evaluated if no cells are held out
+KEPT_DRAWS = 2**14  # for the loss of the epoch that is kept, over all cells
 LEAST_KL = -1e4  # nats per cell; an estimate below it means that parameters have diverged
 
 _log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Gradients(NamedTuple):
 class Trainer:
     """One training run: model, guide, cells, options, state, and the signals that may end it.
 
-    ``checkpoints`` is None if this process writes none.
+    ``checkpoints`` is None if this process writes none. ``after_epoch`` is called when an epoch has ended.
     """
 
     model: SCVI
@@ -78,6 +80,7 @@ class Trainer:
     state: TrainingState
     checkpoints: Checkpoints | None
     interrupts: Interrupts
+    after_epoch: Callable[["Trainer"], None]
 
     @classmethod
     def at_start(
@@ -88,6 +91,7 @@ class Trainer:
         options: TrainingOptions,
         checkpoints: Checkpoints | None,
         interrupts: Interrupts,
+        after_epoch: Callable[["Trainer"], None],
     ) -> "Trainer":
         """A run before its first step, with a new optimiser and schedule."""
         keep_freed_memory()
@@ -101,7 +105,9 @@ class Trainer:
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
         schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
         state = TrainingState(model, guide, optimiser, schedule, options.patience)
-        return cls(model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts)
+        return cls(
+            model, guide, data, options, Gradients(by_programs, recorded), state, checkpoints, interrupts, after_epoch
+        )
 
     def train(self) -> None:
         """Train until the epochs are done, patience runs out or a signal comes; then restore the best state.
@@ -154,10 +160,12 @@ class Trainer:
             except Diverged as failure:
                 self._roll_back(failure)
                 continue
+            note_landmarks(self.guide, self.data.train, self.options.ranks)
             # Epochs are compared under the last KL weight: 0 leaves the prior of z out of the comparison, too.
             state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
             if self.checkpoints:
                 self.checkpoints.note(state)
+            self.after_epoch(self)
             bar.set_postfix_str(_losses(row), refresh=False)
             bar.update()
         if state.best.waited_out:
@@ -285,8 +293,18 @@ class Trainer:
         with executing(matrix_products=self.options.autocast, register_parameters=not own, check_programs=checked):
             yield
 
-    def evaluate(self, cells: Minibatches, seed: int) -> tuple[float, float]:
-        """Negative bound and KL in nats per cell, by one draw for each held-out cell or for 256 training cells.
+    def kept_loss(self) -> float:
+        """Negative bound of the held-out cells in the state that is kept, by many draws; NaN if no cells are held out.
+
+        The history's is that of one draw a cell, and the kept epoch is the one where it was least: too low, by chance.
+        """
+        if self.data.held_out is None or not self.guide.amortized:
+            return math.nan
+        (n_cells,) = self.options.ranks.sum(float(self.data.held_out.n_cells))
+        return self.evaluate(self.data.held_out, 0, max(1, KEPT_DRAWS // max(int(n_cells), 1)))[0]
+
+    def evaluate(self, cells: Minibatches, seed: int, samples: int = 1) -> tuple[float, float]:
+        """Negative bound and KL in nats per cell, by draws for each held-out cell or for 256 training cells.
 
         Every rank evaluates its share of them.
         """
@@ -298,7 +316,7 @@ class Trainer:
         sums, n = [0.0, 0.0], 0
         with undisturbed(ranks.noise_seed(seed), self.model, self.guide):
             for some in rows.split(512) if len(rows) else ():
-                log_weight, gap = bound_terms(self.guide, *cells.rows(some))
+                log_weight, gap = (of.mean(0) for of in bound_terms(self.guide, *cells.rows(some), samples))
                 sums = [sums[0] - float(log_weight.sum()), sums[1] + float(gap.sum())]
                 n += len(some)
         loss, kl, seen = ranks.sum(*sums, n)
@@ -309,12 +327,6 @@ def _losses(row: dict[str, float]) -> str:
     """Text of the progress bar after an epoch; the held-out loss is shown only if cells are held out."""
     losses = {"train": row["train_loss"], "held out": row["held_out_loss"]}
     return ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items() if not math.isnan(loss)) + " nats per cell"
-
-
-def evenly_spaced(at_most: int, n: int) -> Tensor:
-    """At most ``at_most`` of n positions, evenly spaced, because files are often sorted by cell type or donor."""
-    few = min(at_most, n)
-    return torch.arange(few) * n // max(few, 1)
 
 
 def _implausible(bound: float, kl: float) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from pyro_scvi.data.minibatches import require_precision, resolve_device
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
+from pyro_scvi.likelihoods.library_size import SizeFactor
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
@@ -24,7 +25,7 @@ from pyro_scvi.training.distributed import Processes
 from pyro_scvi.utils.checks import brief
 
 # Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
-_OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress")
+_OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TrainingOptions:
     resume: bool
     ranks: Processes
     progress: bool
+    callbacks: Sequence[Callable[..., None]]
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "TrainingOptions":
@@ -77,6 +79,7 @@ class TrainingOptions:
         if not isinstance(self.ranks, Processes):
             raise ModelError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)
+        _check_callbacks(self.callbacks)
         return options
 
     def for_cells(self, n_cells: int) -> "TrainingOptions":
@@ -137,6 +140,7 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
             f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
             f"{cells.n_genes} and {cells.n_covariates}; make it as SCVI(cells.n_genes, n_covariates=cells.n_covariates)"
         )
+    _check_size_factors(model, cells)
     for columns in model.weights.ordered_columns(model):
         for name, place in cells.columns.items():
             if place == columns and name not in cells.schema.ordered:
@@ -158,6 +162,17 @@ def _check_validation(validation: Any) -> None:
         )
 
 
+def _check_size_factors(model: SCVI, cells: Cells) -> None:
+    name = cells.schema.size_factor
+    if name is not None and getattr(model.library, "columns", None) != cells.columns[name]:
+        raise ModelError(
+            f"the cells have size factors, {name!r}, and the model does not scale its means by them: make it with "
+            f"library=ps.libraries.SizeFactor(cells.columns[{name!r}])"
+        )
+    if isinstance(model.library, SizeFactor) and name is None:
+        raise ModelError("the model takes size factors, and the cells have none: read them with size_factor=")
+
+
 def _check_precision(dtype: Any, autocast: Any) -> None:
     if dtype not in (torch.float32, torch.float64):
         raise ModelError(
@@ -174,6 +189,13 @@ def _check_compiled(compiled: Any, elbo: Any) -> None:
         raise ModelError(f"compiled must be True or False, got {brief(compiled)}")
     if compiled and elbo is not None:
         raise ModelError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    listed = isinstance(callbacks, list | tuple)
+    if not listed or not all(callable(one) and not isinstance(one, type) for one in callbacks):
+        got = [brief(one) for one in callbacks] if listed else brief(callbacks)
+        raise ModelError(f"callbacks must be functions of (epoch, row, fit) in a list, got {got}")
 
 
 def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
-from pyro_scvi.persistence.serialization import put_states, states_of
+from pyro_scvi.persistence.serialization import put_states, states_of, with_landmarks
 
 HISTORY = ("train_loss", "held_out_loss", "kl", "learning_rate", "kl_weight", "seconds")
 _DEFAULT_FACTS = {"rate_scale": 1.0}  # not in earlier checkpoints, whose runs halved the schedule's own rates
@@ -124,7 +124,7 @@ class TrainingState:
         # These raise for tensors of another run, before model and guide are changed.
         moments = self._moments(under("optimiser", tensors))
         _set_generators(under("random", tensors), self.parameters[0].device)
-        put_states(self.model, self.guide, under("now", tensors))
+        put_states(self.model, self.guide, with_landmarks(self.guide, under("now", tensors)))
         whose = self.optimiser.state_dict()["param_groups"]
         groups = [{**_with_tuples(read), "params": g["params"]} for g, read in zip(whose, facts["groups"], strict=True)]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
@@ -132,7 +132,8 @@ class TrainingState:
         self.schedule.load_state_dict(facts["schedule"])
         self.rows, self.halvings, self.rate_scale = list(snapshot.rows), facts["halvings"], facts["rate_scale"]
         self.best.loss, self.best.waited = best_loss, facts["waited"]
-        self.best.states = under("now" if facts["best_is_now"] else "best", tensors)
+        best = under("now" if facts["best_is_now"] else "best", tensors)
+        self.best.states = with_landmarks(self.guide, best) if best else best
         self.good = snapshot
 
     def _moments(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

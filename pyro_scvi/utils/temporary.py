@@ -1,8 +1,11 @@
 """Temporary folders beside what they are for, under names by which those of killed processes are found."""
 
 import glob
+import shutil
 import tempfile
 from pathlib import Path
+
+from pyro_scvi.utils.publishing import signals_deferred
 
 _SUFFIX = ".partial"
 
@@ -10,6 +13,12 @@ _SUFFIX = ".partial"
 def new_temporary(path: Path, within: Path) -> Path:
     """Make a hidden folder in ``within`` for something that will be called ``path``."""
     return Path(tempfile.mkdtemp(dir=within, prefix=f".{path.name}.", suffix=_SUFFIX))
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; a signal waits until all of it is gone."""
+    with signals_deferred():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def leftovers(path: Path, within: Path) -> list[Path]:

@@ -175,6 +175,26 @@ def test_expression_and_replicas_are_averaged_over_globals():
         ps.impute(fit_of(toy()), cells, global_draws=4)
 
 
+def test_pairs_take_turns_at_draws_of_globals():
+    weight = "decoder.heads.log_mean.weight"
+    likelihood = ps.likelihoods.NB(ps.likelihoods.PerGene(N_GENES))
+    model = toy(likelihood=likelihood, weight_priors={weight: ps.weights.NormalWeights()})
+    fit, cells = fit_of(model), cells_of(8)
+    draws = torch.randn(3, N_GENES, 4).double()
+    z = np.where(np.arange(8) < 4, -1.5, 1.5)[:, None] + np.random.default_rng(0).normal(size=(5000, 8, 1))
+    options = {"groupby": np.repeat(["a", "b"], 4), "group_a": "a", "group_b": "b", "sampler": ps.Given({"z": z})}
+    options |= {"largest_se": 0, "most_pairs": 3000}
+    at = fit.with_globals({weight: draws})
+    table = ps.differential_expression(at, cells, global_draws=3, **options)
+    alone = [ps.differential_expression(fit.with_globals({weight: one[None]}), cells, **options) for one in draws]
+    p = np.stack([one.p_a_lt_b for one in alone])
+    assert np.abs(table.p_a_lt_b - p.mean(0)).max() < 0.04
+    np.testing.assert_allclose(table.se, p.std(0, ddof=1) / np.sqrt(3), atol=0.03)
+    assert table.se.max() > 5 * alone[0].se.max()
+    with pytest.raises(ModelError, match="AllPairs"):
+        ps.differential_expression(at, cells, global_draws=2, pairing=ps.differential.AllPairs(samples=10), **options)
+
+
 def test_globals_at_draws_are_what_every_verb_uses(tmp_path):
     fit, cells = shared(3)
     at = fit.with_globals({"rate": torch.tensor([1.0, 2.0, 4.0])})

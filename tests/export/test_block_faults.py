@@ -203,5 +203,5 @@ def test_a_disk_that_may_be_too_small_for_a_folder_is_told(fit, cells, tmp_path,
             warnings.simplefilter("always")
             assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0
         assert [str(one.message)[:14] for one in caught if one.category is UserWarning] == ["the results in"] * told
-    monkeypatch.setattr(block_files.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    monkeypatch.setattr(block_files.shutil, "disk_usage", lambda path: usage._replace(free=100))
     assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0  # finished: nothing more is needed

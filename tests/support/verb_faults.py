@@ -40,6 +40,7 @@ class Verb:
     out: str
     read: object
     resumed: tuple[str, ...] = ()
+    ends_early: bool = False  # a signal ends training, and the results are those of the epochs before
 
     def command(self, folder):
         """The command, on the files in a folder."""
@@ -82,7 +83,9 @@ def _infer(out):
 
 _DE = ("de", "@fit", "@in.h5ad", "--groupby", "donor", "--device", "cpu")
 VERBS = {
-    "fit": Verb(("fit", "@in.h5ad", "--out", "@out", "--epochs", "2", "--force", *_SHORT), "out", _losses),
+    "fit": Verb(
+        ("fit", "@in.h5ad", "--out", "@out", "--epochs", "2", "--force", *_SHORT), "out", _losses, ends_early=True
+    ),
     "embed": Verb(("embed", "@fit", "@in.h5ad", "--out", "@o.h5ad", "--device", "cpu"), "o.h5ad", _embedding),
     "impute": Verb(("impute", "@fit", "@in.h5ad", "--out", "@i.h5ad", "--device", "cpu"), "i.h5ad", _layer),
     "de": Verb((*_DE, "--out", "@de", "--group-a", "a", "--group-b", "b"), "de", _page),
@@ -234,7 +237,10 @@ class Bench:
         path = self.work / VERBS[verb].out
         if not path.exists() or VERBS[verb].out in VERBS[verb].resumed:
             return True
-        return np.array_equal(VERBS[verb].read(path), self.expected[verb], equal_nan=True)
+        found, expected = VERBS[verb].read(path), self.expected[verb]
+        if VERBS[verb].ends_early:
+            expected = expected[: max(1, len(found))]
+        return np.array_equal(found, expected, equal_nan=True)
 
     def is_whole_after_the_same_command(self, verb):
         """Whether the same command, once more, gives what it should."""

@@ -551,7 +551,7 @@ def prior_with_a_param(value, folder):
 
     cells = ps.Cells.from_anndata(make_adata())
     with pytest.raises(
-        ModelError, match="pyro.param 'loc' would never be trained: make it an nn.Parameter of a module"
+        ModelError, match="'loc' is a pyro.param, which fit would never train.*make it an nn.Parameter of a module"
     ):
         quick_fit(cells, quick_model(cells, prior=prior))
     assert not pyro.get_param_store().keys()

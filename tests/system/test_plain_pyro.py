@@ -371,7 +371,7 @@ def test_a_parameter_that_pyro_alone_knows_is_refused(cells):
     def prior():
         return dist.Normal(pyro.param("center", torch.zeros(3)), 1.0).to_event(1)
 
-    with pytest.raises(ModelError, match="pyro.param 'center' would never be trained"):
+    with pytest.raises(ModelError, match="'center' is a pyro.param, which fit would never train"):
         ps.fit(ps.SCVI(cells.n_genes, 3, prior=prior, n_hidden=8), cells, epochs=2, progress=False)
     assert not list(pyro.get_param_store().keys())
 

@@ -11,6 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
+from pyro_scvi.program import cells_plate, check_inputs, register
 from tests.support.programs import (
     BIAS,
     KINDS,
@@ -64,7 +65,7 @@ FROM_DENSITIES = {
     "compare": lambda fit, cells, tmp: ps.compare({"a": fit}, cells.take(range(2)), samples=20),
     "to_datatree": lambda fit, cells, tmp: ps.to_datatree(fit, cells, samples=4),
     "shards.write": lambda fit, cells, tmp: ps.shards.write(fit, cells, tmp / "a.h5ad", {"z": ps.embed}, seed=1),
-    "annotate": lambda fit, cells, tmp: ps.annotate(adata_of(cells), fit, overwrite=True),
+    "annotate": lambda fit, cells, tmp: ps.annotate(adata_of(cells), fit, space=None, overwrite=True),
     "leave_one_out": lambda fit, cells, tmp: ps.leave_one_out(fit, cells, samples=40, sampler=QUICK),
     "posterior_predictive": lambda fit, cells, tmp: ps.posterior_predictive(fit, cells, samples=2),
     "check_predictions": lambda fit, cells, tmp: ps.check_predictions(fit, cells, samples=4),
@@ -333,3 +334,191 @@ def test_a_fit_made_by_hand_is_shown_stored_and_used(tmp_path):
     assert np.isfinite(ps.compare({"by hand": fit}, cells.take(range(2)), samples=20).log_evidence["by hand"])
     with pytest.raises(ModelError, match="no history"):
         ps.plots.loss(fit)
+
+
+# --- programs whose numbers would be wrong without a word ---
+
+
+class Written(ps.SCVI):
+    """The program with a part of it to be written otherwise."""
+
+    def plate(self, gamma, index, n_cells):
+        return cells_plate(gamma, index, n_cells)
+
+    def more(self, x, gamma):
+        return 0.0
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        with self.plate(gamma, index, n_cells):
+            z = pyro.sample("z", self.prior())
+            more = self.more(x, gamma)
+            theta = self.decode(z, self.depth(x, gamma), gamma)
+            theta["log_mean"] = theta["log_mean"] + more
+            return self.observe(x, theta, marginal=marginal, mask=mask)
+
+    def depth(self, x, gamma):
+        return self.library(x, gamma)
+
+
+class PlateByHand(Written):
+    def plate(self, gamma, index, n_cells):
+        return pyro.plate("cells", len(gamma), dim=-2)
+
+
+class WithParam(Written):
+    def more(self, x, gamma):
+        return pyro.param("shift", torch.zeros(()))
+
+
+class Markov(Written):
+    def more(self, x, gamma):
+        c = 0
+        for t in pyro.markov(range(3)):
+            law = dist.Categorical(torch.tensor([[0.8, 0.2], [0.3, 0.7]])[c])
+            c = pyro.sample(f"c{t}", law, infer={"enumerate": "parallel"})
+        return 1.0 * c
+
+
+class Options(Written):
+    options = {"expand": True}
+
+    def more(self, x, gamma):
+        law = dist.Categorical(torch.tensor([0.2, 0.8]))
+        return 1.0 * pyro.sample("c", law, infer={"enumerate": "parallel", **self.options})
+
+
+class Sampled(Options):
+    options = {"num_samples": 10}
+
+
+class MaskedLatent(Written):
+    def more(self, x, gamma):
+        return pyro.sample("e", dist.Normal(0.0, 1.0).mask(False))
+
+
+class Unused(Written):
+    def depth(self, x, gamma):
+        return torch.zeros(len(gamma), 1)
+
+
+class Centred(Written):
+    def more(self, x, gamma):
+        e = pyro.sample("e", dist.Normal(0.0, 1.0))
+        return e - e.mean(-2, keepdim=True)
+
+
+class OfAllCounts(Written):
+    def more(self, x, gamma):
+        return 0.0 if x is None else torch.log1p(x.mean())
+
+
+class ByPlace(Written):
+    def more(self, x, gamma):
+        return torch.arange(1.0 * len(gamma))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (WithParam, "'shift' is a pyro.param"),
+        (Markov, "pyro.markov is not supported"),
+        (Options, "expand= is not supported"),
+        (Sampled, "num_samples= is not supported"),
+        (MaskedLatent, "'e' is masked"),
+        (Centred, "depends on the cells that come with it"),
+        (OfAllCounts, "depends on the cells that come with it"),
+        (ByPlace, "its place among them"),
+    ],
+)
+def test_programs_without_a_density_of_each_cell_are_refused(kind, message):
+    with pytest.raises(ModelError, match=message):
+        ps.evidence(fit_of(made(kind)), cells_of(), samples=4, steps=0, rounds=0)
+
+
+def test_a_library_that_the_program_does_not_use_is_refused():
+    with pytest.raises(ModelError, match="does not use the model's library"):
+        fit_of(made(Unused, library=ps.libraries.ObservedLibrary()))
+
+
+class LearnedBound(Written):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.bound = torch.nn.Parameter(torch.tensor(1.0))
+
+    def more(self, x, gamma):
+        return pyro.sample("u", dist.Uniform(-9.0, self.bound.exp()))
+
+
+class SizeByCluster(Written):
+    def depth(self, x, gamma):
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.2, 0.8])), infer={"enumerate": "parallel"})
+        return pyro.sample("l", dist.LogNormal(2.0 + c, 0.4)).log()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (PlateByHand, {}, "'z' is not scaled by n_cells"),
+        (LearnedBound, {}, "'u' depends on parameters"),
+        (SizeByCluster, {"kl_weight": ps.schedules.ConstantKL(0.3)}, "has a weight and that of 'l'"),
+    ],
+)
+def test_programs_that_would_be_trained_wrongly_are_refused(kind, options, message):
+    with pytest.raises(ModelError, match=message):
+        ps.fit(made(kind), cells_of(), epochs=1, batch_size=4, progress=False, **options)
+
+
+class Bounded(Written):
+    """A bound that is written for each cell, and is the same for all."""
+
+    def more(self, x, gamma):
+        return pyro.sample("e", dist.Uniform(torch.zeros(len(gamma), 1), 1.0))
+
+
+class TwoInOnePlate(Written):
+    def plate(self, gamma, index, n_cells):
+        with pyro.plate("donors", 3, dim=-1):
+            self.m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            self.s = pyro.sample("s", dist.HalfNormal(1.0))
+        return super().plate(gamma, index, n_cells)
+
+    def more(self, x, gamma):
+        return self.m[0] + self.s[1]
+
+
+class OtherPlate(Written):
+    def plate(self, gamma, index, n_cells):
+        return pyro.plate("obs", len(gamma), dim=-2)
+
+
+class Outside(Written):
+    def plate(self, gamma, index, n_cells):
+        self.e = pyro.sample("e", dist.Normal(0.0, 1.0).expand([len(gamma), 1]).to_event(2))
+        return super().plate(gamma, index, n_cells)
+
+    def more(self, x, gamma):
+        return self.e
+
+
+@pytest.mark.parametrize(("kind", "name"), [(OtherPlate, "z"), (Outside, "e")])
+def test_latents_of_cells_outside_their_plate_are_refused(kind, name):
+    with pytest.raises(ModelError, match=f"'{name}' has a value for each cell and is outside"):
+        fit_of(made(kind))
+
+
+class Slash(Written):
+    def more(self, x, gamma):
+        return pyro.sample("a/b", dist.Normal(0.0, 1.0))
+
+
+def test_names_with_slashes_are_refused():
+    with pytest.raises(ModelError, match="has a '/' in its name"):
+        ps.embed(fit_of(made(Slash)), cells_of())
+
+
+@pytest.mark.parametrize("kind", [Bounded, TwoInOnePlate])
+def test_programs_that_look_alike_are_trained(kind):
+    fit = ps.fit(made(kind), cells_of(), epochs=1, batch_size=4, progress=False)
+    assert np.isfinite(ps.evidence(fit, cells_of(), samples=40, steps=3, rounds=1, progress=False).log_evidence).all()

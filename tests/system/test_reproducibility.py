@@ -145,7 +145,7 @@ def annotated():
     x = cells()
     obs = x.obs.set_index(x.obs.index.astype(str))
     adata = AnnData(x.counts.copy(), obs=obs, var=pd.DataFrame(index=x.gene_names))
-    ps.annotate(adata, fit(), expression=True, samples=2)
+    ps.annotate(adata, fit(), space=ps.spaces.Expression(3), expression=True, samples=2)
     every = ps.differential_expression(fit(), x, groupby="kind", largest_se=0.2)
     ps.add_rank_genes_groups(adata, every, "kind")
 
@@ -241,6 +241,16 @@ CASES = {
     "evidence": lambda: ps.evidence(fit(), few(), samples=30, steps=2, rounds=1),
     "annotate": annotated,
     "add_rank_genes_groups": annotated,
+    "spaces.Latent": lambda: ps.embed(fit(), cells(), space=ps.spaces.Latent()),
+    "spaces.Expression": lambda: ps.embed(fit(), cells(), space=ps.spaces.Expression(3)),
+    "spaces.Hidden": lambda: ps.embed(fit(), cells(), space=ps.spaces.Hidden(3)),
+    "normalized_expression": lambda: ps.normalized_expression(fit(), few(), samples=2, seed=1),
+    "transfer_labels": lambda: ps.transfer_labels(fit(), cells(), few(), "kind", neighbors=3),
+    "log_density": lambda: ps.log_density(fit(), few())(
+        torch.zeros(1, few().n_cells, ps.log_density(fit(), few()).size)
+    ),
+    "networks.MLPDecoder": lambda: ps.SCVI(8, 2, decoder=ps.networks.MLPDecoder(n_hidden=4), seed=3),
+    "networks.LinearDecoder": lambda: ps.SCVI(8, 2, decoder=ps.networks.LinearDecoder(), seed=3),
     "annealed_evidence": lambda: ps.annealed_evidence(fit(), few(), chains=2, temperatures=2, leapfrog=1),
     "compare": lambda: compared({"a": fit(), "b": [fit(), fit()]}, few(), samples=30),
     "leave_one_out": lambda: ps.leave_one_out(fit(), few(), samples=30, sampler=QUICK),
@@ -393,6 +403,18 @@ COVERED_BY = {
     "baselines.SCVITools": "test_scvi_tools.py: needs a package of its own",
     "datasets.read_cortex": "test_datasets.py: reads a file",
     "datasets.read_10x": "test_datasets.py: reads a file",
+    "calibrate_globals": "tests/analysis/predictive/test_global_calibration.py",
+    "Given": "tests/analysis/test_own_draws.py",
+    "libraries.SizeFactor": "tests/likelihoods/test_size_factor.py",
+    "priors.ByLabel": "tests/priors/test_conditional.py",
+    "priors.Conditional": "tests/priors/test_conditional.py",
+    "predict_labels": "tests/priors/test_conditional.py",
+    "loadings": "tests/nn/test_decoders.py",
+    "map_query": "tests/analysis/integration/test_queries.py",
+    "spaces.FittedSpace": "tests/analysis/integration/test_spaces.py",
+    "spaces.from_record": "tests/analysis/integration/test_spaces.py",
+    "stacking_weights": "tests/analysis/evidence/test_stacking.py",
+    "weights.RandomWalkWeights": "tests/priors/test_weight_priors.py",
 }
 """Public names that are the same as another, part of it, or tested in another module."""
 

@@ -415,7 +415,7 @@ def test_embed_refuses_other_genes_and_batches(cells, batched_cells):
     other = ps.Cells.from_counts(cells.counts[:, ::-1], gene_names=list(cells.gene_names[::-1]))
     with pytest.raises(SchemaError, match="schema=fit.schema"):
         ps.embed(fit, other)
-    with pytest.raises(SchemaError, match="batches"):
+    with pytest.raises(SchemaError, match="donor=a"):
         ps.embed(fit, batched_cells)
 
 
@@ -454,3 +454,15 @@ def test_epsilon_is_in_nats_per_cell():
         ends.append(parameters(fit))
     for one, twice in zip(*ends, strict=True):
         torch.testing.assert_close(one, twice, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:k-hat")
+def test_the_held_out_loss_shown_is_not_the_least_of_noisy_looks(cells):
+    watched = cells.take(range(8))
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=20, validation=watched, progress=False)
+    shown = fit.settings["held_out_loss"]
+    assert f"{shown:.2f} nats per cell" in repr(fit)
+    bound = ps.evidence(fit, watched, samples=2, steps=0, rounds=0, progress=False).amortized_bound
+    assert abs(shown + bound.mean()) < 0.3
+    again = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=2, validation=0, progress=False)
+    assert "held_out_loss" not in again.settings

@@ -14,6 +14,7 @@ from pyro_scvi.analysis.differential.contrasts import DepthCorrected, Uncorrecte
 from pyro_scvi.analysis.differential.labels import labels_of, members
 from pyro_scvi.analysis.differential.matched_pairs import Groups, MatchedPairs
 from pyro_scvi.analysis.differential.summary import raw_counts, summary
+from pyro_scvi.analysis.global_averages import at_draws
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
@@ -39,6 +40,7 @@ class _Comparison:
     pairing: AllPairs | MatchedPairs
     sampler: Sampler
     seed: int
+    turns: tuple[Fit, ...]
 
 
 def differential_expression(
@@ -54,6 +56,7 @@ def differential_expression(
     largest_se: float = 0.005,
     most_pairs: int = 20_000,
     pairing: AllPairs | None = None,
+    global_draws: int | None = None,
     sampler: Sampler = Amortized(),
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -102,6 +105,9 @@ def differential_expression(
     pairing
         ``AllPairs(samples=...)`` takes this many draws of each group and uses all their pairs. It replaces the three
         arguments above and needs one dispersion per gene.
+    global_draws
+        None: global latents are at the guide's medians. A number: pairs take turns at so many of their draws, whose
+        spread is in ``se``; not with ``AllPairs``. There is then no more certainty to be had from pairs alone.
     sampler
         Draws the latents of every cell, as in ``sample_posterior``.
     seed
@@ -142,7 +148,12 @@ def differential_expression(
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = labels_of(cells, groupby)
     plan = _pairing(pairing, within_batch, largest_se, most_pairs)
-    comparison = _Comparison(fit, cells, minibatches(fit, cells), contrast, delta, plan, sampler, seed)
+    if global_draws is not None and pairing is not None:
+        raise ModelError("AllPairs takes one law for all draws; leave pairing out, or global_draws")
+    turns = () if global_draws is None else tuple(at_draws(fit, global_draws, seed))
+    if len(turns) > most_pairs // 2:
+        raise ModelError(f"most_pairs must be at least twice global_draws, got {most_pairs} and {global_draws}")
+    comparison = _Comparison(fit, cells, minibatches(fit, cells), contrast, delta, plan, sampler, seed, turns)
     if group_a is None:
         if group_b is not None:
             raise DataError("group_b without group_a: name group_a, or leave both out to compare each with the rest")
@@ -156,7 +167,8 @@ def differential_expression(
 
 def _compared(comparison: _Comparison, rows_a: np.ndarray, rows_b: np.ndarray) -> pd.DataFrame:
     fit, cells = comparison.fit, comparison.cells
-    groups = Groups(fit, cells, comparison.batches, rows_a, rows_b, comparison.contrast, comparison.sampler)
+    how = (comparison.contrast, comparison.sampler, comparison.turns)
+    groups = Groups(fit, cells, comparison.batches, rows_a, rows_b, *how)
     with evaluating(fit.model, fit.guide, comparison.seed, theta=True):
         estimate = comparison.pairing.estimate(groups, np.random.default_rng(comparison.seed), comparison.delta)
     table = summary(estimate) | raw_counts(cells, rows_a, "a") | raw_counts(cells, rows_b, "b")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -64,6 +64,11 @@ class Groups:
     rows_b: np.ndarray
     contrast: Contrast
     sampler: Sampler
+    turns: tuple[Fit, ...] = ()  # the fit at draws of its global latents
+
+    def turn(self, place: int) -> Groups:
+        """The groups under the fit whose turn it is; the fit itself if none take turns."""
+        return replace(self, fit=self.turns[place % len(self.turns)]) if self.turns else self
 
     def side(self, rows: np.ndarray) -> Side:
         """One draw of the latents for every row of ``rows``; a cell that comes often is encoded once."""
@@ -116,23 +121,41 @@ class MatchedPairs:
         require_at_least(2, most_pairs=self.most_pairs)
 
     def estimate(self, groups: Groups, generator: np.random.Generator, delta: float) -> Estimate:
-        """Averages over pairs, the standard error that of independent ones."""
+        """Averages over pairs, the standard error that of independent ones, or of draws of the global latents."""
         draw_pairs = pairs_within_batches(groups) if self.within_batch else any_pairs(groups)
+        n_turns = max(1, len(groups.turns))
+        at_once = min(PAIRS, self.most_pairs // n_turns)
+        by_turn = list[np.ndarray]()
         total, squares, changes, n = np.zeros(()), np.zeros(()), list[np.ndarray](), 0
         less: Less | None = None
         while n < self.most_pairs:
-            pairs = draw_pairs(generator, min(PAIRS, self.most_pairs - n))
-            a, b = (groups.side(rows) for rows in pairs)
-            # The table of the first pairs serves the later ones too.
-            less = less_for(a) if less is None else less
+            pairs = draw_pairs(generator, min(at_once, self.most_pairs - n))
+            now = groups.turn(len(by_turn))
+            a, b = (now.side(rows) for rows in pairs)
+            # The table of the first pairs serves the later ones too, unless dispersions are drawn.
+            less = less_for(a) if less is None or groups.turns else less
             p = less(a, b)
+            by_turn.append(_sum(p) / len(p))
             total, squares, n = total + _sum(p), squares + _sum(p.square()), n + len(p)
             changes.append(((b.log_mean - a.log_mean) / np.log(2)).numpy())
             mean = total / n
             se = np.sqrt(np.maximum(squares / n - np.square(mean), 0) / n)
-            if se.max() <= self.largest_se:
+            if groups.turns:
+                if len(by_turn) % n_turns:
+                    continue  # all take turns equally often
+                se = _of_turns(np.stack(by_turn), n_turns)
+            no_round_left = bool(groups.turns) and n + at_once * n_turns > self.most_pairs
+            if se.max() <= self.largest_se or no_round_left:
                 break
         return Estimate(mean, se, n, *summary_of_changes(np.concatenate(changes), delta))
+
+
+def _of_turns(means: np.ndarray, n_turns: int) -> np.ndarray:
+    """Standard error of the mean over draws of the global latents, from means of pairs (rounds x draws, genes)."""
+    if n_turns == 1:
+        return means.std(0, ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.full(means.shape[1], np.inf)
+    of_draws = means.reshape(-1, n_turns, means.shape[1]).mean(0)
+    return of_draws.std(0, ddof=1) / np.sqrt(n_turns)
 
 
 def _sum(values: Tensor) -> np.ndarray:

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import LogTerms, log_terms
@@ -91,16 +92,18 @@ def annealed_evidence(
     require_at_least(1, temperatures=temperatures, leapfrog=leapfrog, batch_size=batch_size)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
-            log_weights = _annealed(fit.guide, x, gamma, chains, temperatures, leapfrog)
+        for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
+            log_weights = annealed_weights(fit.guide, x, gamma, chains, temperatures, leapfrog)
             log_mean, se, ess, khat = evidence_of(log_weights)
-            log_mean = log_mean + in_float64(fit.model.library.log_prob_of_total(x, gamma))
+            log_mean = log_mean + in_float64(total_term(fit.model, x, gamma))
             parts.append(torch.stack([log_mean, se, ess, khat], -1).cpu().numpy())
     index = pd.Index(cells.cell_names, name="cell")
-    return pd.DataFrame(np.concatenate(parts), columns=["log_evidence", "se", "ess", "khat"], index=index)
+    table = pd.DataFrame(np.concatenate(parts), columns=["log_evidence", "se", "ess", "khat"], index=index)
+    table.attrs[CONDITIONAL] = warn_if_conditional(fit.model)
+    return table
 
 
-def _annealed(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures: int, leapfrog: int) -> Tensor:
+def annealed_weights(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temperatures: int, leapfrog: int) -> Tensor:
     """Log weights (chains, cells) in float64."""
     terms = log_terms(guide.model, x, gamma, guide.weights.medians())
     sites = drawn_from_prior(guide, gamma, PILOTS + chains)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import WHY_NOT_CELLS
+from pyro_scvi.analysis.evidence.totals import is_conditional
 from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -61,9 +62,10 @@ def compare(
     Raises
     ------
     ModelError
-        If no fit is given, if a prior has no density, if the cells have labels and only some of the models depend on
-        them, or for log likelihoods or leave-one-out results in place of fits: leave-one-cell-out from log p(x_n | z_n)
-        is invalid here. Single entries may be left out: ``ps.leave_one_out``.
+        If no fit is given, if the evidence of only some is conditional on the total, if a prior has no density, if the
+        cells have labels and only some of the models depend on them, or for log likelihoods or leave-one-out results in
+        place of fits: leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out:
+        ``ps.leave_one_out``.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -75,6 +77,7 @@ def compare(
     (['normal', 'student-t'], 0.0)
     """
     listed = _listed(fits)
+    _require_one_kind(listed)
     given = _given(listed, cells)
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
     tables = {name: [_evidence(fit, cells, global_draws, options) for fit in of] for name, of in listed.items()}
@@ -131,6 +134,16 @@ def _listed(fits: Mapping[str, Any]) -> dict[str, list[Fit]]:
             if not isinstance(value, Fit):
                 raise ModelError(f"compare takes fits, got {type(value).__name__} for {name!r}; {WHY_NOT_CELLS}")
     return listed
+
+
+def _require_one_kind(listed: dict[str, list[Fit]]) -> None:
+    conditional = {name: any(is_conditional(fit.model) for fit in of) for name, of in listed.items()}
+    kinds = {is_conditional(fit.model) for of in listed.values() for fit in of}
+    if len(kinds) > 1:
+        raise ModelError(
+            f"{[name for name, told in conditional.items() if told]} have an ObservedLibrary: their evidence is of "
+            "counts given the total, no match for that of whole cells. Take LatentLibrary, or compare them alone"
+        )
 
 
 def _row(fits: list[Fit], tables: list[pd.DataFrame], values: pd.Series, gap: pd.Series) -> dict[str, Any]:

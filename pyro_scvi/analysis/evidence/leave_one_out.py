@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -107,7 +107,7 @@ def leave_one_out(
     judged, done = list[dict[str, Tensor]](), 0
     with evaluating(fit.model, fit.guide, seed):
         results = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype)
-        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
+        for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
             distribution: Any = predicted(fit, x, gamma, drawn.sites)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.integration.means import means_alone
 from pyro_scvi.analysis.new_batches import draw_latents, in_batches
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import SchemaError
 from pyro_scvi.inference.evaluation import evaluating, theta_given
-from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
+from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.samplers import Amortized, Sampler
 from pyro_scvi.utils.checks import require_at_least, require_positive
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def normalized_expression(
     True
     """
     require_inputs(fit, cells)
-    require_sampler(sampler)
+    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     require_positive(per, "per")
     require_names(() if batches is None else batches, "batches")
@@ -98,7 +100,7 @@ def normalized_expression(
     levels = [] if quantiles is None else [float(quantile) for quantile in quantiles]
     lead = (len(levels),) if levels else ()
     found, done = result_array(fit, (*lead, cells.n_cells, len(names)), out), 0
-    with evaluating(fit.model, fit.guide, seed, theta=True):
+    with evaluating(fit.model, fit.guide, seed, theta=True), means_alone(fit.model):
         for x, gamma in minibatches(fit, cells, new_batches=True).in_order(batch_size):
             rows = slice(done, done := done + len(x))
             sites = draw_latents(fit, x, gamma, sampler, samples)

@@ -27,6 +27,7 @@ from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.decoders import LinearDecoder
 from pyro_scvi.nn.networks import Decoder
+from pyro_scvi.priors.base import ConditionalPrior, takes_gamma
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit as MadeFit
 from pyro_scvi.utils.checks import require_at_least, require_positive
@@ -127,12 +128,30 @@ def map_query(
     require_at_least(1, batch_size=batch_size, **({} if epochs is None else {"epochs": epochs}))
     require_positive(learning_rate, "learning_rate")
     minibatches(fit, cells.take([0]), new_batches=True)  # refuses other schemas
-    new = cells.new_batches
-    if not new:
+    if not cells.new_batches:
         raise ModelError(
             f"no cell is of a new batch; the fit knows {quoted(fit.schema.batches)}. Read the query with "
             "Cells.from_anndata(query, schema=fit.schema, allow_new_batches=True)"
         )
+    if takes_gamma(fit.model.prior) and not isinstance(fit.model.prior, ConditionalPrior):
+        raise ModelError(
+            "new batches would move the columns of gamma that the prior of this model was made for: fit the query "
+            "together with the other cells"
+        )
+    with torch.inference_mode(False):  # gradients, also inside a caller's torch.no_grad() or inference_mode()
+        return _mapped(fit, cells, epochs, batch_size, learning_rate, seed, progress)
+
+
+def _mapped(
+    fit: Fit,
+    cells: Cells,
+    epochs: int | None,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
+) -> Fit:
+    new = cells.new_batches
     made, widened = _widened(fit, cells, len(new))
     schema = replace(fit.schema, batches=(*fit.schema.batches, *new))
     query = _in_schema(cells, schema)

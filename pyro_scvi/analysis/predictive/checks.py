@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_scvi.analysis.global_averages import at_draws, shares
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -155,7 +155,7 @@ def posterior_predictive(
     parts = list(zip(fits, shares(samples, len(fits)), strict=True))
     counts, done = np.empty((samples, cells.n_cells, cells.n_genes), dtype=np.int32), 0
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated(parts, cells, sampler, batch_size):
+        for x, replicas in _replicated(parts, cells, sampler, batch_size, seed):
             if not torch.equal(replicas.int().to(replicas), replicas):
                 counts = counts.astype(np.float32, copy=False)
             counts[:, done : done + len(x)] = replicas.cpu().numpy()
@@ -256,7 +256,7 @@ def check_predictions(
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
     sums, totals = torch.zeros(()), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated([(fit, samples)], cells, sampler, batch_size):
+        for x, replicas in _replicated([(fit, samples)], cells, sampler, batch_size, seed):
             both = in_float64(torch.cat([x[None], replicas]))  # the data is the first of 1 + samples
             sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
             totals.append(both.sum(-1).cpu())
@@ -269,10 +269,10 @@ def check_predictions(
 
 
 def _replicated(
-    fits: Sequence[tuple[Fit, int]], cells: Cells, sampler: Sampler, batch_size: int
+    fits: Sequence[tuple[Fit, int]], cells: Cells, sampler: Sampler, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Counts of some cells, and their replicas: so many of each fit."""
-    for x, gamma in minibatches(fits[0][0], cells).in_order(batch_size):
+    for x, gamma in batches_in_streams(fits[0][0], cells, batch_size, seed):
         drawn = []
         for fit, samples in fits:
             draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)

@@ -103,9 +103,9 @@ def calibrate_globals(
         raise ModelError(f"refit must be a function that fits cells, got {brief(refit)}")
     rows = []
     with progress_bar(n_sets, "data set", progress) as bar:
-        for own_seed in _seeds(seed, n_sets):
-            truth, simulated = _simulated(fit, cells, own_seed)
-            posterior = _posterior(refit(simulated), names, draws, own_seed)
+        for of_data, of_draws in _seeds(seed, n_sets):
+            truth, simulated = _simulated(fit, cells, of_data)
+            posterior = _posterior(refit(simulated), names, draws, of_draws)
             rows.append(np.concatenate([_ranks(posterior[name], truth[name]) for name in names]))
             bar.update(1)
     columns = [label for name in names for label in _labels(name, truth[name].shape)]
@@ -114,8 +114,11 @@ def calibrate_globals(
     return Calibration(ranks, summary_of(ranks, draws), draws)
 
 
-def _seeds(seed: int, n: int) -> Iterator[int]:
-    yield from (int(one.generate_state(1)[0]) for one in np.random.SeedSequence(seed).spawn(n))
+def _seeds(seed: int, n: int) -> Iterator[tuple[int, int]]:
+    """Seeds of each data set and of its draws: with one for both, the first draw would have the truth's noise."""
+    for one in np.random.SeedSequence(seed).spawn(n):
+        of_data, of_draws = map(int, one.generate_state(2))
+        yield of_data, of_draws
 
 
 def _simulated(fit: Fit, cells: Cells, seed: int) -> tuple[dict[str, Tensor], Cells]:

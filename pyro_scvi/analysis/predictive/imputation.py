@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.global_averages import at_draws, shares
-from pyro_scvi.analysis.inputs import minibatches, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs, require_names, require_quantiles, result_array
 from pyro_scvi.analysis.new_batches import in_known_batches
 from pyro_scvi.analysis.posterior_samples import decoded
+from pyro_scvi.analysis.predictive.rate_quantiles import AtDraws, rate_quantiles
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
-from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
+from pyro_scvi.inference.samplers import Amortized, Refined, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -33,7 +34,6 @@ def __dir__() -> list[str]:
 
 
 Quantity = Callable[[Likelihood, Tensor, Theta], Tensor]
-AtDraws = Sequence[tuple["Fit", Draws]]  # fits at draws of the global latents, each with draws of the cells'
 
 
 def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
@@ -110,7 +110,7 @@ def impute(
     batches: Sequence[str] = (),
     samples: int = 25,
     global_draws: int | None = None,
-    sampler: Sampler = Amortized(),
+    sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
     out: Any = None,
@@ -129,14 +129,18 @@ def impute(
     quantity
         ``imputation.expression`` (default) or ``imputation.mean_given_no_dropout``; averaged over draws of z and l.
     quantiles
-        Instead of the mean, these quantiles of draws of w given x.
+        Instead of the mean, these quantiles of w given x: those of its exact distribution given the latents, averaged
+        over the draws of these.
     batches
         Batches to correct for: z is inferred in the cell's own batch, decoded in each of these, and the results are
         averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
-    samples, sampler, seed, batch_size
+    samples, seed, batch_size
         As in ``sample_posterior``.
     global_draws
         None: global latents are at the guide's medians. A number: the samples are shared among so many of their draws.
+    sampler
+        As there. None: ``ps.Amortized()`` for means, ``ps.Refined()`` for quantiles, because intervals from the guide
+        itself are too narrow.
     out
         Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
         memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
@@ -163,24 +167,25 @@ def impute(
     True
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
-    require_at_least(1, samples=samples, batch_size=batch_size)
     _check_arguments(quantity, quantiles, batches)
-    if batches and (quantiles or quantity is not mean_given_no_dropout):
+    default = Refined() if len(quantiles) else Amortized()
+    sampler = sampler_for(default if sampler is None else sampler, cells)
+    require_at_least(1, samples=samples, batch_size=batch_size)
+    if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
-    lead = (len(quantiles),) if quantiles else ()
+    lead = (len(quantiles),) if len(quantiles) else ()
     imputed, done = result_array(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     fits = at_draws(fit, global_draws, seed)
     parts = list(zip(fits, shares(samples, len(fits)), strict=True))
     with evaluating(fit.model, fit.guide, seed, theta=True):
-        for x, gamma in minibatches(fit, cells, new_batches=not quantiles).in_order(batch_size):
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed, new_batches=not lead):
             rows, means = slice(done, done := done + len(x)), []
             for own in in_known_batches(fit.schema, gamma):
                 drawn = [(one, sampler.draw(one.guide, x, own, n)) for one, n in parts]
-                if quantiles:
-                    imputed[:, rows] = _quantiles(drawn, x, own, quantiles).cpu().numpy()
+                if lead:
+                    imputed[:, rows] = rate_quantiles(drawn, x, own, quantiles).cpu().numpy()
                 else:
                     constants = [other[rows].to(gamma) for other in swapped] or [own]
                     means += [_mean(drawn, x, constant, quantity) for constant in constants]
@@ -236,7 +241,7 @@ def technical_zero_probability(
     fit.model.likelihood.require_explicit()
     probability, done = result_array(fit, (cells.n_cells, cells.n_genes), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True):
-        for x, gamma in minibatches(fit, cells).in_order(batch_size):
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
             rows = slice(done, done := done + len(x))
             logits = fit.model.likelihood.technical_zero_logits(
                 **decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
@@ -260,9 +265,3 @@ def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
 def _mean(drawn: AtDraws, x: Tensor, gamma: Tensor, quantity: Quantity) -> Tensor:
     values = [quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)) for fit, latents in drawn]
     return (values[0] if len(values) == 1 else torch.cat(values)).mean(0)
-
-
-def _quantiles(drawn: AtDraws, x: Tensor, gamma: Tensor, quantiles: Sequence[float]) -> Tensor:
-    values = [fit.model.likelihood.explained(x, decoded(fit, x, gamma, latents))["w"] for fit, latents in drawn]
-    w = values[0] if len(values) == 1 else torch.cat(values)
-    return torch.quantile(w, torch.as_tensor(quantiles, dtype=w.dtype, device=w.device), 0)

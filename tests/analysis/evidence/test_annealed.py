@@ -43,7 +43,8 @@ def test_too_few_temperatures_are_too_low_on_average_and_less_certain():
     assert np.abs(few.log_evidence - exact).mean() > np.abs(many.log_evidence - exact).mean()
 
 
-def test_an_observed_library_is_charged_for_the_total():
+@pytest.mark.filterwarnings("ignore:with an ObservedLibrary")
+def test_an_observed_library_is_treated_as_by_evidence():
     fit, cells = one_latent_fit(PRIORS["normal"](), ps.libraries.ObservedLibrary())
     some = cells.take(range(6))
     annealed, direct = ps.annealed_evidence(fit, some, temperatures=60), ps.evidence(fit, some)

@@ -1,5 +1,7 @@
 """Evidence against quadrature and closed forms, its standard errors, and its warnings."""
 
+import importlib
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.polynomial.hermite_e import hermegauss
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
+from pyro_scvi.inference import modes
 
 PRIORS = {
     "normal": lambda: ps.priors.StandardNormal(1),
@@ -87,7 +90,7 @@ def test_evidence_on_the_simplex_counts_the_jacobian():
     assert ((table.log_evidence - expected).abs() / table.se).max() < 4
 
 
-def test_an_observed_library_is_charged_for_the_total():
+def test_evidence_with_an_observed_library_says_that_it_is_conditional():
     fit, cells = one_latent_fit(ps.priors.StandardNormal(1), ps.libraries.ObservedLibrary(3.0, 0.5))
     x, gamma = (tensor.double() for tensor in cells[:])
     z = torch.linspace(-12, 12, 2001, dtype=torch.float64)
@@ -95,10 +98,44 @@ def test_an_observed_library_is_charged_for_the_total():
     theta = fit.model.decode(at, x.sum(-1, keepdim=True).log(), gamma)
     log_p = fit.model.likelihood.marginal(**theta).log_prob(x).sum(-1) + fit.model.prior().log_prob(z[:, None])[:, None]
     conditional = (log_p.logsumexp(0) + math.log(24 / 2000)).detach().numpy()
-    log_total = np.log(cells.totals)
-    charge = -log_total - 0.5 * ((log_total - 3) / 0.5) ** 2 - math.log(0.5) - 0.5 * math.log(2 * math.pi)
-    table = ps.evidence(fit, cells, samples=1000)
-    assert ((table.log_evidence - conditional - charge).abs() / table.se).max() < 4.5
+    with pytest.warns(UserWarning, match="given their total"):
+        table = ps.evidence(fit, cells, samples=1000)
+    assert table.attrs["conditional_on_total"]
+    assert ((table.log_evidence - conditional).abs() / table.se).max() < 4.5
+
+
+def counts_fit(kind=ps.SCVI, likelihood=None, library=None):
+    cells = ps.Cells.from_counts(np.array(list(itertools.product(range(24), repeat=2))))
+    model = kind(2, 1, library=library, likelihood=likelihood or ps.likelihoods.Poisson(), n_hidden=4)
+    return ps.fit(model, cells.take(range(50)), epochs=1, progress=False, validation=0), cells
+
+
+@pytest.mark.filterwarnings("ignore:1 cell has no counts")
+def test_poisson_counts_and_their_observed_total_have_evidence_that_sums_to_one():
+    fit, cells = counts_fit(library=ps.libraries.ObservedLibrary(loc=1.5, scale=0.5))
+    table = ps.evidence(fit, cells, samples=60, steps=10, rounds=1, progress=False, batch_size=600)
+    assert not table.attrs["conditional_on_total"]
+    assert np.exp(table.log_evidence).sum() == pytest.approx(1, abs=0.02)
+
+
+class OwnMeans(ps.SCVI):
+    def decode(self, z, log_library, gamma):
+        theta = super().decode(z, log_library, gamma)
+        return theta | {"log_mean": theta["log_mean"] + 1}
+
+
+@pytest.mark.filterwarnings("ignore:1 cell has no counts")
+@pytest.mark.parametrize(
+    ("kind", "likelihood"), [(ps.SCVI, ps.likelihoods.NB()), (ps.SCVI, ps.likelihoods.ZIP()), (OwnMeans, None)]
+)
+def test_evidence_given_the_total_is_not_compared_with_others(kind, likelihood):
+    observed, cells = counts_fit(kind, likelihood, ps.libraries.ObservedLibrary())
+    latent, _ = counts_fit(kind, likelihood)
+    with pytest.raises(ps.errors.ModelError, match="given the total"):
+        ps.compare({"a": latent, "b": observed}, cells)
+    poisson, _ = counts_fit(library=ps.libraries.ObservedLibrary())
+    with pytest.raises(ps.errors.ModelError, match=r"\['b'\]"):
+        ps.compare({"a": poisson, "b": [observed, observed]}, cells)
 
 
 @pytest.mark.filterwarnings("ignore:k-hat")
@@ -145,3 +182,27 @@ def test_a_user_prior_is_integrated_too():
     fit, cells = one_latent_fit(lambda: dist.Normal(torch.zeros(1, dtype=torch.float64) + 1.0, 0.5).to_event(1))
     table = ps.evidence(fit, cells, samples=1000)
     assert ((table.log_evidence - quadrature(fit, cells, width=12)).abs() / table.se).max() < 4
+
+
+class Mirrored(ps.SCVI):
+    def decode(self, z, log_library, gamma):
+        return super().decode(10 * z.square(), log_library, gamma)
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts", "ignore:k-hat")
+def test_modes_that_the_proposals_miss_are_found_by_annealing(monkeypatch):
+    model = Mirrored(8, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.Poisson(), n_hidden=4, norm=None)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for head in model.decoder.heads.values():
+            head.weight.normal_(0, 0.3)
+    counts = ps.prior_predictive(model, 300, seed=1)
+    far = counts.sum(1).argsort()[260:276]  # large counts, whose z is far from 0
+    cells = ps.Cells.from_counts(counts[far].astype(int))
+    fit = ps.fit(model, cells, epochs=1, progress=False, learning_rate=ps.schedules.Constant(1e-6), data_start=False)
+    monkeypatch.setattr(modes, "VALLEY", math.inf)  # no mode is separate
+    module = importlib.import_module("pyro_scvi.analysis.evidence.evidence")
+    monkeypatch.setattr(module, "CELLS_FOR_A_CHECK", 1)
+    monkeypatch.setattr(module, "MOST_CHECKED", 16)
+    with pytest.warns(UserWarning, match="annealing finds"):
+        ps.evidence(fit, cells, samples=400, progress=False)

@@ -110,6 +110,33 @@ def test_the_cells_own_batch_is_uncorrected(fit):
     assert gap(corrected) < 0.3 * gap(own)
 
 
+class MeanByGate(ps.SCVI):
+    """A program of one's own whose mean depends on the gate."""
+
+    def decode(self, z, log_library, gamma):
+        theta = super().decode(z, log_library, gamma)
+        return theta | {"log_mean": theta["log_mean"] + theta["gate_logits"]}
+
+
+def test_a_mean_that_depends_on_another_head_is_decoded_with_it():
+    cells = reference_of()
+    fit = ps.fit(MeanByGate(N_GENES, 3, cells.n_covariates, n_hidden=8), cells, epochs=1, progress=False)
+    z = torch.as_tensor(ps.sample_posterior(fit, cells, samples=4, batch_size=64).z.values)
+    with torch.no_grad():
+        eta = fit.model.decoder(z, torch.as_tensor(cells.with_batch("a").covariates))
+        expected = (eta["log_mean"].log_softmax(-1) + eta["gate_logits"]).softmax(-1).mean(0)
+    found = ps.normalized_expression(fit, cells, batches=["a"], samples=4, per=1.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_other_heads_are_there_again_after_a_call(fit):
+    cells = reference_of()
+    before = ps.technical_zero_probability(fit, cells, samples=2)
+    ps.normalized_expression(fit, cells, samples=2)
+    np.testing.assert_array_equal(ps.technical_zero_probability(fit, cells, samples=2), before)
+    assert all("forward" not in vars(head) for head in fit.model.decoder.heads.values())
+
+
 def test_genes_and_out_are_parts_of_the_whole_table(fit):
     cells = reference_of()
     whole = ps.normalized_expression(fit, cells, samples=3)
@@ -208,7 +235,8 @@ def test_a_mapped_fit_is_saved_and_mapped_and_trained_again(mapped, tmp_path):
     np.testing.assert_array_equal(ps.impute(loaded, new, samples=2), ps.impute(mapped, new, samples=2))
     other = QUERY.copy()
     other.obs["donor"] = "d"
-    twice = ps.map_query(loaded, query_of(loaded, other), epochs=1, progress=False)
+    with torch.inference_mode():
+        twice = ps.map_query(loaded, query_of(loaded, other), epochs=1, progress=False)
     assert twice.schema.batches == ("a", "b", "c", "d")
     again = ps.fit(twice.model, ps.Cells.from_anndata(other, schema=twice.schema), guide=twice.guide, epochs=1)
     assert np.isfinite(again.history.train_loss).all()

@@ -1,0 +1,205 @@
+"""Ranks that cannot join, hang or are lost: forked children with the environment that torchrun gives."""
+
+import json
+import os
+import signal
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import pyro_scvi as ps
+from pyro_scvi.errors import FitError
+from tests.support.simulate import simulated_counts
+
+pytestmark = [pytest.mark.faults, pytest.mark.integration]
+
+SECONDS = 40
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def as_rank(monkeypatch, rank, port, size=2):
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (told | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "False"}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def ranks(task, folder, monkeypatch, size=2):
+    """What every rank says: the text of its error, or the result; None of one that was killed."""
+    port, children = free_port(), []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            as_rank(monkeypatch, rank, port, size)
+            _run(task, folder / str(rank))
+        children.append(child)
+    end = time.monotonic() + SECONDS
+    while children and time.monotonic() < end:
+        children = [child for child in children if not os.waitpid(child, os.WNOHANG)[0]]
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert not children, "a rank hangs"
+    said = (folder / str(rank) for rank in range(size))
+    return [json.loads(path.read_text()) if path.exists() else None for path in said]
+
+
+def _run(task, path):
+    try:
+        torch.set_num_threads(1)
+        try:
+            said = task()
+        except FitError as error:
+            said = str(error)
+        except Exception as error:
+            said = f"not worded: {error!r}"
+        path.write_text(json.dumps(said))
+    finally:
+        os._exit(0)
+
+
+def fit(joined, n_cells=60, **options):
+    cells = ps.Cells.from_counts(simulated_counts(n_cells))
+    model = ps.SCVI(cells.n_genes, 2, n_hidden=8, n_layers=1)
+    return ps.fit(model, cells, epochs=3, progress=False, device="cpu", ranks=joined, **options)
+
+
+class Ends(ps.schedules.ConstantKL):
+    """A weight by which the second rank does something in its second epoch, or where weights are checked."""
+
+    def __init__(self, rank, act):
+        super().__init__()
+        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "act", act)
+
+    def at(self, epoch, epochs):
+        if self.rank == 1 and epoch == 1 and epochs == 3:
+            self.act()
+        return super().at(epoch, epochs)
+
+
+def training(act, timeout):
+    def task():
+        with ps.distributed.joined(timeout=timeout) as joined:
+            return len(fit(joined, kl_weight=Ends(joined.rank, act)).history)
+
+    return task
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others(tmp_path, monkeypatch):
+    first, second = ranks(training(lambda: os.kill(os.getpid(), signal.SIGKILL), 20), tmp_path, monkeypatch)
+    assert "rank 0 of 2 could not go on with the others" in first
+    assert second is None
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_ends_the_others_after_the_time_limit(tmp_path, monkeypatch):
+    began = time.monotonic()
+    first, second = ranks(training(lambda: time.sleep(8), 2), tmp_path, monkeypatch)
+    assert "rank 0 of 2 could not go on with the others" in first
+    assert "resume=True" in first
+    assert "rank 1 of 2 could not go on" in second  # once it goes on, the first has left
+    assert time.monotonic() - began < 30
+
+
+def test_other_cells_on_a_rank(tmp_path, monkeypatch):
+    def task():
+        with ps.distributed.joined(timeout=20) as joined:
+            return len(fit(joined, 60 + 10 * joined.rank).history)
+
+    first, second = ranks(task, tmp_path, monkeypatch)
+    assert first == second
+    assert "all ranks must call fit with the same model, cells and options" in first
+
+
+def test_a_rank_that_never_comes(tmp_path, monkeypatch):
+    def task():
+        if os.environ["RANK"] == "1":
+            return "elsewhere"
+        with ps.distributed.joined(timeout=1):
+            return "joined"
+
+    first, _ = ranks(task, tmp_path, monkeypatch)
+    assert "the ranks could not join" in first
+    assert "--standalone" in first
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        as_rank(monkeypatch, 0, taken.getsockname()[1])
+        with (
+            pytest.raises(FitError, match=r"the ranks could not join .*torchrun --standalone"),
+            ps.distributed.joined(),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR"])
+def test_a_broken_environment(monkeypatch, name):
+    as_rank(monkeypatch, 0, free_port(), 1)
+    monkeypatch.delenv(name)
+    with pytest.raises(FitError, match="the ranks could not join"), ps.distributed.joined():
+        pass
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_time_limits_that_are_none(monkeypatch, timeout):
+    as_rank(monkeypatch, 0, free_port(), 1)
+    with pytest.raises(FitError, match="timeout must be seconds above 0"), ps.distributed.joined(timeout=timeout):
+        pass
+
+
+def test_two_ranks_on_one_gpu_are_refused_in_both(tmp_path, monkeypatch):
+    """When they train there: only then is known where."""
+    join = torch.distributed.init_process_group
+    of_cuda = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda number: None,
+        "get_device_properties": lambda device: SimpleNamespace(uuid="the only one"),
+    }
+    for name, value in of_cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: join("gloo", **given))
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+
+    def task():
+        with ps.distributed.joined(timeout=20) as joined:
+            fit(joined)  # on the CPU they may
+            joined.require_own_gpus(torch.device("cuda", 0))
+
+    first, second = ranks(task, tmp_path, monkeypatch)
+    assert first == second
+    assert "ranks 0, 1 of 2 do not have a GPU each" in first
+    assert "CUDA_VISIBLE_DEVICES=" in first
+
+
+def test_a_checkpoint_stays_where_it_began(cells, tmp_path, monkeypatch):
+    """Also where the process changes its working directory meanwhile."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class Moves(ps.schedules.ConstantKL):
+        def at(self, epoch, epochs):
+            if (tmp_path / "run").exists():
+                os.chdir(tmp_path / "there")
+            return super().at(epoch, epochs)
+
+    model = ps.SCVI(cells.n_genes, 2, n_hidden=8, n_layers=1)
+    made = ps.fit(model, cells, epochs=2, kl_weight=Moves(), progress=False, device="cpu", checkpoint="run")
+    assert len(ps.load(tmp_path / "run").history) == 2
+    assert os.getcwd() == str(tmp_path / "there")
+    assert os.listdir() == []
+    made.save("fit")
+    assert ps.load(tmp_path / "there" / "fit").history.equals(made.history)
