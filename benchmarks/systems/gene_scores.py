@@ -1,6 +1,7 @@
 """Systems that score genes for differential expression: rank and t tests, scvi-tools, and this package."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import pyro_scvi as ps
 from pyro_scvi.paper.data.blood import Blood
 
 WILCOXON = "Wilcoxon rank-sum", "-log p"
+MEANS = {"|z|": "z", "|shrunken lfc|": "lfc_shrunk"}
 Scores = dict[str, np.ndarray]  # by name of the score, (genes,) each
 
 
@@ -36,6 +38,48 @@ def score_tests(data: Blood, seed: int, *, test: Callable[..., Any], statistic: 
     return {name: np.nan_to_num(score, nan=0.0) for name, score in scores.items()}
 
 
+def abundance(data: Blood) -> np.ndarray:
+    """Mean share of the counts of a cell, over the cells of both groups with equal weight, (genes,)."""
+    a, b = _shares(data)
+    return (a.mean(0) + b.mean(0)) / 2
+
+
+def _shares(data: Blood) -> list[np.ndarray]:
+    x = data.dense()
+    return [part / part.sum(1, keepdims=True) for part in (x[_of(data, group)] for group in data.groups)]
+
+
+def _of(data: Blood, group: str) -> np.ndarray:
+    return (data.adata.obs["labels"] == group).to_numpy()
+
+
+def score_abundance(data: Blood, seed: int) -> Scores:
+    """Score by abundance alone, which knows nothing of the groups."""
+    return {"mean share": abundance(data)}
+
+
+def score_linear(data: Blood, seed: int) -> Scores:
+    """Score by Welch's t of the shares of a cell's counts, without a logarithm."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = stats.ttest_ind(*_shares(data), equal_var=False)
+    return {"|t|": np.nan_to_num(np.abs(result.statistic), nan=0.0)}
+
+
+def score_thinned(data: Blood, seed: int) -> Scores:
+    """Score by Welch's t of log CP10k, once the deeper group is thinned to the median depth of the other."""
+    generator, x = np.random.default_rng(seed), data.dense()
+    parts = [x[_of(data, group)] for group in data.groups]
+    depths = [np.median(part.sum(1)) for part in parts]
+    thinned = [
+        generator.binomial(part.astype(np.int64), min(1.0, min(depths) / depth))
+        for part, depth in zip(parts, depths, strict=True)
+    ]
+    a, b = (np.log1p(part / np.maximum(part.sum(1, keepdims=True), 1) * 1e4) for part in thinned)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = stats.ttest_ind(a, b, equal_var=False)
+    return {"|t|": np.nan_to_num(np.abs(result.statistic), nan=0.0)}
+
+
 @cache
 def fitted(data: Blood, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps.Cells]:
     """Fit with default settings: the default model, or a dispersion per gene with dropout 0.1."""
@@ -48,12 +92,16 @@ def fitted(data: Blood, seed: int, *, gene_dispersion: bool) -> tuple[ps.Fit, ps
 
 
 def score_ours(data: Blood, seed: int, *, gene_dispersion: bool) -> Scores:
-    """Score by P(w_a < w_b) and by P(fold change), with depth taken out and as the paper has it."""
+    """Score by group means, and by P(w_a < w_b) and P(fold change), depth taken out and as the paper has it."""
     fit, cells = fitted(data, seed, gene_dispersion=gene_dispersion)
     contrasts = {"depth-corrected": ps.differential.DepthCorrected(), "depth-laden": ps.differential.Uncorrected()}
-    scores = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "depths differ|groups and batches|all cells are from one batch")
+        means = compared(fit, cells, "labels", data.groups, seed=seed)
+    scores = {f"{name}, group means": means[column].abs().fillna(0).to_numpy() for name, column in MEANS.items()}
     for name, contrast in contrasts.items():
-        table = compared(fit, cells, "labels", data.groups, contrast=contrast, seed=seed)
+        pairs = ps.differential.RandomPairs(contrast=contrast)
+        table = compared(fit, cells, "labels", data.groups, estimand=pairs, seed=seed)
         scores[f"|log BF|, {name}"] = table["log_bayes_factor"].abs().to_numpy()
         scores[f"P(change > .5 one way), {name}"] = table["p_lfc"].to_numpy()
     return scores
@@ -102,6 +150,9 @@ SYSTEMS = {
     "welch": System(
         "Welch t", partial(score_tests, test=partial(stats.ttest_ind, equal_var=False), statistic=True), seeded=False
     ),
+    "welch-linear": System("Welch t of shares", score_linear, seeded=False),
+    "welch-thinned": System("Welch t, depths matched by thinning", score_thinned),
+    "abundance": System("abundance alone", score_abundance, seeded=False),
     "default": System("pyro-scvi, default", partial(score_ours, gene_dispersion=False)),
     "gene": System("pyro-scvi, dispersion per gene, dropout .1", partial(score_ours, gene_dispersion=True)),
     "scvi-tools": System("scvi-tools, default training", score_scvi_tools),

@@ -8,7 +8,14 @@ import pandas as pd
 import typer
 from anndata import AnnData
 
-from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
+from pyro_scvi.analysis.differential import (
+    EveryOther,
+    GroupMeans,
+    RandomPairs,
+    TheRest,
+    Uncorrected,
+    differential_expression,
+)
 from pyro_scvi.cli import genes
 from pyro_scvi.cli.files import QueryOptions, column, load_fit, read_h5ad, write_csv
 from pyro_scvi.cli.genes import REST, Comparison
@@ -28,7 +35,7 @@ from pyro_scvi.cli.options import (
 )
 from pyro_scvi.cli.page import versions
 from pyro_scvi.cli.workspace import PAGE, Workspace, new_file, new_folder
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export import html_page
 from pyro_scvi.inference.samplers import Amortized
 from pyro_scvi.training.fitted import Fit
@@ -48,11 +55,27 @@ def de(
     group_b: Annotated[
         str | None, typer.Option(metavar="B", help="The group to compare it with.", show_default="all other cells")
     ] = None,
-    depth_laden: Annotated[
-        bool, typer.Option("--depth-laden", help="Compare w itself, not w over the cell's depth.")
+    replicates: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of obs with donors: errors are between these.")
+    ] = None,
+    every_other: Annotated[
+        bool, typer.Option("--every-other", help="Against each other group in turn; the least comparison counts.")
     ] = False,
-    delta: Annotated[float, typer.Option(min=0, help="Log2 fold changes beyond this count as changes.")] = 0.5,
     within_batch: Annotated[bool, typer.Option("--within-batch", help="Compare cells of the same batch only.")] = False,
+    min_detected: Annotated[
+        float | None, typer.Option(min=0, help="Least share of a group's cells.", show_default="0.02")
+    ] = None,
+    min_molecules: Annotated[
+        float | None, typer.Option(min=0, help="Least molecules of a gene tested.", show_default="10")
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Compare random pairs of cells, as the paper does.")] = False,
+    depth_laden: Annotated[
+        bool, typer.Option("--depth-laden", help="With --pairs: compare w itself, not w over the cell's depth.")
+    ] = False,
+    delta: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --pairs: log2 fold changes beyond this count as changes.", show_default="0.5"),
+    ] = None,
     layer: QueryLayer = None,
     raw: Raw = False,
     fill_missing_genes: Fill = False,
@@ -64,18 +87,21 @@ def de(
 ) -> None:
     """Find the genes that differ between groups of cells of FILE.h5ad, by a saved fit.
 
-    Compares group A with group B, or with all other cells, or each group in turn with all other cells. DIR/table.csv
-    holds every gene, DIR/index.html shows the first ones, DIR/volcano.png two groups compared. Fold changes are log2 of
-    B over A: negative ones are higher in A.
+    Compares the mean of group A with that of group B, or of all other cells, or each group in turn with all other
+    cells. DIR/table.csv holds every gene, DIR/index.html shows the first ones, DIR/volcano.png two groups compared.
+    Fold changes are log2 of A over B: positive ones are higher in A.
     """
-    options = {
-        "contrast": Uncorrected() if depth_laden else DepthCorrected(),
-        "delta": delta,
-        "within_batch": within_batch,
-        "sampler": (sampler or Amortized)(),
-        "seed": seed,
-    }
-    request = Request(groupby, group_a, group_b, options)
+    of_means = {"replicates": replicates, "min_detected": min_detected, "min_molecules": min_molecules}
+    of_pairs = {"delta": delta, "contrast": Uncorrected() if depth_laden else None}
+    _require_one_question(pairs, of_means | {"every_other": every_other or None}, of_pairs)
+    drawing: dict[str, Any] = {"sampler": (sampler or Amortized)()}
+    estimand: GroupMeans | RandomPairs = (
+        RandomPairs(within_batch=within_batch, **drawing, **_given(of_pairs))
+        if pairs
+        else GroupMeans(within_batches=within_batch, **drawing, **_given(of_means))
+    )
+    against = EveryOther() if every_other else TheRest()
+    request = Request(groupby, group_a, group_b, estimand, against, seed)
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer)
 
     def compute() -> Result:
@@ -93,6 +119,22 @@ def de(
         (space.path / PAGE).write_text(page, encoding="utf-8")
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user named; the others keep the defaults of the library."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _require_one_question(pairs: bool, of_means: dict[str, Any], of_pairs: dict[str, Any]) -> None:
+    """Refuse options of the one question beside the other."""
+    if pairs and _given(of_means):
+        raise ModelError(
+            "--replicates, --every-other, --min-detected and --min-molecules are for means of groups; leave out these, "
+            "or --pairs"
+        )
+    if not pairs and _given(of_pairs):
+        raise ModelError("--depth-laden and --delta are for pairs of cells; leave them out, or add --pairs")
+
+
 @dataclass(frozen=True)
 class Request:
     """Which groups of which column are compared, and how."""
@@ -100,12 +142,14 @@ class Request:
     groupby: str
     group_a: str | None
     group_b: str | None
-    options: dict[str, Any]
+    estimand: GroupMeans | RandomPairs
+    against: TheRest | EveryOther
+    seed: int
 
     @property
-    def groups(self) -> dict[str, Any]:
-        """The groups as ``differential_expression`` takes them."""
-        return {"group_a": self.group_a, "group_b": self.group_b}
+    def question(self) -> genes.OfMeans | genes.OfPairs:
+        """What a call says."""
+        return genes.OfPairs(self.estimand.delta) if isinstance(self.estimand, RandomPairs) else genes.OfMeans()
 
 
 @dataclass(frozen=True)
@@ -126,17 +170,27 @@ def _compare(fit: Fit, adata: AnnData, request: Request, reading: QueryOptions) 
         )
     cells = reading.cells_of(fit, adata)
     say(f"comparing {cells.n_cells:,} cells x {cells.n_genes:,} genes by {request.groupby}")
-    table = differential_expression(fit, cells, groupby=labels, **request.groups, **request.options)
-    delta, b = request.options["delta"], request.group_b
+    table = differential_expression(
+        fit,
+        cells,
+        groupby=labels,
+        group_a=request.group_a,
+        group_b=request.group_b,
+        against=request.against,
+        estimand=request.estimand,
+        seed=request.seed,
+    )
+    b, question = request.group_b, request.question
     if request.group_a is None:
         tables = {str(group): part.droplevel("group") for group, part in table.groupby(level="group", sort=False)}
     else:
         tables = {request.group_a: table}
-    return Result(table, [genes.compared(part, labels, a, b, delta) for a, part in tables.items()])
+    return Result(table, [genes.compared(part, labels, a, b, question) for a, part in tables.items()])
 
 
 def _sections(space: Workspace, request: Request, result: Result, source: str, command: str) -> list[html_page.Section]:
-    options = [(name.replace("_", " "), f"{value}") for name, value in request.options.items()]
+    asked = {"estimand": request.estimand, "against": request.against, "seed": request.seed}
+    options = [(name, f"{value}") for name, value in asked.items()]
     made = [
         f"The cells of {source}; table.csv holds every gene.",
         html_page.code(command),
@@ -150,7 +204,7 @@ def _shown(space: Workspace, groupby: str, result: Result) -> list[html_page.Sec
     if others:
         text = f"Each group of {groupby} against {REST} of {comparison.n_a + comparison.n_b:,} cells."
         return [
-            ("", [text, f"Genes are called for {comparison.criterion}. {genes.NOT_CALLED}"]),
+            ("", [text, f"Genes are called for {comparison.question.criterion}."]),
             ("Genes by group", [genes.by_group(result.comparisons)]),
         ]
     return [

@@ -23,7 +23,6 @@ from pyro_scvi.plots import Projection
 from pyro_scvi.training.fitted import Fit
 
 SILHOUETTE_CELLS = 5000  # the silhouette compares all pairs
-DELTA = 0.5
 SAMPLES, BAND = 50, 0.9
 
 Row = tuple[str, str, str]  # quantity, value, what it is
@@ -70,13 +69,13 @@ def differing_genes(evaluated: EvaluatedFit, labels: pd.Series, pair: tuple[str,
     """Volcano plot and first genes of two groups of the labels."""
     groups, (a, b) = named(labels), pair
     table = differential_expression(
-        evaluated.fit, evaluated.cells, groupby=groups, group_a=a, group_b=b, delta=DELTA, seed=evaluated.seed
+        evaluated.fit, evaluated.cells, groupby=groups, group_a=a, group_b=b, seed=evaluated.seed
     )
     write_csv(table, folder / "differential_expression.csv")
-    comparison = compared(table, groups, a, b, DELTA)
+    comparison = compared(table, groups, a, b, genes.OfMeans())
     sentence = (
         f"{genes.sides(comparison)} {len(comparison.called):,} of {len(table):,} genes are called for "
-        f"{comparison.criterion}: {len(comparison.higher_in_a()):,} higher in {a}, "
+        f"{comparison.question.criterion}: {len(comparison.higher_in_a()):,} higher in {a}, "
         f"{len(comparison.higher_in_b()):,} in {b}. All genes are in differential_expression.csv."
     )
     picture = genes.volcano(comparison, folder / "volcano.png")

@@ -179,20 +179,22 @@ def add_rank_genes_groups(
 ) -> None:
     r"""Write a table of differential expression where scanpy's ``pl.rank_genes_groups`` plots expect it.
 
-    ``scores`` are the natural log odds that the gene is higher in the group than in the rest. ``logfoldchanges`` are
-    the posterior means of log2 of group over rest. Genes are ordered by score. scanpy has no place for Bayesian
-    quantities, so ``pvals`` hold 1 - ``p_lfc``, and ``pvals_adj`` hold ``fdr``, the expected false discovery rate of
-    all genes up to this one. Both are shares of a finite number of pairs and can be 0, but scanpy takes their
-    logarithm. They are therefore at least half of the smallest distance from 0 or 1 that a ``p_lfc`` of the group has,
-    and this half is at most 0.0005.
+    Of a table of :class:`~pyro_scvi.differential.GroupMeans`, ``scores`` hold ``z``, ``logfoldchanges`` ``lfc``,
+    ``pvals`` ``p_value`` and ``pvals_adj`` ``q_value``. Genes that were not tested have a score and a fold change of 0
+    and a p value of 1, as scanpy writes for genes without variation. Genes are ordered by score.
+
+    Of a table of :class:`~pyro_scvi.differential.RandomPairs`, ``scores`` are the natural log odds that the gene is
+    higher in the group than in the rest, ``logfoldchanges`` are ``lfc``. scanpy has no place for probabilities of
+    pairs, so ``pvals`` hold 1 - ``p_lfc``, and ``pvals_adj`` hold ``expected_false_share``. Both are shares of a finite
+    number of pairs and can be 0, but scanpy takes their logarithm. They are therefore at least half of the smallest
+    distance from 0 or 1 that a ``p_lfc`` of the group has, and this half is at most 0.0005.
 
     Parameters
     ----------
     adata
         AnnData to write to, in ``uns[key]``. It has all groups and genes of the table, and may have more genes.
     table
-        Result of :func:`pyro_scvi.differential_expression` without ``group_a`` and ``group_b``: every group against the
-        rest.
+        Result of :func:`pyro_scvi.differential_expression` without ``group_a`` and ``group_b``: every group in turn.
     groupby
         Column of ``adata.obs`` with the groups that were compared.
     key, overwrite
@@ -213,30 +215,26 @@ def add_rank_genes_groups(
     Examples
     --------
     >>> annotated = adata.copy()
-    >>> table = ps.differential_expression(fit, cells, groupby="kind", largest_se=0.05)
+    >>> table = ps.differential_expression(fit, cells, groupby="kind")
     >>> ps.add_rank_genes_groups(annotated, table, "kind")
     >>> annotated.uns["rank_genes_groups"]["names"].dtype.names
     ('a', 'b')
     """
     _require_own(adata, "add_rank_genes_groups(adata, table, groupby)")
-    _require_table(table)
+    written = _require_table(table)
     _require_match(adata, table, groupby)
     if key in adata.uns and not overwrite:
         raise DataError(f"adata.uns has {key!r} already; pass another key=, or overwrite=True to replace it")
     ranked = {
-        str(group): part.droplevel("group").sort_values("log_bayes_factor", kind="stable")
+        str(group): written(part.droplevel("group")).sort_values("scores", ascending=False, kind="stable")
         for group, part in table.groupby(level="group", sort=False)
     }
-    least = {group: half_step(part.p_lfc.to_numpy()) for group, part in ranked.items()}
-    columns: dict[str, dict[str, Any]] = {
-        "names": {group: part.index.to_numpy(dtype=object) for group, part in ranked.items()},
-        "scores": {group: -part.log_bayes_factor.to_numpy() for group, part in ranked.items()},
-        "logfoldchanges": {group: -part.lfc_mean.to_numpy() for group, part in ranked.items()},
-        "pvals": {group: (1 - part.p_lfc).clip(lower=least[group]).to_numpy() for group, part in ranked.items()},
-        "pvals_adj": {group: part.fdr.clip(lower=least[group]).to_numpy() for group, part in ranked.items()},
-    }
+    columns = {"names": {group: part.index.to_numpy(dtype=object) for group, part in ranked.items()}}
+    for name in ("scores", "logfoldchanges", "pvals", "pvals_adj"):
+        columns[name] = {group: part[name].to_numpy() for group, part in ranked.items()}
     records = {name: pd.DataFrame(values).to_records(index=False) for name, values in columns.items()}
-    params = {"groupby": groupby, "reference": "rest", "method": "pyro_scvi", "use_raw": False, "layer": None}
+    reference = "each other group" if "against" in table else "rest"
+    params = {"groupby": groupby, "reference": reference, "method": "pyro_scvi", "use_raw": False, "layer": None}
     _tell_of_zarr(ranked)
     target: MutableMapping[str, Any] = adata.uns
     target[key] = {"params": params, **records}
@@ -250,23 +248,52 @@ def _require_own(adata: Any, call: str) -> None:
         raise DataError("adata is a view of another AnnData; annotate a copy: adata = adata.copy()")
 
 
-def _require_table(table: Any) -> None:
+def _of_means(table: pd.DataFrame) -> pd.DataFrame:
+    p, q = (table[name].clip(lower=np.finfo(float).tiny) for name in ("p_value", "q_value"))  # scanpy takes logarithms
+    columns = {"scores": table.z, "logfoldchanges": table.lfc, "pvals": p, "pvals_adj": q}
+    return pd.DataFrame(columns).fillna({"scores": 0.0, "logfoldchanges": 0.0, "pvals": 1.0, "pvals_adj": 1.0})
+
+
+def _of_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    least = half_step(table.p_lfc.to_numpy())
+    return pd.DataFrame(
+        {
+            "scores": -table.log_bayes_factor,
+            "logfoldchanges": table.lfc,
+            "pvals": (1 - table.p_lfc).clip(lower=least),
+            "pvals_adj": table.expected_false_share.clip(lower=least),
+        }
+    )
+
+
+_WRITTEN = {
+    ("z", "lfc", "p_value", "q_value"): _of_means,
+    ("log_bayes_factor", "lfc", "p_lfc", "expected_false_share"): _of_pairs,
+}
+
+
+def _require_table(table: Any) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """What scanpy's columns hold of such a table; raises if it is none that covers every group."""
     if not isinstance(table, pd.DataFrame):
         raise DataError(f"the table must be the DataFrame of differential_expression, got {type(table).__name__}")
     if table.index.names != ["group", "gene"]:
         raise DataError(
-            "the table must hold every group against the rest: differential_expression(fit, cells, groupby=...) "
+            "the table must hold every group in turn: differential_expression(fit, cells, groupby=...) "
             f"without group_a; this one is indexed by {table.index.names}"
         )
-    missing = [column for column in ("log_bayes_factor", "lfc_mean", "p_lfc", "fdr") if column not in table]
-    if missing:
-        raise DataError(f"the columns {missing} are missing: pass the table of differential_expression as it came")
+    lacking = {written: [column for column in columns if column not in table] for columns, written in _WRITTEN.items()}
+    written = min(lacking, key=lambda each: len(lacking[each]))
+    if lacking[written]:
+        raise DataError(
+            f"the columns {lacking[written]} are missing: pass the table of differential_expression as it came"
+        )
     genes = table.index.get_level_values("gene")
     if not len(table) or table.index.has_duplicates or len(table) != genes.nunique() * len(table.index.unique("group")):
         raise DataError(
             "the table must hold every gene once for each group, as it comes from differential_expression; scanpy "
             "leaves genes out by its own options"
         )
+    return written
 
 
 def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:

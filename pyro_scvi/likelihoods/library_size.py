@@ -38,6 +38,10 @@ class Library(Component, ABC):
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
         """Set what the user did not give, from the totals (cells,) of the training cells."""
 
+    def depth(self, total: Tensor, gamma: Tensor) -> Tensor:
+        """What counts of cells are divided by to be compared, (cells, 1), where it is no latent: the total."""
+        return total.clamp(min=1)
+
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Zero, (cells,): the total is part of what the model explains."""
         return torch.zeros_like(x[:, 0])
@@ -252,6 +256,10 @@ class SizeFactor(Library):
         """Log mean count: the head and the log size factor, (..., cells, genes)."""
         mean: Tensor = eta + log_library
         return mean
+
+    def depth(self, total: Tensor, gamma: Tensor) -> Tensor:
+        """The size factor of every cell, (cells, 1), whatever its total."""
+        return (gamma[..., self.columns] - self.loc).exp()
 
     def start_from(self, totals: Tensor, gamma: Tensor) -> None:
         """Take loc from the training cells."""

@@ -1,7 +1,7 @@
 """Figures of fits, models and results: each takes matplotlib axes, or makes them, and returns them."""
 
 from pyro_scvi.plots.diagram import program
-from pyro_scvi.plots.expression import volcano
+from pyro_scvi.plots.expression import ma, volcano
 from pyro_scvi.plots.projection import Projection, embedding, project
 from pyro_scvi.plots.ranking import comparison
 from pyro_scvi.plots.replicas import predictive
@@ -14,6 +14,7 @@ __all__ = [
     "comparison",
     "embedding",
     "loss",
+    "ma",
     "pit",
     "predictive",
     "program",

@@ -1,9 +1,10 @@
-"""Volcano and MA-like figures of differential expression."""
+"""Volcano and MA figures of differential expression."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 from pyro_scvi.analysis.differential.summary import half_step
+from pyro_scvi.analysis.differential.welch import EPSILON
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import HELD_OUT, INK, MISSING, TRAIN, given_or_new, legend_beside, require
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 MANY = 2000  # genes beyond which they are drawn as pixels
-_COLUMNS = ["lfc_mean", "p_lfc", "fdr"]
 _NEAR = 5  # points of length between a dot and its name
 _ANGLES = (45, 135, 315, 225, 90, 270, 67, 113, 293, 247)
 _DIRECTIONS = [
@@ -36,29 +37,37 @@ _OFFSETS = [
 _SIDES, _HEIGHTS = {1: "left", 0: "center", -1: "right"}, {1: "bottom", 0: "center", -1: "top"}
 
 
-def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, names: int = 10) -> Axes:
-    r"""Draw the genes of one comparison: log fold change, and log odds that two cells differ that way.
+def volcano(table: pd.DataFrame, ax: Axes | None = None, *, level: float = 0.05, names: int = 10) -> Axes:
+    r"""Draw the genes of one comparison: log fold change, and the evidence for a difference.
 
-    .. math:: x = E[\log_2 (\mu_b / \mu_a)], \qquad y = \log_{10} \frac{P}{1 - P}, \qquad
-        P = \max(P(lfc > \delta), P(lfc < -\delta))
+    .. math:: x = \log_2 (a / b), \qquad y = -\log_{10} p
+
+    of a table of :class:`~pyro_scvi.differential.GroupMeans`. Genes that were not tested lie at y = 0, at the fold
+    change of their means, and count for nothing. A p value of 0 is drawn at the least that a number can be.
+
+    Of a table of :class:`~pyro_scvi.differential.RandomPairs`, y is the log odds that two cells differ that way:
+
+    .. math:: y = \log_{10} \frac{P}{1 - P}, \qquad P = \max(P(lfc > \delta), P(lfc < -\delta))
 
     P is ``p_lfc``, over pairs of cells, one from each group. y is 0 or less if neither direction is likelier than not,
     as for every gene of two equal groups. A finite number of pairs can give a P of 0 or 1. Such a P is moved by half of
     the least distance from 0 or 1 that another gene has, at most 0.0005. The Bayes factor of w_a < w_b is not drawn,
-    because it can be as large for a slight but certain change. ``fdr`` follows from P, so the genes called lie above a
-    horizontal line.
+    because it can be as large for a slight but certain change.
+
+    The genes called lie above a horizontal line.
 
     Parameters
     ----------
     table
-        Result of ``pyro_scvi.differential_expression`` for one comparison. Genes with NaN are left out.
+        Result of ``pyro_scvi.differential_expression`` for one comparison.
     ax
         Axes to draw into; None: axes of a new pyplot figure. Labels are placed for the figure's current size.
-    fdr
-        Genes up to this expected false discovery rate are called: coloured by direction, the sign of ``lfc_mean``.
+    level
+        Genes up to this ``q_value``, or ``expected_false_share``, are called: coloured by direction, the sign of
+        ``lfc``.
     names
-        Number of genes to label: the most probable of those called, larger changes first among equals. Fewer if there
-        is no room.
+        Number of genes to label: the surest of those called, larger changes first among equals. Fewer if there is no
+        room.
 
     Returns
     -------
@@ -68,68 +77,87 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, fdr: float = 0.05, n
     Raises
     ------
     DataError
-        If columns are missing, no gene is without NaN, the table holds several comparisons, or ``fdr`` is not in
-        (0, 1).
+        If columns are missing, no gene has counts, the table holds several comparisons, or ``level`` is not in (0, 1).
     ModelError
         If ``names`` is no integer of 0 or more, or ``ax`` are no axes.
 
     Examples
     --------
-    >>> table = ps.differential_expression(fit, cells, groupby="kind", group_a="a", group_b="b", largest_se=0.05)
+    >>> table = ps.differential_expression(fit, cells, groupby="kind", group_a="a", group_b="b")
     >>> ax = ps.plots.volcano(table, names=3)
     >>> ax.get_xlabel(), ax.get_ylabel()
-    ('log2 fold change, b over a', 'log10 odds of a change one way')
+    ('log2 fold change, a over b', '-log10 p value')
     """
-    require(table, _COLUMNS, "the table of pyro_scvi.differential_expression")
     require_at_least(0, names=names)
-    genes = _genes(table, fdr)
+    kind, genes = _genes("volcano", table, level)
     ax = given_or_new(ax, (7.2, 4.6))
-    up, many = genes.x > 0, len(genes.names) > MANY
-    sides = {
-        "not called": (~genes.called, MISSING),
-        "higher in a": (genes.called & ~up, TRAIN),
-        "higher in b": (genes.called & up, HELD_OUT),
-    }
-    for label, (rows, colour) in sides.items():
-        dots: dict[str, Any] = {"s": 12, "color": colour, "linewidths": 0, "label": f"{label} ({rows.sum():,})"}
-        ax.scatter(genes.x[rows], genes.y[rows], zorder=2, rasterized=many, **dots)
+    genes = genes.take(np.isfinite(genes.evidence))
+    _draw(ax, genes, genes.change, genes.evidence)
     ax.axvline(0, color=MISSING, linewidth=0.8, zorder=0)
     if genes.called.any():
-        least = genes.y[genes.called].min()
-        ax.axhline(least, color=INK, linewidth=0.8, linestyle=":", zorder=1, label=f"fdr {fdr:g}")
-    ax.margins(0.1, 0.12)
-    ax.set(xlabel="log2 fold change, b over a", ylabel="log10 odds of a change one way")
-    ax.spines[["top", "right"]].set_visible(False)
-    legend_beside(ax, ax.get_legend_handles_labels()[0])
-    _label(ax, genes, names)
-    return ax
+        least = genes.evidence[genes.called].min()
+        ax.axhline(least, color=INK, linewidth=0.8, linestyle=":", zorder=1, label=f"{kind.rate_name} {level:g}")
+    ax.set(xlabel="log2 fold change, a over b", ylabel=kind.evidence_name)
+    return _finished(ax, genes, genes.change, genes.evidence, names)
 
 
-class _Genes(NamedTuple):
-    """Names, coordinates and whether called, (genes,) each, the most probable change first."""
+def ma(table: pd.DataFrame, ax: Axes | None = None, *, level: float = 0.05, names: int = 10) -> Axes:
+    r"""Draw the genes of one comparison: mean count of both groups, and log fold change.
 
-    names: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    called: np.ndarray
+    .. math:: x = \log_{10} \frac{mean_a + mean_b}{2}, \qquad y = \log_2 (a / b)
+
+    Genes that were not tested are drawn, too, in grey: where counts are few, fold changes are large by chance. Genes
+    without a count in either group are left out.
+
+    Parameters
+    ----------
+    table
+        Result of ``pyro_scvi.differential_expression`` for one comparison.
+    ax, level, names
+        As in :func:`volcano`.
+
+    Returns
+    -------
+    Axes
+        The axes drawn into.
+
+    Raises
+    ------
+    DataError
+        If columns are missing, no gene has counts, the table holds several comparisons, or ``level`` is not in (0, 1).
+    ModelError
+        If ``names`` is no integer of 0 or more, or ``ax`` are no axes.
+
+    Examples
+    --------
+    >>> table = ps.differential_expression(fit, cells, groupby="kind", group_a="a", group_b="b")
+    >>> ps.plots.ma(table).get_xlabel()
+    'log10 mean count of both groups'
+    """
+    require_at_least(0, names=names)
+    require(table, ["mean_a", "mean_b"], "the table of pyro_scvi.differential_expression")
+    _, genes = _genes("ma", table, level)
+    ax = given_or_new(ax, (7.2, 4.6))
+    genes = genes.take(genes.mean > 0)
+    x = np.log10(genes.mean)
+    _draw(ax, genes, x, genes.change)
+    ax.axhline(0, color=MISSING, linewidth=0.8, zorder=0)
+    ax.set(xlabel="log10 mean count of both groups", ylabel="log2 fold change, a over b")
+    return _finished(ax, genes, x, genes.change, names)
 
 
-def _genes(table: pd.DataFrame, fdr: float) -> _Genes:
-    if table.index.nlevels > 1:
-        groups = table.index.unique(0)
-        raise DataError(
-            f"volcano draws one comparison, this table holds {len(groups)}: select a group, as in "
-            f"table.loc[{groups[0]!r}]"
-        )
-    if not isinstance(fdr, Real) or not 0 < fdr < 1:
-        raise DataError(f"fdr must be between 0 and 1, such as 0.05 for one false call in twenty, got {brief(fdr)}")
-    known = table.dropna(subset=_COLUMNS)
-    if known.empty:
-        raise DataError("every gene has NaN: pass the table of pyro_scvi.differential_expression")
-    change, p = known.lfc_mean.to_numpy(float), known.p_lfc.to_numpy(float)
-    order = np.lexsort((-np.abs(change), -p))  # by p, then by size
-    names, called = known.index.to_numpy().astype(str), known.fdr.to_numpy(float) <= fdr
-    return _Genes(names[order], change[order], _log_odds(p)[order], called[order])
+class _Kind(NamedTuple):
+    """How the table of an estimand is drawn: its rate of false calls, and its evidence for a difference."""
+
+    rate: str
+    rate_name: str
+    evidence: str
+    evidence_name: str
+    of: Callable[[np.ndarray], np.ndarray]
+
+
+def _minus_log(p: np.ndarray) -> np.ndarray:
+    return -np.log10(np.maximum(p, np.finfo(float).tiny))
 
 
 def _log_odds(p: np.ndarray) -> np.ndarray:
@@ -138,16 +166,90 @@ def _log_odds(p: np.ndarray) -> np.ndarray:
     return np.log10(clipped) - np.log10(1 - clipped)
 
 
-def _label(ax: Axes, genes: _Genes, most: int) -> None:
-    """Write names beside the first genes called, each at the first place free of names and these points."""
+_MEANS = _Kind("q_value", "q value", "p_value", "-log10 p value", _minus_log)
+_PAIRS = _Kind("expected_false_share", "expected false share", "p_lfc", "log10 odds of a change one way", _log_odds)
+
+
+@dataclass(frozen=True)
+class _Genes:
+    """Names, coordinates, and whether tested and called, (genes,) each, the surest change first."""
+
+    names: np.ndarray
+    change: np.ndarray
+    evidence: np.ndarray
+    mean: np.ndarray
+    tested: np.ndarray
+    called: np.ndarray
+
+    def take(self, rows: np.ndarray) -> _Genes:
+        """Some of the genes, in this order."""
+        return _Genes(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def _genes(name: str, table: pd.DataFrame, level: float) -> tuple[_Kind, _Genes]:
+    kind = _MEANS if isinstance(table, pd.DataFrame) and _MEANS.rate in table else _PAIRS
+    require(table, ["lfc", kind.evidence, kind.rate], "the table of pyro_scvi.differential_expression")
+    if table.index.nlevels > 1:
+        groups = table.index.unique(0)
+        raise DataError(
+            f"{name} draws one comparison, this table holds {len(groups)}: select a group, as in "
+            f"table.loc[{groups[0]!r}]"
+        )
+    if not isinstance(level, Real) or not 0 < level < 1:
+        raise DataError(f"level must be between 0 and 1, such as 0.05 for one false call in twenty, got {brief(level)}")
+    genes = _placed(kind, table, float(level))
+    if not (genes.tested | (genes.mean > 0)).any():
+        raise DataError("every gene has NaN: pass the table of pyro_scvi.differential_expression")
+    return kind, genes.take(np.lexsort((-np.abs(genes.change), -genes.evidence)))  # by evidence, then by size
+
+
+def _placed(kind: _Kind, table: pd.DataFrame, level: float) -> _Genes:
+    change, p, rate = (table[column].to_numpy(float) for column in ("lfc", kind.evidence, kind.rate))
+    tested = np.isfinite(change) & np.isfinite(p)
+    evidence = np.full(len(p), np.nan)
+    evidence[tested] = kind.of(p[tested])
+    mean = np.full(len(p), np.nan)
+    if {"mean_a", "mean_b"} <= set(table):
+        a, b = table["mean_a"].to_numpy(float), table["mean_b"].to_numpy(float)
+        mean = (a + b) / 2
+        shown = ~tested & (mean > 0)
+        change = np.where(shown, np.log2(a + EPSILON) - np.log2(b + EPSILON), change)
+        evidence[shown] = 0
+    return _Genes(table.index.to_numpy().astype(str), change, evidence, mean, tested, tested & (rate <= level))
+
+
+def _draw(ax: Axes, genes: _Genes, x: np.ndarray, y: np.ndarray) -> None:
+    up, many = genes.change > 0, len(genes.names) > MANY
+    sides = {
+        "not tested": (~genes.tested, MISSING, "x", 0.6),
+        "not called": (genes.tested & ~genes.called, MISSING, "o", 0),
+        "higher in a": (genes.called & up, TRAIN, "o", 0),
+        "higher in b": (genes.called & ~up, HELD_OUT, "o", 0),
+    }
+    for label, (rows, colour, marker, width) in sides.items():
+        if label == "not tested" and not rows.any():
+            continue
+        dots: dict[str, Any] = {"s": 12, "color": colour, "marker": marker, "linewidths": width}
+        ax.scatter(x[rows], y[rows], zorder=2, rasterized=many, label=f"{label} ({rows.sum():,})", **dots)
+
+
+def _finished(ax: Axes, genes: _Genes, x: np.ndarray, y: np.ndarray, names: int) -> Axes:
+    ax.margins(0.1, 0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+    legend_beside(ax, ax.get_legend_handles_labels()[0])
+    rows = np.flatnonzero(genes.called)[:names]
+    _label(ax, genes.names[rows], np.stack([x[rows], y[rows]], 1))
+    return ax
+
+
+def _label(ax: Axes, names: np.ndarray, places: np.ndarray) -> None:
+    """Write names beside their points (names, 2), each at the first place free of names and these points."""
     ax.figure.canvas.figure.draw_without_rendering()  # a layout engine only now says how large the axes are
-    rows = np.flatnonzero(genes.called)[:most]
     reach = 3 * ax.figure.dpi / 72  # points are as large as this
-    centres = ax.transData.transform(np.stack([genes.x, genes.y], 1))[rows]
+    centres = ax.transData.transform(places)
     taken = [Bbox([centre - reach, centre + reach]) for centre in centres]
-    for row in rows:
-        place = (genes.x[row], genes.y[row])
-        text = ax.annotate(genes.names[row], place, (0, 0), textcoords="offset points", fontsize="x-small", zorder=4)
+    for name, place in zip(names, places.tolist(), strict=True):
+        text = ax.annotate(name, tuple(place), (0, 0), textcoords="offset points", fontsize="x-small", zorder=4)
         text.set(parse_math=False, color=INK, path_effects=[withStroke(linewidth=2, foreground="white")])
         box = _free(text, ax.get_window_extent(), taken)
         if box is None:

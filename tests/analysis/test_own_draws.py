@@ -182,17 +182,32 @@ def test_pairs_take_turns_at_draws_of_globals():
     fit, cells = fit_of(model), cells_of(8)
     draws = torch.randn(3, N_GENES, 4).double()
     z = np.where(np.arange(8) < 4, -1.5, 1.5)[:, None] + np.random.default_rng(0).normal(size=(5000, 8, 1))
-    options = {"groupby": np.repeat(["a", "b"], 4), "group_a": "a", "group_b": "b", "sampler": ps.Given({"z": z})}
-    options |= {"largest_se": 0, "most_pairs": 3000}
+    options = {"sampler": ps.Given({"z": z}), "largest_se": 0, "most_pairs": 3000}
     at = fit.with_globals({weight: draws})
-    table = ps.differential_expression(at, cells, global_draws=3, **options)
-    alone = [ps.differential_expression(fit.with_globals({weight: one[None]}), cells, **options) for one in draws]
+    table = of_pairs(at, cells, global_draws=3, **options)
+    alone = [of_pairs(fit.with_globals({weight: one[None]}), cells, **options) for one in draws]
     p = np.stack([one.p_a_lt_b for one in alone])
     assert np.abs(table.p_a_lt_b - p.mean(0)).max() < 0.04
     np.testing.assert_allclose(table.se, p.std(0, ddof=1) / np.sqrt(3), atol=0.03)
     assert table.se.max() > 5 * alone[0].se.max()
+
+
+def of_pairs(fit, cells, **options):
+    """Pairs of the first four cells with the last four."""
+    groups = {"groupby": np.repeat(["a", "b"], 4), "group_a": "a", "group_b": "b"}
+    return ps.differential_expression(fit, cells, **groups, estimand=ps.differential.RandomPairs(**options))
+
+
+def test_what_global_draws_of_pairs_need():
     with pytest.raises(ModelError, match="AllPairs"):
-        ps.differential_expression(at, cells, global_draws=2, pairing=ps.differential.AllPairs(samples=10), **options)
+        ps.differential.RandomPairs(global_draws=2, pairing=ps.differential.AllPairs(samples=10))
+    with pytest.raises(ModelError, match="most_pairs must be at least twice global_draws"):
+        ps.differential.RandomPairs(global_draws=6, most_pairs=10)
+    for wrong in (0, -1, 1.5, True, "3"):
+        with pytest.raises(ModelError, match="global_draws"):
+            ps.differential.RandomPairs(global_draws=wrong)
+    with pytest.raises(ModelError, match="this one has none"):
+        of_pairs(fit_of(toy()), cells_of(8), global_draws=2)
 
 
 def test_globals_at_draws_are_what_every_verb_uses(tmp_path):

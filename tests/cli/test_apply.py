@@ -278,10 +278,10 @@ def test_de_of_two_groups_writes_table_picture_and_page(folder, query, cells, tm
     page = Page.read(out / "index.html")
     assert page.tags.count("img") == 1
     assert all(link.startswith("data:") for link in page.links)
-    called = expected[expected.fdr <= 0.05]
+    called = expected[expected.q_value <= 0.05]
     assert f"genes called{len(called)}" in page.text
-    assert f"of these higher in{(called.lfc_mean < 0).sum()}CD19+ B" in page.text
-    for text in ("15 cells of CD19+ B against 15 of Dendritic.", "--seed 4", "DepthCorrected()", *called.index):
+    assert f"of these higher in{(called.lfc > 0).sum()}CD19+ B" in page.text
+    for text in ("15 cells of CD19+ B against 15 of Dendritic.", "--seed 4", "GroupMeans(", *called.index):
         assert text in page.text
 
 
@@ -290,7 +290,9 @@ def test_de_of_every_group_against_the_rest(folder, query, cells, tmp_path):
     adata = anndata.read_h5ad(query)
     adata.obs.loc[adata.obs_names[:2], "bulk_labels"] = np.nan
     adata.write_h5ad(tmp_path / "nan.h5ad")
-    succeed("de", folder, tmp_path / "nan.h5ad", "--groupby", "bulk_labels", "--out", tmp_path / "1", "--delta", 0.2)
+    succeed(
+        "de", folder, tmp_path / "nan.h5ad", "--groupby", "bulk_labels", "--out", tmp_path / "1", "--min-molecules", 5
+    )
     table = pd.read_csv(tmp_path / "1" / "table.csv", index_col=["group", "gene"])
     assert set(table.index.unique("group")) == {"CD19+ B", "Dendritic"}
     page = Page.read(tmp_path / "1" / "index.html")
@@ -317,7 +319,7 @@ def test_groups_have_names_that_can_be_typed(labels, expected):
 
 
 def test_de_hands_its_options_on(folder, query, cells, tmp_path):
-    asked = ("--depth-laden", "--delta", 1.5, "--within-batch", "--seed", 6)
+    asked = ("--pairs", "--depth-laden", "--delta", 1.5, "--within-batch", "--seed", 6)
     group = ("--groupby", "cluster", "--group-a", "2")
     succeed("de", folder, query, *group, *asked, "--out", tmp_path / "t.csv")
     expected = ps.differential_expression(
@@ -325,28 +327,27 @@ def test_de_hands_its_options_on(folder, query, cells, tmp_path):
         cells,
         groupby="cluster",
         group_a=2,
-        contrast=ps.differential.Uncorrected(),
-        delta=1.5,
-        within_batch=True,
+        estimand=ps.differential.RandomPairs(contrast=ps.differential.Uncorrected(), delta=1.5, within_batch=True),
         seed=6,
     )
     check_table(tmp_path / "t.csv", expected)
 
 
 def test_pages_tell_which_group_a_gene_is_higher_in():
-    columns = {"p_lfc": [0.99, 1.0, 0.99, 0.2], "fdr": [0.01, 0.0, 0.01, 0.4], "lfc_mean": [-1.0, 2.0, -3.0, 0.1]}
+    columns = {"p_lfc": [0.99, 1.0, 0.99, 0.2], "lfc": [1.0, -2.0, 3.0, -0.1]}
+    columns |= {"expected_false_share": [0.01, 0.0, 0.01, 0.4]}
     columns |= {"lfc_low": [-9.0] * 4, "lfc_high": [9.0] * 4, "mean_a": [1.0] * 4, "mean_b": [2.0] * 4, "se": [0.1] * 4}
     table = pd.DataFrame(columns, index=["a_less", "b_most", "a_more", "neither"])
-    found = genes.compared(table, ["A", "B", np.nan, "A", "B", "C", "A"], "A", "B", 0.5)
+    found = genes.compared(table, ["A", "B", np.nan, "A", "B", "C", "A"], "A", "B", genes.OfPairs(0.5))
     assert genes.sides(found) == "3 cells of A against 2 of B."
     assert list(found.called.index) == ["b_most", "a_more", "a_less"]
-    assert "b_mostB+2.00-9.00 to +9.001.00001.002.00\na_moreA-3.00" in Page(genes.top(found, 2)).text
+    assert "b_mostB-2.00-9.00 to +9.001.00001.002.00\na_moreA+3.00" in Page(genes.top(found, 2)).text
     assert "a_less" not in genes.top(found, 2)
     assert [row[1] for row in genes.counted(found)] == ["4", "3", "2", "1", "0.1000"]
-    rest = genes.compared(table, ["A", "B", np.nan], "A", None, 0.5)
+    rest = genes.compared(table, ["A", "B", np.nan], "A", None, genes.OfPairs(0.5))
     assert (rest.b, rest.n_b) == ("the rest", 2)
     assert Page(genes.by_group([rest])).text.strip().endswith("A132a_more, a_less")
-    none = genes.compared(table.tail(1), ["A", "B"], "A", "B", 0.5)
+    none = genes.compared(table.tail(1), ["A", "B"], "A", "B", genes.OfPairs(0.5))
     assert "none" in Page(genes.top(none, 2)).text
 
 

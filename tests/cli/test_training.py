@@ -111,7 +111,7 @@ def test_demo_tells_what_the_library_says_of_genes_and_zeros(demo):
     )
     check_table(demo / "differential_expression.csv", table)
     page = Page.read(demo / "index.html")
-    assert f"{(table.fdr <= 0.05).sum()} of 20 genes are called" in page.text
+    assert f"{(table.q_value <= 0.05).sum()} of 20 genes are called" in page.text
     _, test = cells.split(0.1, seed=5)
     zeros = test[:][0].numpy() == 0
     technical = ps.technical_zero_probability(loaded, test, seed=5)[zeros] > 0.5

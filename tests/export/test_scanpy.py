@@ -210,16 +210,19 @@ def test_scanpy_finds_the_ranked_genes():
     adata = make_adata()
     cells = ps.Cells.from_anndata(adata, layer="raw")
     fit = ps.fit(ps.SCVI(cells.n_genes, 2), cells, epochs=60, progress=False)
-    table = ps.differential_expression(fit, cells, groupby="bulk_labels", largest_se=0.05)
+    pairs = ps.differential.RandomPairs(largest_se=0.05)
+    table = ps.differential_expression(fit, cells, groupby="bulk_labels", estimand=pairs)
     ps.add_rank_genes_groups(adata, table, "bulk_labels")
     for group in adata.obs["bulk_labels"].cat.categories:
         found = scanpy.get.rank_genes_groups_df(adata, group=group).set_index("names")
         ours = table.loc[group].loc[found.index]
         assert found.scores.is_monotonic_decreasing
         np.testing.assert_allclose(found.scores, -ours.log_bayes_factor)
-        np.testing.assert_allclose(found.logfoldchanges, -ours.lfc_mean)
+        np.testing.assert_allclose(found.logfoldchanges, ours.lfc)
         np.testing.assert_allclose(found.pvals, np.maximum(1 - ours.p_lfc, half_of_the_least(ours.p_lfc)))
-        np.testing.assert_allclose(found.pvals_adj, np.maximum(ours.fdr, half_of_the_least(ours.p_lfc)))
+        np.testing.assert_allclose(
+            found.pvals_adj, np.maximum(ours.expected_false_share, half_of_the_least(ours.p_lfc))
+        )
     # A gene that is higher in the group than in the rest has positive score and fold change.
     group = "Dendritic"
     found = scanpy.get.rank_genes_groups_df(adata, group=group).set_index("names")
@@ -228,17 +231,39 @@ def test_scanpy_finds_the_ranked_genes():
     assert np.corrcoef(found.logfoldchanges, rate)[0, 1] > 0.5
 
 
+def test_scanpy_finds_the_tests_of_group_means():
+    """z, p and q of GroupMeans; genes that were not tested come last but for those lower in the group, with p = 1."""
+    scanpy = pytest.importorskip("scanpy")
+    adata = make_adata()
+    cells = ps.Cells.from_anndata(adata, layer="raw")
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2), cells, epochs=2, progress=False)
+    means = ps.differential.GroupMeans(min_molecules=cells.counts.sum(0)[3] + 1)
+    table = ps.differential_expression(fit, cells, groupby="bulk_labels", estimand=means)
+    ps.add_rank_genes_groups(adata, table, "bulk_labels")
+    assert not table.tested.all()
+    for group in adata.obs["bulk_labels"].cat.categories:
+        found = scanpy.get.rank_genes_groups_df(adata, group=group).set_index("names")
+        ours = table.loc[group].loc[found.index]
+        assert found.scores.is_monotonic_decreasing
+        np.testing.assert_allclose(found.scores[ours.tested], ours.z[ours.tested])
+        np.testing.assert_allclose(found.logfoldchanges[ours.tested], ours.lfc[ours.tested])
+        np.testing.assert_allclose(found.pvals_adj[ours.tested], ours.q_value[ours.tested])
+        assert (found.pvals[~ours.tested] == 1).all()
+        assert (found.scores[~ours.tested] == 0).all()
+
+
 def half_of_the_least(p):
     """Half of the least distance from 0 or 1 that is above 0, or of one thousandth."""
     return min([x for x in (*p, *(1 - p)) if x > 0] + [0.001]) / 2
 
 
 def table_of(adata, p_lfc):
-    """A table of every kind against the rest in which all genes have these probabilities, and an fdr of 0 at 1."""
+    """A table of every kind against the rest: all genes have these probabilities, and a false share of 0 at 1."""
     index = pd.MultiIndex.from_product([adata.obs["bulk_labels"].cat.categories, adata.var_names], names=LEVELS)
     p = np.resize(p_lfc, len(index))
     odds = np.linspace(-3, 3, len(index))
-    return pd.DataFrame({"log_bayes_factor": odds, "lfc_mean": odds, "p_lfc": p, "fdr": (1 - p) / 4}, index=index)
+    columns = {"log_bayes_factor": odds, "lfc": -odds, "p_lfc": p, "expected_false_share": (1 - p) / 4}
+    return pd.DataFrame(columns, index=index)
 
 
 LEVELS = ["group", "gene"]
@@ -252,7 +277,7 @@ def test_rates_of_zero_are_written_as_half_of_what_the_pairs_resolve(others, lea
     names = adata.uns["rank_genes_groups"]["names"]
     for group in names.dtype.names:
         ours = table.loc[group].loc[names[group]]
-        for name, expected in (("pvals", 1 - ours.p_lfc), ("pvals_adj", ours.fdr)):
+        for name, expected in (("pvals", 1 - ours.p_lfc), ("pvals_adj", ours.expected_false_share)):
             found = adata.uns["rank_genes_groups"][name][group]
             assert found.min() == pytest.approx(least)
             large = (expected > least).to_numpy()
@@ -295,8 +320,8 @@ WRONG_TABLES = {
     ),
     "no rows": (lambda adata, table: (adata, table.iloc[:0], "bulk_labels"), "every gene once for each group"),
     "no rates": (
-        lambda adata, table: (adata, table.drop(columns="fdr"), "bulk_labels"),
-        r"columns \['fdr'\] are missing",
+        lambda adata, table: (adata, table.drop(columns="expected_false_share"), "bulk_labels"),
+        r"columns \['expected_false_share'\] are missing",
     ),
 }
 
@@ -322,9 +347,9 @@ def test_ranked_genes_may_be_some_of_those_that_adata_has():
 def test_ranked_genes_refuse_a_pair_a_wrong_column_and_a_taken_key(fit):
     adata = make_adata()
     cells = ps.Cells.from_anndata(adata, schema=fit.schema)
-    options = {"groupby": "bulk_labels", "largest_se": 0.1}
+    options = {"groupby": "bulk_labels"}
     pair = ps.differential_expression(fit, cells, group_a="CD19+ B", group_b="Dendritic", **options)
-    with pytest.raises(DataError, match="every group against the rest"):
+    with pytest.raises(DataError, match="every group in turn"):
         ps.add_rank_genes_groups(adata, pair, "bulk_labels")
     table = ps.differential_expression(fit, cells, **options)
     with pytest.raises(DataError, match="no column 'cluster'"):
@@ -341,7 +366,7 @@ def test_ranked_genes_refuse_a_pair_a_wrong_column_and_a_taken_key(fit):
 def test_names_of_groups_that_zarr_cannot_write_are_told(names, tmp_path):
     adata = anndata.AnnData(np.ones((4, 3), np.float32), pd.DataFrame({"kind": [*names] * 2}, index=list("abcd")))
     index = pd.MultiIndex.from_product([names, adata.var_names], names=["group", "gene"])
-    columns = ("log_bayes_factor", "lfc_mean", "p_lfc", "fdr")
+    columns = ("log_bayes_factor", "lfc", "p_lfc", "expected_false_share")
     table = pd.DataFrame({name: np.linspace(0.1, 0.9, 6) for name in columns}, index=index)
     marked = ", ".join(repr(name) for name in names if ":" in name)
     with pytest.warns(UserWarning, match=re.escape(f"':' in their names ({marked})")):
@@ -354,7 +379,7 @@ def test_other_marks_reach_zarr(tmp_path):
     names = ("CD4/CD8 T", "B.naive?", "a;b [c]")
     adata = anndata.AnnData(np.ones((3, 2), np.float32), pd.DataFrame({"kind": names}, index=list("abc")))
     index = pd.MultiIndex.from_product([names, adata.var_names], names=["group", "gene"])
-    columns = ("log_bayes_factor", "lfc_mean", "p_lfc", "fdr")
+    columns = ("log_bayes_factor", "lfc", "p_lfc", "expected_false_share")
     table = pd.DataFrame({name: np.linspace(0.1, 0.9, 6) for name in columns}, index=index)
     ps.add_rank_genes_groups(adata, table, "kind")
     with warnings.catch_warnings():

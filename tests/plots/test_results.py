@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 import pyro_scvi as ps
 from pyro_scvi import plots
-from pyro_scvi.analysis.differential import expected_fdr
+from pyro_scvi.analysis.differential import expected_false_share
 from pyro_scvi.analysis.predictive.calibration import Calibration
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.plots import canvas, uniformity
@@ -51,9 +51,9 @@ def statistic(n=40, spread=1.0):
 def genes(n=60):
     rng = np.random.default_rng(0)
     change = rng.normal(0, 2, n)
-    table = pd.DataFrame({"lfc_mean": change, "p_lfc": np.round(1 - np.exp(-np.abs(change)), 3)})
+    table = pd.DataFrame({"lfc": change, "p_lfc": np.round(1 - np.exp(-np.abs(change)), 3)})
     table.index = pd.Index([f"GENE{i}" for i in range(n)], name="gene")
-    return table.assign(fdr=expected_fdr(table.p_lfc.to_numpy()))
+    return table.assign(expected_false_share=expected_false_share(table.p_lfc.to_numpy()))
 
 
 FIGURES = {
@@ -426,18 +426,18 @@ def test_predictive_draws_what_check_predictions_returns(cells):
 
 def test_volcano_places_genes_and_colours_those_called():
     table = genes()
-    ax = plots.volcano(table, axes(), fdr=0.2)
-    called, up = table.fdr <= 0.2, table.lfc_mean > 0
+    ax = plots.volcano(table, axes(), level=0.2)
+    called, up = table.expected_false_share <= 0.2, table.lfc > 0
     assert 0 < called.sum() < len(table)
     odds = np.log10(table.p_lfc / (1 - table.p_lfc))
-    groups = ((~called, canvas.MISSING), (called & ~up, canvas.TRAIN), (called & up, canvas.HELD_OUT))
+    groups = ((~called, canvas.MISSING), (called & up, canvas.TRAIN), (called & ~up, canvas.HELD_OUT))
     for points, (rows, colour) in zip(dots(ax), groups, strict=True):
-        expected = np.stack([table.lfc_mean[rows], odds[rows]], 1)
+        expected = np.stack([table.lfc[rows], odds[rows]], 1)
         found = points.get_offsets()
         np.testing.assert_allclose(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()])
         assert set(hexes(points.get_facecolors())) == {colour}
     counts = [f"{name} ({rows.sum()})" for name, (rows, _) in zip(NAMES, groups, strict=True)]
-    assert legend(ax) == [*counts, "fdr 0.2"]
+    assert legend(ax) == [*counts, "expected false share 0.2"]
     assert ax.lines[-1].get_ydata()[0] == pytest.approx(odds[called].min())
     assert odds[~called].max() < odds[called].min()
 
@@ -446,7 +446,7 @@ NAMES = ("not called", "higher in a", "higher in b")
 
 
 def test_volcano_without_calls_labels_nothing_and_draws_no_line():
-    ax = plots.volcano(genes().assign(fdr=0.5), axes())
+    ax = plots.volcano(genes().assign(expected_false_share=0.5), axes())
     assert legend(ax) == ["not called (60)", "higher in a (0)", "higher in b (0)"]
     assert not ax.texts
     assert len(ax.lines) == 1
@@ -454,7 +454,7 @@ def test_volcano_without_calls_labels_nothing_and_draws_no_line():
 
 @pytest.mark.parametrize(("others", "half"), [([0.5, 0.3], 0.0005), ([0.9998, 0.3], 0.0001), ([0.0004, 0.5], 0.0002)])
 def test_volcano_moves_certainties_by_half_of_what_the_table_resolves(others, half):
-    table = pd.DataFrame({"lfc_mean": [1.0, -1.0, 0.1, 0.0], "p_lfc": [1.0, 0.0, *others], "fdr": 1.0})
+    table = pd.DataFrame({"lfc": [1.0, -1.0, 0.1, 0.0], "p_lfc": [1.0, 0.0, *others], "expected_false_share": 1.0})
     found = np.concatenate([points.get_offsets() for points in dots(plots.volcano(table, axes()))])
     y = dict(found)
     assert y[1.0] == pytest.approx(np.log10((1 - half) / half))
@@ -466,17 +466,17 @@ def test_volcano_moves_certainties_by_half_of_what_the_table_resolves(others, ha
 def test_volcano_labels_the_most_certain_genes_called(names):
     table = genes()
     table.iloc[:3, table.columns.get_loc("p_lfc")] = 1.0  # ties: the larger change first
-    ax = plots.volcano(table, axes(), fdr=0.9, names=names)
-    order = table.assign(size=table.lfc_mean.abs()).sort_values(["p_lfc", "size"], ascending=False)
+    ax = plots.volcano(table, axes(), level=0.9, names=names)
+    order = table.assign(size=table.lfc.abs()).sort_values(["p_lfc", "size"], ascending=False)
     labels = [text for text in ax.texts if text.get_text()]
     assert [text.get_text() for text in labels] == list(order.index[:names])
     for text in labels:
-        assert text.xy[0] == table.lfc_mean[text.get_text()]
+        assert text.xy[0] == table.lfc[text.get_text()]
 
 
 @pytest.mark.parametrize("width", [4.0, 9.0])
 def test_volcano_labels_overlap_neither_each_other_nor_their_points(width):
-    table = genes(300).assign(fdr=0.0)
+    table = genes(300).assign(expected_false_share=0.0)
     table["p_lfc"] = table.p_lfc.where(table.p_lfc < 0.98, 1.0)  # many on one line
     ax = plots.volcano(table, Figure((width, 4), layout="constrained").subplots(), names=25)
     ax.figure.draw_without_rendering()
@@ -497,9 +497,46 @@ def test_volcano_labels_overlap_neither_each_other_nor_their_points(width):
 def test_volcano_of_genes_with_nan_or_the_same_name():
     table = genes().set_index(pd.Index(["TWIN"] * 60))
     table.iloc[:5, 0] = np.nan
-    ax = plots.volcano(table, axes(), fdr=0.5)
+    ax = plots.volcano(table, axes(), level=0.5)
     assert sum(len(points.get_offsets()) for points in dots(ax)) == 55
     assert {text.get_text() for text in ax.texts} <= {"TWIN", ""}
+
+
+def means_table():
+    """Six genes of GroupMeans: two called, two not, one not tested, one without a count."""
+    nan = np.nan
+    columns = {"lfc": [2.0, -1.0, 0.1, 0.2, nan, nan], "p_value": [1e-5, 0.0, 0.4, 0.5, nan, nan]}
+    columns |= {"q_value": [1e-4, 0.0, 0.5, 0.5, nan, nan], "mean_a": [4.0, 1.0, 1.0, 1.0, 0.01, 0.0]}
+    return pd.DataFrame(columns | {"mean_b": [1.0, 2.0, 1.0, 1.0, 0.02, 0.0]}, index=list("abcdef"))
+
+
+@pytest.mark.parametrize("draw", [plots.volcano, plots.ma])
+def test_tested_and_untested_genes_of_group_means_are_shown(draw):
+    ax = draw(means_table(), axes())
+    untested, other, up, down = (points.get_offsets() for points in dots(ax))
+    names = ["not tested (1)", "not called (2)", "higher in a (1)", "higher in b (1)"]
+    assert legend(ax)[:4] == names
+    change = np.log2(0.01 + 1e-4) - np.log2(0.02 + 1e-4)
+    if draw is plots.volcano:
+        np.testing.assert_allclose(untested, [[change, 0]])
+        np.testing.assert_allclose(up, [[2, 5]])
+        np.testing.assert_allclose(down, [[-1, -np.log10(np.finfo(float).tiny)]])
+        assert legend(ax)[4] == "q value 0.05"
+    else:
+        np.testing.assert_allclose(untested, [[np.log10(0.015), change]])
+        np.testing.assert_allclose(up, [[np.log10(2.5), 2]])
+    assert len(other) == 2
+    assert {text.get_text() for text in ax.texts} <= {"a", "b", ""}
+
+
+def test_ma_needs_means_and_one_comparison():
+    with pytest.raises(DataError, match="mean_a"):
+        plots.ma(genes())
+    both = pd.concat({"B": means_table(), "T": means_table()}, names=["group"])
+    with pytest.raises(DataError, match=r"ma draws one comparison, this table holds 2"):
+        plots.ma(both)
+    with pytest.raises(DataError, match="every gene has NaN"):
+        plots.ma(means_table().iloc[5:])
 
 
 def test_volcano_draws_one_comparison_at_a_time():
@@ -512,7 +549,7 @@ def test_volcano_draws_one_comparison_at_a_time():
 @pytest.mark.parametrize("fdr", [0, 1, 5, "'small'", None])
 def test_volcano_refuses_what_is_no_rate(fdr):
     with pytest.raises(DataError, match=f"between 0 and 1.*got {fdr}"):
-        plots.volcano(genes(), fdr=fdr.strip("'") if isinstance(fdr, str) else fdr)
+        plots.volcano(genes(), level=fdr.strip("'") if isinstance(fdr, str) else fdr)
 
 
 @pytest.mark.parametrize("names", [-1, 2.5, "all"])
@@ -525,9 +562,9 @@ def test_volcano_colours_follow_the_direction_of_the_table():
     cells = ps.Cells.from_counts(simulated_counts())
     fit = ps.fit(ps.SCVI(cells.n_genes, n_latent=2, n_hidden=8), cells, epochs=1, progress=False)
     labels = np.where(np.arange(60) % 2, "b", "a")
-    table = ps.differential_expression(fit, cells, groupby=labels, group_a="a", group_b="b", most_pairs=200)
-    ax = plots.volcano(table.assign(fdr=0.0), axes())
-    _, down, up = dots(ax)
-    assert (down.get_offsets()[:, 0] <= 0).all()
+    table = ps.differential_expression(fit, cells, groupby=labels, group_a="a", group_b="b")
+    ax = plots.volcano(table.assign(q_value=0.0), axes())
+    _, up, down = dots(ax)
+    assert (down.get_offsets()[:, 0] < 0).all()
     assert (up.get_offsets()[:, 0] > 0).all()
     assert len(down.get_offsets()) + len(up.get_offsets()) == cells.n_genes

@@ -34,6 +34,7 @@ from tests.support.simulate import simulated_counts
 from tests.system.test_reproducibility import global_state
 
 CASES = []
+PAIRS, FEW_PAIRS = ps.differential.RandomPairs(), ps.differential.RandomPairs(most_pairs=100)
 """Parameters of the one test: check, value, id."""
 
 
@@ -137,7 +138,9 @@ def answers(fit, cells, seed=0):
     few = {"samples": 30, "seed": seed}
     draws = ps.sample_posterior(fit, cells, sites=("z", "l", "w", "y", "h"), **few)
     evidence = ps.evidence(fit, cells, steps=5, rounds=1, **few)
-    table = ps.differential_expression(fit, cells, groupby="kind", group_a="B", group_b="T", most_pairs=100, seed=seed)
+    table = ps.differential_expression(
+        fit, cells, groupby="kind", group_a="B", group_b="T", estimand=FEW_PAIRS, seed=seed
+    )
     checks = ps.check_predictions(fit, cells, **few)
     found = {
         "embed": ps.embed(fit, cells, seed=seed),
@@ -718,12 +721,14 @@ def identical_groups(value, folder):
 @row("DE: unknown, empty, identical or one-cell groups", against_rest=None, against_one="w")
 def one_cell_group(group_b, folder):
     fit, cells = fitted()
-    table = ps.differential_expression(fit, cells, groupby=["u", "w"] + ["v"] * 28, group_a="u", group_b=group_b)
+    table = ps.differential_expression(
+        fit, cells, groupby=["u", "w"] + ["v"] * 28, group_a="u", group_b=group_b, estimand=PAIRS
+    )
     assert np.isfinite(table.to_numpy()).all()
     np.testing.assert_array_equal(table.mean_a, cells[[0]][0][0])
     path = write(make_adata(kind=["u", "w"] + ["v"] * 28), folder)
     groups = ("--group-a", "u", *(("--group-b", group_b) if group_b else ()))
-    succeed("de", saved(folder), path, "--groupby", "kind", "--out", folder / "de.csv", *groups)
+    succeed("de", saved(folder), path, "--groupby", "kind", "--out", folder / "de.csv", "--pairs", *groups)
     assert np.isfinite(pd.read_csv(folder / "de.csv", index_col="gene").to_numpy()).all()
 
 

@@ -11,10 +11,12 @@ from pyro_scvi.training import options
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text() and "_build" not in page.parts)
+PAGES = [ROOT / "CONTRIBUTING.md"] + sorted(
+    page for page in DOCS.rglob("*.md") if "```python" in page.read_text() and "_build" not in page.parts
+)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Every block in its order, in one namespace and a folder of its own, warnings being errors.
 

@@ -311,7 +311,7 @@ def check_differential_expression(example):
     cells, x = found
     labels = example.adata.obs["kind"].tolist()
     known = [label for label in dict.fromkeys(labels) if not pd.isna(label)] if labels else []
-    options = {"largest_se": 1.0, "most_pairs": 64}
+    options = {"estimand": ps.differential.RandomPairs(largest_se=1.0, most_pairs=64)}
     groups = {"group_a": known[0], "group_b": known[1]} if len(known) > 1 else {"group_a": known[0] if known else "x"}
     try:
         table = differential_expression(cells, groupby="kind", **groups, **options)

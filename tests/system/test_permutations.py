@@ -132,7 +132,8 @@ def test_genes_of_two_groups_within_their_error(shuffled, point):
     """Groups are given in every way that has names, and in the order of the cells without names."""
     cells = read(shuffled, point)
     kind = ADATA.obs["kind"]
-    options = {"group_a": "a", "group_b": "b", "largest_se": 0.01, "seed": 3}
+    pairs = ps.differential.RandomPairs(largest_se=0.01)
+    options = {"group_a": "a", "group_b": "b", "estimand": pairs, "seed": 3}
     expected = ps.differential_expression(point, CELLS, groupby="kind", **options)
     first = None
     for groupby in ("kind", kind, kind.iloc[::-1], shuffled.obs["kind"].to_numpy(), kind.to_frame()):
@@ -155,7 +156,9 @@ def test_annotated_data_keep_their_own_order(shuffled, point):
     for layer in ("pyro_scvi_expression", "pyro_scvi_technical_zero"):
         np.testing.assert_allclose(back.layers[layer], ours.layers[layer], **CLOSE)
         assert np.isnan(theirs[:, "new"].layers[layer]).all()
-    table = ps.differential_expression(point, CELLS, groupby="kind", largest_se=0.1)
+    table = ps.differential_expression(
+        point, CELLS, groupby="kind", estimand=ps.differential.RandomPairs(largest_se=0.1)
+    )
     mixed = table.sample(frac=1.0, random_state=1)  # rows of a table have names, too
     for adata, of in ((ours, table), (theirs, mixed)):
         ps.add_rank_genes_groups(adata, of, "kind")

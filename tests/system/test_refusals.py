@@ -27,7 +27,7 @@ from tests.support.programs import (
 )
 from tests.support.simulate import simulated_counts
 
-pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:sampler_khat is above")
+pytestmark = pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:sampler_khat is above", "ignore:depths differ")
 
 N_CELLS = 12
 QUICK = ps.Importance(steps=3, rounds=1, proposals=40)
@@ -79,7 +79,10 @@ FROM_THETA = {
     "impute": lambda fit, cells, tmp: ps.impute(fit, cells, samples=2),
     "technical_zero_probability": lambda fit, cells, tmp: ps.technical_zero_probability(fit, cells, samples=2),
     "differential_expression": lambda fit, cells, tmp: ps.differential_expression(
-        fit, cells, groupby=LABELS, group_a=0, group_b=1, most_pairs=100
+        fit, cells, groupby=LABELS, group_a=0, group_b=1
+    ),
+    "differential_expression of pairs": lambda fit, cells, tmp: ps.differential_expression(
+        fit, cells, groupby=LABELS, group_a=0, group_b=1, estimand=ps.differential.RandomPairs(most_pairs=100)
     ),
 }
 VERBS = FROM_DENSITIES | FROM_THETA

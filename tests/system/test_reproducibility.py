@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from scipy import sparse
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.differential import expected_fdr
+from pyro_scvi.analysis.differential import expected_false_share
 from pyro_scvi.guides.global_latents import GlobalNormal
 from pyro_scvi.priors.base import require_proper
 from tests.support.paths import ROOT
@@ -146,7 +146,7 @@ def annotated():
     obs = x.obs.set_index(x.obs.index.astype(str))
     adata = AnnData(x.counts.copy(), obs=obs, var=pd.DataFrame(index=x.gene_names))
     ps.annotate(adata, fit(), space=ps.spaces.Expression(3), expression=True, samples=2)
-    every = ps.differential_expression(fit(), x, groupby="kind", largest_se=0.2)
+    every = ps.differential_expression(fit(), x, groupby="kind")
     ps.add_rank_genes_groups(adata, every, "kind")
 
 
@@ -209,7 +209,7 @@ def two_groups(method):
 
 
 def table():
-    return ps.differential_expression(fit(), cells(), groupby="kind", group_a="B", group_b="T", most_pairs=50)
+    return ps.differential_expression(fit(), cells(), groupby="kind", group_a="B", group_b="T")
 
 
 baselines, plots = ps.baselines, ps.plots
@@ -218,8 +218,8 @@ baselines, plots = ps.baselines, ps.plots
 def all_pairs():
     per_gene = model(likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(GENES)))
     made = ps.fit(per_gene, cells(), epochs=1, progress=False, device="cpu")
-    pairing = ps.differential.AllPairs(samples=30)
-    return ps.differential_expression(made, cells(), groupby="kind", group_a="B", pairing=pairing)
+    pairs = ps.differential.RandomPairs(pairing=ps.differential.AllPairs(samples=30))
+    return ps.differential_expression(made, cells(), groupby="kind", group_a="B", estimand=pairs)
 
 
 def joined():
@@ -278,10 +278,16 @@ CASES = {
     "datasets.recover_counts": lambda: ps.datasets.recover_counts(np.zeros((2, 2)), np.ones(2)),
     "differential.AllPairs": all_pairs,
     "differential.DepthCorrected": ps.differential.DepthCorrected,
-    "differential.Uncorrected": lambda: ps.differential_expression(
-        fit(), cells(), groupby="kind", group_a="B", contrast=ps.differential.Uncorrected(), most_pairs=50
+    "differential.EveryOther": lambda: ps.differential_expression(
+        fit(), cells(), groupby="kind", against=ps.differential.EveryOther()
     ),
-    "differential.expected_fdr": lambda: expected_fdr(np.array([0.1, 0.9])),
+    "differential.GroupMeans": lambda: ps.differential.GroupMeans(min_detected=0.1),
+    "differential.RandomPairs": lambda: ps.differential_expression(
+        fit(), cells(), groupby="kind", group_a="B", estimand=ps.differential.RandomPairs(most_pairs=50)
+    ),
+    "differential.TheRest": ps.differential.TheRest,
+    "differential.Uncorrected": ps.differential.Uncorrected,
+    "differential.expected_false_share": lambda: expected_false_share(np.array([0.1, 0.9])),
     "imputation.expression": lambda: ps.impute(fit(), few(), quantity=ps.imputation.expression),
     "imputation.mean_given_no_dropout": lambda: ps.impute(
         fit(), few(), quantity=ps.imputation.mean_given_no_dropout, batches=["a", "b"]
@@ -356,6 +362,7 @@ CASES |= {
     "plots.loss": drawing(lambda ax: plots.loss(fit(), ax)),
     "plots.pit": drawing(lambda ax: plots.pit(np.linspace(0, 1, 50), ax)),
     "plots.program": drawing(lambda ax: plots.program(fit().model, ax, n_cells=N)),
+    "plots.ma": drawing(lambda ax: plots.ma(table(), ax=ax)),
     "plots.volcano": drawing(lambda ax: plots.volcano(table(), ax=ax)),
     "plots.predictive": drawing(
         lambda ax: plots.predictive(ps.check_predictions(fit(), few(), samples=5).genes["mean"], ax)

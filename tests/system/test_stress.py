@@ -108,7 +108,12 @@ def verbs(fit, cells):
     yield "no dropout", ps.impute(fit, cells, samples=5, quantity=ps.imputation.mean_given_no_dropout)
     yield "quantiles", ps.impute(fit, cells, samples=5, quantiles=(0.1, 0.9))
     yield "technical", ps.technical_zero_probability(fit, cells, samples=5)
-    yield "differential", ps.differential_expression(fit, cells, groupby="kind", group_a="B", most_pairs=200)
+    yield (
+        "differential",
+        ps.differential_expression(
+            fit, cells, groupby="kind", group_a="B", estimand=ps.differential.RandomPairs(most_pairs=200)
+        ),
+    )
     yield "prior predictive", ps.prior_predictive(fit.model, 4, gamma=cells[:4][1])
     yield "posterior predictive", ps.posterior_predictive(fit, cells, samples=3)
     checks = ps.check_predictions(fit, cells, samples=5)
@@ -197,7 +202,9 @@ def test_60_000_genes():
     assert np.isfinite(ps.technical_zero_probability(fit, few, samples=3)).all()
     assert np.isfinite(ps.sample_posterior(fit, few, samples=2, sites=SITES).w).all()
     assert np.isfinite(ps.evidence(fit, few, samples=30, steps=3, rounds=1).log_evidence).all()
-    table = ps.differential_expression(fit, cells, groupby="kind", group_a="B", most_pairs=64)
+    table = ps.differential_expression(
+        fit, cells, groupby="kind", group_a="B", estimand=ps.differential.RandomPairs(most_pairs=64)
+    )
     assert len(table) == 60_000
     assert np.isfinite(table.to_numpy()).all()
 

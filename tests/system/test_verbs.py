@@ -102,7 +102,9 @@ def technical_zero_probability(fit, cells):
 
 def differential_expression(fit, cells):
     labels = np.arange(N_CELLS) % 2
-    table = ps.differential_expression(fit, cells, groupby=labels, group_a=0, group_b=1, most_pairs=200)
+    table = ps.differential_expression(
+        fit, cells, groupby=labels, group_a=0, group_b=1, estimand=ps.differential.RandomPairs(most_pairs=200)
+    )
     assert np.isfinite(table.to_numpy()).all()
 
 

@@ -54,8 +54,8 @@ class AllPairs:
     --------
     >>> per_gene = ps.SCVI(20, 2, likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(20)))
     >>> made = ps.fit(per_gene, cells, epochs=1, progress=False)
-    >>> pairing = ps.differential.AllPairs(samples=100)
-    >>> len(ps.differential_expression(made, cells, groupby="kind", group_a="a", group_b="b", pairing=pairing))
+    >>> pairs = ps.differential.RandomPairs(pairing=ps.differential.AllPairs(samples=100))
+    >>> len(ps.differential_expression(made, cells, groupby="kind", group_a="a", group_b="b", estimand=pairs))
     20
     """
 

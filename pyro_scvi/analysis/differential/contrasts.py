@@ -15,8 +15,9 @@ class DepthCorrected:
 
     Examples
     --------
-    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "largest_se": 0.05}
-    >>> corrected = ps.differential_expression(fit, cells, contrast=ps.differential.DepthCorrected(), **options)
+    >>> pairs = ps.differential.RandomPairs(contrast=ps.differential.DepthCorrected(), largest_se=0.05)
+    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "estimand": pairs}
+    >>> corrected = ps.differential_expression(fit, cells, **options)
     >>> bool(corrected.p_a_lt_b.between(0, 1).all())
     True
     """
@@ -34,8 +35,9 @@ class Uncorrected:
 
     Examples
     --------
-    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "largest_se": 0.05}
-    >>> uncorrected = ps.differential_expression(fit, cells, contrast=ps.differential.Uncorrected(), **options)
+    >>> pairs = ps.differential.RandomPairs(contrast=ps.differential.Uncorrected(), largest_se=0.05)
+    >>> options = {"groupby": "kind", "group_a": "a", "group_b": "b", "estimand": pairs}
+    >>> uncorrected = ps.differential_expression(fit, cells, **options)
     >>> bool(uncorrected.p_a_lt_b.between(0, 1).all())
     True
     """

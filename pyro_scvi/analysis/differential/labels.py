@@ -12,10 +12,13 @@ from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 
 
-def labels_of(cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray | pd.Series) -> np.ndarray:
+def labels_of(
+    cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray | pd.Series, what: str = "groupby"
+) -> np.ndarray:
     """One label per cell, (cells,) of objects; NaN where a label is missing.
 
-    A Series is matched by the names of the cells, whatever its order, and may have further rows.
+    A Series is matched by the names of the cells, whatever its order, and may have further rows. ``what`` is the name
+    of the argument, for messages.
 
     Raises
     ------
@@ -35,27 +38,40 @@ def labels_of(cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray | pd.
             )
         labels = cells.obs[groupby].to_numpy(dtype=object)
     else:
-        labels = _as_objects(cells, groupby)
+        labels = _as_objects(cells, groupby, what)
     if labels.shape != (cells.n_cells,):
-        raise DataError(f"groupby must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
+        raise DataError(f"{what} must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
     if not all(isinstance(label, Hashable) for label in labels):
-        raise DataError("groupby must hold words, numbers or other labels that can be compared; some are lists")
+        raise DataError(f"{what} must hold words, numbers or other labels that can be compared; some are lists")
     if missing := words_for_missing(list(pd.unique(labels))):
         warn(
-            f"groupby holds {quoted(missing)}, as missing values are written in text: these cells count as a group of "
+            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a group of "
             "their own; replace the word by None to leave them out."
         )
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA cannot be compared: it has no truth value
 
 
-def _as_objects(cells: Cells, groupby: Sequence[Hashable] | np.ndarray | pd.Series) -> np.ndarray:
+def _as_objects(cells: Cells, groupby: Sequence[Hashable] | np.ndarray | pd.Series, what: str) -> np.ndarray:
     values = as_series(groupby)
     if isinstance(values, pd.Series):
-        rows = positions_of(cells.cell_names, values.index, "groupby")
+        rows = positions_of(cells.cell_names, values.index, what)
         return values.iloc[rows].to_numpy(dtype=object)
     if not isinstance(groupby, list | tuple):
         return np.asarray(groupby, dtype=object)
     return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix
+
+
+def batch_of(cells: Cells, needed_by: str) -> np.ndarray:
+    """The batch of each cell, (cells,) codes.
+
+    Raises
+    ------
+    DataError
+        If the cells have no batches.
+    """
+    if not cells.n_batches:
+        raise DataError(f"{needed_by} needs cells with batches; make the Cells with batch=")
+    return cells.covariates[:, : cells.n_batches].argmax(1)
 
 
 def members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> tuple[np.ndarray, np.ndarray]:

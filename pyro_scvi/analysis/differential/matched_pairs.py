@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_scvi.analysis.differential.labels import batch_of
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
@@ -55,7 +56,10 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """Two groups of cells, and how the latents of a cell are drawn and compared."""
+    """Two groups of cells, and how the latents of a cell are drawn and compared.
+
+    ``decoding`` (cells, covariates): what to decode the cells with, where it is not what they were encoded with.
+    """
 
     fit: Fit
     cells: Cells
@@ -64,6 +68,7 @@ class Groups:
     rows_b: np.ndarray
     contrast: Contrast
     sampler: Sampler
+    decoding: np.ndarray | None = None
     turns: tuple[Fit, ...] = ()  # the fit at draws of its global latents
 
     def turn(self, place: int) -> Groups:
@@ -90,6 +95,8 @@ class Groups:
         # The k-th time that a cell occurs takes the k-th of its draws, so no draw serves two pairs.
         nth = torch.arange(len(rows), device=rows.device) - (times.cumsum(0) - times)[which]
         sites = {name: value[nth, which][None] for name, value in draws.sites.items()}
+        if self.decoding is not None:
+            gamma = torch.as_tensor(self.decoding[chosen.cpu().numpy()]).to(gamma)
         theta = decoded(self.fit, x[which], gamma[which], draws._replace(sites=sites))
         log_mean, log_r = self.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
         if log_r is not None:
@@ -177,9 +184,7 @@ def any_pairs(groups: Groups) -> PairDraws:
 def pairs_within_batches(groups: Groups) -> PairDraws:
     """Pairs within a batch, batches in proportion to how many cells of both groups they hold."""
     cells, rows_a, rows_b = groups.cells, groups.rows_a, groups.rows_b
-    if not cells.n_batches:
-        raise DataError("within_batch needs cells with batches; make the Cells with batch=")
-    batch = cells.covariates[:, : cells.n_batches].argmax(1)
+    batch = batch_of(cells, "within_batch")
     both = [(rows_a[batch[rows_a] == k], rows_b[batch[rows_b] == k]) for k in range(cells.n_batches)]
     both = [(a, b) for a, b in both if len(a) and len(b)]
     if not both:

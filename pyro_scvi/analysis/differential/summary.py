@@ -1,4 +1,4 @@
-"""Columns of the table by gene: Bayes factors, fold changes, expected FDR and raw counts."""
+"""Columns of the table by gene: Bayes factors, fold changes, expected false shares and raw counts."""
 
 import numpy as np
 
@@ -10,23 +10,24 @@ RESOLUTION = 0.001  # of p_lfc at the least: a share of a thousand pairs or more
 
 
 def summary(estimate: Estimate) -> dict[str, np.ndarray]:
-    """Columns by gene, from averages over pairs: p, its log odds, fold changes, and the expected FDR."""
+    """Columns by gene, from averages over pairs: p, its log odds, fold changes, expected share of false calls."""
     # p of 0 or 1 would give infinite log odds: half a pair bounds what n pairs can tell.
     clipped = np.clip(estimate.p, 0.5 / estimate.n, 1 - 0.5 / estimate.n)
     return {
         "p_a_lt_b": estimate.p,
         "se": estimate.se,
         "log_bayes_factor": np.log(clipped) - np.log1p(-clipped),
-        "lfc_mean": estimate.lfc_mean,
+        # An estimate is of b over a, as P(w_a < w_b) is; tables give a over b, as the field does.
+        "lfc": -estimate.lfc_mean,
         "lfc_sd": estimate.lfc_sd,
-        "lfc_low": estimate.lfc_low,
-        "lfc_high": estimate.lfc_high,
+        "lfc_low": -estimate.lfc_high,
+        "lfc_high": -estimate.lfc_low,
         "p_lfc": estimate.p_lfc,
-        "fdr": expected_fdr(estimate.p_lfc),
+        "expected_false_share": expected_false_share(estimate.p_lfc),
     }
 
 
-def expected_fdr(probability: np.ndarray) -> np.ndarray:
+def expected_false_share(probability: np.ndarray) -> np.ndarray:
     """Expected share of false calls, if each gene and all genes with a larger ``probability`` are called.
 
     ``probability`` is that of the call being true; shape (genes,), as is the result.

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from pyro_scvi import baselines
-from pyro_scvi.analysis.differential import DepthCorrected, Uncorrected, differential_expression
+from pyro_scvi.analysis.differential import DepthCorrected, RandomPairs, Uncorrected, differential_expression
 from pyro_scvi.analysis.differential.matched_pairs import Groups
 from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.baselines.scvi_tools import trained
@@ -87,8 +87,8 @@ def with_noise(
     """Absolute log Bayes factor of w_a < w_b, (genes,), w the Gamma rates."""
     both = cells.take(np.concatenate(rows))
     labels = ["a"] * len(rows[0]) + ["b"] * len(rows[1])
-    options: Result = {"largest_se": 0.0, "most_pairs": pairs, "contrast": contrast, "seed": seed}
-    table = differential_expression(fit, both, groupby=labels, group_a="a", group_b="b", **options)
+    estimand = RandomPairs(largest_se=0.0, most_pairs=pairs, contrast=contrast)
+    table = differential_expression(fit, both, groupby=labels, group_a="a", group_b="b", estimand=estimand, seed=seed)
     return table["log_bayes_factor"].abs().to_numpy()
 
 

@@ -97,8 +97,8 @@ def test_the_score_of_a_model_is_that_of_differential_expression(fitted):
     both = cells.take(np.concatenate(rows))
     for contrast in (DepthCorrected(), Uncorrected()):
         table = ps.differential_expression(
-            fit, both, groupby=["a"] * 30 + ["b"] * 20, group_a="a", group_b="b", contrast=contrast,
-            largest_se=0.0, most_pairs=300, seed=5,
+            fit, both, groupby=["a"] * 30 + ["b"] * 20, group_a="a", group_b="b", seed=5,
+            estimand=ps.differential.RandomPairs(contrast=contrast, largest_se=0.0, most_pairs=300),
         )  # fmt: skip
         found = figure2.with_noise(fit, cells, rows, contrast, pairs=300, seed=5)
         np.testing.assert_array_equal(found, table["log_bayes_factor"].abs())
