@@ -19,20 +19,35 @@ _BLOCK = 2**22  # entries moved at a time
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of this name; "auto" is CUDA, else MPS, else the CPU."""
-    if device != "auto":
-        try:
-            return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA raises an AssertionError
-            reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")  # without MPS, torch lists its back ends
-            raise ModelError(f"the device {device!r} cannot be used: {reason}; 'auto' takes one that can") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=accelerator if device == "auto" else device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA raises an AssertionError
+        reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")  # without MPS, torch lists its back ends
+        other = "device='cpu' can" if device == "auto" else "'auto' takes one that can"
+        raise ModelError(f"the device {device!r} cannot be used: {reason}; {other}") from error
+
+
+def require_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse float64 on MPS, which has none.
+
+    Raises
+    ------
+    ModelError
+        If it is asked for; says what to do.
+    """
+    if device.type == "mps" and dtype == torch.float64:
+        raise ModelError("MPS has no float64: take device='cpu', or fit with dtype=torch.float32")
 
 
 def resident_bytes(device: torch.device) -> int:
     """Largest dense copy of the counts, in bytes; on a GPU half of the free memory."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES
+
+
+def even_sizes(n_cells: int, n_batches: int) -> list[int]:
+    """Sizes of ``n_batches`` batches, as equal as possible: the first may have one cell more."""
+    return [n_cells // n_batches + (batch < n_cells % n_batches) for batch in range(n_batches)]
 
 
 class Minibatches:
@@ -76,11 +91,11 @@ class Minibatches:
 
     def shuffled(self, batch_size: int) -> Iterator[Tensor]:
         """Row indices of one epoch: every cell once, in batches of as equal size as possible."""
-        yield from self.shuffled_into(math.ceil(self.n_cells / batch_size))
+        yield from self.shuffled_into(even_sizes(self.n_cells, math.ceil(self.n_cells / batch_size)))
 
-    def shuffled_into(self, n_batches: int) -> Iterator[Tensor]:
-        """Row indices of one epoch: every cell once, in ``n_batches`` batches; the first may have one cell more."""
-        yield from torch.randperm(self.n_cells).to(self.device).tensor_split(n_batches)
+    def shuffled_into(self, sizes: list[int]) -> Iterator[Tensor]:
+        """Row indices of one epoch: every cell once, in batches of these sizes."""
+        yield from torch.randperm(self.n_cells).to(self.device).split(sizes)
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Counts and covariates of all cells, in the order of the file."""

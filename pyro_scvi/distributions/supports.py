@@ -10,6 +10,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import ExpTransform
 
 from pyro_scvi.errors import ModelError
+from pyro_scvi.utils.precision import in_float64
 
 WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 """Laws that reshape or mask another, and leave its support alone."""
@@ -159,8 +160,14 @@ def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _same_values(one: Any, other: Any, u: torch.Tensor) -> bool:
-    values = [biject_to(support)(u.double().to(_place(support))).cpu() for support in (one, other)]
-    return torch.allclose(*values)
+    first, second = (in_float64(biject_to(support)(_placed(u, support))).cpu() for support in (one, other))
+    return torch.allclose(first, second)
+
+
+def _placed(u: torch.Tensor, support: Any) -> torch.Tensor:
+    """Points where the bounds of a support are, in float64 unless it is MPS, which has none."""
+    place = _place(support)
+    return u.to(place) if place.type == "mps" else u.double().to(place)
 
 
 def _place(support: Any) -> torch.device:

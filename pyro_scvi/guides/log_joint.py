@@ -83,7 +83,8 @@ def entry_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
 def by_cell(trace: pyro.poutine.Trace, *names: str) -> Tensor:
     """Sum over genes of the log densities of the named sites of a scored trace, (..., cells)."""
     terms = {name: trace.nodes[name]["log_prob"] for name in names}
-    sums = [term.sum(-1) if name == "x" else term.squeeze(-1) for name, term in terms.items()]
+    place = trace.nodes["x"]["log_prob"].device  # some of Pyro's laws give a log density on the CPU wherever they are
+    sums = [(term.sum(-1) if name == "x" else term.squeeze(-1)).to(place) for name, term in terms.items()]
     return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
 
 

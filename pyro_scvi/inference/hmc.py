@@ -1,5 +1,6 @@
 """Hamiltonian Monte Carlo for many cells and chains in one tensor, and convergence diagnostics."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from pyro_scvi.inference.importance import Mixture, Proposal, weighted_draws
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import per_cell
+from pyro_scvi.utils.precision import in_float64
 
 MAX_ENERGY_ERROR = 1000.0  # nats; a larger error is counted as a divergence, as in Stan
 
@@ -73,7 +75,7 @@ def _starts(log_joint: LogJoint, proposal: Proposal | Mixture, chains: int) -> T
         uniform = torch.rand(chains, weights.shape[1], dtype=weights.dtype, device=weights.device)
     upto = weights.cumsum(0)
     chosen = (uniform[:, None] * upto[-1] > upto).sum(1).clamp(max=len(draws) - 1)
-    return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]))
+    return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]).to(draws.device))
 
 
 class State(NamedTuple):
@@ -184,7 +186,7 @@ def bulk_ess(draws: Tensor) -> Tensor:
 
     Geyer's initial monotone sequence of autocorrelations (Vehtari et al. 2021, Sec. 3).
     """
-    z = _rank_normalised(_split(draws)).double()
+    z = _rank_normalised(_split(draws))
     n, m = z.shape[:2]
     centred = z - z.mean(0)
     spectrum = torch.fft.rfft(centred, n=2 * n, dim=0)
@@ -196,7 +198,7 @@ def bulk_ess(draws: Tensor) -> Tensor:
     pairs = rho[: n - n % 2].unflatten(0, (n // 2, 2)).sum(1)
     positive = (pairs > 0).cumprod(0)  # 1 up to the first negative pair
     monotone = pairs.cummin(0).values * positive
-    tau = (2 * monotone.sum(0) - 1).clamp(min=1 / torch.log10(torch.tensor(float(n * m))))
+    tau = (2 * monotone.sum(0) - 1).clamp(min=1 / math.log10(n * m))
     return n * m / tau
 
 
@@ -211,11 +213,12 @@ def _median(flat: Tensor) -> Tensor:
 
 
 def _rank_normalised(draws: Tensor) -> Tensor:
+    """Normal scores of the ranks, float64."""
     columns = draws.reshape(draws.shape[0] * draws.shape[1], -1).T.contiguous()  # (..., draws of all chains)
     ordered = columns.sort(-1).values
     # A rejected proposal repeats a draw: equal draws share their mean rank.
     below, upto = torch.searchsorted(ordered, columns), torch.searchsorted(ordered, columns, right=True)
-    ranks = (below + upto + 1).double() / 2
+    ranks = in_float64(below + upto + 1) / 2
     return torch.special.ndtri((ranks - 0.375) / (columns.shape[-1] + 0.25)).T.reshape(draws.shape)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_scvi.inference.pareto_khat import pareto_khat
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import per_cell
+from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.random_state import seeded
 
 Run = Callable[[Tensor, "SamplingBudget"], "Importance"]  # weighted draws of the cells in given rows
@@ -31,9 +32,10 @@ class Proposal(NamedTuple):
 
     def sample(self, samples: int) -> Tensor:
         """Draws of shape (samples, cells, latents)."""
+        half = torch.full_like(self.loc[:, :1], 0.5)
         with per_cell():
             normal = torch.randn(samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-            chi2 = torch.distributions.Chi2(torch.full_like(self.loc[:, :1], DEGREES_OF_FREEDOM)).sample((samples,))
+            chi2 = torch.distributions.Gamma(DEGREES_OF_FREEDOM * half, half).sample((samples,))
         step = torch.einsum("cij,scj->sci", self.scale_tril, normal) * (DEGREES_OF_FREEDOM / chi2).sqrt()
         return self.loc + step
 
@@ -65,9 +67,9 @@ class Mixture(NamedTuple):
 
     def pooled(self) -> Proposal:
         """One Student-t at the largest component, with the mean covariance within components."""
-        covariance = self.parts.scale_tril.double() @ self.parts.scale_tril.double().mT
-        within = (self.log_shares.double().softmax(0)[..., None, None] * covariance).sum(0)
-        return Proposal(self.loc, torch.linalg.cholesky(within).to(self.loc.dtype))
+        tril = in_float64(self.parts.scale_tril)
+        within = (in_float64(self.log_shares).softmax(0)[..., None, None] * (tril @ tril.mT)).sum(0)
+        return Proposal(self.loc, put_back(torch.linalg.cholesky(within), self.loc))
 
     def sample(self, samples: int) -> Tensor:
         """Draws of shape (samples, cells, latents)."""
@@ -118,13 +120,13 @@ class Importance(NamedTuple):
 
     def of(self, cells: Tensor) -> "Importance":
         """The result for some of the cells."""
-        # The dimension of cells is the second where draws come first.
-        return Importance(*(of_all.index_select(int(of_all.dim() > 1), cells) for of_all in self))
+        # The dimension of cells is the second where draws come first. Draws may be on another device than weights.
+        return Importance(*(of_all.index_select(int(of_all.dim() > 1), cells.to(of_all.device)) for of_all in self))
 
     def replace(self, cells: Tensor, others: "Importance") -> None:
         """Put the result of ``others`` in the place of these cells'."""
         for kept, new in zip(self, others, strict=True):
-            kept.index_copy_(int(kept.dim() > 1), cells, new)
+            kept.index_copy_(int(kept.dim() > 1), cells.to(kept.device), new)
 
 
 def adaptive_importance(
@@ -216,11 +218,11 @@ def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tenso
     difference = gradient[:latents] - gradient[latents:]  # (step along k, cells, latents)
     # In units of the scale, where the matrix is well conditioned: S H S with S = diag(scale).
     curvature = -difference.permute(1, 0, 2) / (2 * step[:, :, None]) * scale[:, :, None] * scale[:, None, :]
-    curvature = (curvature + curvature.mT).double().nan_to_num(0.0, 0.0, 0.0) / 2
+    curvature = in_float64(curvature + curvature.mT).nan_to_num(0.0, 0.0, 0.0) / 2
     values, vectors = torch.linalg.eigh(curvature)
     # The floor bounds the variance along directions without curvature, at 10 times the scale squared.
     covariance = (vectors / values.clamp(min=0.1)[:, None, :]) @ vectors.mT
-    return scale[:, :, None] * torch.linalg.cholesky(covariance).to(loc.dtype)
+    return scale[:, :, None] * put_back(torch.linalg.cholesky(covariance), loc)
 
 
 @torch.no_grad()
@@ -230,7 +232,7 @@ def weighted_draws(
     """Draws (samples, cells, latents) from the proposal and their float64 log weights (samples, cells)."""
     draws = proposal.sample(samples)
     log_density = torch.cat([log_joint(part) for part in draws.split(block)])
-    log_weights = (log_density - proposal.log_prob(draws)).double()
+    log_weights = in_float64(log_density - proposal.log_prob(draws))
     return draws, log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)  # an overflow gets no weight
 
 
@@ -239,16 +241,17 @@ def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
     weights = log_weights.softmax(0).nan_to_num(1 / len(log_weights))  # (samples, cells); NaN if none has weight
     ess = 1 / weights.square().sum(0)
     kept = (draws.shape[-1] / (draws.shape[-1] + ess))[:, None]  # share of the old proposal
-    u, old = draws.double(), proposal.loc.double()
+    u, old = in_float64(draws), in_float64(proposal.loc)
     mean = torch.einsum("sc,sci->ci", weights, u)
     centred = u - mean
     covariance = torch.einsum("sc,sci,scj->cij", weights, centred, centred)
-    tril = proposal.scale_tril.double()
+    tril = in_float64(proposal.scale_tril)
     covariance = (1 - kept[..., None]) * covariance + kept[..., None] * (tril @ tril.mT)
     loc = (1 - kept) * mean + kept * old
     jitter = 1e-8 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-    return Proposal(loc.to(proposal.loc.dtype), torch.linalg.cholesky(covariance + jitter * eye).to(proposal.loc.dtype))
+    new_tril = torch.linalg.cholesky(covariance + jitter * eye)
+    return Proposal(put_back(loc, proposal.loc), put_back(new_tril, proposal.loc))
 
 
 def adapted_mixture(mixture: Mixture, draws: Tensor, log_weights: Tensor) -> Mixture:
@@ -256,13 +259,13 @@ def adapted_mixture(mixture: Mixture, draws: Tensor, log_weights: Tensor) -> Mix
 
     Each draw counts for a component by the component's share in the density there, so that components stay apart.
     """
-    by_part = mixture.log_prob_by_part(draws).double()
+    by_part = in_float64(mixture.log_prob_by_part(draws))
     weights_of_parts = log_weights + by_part - by_part.logsumexp(0)
-    held = torch.isfinite(mixture.log_shares)
+    held = torch.isfinite(in_float64(mixture.log_shares))
     shares = weights_of_parts.logsumexp(1).nan_to_num(-math.inf).softmax(0).nan_to_num(0.0)
     # A floor: a mode that no draw has reached in this round may be reached in the next.
     shares = torch.where(held, (1 - LEAST_SHARE) * shares + LEAST_SHARE / held.sum(0), 0.0)
-    log_shares = shares.log().to(mixture.log_shares.dtype)
+    log_shares = put_back(shares.log(), mixture.log_shares)
     parts = [
         adapted(Proposal(*part), draws, weights)
         for *part, weights in zip(*mixture.parts, weights_of_parts, strict=True)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_scvi.utils.precision import in_float64, put_back
+
 FEWEST_IN_TAIL = 5
 
 
@@ -20,7 +22,7 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
     if tail < FEWEST_IN_TAIL:
         return torch.full_like(log_weights[0], math.inf)
     ordered = (log_weights - log_weights.amax(0)).sort(0).values
-    return _generalised_pareto(ordered, tail).shape.to(log_weights.dtype)
+    return put_back(_generalised_pareto(ordered, tail).shape, log_weights)
 
 
 def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,12 +35,12 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         return log_weights.log_softmax(0), torch.full_like(log_weights[0], math.inf)
     ordered, order = (log_weights - log_weights.amax(0)).sort(0)
     tail_fit = _generalised_pareto(ordered, tail)
-    level = ((torch.arange(tail, dtype=tail_fit.shape.dtype, device=ordered.device) + 0.5) / tail)[:, None]
+    level = ((torch.arange(tail, dtype=tail_fit.shape.dtype, device=tail_fit.shape.device) + 0.5) / tail)[:, None]
     excess = tail_fit.scale / tail_fit.shape * torch.expm1(-tail_fit.shape * torch.log1p(-level))
-    smooth = (tail_fit.cutoff + excess).log().clamp(max=0.0).to(ordered.dtype)  # never above the largest seen
+    smooth = put_back((tail_fit.cutoff + excess).log().clamp(max=0.0), ordered)  # never above the largest seen
     usable = torch.isfinite(smooth).all(0)
     ordered[-tail:] = torch.where(usable, smooth, ordered[-tail:])
-    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), tail_fit.shape.to(log_weights.dtype)
+    return torch.empty_like(ordered).scatter_(0, order, ordered).log_softmax(0), put_back(tail_fit.shape, log_weights)
 
 
 class _GeneralisedPareto(NamedTuple):
@@ -55,8 +57,9 @@ def _tail_length(samples: int) -> int:
 
 def _generalised_pareto(ordered: Tensor, tail: int) -> _GeneralisedPareto:
     """Fit the ``tail`` largest of ascending log weights (samples, columns), the largest of which is 0."""
-    cutoff = ordered[-tail - 1].double().exp()
-    excess = (ordered[-tail:].double().exp() - cutoff).T.clamp(min=torch.finfo(torch.float64).tiny)  # (columns, tail)
+    cutoff = in_float64(ordered[-tail - 1]).exp()
+    excess = (in_float64(ordered[-tail:]).exp() - cutoff).T  # (columns, tail)
+    excess = excess.clamp(min=torch.finfo(excess.dtype).tiny)
     # Zhang and Stephens 2009: the mean of b under its profile likelihood, on a grid.
     grid = 30 + math.isqrt(tail)
     position = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device)

@@ -16,6 +16,7 @@ from pyro_scvi.inference.proposals import Posteriors, in_order, weighted
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.cell_streams import narrowed, per_cell
 from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.precision import in_float64
 
 POOL = 200  # weighted draws of a cell, at least, from which Refined takes its draws
 
@@ -85,7 +86,7 @@ class Amortized:
         if not guide.stochastic:
             ones = torch.ones_like(log_q[0])
             return Draws(sites, lambda: {"khat": ones * torch.inf, "ess": ones})
-        return Draws(sites, lambda: _weight_diagnostics(weigh(guide, x, gamma, sites, log_q)[0].double()))
+        return Draws(sites, lambda: _weight_diagnostics(in_float64(weigh(guide, x, gamma, sites, log_q)[0])))
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def resampled(draws: Tensor, log_weights: Tensor, samples: int) -> Tensor:
         first = torch.rand(len(upto), 1, dtype=upto.dtype, device=upto.device)
     places = (first + torch.arange(samples, device=upto.device)) / samples * upto[:, -1:]
     chosen = torch.searchsorted(upto, places).clamp(max=len(draws) - 1).T
-    return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]))
+    return draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]).to(draws.device))
 
 
 def _chain_diagnostics(chains: Chains) -> dict[str, Tensor]:

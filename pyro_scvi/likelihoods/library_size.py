@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.precision import in_float64, put_back
 
 __all__ = ["LatentLibrary", "NoLibrary", "ObservedLibrary", "SizeFactor"]
 
@@ -192,11 +193,11 @@ class ObservedLibrary(LogNormalLibrary):
         upper, lower = ((at.log() - law.loc) / law.scale for at in (total + 0.5, (total - 0.5).clamp(min=0)))
         # From the side on which both are small, or their difference would be lost.
         low, high = (torch.where(upper + lower > 0, *pair) for pair in ((-upper, lower), (-lower, upper)))
-        inner, outer = (torch.special.log_ndtr(at.double()) for at in (high, low))
+        inner, outer = (torch.special.log_ndtr(in_float64(at)) for at in (high, low))
         inside: Tensor = inner + torch.log1p(-(outer - inner).exp())
         # Bins of large totals are so narrow that the density in the middle is exact enough, and the difference is not.
-        dense = law.log_prob(total.clamp(min=1)).double()
-        return torch.where(total > 1000, dense, inside).to(x.dtype).squeeze(-1)
+        dense = in_float64(law.log_prob(total.clamp(min=1)))
+        return put_back(torch.where(in_float64(total) > 1000, dense, inside), x).squeeze(-1)
 
 
 class SizeFactor(Library):

@@ -24,12 +24,15 @@ class Prior(Component):
     learned = False
     columns: slice | None = None
     zeros: Tensor
+    ones: Tensor
 
     def __init__(self, n_latent: int) -> None:
         super().__init__()
         require_at_least(1, n_latent=n_latent)
         self.n_latent = n_latent
-        self.register_buffer("zeros", torch.zeros(n_latent), persistent=False)  # carries device and dtype
+        # They carry device and dtype. A plain number in a distribution is copied to the device in every step.
+        self.register_buffer("zeros", torch.zeros(n_latent), persistent=False)
+        self.register_buffer("ones", torch.ones(n_latent), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Distribution:
         """The distribution of z, event shape (latents,)."""

@@ -60,8 +60,9 @@ class Conditional(ConditionalPrior):
     def forward(self, gamma: Tensor) -> Distribution:
         """Normals with the mean of each cell's category; gamma (cells, 1, covariates)."""
         category = gamma[..., self.columns]
-        scale = (category @ self.log_scale).exp() if self.scale is None else self.scale
-        return dist.Normal(category @ self.loc, scale).to_event(1)
+        loc = category @ self.loc
+        scale = (category @ self.log_scale).exp() if self.scale is None else torch.full_like(loc, self.scale)
+        return dist.Normal(loc, scale).to_event(1)
 
 
 class ByLabel(ConditionalPrior):

@@ -2,9 +2,18 @@
 
 import pyro.distributions as dist
 from pyro.distributions import constraints
+from torch import Tensor
 
 from pyro_scvi.priors.base import Prior
 from pyro_scvi.types import Distribution
+
+
+class ImproperUniform(dist.ImproperUniform):
+    """Pyro's law of this name, with its log density on the device of the value: Pyro's lies on the CPU."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zeros, one for each event."""
+        return value.new_zeros(super().log_prob(value).shape)
 
 
 class Flat(Prior):
@@ -33,4 +42,4 @@ class Flat(Prior):
 
     def forward(self) -> Distribution:
         """A density of 1 everywhere, which cannot be sampled."""
-        return dist.ImproperUniform(constraints.real_vector, (), self.zeros.shape)
+        return ImproperUniform(constraints.real_vector, (), self.zeros.shape)

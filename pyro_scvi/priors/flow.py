@@ -77,4 +77,4 @@ class Flow(Prior):
         for layer in self.layers:
             # Inverted, so that the density of a given z takes one pass and sampling one per latent.
             steps += [layer.inv, transforms.Permute(order)]
-        return dist.TransformedDistribution(dist.Normal(self.zeros, 1.0).to_event(1), steps)
+        return dist.TransformedDistribution(dist.Normal(self.zeros, self.ones).to_event(1), steps)

@@ -37,7 +37,7 @@ class StudentT(Prior):
 
     def forward(self) -> Distribution:
         """StudentT(df, 0, 1) on every latent."""
-        return dist.StudentT(self.zeros + self.df, self.zeros, 1.0).to_event(1)
+        return dist.StudentT(self.zeros + self.df, self.zeros, self.ones).to_event(1)
 
 
 class Laplace(Prior):
@@ -63,4 +63,4 @@ class Laplace(Prior):
 
     def forward(self) -> Distribution:
         """Laplace(0, 1) on every latent."""
-        return dist.Laplace(self.zeros, 1.0).to_event(1)
+        return dist.Laplace(self.zeros, self.ones).to_event(1)

@@ -33,7 +33,7 @@ class StandardNormal(Prior):
 
     def forward(self) -> Distribution:
         """Normal(0, 1) on every latent."""
-        return dist.Normal(self.zeros, 1.0).to_event(1)
+        return dist.Normal(self.zeros, self.ones).to_event(1)
 
 
 class ARDNormal(Prior):

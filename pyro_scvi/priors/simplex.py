@@ -43,7 +43,7 @@ class LogisticNormal(Prior):
 
     def forward(self) -> Distribution:
         """LogisticNormal(0, scale) with n_latent proportions."""
-        base = dist.Normal(self.zeros[1:], self.scale).to_event(1)
+        base = dist.Normal(self.zeros[1:], self.scale * self.ones[1:]).to_event(1)
         return dist.TransformedDistribution(base, [transforms.StickBreakingTransform()])
 
 

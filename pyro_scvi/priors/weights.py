@@ -14,6 +14,7 @@ from torch.distributions.transforms import Transform
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.nn.component import Component
+from pyro_scvi.types import Distribution
 from pyro_scvi.utils.checks import brief, require_kind, require_positive
 
 __all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights", "RandomWalkWeights"]
@@ -54,7 +55,7 @@ class NormalWeights(Component):
 
     def forward(self, name: str, like: Tensor) -> Tensor:
         """Sample site ``name`` with the shape, device and dtype of ``like``."""
-        return pyro.sample(name, dist.Normal(torch.zeros_like(like), self.scale).to_event(like.dim()))
+        return pyro.sample(name, _centred(like, torch.full_like(like, self.scale)))
 
 
 class ARDWeights(Component):
@@ -90,7 +91,7 @@ class ARDWeights(Component):
         """Sample sites ``name.scale`` and ``name``."""
         ones = torch.ones_like(like[0] if like.dim() > 1 else like)
         s = pyro.sample(f"{name}.scale", dist.HalfCauchy(self.scale * ones).to_event(ones.dim()))
-        return pyro.sample(name, dist.Normal(torch.zeros_like(like), s.expand(like.shape)).to_event(like.dim()))
+        return pyro.sample(name, _centred(like, s.expand(like.shape)))
 
 
 class HorseshoeWeights(Component):
@@ -127,7 +128,7 @@ class HorseshoeWeights(Component):
         """Sample sites ``name.global``, ``name.local`` and ``name.raw``."""
         t = pyro.sample(f"{name}.global", dist.HalfCauchy(self.scale * like.new_ones(())))
         local = pyro.sample(f"{name}.local", dist.HalfCauchy(torch.ones_like(like)).to_event(like.dim()))
-        raw = pyro.sample(f"{name}.raw", dist.Normal(torch.zeros_like(like), 1.0).to_event(like.dim()))
+        raw = pyro.sample(f"{name}.raw", _centred(like, torch.ones_like(like)))
         return t * local * raw
 
 
@@ -164,7 +165,7 @@ class HierarchicalWeights(Component):
 
     def forward(self, name: str, like: Tensor) -> Tensor:
         """Sample sites ``name.mean``, ``name.sd`` and ``name``."""
-        m = pyro.sample(f"{name}.mean", dist.Normal(like.new_zeros(()), self.scale))
+        m = pyro.sample(f"{name}.mean", dist.Normal(like.new_zeros(()), like.new_full((), self.scale)))
         s = pyro.sample(f"{name}.sd", dist.HalfNormal(self.scale * like.new_ones(())))
         return pyro.sample(name, dist.Normal(m.expand(like.shape), s).to_event(like.dim()))
 
@@ -307,6 +308,11 @@ class RandomWeights(nn.Module):
         """Initial value of the parameter that a site is, or that the horseshoe's ``raw`` makes up; None for others."""
         name = site.removesuffix(".raw")  # of the horseshoe, whose scales start at 1
         return getattr(self, _slot(name)).clone() if name in self.prior_of else None
+
+
+def _centred(like: Tensor, scale: Tensor) -> Distribution:
+    """Independent normals with mean 0, one event of the shape of ``like``."""
+    return dist.Normal(torch.zeros_like(like), scale).to_event(like.dim())
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyro_scvi.data.minibatches import even_sizes
 from pyro_scvi.errors import FitError, ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import Bound
@@ -72,8 +73,11 @@ class Processes(ABC):
         """The rows of this process: every ``size``-th, so that files sorted by cell type are shared evenly."""
         return rows[self.rank :: self.size]
 
-    def batch_sizes(self, n_cells: int, batch_size: int) -> list[int]:
+    def batch_sizes(self, n_cells: int, batch_size: int, *, equal: bool = False) -> list[int]:
         """Number of cells in every step of one epoch, over all processes; each has at least one cell in each step.
+
+        Steps differ by one cell of each process at most. If ``equal``, all but the last have one size, which suits a
+        GPU, and the last takes the rest: from half of that size to one and a half.
 
         Raises
         ------
@@ -85,9 +89,20 @@ class Processes(ABC):
                 f"batch_size counts the cells of all {self.size} ranks together, and each needs one: got "
                 f"{batch_size} of {n_cells} cells"
             )
-        n_batches = min(-(-n_cells // batch_size), n_cells // self.size)
-        shards = [len(range(rank, n_cells, self.size)) for rank in range(self.size)]
-        return [sum(n // n_batches + (step < n % n_batches) for n in shards) for step in range(n_batches)]
+        shares = [self._sizes_of(rank, n_cells, batch_size, equal) for rank in range(self.size)]
+        return [sum(step) for step in zip(*shares, strict=True)]
+
+    def own_batch_sizes(self, n_cells: int, batch_size: int, *, equal: bool = False) -> list[int]:
+        """The share of this process in :meth:`batch_sizes`."""
+        return self._sizes_of(self.rank, n_cells, batch_size, equal)
+
+    def _sizes_of(self, rank: int, n_cells: int, batch_size: int, equal: bool) -> list[int]:
+        n = len(range(rank, n_cells, self.size))
+        if not equal:
+            return even_sizes(n, min(-(-n_cells // batch_size), n_cells // self.size))
+        size = min(batch_size, n_cells) // self.size
+        n_batches = (n_cells // self.size + size // 2) // size  # of the smallest share, so that all have as many
+        return [size] * (n_batches - 1) + [n - size * (n_batches - 1)]
 
     @abstractmethod
     def among_all(self, rows: Tensor) -> Tensor:
@@ -125,6 +140,16 @@ class Processes(ABC):
         ------
         FitError
             If something differs; raised in all processes, and names it.
+        """
+
+    @abstractmethod
+    def require_own_gpus(self, device: torch.device) -> None:
+        """Refuse two processes on one GPU, between which NCCL cannot send.
+
+        Raises
+        ------
+        FitError
+            If there are any; raised in all processes, and names them.
         """
 
     @abstractmethod
@@ -185,6 +210,9 @@ class SingleProcess(Processes):
 
     def require_alike(self, facts: Callable[[], dict[str, Any]]) -> None:
         """Nothing to compare: there is no other process, so ``facts`` is not called."""
+
+    def require_own_gpus(self, device: torch.device) -> None:
+        """Nothing to refuse: there is no other process."""
 
     def average_statistics(self, *parts: nn.Module) -> None:
         """Nothing to average: they are the mean already."""
@@ -314,6 +342,18 @@ class ProcessGroup(Processes):
                 f"all ranks must call fit with the same model, cells and options: {'; '.join(differing[:3])}{more}"
             )
 
+    def require_own_gpus(self, device: torch.device) -> None:
+        """Compare what all_gather_object brings of the GPUs' identities; a device without NCCL may be shared."""
+        by_nccl = device.type == "cuda" and "cuda:nccl" in distributed.get_backend_config()
+        gpus = self._of_all(str(torch.cuda.get_device_properties(device).uuid) if by_nccl else None)
+        shared = [rank for rank, gpu in enumerate(gpus) if gpu is not None and gpus.count(gpu) > 1]
+        if shared:
+            raise FitError(
+                f"ranks {', '.join(map(str, shared))} of {self.size} do not have a GPU each, as NCCL needs: start as "
+                "many as there are GPUs, as by torchrun --nproc-per-node gpu, or let all of them train on CPUs by "
+                "device='cpu' or CUDA_VISIBLE_DEVICES= before the command"
+            )
+
     def _of_all(self, value: T) -> list[T]:
         gathered: list[Any] = [None] * self.size
         with self._connection_errors_explained():
@@ -353,8 +393,8 @@ def _around_difference(*texts: str) -> list[str]:
 def joined(*, timeout: float | None = None) -> Iterator[Processes]:
     """Join the ranks that torchrun started; without torchrun, one process alone.
 
-    On a machine with CUDA each rank takes the GPU of its local rank. Pass the result to ``fit``, and write files only
-    if this process is the ``first``::
+    On a machine with CUDA each rank takes the GPU of its local rank, if there is one. Pass the result to ``fit``, and
+    write files only if this process is the ``first``::
 
         with ps.distributed.joined() as ranks:
             fit = ps.fit(model, cells, ranks=ranks, batch_size=1024)
@@ -378,7 +418,7 @@ def joined(*, timeout: float | None = None) -> Iterator[Processes]:
     Raises
     ------
     FitError
-        If the ranks cannot join, such as where another run listens on the port, or a rank has no GPU of its own.
+        If the ranks cannot join, such as where another run listens on the port.
 
     Warns
     -----
@@ -417,8 +457,10 @@ def _join(timeout: float | None) -> None:
     if timeout is not None and not timeout > 0:
         raise FitError(f"timeout must be seconds above 0, got {timeout!r}")
     cuda, waiting = torch.cuda.is_available(), None if timeout is None else timedelta(seconds=timeout)
-    if cuda:
-        torch.cuda.set_device(_own_gpu())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # Only fit knows where the ranks train: it refuses those that share a GPU, in all of them, so that none waits.
+    if cuda and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waiting)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -426,17 +468,6 @@ def _join(timeout: float | None) -> None:
             f"the ranks could not join ({_reason(error)}). Is the port used by another run? On one machine, start them "
             "by torchrun --standalone, which takes a free one; on several, choose another --master-port"
         ) from error
-
-
-def _own_gpu() -> int:
-    """Number of the GPU of this rank: two ranks on one would wait for each other for ever."""
-    number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= available:
-        raise FitError(
-            f"local rank {number} has no GPU of its own: this machine shows {available}. Start at most so many ranks "
-            "by --nproc-per-node, or let all of them train on CPUs by CUDA_VISIBLE_DEVICES= before the command"
-        )
-    return number
 
 
 def _reason(error: Exception) -> str:

@@ -203,6 +203,7 @@ def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOption
     """Check the options, put cells, model and guide on the device, and train."""
     options = options.checked(model, cells)
     options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
+    options.ranks.require_own_gpus(options.device)
     train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
     options = options.for_cells(len(train_rows))
     check_elbo(guide, options.elbo, options.kl_weight, options.epochs)
@@ -231,10 +232,10 @@ def _on_device(
 ) -> TrainingData:
     """The share of this process in the training cells and in the cells to watch."""
     place, dtype, ranks = options.device, options.dtype, options.ranks
-    sizes = ranks.batch_sizes(len(train_rows), options.batch_size)
+    made_of: Any = {"n_cells": len(train_rows), "batch_size": options.batch_size, "equal": place.type != "cpu"}
     train = Minibatches(cells, place, dtype, ranks.shard(train_rows))
     watched = None if held_out is None else Minibatches(held_out[0], place, dtype, ranks.shard(held_out[1]))
-    return TrainingData(train, watched, len(train_rows), sizes)
+    return TrainingData(train, watched, len(train_rows), ranks.batch_sizes(**made_of), ranks.own_batch_sizes(**made_of))
 
 
 def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyro_scvi.data.minibatches import resolve_device
+from pyro_scvi.data.minibatches import require_precision, resolve_device
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides.base import Guide
@@ -75,9 +75,10 @@ class Fit:
         Raises
         ------
         ModelError
-            If the device cannot be used.
+            If the device cannot be used, or is MPS and the parameters are float64, which it does not have.
         """
         place = resolve_device(device)
+        require_precision(place, self.dtype)
         self.model.to(place)
         self.guide.to(place)
         return self

@@ -31,6 +31,7 @@ from pyro_scvi.training.state import Snapshot, TrainingState
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.execution import executing
 from pyro_scvi.utils.progress_bars import progress_bar
+from pyro_scvi.utils.random_state import seed_generators
 
 WATCHED_IN_TRAINING = 256  # training cells whose bound is evaluated if no cells are held out
 KEPT_DRAWS = 2**14  # for the loss of the epoch that is kept, over all cells
@@ -43,13 +44,18 @@ class TrainingData(NamedTuple):
     """The share of this process in the training cells and in the cells to watch.
 
     ``n_cells`` is the number of training cells over all processes, ``sizes`` the number of these in each step of an
-    epoch.
+    epoch, ``own_sizes`` those of this process.
     """
 
     train: Minibatches
     held_out: Minibatches | None
     n_cells: int
     sizes: list[int]
+    own_sizes: list[int]
+
+    def is_rest(self, step: int) -> bool:
+        """Whether a step on a GPU is of another size than the others: too rare to be compiled."""
+        return self.train.device.type != "cpu" and self.sizes[step] != self.sizes[0]
 
 
 class Gradients(NamedTuple):
@@ -240,9 +246,9 @@ class Trainer:
         self.model.train()
         self.guide.train()
         if not ranks.first:  # the first goes on with its generator, which a checkpoint restores
-            torch.manual_seed(ranks.noise_seed(self.options.seed, epoch))
+            seed_generators(ranks.noise_seed(self.options.seed, epoch))
         total = 0.0
-        for step, rows in enumerate(self.data.train.shuffled_into(len(self.data.sizes))):
+        for step, rows in enumerate(self.data.train.shuffled_into(self.data.own_sizes)):
             loss = self._gradient(rows, step, tempered, checked=epoch == 0 and step == 0)
             value, ends = ranks.sum(
                 loss / self.data.n_cells * len(rows) + tempered.missing(), bool(self.interrupts.received)
@@ -264,7 +270,8 @@ class Trainer:
         if checked:
             check_sites(self.model, self.guide, x, gamma, **given)
         tempers = tempered.weight != 1
-        take = self.gradients.of_programs if checked or tempers else self.gradients.recorded
+        by_programs = checked or tempers or self.data.is_rest(step)
+        take = self.gradients.of_programs if by_programs else self.gradients.recorded
         with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext():
             loss = take(x, gamma, len_all=self.data.sizes[step], **given)
         if checked:

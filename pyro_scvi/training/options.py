@@ -12,7 +12,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.minibatches import resolve_device
+from pyro_scvi.data.minibatches import require_precision, resolve_device
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
@@ -75,6 +75,7 @@ class TrainingOptions:
         _check_validation(self.validation)
         _check_cells(model, cells, self.validation)
         _check_precision(self.dtype, self.autocast)
+        require_precision(options.device, self.dtype)
         if not isinstance(self.ranks, Processes):
             raise ModelError(f"ranks must be what ps.distributed.joined() yields, got {brief(self.ranks)}")
         _check_compiled(self.compiled, self.elbo)

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ _FILLED = {"randn": "normal_", "rand": "uniform_"}
 
 
 class Streams:
-    """Generators of the cells, and one for what all cells share; each is made when it is first used."""
+    """Generators of the cells, and one for what all cells share; each is made when it is first used.
+
+    They are the CPU's for every device: a seed then gives the same numbers everywhere, and a GPU gets one copy where
+    one generator of its own for each cell would take an operation for each cell.
+    """
 
     def __init__(self, seed: int, names: Iterable[str]) -> None:
         self.seed, self.names = seed, list(map(str, names))
-        self.of_cells, self.common = dict[tuple[str, str], torch.Generator](), dict[str, torch.Generator]()
+        self.of_cells = dict[str, torch.Generator]()
 
     def of(self, rows: Iterable[int]) -> Streams:
         """The same streams for some of the cells, where they stand; what these share starts anew."""
@@ -34,23 +39,22 @@ class Streams:
         part.of_cells = self.of_cells
         return part
 
-    def of_cell(self, cell: int, device: torch.device) -> torch.Generator:
+    def of_cell(self, cell: int) -> torch.Generator:
         """The generator of one cell."""
-        key = self.names[cell], str(device)
-        if key not in self.of_cells:
-            self.of_cells[key] = _generator(f"{self.seed}\0{key[0]}", device)
-        return self.of_cells[key]
+        name = self.names[cell]
+        if name not in self.of_cells:
+            self.of_cells[name] = _generator(f"{self.seed}\0{name}")
+        return self.of_cells[name]
 
-    def shared(self, device: torch.device) -> torch.Generator:
+    @cached_property
+    def shared(self) -> torch.Generator:
         """The generator of what no cell has alone."""
-        if str(device) not in self.common:
-            self.common[str(device)] = _generator(f"{self.seed}\0\0{COMMON}", device)
-        return self.common[str(device)]
+        return _generator(f"{self.seed}\0\0{COMMON}")
 
 
-def _generator(text: str, device: torch.device) -> torch.Generator:
+def _generator(text: str) -> torch.Generator:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 _current: ContextVar[Streams | None] = ContextVar("pyro_scvi_cell_streams", default=None)
@@ -70,7 +74,7 @@ def cell_streams(seed: int, names: Iterable[str]) -> Iterator[None]:
 def narrowed(rows: Tensor) -> Iterator[None]:
     """Let the block compute ``rows`` of the cells alone; a row may come several times."""
     streams = _current.get()
-    token = _current.set(None if streams is None else streams.of(rows.tolist()))
+    token = _current.set(None if streams is None else streams.of(rows.cpu().tolist()))
     try:
         yield
     finally:
@@ -102,21 +106,31 @@ class _PerCell(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or not args:
             return func(*args, **kwargs)
-        packet = func.overloadpacket
+        packet, of_tensor = func.overloadpacket, isinstance(args[0], Tensor)
+        place = args[0].device if of_tensor else torch.device(kwargs.get("device") or "cpu")
+        if place.type == "cpu":
+            return self._drawn(packet, args, kwargs)
+        if not of_tensor:
+            return self._drawn(packet, args, kwargs | {"device": torch.device("cpu")}).to(place)
+        if not packet.__name__.endswith("_"):
+            return self._drawn(packet, [_on_cpu(one) for one in args], kwargs).to(place)
+        filled = torch.empty_like(args[0], device="cpu")
+        return args[0].copy_(self._drawn(packet, [filled, *map(_on_cpu, args[1:])], kwargs))
+
+    def _drawn(self, packet: Any, args: Any, kwargs: Any) -> Any:
         fill = _FILLED.get(packet.__name__)
         if fill is not None:
-            options = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
-            return self._split(getattr(torch.ops.aten, fill), (torch.empty(args[0], **options),), {}, in_place=True)
+            empty = torch.empty(args[0], dtype=kwargs.get("dtype"))
+            return self._split(getattr(torch.ops.aten, fill), (empty,), {}, in_place=True)
         if not isinstance(args[0], Tensor):
-            device = torch.device(kwargs.get("device") or "cpu")
-            return packet(*args, **kwargs | {"generator": self.streams.shared(device)})
+            return packet(*args, **kwargs | {"generator": self.streams.shared})
         return self._split(packet, args, kwargs, in_place=packet.__name__.endswith("_"))
 
     def _split(self, packet: Any, args: Any, kwargs: Any, *, in_place: bool) -> Any:
         like, cells = args[0], len(self.streams.names)
         second = like.dim() > 1 and like.shape[1] == cells and packet.__name__ != "multinomial"
         if not second and (like.dim() == 0 or like.shape[0] % cells):
-            return packet(*args, **kwargs | {"generator": self.streams.shared(like.device)})
+            return packet(*args, **kwargs | {"generator": self.streams.shared})
         shape = like.shape if second else (-1, cells, *like.shape[1:])
         by_cell = [one.reshape(shape) if isinstance(one, Tensor) and one.shape == like.shape else one for one in args]
         parts = []
@@ -125,6 +139,10 @@ class _PerCell(TorchDispatchMode):
             own = [one[:, cell].contiguous() if isinstance(one, Tensor) and one.dim() > 1 else one for one in by_cell]
             if in_place:
                 own[0] = torch.empty_like(own[0])
-            parts.append(packet(*own, **kwargs | {"generator": self.streams.of_cell(cell, like.device)}))
+            parts.append(packet(*own, **kwargs | {"generator": self.streams.of_cell(cell)}))
         drawn = torch.stack(parts, 1) if second else torch.stack(parts, 1).flatten(0, 1)
         return like.copy_(drawn) if in_place else drawn
+
+
+def _on_cpu(argument: Any) -> Any:
+    return argument.cpu() if isinstance(argument, Tensor) else argument

@@ -39,7 +39,9 @@ if hasattr(os, "register_at_fork"):
 def seeded(seed: int) -> Iterator[None]:
     """Run a block under its own torch seed, and restore torch's global generators afterwards; threads take turns.
 
-    pyro.set_rng_seed would also reset the generators of NumPy and Python, from which nothing here draws.
+    These are the generators of the CPU and of every device that the process uses already. A device that nothing has
+    used is left alone: its context takes memory, and a forked process cannot make one. pyro.set_rng_seed would also
+    reset the generators of NumPy and Python, from which nothing here draws.
 
     Raises
     ------
@@ -47,10 +49,48 @@ def seeded(seed: int) -> Iterator[None]:
         If the seed is no integer from 0 to 2**63 - 1.
     """
     require_seed(seed)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with in_turn(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with in_turn(), _generators_kept():
+        seed_generators(seed)
         yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators of the CPU and of the devices in use.
+
+    torch.manual_seed would also seed, once it is used for the first time, a device that is not in use yet.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.xpu.is_initialized():
+        torch.xpu.manual_seed_all(seed)
+    if _mps_is_usable():
+        torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Restore the generators of the CPU and of the devices in use after the block."""
+    cpu = torch.get_rng_state()
+    states = {device: torch.get_device_module(device).get_rng_state(device) for device in _devices_in_use()}
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        for device, state in states.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _devices_in_use() -> list[torch.device]:
+    """The devices other than the CPU whose generators exist: all CUDA devices once torch has initialised CUDA."""
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    xpu = range(torch.xpu.device_count()) if torch.xpu.is_initialized() else ()
+    mps = range(1 if _mps_is_usable() else 0)
+    return [torch.device(kind, n) for kind, found in (("cuda", cuda), ("xpu", xpu), ("mps", mps)) for n in found]
+
+
+def _mps_is_usable() -> bool:
+    return torch.backends.mps.is_available() and not torch.mps._is_in_bad_fork()
 
 
 def seed_of(*numbers: int) -> int:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,13 +160,29 @@ def test_time_limits_that_are_none(monkeypatch, timeout):
         pass
 
 
-def test_two_ranks_on_one_device(monkeypatch):
-    as_rank(monkeypatch, 1, free_port())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    says = r"local rank 1 has no GPU of its own: this machine shows 1\..*CUDA_VISIBLE_DEVICES="
-    with pytest.raises(FitError, match=says), ps.distributed.joined():
-        pass
+def test_two_ranks_on_one_gpu_are_refused_in_both(tmp_path, monkeypatch):
+    """When they train there: only then is known where."""
+    join = torch.distributed.init_process_group
+    of_cuda = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda number: None,
+        "get_device_properties": lambda device: SimpleNamespace(uuid="the only one"),
+    }
+    for name, value in of_cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: join("gloo", **given))
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+
+    def task():
+        with ps.distributed.joined(timeout=20) as joined:
+            fit(joined)  # on the CPU they may
+            joined.require_own_gpus(torch.device("cuda", 0))
+
+    first, second = ranks(task, tmp_path, monkeypatch)
+    assert first == second
+    assert "ranks 0, 1 of 2 do not have a GPU each" in first
+    assert "CUDA_VISIBLE_DEVICES=" in first
 
 
 def test_a_checkpoint_stays_where_it_began(cells, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from pyro_scvi.inference.proposals import start
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def annealed_evidence(
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             log_weights = annealed_weights(fit.guide, x, gamma, chains, temperatures, leapfrog)
             log_mean, se, ess, khat = evidence_of(log_weights)
-            log_mean = log_mean + total_term(fit.model, x, gamma)
+            log_mean = log_mean + in_float64(total_term(fit.model, x, gamma))
             parts.append(torch.stack([log_mean, se, ess, khat], -1).cpu().numpy())
     index = pd.Index(cells.cell_names, name="cell")
     table = pd.DataFrame(np.concatenate(parts), columns=["log_evidence", "se", "ess", "khat"], index=index)
@@ -110,11 +111,11 @@ def annealed_weights(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temper
     wide, narrow = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
     # The fourth power makes small steps near the prior, where the density changes most.
     betas = torch.linspace(0, 1, temperatures + 1).pow(4).tolist()
-    log_weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
+    log_weights = in_float64(u.new_zeros(u.shape[:2]))
     log_size = torch.full((len(x),), -0.7, dtype=u.dtype, device=u.device)
     for before, beta in pairwise(betas):
         # The weight takes the state before the move, or the estimate would be biased (Neal 2001).
-        log_weights += (beta - before) * terms(u)[1].double()
+        log_weights += (beta - before) * in_float64(terms(u)[1])
         density = Whitened(_tempered(terms, beta), _metric((1 - beta) * wide + beta * narrow))
         state, error = transition(density, density.at(density.inverse(u)), log_size.exp(), leapfrog)
         u = density.coordinates(state.v)
@@ -140,5 +141,5 @@ def _laplace_precision(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _metric(precision: Tensor) -> Proposal:
-    tril = torch.linalg.cholesky(torch.linalg.inv(precision.double())).to(precision.dtype)
+    tril = put_back(torch.linalg.cholesky(torch.linalg.inv(in_float64(precision))), precision)
     return Proposal(torch.zeros_like(precision[..., 0]), tril)

@@ -22,6 +22,7 @@ from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget, evidence_
 from pyro_scvi.inference.proposals import weighted
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.precision import in_float64
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -152,9 +153,9 @@ def _averaged(tables: list[pd.DataFrame]) -> pd.DataFrame:
 def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, joint: Joint) -> Tensor:
     result = weighted(guide, x, gamma, budget, joint=joint)
     charge = total_term(guide.model, x, gamma)
-    log_evidence, bound = result.log_evidence + charge, _amortized_bound(guide, x, gamma) + charge
+    log_evidence, bound = result.log_evidence + in_float64(charge), _amortized_bound(guide, x, gamma) + charge
     columns = (log_evidence, result.se, result.ess, result.khat, bound)
-    return torch.stack([column.double().cpu() for column in columns], -1)
+    return torch.stack([in_float64(column).cpu() for column in columns], -1)
 
 
 def _amortized_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def _check_some(fit: Fit, cells: Cells, table: pd.DataFrame, seed: int) -> None:
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in batches_in_streams(fit, few, n, seed):
             value, se, ess, _ = evidence_of(annealed_weights(fit.guide, x, gamma, CHAINS, TEMPERATURES, 1))
-            excess = (value + total_term(fit.model, x, gamma)).cpu().numpy() - some.log_evidence
+            excess = (value + in_float64(total_term(fit.model, x, gamma))).cpu().numpy() - some.log_evidence
             # Annealing in few steps is too low, if anything: only where it is higher does it say something.
             error = (se.cpu().numpy() ** 2 + some.se**2) ** 0.5
             missed = excess[(excess > 3 * error + 0.1) & (ess.cpu().numpy() > 4) & (some.khat <= KHAT_LIMIT)]

@@ -30,6 +30,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.checks import require_at_least, require_kind
 from pyro_scvi.utils.html_repr import table
+from pyro_scvi.utils.precision import in_float64
 from pyro_scvi.utils.random_state import seeded
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def check_predictions(
     sums, totals = torch.zeros(()), list[Tensor]()
     with evaluating(fit.model, fit.guide, seed):
         for x, replicas in _replicated([(fit, samples)], cells, sampler, batch_size, seed):
-            both = torch.cat([x[None], replicas]).double()  # the data is the first of 1 + samples
+            both = in_float64(torch.cat([x[None], replicas]))  # the data is the first of 1 + samples
             sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
             totals.append(both.sum(-1).cpu())
     zeros, mean, square = sums / cells.n_cells
