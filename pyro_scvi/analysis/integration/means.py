@@ -16,7 +16,7 @@ OWN = "pyro_scvi."
 
 @contextmanager
 def means_alone(model: SCVI) -> Iterator[None]:
-    """Within the block, ``log_mean`` is the decoder's own head, up to a constant of each cell, and other heads are zeros.
+    """Within the block, ``log_mean`` is the decoder's own head, without the library size, and other heads are zeros.
 
     That is enough for shares of the genes, and takes a third of the time. Of models of this package's parts only: in a
     program of one's own the mean may depend on other heads or on the library size, so there it does nothing. Threads
