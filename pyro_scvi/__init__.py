@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pyro_scvi import baselines, errors, guides, likelihoods, plots, presets, priors, schedules
     from pyro_scvi import nn as networks
     from pyro_scvi.analysis import differential
+    from pyro_scvi.analysis.abundance import differential_abundance
     from pyro_scvi.analysis.differential import differential_expression
     from pyro_scvi.analysis.evidence.annealed import annealed_evidence
     from pyro_scvi.analysis.evidence.comparison import compare
@@ -83,6 +84,7 @@ __all__ = [
     "criticism",
     "datasets",
     "differential",
+    "differential_abundance",
     "differential_expression",
     "distributed",
     "embed",
