@@ -49,8 +49,12 @@ class Streams:
 
 
 def _generator(text: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(_number(text))
+
+
+def _number(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 _current: ContextVar[Streams | None] = ContextVar("pyro_scvi_cell_streams", default=None)
@@ -128,3 +132,19 @@ class _PerCell(TorchDispatchMode):
             parts.append(packet(*own, **kwargs | {"generator": self.streams.of_cell(cell, like.device)}))
         drawn = torch.stack(parts, 1) if second else torch.stack(parts, 1).flatten(0, 1)
         return like.copy_(drawn) if in_place else drawn
+
+
+@contextmanager
+def alone(cell: int) -> Iterator[None]:
+    """Let the block compute one cell, by its place among those that have streams; all its draws are of its stream.
+
+    For code that draws in other shapes than (n, cells, ...). torch's global generators are set.
+    """
+    streams = _current.get()
+    token = _current.set(None)
+    try:
+        if streams is not None:
+            torch.manual_seed(_number(f"{streams.seed}\0{streams.names[cell]}"))
+        yield
+    finally:
+        _current.reset(token)
