@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COMMON = "all cells"
+COMMON, ALONE = "all cells", "alone"
 _FILLED = {"randn": "normal_", "rand": "uniform_"}
 """Operations that make a tensor from a size, and those that fill one."""
 
@@ -138,13 +138,14 @@ class _PerCell(TorchDispatchMode):
 def alone(cell: int) -> Iterator[None]:
     """Let the block compute one cell, by its place among those that have streams; all its draws are of its stream.
 
-    For code that draws in other shapes than (n, cells, ...). torch's global generators are set.
+    For code that draws in other shapes than (n, cells, ...). torch's global generators are set. A second block of a
+    cell repeats the first; neither repeats what :func:`per_cell` draws.
     """
     streams = _current.get()
     token = _current.set(None)
     try:
         if streams is not None:
-            torch.manual_seed(_number(f"{streams.seed}\0{streams.names[cell]}"))
+            torch.manual_seed(_number(f"{streams.seed}\0{streams.names[cell]}\0{ALONE}"))
         yield
     finally:
         _current.reset(token)
