@@ -24,7 +24,7 @@ from pyro_scvi.plots import Projection
 from pyro_scvi.training.fitted import Fit
 
 SILHOUETTE_CELLS = 5000  # the silhouette compares all pairs
-SAMPLES, BAND = 50, 0.9
+SAMPLES, BAND = 39, 0.9
 
 Row = tuple[str, str, str]  # quantity, value, what it is
 
@@ -90,8 +90,8 @@ def predictions(evaluated: EvaluatedFit, folder: Path) -> list[str]:
     checks = check_predictions(evaluated.fit, evaluated.judged, samples=SAMPLES, interval=BAND, seed=evaluated.seed)
     of_genes, of_cells = pd.DataFrame(checks.genes["zero_fraction"]), pd.DataFrame(checks.cells["total"])
     sentence = (
-        f"{SAMPLES} replicas of {evaluated.judged.n_cells:,} held-out cells, each from its posterior. Outside the "
-        f"{BAND:.0%} band of the replicas lie the zero fractions of {_outside(of_genes)} genes and the totals of "
+        f"{evaluated.judged.n_cells:,} held-out cells beside {SAMPLES} data sets like them that the fit simulates. "
+        f"Outside the {BAND:.0%} band of these lie the zero fractions of {_outside(of_genes)} genes and the totals of "
         f"{_outside(of_cells)} cells; of a model that is right, about {1 - BAND:.0%} do."
     )
     ax = plots.predictive(of_genes, new_axes(6.0, 4.0), name="zero fraction")

@@ -107,6 +107,11 @@ class HasPrior(Protocol):
         ...
 
 
+def has_density(model: HasPrior) -> bool:
+    """Whether the model's prior of z integrates to one."""
+    return not _is_improper(model.example_law())
+
+
 def require_proper(model: HasPrior, what: str) -> None:
     """Refuse a model whose prior's density does not integrate to one; ``what`` completes the message.
 
@@ -115,7 +120,7 @@ def require_proper(model: HasPrior, what: str) -> None:
     ModelError
         For ``Flat``, and for any distribution that is improper or masked.
     """
-    if _is_improper(model.example_law()):
+    if not has_density(model):
         name = getattr(model.prior, "__name__", type(model.prior).__name__)
         raise ModelError(f"the prior {name} has no density: {what}; fit with a proper prior")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COMMON = "all cells"
+COMMON, ALONE = "all cells", "alone"
 _FILLED = {"randn": "normal_", "rand": "uniform_"}
 """Operations that make a tensor from a size, and those that fill one."""
 
@@ -53,8 +53,12 @@ class Streams:
 
 
 def _generator(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(_number(text))
+
+
+def _number(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 _current: ContextVar[Streams | None] = ContextVar("pyro_scvi_cell_streams", default=None)
@@ -146,3 +150,20 @@ class _PerCell(TorchDispatchMode):
 
 def _on_cpu(argument: Any) -> Any:
     return argument.cpu() if isinstance(argument, Tensor) else argument
+
+
+@contextmanager
+def alone(cell: int) -> Iterator[None]:
+    """Let the block compute one cell, by its place among those that have streams; all its draws are of its stream.
+
+    For code that draws in other shapes than (n, cells, ...). torch's global generators are set. A second block of a
+    cell repeats the first; neither repeats what :func:`per_cell` draws.
+    """
+    streams = _current.get()
+    token = _current.set(None)
+    try:
+        if streams is not None:
+            torch.manual_seed(_number(f"{streams.seed}\0{streams.names[cell]}\0{ALONE}"))
+        yield
+    finally:
+        _current.reset(token)

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_scvi.utils.cell_streams import cell_streams, narrowed, per_cell
+from pyro_scvi.utils.cell_streams import alone, cell_streams, narrowed, per_cell
 
 NAMES = [f"cell_{i}" for i in range(6)]
 LOGITS = torch.tensor([0.0, 1.0, -1.0])
@@ -72,3 +72,15 @@ def test_without_streams_the_global_generator_draws():
     torch.manual_seed(0)
     with per_cell():
         assert torch.equal(torch.randn(3, 2), plain)
+
+
+def test_a_cell_alone_draws_the_same_in_any_shape_and_nothing_of_its_other_stream():
+    with cell_streams(3, NAMES):
+        with alone(2):
+            first = torch.randn(4, 7)
+            assert not torch.equal(torch.rand(2), torch.rand(2))
+        with per_cell():
+            beside = torch.randn(28, 6)[:, 2]
+    with torch.random.fork_rng(), cell_streams(3, NAMES[2:]), alone(0), per_cell():
+        assert torch.equal(torch.randn(4, 7), first)
+    assert len(set(first.flatten().tolist()) & set(beside.tolist())) == 0

@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
@@ -85,7 +85,7 @@ def predict_labels(
         )
     parts = []
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in over_cells(minibatches(fit, cells).in_order(batch_size), cells.n_cells, progress):
+        for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             unlabelled = gamma.clone()
             unlabelled[:, prior.columns] = 0.0
             z = sampler.draw(fit.guide, x, unlabelled, samples).sites["z"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches
+from pyro_scvi.analysis.inputs import batches_in_streams
 from pyro_scvi.analysis.new_batches import in_known_batches, z_means
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.schema import Schema
@@ -80,7 +80,7 @@ class Latent(Space):
     def place(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
         """E_q[z | x], (cells, latents)."""
         with evaluating(fit.model, fit.guide, seed):
-            batches = minibatches(fit, cells, new_batches=True).in_order(batch_size)
+            batches = batches_in_streams(fit, cells, batch_size, seed, new_batches=True)
             means = [z_means(fit, x, gamma) for x, gamma in batches]
             return torch.cat(means).squeeze(-2).cpu().numpy()
 
@@ -415,7 +415,7 @@ def _decoded(
     settings = known_settings(fit.schema, batches)
     rows = max(1, min(batch_size, DECODED_AT_ONCE // (fit.model.n_genes * _n_draws(fit.guide))))
     with evaluating(fit.model, fit.guide, seed, theta=isinstance(space, Expression)):
-        for x, gamma in minibatches(fit, cells, new_batches=True).in_order(rows):
+        for x, gamma in batches_in_streams(fit, cells, rows, seed, new_batches=True):
             sites = latents_at_mean(fit, x, gamma)
             means = (space.features(fit.guide, x, row.expand_as(gamma), sites).mean(0) for row in settings.to(gamma))
             yield space.scaled(reduce(torch.add, means) / len(settings)).cpu()

@@ -18,6 +18,7 @@ from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_given, with_enumerated
 from pyro_scvi.inference.samplers import HMC, Refined, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
+from pyro_scvi.utils.cell_streams import alone, cell_streams, narrowed
 from pyro_scvi.utils.checks import brief, require_at_least
 from pyro_scvi.utils.html_repr import table
 from pyro_scvi.utils.progress_bars import progress_bar
@@ -127,10 +128,11 @@ class AggregatePosterior:
         """One draw for each of ``n_cells`` random rows of the cells."""
         batches, rows = minibatches(fit, self.cells), _random_rows(self.cells, n_cells, fit.device)
         drawn, covariates = list[Sites](), list[Tensor]()
-        for part in rows.split(64):
-            x, gamma = batches.rows(part)
-            draws = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
-            sites = with_enumerated(fit.guide, x, gamma, draws.sites)
+        for part in torch.arange(n_cells, device=rows.device).split(64):
+            x, gamma = batches.rows(rows[part])
+            with narrowed(part):
+                draws = self.sampler.draw(fit.guide, x, gamma, 4)  # chains cannot be shorter
+                sites = with_enumerated(fit.guide, x, gamma, draws.sites)
             drawn.append({name: value[-1] for name, value in sites.items()})
             covariates.append(gamma)
         return {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}, torch.cat(covariates)
@@ -240,7 +242,8 @@ def calibrate(
             f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
         )
     parts = []
-    with evaluating(fit.model, fit.guide, seed), progress_bar(n_cells, "cell", progress) as bar:
+    streams = cell_streams(seed, map(str, range(n_cells)))  # truth and draws go on in one stream for each cell
+    with evaluating(fit.model, fit.guide, seed), progress_bar(n_cells, "cell", progress) as bar, streams:
         truth, gamma = source.draw(fit, n_cells)
         for part in _ranks(fit, truth, gamma, sampler, draws, thin, batch_size):
             parts.append(part)
@@ -268,13 +271,22 @@ def _ranks(
 ) -> Iterator[np.ndarray]:
     for rows in torch.arange(len(gamma), device=gamma.device).split(batch_size):
         true, constants = {name: value[rows] for name, value in truth.items()}, gamma[rows]
-        x = _distribution_of_x(fit, None, constants)(true).sample()
-        posterior = sampler.draw(fit.guide, x, constants, draws * thin)
-        kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}
-        kept = with_enumerated(fit.guide, x, constants, kept)
+        x = torch.cat([_simulated(fit, truth, gamma, one) for one in rows.tolist()])
+        with narrowed(rows):
+            posterior = sampler.draw(fit.guide, x, constants, draws * thin)
+            kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}
+            kept = with_enumerated(fit.guide, x, constants, kept)
         distribution = _distribution_of_x(fit, x, constants)
         below = _values(fit, kept, distribution, x) < _values(fit, true, distribution, x)
         yield below.sum(0).cpu().numpy()
+
+
+def _simulated(fit: Fit, truth: Sites, gamma: Tensor, one: int) -> Tensor:
+    """Counts (1, genes) of one cell."""
+    rows = slice(one, one + 1)
+    own = {name: value[rows] for name, value in truth.items()}
+    with alone(one):
+        return _distribution_of_x(fit, None, gamma[rows])(own).sample()
 
 
 def _thinned(value: Tensor, chains: int, draws: int) -> Tensor:

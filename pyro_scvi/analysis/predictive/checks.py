@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from numbers import Real
@@ -19,28 +18,35 @@ from torch import Tensor
 from pyro_scvi.analysis.global_averages import at_draws, shares
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.posterior_samples import predicted
+from pyro_scvi.analysis.predictive.check_statistics import Statistics, banded, moments
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.program_runs import needs_counts
 from pyro_scvi.guides.supported import require_drawable
-from pyro_scvi.inference.evaluation import draws_at_once, evaluating
-from pyro_scvi.inference.given import sampler_for
-from pyro_scvi.inference.samplers import Amortized, Sampler
+from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
+from pyro_scvi.inference.given import Given, sampler_for
+from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
+from pyro_scvi.priors.base import require_proper
+from pyro_scvi.utils.cell_streams import alone, per_cell
 from pyro_scvi.utils.checks import require_at_least, require_kind
 from pyro_scvi.utils.html_repr import table
-from pyro_scvi.utils.precision import in_float64
 from pyro_scvi.utils.random_state import seeded
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-__all__ = ["Checks", "check_predictions", "posterior_predictive", "prior_predictive"]
+__all__ = ["Checks", "NewLatents", "check_predictions", "posterior_predictive", "prior_predictive"]
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+REPLICAS = 5
+"""Of each data set in check_predictions; the variance of their mean is a fifth of that of the data's statistic."""
 
 
 def prior_predictive(
@@ -164,19 +170,50 @@ def posterior_predictive(
     return xr.DataArray(counts, coords=coordinates, dims=("sample", "cell", "gene"), name="x")
 
 
+class NewLatents:
+    r"""Latents from their prior, whatever the counts: a sampler for :func:`check_predictions`.
+
+    .. math:: z^s \sim p(z), \quad l^s \sim p(l)
+
+    Replicas are then of other cells of the same population (Marshall and Spiegelhalter 2003). The check tests the prior
+    as well as p(x | z), and no draw of it has seen the counts.
+
+    Raises
+    ------
+    ModelError
+        When it draws, for a prior without draws (Flat).
+
+    Examples
+    --------
+    >>> checks = ps.check_predictions(fit, test, samples=19, sampler=ps.criticism.NewLatents())
+    >>> checks.genes.shape
+    (20, 30)
+    """
+
+    def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """Draw every latent of the cells, discrete ones among them, from its prior."""
+        require_proper(guide.model, "no latents can be drawn from it")
+        require_drawable(guide.model)
+        with per_cell():
+            return Draws(drawn_from_prior(guide, gamma, samples, enumerated=True), dict)
+
+
 class Checks(NamedTuple):
     """Posterior predictive checks of every gene and every cell, see :func:`check_predictions`.
 
     Attributes
     ----------
     genes, cells
-        Tables with a row per gene, and per cell; columns are (statistic, part).
+        Tables with a row per gene, and per cell; columns are (statistic, part). ``attrs["outside"]`` of each says by
+        statistic which share of rows lies outside its band, and which shares do in simulated data sets.
 
     Examples
     --------
-    >>> checks = ps.check_predictions(fit, test, samples=20)
-    >>> checks.genes.columns.levels[0].tolist(), checks.cells.columns.levels[0].tolist()
-    (['dispersion', 'mean', 'variance', 'zero_fraction'], ['total'])
+    >>> checks = ps.check_predictions(fit, test, samples=19)
+    >>> checks.genes.columns.levels[0].tolist()
+    ['dispersion', 'mean', 'pit', 'variance', 'variance_given_mean', 'zero_fraction']
+    >>> checks.cells.columns.levels[0].tolist(), sorted(checks.genes.attrs["outside"]["mean"])
+    (['total'], ['high', 'low', 'p', 'share'])
     """
 
     genes: pd.DataFrame
@@ -194,7 +231,9 @@ class Checks(NamedTuple):
             for name in of.columns.unique(0):
                 rows = of[name].dropna()
                 outside = ((rows.observed < rows.low) | (rows.observed > rows.high)).mean()
-                facts[name] = f"{outside:.0%} of {len(rows):,} {what} outside the band of replicas"
+                facts[name] = f"{outside:.0%} of {len(rows):,} {what} outside the band of simulated cells"
+                if known := of.attrs.get("outside", {}).get(name):
+                    facts[name] += f", where it is {known['low']:.0%} to {known['high']:.0%} (p = {known['p']:.2g})"
         return facts
 
 
@@ -202,37 +241,50 @@ def check_predictions(
     fit: Fit,
     cells: Cells,
     *,
-    samples: int = 50,
+    samples: int = 39,
     interval: float = 0.9,
     sampler: Sampler = Amortized(),
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    r"""Compare data with replicas: zero fraction, mean, variance and dispersion of each gene, total of each cell.
+    r"""Compare statistics of genes and cells with those of data sets that the fit simulates, as p-values.
 
-    .. math:: D_g = var_n(x_{ng}) / mean_n(x_{ng}), \qquad p = P(T(\tilde x) > T(x)) + \tfrac12 P(T(\tilde x) = T(x))
+    .. math:: D(x) = T(x) - \tfrac15 \sum_{k=1}^5 T(\tilde x^k), \qquad
+        p = P(D(x^s) > D(x)) + \tfrac12 P(D(x^s) = D(x))
 
-    over replicas of the data, for each statistic T (Gelman, Meng and Stern 1996).
+    x^s are data sets with the latents of replicas of x, and the replicas of each data set have latents of its own,
+    inferred from its counts by ``sampler``. So the data, which its own replicas have seen, is compared with data sets
+    for which this holds as well, and p is uniform if the model is right (Hjort, Dahl and Steinbakk 2006). A share of
+    replicas alone is not: it is pulled towards 1/2 where latents are fitted to the same counts, and away from it where
+    the sampler is inexact.
 
-    D is the dispersion: 1 for Poisson counts with one rate, NaN for a gene without counts. Columns are (statistic,
-    part) with the parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band of ``interval`` over replicas)
-    and ``p``, the share of replicas above the observed value, with ties counted as half.
+    Statistics T of genes: the fraction of zeros, mean, variance and dispersion (variance by mean, NaN for a gene
+    without counts), each less that of replicas. ``variance_given_mean`` is the mean of (x - mu)^2 / v with mean and
+    variance of x at the latents (left out if the likelihood has none); ``pit`` is 12 times the mean squared distance
+    from 1/2 of the place of x among its replicas (the probability integral transform): both are large if counts vary
+    more about their means than the model says. Of cells: the total.
 
     Parameters
     ----------
     fit, cells
         The fit and cells of its schema.
     samples
-        Replicas of the data.
+        Simulated data sets, each of which costs the inference of its latents and 5 replicas.
     interval
-        Probability inside the band of replicas, between 0 and 1.
-    sampler, seed, batch_size
+        Probability inside the band of simulated data sets, between 0 and 1; by order statistics, which 39 data sets, or
+        19, have exactly for 0.9.
+    sampler
+        As in ``sample_posterior``. ``criticism.NewLatents()`` draws latents from the prior. For ``ps.Given``,
+        ``ps.Refined()`` draws those of simulated cells.
+    seed, batch_size
         As in ``sample_posterior``.
 
     Returns
     -------
     Checks
-        ``genes`` and ``cells``, tables with a row for each; means in counts, variances in counts^2.
+        ``genes`` and ``cells``, tables with a row for each; means in counts, variances in counts^2. Columns are
+        (statistic, part) with parts ``observed``, ``low``, ``median``, ``high`` (equal-tailed band) and ``p``, the
+        share of simulated data sets above the observed one, with ties counted as half.
 
     Raises
     ------
@@ -243,29 +295,50 @@ def check_predictions(
 
     Examples
     --------
-    >>> checks = ps.check_predictions(fit, test, samples=20)
+    >>> checks = ps.check_predictions(fit, test, samples=19)
     >>> checks.genes["zero_fraction"].columns.tolist()
     ['observed', 'low', 'median', 'high', 'p']
     >>> checks.genes.shape, checks.cells.shape
-    ((20, 20), (12, 5))
+    ((20, 30), (12, 5))
     """
     require_inputs(fit, cells)
+    simulated = Refined() if isinstance(sampler, Given) else sampler
     sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if not isinstance(interval, Real) or not 0 < interval < 1:
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")
-    sums, totals = torch.zeros(()), list[Tensor]()
+    statistics = Statistics()
     with evaluating(fit.model, fit.guide, seed):
-        for x, replicas in _replicated([(fit, samples)], cells, sampler, batch_size, seed):
-            both = in_float64(torch.cat([x[None], replicas]))  # the data is the first of 1 + samples
-            sums = sums + torch.stack([(both == 0).sum(1), both.sum(1), both.square().sum(1)]).cpu()
-            totals.append(both.sum(-1).cpu())
-    zeros, mean, square = sums / cells.n_cells
-    variance = square - mean.square()
-    of_genes = {"zero_fraction": zeros, "mean": mean, "variance": variance, "dispersion": variance / mean}
-    genes = {name: _banded(value.numpy(), interval) for name, value in of_genes.items()}
-    of_cells = {"total": _banded(torch.cat(totals, 1).numpy(), interval)}
-    return Checks(_framed(genes, cells.gene_names, "gene"), _framed(of_cells, cells.cell_names, "cell"))
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
+            for one in range(len(x)):
+                rows = slice(one, one + 1)
+                with alone(one):
+                    statistics.add(*_with_simulated(fit, x[rows], gamma[rows], samples, sampler, simulated))
+    genes, by_cell = statistics.of_genes(), statistics.of_cells()
+    return Checks(
+        banded(genes, interval, cells.gene_names, "gene"), banded(by_cell, interval, cells.cell_names, "cell")
+    )
+
+
+def _with_simulated(
+    fit: Fit, x: Tensor, gamma: Tensor, samples: int, sampler: Sampler, simulated: Sampler
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """One cell and ``samples`` simulations of it (1 + samples, genes), replicas of each, and mean and variance of x."""
+    own = sampler.draw(fit.guide, x, gamma, samples + REPLICAS).sites
+    constants = gamma.expand(samples, -1)
+    counts = _law(fit, x, gamma, {name: value[:samples] for name, value in own.items()}, samples).sample()[:, 0]
+    again = simulated.draw(fit.guide, counts, constants, REPLICAS).sites
+    sets = torch.cat([x, counts])
+    sites = {name: torch.cat([value[samples:], again[name]], 1) for name, value in own.items()}
+    law = _law(fit, sets, gamma.expand(len(sets), -1), sites, REPLICAS)
+    return sets, law.sample(), moments(law)
+
+
+def _law(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], n: int) -> Any:
+    """The distribution of counts (n, cells, genes) at draws of the latents; missing discrete ones are drawn."""
+    known = all(name in sites for name in fit.guide.coordinates.enumerated)
+    law: Any = law_given(fit.guide, x, gamma, sites) if known else predicted(fit, x, gamma, sites)
+    return law.expand((n, *x.shape))
 
 
 def _replicated(
@@ -284,22 +357,5 @@ def _replicated(
 
 def _counts(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
     """One draw of counts (samples, cells, genes) at every draw of the latents."""
-    law: Any = predicted(fit, x, gamma, sites)
-    counts: Tensor = law.expand((len(next(iter(sites.values()))), *x.shape)).sample()
+    counts: Tensor = _law(fit, x, gamma, sites, len(next(iter(sites.values())))).sample()
     return counts
-
-
-def _banded(values: np.ndarray, interval: float) -> dict[str, np.ndarray]:
-    observed, replicas = values[0], values[1:]
-    # Ties count half, so that discrete statistics have a mean p of 1/2 under the model.
-    above = np.where(np.isnan(replicas - observed), np.nan, (replicas > observed) + 0.5 * (replicas == observed))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a statistic that no replica has: NaN says so
-        low, median, high = np.nanquantile(replicas, [(1 - interval) / 2, 0.5, (1 + interval) / 2], axis=0)
-        p = np.nanmean(above, 0)
-    return {"observed": observed, "low": low, "median": median, "high": high, "p": p}
-
-
-def _framed(statistics: dict[str, dict[str, np.ndarray]], names: pd.Index, axis: str) -> pd.DataFrame:
-    columns = {(name, part): value for name, parts in statistics.items() for part, value in parts.items()}
-    return pd.DataFrame(columns, index=pd.Index(names, name=axis))

@@ -20,6 +20,7 @@ from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Refined, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.priors.base import has_density
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import brief, require_at_least
 
@@ -140,7 +141,7 @@ def impute(
         None: global latents are at the guide's medians. A number: the samples are shared among so many of their draws.
     sampler
         As there. None: ``ps.Amortized()`` for means, ``ps.Refined()`` for quantiles, because intervals from the guide
-        itself are too narrow.
+        itself are too narrow; it draws them where the prior has no density.
     out
         Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
         memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
@@ -168,7 +169,8 @@ def impute(
     """
     require_inputs(fit, cells)
     _check_arguments(quantity, quantiles, batches)
-    default = Refined() if len(quantiles) else Amortized()
+    refines = len(quantiles) and has_density(fit.model)  # under Flat there is no posterior to refine towards
+    default = Refined() if refines else Amortized()
     sampler = sampler_for(default if sampler is None else sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):

@@ -1,5 +1,7 @@
 """Predictive draws and predictive checks, against draws by hand."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pyro.distributions as dist
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi.analysis.predictive.check_statistics import Statistics, moments
 from pyro_scvi.errors import ModelError
 
 
@@ -65,21 +68,109 @@ def test_posterior_draws_resemble_their_cells(fitted):
     assert np.array_equal(draws, ps.posterior_predictive(fit, cells, samples=20, seed=3))
 
 
-def test_checks_of_a_true_model_pass_and_of_a_false_one_fail(fitted):
-    fit, cells = fitted
-    genes, by_cell = ps.check_predictions(fit, cells, samples=100)
-    inside = (genes["mean"].observed >= genes["mean"].low) & (genes["mean"].observed <= genes["mean"].high)
-    assert inside.sum() >= 9  # of 12 at 90 %
-    assert by_cell["total"].p.between(0.02, 0.98).mean() > 0.95
+def inside(statistic):
+    return ((statistic.observed >= statistic.low) & (statistic.observed <= statistic.high)).mean()
+
+
+def simulated(model, n_cells, seed):
+    drawn = ps.prior_predictive(model, n_cells, seed=seed)
+    return ps.Cells.from_counts(drawn[drawn.sum(1) > 0])
+
+
+def test_checks_of_a_false_model_fail(fitted):
+    _, cells = fitted
     poisson = ps.SCVI(12, 2, likelihood=ps.likelihoods.Poisson(), n_hidden=4, n_layers=1)
-    wrong = ps.fit(poisson, cells, epochs=30, validation=0, progress=False)
-    poor, _ = ps.check_predictions(wrong, cells, samples=100)
-    observed, high = poor["variance"].observed, poor["variance"].high
-    assert (observed > high).sum() >= 9  # overdispersion that a Poisson law cannot make
+    wrong = ps.fit(poisson, cells, epochs=15, validation=0, progress=False)
+    poor = ps.check_predictions(wrong, cells.take(range(60)), samples=19)
+    for name in ("variance", "variance_given_mean", "pit"):  # overdispersion that a Poisson law cannot make
+        assert (poor.genes[name].observed > poor.genes[name].high).sum() >= 9
+        assert poor.genes.attrs["outside"][name]["p"] == pytest.approx(1 / 20)
+        assert "p = 0.05" in repr(poor).split(f"{name}: ")[1].splitlines()[0]
+
+
+SAMPLERS = {"own": ps.Amortized(), "new": ps.criticism.NewLatents()}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_p_values_of_the_fits_own_cells_are_uniform(fitted, sampler):
+    """Of 4 data sets, 12 genes and 6 statistics, which hang together: 90 % with a standard error of some 3 points."""
+    fit, _ = fitted
+    checks = [ps.check_predictions(fit, simulated(fit.model, 30, s), samples=19, sampler=sampler) for s in range(4)]
+    shares = [inside(check.genes[name]) for check in checks for name in check.genes.columns.unique(0)]
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.09)
+    ps_of_cells = np.concatenate([check.cells["total"].p for check in checks])
+    assert ps_of_cells.mean() == pytest.approx(0.5, abs=4 / (12 * len(ps_of_cells)) ** 0.5)
+    assert ps_of_cells.var() == pytest.approx(1 / 12, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_bands_hold_their_share_of_genes(fitted, sampler):
+    fit, _ = fitted
+    checks = [ps.check_predictions(fit, simulated(fit.model, 60, s), sampler=sampler) for s in range(60)]
+    for name in checks[0].genes.columns.unique(0):
+        assert np.mean([inside(check.genes[name]) for check in checks]) == pytest.approx(0.9, abs=0.03)
+    shares = [inside(check.genes[name]) for check in checks for name in check.genes.columns.unique(0)]
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.02)
+
+
+def test_a_dispersion_wrong_by_a_factor_is_seen():
+    """Cells of a model whose variance about the means is larger: r smaller by 2.7."""
+    likelihood = ps.likelihoods.NB(ps.likelihoods.PerGene(12))
+    model = ps.SCVI(12, 1, likelihood=likelihood, n_hidden=8, n_layers=1, library=ps.libraries.LatentLibrary(5.0, 0.3))
+    fit = ps.fit(model, simulated(model, 300, 1), epochs=10, validation=0, progress=False)
+    truth = copy.deepcopy(fit.model)
+    with torch.no_grad():
+        truth.likelihood.dispersion.log_inverse_dispersion.sub_(1.0)
+    wrong, right = (ps.check_predictions(fit, simulated(m, 80, 5), samples=19) for m in (truth, fit.model))
+    for name in ("variance_given_mean", "pit"):
+        assert wrong.genes[name].p.mean() < 0.25
+        assert wrong.genes.attrs["outside"][name]["p"] <= 0.1
+        assert right.genes[name].p.mean() > 0.35  # 1/2, with a standard error of .08 for 12 genes
+        assert right.genes.attrs["outside"][name]["p"] > 0.1
+
+
+def test_pit_and_variance_given_the_mean_by_hand():
+    """One gene: x among five replicas, with ties at random places; (x - mu)^2 / v with the law of total variance."""
+    statistics = Statistics()
+    replicas = torch.tensor([0.0, 1.0, 1.0, 3.0, 4.0])[:, None, None]
+    law = dist.Normal(torch.tensor([1.0, 3.0])[:, None, None], 2.0)
+    statistics.add(torch.tensor([[1.0]]), replicas, moments(law))
+    values = statistics.of_genes()
+    places = (1 + 3 * np.random.default_rng(0).random(200_000)) / 6  # one below, two ties and itself
+    assert values["pit"].value.item() == pytest.approx(12 * np.mean((places - 0.5) ** 2), abs=1e-3)
+    assert values["variance_given_mean"].value.item() == pytest.approx((1 - 2) ** 2 / (4 + 1))
+    assert values["mean"].of_replicas.item() == pytest.approx(1.8)
+
+
+def test_a_cell_is_checked_alike_beside_others(fitted):
+    fit, cells = fitted
+    few, some = cells.take(range(9)), cells.take([2, 5])
+    whole = ps.check_predictions(fit, few, samples=5)
+    again = ps.check_predictions(fit, few, samples=5, batch_size=4)
+    pd.testing.assert_frame_equal(whole.genes, again.genes, rtol=1e-5)
+    pd.testing.assert_frame_equal(whole.cells.iloc[[2, 5]], ps.check_predictions(fit, some, samples=5).cells, rtol=1e-5)
+
+
+def test_draws_from_elsewhere_are_compared_with_refined_ones(fitted):
+    fit, cells = fitted
+    few = cells.take(range(2))
+    draws = ps.sample_posterior(fit, few, samples=30, sites=("z", "l"), diagnostics=False)
+    given = ps.check_predictions(fit, few, samples=3, sampler=ps.Given(draws))
+    assert given.cells["total"].notna().all(axis=None)
+
+
+def test_new_latents_need_a_prior_with_draws(fitted):
+    _, cells = fitted
+    model = ps.SCVI(12, 2, prior=ps.priors.Flat(2))
+    flat = ps.fit(model, cells, ps.guides.Point(model), epochs=1, progress=False)
+    with pytest.raises(ModelError, match="Flat"):
+        ps.check_predictions(flat, cells.take(range(2)), sampler=ps.criticism.NewLatents())
 
 
 def test_statistics_are_those_of_the_data(fitted):
     fit, cells = fitted
+    cells = cells.take(range(50))
     genes, by_cell = ps.check_predictions(fit, cells, samples=5, batch_size=33)
     x = np.asarray(cells.counts, dtype=float)
     np.testing.assert_allclose(genes["zero_fraction"].observed, (x == 0).mean(0))
@@ -125,6 +216,6 @@ def test_the_repr_counts_what_lies_outside_the_band():
     cells = table.rename(columns={"mean": "total"})
     shown = repr(ps.criticism.Checks(table, cells)).splitlines()
     assert shown[1:] == [
-        f"  {name} outside the band of replicas" for name in ("mean: 50% of 2 genes", "total: 50% of 2 cells")
+        f"  {name} outside the band of simulated cells" for name in ("mean: 50% of 2 genes", "total: 50% of 2 cells")
     ]
     assert "50% of 2 genes" in ps.criticism.Checks(table, cells)._repr_html_()
