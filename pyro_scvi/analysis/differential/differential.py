@@ -143,7 +143,7 @@ def differential_expression(
     FrozenList(['group', 'gene'])
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide if global_draws is None else None)
     _check_options(contrast, delta)
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
     labels = labels_of(cells, groupby)

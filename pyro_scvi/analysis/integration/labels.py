@@ -74,7 +74,7 @@ def predict_labels(
     ['a', 'b']
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     prior: Any = fit.model.prior
     words = _labels(fit, prior)
