@@ -107,9 +107,11 @@ def sample_posterior(
     True
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
+    # What is no latent, or summed out, is drawn at the medians of global latents.
+    at_medians = set(sites) - {*fit.guide.coordinates.local, *fit.guide.weights.supports}
+    sampler = sampler_for(sampler, cells, fit.guide if at_medians else None)
     parts = []
     with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):

@@ -137,7 +137,7 @@ def to_datatree(
     ('chain', 'draw', 'cell', 'latent')
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide if log_likelihood or posterior_predictive else None)
     require_proper(fit.model, "there is no posterior to export")
     if sites is None:
         sites = _of_moderate_size(fit)

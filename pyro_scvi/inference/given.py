@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LocalSite
-from pyro_scvi.guides.global_draws import parsed_draws
+from pyro_scvi.guides.global_draws import GlobalDraws, parsed_draws
 from pyro_scvi.inference.samplers import Draws, Sampler, require_sampler
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ class Given:
     """Draws of your own, from NUTS, a JAX sampler or anything else, in the place of a sampler.
 
     Every verb that takes ``sampler=`` then computes with them. They are conditional on global latents, whose medians
-    the verbs take: ``fit.with_globals`` sets these.
+    the verbs take: ``fit.with_globals`` sets these. Where draws of global latents are among these draws, as after NUTS
+    over everything, ``global_draws=`` of a fit ``with_globals(draws)`` computes with each of them, and with the latents
+    of the cells that were drawn beside it.
 
     Parameters
     ----------
@@ -49,6 +51,7 @@ class Given:
 
     def __init__(self, draws: Any) -> None:
         self.sites, self.chains, self.names = parsed_draws(draws, "draws")
+        self.shared = self.sites  # draws of global latents are among them, with the names of the model's
         self.rows: Rows | None = None
         self.gammas = list[bytes]()
 
@@ -59,6 +62,7 @@ class Given:
         """These draws for some cells, whose rows are found again by their counts, as verbs take them in any order."""
         bound = Given.__new__(Given)
         bound.sites, bound.chains, bound.names = self._of(cells), self.chains, self.names
+        bound.shared = self.shared
         bound.rows, bound.gammas = {}, []
         for start in range(0, cells.n_cells, 1024):
             x, gamma = cells[slice(start, min(start + 1024, cells.n_cells))]
@@ -90,12 +94,33 @@ class Given:
         local = guide.coordinates.local
         if missing := [name for name in local if name not in self.sites]:
             raise ModelError(f"ps.Given needs draws of {list(local)}; {missing} are missing, or not of these cells")
-        n_draws = len(self.sites[next(iter(local))])
+        made = self._beside(guide, len(self.sites[next(iter(local))]))
+        n_draws = len(made)
         if samples > n_draws:
             raise ModelError(f"there are {n_draws} draws of each cell, and {samples} are asked for: pass samples=")
-        order = torch.arange(n_draws) if samples == n_draws else torch.randperm(n_draws)[:samples].sort().values
+        order = made if samples == n_draws else made[torch.randperm(n_draws)[:samples].sort().values]
         sites = {name: _shaped(site, self.sites[name][order][:, rows]).to(x) for name, site in local.items()}
         return Draws(sites, dict, self.chains if samples == n_draws else 1)
+
+    def differs_by(self, guide: Guide) -> list[str]:
+        """The guide's global latents that these draws have draws of, not all the same."""
+        held = [name for name in guide.weights.supports if name in self.shared]
+        return [name for name in held if bool((self.shared[name] != self.shared[name][:1]).any())]
+
+    def _beside(self, guide: Guide, n_draws: int) -> Tensor:
+        """Which draws were made beside the value of the guide's global latents: all, if they are at no one draw."""
+        names, weights = self.differs_by(guide), guide.weights
+        if not names or not isinstance(weights, GlobalDraws) or weights.n_draws > 1:
+            return torch.arange(n_draws)
+        same = torch.ones(n_draws, dtype=torch.bool)
+        for name, value in weights.medians().items():
+            if name in names and len(self.shared[name]) == n_draws:
+                same &= (self.shared[name].to(value) == value).reshape(n_draws, -1).all(1).cpu()
+        if not bool(same.any()):
+            raise ModelError(
+                f"no draw was made beside these values of {names}: call fit.with_globals with the same draws"
+            )
+        return same.nonzero().squeeze(1)
 
     def _row(self, counts: Tensor, constants: Tensor) -> int:
         """The row of a cell; cells with the same counts and covariates have the same posterior."""
@@ -106,18 +131,32 @@ class Given:
         return same[0]
 
 
-def sampler_for(sampler: Any, cells: Cells) -> Sampler:
+def sampler_for(sampler: Any, cells: Cells, at_medians: Guide | None = None) -> Sampler:
     """The sampler, told of the cells if it wants to know; refuses what is none.
+
+    ``at_medians`` is the guide at whose medians of global latents the verb computes, if it does.
 
     Raises
     ------
     ModelError
-        If it is no sampler, or has no draws of the cells.
+        If it is no sampler, has no draws of the cells, or has draws beside several values of these global latents.
     """
     require_sampler(sampler)
+    if at_medians is not None:
+        _require_one_value(sampler, at_medians)
     told: Any = getattr(sampler, "for_cells", None)
     bound: Sampler = sampler if told is None else told(cells)
     return bound
+
+
+def _require_one_value(sampler: Any, guide: Guide) -> None:
+    """Refuse draws that were made beside several values of global latents, where the guide's medians would be taken."""
+    beside = sampler.differs_by(guide) if isinstance(sampler, Given) else []
+    if beside and not (isinstance(guide.weights, GlobalDraws) and guide.weights.n_draws == 1):
+        raise ModelError(
+            f"these draws were made beside draws of {beside}, whose medians would be taken for all of them: call "
+            "fit.with_globals(draws) and pass global_draws= where the verb has it, or give it one draw of the former"
+        )
 
 
 def _key(row: Tensor) -> bytes:

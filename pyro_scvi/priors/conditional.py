@@ -74,6 +74,10 @@ class ByLabel(ConditionalPrior):
     cell without one is p(x), the sum over labels. ``ps.predict_labels`` gives P(label | x). The decoder leaves the
     labels' columns out, unless ``decoder_columns`` says otherwise.
 
+    Where few cells have a label, fit these first, then go on with all: ``first = ps.fit(model, cells.take(known),
+    validation=0)``, ``ps.fit(first.model, cells, first.guide)``. Started on all, a component settles on whatever group
+    of cells chance has it, before the few labels say which is its own.
+
     Parameters
     ----------
     n_latent

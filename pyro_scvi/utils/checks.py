@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from types import FrameType, UnionType
 from typing import Any
 
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import FitError, ModelError
 
 
 def require_at_least(least: int, /, **named: int) -> None:
@@ -76,6 +76,18 @@ def require_kind(value: Any, kind: type | UnionType, name: str, example: str) ->
     """
     if not isinstance(value, kind):
         raise ModelError(f"{name} must be an object such as {example}; got {brief(value)}")
+
+
+def require_found(found: Any, what: str) -> None:
+    """Refuse what a search of SciPy's returned if it has not ended at an optimum.
+
+    Raises
+    ------
+    FitError
+        Where its ``success`` is not true; says ``what`` was searched for, and SciPy's reason.
+    """
+    if not found.success:
+        raise FitError(f"{what} is not found: {found.message}")
 
 
 def warn(text: str) -> None:

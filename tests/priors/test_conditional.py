@@ -125,6 +125,28 @@ def test_predicted_labels_are_those_of_enumeration(cells):
     )
 
 
+@pytest.mark.parametrize(("turned", "n", "warned"), [(True, 48, True), (False, 48, False), (True, 6, False)])
+def test_components_that_are_not_those_of_their_labels_are_warned_of(recwarn, turned, n, warned):
+    """Two types far apart, with the components at their places or exchanged; fewer than 20 labels say nothing."""
+    kind = np.arange(n) % 2
+    counts = np.random.default_rng(0).poisson(np.where(kind[:, None], [9.0, 1, 9, 1], [1.0, 9, 1, 9]))
+    cells = ps.Cells.from_counts(counts, obs=pd.DataFrame({"type": np.array(["b", "t"])[kind]}), labels="type")
+    prior = ps.priors.ByLabel(1, cells.columns["type"])
+    decoder = ps.networks.LinearDecoder()
+    model = ps.SCVI(N_GENES, 1, 2, prior=prior, decoder=decoder, **POISSON).double()
+    with torch.no_grad():
+        prior.loc.copy_(torch.tensor([[1.0], [-1.0]]) if turned else torch.tensor([[-1.0], [1.0]]))
+        prior.log_scale.fill_(-1.0)
+        head = model.decoder.heads["log_mean"]
+        head.weight.copy_(torch.tensor([[1.1], [-1.1], [1.1], [-1.1]]))
+        head.bias.fill_(1.1)
+    fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), cells.schema)
+    ps.predict_labels(fit, cells, samples=20, sampler=ps.Refined(), progress=False)
+    said = [str(one.message) for one in recwarn if "fit the cells with a label first" in str(one.message)]
+    assert len(said) == warned
+    assert not said or f"of {n} labels that these cells have, 0% are predicted" in said[0]
+
+
 def test_predicted_labels_are_refused_where_they_are_not_in_z_alone(cells):
     labelled = ps.priors.ByLabel(1, cells.columns["type"])
     with pytest.raises(ModelError, match=r"\['x'\] of this model depend on the labels"):

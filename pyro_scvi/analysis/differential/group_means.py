@@ -101,7 +101,8 @@ class GroupMeans:
 
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfMeans:
         """What is shared by all comparisons of these cells: their depths and the model's moments."""
-        batches, design, sampler = minibatches(fit, cells), self._design(cells), sampler_for(self.sampler, cells)
+        batches, design = minibatches(fit, cells), self._design(cells)
+        sampler = sampler_for(self.sampler, cells, fit.guide)
         with evaluating(fit.model, fit.guide, seed, theta=True):
             moments = posterior_moments(fit, batches, part, sampler, self.samples)
         return ComparisonOfMeans(self, cells, design, moments)

@@ -117,7 +117,8 @@ class RandomPairs:
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfPairs:
         """What is shared by all comparisons of these cells."""
         decoding = None if self.decode_in is None else cells.with_batch(self.decode_in).covariates
-        told = replace(self, sampler=sampler_for(self.sampler, cells))
+        at_medians = fit.guide if self.global_draws is None else None
+        told = replace(self, sampler=sampler_for(self.sampler, cells, at_medians))
         turns = () if self.global_draws is None else tuple(at_draws(fit, self.global_draws, seed))
         return ComparisonOfPairs(told, fit, cells, minibatches(fit, cells), decoding, turns, self._plan(), seed)
 

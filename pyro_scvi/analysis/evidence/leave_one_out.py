@@ -95,7 +95,7 @@ def leave_one_out(
     (('cell', 'gene'), (2, 20))
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, batch_size=batch_size)
     require_at_least(2, samples=samples)
     if tuple(over) != ("cell", "gene"):

@@ -92,7 +92,7 @@ def normalized_expression(
     True
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     require_positive(per, "per")
     require_names(() if batches is None else batches, "batches")

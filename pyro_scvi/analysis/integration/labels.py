@@ -17,11 +17,14 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import require_at_least, warn
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
+
+LEAST_KNOWN = 20  # labels, from which their predictions are judged
+LEAST_RIGHT = 0.75  # of them, below which components are not those of their labels
 
 
 def predict_labels(
@@ -39,7 +42,7 @@ def predict_labels(
     .. math:: P(c | x_n) = E_{q(z | x_n)} \left[\frac{\pi_c\, Normal(z; m_c, s_c^2)}
         {\sum_k \pi_k\, Normal(z; m_k, s_k^2)}\right]
 
-    Labels that the cells have are not looked at.
+    Labels that the cells have are not looked at, except for a warning.
 
     Parameters
     ----------
@@ -65,6 +68,12 @@ def predict_labels(
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
+    Warns
+    -----
+    UserWarning
+        If, of 20 or more labels that the cells have, a quarter or more is not what is predicted: the components are
+        then not those of their labels. Fit the cells with a label first, see :class:`pyro_scvi.priors.ByLabel`.
+
     Examples
     --------
     >>> kinds = ps.Cells.from_anndata(adata, labels="kind")
@@ -74,7 +83,7 @@ def predict_labels(
     ['a', 'b']
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     prior: Any = fit.model.prior
     words = _labels(fit, prior)
@@ -90,7 +99,22 @@ def predict_labels(
             unlabelled[:, prior.columns] = 0.0
             z = sampler.draw(fit.guide, x, unlabelled, samples).sites["z"]
             parts.append(_probabilities(fit, prior, z).cpu().numpy())
-    return pd.DataFrame(np.concatenate(parts), columns=pd.Index(words), index=pd.Index(cells.cell_names, name="cell"))
+    found = np.concatenate(parts)
+    _warn_of_strangers(found, cells.covariates[:, prior.columns])
+    return pd.DataFrame(found, columns=pd.Index(words), index=pd.Index(cells.cell_names, name="cell"))
+
+
+def _warn_of_strangers(found: np.ndarray, given: np.ndarray) -> None:
+    """Warn where labels that the cells have are not those predicted, (cells, labels) each."""
+    known = given.sum(1) > 0
+    if known.sum() < LEAST_KNOWN:
+        return
+    right = float((found[known].argmax(1) == given[known].argmax(1)).mean())
+    if right <= LEAST_RIGHT:
+        warn(
+            f"of {known.sum()} labels that these cells have, {right:.0%} are predicted: components of the prior are "
+            "not those of their labels; fit the cells with a label first, then go on with all, as in ps.priors.ByLabel"
+        )
 
 
 def _labels(fit: Fit, prior: Any) -> list[str]:

@@ -155,7 +155,7 @@ def posterior_predictive(
     (('sample', 'cell', 'gene'), (3, 12, 20))
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide if global_draws is None else None)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fits = at_draws(fit, global_draws, seed)
     parts = list(zip(fits, shares(samples, len(fits)), strict=True))
@@ -303,7 +303,7 @@ def check_predictions(
     """
     require_inputs(fit, cells)
     simulated = Refined() if isinstance(sampler, Given) else sampler
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if not isinstance(interval, Real) or not 0 < interval < 1:
         raise ModelError(f"interval must be between 0 and 1, got {interval!r}")

@@ -171,7 +171,8 @@ def impute(
     _check_arguments(quantity, quantiles, batches)
     refines = len(quantiles) and has_density(fit.model)  # under Flat there is no posterior to refine towards
     default = Refined() if refines else Amortized()
-    sampler = sampler_for(default if sampler is None else sampler, cells)
+    at_medians = fit.guide if global_draws is None else None
+    sampler = sampler_for(default if sampler is None else sampler, cells, at_medians)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
@@ -238,7 +239,7 @@ def technical_zero_probability(
     ((12, 20), True)
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells)
+    sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     fit.model.likelihood.require_explicit()
     probability, done = result_array(fit, (cells.n_cells, cells.n_genes), out), 0

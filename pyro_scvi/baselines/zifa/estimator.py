@@ -28,7 +28,7 @@ from pyro_scvi.baselines.zifa import model
 from pyro_scvi.baselines.zifa.em import LEAST_VARIANCE, Seen, Sums, maximised
 from pyro_scvi.baselines.zifa.model import Parameters, Posterior, posterior
 from pyro_scvi.errors import DataError
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import require_at_least, require_found
 
 Quantity = Callable[[Tensor, Parameters, Posterior], Tensor]
 
@@ -105,6 +105,8 @@ class ZIFA(TransformerMixin, BaseEstimator):
             If a count is negative or not finite, no count is zero, or a gene has one value in all cells.
         ModelError
             If there are more latents than genes or cells, or a setting is out of range.
+        FitError
+            If the search for the decay that EM starts from fails.
         """
         require_at_least(1, max_iter=self.max_iter, batch_size=self.batch_size)
         logs = np.log1p(dense_counts(counts, unseen_genes=False))
@@ -286,7 +288,9 @@ def _decay_of_zeros(y: np.ndarray) -> float:
     def misfit(log_decay: np.ndarray) -> np.ndarray:
         return np.exp(-np.exp(log_decay) * mean_square) - zeros
 
-    return float(np.exp(least_squares(misfit, np.log(0.05), xtol=1e-12).x[0]))
+    found = least_squares(misfit, np.log(0.05), xtol=1e-12)
+    require_found(found, "the decay of zeros that ZIFA starts from")
+    return float(np.exp(found.x[0]))
 
 
 def relative_change(old: Parameters, new: Parameters) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_scvi.baselines.inputs import dense_counts
 from pyro_scvi.distributions.nb_log_prob import log_negative_binomial
+from pyro_scvi.utils.checks import require_found
 
 MOST = 12.0  # log of the inverse dispersion above which counts are Poisson's
 
@@ -35,6 +36,8 @@ class IndependentGenes:
         ------
         DataError
             If a gene has no count: its mean would be 0, any other count impossible.
+        FitError
+            If the search for a dispersion fails.
         """
         x = dense_counts(counts, unseen_genes=False)
         self.log_mean_ = torch.from_numpy(np.log(x.mean(0)))
@@ -55,4 +58,6 @@ def _log_r(gene: np.ndarray, mean: float) -> float:
         log_p = gammaln(values + r) - gammaln(r) - (values + r) * np.log1p(mean / r) - values * log_r
         return -float(log_p @ cells)
 
-    return float(minimize_scalar(loss, bounds=(-MOST, MOST), method="bounded").x)
+    found = minimize_scalar(loss, bounds=(-MOST, MOST), method="bounded")
+    require_found(found, "the dispersion of a gene by itself")
+    return float(found.x)

@@ -30,6 +30,32 @@ def test_weights_are_those_of_brute_force(seed):
     assert weights.sum() == pytest.approx(1)
 
 
+RARE = {  # cells that one model alone predicts, where a solver of general problems stops at a wrong place
+    "one of a hundred": np.concatenate([np.tile([0.0, -20.0], (99, 1)), [[-900.0, 0.0]]]),
+    "one of ten thousand": np.concatenate([np.tile([0.0, -20.0, -21.0], (9999, 1)), [[-900.0, 0.0, -3.0]]]),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_rare_cell_gets_the_weight_of_its_share(name):
+    """By calculus: (n - 1) log(1 - w) + log w is largest at w = 1 / n, but for e^-20 of the common cells."""
+    weights = ps.stacking_weights(table_of(RARE[name]), draws=2)["stacking"].to_numpy()
+    assert weights[:2] == pytest.approx([1 - 1 / len(RARE[name]), 1 / len(RARE[name])], rel=1e-3)
+
+
+@pytest.mark.parametrize(("spread", "n_models"), [(300.0, 3), (3000.0, 4), (3.0, 8)])
+def test_weights_are_those_of_em(spread, n_models):
+    """EM only ever climbs; its optimum has a mean ratio to the mixture of at most 1 for every model."""
+    log_p = np.random.default_rng(0).normal(0, spread, (60, n_models))
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    weights = np.full(n_models, 1 / n_models)
+    for _ in range(3000):
+        weights = weights * (p / (p @ weights)[:, None]).mean(0)
+    found = ps.stacking_weights(table_of(log_p), draws=2)["stacking"].to_numpy()
+    assert score(log_p, found) >= score(log_p, weights) - 1e-7
+    assert (p / (p @ found)[:, None]).mean(0).max() < 1 + 1e-6
+
+
 def test_copies_winners_and_complements():
     rng = np.random.default_rng(0)
     one, half = rng.normal(-10, 1, 200), np.arange(200) < 100

@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 import pyro_scvi as ps
 from pyro_scvi import baselines
 from pyro_scvi.baselines.evidence import Evidence
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, FitError
 from pyro_scvi.inference.evaluation import bound_terms, evaluating
 from pyro_scvi.paper import systems
 from pyro_scvi.paper.data import files
@@ -184,6 +184,13 @@ def test_floor_finds_its_law():
     np.testing.assert_allclose(floor.score_samples(counts[:50]), expected, rtol=1e-6)
     with pytest.raises(DataError, match="1 genes have no count in any cell"):
         IndependentGenes().fit(counts * [1, 0, 1])
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_search_that_fails_is_no_result():
+    counts = np.array([[1e306, 1.0], [1.0, 3.0]])
+    with pytest.raises(FitError, match="the dispersion of a gene by itself is not found"):
+        IndependentGenes().fit(counts)
 
 
 @pytest.mark.parametrize("name", systems.MODELS)

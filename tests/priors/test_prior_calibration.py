@@ -1,0 +1,81 @@
+"""Simulation-based calibration of the latents of models with donors, time points and labels: 90 % hold .90."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_scvi as ps
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:.*1 or 2 cells", "ignore:sampler_khat"),
+]
+
+GENES, GROUPS, N = 6, 5, 600
+LOADINGS = torch.tensor([0.5, -0.5, 0.4, -0.4, 0.6, -0.6])
+MEANS = {"donors": np.random.default_rng(0).normal(0, 1.5, GROUPS), "times": 1.5 * np.sin(np.linspace(0, 3, GROUPS))}
+
+
+def donors(name, like):
+    """m_d ~ Normal(0, tau), tau ~ HalfCauchy(1)."""
+    tau = pyro.sample("tau", dist.HalfCauchy(like.new_ones(())))
+    return pyro.sample(name, dist.Normal(torch.zeros_like(like), tau).to_event(2))
+
+
+def with_known_decoder(cells, prior, **options):
+    model = ps.SCVI(
+        GENES,
+        1,
+        cells.n_covariates,
+        prior=prior,
+        likelihood=ps.likelihoods.Poisson(),
+        library=ps.libraries.NoLibrary(),
+        decoder=ps.networks.LinearDecoder(),
+        **options,
+    ).double()
+    with torch.no_grad():
+        head = model.decoder.heads["log_mean"]
+        head.weight.copy_(LOADINGS[:, None])
+        head.bias.fill_(np.log(8.0))
+    return ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), cells.schema)
+
+
+def of_groups(kind):
+    """Means of donors, or of time points, at a draw of them; which cells there are, gamma says alone."""
+    obs = pd.DataFrame({"group": np.arange(50) % GROUPS})
+    cells = ps.Cells.from_counts(np.ones((50, GENES)), obs=obs, batch="group")
+    weights = {"donors": donors, "times": ps.weights.RandomWalkWeights(0.3)}[kind]
+    prior = ps.priors.Conditional(1, cells.columns["group"])
+    fit = with_known_decoder(cells, prior, weight_priors={"prior.loc": weights})
+    draws = {"prior.loc": MEANS[kind][None, :, None]} | ({"tau": np.array([1.5])} if kind == "donors" else {})
+    return fit.with_globals(draws), cells
+
+
+def of_labels():
+    """Three labels, a half of the cells without one."""
+    obs = pd.DataFrame({"type": [[*"abc"][i // 2 % 3] if i % 2 else None for i in range(60)]})
+    cells = ps.Cells.from_counts(np.ones((60, GENES)), obs=obs, labels="type")
+    fit = with_known_decoder(cells, ps.priors.ByLabel(1, cells.columns["type"]))
+    with torch.no_grad():
+        fit.model.prior.loc.copy_(torch.tensor([[-2.0], [0.0], [2.0]]))
+        fit.model.prior.log_scale.fill_(-0.5)
+        fit.model.prior.logits.copy_(torch.tensor([0.5, 0.0, -0.5]))
+    return fit, cells
+
+
+CASES = {"donors": lambda: of_groups("donors"), "times": lambda: of_groups("times"), "labels": of_labels}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_intervals_of_simulated_cells_hold_what_they_say(case):
+    fit, cells = CASES[case]()
+    result = ps.calibrate(
+        fit, N, source=ps.calibration.Prior(cells), sampler=ps.Importance(steps=30, rounds=1, proposals=300),
+        draws=99, thin=1, batch_size=N, progress=False,
+    )  # fmt: skip
+    summary = result.summary.loc["z_0"]
+    assert abs(summary.coverage_90 - 0.9) < 0.03, summary
+    assert summary.rank_p > 1e-3, summary
