@@ -111,17 +111,24 @@ def _temporary(out: Path) -> Iterator[Path]:
     within = out if out.is_dir() else out.parent
     within.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
-        for folder in leftovers(out, within):
+        earlier = leftovers(out, within)
+        for folder in earlier:
             note(f"{folder} was left by a run that was stopped{_finished_in(folder)}; move or delete it")
-        temporary = new_temporary(out, within)
         try:
-            yield temporary
+            yield new_temporary(out, within)
         except NotRolledBack:
             raise
         except BaseException:
-            remove(temporary)
+            _remove_ours(out, within, earlier)
             raise
-        remove(temporary)
+        _remove_ours(out, within, earlier)
+
+
+def _remove_ours(out: Path, within: Path, earlier: list[Path]) -> None:
+    """Delete the temporary folder, also one that a signal has left nameless just after it was made."""
+    for folder in leftovers(out, within):
+        if folder not in earlier:
+            remove(folder)
 
 
 def _finished_in(folder: Path) -> str:
@@ -199,9 +206,13 @@ def _check_ours(out: Path, results: Iterable[str]) -> None:
 
 
 def _written(out: Path) -> set[str]:
-    """Hashes of all that earlier runs have written."""
+    """Hashes of all that earlier runs have written; none if their list is damaged, so that nothing is replaced."""
     path = out / STEPS / WRITTEN
-    return set(json.loads(path.read_text())) if path.is_file() else set()
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else []
+    except (ValueError, RecursionError):
+        return set()
+    return {text for text in found if isinstance(text, str)} if isinstance(found, list) else set()
 
 
 def _digest(path: Path) -> str:

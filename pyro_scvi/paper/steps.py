@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,9 @@ _log = logging.getLogger(__name__)
 _ABSENT = "not installed"
 _RAISED = "pyro_scvi.errors.FitError: "
 _CPU_TIME_IS_UP = 24  # SIGXCPU
+_UNFINISHED = ".unfinished"
+_END = "\n"  # of an answer that is complete
+_LOOK_EVERY = 1.0  # seconds between two looks at whether the parent is there
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,10 @@ class Results:
     Parameters
     ----------
     folder
-        One JSON file for each step; None keeps nothing.
+        One JSON file for each step; None keeps nothing. No other process may write there.
     isolated
-        Whether steps run in processes of their own with one thread, at most ``jobs`` at a time.
+        Whether steps run in processes of their own with one thread, at most ``jobs`` at a time. A signal ends them, and
+        so does the end of this process.
     limit
         CPU seconds for a step that runs in a process of its own.
     """
@@ -92,9 +97,11 @@ class Results:
     ) -> None:
         self.folder, self.isolated, self.limit, self.jobs, self.progress = folder, isolated, limit, jobs, progress
         self._known: dict[str, Outcome] = {}
+        self._running = _Processes()
 
     def compute(self, steps: Iterable[Step]) -> None:
         """Compute the missing steps."""
+        _remove_unfinished(self.folder)
         todo = list({step.key: step for step in steps if self._found(step.key) is None}.values())
         if not self.isolated:  # a fit belongs into the main thread, where it can be interrupted
             for step in each(todo, "step", self.progress):
@@ -102,16 +109,21 @@ class Results:
             return
         with ThreadPoolExecutor(self.jobs) as pool:
             done = pool.map(self._computed, todo)
-            with progress_bar(len(todo), "step", self.progress) as bar:
-                for _ in done:
-                    bar.update()
+            try:
+                with progress_bar(len(todo), "step", self.progress) as bar:
+                    for _ in done:
+                        bar.update()
+            except (KeyboardInterrupt, SystemExit):  # or the pool would wait until the steps have ended by themselves
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._running.end()
+                raise
 
     def of(self, step: Step) -> Outcome:
         """The outcome of a step, computed now if it is not known."""
         return self._found(step.key) or self._computed(step)
 
     def _computed(self, step: Step) -> Outcome:
-        outcome = _in_a_process(step, self.limit) if self.isolated else _here(step)
+        outcome = _in_a_process(step, self.limit, self._running) if self.isolated else _here(step)
         self._known[step.key] = outcome
         if outcome.reason:
             _log.warning("%s %s: %s", step.name, step.settings, outcome.reason)
@@ -122,10 +134,39 @@ class Results:
     def _found(self, key: str) -> Outcome | None:
         if key not in self._known and self.folder is not None:
             path = self.folder / f"{key}.json"
-            if path.is_file():
-                kept = json.loads(path.read_text())
-                self._known[key] = Outcome(**{name: kept[name] for name in Outcome.__dataclass_fields__})
+            if path.is_file() and (kept := _kept(path)) is not None:
+                self._known[key] = kept
         return self._known.get(key)
+
+
+class _Processes:
+    """The processes of the steps that run now."""
+
+    def __init__(self) -> None:
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def run(self, command: list[str], **options: Any) -> tuple[int, str]:
+        """Run a command to its end: its exit status, and what it wrote to stderr."""
+        with self._lock:
+            if self._ended:
+                raise FitError("the run was interrupted")
+            process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **options)
+            self._processes.add(process)
+        said = process.communicate()[1]
+        with self._lock:
+            self._processes.discard(process)
+            if self._ended:  # what it said is no fault of the step
+                raise FitError("the run was interrupted")
+        return process.returncode, said
+
+    def end(self) -> None:
+        """End all, and start no others."""
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                process.kill()
 
 
 def _here(step: Step) -> Outcome:
@@ -140,38 +181,70 @@ def _here(step: Step) -> Outcome:
     return Outcome(result, time.process_time() - started, _peak_mb())
 
 
-def _in_a_process(step: Step, limit: int) -> Outcome:
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps({"name": step.name, "settings": step.settings, "limit": limit}))
-        command = [sys.executable, "-m", "pyro_scvi.paper.steps", str(asked), str(answer)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if answer.is_file():
-            return Outcome(**json.loads(answer.read_text()))
-        if ended.returncode == -_CPU_TIME_IS_UP:
-            return Outcome(None, float(limit), 0.0, f"not finished in {limit:,} CPU seconds")
-        _log.error("%s", ended.stderr)
-        *_, said = ["", *ended.stderr.splitlines()]
-        if said.startswith(_RAISED):
-            raise FitError(said.removeprefix(_RAISED))
-        raise FitError(f"{step.name} {step.settings} failed with exit status {ended.returncode}: {said}")
+def _in_a_process(step: Step, limit: int, running: _Processes) -> Outcome:
+    order = {"name": step.name, "settings": step.settings, "limit": limit, "parent": os.getpid()}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as answer:  # without a name: nothing is left of it if this process is killed
+        descriptor = answer.fileno()
+        command = [sys.executable, "-m", "pyro_scvi.paper.steps", json.dumps(order), str(descriptor)]
+        # In a session of its own Ctrl-C reaches this process alone, which ends the step.
+        apart = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+        status, said = running.run(command, env=environment, pass_fds=(descriptor,), **apart)
+        answer.seek(0)
+        if (text := answer.read()).endswith(_END):
+            return Outcome(**json.loads(text))
+    if status == -_CPU_TIME_IS_UP:
+        return Outcome(None, float(limit), 0.0, f"not finished in {limit:,} CPU seconds")
+    _log.error("%s", said)
+    *_, last = ["", *said.splitlines()]
+    if last.startswith(_RAISED):
+        raise FitError(last.removeprefix(_RAISED))
+    raise FitError(f"{step.name} {step.settings} failed with exit status {status}: {last}")
 
 
-def main(asked: str, answer: str) -> None:
-    """In a process of its own: compute what the file ``asked`` names, and write the file ``answer``."""
-    order = json.loads(Path(asked).read_text())
+def main(asked: str, descriptor: str) -> None:
+    """In a process of its own: compute the step that is asked for, and write the outcome to an open file."""
+    order = json.loads(asked)
+    threading.Thread(target=_end_with, args=(order["parent"],), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CPU, (order["limit"], order["limit"] + 30))
     torch.set_num_threads(1)
     module, _, name = order["name"].partition(":")
-    _write(Path(answer), vars(_here(Step(getattr(import_module(module), name), order["settings"]))))
+    outcome = _here(Step(getattr(import_module(module), name), order["settings"]))
+    with open(int(descriptor), "w") as answer:
+        answer.write(json.dumps(vars(outcome)) + _END)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has ended: nobody would read the answer."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY)
+    os._exit(1)
+
+
+def _kept(path: Path) -> Outcome | None:
+    """The outcome in a file; None, and a warning, if it is damaged."""
+    try:
+        kept = json.loads(path.read_text())
+        return Outcome(**{name: kept[name] for name in Outcome.__dataclass_fields__})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        _log.warning("%s is damaged; the step is computed again", path)
+        return None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(path)
+    unfinished = path.with_suffix(f".{os.getpid()}{_UNFINISHED}")
+    try:
+        unfinished.write_text(json.dumps(content))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _remove_unfinished(folder: Path | None) -> None:
+    """Delete what killed processes have left."""
+    for path in [] if folder is None else folder.glob(f"*{_UNFINISHED}"):
+        path.unlink()
 
 
 def _peak_mb() -> float:

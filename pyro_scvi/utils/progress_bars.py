@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +20,14 @@ SHORT = 5.0  # seconds that an analysis may take before it shows its progress
 # tqdm's class takes a type parameter in its stubs only.
 if TYPE_CHECKING:
     TextBar = text_tqdm[Any]
+    RedrawnBar = tqdm[Any]
 else:
     TextBar = text_tqdm
+    RedrawnBar = tqdm
+
+
+class Redrawn(RedrawnBar):
+    """tqdm's bar, with a lock of its own: see :func:`_take_new_locks`."""
 
 
 class Lines(TextBar):
@@ -46,7 +53,7 @@ class Lines(TextBar):
 
 def progress_bar(total: int, unit: str, shown: bool, *, delay: float = 0.0) -> Any:
     """A tqdm bar over ``total`` units on stderr, shown from ``delay`` seconds on; ``TQDM_DISABLE=1`` hides all."""
-    kind = tqdm if _redraws(sys.stderr) else Lines
+    kind = Redrawn if _redraws(sys.stderr) else Lines
     return kind(total=total, unit=unit, delay=delay, disable=not (shown and total) or _all_hidden())
 
 
@@ -74,3 +81,19 @@ def _all_hidden() -> bool:
 def _redraws(stream: Any) -> bool:
     """Whether a line can be redrawn: on a terminal, and on the stream of a notebook's kernel."""
     return stream.isatty() or type(stream).__module__.startswith("ipykernel")
+
+
+def _take_new_locks() -> None:
+    """Give the bars of this process a lock that no other process knows.
+
+    Every bar takes the lock, hidden ones too. tqdm's own is shared with forked processes: one that is killed while it
+    holds it would leave all others waiting for ever. A forked process also has only one of its parent's threads, so a
+    lock that another thread held would never be released.
+    """
+    for kind in (Redrawn, Lines):
+        kind.set_lock(threading.RLock())
+
+
+_take_new_locks()
+if hasattr(os, "register_at_fork"):  # Windows forks no processes
+    os.register_at_fork(after_in_child=_take_new_locks)

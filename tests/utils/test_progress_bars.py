@@ -1,8 +1,11 @@
 """Progress: what a log file gets, and when nothing is shown."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -104,8 +107,73 @@ def test_the_environment_hides_bars():
 def test_the_environment_hides_bars_of_notebooks_too(monkeypatch, value, hidden):
     """tqdm's own there take what they are told, and do not ask the environment."""
     told = []
-    monkeypatch.setattr(progress_bars, "tqdm", lambda **options: told.append(options["disable"]))
+    monkeypatch.setattr(progress_bars, "Redrawn", lambda **options: told.append(options["disable"]))
     monkeypatch.setattr(progress_bars, "_redraws", lambda stream: True)
     monkeypatch.setenv("TQDM_DISABLE", value)
     progress_bars.progress_bar(5, "cell", True)
     assert told == [hidden]
+
+
+def ends(child):
+    """Whether a process ends by itself within some seconds."""
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def forked(act):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        act()
+    finally:
+        os._exit(0)
+
+
+def a_bar():
+    with progress_bars.progress_bar(3, "step", False) as bar:
+        bar.update()
+
+
+KINDS = {"lines": progress_bars.Lines, "redrawn": progress_bars.Redrawn}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_killed_process_that_held_the_lock_stops_no_other(kind, monkeypatch):
+    monkeypatch.setattr(progress_bars, "_redraws", lambda _: kind is progress_bars.Redrawn)
+
+    def dies():
+        lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    lock = kind.get_lock()
+    assert ends(forked(dies))
+    assert ends(forked(a_bar))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_lock_that_another_thread_holds_stops_no_forked_process(kind, monkeypatch):
+    monkeypatch.setattr(progress_bars, "_redraws", lambda _: kind is progress_bars.Redrawn)
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with kind.get_lock():
+            held.set()
+            over.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(20)
+    try:
+        assert ends(forked(a_bar))
+    finally:
+        over.set()
+        thread.join()
