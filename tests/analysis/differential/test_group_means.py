@@ -30,7 +30,7 @@ def fitted(cells, likelihood=None, epochs=3, **options):
 
 @pytest.fixture(scope="module")
 def observed(cells):
-    """A fit whose depths are the cells' totals."""
+    """A fit whose library sizes are the cells' totals."""
     return fitted(cells, library=ps.libraries.ObservedLibrary())
 
 
@@ -95,12 +95,14 @@ def by_hand(x, depth, moments):
     return np.array(found)
 
 
-def test_the_table_is_that_of_the_formula(observed, cells, monkeypatch):
-    """Depths are the totals over their median; moments are taken as they came, by a spy."""
+@pytest.mark.parametrize("library", [ps.libraries.ObservedLibrary, ps.libraries.LatentLibrary, ps.libraries.NoLibrary])
+def test_the_table_is_that_of_the_formula(library, cells, monkeypatch):
+    """Depths are the totals over their median, whatever sizes a guide infers; moments are taken as they came."""
+    fit = fitted(cells, library=library(), epochs=1)
     seen = []
     of = Moments.of
     monkeypatch.setattr(Moments, "of", lambda self, rows: seen.append(of(self, rows)) or seen[-1])
-    table = compare(observed, cells)
+    table = compare(fit, cells)
     rows = [np.flatnonzero(group == GROUPS) for group in "xy"]
     totals = cells.counts.sum(1)
     depth = totals / np.median(totals[np.concatenate(rows)])
