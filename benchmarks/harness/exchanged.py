@@ -45,7 +45,8 @@ class Drawn(NamedTuple):
     """Counts (cells, genes) of two groups, and what is true of them.
 
     ``second`` and ``donor`` (cells,): whether a cell is of the second group, and its donor. By gene: whether it is
-    ``null``, its log2 fold change ``lfc``, first group over second, and the molecules ``expected``.
+    ``null``, its log2 fold change ``lfc``, first group over second, and the molecules ``expected`` in both groups and
+    in the one that has fewer, (2, genes).
     """
 
     counts: np.ndarray
@@ -86,7 +87,9 @@ def drawn_from(laws: Laws, second: np.ndarray, depth: float, scene: Scene, seed:
     share[:, ~null] *= left / share[:, ~null].sum(1, keepdims=True)
     depths = depth * np.exp(generator.normal(0, SD_LOG_DEPTH, len(group)))
     mean = share * (depths * scene.depths ** np.where(group, -0.5, 0.5))[:, None]
-    return Drawn(_counts(mixed, mean, generator), group, donor, null, _truth(laws, second, null), mean.sum(0))
+    by_group = np.stack([mean[~group].sum(0), mean[group].sum(0)])
+    expected = np.stack([by_group.sum(0), by_group.min(0)])
+    return Drawn(_counts(mixed, mean, generator), group, donor, null, _truth(laws, second, null), expected)
 
 
 def _rows(second: np.ndarray, wanted: np.ndarray, generator: np.random.Generator) -> np.ndarray:

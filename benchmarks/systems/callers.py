@@ -68,7 +68,7 @@ def _by_table(table: pd.DataFrame) -> Calls:
 
 def by_pairs(case: Case) -> Calls:
     """Pairs of cells: the expected share of false statements, taken for a false discovery rate."""
-    pairs = ps.differential.RandomPairs(delta=DELTA, largest_se=0.02)
+    pairs = ps.differential.RandomPairs(delta=DELTA, largest_se=0.03)
     table = compared(case.fit, case.cells, case.drawn, pairs, case.seed)
     shares = np.full(len(table), 1.0)
     of_tested = table["p_lfc"].to_numpy()[case.tested]
@@ -78,7 +78,7 @@ def by_pairs(case: Case) -> Calls:
 
 def by_decoded(case: Case) -> Calls:
     """Welch's test of E[w | x] over its sum, which looks at decoded expression."""
-    w = ps.impute(case.fit, case.cells, seed=case.seed)
+    w = ps.impute(case.fit, case.cells, seed=case.seed).astype(np.float64)
     return _by_test(case, w / w.sum(1, keepdims=True), _welch)
 
 
@@ -146,7 +146,7 @@ def _by_test(case: Case, values: np.ndarray, test: Test) -> Calls:
 
 def _adjusted(case: Case, p: np.ndarray) -> Calls:
     """Benjamini and Hochberg over the tested genes; a gene without a p value is not called."""
-    known, q = np.nan_to_num(p, nan=1.0), np.ones(len(p))
+    known, q = np.nan_to_num(np.asarray(p, dtype=np.float64), nan=1.0), np.ones(len(p))
     q[case.tested] = stats.false_discovery_control(known[case.tested])
     return Calls(q, np.where(case.tested, -np.log(np.maximum(known, 1e-300)), 0))
 
