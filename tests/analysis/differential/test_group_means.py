@@ -14,6 +14,8 @@ from pyro_scvi.analysis.differential.moments import Moments, rate_moments
 from pyro_scvi.analysis.differential.weighted_means import strata_of
 from pyro_scvi.analysis.differential.welch import benjamini_hochberg
 from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.paper.data import files
+from pyro_scvi.paper.data.blood import read_pbmc_3ka
 from tests.support.simulate import simulated_counts
 
 COLUMNS = ["lfc", "lfc_se", "lfc_low", "lfc_high", "z", "p_value", "q_value"]
@@ -407,6 +409,25 @@ def test_known_markers_are_found_against_the_rest(blood):
         assert set(MARKERS.get(group, ())) <= set(first), group
     never = (table.detected_a == 0) & (table.detected_b == 0)
     assert not table.tested[never].any()
+
+
+def test_known_markers_of_types_in_two_donors():
+    """Every type has markers, platelets of 15 cells too; at most 120 cells of a type."""
+    if not (files.folder() / files.PBMC_3KA).is_file():
+        pytest.skip(f"{files.PBMC_3KA} is not in {files.folder()}")
+    adata = read_pbmc_3ka(files.folder()).adata
+    adata = adata[adata.obs.groupby("labels", observed=True).cumcount() < 120].copy()
+    cells = ps.Cells.from_anndata(adata[:, adata.X.sum(0).A1 > 0], batch="batch")
+    fit = ps.fit(ps.SCVI(cells.n_genes, n_covariates=2, seed=0), cells, epochs=1, device="cpu", progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "depths differ|groups and batches|all cells are from one batch")
+        table = ps.differential_expression(fit, cells, groupby="labels")
+    known = {"Platelet": "PPBP", "B": "CD79A", "NK": "NKG7", "CD14+ Mono": "CST3", "DC": "CST3", "CD8 T": "CD8A"}
+    for group in table.index.unique("group"):
+        of_group = table.loc[group]
+        higher = of_group[of_group.lfc > 0].sort_values("z", ascending=False)
+        assert (higher.q_value < 0.05).any(), group
+        assert known.get(group, higher.index[0]) in higher.index[:10], group
 
 
 def test_markers_against_every_other_type(blood):
