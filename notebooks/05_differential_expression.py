@@ -10,8 +10,8 @@
 # *Question: which genes differ between two groups of cells, by how much, and how many of our calls are wrong?*
 #
 # The default answer is about the groups: do their mean expressions differ? Counts over depth are averaged with weights,
-# and a t test says how sure a difference is. The model lends each cell's depth and weight. The paper's answer is about
-# two random cells, one from each group; it stands at the end.
+# and a t test says how sure a difference is. The model lends the weights. The paper's answer is about two random cells,
+# one from each group; it stands at the end.
 
 # %%
 import json

@@ -39,7 +39,7 @@ class Library(Component, ABC):
         """Set what the user did not give, from the totals (cells,) of the training cells."""
 
     def depth(self, total: Tensor, gamma: Tensor) -> Tensor:
-        """What counts of cells are divided by to be compared, (cells, 1), where it is no latent: the total."""
+        """What counts of cells are divided by to be compared, (cells, 1): the total, also where l is a latent."""
         return total.clamp(min=1)
 
     def log_prob_of_total(self, x: Tensor, gamma: Tensor) -> Tensor:

@@ -23,14 +23,15 @@ pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, 
 import benchmarks
 from benchmarks import cli
 from benchmarks.harness import processes, report, results, simulation, worker
+from benchmarks.harness.exchanged import Laws, Scene, drawn_from
 from benchmarks.harness.interleaving import Interleaved, Outcome
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.quality import learning_curves
+from benchmarks.quality import calls, learning_curves
 from benchmarks.quality.elbo import held_out_elbo
 from benchmarks.quality.held_out_scores import our_outputs
 from benchmarks.rows import large_data, time_to_quality
-from benchmarks.systems import matrix_products, ours_large, pyro_svi
+from benchmarks.systems import callers, matrix_products, ours_large, pyro_svi
 from benchmarks.systems.our_models import matched, matched_constant
 
 
@@ -278,6 +279,65 @@ def test_gpu_dry_run(capsys):
 def test_gpu_without_a_device_says_so():
     with pytest.raises(SystemExit, match="no CUDA device; --dry-run"):
         cli.main(["gpu"])
+
+
+# --- calls of genes whose differences are known ---
+
+SECOND = np.arange(40) >= 20  # of the laws
+
+
+def laws():
+    generator = np.random.default_rng(0)
+    share = generator.dirichlet(np.full(60, 3.0), 40) * np.exp(generator.normal(0, 0.5, (2, 60)))[SECOND.astype(int)]
+    share /= share.sum(1, keepdims=True)
+    return Laws(share, np.full(share.shape, 4.0), np.full(share.shape, 0.2))
+
+
+@pytest.mark.parametrize("depths", [1.0, 4.0, 0.1])
+def test_exchanged_genes_do_not_differ_and_the_others_by_what_is_said(depths):
+    drawn = drawn_from(laws(), SECOND, 3000.0, Scene("", 6000, depths), seed=1)
+    rates = [drawn.counts[drawn.second == side].sum(0) for side in (False, True)]
+    a, b = (rate / rate.sum() for rate in rates)
+    np.testing.assert_allclose(np.log2(a / b), drawn.lfc, atol=0.12)
+    assert (drawn.lfc[drawn.null] == 0).all()
+    assert np.abs(drawn.lfc[~drawn.null]).max() > 0.5
+    totals = [drawn.counts[drawn.second == side].sum(1).mean() for side in (False, True)]
+    assert totals[0] / totals[1] == pytest.approx(depths, rel=0.05)
+
+
+def test_donors_differ_in_every_gene():
+    drawn = drawn_from(laws(), SECOND, 3000.0, Scene("", 4000, n_donors=4), seed=1)
+    assert [sorted(set(drawn.donor[drawn.second == side])) for side in (False, True)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    sums = np.stack([drawn.counts[drawn.donor == donor].sum(0) for donor in range(8)])
+    shares = sums / sums.sum(1, keepdims=True)
+    assert np.log(shares[:, drawn.null]).std(0, ddof=1).mean() == pytest.approx(0.3, abs=0.05)
+
+
+def test_calls_are_judged_by_what_is_null():
+    null = np.array([True, True, False, False, False])
+    case = callers.Case(drawn_from(laws(), SECOND, 9.0, Scene("", 5), seed=0)._replace(null=null), None, None, null, 0)
+    found = calls.judged(callers.Calls(np.array([0.01, 0.9, 0.05, 0.01, 0.06]), np.arange(5.0)), case)
+    assert found == pytest.approx({"false_share": 1 / 3, "power": 2 / 3, "auc": 1.0, "called": 3})
+
+
+@pytest.mark.filterwarnings("ignore:.*(no counts|depths differ)")
+def test_calls_of_every_system_beside_the_truth(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(calls, "source", lambda folder, epochs: (laws(), SECOND, 300.0))
+    systems = ["means", "donors", "pairs", "decoded", "linear", "thinned", "log", "wilcoxon"]
+    options = ["--cells", "60", "--seeds", "0", "1", "--epochs", "1", "--systems", *systems]
+    calls.main([*options, "--out", str(tmp_path / "calls.json")])
+    written = json.loads((tmp_path / "calls.json").read_text())
+    table = {(row["scene"], row["system"]): row for row in written["over seeds"]}
+    assert len(written["rows"]) == 2 * (3 * len(systems) - 2)
+    assert len(table) == 3 * len(systems) - 2
+    for row in table.values():
+        assert 0 <= row["false_share"] <= 1
+        assert row["auc"] > 0.45
+    means = table["equal", "GroupMeans"]
+    assert means["slope"] == pytest.approx(1, abs=0.35)
+    assert means["auc"] > 0.6
+    assert means["auc_se"] > 0
+    assert "covered_se" in capsys.readouterr().out
 
 
 # --- folders ---

@@ -38,14 +38,14 @@ class GroupMeans:
     .. math:: z = \frac{\hat m_a - \hat m_b}{\sqrt{\hat v_a + \hat v_b}}, \qquad
         lfc = \log_2 \frac{\hat m_a + \epsilon}{\hat m_b + \epsilon}, \qquad \epsilon = 10^{-4}
 
-    l is the posterior mean of the library size, the size factor where it is known, or the total where the model has
-    none, as a multiple of the median over the cells compared: R is in counts of a median cell. m and V are mean and
-    variance of w / l in the group by the model, from the exact Gamma conditional of w given x and z, with global
-    latents at the guide's medians. The model lends depths and weights only. Whatever the decoder says of a gene, its
-    mean is that of its own counts, so that nothing leaks from other genes through z. Each variance is not below that of
-    counting molecules at the mean of both groups together, and the model's variance there counts as 30 cells where it
-    is larger than the data's. p values are those of a t distribution (Welch 1947; Satterthwaite 1946), q values by
-    Benjamini and Hochberg (1995).
+    l is the total count of a cell, or its size factor where that is known, as a multiple of the median over the cells
+    compared: R is in counts of a median cell. m and V are mean and variance of w / l in the group by the model, from
+    the exact Gamma conditional of w given x and z, with global latents at the guide's medians. The model lends weights
+    only. Whatever the decoder says of a gene, its mean is that of its own counts, so that nothing leaks from other
+    genes through z; and whatever the guide says of a cell's size. Each variance is not below that of counting molecules
+    at the mean of both groups together, and the model's variance there counts as 30 cells where it is larger than the
+    data's. p values are those of a t distribution (Welch 1947; Satterthwaite 1946), q values by Benjamini and Hochberg
+    (1995).
 
     ``lfc_shrunk`` is the posterior mean of the fold change under a unimodal prior around 0 that is learned over the
     genes (Stephens 2017), ``lfsr`` the local false sign rate: the probability that its sign is wrong or that there is

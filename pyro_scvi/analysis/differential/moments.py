@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.minibatches import Minibatches
-from pyro_scvi.inference.samplers import Draws, Sampler
+from pyro_scvi.inference.samplers import Sampler
 from pyro_scvi.likelihoods.base import Likelihood
-from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.types import Theta
 
 if TYPE_CHECKING:
@@ -27,7 +26,8 @@ AT_ONCE = 128  # cells; fixed, because the random numbers that a cell gets depen
 class Moments:
     """Depth of every cell, and sums over the cells of each part of E[w / l | x] and of E[(w / l)^2 | x].
 
-    ``depth`` (cells,) is l as a multiple of the median over the cells that are compared; NaN for other cells.
+    ``depth`` (cells,) is l, the total or a known size factor, as a multiple of the median over the cells that are
+    compared; NaN for other cells.
     ``part`` (cells,) says in which part a cell is; ``n`` (parts,); ``first`` and ``second`` (parts, genes).
     """
 
@@ -57,7 +57,8 @@ def posterior_moments(fit: Fit, batches: Minibatches, part: np.ndarray, sampler:
     for k, rows in _blocks(part, n_parts):
         x, gamma = batches.rows(torch.as_tensor(rows, device=fit.device))
         draws = sampler.draw(fit.guide, x, gamma, samples)
-        size = _size(fit.model.library, x.new_tensor(totals[rows])[:, None], gamma, draws)
+        # The library that the guide infers may be off by a factor that differs between groups: totals cannot be.
+        size = fit.model.library.depth(x.new_tensor(totals[rows])[:, None], gamma)
         mean, square = rate_moments(fit.model.likelihood, x, decoded(fit, x, gamma, draws))
         depth[rows] = size[:, 0].double().cpu().numpy()
         first[k] += (mean / size).mean(0).sum(0).double().cpu().numpy()
@@ -65,12 +66,6 @@ def posterior_moments(fit: Fit, batches: Minibatches, part: np.ndarray, sampler:
     median = np.nanmedian(depth)
     n = np.bincount(part[part >= 0], minlength=n_parts)
     return Moments(depth / median, part, n, first * median, second * median**2)
-
-
-def _size(library: Library, total: Tensor, gamma: Tensor, draws: Draws) -> Tensor:
-    """Posterior mean of the library size (cells, 1); a known one, or the total, where it is no latent."""
-    size = draws.sites["l"].mean(0) if library.latent else library.depth(total, gamma)
-    return size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 def _blocks(part: np.ndarray, n_parts: int) -> Iterator[tuple[int, np.ndarray]]:

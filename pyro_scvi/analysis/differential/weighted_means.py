@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -20,7 +20,8 @@ class Strata:
 
     ``key`` and ``n`` (strata,): which stratum, and how many cells. The others are (strata, genes). ``mean`` and
     ``variance`` of it; ``n_eff``, the effective number of cells; ``molecules`` and ``detected`` (cells above zero). The
-    model's variance of the mean is ``per_mean`` times a mean count plus ``constant``.
+    model's variance of the mean is ``per_mean`` times a mean count plus ``constant``; ``own`` is the constant for the
+    group's mean where that is below the model's, with the same coefficient of variation.
     """
 
     key: np.ndarray
@@ -30,6 +31,7 @@ class Strata:
     n_eff: np.ndarray
     per_mean: np.ndarray
     constant: np.ndarray
+    own: np.ndarray
     molecules: np.ndarray
     detected: np.ndarray
 
@@ -48,6 +50,10 @@ class Strata:
         counting = self.counting(mean)
         averaged = (MODEL_CELLS * (counting + self.constant) + degrees * self.variance) / (MODEL_CELLS + degrees)
         return np.maximum(np.maximum(self.variance, averaged), counting)
+
+    def alone(self) -> Strata:
+        """The strata with the model's variance for the group's own means: a few molecules do not vary as many do."""
+        return replace(self, constant=self.own)
 
     def take(self, index: np.ndarray) -> Strata:
         """Some of the strata."""
@@ -99,7 +105,9 @@ def _means(
     spread = np.maximum(u2_r2 - 2 * found * u2_r + found**2 * u2, 0) / u1**2
     # One cell has no spread: its variance is the model's alone.
     inflation = np.where(n_eff > 1 + 1e-9, n_eff / np.maximum(n_eff - 1, 1e-9), 0)
-    return found, spread * inflation, n_eff, u2_per_depth / u1**2, variance / n_eff, molecules, detected
+    constant = variance / n_eff
+    own = constant * np.minimum(found / mean, 1) ** 2
+    return found, spread * inflation, n_eff, u2_per_depth / u1**2, constant, own, molecules, detected
 
 
 def _dense(counts: Counts, rows: np.ndarray, depth: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -45,7 +45,7 @@ def _side(design: Design, strata: Strata, weight: np.ndarray, mean: np.ndarray, 
     variance, degrees = design.variance(strata, weight, pooled)
     molecules, detected = strata.molecules.sum(0), strata.detected.sum(0) / strata.n.sum()
     counting = weight**2 @ strata.per_mean
-    alone, _ = design.variance(strata, weight, np.zeros_like(pooled))
+    alone, _ = design.variance(strata.alone(), weight, np.zeros_like(pooled))
     scale = np.maximum(alone / np.maximum(mean, counting), counting)
     return Side(mean, variance, degrees, scale, molecules, detected)
 
