@@ -1,59 +1,62 @@
 """scVI as a Pyro program: read it, change it, fit it, sample its posterior."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pyro_scvi import errors, guides, likelihoods, presets, priors, schedules
-from pyro_scvi import nn as networks
-from pyro_scvi.analysis import differential
-from pyro_scvi.analysis.differential import differential_expression
-from pyro_scvi.analysis.evidence.annealed import annealed_evidence
-from pyro_scvi.analysis.evidence.comparison import compare
-from pyro_scvi.analysis.evidence.evidence import evidence
-from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
-from pyro_scvi.analysis.evidence.stacking import stacking_weights
-from pyro_scvi.analysis.integration import spaces
-from pyro_scvi.analysis.integration.embedding import embed
-from pyro_scvi.analysis.integration.expression import normalized_expression
-from pyro_scvi.analysis.integration.labels import predict_labels
-from pyro_scvi.analysis.integration.mapping import map_query
-from pyro_scvi.analysis.integration.transfer import transfer_labels
-from pyro_scvi.analysis.loadings import loadings
-from pyro_scvi.analysis.log_density import log_density
-from pyro_scvi.analysis.posterior_samples import sample_posterior
-from pyro_scvi.analysis.predictive import calibration, imputation
-from pyro_scvi.analysis.predictive import checks as criticism
-from pyro_scvi.analysis.predictive.calibration import calibrate
-from pyro_scvi.analysis.predictive.checks import check_predictions, posterior_predictive, prior_predictive
-from pyro_scvi.analysis.predictive.global_calibration import calibrate_globals
-from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
-from pyro_scvi.analysis.prior_sensitivity import prior_sensitivity
-from pyro_scvi.data import datasets, stores
-from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.schema import Schema
-from pyro_scvi.export import blocks as shards
-from pyro_scvi.export.arviz import to_datatree
-from pyro_scvi.export.scanpy import add_rank_genes_groups, annotate
-from pyro_scvi.inference.given import Given
-from pyro_scvi.inference.samplers import HMC, Amortized, Importance, Refined
-from pyro_scvi.likelihoods import library_size as libraries
-from pyro_scvi.model import SCVI
-from pyro_scvi.priors import weights
-from pyro_scvi.training import distributed
-from pyro_scvi.training.fit import fit
-from pyro_scvi.training.fitted import Fit
-from pyro_scvi.training.loading import load
+from pyro_scvi.utils.unloaded import imported, names_to_check
 from pyro_scvi.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pyro_scvi import baselines, plots
+    from pyro_scvi import baselines, errors, guides, likelihoods, plots, presets, priors, schedules
+    from pyro_scvi import nn as networks
+    from pyro_scvi.analysis import differential
+    from pyro_scvi.analysis.abundance import differential_abundance
+    from pyro_scvi.analysis.differential import differential_expression
+    from pyro_scvi.analysis.evidence.annealed import annealed_evidence
+    from pyro_scvi.analysis.evidence.comparison import compare
+    from pyro_scvi.analysis.evidence.evidence import evidence
+    from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
+    from pyro_scvi.analysis.evidence.stacking import stacking_weights
+    from pyro_scvi.analysis.integration import spaces
+    from pyro_scvi.analysis.integration.embedding import embed
+    from pyro_scvi.analysis.integration.expression import normalized_expression
+    from pyro_scvi.analysis.integration.labels import predict_labels
+    from pyro_scvi.analysis.integration.mapping import map_query
+    from pyro_scvi.analysis.integration.transfer import transfer_labels
+    from pyro_scvi.analysis.loadings import loadings
+    from pyro_scvi.analysis.log_density import log_density
+    from pyro_scvi.analysis.posterior_samples import sample_posterior
+    from pyro_scvi.analysis.predictive import calibration, imputation
+    from pyro_scvi.analysis.predictive import checks as criticism
+    from pyro_scvi.analysis.predictive.calibration import calibrate
+    from pyro_scvi.analysis.predictive.checks import check_predictions, posterior_predictive, prior_predictive
+    from pyro_scvi.analysis.predictive.global_calibration import calibrate_globals
+    from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
+    from pyro_scvi.analysis.prior_sensitivity import prior_sensitivity
+    from pyro_scvi.data import datasets, stores
+    from pyro_scvi.data.cells import Cells
+    from pyro_scvi.data.schema import Schema
+    from pyro_scvi.export import blocks as shards
+    from pyro_scvi.export.arviz import to_datatree
+    from pyro_scvi.export.scanpy import add_rank_genes_groups, annotate
+    from pyro_scvi.inference.given import Given
+    from pyro_scvi.inference.samplers import HMC, Amortized, Importance, Refined
+    from pyro_scvi.likelihoods import library_size as libraries
+    from pyro_scvi.model import SCVI
+    from pyro_scvi.priors import weights
+    from pyro_scvi.training import distributed
+    from pyro_scvi.training.fit import fit
+    from pyro_scvi.training.fitted import Fit
+    from pyro_scvi.training.loading import load
 else:
+    # Each name above is imported when it is first asked for: all of them, with torch and anndata, take seconds.
+    _HOMES = names_to_check(__file__)
 
     def __getattr__(name):
-        """Import a module when it is first asked for: these bring scikit-learn, scipy.stats and matplotlib, 100 MB."""
-        if name in ("baselines", "plots"):
-            return import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        """Import what is first asked for."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = imported(*_HOMES[name])
+        return value
 
     def __dir__():
         return [*__all__, "__version__"]
@@ -81,6 +84,7 @@ __all__ = [
     "criticism",
     "datasets",
     "differential",
+    "differential_abundance",
     "differential_expression",
     "distributed",
     "embed",

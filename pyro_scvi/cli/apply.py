@@ -1,19 +1,21 @@
 """The commands ``embed`` and ``impute``: apply a saved fit to the cells of a file and add the results to a copy."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from anndata import AnnData
 
-from pyro_scvi.analysis.integration import embedding, expression
+from pyro_scvi.analysis.integration import embedding, expression, spaces
 from pyro_scvi.analysis.predictive import imputation
 from pyro_scvi.cli.files import QueryOptions, add, load_fit, read_h5ad, record, write_h5ad
 from pyro_scvi.cli.messages import say
 from pyro_scvi.cli.options import (
+    SPACES,
     AllowNonInteger,
     Device,
     Fill,
@@ -26,12 +28,15 @@ from pyro_scvi.cli.options import (
     Raw,
     Sampling,
     Seed,
+    choice,
 )
 from pyro_scvi.cli.workspace import new_file
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.export.scanpy import in_genes_of
+from pyro_scvi.errors import DataError
+from pyro_scvi.export.scanpy import COMPONENTS, PROVENANCE, in_genes_of
 from pyro_scvi.inference.samplers import Amortized
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.version import __version__
 
 
 def embed(
@@ -43,24 +48,52 @@ def embed(
     fill_missing_genes: Fill = False,
     allow_non_integer: AllowNonInteger = False,
     allow_new_batches: NewBatches = False,
+    space: Annotated[Any, choice(SPACES, "What is added")] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(metavar="REF.h5ad", help="With --space expression, take the axes of this file, which has them."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Embed the cells of FILE.h5ad by a saved fit.
 
-    OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"]. Genes are matched by name, in any order; genes that
-    the fit does not know are kept but play no part.
+    OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"]. With --space expression, principal components of
+    the decoded expression are in obsm["X_pyro_scvi_expression_pca"], too: for neighbours, UMAP and clusters. Their axes
+    are those of these cells, or of REF.h5ad, so that a query lies beside its reference.
+
+    Genes are matched by name, in any order; genes that the fit does not know are kept but play no part.
     """
+    if beside is not None and space is not spaces.Expression:
+        raise typer.BadParameter("latents have no axes; add --space expression", param_hint="'--beside'")
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
-    with new_file(out, force, file) as space:
+    with new_file(out, force, file) as made:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
         say(f"embedding {cells.n_cells:,} cells")
         add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
+        if space is spaces.Expression:
+            _add_components(adata, fit, cells, space() if beside is None else _axes_of(beside), seed)
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
-        write_h5ad(adata, space.path)
+        write_h5ad(adata, made.path)
+
+
+def _axes_of(file: Path) -> spaces.FittedSpace:
+    try:
+        return spaces.from_record(read_h5ad(file))
+    except DataError as error:
+        raise DataError(f"{file}: {error}, or a file that embed --space expression wrote") from error
+
+
+def _add_components(adata: AnnData, fit: Fit, cells: Cells, space: spaces.Space, seed: int) -> None:
+    """Add the principal components, and their axes where ``ps.annotate`` puts them."""
+    fitted: Any = space.fitted(fit, cells, seed=seed)
+    add(adata.obsm, COMPONENTS, fitted.place(fit, cells, seed=seed))
+    known = adata.uns.get(PROVENANCE)
+    kept = dict(known) if isinstance(known, Mapping) else {}
+    adata.uns[PROVENANCE] = kept | {COMPONENTS: {"version": __version__, "pca": fitted.record()}}
 
 
 def impute(

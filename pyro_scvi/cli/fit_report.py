@@ -10,6 +10,7 @@ from sklearn.metrics import silhouette_score
 from pyro_scvi import plots
 from pyro_scvi.analysis.differential import differential_expression
 from pyro_scvi.analysis.evidence.evidence import evidence
+from pyro_scvi.analysis.integration.spaces import FittedSpace
 from pyro_scvi.analysis.predictive.checks import check_predictions
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli import genes
@@ -30,7 +31,7 @@ Row = tuple[str, str, str]  # quantity, value, what it is
 
 @dataclass(frozen=True)
 class EvaluatedFit:
-    """A fit with its training and evaluation cells, their embedding and their labels."""
+    """A fit with its training and evaluation cells, their latents and decoded expression, and their labels."""
 
     fit: Fit
     cells: Cells
@@ -38,6 +39,8 @@ class EvaluatedFit:
     test: Cells
     judged: Cells
     latent: np.ndarray
+    space: FittedSpace
+    components: np.ndarray
     labels: pd.Series | None
     seed: int
 
@@ -47,7 +50,7 @@ def embedded(evaluated: EvaluatedFit, projection: Projection, folder: Path) -> h
     coloured = "" if evaluated.labels is None else f", coloured by {evaluated.labels.name}"
     ax = plots.embedding(projection, evaluated.labels, ax=new_axes(8.8, 5.0))
     method = projection.method
-    return save(ax, folder / f"{method.lower()}.png", f"{method} of the embedding{coloured}")
+    return save(ax, folder / f"{method.lower()}.png", f"{method} of the decoded expression{coloured}")
 
 
 def training(evaluated: EvaluatedFit, folder: Path) -> html_page.Html:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from pyro_scvi import guides, likelihoods, priors
+from pyro_scvi.analysis.integration import spaces
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.errors import ModelError
@@ -63,6 +64,10 @@ GUIDES: dict[str, Callable[..., Guide]] = {
     "full-rank": guides.FullRankNormal,
     "iaf": guides.InverseAutoregressiveFlow,
     "point": guides.Point,
+}
+SPACES: dict[str, Callable[[], spaces.Space]] = {
+    "latent": spaces.Latent,
+    "expression": spaces.Expression,
 }
 SAMPLERS: dict[str, Callable[[], samplers.Sampler]] = {
     "amortized": samplers.Amortized,

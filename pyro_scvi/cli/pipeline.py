@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from pyro_scvi import plots
 from pyro_scvi.analysis.integration.embedding import embed
+from pyro_scvi.analysis.integration.spaces import Expression
 from pyro_scvi.cli import fit_report, page
 from pyro_scvi.cli.files import column, write_h5ad
 from pyro_scvi.cli.fit_report import EvaluatedFit
@@ -18,7 +18,7 @@ from pyro_scvi.cli.workspace import FIT, PAGE, Workspace
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.indexing import number_held_out, split_at_random
 from pyro_scvi.errors import FitError
-from pyro_scvi.export import html_page
+from pyro_scvi.export import html_page, scanpy
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.plots import Projection
@@ -28,6 +28,7 @@ from pyro_scvi.training.fitted import Fit
 from pyro_scvi.version import __version__
 
 HELD_OUT = 0.1  # of the cells: the fit never sees them
+COMPONENTS = 10  # of the decoded expression
 JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
 
 BuildModel = Callable[[Cells], tuple[SCVI, Guide | None]]
@@ -58,18 +59,20 @@ def evaluate(
 ) -> EvaluatedFit:
     """Embed all cells, and choose the held-out cells that the fit is judged on."""
     latent = embed(fitted, cells, seed=seed)
+    space = Expression(min(COMPONENTS, cells.n_cells - 1, cells.n_genes - 1)).fitted(fitted, cells, seed=seed)
+    components = embed(fitted, cells, space=space, seed=seed)
     few = test_cells.n_cells <= JUDGED_CELLS
     judged = test_cells if few else test_cells.take(split_at_random(test_cells.n_cells, JUDGED_CELLS, seed)[1])
     say(f"judging the fit on {judged.n_cells:,} held-out cells")
-    return EvaluatedFit(fitted, cells, train_cells, test_cells, judged, latent, labels, seed)
+    return EvaluatedFit(fitted, cells, train_cells, test_cells, judged, latent, space, components, labels, seed)
 
 
 def write_report(space: Workspace, adata: AnnData, evaluated: EvaluatedFit, job: Job) -> None:
     """Write the page with its pictures and tables, and the file with the embedding."""
     settings = page.settings_of(evaluated.fit, job)
     results = page.results(job, evaluated, space.path)
-    projection = plots.project(evaluated.latent, seed=job.seed)
-    _annotate(adata, evaluated.latent, projection, settings)
+    projection = plots.project(evaluated.components, seed=job.seed)
+    _annotate(adata, evaluated, projection, settings)
     write_h5ad(adata, space.path / job.table)
     pictures = page.made_or_told("The embedding", lambda: [fit_report.embedded(evaluated, projection, space.path)])
     first = ("", [page.summary(job, evaluated.fit), *pictures, *space.notes])
@@ -92,10 +95,12 @@ def _require_finished(fitted: Fit, job: Job) -> None:
         raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")
 
 
-def _annotate(adata: AnnData, latent: np.ndarray, projection: Projection, settings: dict[str, Any]) -> None:
-    adata.obsm["X_pyro_scvi"] = latent
+def _annotate(adata: AnnData, evaluated: EvaluatedFit, projection: Projection, settings: dict[str, Any]) -> None:
+    adata.obsm[scanpy.EMBEDDING] = evaluated.latent
+    adata.obsm[scanpy.COMPONENTS] = evaluated.components
     key = {UMAP: "X_umap"}.get(projection.method)
     if key:
         adata.obsm[key] = projection.coordinates
     made = {"version": __version__, "seed": settings["seed"], "settings": settings}
-    adata.uns["pyro_scvi"] = {"X_pyro_scvi": made}
+    placed = {"version": __version__, "seed": settings["seed"], "pca": evaluated.space.record()}
+    adata.uns[scanpy.PROVENANCE] = {scanpy.EMBEDDING: made, scanpy.COMPONENTS: placed}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.export.records import records_of, unwritable
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.utils.checks import require_at_least, require_seed, warn
 from pyro_scvi.version import __version__
@@ -207,10 +208,10 @@ def add_rank_genes_groups(
         genes of a group. If its genes are not in ``adata``, its groups are not those of the column, or there is no such
         column. If ``uns[key]`` is taken. Nothing is then written.
 
-    Warns
+    Notes
     -----
-    UserWarning
-        If a group's name holds ":", which the older format of zarr cannot write.
+    A table of groups with ":" in their names is written to zarr without compression, since format 2 fails with it. Once
+    it was read from a file, write it by ``anndata.io.write_zarr(path, adata, compressor=None)``.
 
     Examples
     --------
@@ -229,13 +230,16 @@ def add_rank_genes_groups(
         str(group): written(part.droplevel("group")).sort_values("scores", ascending=False, kind="stable")
         for group, part in table.groupby(level="group", sort=False)
     }
-    columns = {"names": {group: part.index.to_numpy(dtype=object) for group, part in ranked.items()}}
+    columns: dict[str, dict[str, Any]] = {
+        "names": {group: part.index.to_numpy(dtype=object) for group, part in ranked.items()}
+    }
     for name in ("scores", "logfoldchanges", "pvals", "pvals_adj"):
         columns[name] = {group: part[name].to_numpy() for group, part in ranked.items()}
-    records = {name: pd.DataFrame(values).to_records(index=False) for name, values in columns.items()}
+    records = {name: records_of(values) for name, values in columns.items()}
     reference = "each other group" if "against" in table else "rest"
     params = {"groupby": groupby, "reference": reference, "method": "pyro_scvi", "use_raw": False, "layer": None}
-    _tell_of_zarr(ranked)
+    if groups := unwritable(ranked):
+        _tell_of_zarr(groups)
     target: MutableMapping[str, Any] = adata.uns
     target[key] = {"params": params, **records}
 
@@ -315,14 +319,11 @@ def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
         )
 
 
-def _tell_of_zarr(groups: Collection[str]) -> None:
-    """Warn of groups that scanpy's records cannot be written with by zarr's format 2."""
-    if marked := [group for group in groups if ":" in group]:
-        warn(
-            f"groups have ':' in their names ({quoted(marked)}). In memory and in .h5ad that is no problem, but "
-            "write_zarr fails with it in format 2: set anndata.settings.zarr_write_format = 3 before, or rename the "
-            "groups before they are compared"
-        )
+def _tell_of_zarr(groups: list[str]) -> None:
+    warn(
+        f"groups have ':' in their names ({quoted(groups)}). In memory and in .h5ad that is no problem, but "
+        "adata.write_zarr fails with it in format 2: use anndata.io.write_zarr(path, adata, compressor=None)"
+    )
 
 
 def _provenance(fit: Fit, seed: int, read: Place) -> dict[str, Any]:

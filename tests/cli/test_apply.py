@@ -79,6 +79,32 @@ def test_embed_adds_the_latents_to_a_copy(folder, query, cells, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.h5ad"]
 
 
+def test_embed_adds_components_of_expression_and_lays_a_query_beside_a_reference(folder, query, cells, tmp_path):
+    fit, reference = ps.load(folder / "fit"), make_adata()
+    reference.write_h5ad(tmp_path / "ref.h5ad")
+    placed, alone, beside = (tmp_path / f"{name}.h5ad" for name in ("placed", "alone", "beside"))
+    succeed("embed", folder, tmp_path / "ref.h5ad", "--out", placed, "--space", "expression")
+    succeed("embed", folder, query, "--out", alone, "--space", "expression")
+    succeed("embed", folder, query, "--out", beside, "--space", "expression", "--beside", placed)
+    known = ps.Cells.from_anndata(reference, schema=fit.schema)
+    space = ps.spaces.Expression().fitted(fit, known)
+    key = "X_pyro_scvi_expression_pca"
+    np.testing.assert_allclose(anndata.read_h5ad(placed).obsm[key], ps.embed(fit, known, space=space), atol=1e-4)
+    found = check_kept(beside, query)
+    np.testing.assert_allclose(found.obsm[key], ps.embed(fit, cells, space=space), atol=1e-4)
+    np.testing.assert_allclose(
+        anndata.read_h5ad(alone).obsm[key], ps.embed(fit, cells, space=ps.spaces.Expression()), atol=1e-4
+    )
+    np.testing.assert_array_equal(found.obsm["X_pyro_scvi"], ps.embed(fit, cells))
+    assert ps.spaces.from_record(found).batches == ("a", "b")
+    refused = run("embed", folder, query, "--out", tmp_path / "no.h5ad", "--space", "expression", "--beside", query)
+    assert "query.h5ad" in one_line(refused)
+    assert "no axes" in refused.stderr
+    latent = run("embed", folder, query, "--out", tmp_path / "no.h5ad", "--beside", placed)
+    assert latent.exit_code == 2
+    assert "--space expression" in latent.output
+
+
 def test_gene_order_does_not_matter(folder, tmp_path):
     """The same cells with their genes reversed have the same embedding and expression, gene by gene."""
     adata = make_adata()

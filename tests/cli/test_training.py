@@ -69,8 +69,12 @@ def test_demo_annotates_cells_and_leaves_counts(demo):
     assert adata.uns["pyro_scvi"]["X_pyro_scvi"]["seed"] == 5
     assert adata.uns["pyro_scvi"]["X_pyro_scvi"]["settings"]["epochs"] == 3
     assert "X_umap" not in adata.obsm
-    loaded = ps.load(demo / "fit")
-    np.testing.assert_allclose(ps.embed(loaded, ps.Cells.from_anndata(original)), adata.obsm["X_pyro_scvi"], atol=1e-5)
+    loaded, cells = ps.load(demo / "fit"), ps.Cells.from_anndata(original)
+    np.testing.assert_allclose(ps.embed(loaded, cells), adata.obsm["X_pyro_scvi"], atol=1e-5)
+    space = ps.spaces.from_record(adata)
+    placed = ps.embed(loaded, cells, space=space)
+    np.testing.assert_allclose(placed, adata.obsm["X_pyro_scvi_expression_pca"], atol=1e-4)
+    np.testing.assert_allclose(placed, ps.embed(loaded, cells, space=ps.spaces.Expression()), atol=1e-4)
 
 
 def test_demo_page_is_self_contained_and_tells_the_numbers(demo):
@@ -126,7 +130,7 @@ def test_demo_adds_umap_where_it_is_made(without_umap, demo, tmp_path):
         patch.setattr(fit_report.plots.projection, "_umap", lambda latent, seed: latent[:, :2])
         succeed("demo", "--out", tmp_path, "--epochs", 1, "--no-progress")
     adata = anndata.read_h5ad(tmp_path / "demo.h5ad")
-    np.testing.assert_array_equal(adata.obsm["X_umap"], adata.obsm["X_pyro_scvi"][:, :2])
+    np.testing.assert_array_equal(adata.obsm["X_umap"], adata.obsm["X_pyro_scvi_expression_pca"][:, :2])
     assert (tmp_path / "umap.png").is_file()
 
 

@@ -1,5 +1,6 @@
 """What is written into an AnnData: the verbs' own numbers in the right places, and nothing that was there is lost."""
 
+import itertools
 import json
 import re
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import pyro_scvi as ps
 from pyro_scvi.data.reading import layer_names
 from pyro_scvi.errors import DataError, ModelError, SchemaError
+from pyro_scvi.export import records
 from tests.support.cli_runs import make_adata
 
 EXPRESSION, TECHNICAL = "pyro_scvi_expression", "pyro_scvi_technical_zero"
@@ -362,28 +364,47 @@ def test_ranked_genes_refuse_a_pair_a_wrong_column_and_a_taken_key(fit):
     assert "names" in adata.uns["rank_genes_groups"]
 
 
-@pytest.mark.parametrize("names", [("B: naive?", "CD4/CD8 T"), ("a:b", "::"), ("T cells", "x:y:z")])
-def test_names_of_groups_that_zarr_cannot_write_are_told(names, tmp_path):
-    adata = anndata.AnnData(np.ones((4, 3), np.float32), pd.DataFrame({"kind": [*names] * 2}, index=list("abcd")))
+def with_groups(names):
+    """An AnnData with a table of these groups, and the table's rows."""
+    adata = anndata.AnnData(np.ones((len(names), 2), np.float32), pd.DataFrame({"kind": names}, index=[*names]))
     index = pd.MultiIndex.from_product([names, adata.var_names], names=["group", "gene"])
     columns = ("log_bayes_factor", "lfc", "p_lfc", "expected_false_share")
-    table = pd.DataFrame({name: np.linspace(0.1, 0.9, 6) for name in columns}, index=index)
-    marked = ", ".join(repr(name) for name in names if ":" in name)
-    with pytest.warns(UserWarning, match=re.escape(f"':' in their names ({marked})")):
-        ps.add_rank_genes_groups(adata, table, "kind")
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    assert anndata.read_h5ad(tmp_path / "a.h5ad").uns["rank_genes_groups"]["names"].dtype.names == names
-
-
-def test_other_marks_reach_zarr(tmp_path):
-    names = ("CD4/CD8 T", "B.naive?", "a;b [c]")
-    adata = anndata.AnnData(np.ones((3, 2), np.float32), pd.DataFrame({"kind": names}, index=list("abc")))
-    index = pd.MultiIndex.from_product([names, adata.var_names], names=["group", "gene"])
-    columns = ("log_bayes_factor", "lfc", "p_lfc", "expected_false_share")
-    table = pd.DataFrame({name: np.linspace(0.1, 0.9, 6) for name in columns}, index=index)
+    table = pd.DataFrame({name: np.linspace(0.1, 0.9, len(index)) for name in columns}, index=index)
     ps.add_rank_genes_groups(adata, table, "kind")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of anndata, on the format to come
-        adata.write_zarr(tmp_path / "a.zarr")
-        found = anndata.read_zarr(tmp_path / "a.zarr")
-    assert found.uns["rank_genes_groups"]["names"].dtype.names == names
+    return adata
+
+
+MARKED = ("B: naive?", "CD4/CD8 T", "::", "β:1", "a;b [c].d")
+
+
+@pytest.mark.filterwarnings("ignore")  # of anndata and zarr, on formats to come
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_groups_of_any_name_are_written_and_read(zarr_format, tmp_path):
+    adata = with_groups(MARKED)
+    expected = adata.uns["rank_genes_groups"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with anndata.settings.override(zarr_write_format=zarr_format):
+        adata[1:].copy().write_zarr(tmp_path / "a.zarr")
+        from_file = anndata.read_h5ad(tmp_path / "a.h5ad")
+        anndata.io.write_zarr(tmp_path / "b.zarr", from_file, compressor=None)
+    for found in (from_file, *(anndata.read_zarr(tmp_path / f"{name}.zarr") for name in "ab")):
+        table = found.uns["rank_genes_groups"]
+        assert table["names"].dtype.names == MARKED
+        for name, group in itertools.product(("names", "scores", "logfoldchanges", "pvals", "pvals_adj"), MARKED):
+            np.testing.assert_array_equal(table[name][group], expected[name][group])
+
+
+def test_names_of_groups_that_zarr_cannot_write_are_told(monkeypatch):
+    """Of an anndata that takes no writers of other packages."""
+    monkeypatch.setattr(records, "WRITERS", None)
+    with pytest.warns(UserWarning, match=re.escape("':' in their names ('B: naive?')")):
+        adata = with_groups(("B: naive?", "T"))
+    assert adata.uns["rank_genes_groups"]["names"].dtype.names == ("B: naive?", "T")
+
+
+def test_scanpy_reads_marked_groups():
+    scanpy = pytest.importorskip("scanpy")
+    names = MARKED[:2]
+    found = scanpy.get.rank_genes_groups_df(with_groups(names).copy(), group=list(names))
+    assert list(found.group.unique()) == list(names)
+    assert set(found.names) == {*"01"}

@@ -85,6 +85,7 @@ def test_public_names():
         "criticism",
         "datasets",
         "differential",
+        "differential_abundance",
         "differential_expression",
         "distributed",
         "embed",

@@ -261,6 +261,9 @@ CASES = {
     "HMC": drawn(CHAINS),
     "impute": lambda: ps.impute(fit(), cells(), quantiles=(0.1, 0.9)),
     "technical_zero_probability": lambda: ps.technical_zero_probability(fit(), cells()),
+    "differential_abundance": lambda: ps.differential_abundance(
+        fit(), cells(), ["x", "y"] * 15, list("abcd" * 7) + ["a", "b"]
+    ),
     "differential_expression": lambda: table(),
     "prior_predictive": lambda: ps.prior_predictive(fit().model, 4, gamma=cells()[:4][1]),
     "posterior_predictive": lambda: ps.posterior_predictive(fit(), cells()),

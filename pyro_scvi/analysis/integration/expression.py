@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs, require_names, require_quantiles, result_array
 from pyro_scvi.analysis.integration.means import means_alone
+from pyro_scvi.analysis.integration.spaces import shares
 from pyro_scvi.analysis.new_batches import draw_latents, in_batches
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
@@ -123,8 +124,7 @@ def _shares(fit: Fit, x: Tensor, settings: list[Tensor], sites: dict[str, Tensor
     """Shares (draws, cells, genes asked for), the mean over settings of gamma."""
 
     def decoded(gamma: Tensor) -> Tensor:
-        log_mean = theta_given(fit.guide, x, gamma, sites)["log_mean"]
-        return (log_mean.index_select(-1, places) - log_mean.logsumexp(-1, keepdim=True)).exp()
+        return shares(theta_given(fit.guide, x, gamma, sites)["log_mean"]).index_select(-1, places)
 
     return reduce(torch.add, map(decoded, settings)) / len(settings)
 

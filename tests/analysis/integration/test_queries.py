@@ -135,6 +135,20 @@ def test_other_heads_are_there_again_after_a_call(fit):
     ps.normalized_expression(fit, cells, samples=2)
     np.testing.assert_array_equal(ps.technical_zero_probability(fit, cells, samples=2), before)
     assert all("forward" not in vars(head) for head in fit.model.decoder.heads.values())
+    assert "log_mean" not in vars(fit.model.library)
+
+
+@pytest.mark.parametrize("kind", [ps.libraries.NoLibrary, ps.libraries.ObservedLibrary, ps.libraries.SizeFactor])
+def test_shares_are_those_of_the_whole_program_under_every_library(kind):
+    adata = REFERENCE.copy()
+    adata.obs["sf"] = np.linspace(0.5, 2.0, adata.n_obs)
+    factor = {"size_factor": "sf"} if kind is ps.libraries.SizeFactor else {}
+    cells = ps.Cells.from_anndata(adata, **OPTIONS | factor)
+    library = kind(cells.columns["sf"]) if factor else kind()
+    fit = fit_of(cells, library=library, n_hidden=8)
+    means = ps.impute(fit, cells, quantity=ps.imputation.mean_given_no_dropout, samples=1, batch_size=64)
+    found = ps.normalized_expression(fit, cells, batches=(), samples=1, per=1.0)
+    np.testing.assert_allclose(found, means / means.sum(1, keepdims=True), rtol=1e-4)
 
 
 def test_genes_and_out_are_parts_of_the_whole_table(fit):
