@@ -1,4 +1,7 @@
-"""Rows on a GPU: training speed, the share of time bound by kernel launches, large data; a dry run is on the CPU."""
+"""Rows on a GPU: training speed, the share of time bound by kernel launches, checks of the device, large data.
+
+A dry run is on the CPU.
+"""
 
 from dataclasses import dataclass, field
 from statistics import median
@@ -6,21 +9,22 @@ from statistics import median
 from benchmarks.harness.interleaving import Comparison, Interleaved, Outcome, Row
 from benchmarks.harness.processes import Bench, System
 from benchmarks.harness.results import CELLS_PER_WALL_SECOND, Line
-from benchmarks.rows import large_data
+from benchmarks.rows import devices, large_data
 from benchmarks.rows.training import OURS, PEER
 
 
 @dataclass(frozen=True)
 class Size:
-    """Genes, cells and epochs of the training rows, and the cells of the large ones."""
+    """Genes, cells and epochs of the training rows, the cells of the large ones, and sizes of the device's checks."""
 
     genes: int = 720
     cells: int = 20_480
     epochs: int = 4
     large: large_data.Size = field(default_factory=large_data.Size)
+    checks: devices.Size = field(default_factory=devices.Size)
 
 
-QUICK = Size(genes=80, cells=256, epochs=1, large=large_data.QUICK)
+QUICK = Size(genes=80, cells=256, epochs=1, large=large_data.QUICK, checks=devices.QUICK)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def rows(device: str, size: Size) -> list[Row]:
     return [
         *(training(batch_size, device, size) for batch_size in batches),
         *(LaunchBound(batch_size, device, size) for batch_size in batches),
+        *devices.rows(device, size.checks),
         large_data.Epochs(size.large, device),
     ]
 

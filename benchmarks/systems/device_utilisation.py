@@ -10,6 +10,8 @@ from benchmarks.harness.data import simulated
 from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.systems.our_models import as_cells, matched_constant
 
+TOP, LONGEST_NAME = 15, 120
+
 
 def busy(n_cells: int, n_genes: int, batch_size: int, epochs: int, device: str) -> Callable[[], Sample]:
     """Seconds of all kernels of a fit, by torch's profiler, and the wall seconds of the same fit without it.
@@ -31,9 +33,18 @@ def busy(n_cells: int, n_genes: int, batch_size: int, epochs: int, device: str) 
             fit()
         with profile(activities=[ACTIVITIES[device]], acc_events=True) as profiled:
             fit()
-        return watch.sample(work=n_cells * epochs, busy=KERNEL_SECONDS[device](profiled))
+        facts = {"busy": KERNEL_SECONDS[device](profiled), "top": longest(profiled, epochs * -(-n_cells // batch_size))}
+        return watch.sample(work=n_cells * epochs, **facts)
 
     return measure
+
+
+def longest(profiled: profile, n_steps: int) -> list[tuple[str, float, float]]:
+    """The kernels that take most of the time: name, calls and microseconds of a step."""
+    events = profiled.key_averages()
+    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in events}
+    first = sorted(events, key=lambda event: -times[event.key])[:TOP]
+    return [(event.key[:LONGEST_NAME], event.count / n_steps, times[event.key] / n_steps) for event in first]
 
 
 ACTIVITIES = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}

@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from unittest import mock
 
 GUARD = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # torch asks it while it is imported
 
@@ -14,11 +15,18 @@ import numpy as np
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi.inference.importance import refine
 from tests.support import device_cases as cases
 from tests.support import pretended_gpu as gpu
 from tests.support.simulate import simulated_counts
 from tests.system.test_combinations import make_guide, make_prior
 
+# Numbers of steps that take the pretended device seconds, and say nothing about devices.
+SHORTENED = {
+    "pyro_scvi.inference.modes": {"STEPS": 2},
+    "pyro_scvi.analysis.evidence.annealed": {"refine": lambda *given, steps: refine(*given, steps=2)},
+    "pyro_scvi.analysis.evidence.evidence": {"CHAINS": 4, "TEMPERATURES": 2, "CELLS_FOR_A_CHECK": 2},
+}
 OPTIONS = {"epochs": 2, "batch_size": 6, "validation": 0, "progress": False}
 DEFAULT = "StandardNormal"
 
@@ -82,6 +90,34 @@ def compared(prior, likelihood, guide, fits):
     return {"device": str(fit.device), "waits": steps.last[1], "difference": float(np.abs(there - on_cpu).max())}
 
 
+def with_library(name, kind="cuda"):
+    """The share of finite numbers in the evidence of Poisson counts with this library size."""
+    library, cells = cases.LIBRARIES[name]
+    with gpu.pretended_gpu(kind):
+        law = ps.likelihoods.Poisson()
+        model = ps.SCVI(cells.n_genes, 2, cells.n_covariates, library=library(), likelihood=law, n_hidden=8)
+        fit = ps.fit(model, cells, **OPTIONS | {"epochs": 1})
+        found = ps.evidence(fit, cells.take(range(2)), samples=20, steps=2, rounds=1, progress=False)
+    return float(np.isfinite(found.log_evidence).mean())
+
+
+def draws_by_seed(fit):
+    """The largest difference of draws from the CPU's, and the operations that each of some numbers of cells takes."""
+    operations, there = [], []
+    with gpu.pretended_gpu():
+        for cells in (cases.FEW, cases.CELLS):
+            before = sum(gpu.Counts.operations.values())
+            there.append(drawn(fit, cells))
+            operations.append(sum(gpu.Counts.operations.values()) - before)
+        here = [drawn(fit.to("cpu"), cells) for cells in (cases.FEW, cases.CELLS)]
+    gaps = [abs(one[name] - other[name]).max() for one, other in zip(here, there, strict=True) for name in "zwy"]
+    return {"operations": operations, "difference": float(max(gaps))}
+
+
+def drawn(fit, cells):
+    return ps.sample_posterior(fit, cells, samples=3, sites=("z", "w", "y"), sampler=ps.Amortized(), progress=False)
+
+
 def finite(name, fit, kind="cuda"):
     """The share of finite numbers in what a verb gives; k-hat of few draws is infinite."""
     with gpu.pretended_gpu(kind):
@@ -101,7 +137,11 @@ def everything():
         tried(made, "verb", name, lambda name=name: finite(name, fits[DEFAULT]))
     for prior, names in cases.OF_OTHERS.items():
         tried(made, "prior", prior, lambda prior=prior, names=names: [finite(name, fits[prior]) for name in names])
+    tried(made, "seed", "draws", lambda: draws_by_seed(fits["ARDNormal"]))
+    for name in cases.LIBRARIES:
+        tried(made, "library", name, lambda name=name: with_library(name))
     GUARD.pretend_cuda(False)
+    tried(made, "mps library", "ObservedLibrary", lambda: with_library("ObservedLibrary", "mps"))
     with gpu.pretended_gpu("mps"):
         on_mps = fitted(*cases.FITS[0])
     for name in cases.WITHOUT_FLOAT64:
@@ -112,4 +152,6 @@ def everything():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    for module, replaced in SHORTENED.items():
+        mock.patch.multiple(module, **replaced).start()
     Path(sys.argv[2]).write_text(json.dumps(everything()))

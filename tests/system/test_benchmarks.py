@@ -9,9 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -30,8 +31,8 @@ from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.quality import calls, learning_curves
 from benchmarks.quality.elbo import held_out_elbo
 from benchmarks.quality.held_out_scores import our_outputs
-from benchmarks.rows import large_data, time_to_quality
-from benchmarks.systems import callers, matrix_products, ours_large, pyro_svi
+from benchmarks.rows import devices, large_data, time_to_quality
+from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
 from benchmarks.systems.our_models import matched, matched_constant
 
 
@@ -272,7 +273,41 @@ def test_gpu_dry_run(capsys):
     assert "a dry run" in printed
     assert "launch-bound share at batch 1024" in printed
     assert "epochs with load" in printed
+    for title in (
+        "products, tf32",
+        "ZINB, extreme: log p",
+        "annealed_evidence",
+        "resumed half-way",
+        "waits of the host",
+    ):
+        assert title in printed
     assert "failed" not in printed
+
+
+def test_a_verb_that_fails_on_a_device_leaves_the_others_be():
+    def verb(fit, cells):
+        raise RuntimeError("no kernel\nimage")
+
+    assert device_agreement._difference(verb, None, None, None) == "RuntimeError: no kernel image"
+    facts = {"differences": {"embed": "RuntimeError: no kernel image", "impute": 0.01, "evidence": 0.2}}
+    bench = SimpleNamespace(once=lambda system: Sample(0.0, 0.0, facts))
+    lines = devices.Verbs("cuda", devices.QUICK).run(bench).lines
+    assert [line.met for line in lines] == ["failed", "yes", "no"]
+
+
+def test_differences_are_in_spreads_and_not_finite_entries_must_be_the_same():
+    expected = np.array([0.0, 2.0, np.inf])
+    assert device_agreement.relative_difference(expected + 0.5, expected) == 0.5
+    assert device_agreement.relative_difference(np.array([0.0, 2.0, 1.0]), expected) == math.inf
+    table = pd.DataFrame({"name": ["a", "b"], "p": [0.0, 2.0], "q": [0.0, 20.0]})
+    assert device_agreement.relative_difference(table.assign(p=[1.0, 2.0]), table) == 0.5
+
+
+def test_a_step_on_a_device_is_the_median_of_the_second_half():
+    facts = device_steps.timed(40, 20, 8, 4, "cpu", tf32=True)().facts
+    assert 0 < facts["step"] < 5
+    assert facts["peak"] == 0
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.device_cases import FITS, OF_OTHERS, VERBS, WITHOUT_FLOAT64
+from tests.support.device_cases import FITS, LIBRARIES, OF_OTHERS, VERBS, WITHOUT_FLOAT64
 from tests.support.paths import ROOT
 from tests.support.pretended_gpu import build_guard
 
@@ -69,3 +69,19 @@ def test_verbs_of_other_priors(prior, seen):
 def test_verbs_without_float64(verb, seen):
     """On MPS, what is double is computed on the CPU."""
     assert value_of(seen, f"mps {verb}") > 0.5
+
+
+def test_draws_equal_those_on_the_cpu_in_as_many_operations_for_any_number_of_cells(seen):
+    made = value_of(seen, "seed draws")
+    assert made["difference"] < 1e-5
+    few, many = made["operations"]
+    assert few == many
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries(library, seen):
+    assert value_of(seen, f"library {library}") == 1
+
+
+def test_an_observed_library_without_float64(seen):
+    assert value_of(seen, "mps library ObservedLibrary") == 1
