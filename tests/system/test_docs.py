@@ -60,7 +60,8 @@ def test_the_ten_lines_of_the_readme_give_what_it_says():
 
 
 def test_what_is_said_to_be_as_in_scvi_tools_or_better_has_its_test():
-    rows = re.findall(r"^\|.*\|$", (DOCS / "from_scvi_tools.md").read_text(), re.MULTILINE)
+    said = (DOCS / "from_scvi_tools.md").read_text().partition("## Side by side")[0]
+    rows = re.findall(r"^\|.*\|$", said, re.MULTILINE)
     claims = [row for row in rows if re.search(r"\| (same|better)\b", row)]
     assert len(claims) > 20
     for row in claims:
