@@ -24,10 +24,15 @@
 # | loss curve | `model.history` | `fit.history`, `ps.plots.loss(fit)` |
 # | embedding | `model.get_latent_representation()` | `ps.embed(fit, cells)` |
 # | goodness | `model.get_elbo(...)`, `get_marginal_ll(...)` | `ps.evidence(fit, test)` with k-hat, `ps.compare` |
-# | expression | `model.get_normalized_expression(...)` | `ps.impute(fit, cells)` |
+# | expression | `model.get_normalized_expression(...)` | `ps.normalized_expression(fit, cells)` |
 # | two groups | `model.differential_expression(...)` | `ps.differential_expression(fit, cells, ...)` |
+# | new batch | `SCVI.load_query_data(...)`, train | `allow_new_batches=True`, `ps.map_query` |
+# | labels | `SCANVI`, `predict()` | `ps.transfer_labels`, `ps.predict_labels` |
+# | abundance | `model.differential_abundance(...)` | `ps.differential_abundance(fit, cells, ...)` |
 # | replicas | `model.posterior_predictive_sample(...)` | `ps.posterior_predictive`, `ps.check_predictions` |
 # | keep | `model.save(folder)` | `fit.save(folder)` |
+#
+# `docs/from_scvi_tools.md` goes through all that either does, and notebook 12 shows integration and mapping.
 #
 # scvi-tools is optional (`pip install .[peer]`). Without it this notebook runs all the same and shows our column.
 
@@ -126,17 +131,15 @@ if scvi is not None:
 #
 # ## Expression
 #
-# `get_normalized_expression` gives the decoder's mean for a cell, as a share or at a library size you choose.
-# `ps.impute` gives $\mathbb{E}[w \mid x]$, in counts of the cell's own depth, which looks at the entry's own count as
-# well; the decoder's mean alone is `quantity=ps.imputation.mean_given_no_dropout`. Divided by its sum over genes, that
-# is the same quantity.
+# `get_normalized_expression` gives the decoder's mean for a cell, as a share or at a library size you choose, and
+# `ps.normalized_expression` is the same quantity, with batches averaged where there are any. `ps.impute` gives
+# $\mathbb{E}[w \mid x]$, in counts of the cell's own depth, which looks at the entry's own count as well.
 
 # %%
-mean = ps.impute(fit, cells, quantity=ps.imputation.mean_given_no_dropout, samples=5 if SHORT else 25)
-share = pd.DataFrame(mean / mean.sum(1, keepdims=True), index=cells.cell_names, columns=cells.gene_names)
 markers = ["CD79A", "NKG7", "LYZ"]
+share = ps.normalized_expression(fit, cells, genes=markers, per=1.0, samples=5 if SHORT else 25)
 observed = adata[:, markers].to_df().div(adata.X.sum(1).A1, axis=0)
-by_type = {"observed": observed.groupby(labels).mean(), "pyro-scvi": share[markers].groupby(labels).mean()}
+by_type = {"observed": observed.groupby(labels).mean(), "pyro-scvi": share.groupby(labels).mean()}
 if scvi is not None:
     normalised = peer.get_normalized_expression(n_samples=5 if SHORT else 25)
     by_type["scvi-tools"] = normalised[markers].groupby(labels).mean()
@@ -202,8 +205,8 @@ else:
 # ```
 #
 # **What to take along.** One line there is one line here. What is gained is a program that can be changed, evidence
-# with a diagnostic, and corrected posteriors; what stays with scvi-tools is its family: other modalities, label
-# transfer, reference mapping, spatial models.
+# with a diagnostic, and corrected posteriors; what stays with scvi-tools is its family: other modalities and spatial
+# models.
 #
 # **What not to conclude.** That either is right where they agree: both are decoders of ten latents with the same kind
 # of encoder. And nothing about speed or quality in general: one data set, one fit of the peer.

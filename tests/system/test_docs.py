@@ -32,6 +32,20 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block.group(1), f"{page.name}", "exec"), namespace)
 
 
+@pytest.mark.parametrize("package", ["tensorboard", "mlflow"])
+def test_the_loggers_of_a_page_write_every_epoch(package, tmp_path, monkeypatch):
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # needs no database
+    page = (DOCS / "howto" / "watch_training.md").read_text()
+    blocks = re.findall(r"^```(python|py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    namespace = {}
+    exec(blocks[0][1], namespace)
+    exec(next(code for _, code in blocks if f"import {package}" in code or f".{package} import" in code), namespace)
+    assert list(tmp_path.iterdir())
+
+
 def test_the_ten_lines_of_the_readme_give_what_it_says():
     """Mean and standard error of the evidence, within what other processors' rounding moves a fit by."""
     text = (DOCS.parent / "README.md").read_text()
@@ -45,6 +59,19 @@ def test_the_ten_lines_of_the_readme_give_what_it_says():
     )
     said = [float(number) for number in re.search(r"The last line gives \((\S+), (\S+)\)", text).groups()]
     assert eval(last, namespace) == pytest.approx(said, abs=1.5)
+
+
+def test_what_is_said_to_be_as_in_scvi_tools_or_better_has_its_test():
+    said = (DOCS / "from_scvi_tools.md").read_text().partition("## Side by side")[0]
+    rows = re.findall(r"^\|.*\|$", said, re.MULTILINE)
+    claims = [row for row in rows if re.search(r"\| (same|better)\b", row)]
+    assert len(claims) > 20
+    for row in claims:
+        file, _, name = re.search(r"`(tests/\S+\.py)(?:::(\w+))?` \|$", row).group(0).strip("` |").partition("::")
+        assert f"def {name}" in (ROOT / file).read_text(), row
+    left = [row for row in rows if row not in claims and "| missing" in row]
+    assert all(re.search(r"missing: .{10,}", row) for row in left)
+    assert len(claims) + len(left) == len([row for row in rows if not re.match(r"\| scvi-tools|\|---", row)])
 
 
 def test_the_readme_links_to_what_is_there():
