@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs, require_names, require_quantiles, result_array
 from pyro_scvi.analysis.integration.means import means_alone
 from pyro_scvi.analysis.new_batches import draw_latents, in_batches
 from pyro_scvi.data.cells import Cells
@@ -101,7 +101,7 @@ def normalized_expression(
     lead = (len(levels),) if levels else ()
     found, done = result_array(fit, (*lead, cells.n_cells, len(names)), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True), means_alone(fit.model):
-        for x, gamma in minibatches(fit, cells, new_batches=True).in_order(batch_size):
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed, new_batches=True):
             rows = slice(done, done := done + len(x))
             sites = draw_latents(fit, x, gamma, sampler, samples)
             drawn = per * _shares(fit, x, in_batches(fit.schema, gamma, batches), sites, places)
