@@ -123,6 +123,11 @@ def warn_of_batches(obs: pd.DataFrame, name: str, what: str = "batch") -> None:
         )
     if len(labels) > len(sizes):
         warn(f"{what} column {name!r} holds the same {plural} as numbers and as text, such as 1 and '1': taken as one.")
+    if spaced := [label for label in sizes.index if label != label.strip() and label.strip() in sizes.index]:
+        warn(
+            f"{what} column {name!r} holds {quoted(spaced)}, which differ from other {plural} by spaces only: they "
+            f"count as others. If they are the same: obs[{name!r}].astype(str).str.strip()."
+        )
     if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
         warn(
             f"{what} column {name!r} holds integers with {len(sizes)} levels, each a {what}. If it is a measurement, "

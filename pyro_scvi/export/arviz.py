@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.posterior_samples import (
     DIMS,
     check_sites,
@@ -30,6 +30,7 @@ from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, eval
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.priors.base import require_proper
+from pyro_scvi.utils.cell_streams import cell_streams
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.random_state import seeded
 from pyro_scvi.version import __version__
@@ -144,13 +145,16 @@ def to_datatree(
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
-    gathered, start = _Gathered(cells.n_cells), 0
+    gathered, start, of_others = _Gathered(cells.n_cells), 0, next(_seeds(seed))
     with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
-        batches = minibatches(fit, cells).in_order(batch_size)
+        batches = batches_in_streams(fit, cells, batch_size, seed)
         for (x, gamma), own_seed in zip(batches, _seeds(seed), strict=False):
             draws = sampler.draw(fit.guide, x, gamma, samples)
             rows = slice(start, start := start + len(x))
-            for group, values in _of_batch(fit, x, gamma, draws, extent, own_seed).items():
+            groups = _of_draws(fit, x, gamma, draws, extent)
+            with seeded(own_seed), cell_streams(of_others, cells.cell_names[rows]):
+                groups |= _replicated(fit, x, gamma, draws, extent)
+            for group, values in groups.items():
                 gathered.fill(rows, group, {name: _by_chain(v, draws.chains) for name, v in values.items()}, DRAWN)
             gathered.fill(rows, "sample_stats", draws.diagnose(), FIXED)
             gathered.fill(rows, "observed_data", {"x": _counted(x)}, FIXED)
@@ -179,17 +183,20 @@ def _seeds(seed: int) -> Iterator[int]:
         yield int(parent.spawn(1)[0].generate_state(1)[0])
 
 
-def _of_batch(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent, seed: int) -> Groups:
-    """All groups with draws of these cells, each variable (samples, cells, ...)."""
+def _of_draws(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent) -> Groups:
+    """Groups of the sampler's draws of these cells, each variable (samples, cells, ...)."""
     values = draw_sites(fit, x, gamma, draws, extent.sites)
     groups = {"posterior": {site: _stored(site, value) for site, value in values.items()}}
-    groups |= _densities(fit, x, gamma, draws.sites, extent.log_likelihood)
-    with seeded(seed):
-        groups |= _prior(fit, gamma, extent)
-        if extent.posterior_predictive:
-            size = draws_at_once(x)
-            drawn = [_sampled(predicted(fit, x, gamma, part)) for part in _split(draws.sites, size)]
-            groups["posterior_predictive"] = {"x": _counted(torch.cat(drawn))}
+    return groups | _densities(fit, x, gamma, draws.sites, extent.log_likelihood)
+
+
+def _replicated(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent) -> Groups:
+    """Groups of draws other than the sampler's: of new cells, and of counts."""
+    groups = _prior(fit, gamma, extent)
+    if extent.posterior_predictive:
+        size = draws_at_once(x)
+        drawn = [_sampled(predicted(fit, x, gamma, part)) for part in _split(draws.sites, size)]
+        groups["posterior_predictive"] = {"x": _counted(torch.cat(drawn))}
     return groups
 
 

@@ -120,6 +120,11 @@ def test_words_for_missing_are_told(word):
         Cells.from_anndata(query, schema=read(batch="x", x=["a", "b"] * 60).schema)
 
 
+def test_batches_that_differ_by_spaces_are_told():
+    cells = told(lambda: read(batch="x", x=["a", "b", "a ", "c"] * 30), "'a ', which differ from other .* by spaces")
+    assert cells.schema.batches == ("a", "a ", "b", "c")
+
+
 def test_numbers_and_text_of_one_name_are_one_batch_and_told():
     values = pd.Series([1] * 60 + ["1"] * 30 + ["b"] * 30, dtype=object).to_numpy()
     cells = told(lambda: read(batch="x", x=values), "the same batches as numbers and as text")

@@ -1,13 +1,16 @@
 """For a fixed fit, the answer of every verb to permuted rows and genes of named inputs is the permuted answer.
 
-What depends on draws is compared within its Monte Carlo error. With the guide Point the latents of a cell are a point,
-so that much does not depend on draws.
+Cells have random streams by their names, so this holds to rounding where latents are drawn. Replicated counts and what
+is made of them are compared within their Monte Carlo error, and so is what compares groups of cells.
 """
+
+from functools import partial
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 import pyro_scvi as ps
 from pyro_scvi import baselines
@@ -59,8 +62,17 @@ def point():
 
 @pytest.fixture(params=SEEDS)
 def shuffled(request):
+    return shuffled_by(request.param)
+
+
+@pytest.fixture(scope="module")
+def shuffled_once():
+    return shuffled_by(2)
+
+
+def shuffled_by(seed):
     """The same data with cells, genes and columns of obs in another order, and a further gene."""
-    rng = np.random.default_rng(request.param)
+    rng = np.random.default_rng(seed)
     adata = ADATA[rng.permutation(N_CELLS), rng.permutation(N_GENES)].copy()
     adata.obs = adata.obs[rng.permutation(adata.obs.columns)]
     more = adata[:, :1].copy()
@@ -117,15 +129,120 @@ def test_samples_keep_the_names_of_their_cells_and_genes(shuffled, point):
         assert float(distance.max()) < 6
 
 
-def test_evidence_within_its_error(shuffled, normal):
-    options = {"samples": 100, "rounds": 1, "progress": False}
-    few = [*ADATA.obs_names[:4]]
-    cells = read(shuffled, normal)
-    found = ps.evidence(normal, cells.take(cells.obs.index.get_indexer(few)[::-1]), **options)
-    expected = ps.evidence(normal, CELLS.take(range(4)), **options)
-    assert [*found.index] == few[::-1]
-    difference = found.log_evidence[few] - expected.log_evidence[few]
-    assert (difference.abs() < 6 * np.hypot(found.se[few], expected.se[few]) + 0.05).all()
+SAMPLERS = {
+    "amortized": ps.Amortized(),
+    "refined": ps.Refined(steps=2),
+    "importance": ps.Importance(steps=2, rounds=1, proposals=30),
+    "hmc": ps.HMC(chains=2, warmup=2, steps=2, rounds=1, leapfrog=2, least=4),
+}
+QUIET = {"batch_size": 2, "progress": False}
+BY_CELL = {  # verbs that draw latents, each (fit, cells) -> rows of the cells
+    "embed": ps.embed,
+    "evidence": partial(ps.evidence, samples=30, steps=2, rounds=1, **QUIET),
+    "annealed_evidence": partial(ps.annealed_evidence, chains=3, temperatures=4, **QUIET),
+    "impute": partial(ps.impute, samples=3, batch_size=2),
+    "impute in another batch": partial(
+        ps.impute, samples=3, batch_size=2, batches=["q"], quantity=mean_given_no_dropout
+    ),
+    "technical_zero_probability": partial(ps.technical_zero_probability, samples=3, batch_size=2),
+    "normalized_expression": partial(ps.normalized_expression, samples=3, batch_size=2),
+    "quantiles": partial(ps.normalized_expression, samples=3, batch_size=2, quantiles=[0.1, 0.9]),
+    "components": lambda fit, cells: ps.embed(fit, cells, space=ps.spaces.Expression(2).fitted(fit, CELLS)),
+    "transfer_labels": lambda fit, cells: ps.transfer_labels(fit, CELLS, cells, "kind", neighbors=3).iloc[:, 1:],
+    **{
+        f"sample_posterior {name}": lambda fit, cells, sampler=sampler: ps.sample_posterior(
+            fit, cells, samples=4, sites=("z", "w", "y", "h"), sampler=sampler, **QUIET
+        ).transpose("cell", ...)
+        for name, sampler in SAMPLERS.items()
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # so few draws are told
+@pytest.mark.parametrize("verb", BY_CELL.values(), ids=BY_CELL)
+def test_answers_for_cells_do_not_depend_on_their_order(verb, shuffled_once, normal):
+    cells = read(shuffled_once, normal)
+    chosen = ADATA.obs_names[:3]
+    found = verb(normal, cells.take(np.flatnonzero(np.isin(cells.cell_names, chosen))))
+    expected = verb(normal, CELLS.take(np.arange(3)))
+    assert_permuted(found, expected, [name for name in cells.cell_names if name in chosen], list(chosen))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compared_models_do_not_depend_on_the_order_of_cells(normal):
+    cells = CELLS.take(np.arange(2))
+    orders = cells.take(np.array([1, 0])), cells
+    found, expected = (ps.compare({"normal": normal}, of, samples=300, pointwise=True, progress=False) for of in orders)
+    assert "log_evidence" in found.to_string(max_cols=2)  # pandas compares what is in attrs
+    assert len(pd.concat([found, expected])) == 2
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+    by_cell = found.attrs["pointwise"].loc[cells.cell_names]
+    np.testing.assert_allclose(by_cell, expected.attrs["pointwise"], rtol=1e-4)
+
+
+def assert_permuted(found, expected, names, own):
+    if isinstance(found, xr.Dataset):
+        for name, values in expected.items():
+            if "cell" in values.dims:
+                assert_permuted(found[name].to_numpy(), values.to_numpy(), names, own)
+        return
+    ours = np.asarray(found, float)[pd.Index(names).get_indexer(own)]
+    np.testing.assert_allclose(ours, np.asarray(expected, float), rtol=5e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trees_and_left_out_entries_do_not_depend_on_the_order_of_cells(shuffled_once, normal):
+    cells = read(shuffled_once, normal)
+    own = ADATA.obs_names[:3]
+    names = [name for name in cells.cell_names if name in own]
+    mixed = cells.take(np.flatnonzero(np.isin(cells.cell_names, own)))
+    options = {"samples": 30, "sampler": SAMPLERS["refined"], "log_likelihood": True, "batch_size": 2}
+    trees = [ps.to_datatree(normal, of, sites=("z", "l", "w"), **options) for of in (mixed, CELLS.take(np.arange(3)))]
+    for group in trees[0].children:
+        found, expected = (tree[group].to_dataset().transpose("cell", ...) for tree in trees)
+        assert_permuted(found, expected, names, list(own))
+    left_out = [
+        ps.leave_one_out(normal, of, samples=20, sampler=SAMPLERS["refined"], **QUIET)
+        for of in (mixed, CELLS.take(np.arange(3)))
+    ]
+    found, expected = (of.transpose("cell", ...).drop_vars("pit") for of in left_out)
+    assert_permuted(found, expected, names, list(own))
+
+
+def test_density_takes_cells_in_any_order(normal):
+    order = np.random.default_rng(0).permutation(N_CELLS)
+    u = np.random.default_rng(1).normal(size=(2, N_CELLS, 3)).astype(np.float32)
+    found = ps.log_density(normal, CELLS.take(order))(u[:, order])
+    np.testing.assert_allclose(found, ps.log_density(normal, CELLS)(u)[:, order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2, N_CELLS])
+def test_blocks_of_permuted_cells(block, shuffled_once, normal, point, tmp_path):
+    """What draws nothing is the same in blocks of any size; of what draws, the order within a block does not matter."""
+    cells = read(shuffled_once, normal)
+    for name, of in (("ours", CELLS), ("theirs", cells)):
+        ps.shards.write(point, of, tmp_path / f"{name}.h5ad", {"z": ps.embed}, block=block, progress=False)
+    ours, theirs = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("ours", "theirs"))
+    np.testing.assert_allclose(theirs[ours.obs_names].obsm["z"], ours.obsm["z"], **CLOSE)
+    if block == N_CELLS:
+        verbs = {"w": partial(ps.impute, samples=2)}
+        for name, of in (("our_w", CELLS), ("their_w", cells)):
+            ps.shards.write(normal, of, tmp_path / f"{name}.h5ad", verbs, block=block, progress=False)
+        ours, theirs = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("our_w", "their_w"))
+        np.testing.assert_allclose(theirs[ours.obs_names].layers["w"], ours.layers["w"], **CLOSE)
+
+
+def test_checks_of_permuted_cells_within_their_error(shuffled_once, point):
+    cells = read(shuffled_once, point)
+    found, expected = (ps.check_predictions(point, of, samples=200) for of in (cells, CELLS))
+    for ours, theirs in ((found.genes.loc[expected.genes.index], expected.genes), (found.cells, expected.cells)):
+        ours = ours.loc[theirs.index]
+        for name in theirs.columns.unique(0):
+            p, expected_p = ours[name].p, theirs[name].p
+            assert ((p - expected_p).abs() < 6 * np.sqrt(0.5 / 200) / 2 + 0.02).all()
+    known = [(name, "observed") for name in ("mean", "zero_fraction", "variance")]
+    assert set(found.genes.index) == set(expected.genes.index)
+    assert all(name in found.genes for name in known)
 
 
 def test_genes_of_two_groups_within_their_error(shuffled, point):

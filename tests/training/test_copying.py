@@ -63,6 +63,46 @@ def test_fits_of_one_model_are_those_of_separate_processes(tmp_path):
     assert len(set(expected)) == 3
 
 
+class Shifted(ps.guides.DiagonalNormal):
+    """A guide of a user's own: z is moved by what it learns."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.shift = nn.Parameter(torch.zeros(2))
+
+    def law(self, site, code, drawn):
+        loc = code.loc[site.name]
+        return site.normal(loc + self.shift if site.name == "z" else loc, code.scale[site.name])
+
+
+def by_hand():
+    model, _ = pair()
+    return model, Shifted(model, n_hidden=8)
+
+
+VARIANTS = {  # how model and guide are made, and options of fit
+    "weight priors": (lambda: pair(weight_priors={"decoder.heads.log_mean.weight": ps.weights.NormalWeights()}), {}),
+    "a guide of one's own": (by_hand, {}),
+    "a prior with the guide's encoder": (lambda: pair(prior=ps.priors.VampPrior(20, 2, 4, n_hidden=8)), {}),
+    "float64": (pair, {"dtype": torch.float64}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:k-hat is above")
+@pytest.mark.parametrize(("make", "options"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants_of_fits_of_one_model_are_those_of_new_objects(make, options, tmp_path):
+    """Also where one is resumed from its checkpoint, after others."""
+    expected = [results(trained(*make(), seed=seed, **options)) for seed in (0, 1)]
+    model, guide = make()
+    fits = [trained(model, guide, seed=0, checkpoint=tmp_path / "run", **options)]
+    ps.compare({"one": fits[0]}, CELLS.take(np.arange(1)), samples=200, progress=False)
+    fits.append(trained(model, guide, seed=1, **options))
+    ps.differential_expression(fits[1], CELLS, groupby=np.arange(CELLS.n_cells) % 2)
+    resumed = trained(model, guide, seed=0, checkpoint=tmp_path / "run", resume=True, **options)
+    assert [results(fit) for fit in fits] == expected
+    assert results(resumed) == expected[0]
+
+
 @pytest.mark.parametrize("options", SHARED.values(), ids=SHARED.keys())
 def test_what_is_given_stays_bit_for_bit(options, tmp_path):
     model, guide = pair(**options)

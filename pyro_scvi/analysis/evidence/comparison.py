@@ -94,8 +94,21 @@ def compare(
         if any(fit.guide.weights.supports for fit in of)
     }
     if pointwise:
-        table.attrs["pointwise"] = by_cell[list(order)]
+        table.attrs["pointwise"] = ByCell(by_cell[list(order)])
     return table
+
+
+class ByCell(pd.DataFrame):
+    """A table that may be among another's ``attrs``.
+
+    pandas copies these, and takes the comparison of two of them for true or false, when it prints or joins tables.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ByCell:
+        return self
+
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+        return self is other
 
 
 def _evidence(fit: Fit, cells: Cells, global_draws: int | None, options: dict[str, Any]) -> pd.DataFrame:
