@@ -22,8 +22,8 @@ from pyro_scvi.errors import CheckpointError, DataError, SchemaError
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
-from pyro_scvi.utils import hdf5
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk import hdf5
+from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.version import __version__
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

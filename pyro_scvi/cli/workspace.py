@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pyro_scvi.cli.messages import note, notes_of, reporting
 from pyro_scvi.persistence.archive import CONFIG
-from pyro_scvi.utils.locks import only_writer
-from pyro_scvi.utils.publishing import NotRolledBack, publish, rescue
-from pyro_scvi.utils.temporary import leftovers, new_temporary, remove
+from pyro_scvi.utils.disk.locks import only_writer
+from pyro_scvi.utils.disk.publishing import NotRolledBack, publish, rescue
+from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
 
 FIT, PAGE = "fit", "index.html"
 STEPS, WRITTEN = "steps", "written.json"

@@ -7,7 +7,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
 from pyro_scvi.errors import DataError
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk.unreadable import errors_named
 
 _POINTED = ("csr", "csc", "bsr")  # formats of SciPy with an index pointer
 _AT_ONCE = 2**22  # indices that are looked at together

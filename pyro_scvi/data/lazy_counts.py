@@ -11,7 +11,7 @@ from pyro_scvi.data.counts import Counts, Matrix, Source, canonical, select_gene
 from pyro_scvi.data.indexing import consecutive, within
 from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.errors import DataError, SchemaError
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk.unreadable import errors_named
 
 
 def rows_of(counts: Counts, rows: np.ndarray) -> Counts:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
-from pyro_scvi.utils.hdf5_links import links_out_of
+from pyro_scvi.utils.disk.hdf5_links import links_out_of
 
 
 def check_links(file: Path) -> None:

@@ -21,7 +21,7 @@ from pyro_scvi.data.stores import CountStore
 from pyro_scvi.data.stores.layout import SCHEMA
 from pyro_scvi.errors import DataError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, warn
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk.unreadable import errors_named
 
 _OF_ZEROS = {
     "cell": "Results for such cells are mostly the prior's; sc.pp.filter_cells(adata, min_counts=1) leaves them out.",

@@ -13,10 +13,10 @@ import h5py
 import numpy as np
 
 from pyro_scvi.errors import DataError
-from pyro_scvi.utils import hdf5
+from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.checks import brief, warn
-from pyro_scvi.utils.locks import only_writer
-from pyro_scvi.utils.temporary import leftovers, new_temporary, remove
+from pyro_scvi.utils.disk.locks import only_writer
+from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
 
 Mode = Literal["r", "r+", "w"]
 _TABLES = 2**16  # bytes that HDF5 may add to its tables beside the arrays

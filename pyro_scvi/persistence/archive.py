@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.utils.checks import warn
-from pyro_scvi.utils.files import regular_bytes
+from pyro_scvi.utils.disk.files import regular_bytes
 from pyro_scvi.version import __version__
 
 FORMAT = 2

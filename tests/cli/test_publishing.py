@@ -14,8 +14,8 @@ import torch
 import pyro_scvi as ps
 from pyro_scvi.cli import fit_report, page, pipeline, workspace
 from pyro_scvi.export import pictures
-from pyro_scvi.utils import locks
-from pyro_scvi.utils.publishing import NotRolledBack, publish, rescue, signals_deferred
+from pyro_scvi.utils.disk import locks
+from pyro_scvi.utils.disk.publishing import NotRolledBack, publish, rescue, signals_deferred
 from tests.support.cli_runs import make_adata, one_line, run, succeed
 from tests.support.faults import DISK_ERRORS, disk_error, failing, file_size_limit
 

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pyro_scvi.utils import hdf5
+from pyro_scvi.utils.disk import hdf5
 from tests.support.faults import file_size_limit
 
 pytestmark = pytest.mark.faults

@@ -57,9 +57,9 @@ from pyro_scvi.data.stores.layout import (
     work_of,
 )
 from pyro_scvi.errors import StoreError
-from pyro_scvi.utils import hdf5
+from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.progress_bars import progress_bar
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk.unreadable import errors_named
 
 PLAN, COMPLETE = "plan.json", "store"
 

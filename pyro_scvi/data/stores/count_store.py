@@ -25,7 +25,7 @@ from pyro_scvi.data.stores.layout import (
     rebuild,
 )
 from pyro_scvi.errors import StoreError
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk.unreadable import errors_named
 
 _LONGEST_READ = 2**28  # entries; Linux reads at most 2 GB at once
 

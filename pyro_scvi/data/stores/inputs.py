@@ -20,7 +20,7 @@ from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief
-from pyro_scvi.utils.unreadable import errors_named
+from pyro_scvi.utils.disk.unreadable import errors_named
 
 _log = logging.getLogger(__name__)
 

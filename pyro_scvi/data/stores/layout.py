@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyro_scvi.errors import StoreError
-from pyro_scvi.utils.files import regular_bytes
+from pyro_scvi.utils.disk.files import regular_bytes
 
 FORMAT = 1
 SCHEMA, ANNOTATIONS = "schema.json", "annotations.h5ad"

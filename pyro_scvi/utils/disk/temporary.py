@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pyro_scvi.utils.publishing import signals_deferred
+from pyro_scvi.utils.disk.publishing import signals_deferred
 
 _SUFFIX = ".partial"
 
