@@ -3,7 +3,7 @@
 import errno
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +13,13 @@ from pyro_scvi.cli.wording import on_the_command_line
 from pyro_scvi.errors import PyroScviError
 from pyro_scvi.training.signals import sigterm_raises
 
-_NO_MEMORY = ("can't allocate memory", "can't start new thread")
+_NO_MEMORY = (  # of torch on CPUs, on macOS, on GPUs and in their libraries, and of Python's threads
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "can't start new thread",
+)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _MEMORY = "there is not enough memory; lower --batch-size, --block or --samples, or pass fewer cells or genes"
 
@@ -25,12 +31,12 @@ def printable(text: str) -> str:
 
 def say(text: str) -> None:
     """Print a line."""
-    typer.echo(printable(text))
+    _print(text, err=False)
 
 
 def note(text: str) -> None:
     """Print a line for the user's attention, beside the results."""
-    typer.echo(f"note: {printable(text)}", err=True)
+    _print(f"note: {text}", err=True)
 
 
 def notes_of(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -83,10 +89,16 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def _told(text: str) -> typer.Exit:
-    typer.echo(f"error: {printable(on_the_command_line(text))}", err=True)
+    _print(f"error: {on_the_command_line(text)}", err=True)
     return typer.Exit(1)
 
 
+def _print(text: str, *, err: bool) -> None:
+    """Print a line, unless nobody can read it: a terminal that is gone or a full log must not cost the results."""
+    with suppress(OSError):
+        typer.echo(printable(text), err=err)
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch or a new thread had no memory: on a GPU torch has an exception for that, else there is a text."""
+    """Whether torch or a new thread had no memory: torch has an exception for some, a text for others."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)

@@ -187,7 +187,7 @@ def _holds_others(out: Path, kept: Iterable[str]) -> bool:
     """Whether a folder holds more than ``kept`` results and the temporary folders of runs."""
     if not out.is_dir():
         return False
-    ours = {*kept, *(folder.name for folder in leftovers(out, out)), f".{out.name}.lock"}
+    ours = {*kept, *(folder.name for folder in leftovers(out, out)), f".{Path(os.path.realpath(out)).name}.lock"}
     return any(item.name not in ours for item in out.iterdir())
 
 

@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 
 from pyro_scvi.errors import DataError
-from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.checks import brief, warn
+from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
 

@@ -25,8 +25,8 @@ from pyro_scvi.export.block_files import Format, format_of, reached, something_e
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.persistence.serialization import states_of
 from pyro_scvi.utils.checks import brief, require_at_least, require_seed
-from pyro_scvi.utils.progress_bars import each
 from pyro_scvi.utils.disk.publishing import signals_deferred
+from pyro_scvi.utils.progress_bars import each
 from pyro_scvi.utils.random_state import seed_of
 
 if TYPE_CHECKING:

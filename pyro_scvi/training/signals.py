@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: the first ends training after the current step, the second at once."""
+"""SIGINT, SIGTERM and SIGHUP during training: the first ends training after the current step, the second at once."""
 
 import logging
 import signal
@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from pyro_scvi.utils.publishing import STOPPING
 
 Handler = Callable[[int, Any], None]
 
@@ -45,7 +47,7 @@ def noted_interrupts() -> Iterator[Interrupts]:
     interrupts, before = Interrupts(), {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 if (earlier := signal.getsignal(number)) not in (None, signal.SIG_IGN):
                     before[number] = signal.signal(number, _note_then_call(interrupts.note, earlier))
         yield interrupts
@@ -56,19 +58,20 @@ def noted_interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit inside the block, so that what is finished is kept and the rest is cleaned up.
+    """Let SIGTERM and SIGHUP raise SystemExit inside the block: what is finished is kept, the rest is cleaned up.
 
-    By Python's default it ends the process at once. A handler of the user's own is left alone; in training the signal
-    ends the running step.
+    By Python's default they end the process at once. A handler of the user's own is left alone, and so is nohup, which
+    has SIGHUP ignored; in training a signal ends the running step.
     """
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, _exit)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    ours = [number for number in STOPPING if in_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _exit)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _exit(number: int, frame: Any) -> None:

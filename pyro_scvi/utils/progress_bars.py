@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +30,16 @@ else:
 class Redrawn(RedrawnBar):
     """tqdm's bar, with a lock of its own: see :func:`_take_new_locks`."""
 
+    def display(self, *args: Any, **options: Any) -> Any:
+        """Draw it, unless nobody can read it: a terminal that is gone must not cost what is being computed."""
+        with suppress(OSError):
+            return super().display(*args, **options)
+
+    def close(self) -> None:
+        """End it, by a last write that may fail as well."""
+        with suppress(OSError):
+            super().close()
+
 
 class Lines(TextBar):
     """A line of text for each update, for streams in which a line cannot be redrawn."""
@@ -39,9 +50,10 @@ class Lines(TextBar):
         super().__init__(None, mininterval=EVERY, miniters=1, bar_format=form, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write the line; ``pos``, its place among several bars, is ignored."""
-        self.fp.write(f"{str(self) if msg is None else msg}\n")
-        self.fp.flush()
+        """Write the line, unless its disk is full; ``pos``, its place among several bars, is ignored."""
+        with suppress(OSError):
+            self.fp.write(f"{str(self) if msg is None else msg}\n")
+            self.fp.flush()
 
     def close(self) -> None:
         """Write a last line, unless the one before was the last or the bar was too short to be shown."""

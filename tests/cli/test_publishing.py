@@ -1,5 +1,7 @@
 """Publishing of results: a stop or an error at any step loses neither the new ones nor the earlier ones."""
 
+import errno
+import io
 import os
 import signal
 import time
@@ -12,8 +14,9 @@ import pytest
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.cli import fit_report, page, pipeline, workspace
+from pyro_scvi.cli import fit_report, messages, page, pipeline, workspace
 from pyro_scvi.export import pictures
+from pyro_scvi.utils import progress_bars
 from pyro_scvi.utils.disk import locks
 from pyro_scvi.utils.disk.publishing import NotRolledBack, publish, rescue, signals_deferred
 from tests.support.cli_runs import make_adata, one_line, run, succeed
@@ -105,7 +108,7 @@ def test_where_nothing_can_be_moved_back_everything_is_kept_and_named(places, af
         assert str(named) in str(raised.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_wait_until_publishing_has_ended(places, number, monkeypatch):
     out, new, old = places
     rename, received = Path.rename, []
@@ -268,19 +271,72 @@ def test_what_came_meanwhile_is_not_replaced(quick, source, tmp_path):
     assert len(ps.load(out / "fit").history) == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("owner", [pipeline.html_page, pipeline], ids=["page", "before training"])
 def test_a_signal_leaves_no_litter(quick, source, tmp_path, number, code, owner):
     name = {pipeline.html_page: "page", pipeline: "number_held_out"}[owner]
     child = os.fork()
     if not child:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for default in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(default, signal.SIG_DFL)
         setattr(owner, name, lambda *_: (os.kill(os.getpid(), number), time.sleep(9)))
         os._exit(fitted(source, tmp_path / "out").exit_code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
     assert found == ({"out", "out/fit"} if owner is pipeline.html_page else set())
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+class Gone(io.StringIO):
+    """A stream that nobody can read: a closed terminal, a full log, a pipe without an end."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise disk_error(self.number)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EPIPE])
+def test_messages_that_nobody_can_read_cost_no_results(quick, source, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(progress_bars, "EVERY", 0.0)
+    monkeypatch.setattr(messages.typer, "echo", lambda *_, **__: Gone(number).write(""))
+    monkeypatch.setattr(progress_bars.sys, "stderr", Gone(number))
+    result = run("fit", source, "--out", tmp_path / "out", "--epochs", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.exception
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fit", "annotated.h5ad", "index.html"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EPIPE])
+@pytest.mark.parametrize("redraws", [False, True])
+def test_bars_that_nobody_can_read_stop_nothing(monkeypatch, number, redraws):
+    monkeypatch.setattr(progress_bars.sys, "stderr", Gone(number))
+    monkeypatch.setattr(progress_bars, "_redraws", lambda _: redraws)
+    assert list(progress_bars.each([1, 2, 3], "step", True)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["link", "real/../real", "real/."])
+def test_another_name_of_a_place_has_the_same_lock(tmp_path, name):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with locks.only_writer(tmp_path / "real"), pytest.raises(BlockingIOError), locks.only_writer(tmp_path / name):
+        pass
+
+
+MEMORY = (
+    "MPS backend out of memory (MPS allocated: 9 GB)",
+    "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+)
+
+
+@pytest.mark.parametrize("text", MEMORY)
+def test_every_text_of_torch_without_memory_is_one_line(capsys, text):
+    with pytest.raises(messages.typer.Exit), messages.errors_in_one_line():
+        raise RuntimeError(text)
+    assert "there is not enough memory; lower --batch-size" in capsys.readouterr().err
 
 
 def test_torch_without_memory_is_one_line(quick, source, tmp_path):

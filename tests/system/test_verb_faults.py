@@ -11,7 +11,7 @@ from tests.support.verb_faults import VERBS, Bench, disk_limit, large_adata, mem
 
 pytestmark = [pytest.mark.faults, pytest.mark.integration]
 
-KILLS, SIGNALS = 20, 6  # of each command, and of each of two signals
+KILLS, SIGNALS = 25, 6  # of each command, and of each of two signals
 MEGABYTES = (1, 4, 10, 25, 60)
 BYTES = (1, 4_000, 14_000, 30_000)
 

@@ -58,8 +58,8 @@ from pyro_scvi.data.stores.layout import (
 )
 from pyro_scvi.errors import StoreError
 from pyro_scvi.utils.disk import hdf5
-from pyro_scvi.utils.progress_bars import progress_bar
 from pyro_scvi.utils.disk.unreadable import errors_named
+from pyro_scvi.utils.progress_bars import progress_bar
 
 PLAN, COMPLETE = "plan.json", "store"
 

@@ -37,7 +37,8 @@ def only_writer(path: Path) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> Path:
-    """Beside the path, or inside a folder whose parent cannot be written."""
+    """Beside the path, or inside a folder whose parent cannot be written; the same one by whatever links one comes."""
+    path = Path(os.path.realpath(path))
     inside = path.is_dir() and not os.access(path.parent, os.W_OK)
     return (path if inside else path.parent) / f".{path.name}.lock"
 

@@ -9,6 +9,8 @@ from itertools import count
 from pathlib import Path
 
 REPLACED = "replaced"
+# What asks a process to end: Ctrl-C, the system, and a terminal that is closed, which Windows does not tell.
+STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
 
 
 class NotRolledBack(OSError):
@@ -66,11 +68,11 @@ def rescue(result: Path, out: Path) -> Path:
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block has ended; in other threads than the main one they do not arrive."""
+    """Hold signals that would stop it back until the block has ended; they arrive in the main thread only."""
     received: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             if (earlier := signal.getsignal(number)) is not None:  # None: code in another language handles it
                 before[number] = earlier
                 signal.signal(number, lambda received_number, _: received.append(received_number))
