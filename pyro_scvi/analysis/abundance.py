@@ -18,6 +18,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.precision import in_float64
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -189,11 +190,11 @@ def _aggregated(fit: Fit, cells: Cells, design: Design, batch_size: int, seed: i
         z = torch.cat([fit.guide.mean(site, x, gamma) for x, gamma in data.in_order(batch_size)])
         for place in range(len(design.samples)):
             members = torch.from_numpy(np.flatnonzero(design.codes == place)).to(fit.device)
-            total = z.new_full((len(z),), -torch.inf, dtype=torch.float64)
+            total = in_float64(z.new_full((len(z),), -torch.inf))
             for rows in members.split(batch_size):
                 law = fit.guide.law(site, fit.guide.encode(*data.rows(rows), None), {})
                 total = torch.logaddexp(total, _summed(law, z, rows))
-            others = len(members) - torch.zeros_like(total).index_fill(0, members, 1.0)
+            others = len(members) - torch.zeros_like(total).index_fill(0, members.to(total.device), 1.0)
             log_q[:, place] = (total - others.log()).cpu().numpy()
     return np.maximum(log_q, log_q.max(1, keepdims=True) - FARTHEST)
 
@@ -206,7 +207,7 @@ def _summed(law: Any, z: Tensor, rows: Tensor) -> Tensor:
         own = torch.nonzero((rows >= start) & (rows < start + len(log_p))).squeeze(-1)
         log_p[rows[own] - start, own] = -torch.inf
         found.append(log_p.logsumexp(1))
-    return torch.cat(found).double()
+    return in_float64(torch.cat(found))
 
 
 def _log_ratio(log_q: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:

@@ -62,6 +62,9 @@ VERBS = {
     "pairs": lambda fit: ps.differential_expression(
         fit, CELLS, **PAIR, estimand=ps.differential.RandomPairs(most_pairs=100)
     ),
+    "differential_abundance": lambda fit: ps.differential_abundance(
+        fit, CELLS, np.arange(N_CELLS) % 2, np.arange(N_CELLS) % 4
+    ),
     "normalized_expression": lambda fit: ps.normalized_expression(fit, CELLS, samples=3),
     "posterior_predictive": lambda fit: ps.posterior_predictive(fit, CELLS, samples=2),
     "check_predictions": lambda fit: ps.check_predictions(fit, CELLS, samples=4).genes["mean"],
@@ -80,4 +83,5 @@ WITHOUT_FLOAT64 = [
     "leave_one_out",
     "check_predictions",
     "differential_expression",
+    "differential_abundance",
 ]
