@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyro_scvi.utils.publishing import STOPPING
+from pyro_scvi.utils.disk.publishing import STOPPING
 
 Handler = Callable[[int, Any], None]
 
