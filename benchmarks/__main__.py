@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu`` and ``python -m benchmarks gpu``: this package beside scvi-tools; see ``--help``."""
+"""``python -m benchmarks cpu``, ``gpu`` (this package beside scvi-tools) and ``truth`` (checks of inference)."""
 
 from benchmarks.cli import main
 

@@ -34,6 +34,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     gpu = commands.add_parser("gpu", help="against scvi-tools on a CUDA device; wall time is the figure")
     gpu.set_defaults(run=run_gpu)
     gpu.add_argument("--dry-run", action="store_true", help="the same code on the CPU with tiny sizes")
+    truth = commands.add_parser("truth", help="inference against quadrature, exact arithmetic and known latents")
+    truth.set_defaults(run=run_truth)
+    truth.add_argument("--cells", type=int, default=200, help="simulated cells of most checks, 20 or more")
     for command in (cpu, gpu):
         command.add_argument("--rows", nargs="+", metavar="ROW", help="names of rows, or how they begin")
         command.add_argument("--list", action="store_true", help="name the rows and stop")
@@ -119,6 +122,22 @@ def run_gpu(options: argparse.Namespace) -> None:
     accelerator = "none, a dry run" if options.dry_run else cuda_device()
     report_on(rows, Bench(options.rounds, quick=options.dry_run), options, accelerator)
     return None
+
+
+def run_truth(options: argparse.Namespace) -> None:
+    """The command ``truth``; the exit code says whether all rows hold.
+
+    Raises
+    ------
+    SystemExit
+        If a row does not hold.
+    """
+    from benchmarks.quality import truth  # it imports torch, which processes that start others need not
+
+    table = truth.table_of(options.cells)
+    sys.stdout.write(truth.printed(table) + options.line + "\n")
+    if not table.holds.all():
+        raise SystemExit(1)
 
 
 def list_rows(rows: dict[str, Row]) -> None:

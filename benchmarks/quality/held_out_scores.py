@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyro_scvi as ps
 from benchmarks.harness.data import dense
-from benchmarks.quality.elbo import Estimate, Outputs, held_out_elbo
+from benchmarks.harness.elbo import Estimate, Outputs, held_out_elbo
 from benchmarks.systems import peers
 from benchmarks.systems.our_models import as_cells
 from pyro_scvi.baselines.scvi_tools import Generative

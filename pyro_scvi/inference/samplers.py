@@ -18,7 +18,7 @@ from pyro_scvi.utils.cell_streams import narrowed, per_cell
 from pyro_scvi.utils.checks import brief, require_at_least
 from pyro_scvi.utils.precision import in_float64
 
-POOL = 200  # weighted draws of a cell, at least, from which Refined takes its draws
+POOL = 500  # weighted draws of a cell, at least, from which Refined takes its draws
 
 
 class Draws(NamedTuple):
@@ -94,7 +94,7 @@ class Refined:
     """q refined for each cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
 
     A cell for which climbs from the guide, training cells and the prior find several modes gets one for each, with the
-    shares of weighted draws. At least 200 draws of the proposal are made and resampled by their weights.
+    shares of weighted draws. At least 500 draws of the proposal are made and resampled by their weights.
 
     ``khat`` and ``ess`` are those of the weights p(x, z, l) / q(z, l), as for :class:`Amortized`.
 

@@ -24,12 +24,12 @@ pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, 
 import benchmarks
 from benchmarks import cli
 from benchmarks.harness import processes, report, results, simulation, worker
+from benchmarks.harness.elbo import held_out_elbo
 from benchmarks.harness.exchanged import Laws, Scene, drawn_from
 from benchmarks.harness.interleaving import Interleaved, Outcome
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.quality import calls, learning_curves
-from benchmarks.quality.elbo import held_out_elbo
+from benchmarks.quality import calls, learning_curves, truth
 from benchmarks.quality.held_out_scores import our_outputs
 from benchmarks.rows import devices, large_data, time_to_quality
 from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
@@ -404,6 +404,27 @@ def test_every_task_is_a_function_of_its_module():
         module, function = task.split(":")
         tree = ast.parse((ROOT.parent / module.replace(".", "/")).with_suffix(".py").read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, task
+
+
+@pytest.mark.parametrize(("error", "held"), [(0.01, "yes"), (0.03, "**no**"), (math.nan, "**no**")])
+def test_a_row_that_does_not_hold_is_said_and_ends_the_command_with_an_error(error, held, monkeypatch, capsys):
+    row = truth.Finding("a check", "known", "a result", error, 0.02, "it is .02")
+    monkeypatch.setattr(truth, "rows_of", lambda n_cells: [lambda: [row]])
+    try:
+        cli.main(["truth", "--cells", "20"])
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    assert code == (held != "yes")
+    assert f"| a check | known | a result | {error:.2g} | it is .02 | {held} |" in capsys.readouterr().out
+
+
+def test_quadrature_of_mirrored_cells_has_the_masses_of_a_symmetric_posterior():
+    toy = truth.mirrored(4, 2)
+    np.testing.assert_allclose(toy.masses, 0.25, atol=1e-6)
+    z = torch.tensor([[0.7, -1.2]])
+    log_mean = toy.fit.model.decoder(z, torch.zeros(1, 0))["log_mean"].detach().numpy()
+    np.testing.assert_allclose(log_mean[0], 1 + truth.SLOPES @ [0.7, 1.2], rtol=1e-5)
 
 
 def test_processes_that_start_others_import_nothing_large():

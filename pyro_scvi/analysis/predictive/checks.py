@@ -254,7 +254,8 @@ def check_predictions(
 
     x^s are data sets with the latents of replicas of x, and the replicas of each data set have latents of its own,
     inferred from its counts by ``sampler``. So the data, which its own replicas have seen, is compared with data sets
-    for which this holds as well, and p is uniform if the model is right (Hjort, Dahl and Steinbakk 2006). A share of
+    for which this holds as well, and p is near uniform if the model is right (Hjort, Dahl and Steinbakk 2006), except
+    where an inexact sampler places latents of cells from the prior elsewhere than those of replicas. A share of
     replicas alone is not: it is pulled towards 1/2 where latents are fitted to the same counts, and away from it where
     the sampler is inexact.
 
