@@ -14,5 +14,6 @@ tables. Each folder imports only from those named before it. The commands, each 
     python -m benchmarks.quality.differential     differential expression against microarrays
     python -m benchmarks.quality.distributed      training by several processes
     python -m benchmarks.quality.evidence         held-out evidence
+    python -m benchmarks.quality.labels           predicted labels where few are known
     python -m benchmarks.quality.posterior        posterior samplers on held-out cells
 """

@@ -37,6 +37,11 @@ class Program(Component):
         """List the random variables of the explicit program, or of the one with w, y and h integrated out."""
         return sites_of(self, None, like(self).new_zeros(2, self.n_covariates), marginal=marginal)
 
+    def varied_gamma(self, n_cells: int) -> Tensor:
+        """Covariates (cells, covariates) of 0 and 1, others in each cell than in the next."""
+        places = torch.arange(n_cells)[:, None] + torch.arange(self.n_covariates)
+        return (1 - places % 2).to(like(self))
+
     def discovered(
         self,
         *,
@@ -46,17 +51,19 @@ class Program(Component):
         at: float = 0.0,
         n_cells: int | None = None,
         few: int = 2,
+        varied: bool = False,
     ) -> list[TracedSite]:
         """The sites that the program samples for a ``few`` cells whose counts are all ``count``, and gamma is zero.
 
-        ``n_cells`` makes them a minibatch of so many.
+        ``n_cells`` makes them a minibatch of so many; ``varied`` gives them the gamma of :meth:`varied_gamma`.
 
         Raises
         ------
         ModelError
             If two sites have one name.
         """
-        x, gamma = like(self).new_full((few, self.n_genes), count), like(self).new_zeros(few, self.n_covariates)
+        x = like(self).new_full((few, self.n_genes), count)
+        gamma = self.varied_gamma(few) if varied else x.new_zeros(few, self.n_covariates)
         batch = {} if n_cells is None else {"index": torch.arange(few, device=x.device), "n_cells": n_cells}
         found = discovered(self, x, gamma, marginal=marginal, seed=seed, at=at, **batch)
         require_distinct(found)

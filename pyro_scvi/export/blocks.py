@@ -27,7 +27,6 @@ from pyro_scvi.persistence.serialization import states_of
 from pyro_scvi.utils.checks import brief, require_at_least, require_seed
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.utils.progress_bars import each
-from pyro_scvi.utils.random_state import seed_of
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -60,9 +59,10 @@ def write(
     """Apply functions to cells block by block and write the results into an AnnData on disk, in constant memory.
 
     A result of shape (cells, genes) becomes a layer under the verb's name. One of shape (cells,) becomes a column of
-    ``obs``, any other (cells, ...) an ``obsm`` entry, and a DataFrame the columns ``name_column``. Every block has its
-    own seed, made of ``seed`` and the block's number, so results depend on ``seed`` and ``block`` but not on the
-    shards. Verbs that draw nothing, such as ``ps.embed`` with a normal guide, give the same as for all cells at once.
+    ``obs``, any other (cells, ...) an ``obsm`` entry, and a DataFrame the columns ``name_column``. Every block
+    has the same seed. The verbs of this package draw for each cell by the seed and its name, so they give what they
+    give for all cells at once, up to rounding, whatever the block and the shards. A function of your own that draws
+    otherwise would draw the same in every block.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def write(
                 rows = slice(k * block, min((k + 1) * block, cells.n_cells))
                 part = cells.take(np.arange(rows.start, rows.stop))
                 for name, verb in verbs.items():
-                    of_part = _split(name, verb(fit, part, seed=seed_of(seed, k)), part.n_cells, cells.n_genes)
+                    of_part = _split(name, verb(fit, part, seed=seed), part.n_cells, cells.n_genes)
                     _require_alike(name, of_part, columns[name])
                     for column in of_part:
                         results.put(column, rows)

@@ -79,7 +79,6 @@ class Guide(Component):
         self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)
         self.require_prior()
         self.require_supported()
-        require_broadcasting(model, self.coordinates, self.weights.medians())
 
     @property
     def auxiliary(self) -> bool:
@@ -94,12 +93,16 @@ class Guide(Component):
     def require_supported(self) -> None:
         """Refuse what the model has become if it samples other latents than this guide does, or anything beside x.
 
+        Also if densities of draws in a stack, or of cells beside others, are not those of each alone. Every verb asks
+        anew: training may move a slope from 0, behind which nothing was seen.
+
         Raises
         ------
         ModelError
             Naming the site.
         """
         require_supported(self.model, self.coordinates.latents() | self.weights.latents())
+        require_broadcasting(self.model, self.coordinates, self.weights.medians())
 
     def require_prior(self) -> None:
         """Refuse a prior with which this guide cannot be fitted."""

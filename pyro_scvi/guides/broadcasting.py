@@ -10,6 +10,7 @@ from pyro_scvi.discovery import like
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates
 from pyro_scvi.guides.log_joint import cell_terms, scored
+from pyro_scvi.guides.supported import conditional, is_packaged
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.random_state import seeded
@@ -30,30 +31,38 @@ def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: 
     ModelError
         If they differ, or cannot be computed for a stack or for one cell.
     """
-    if _is_packaged(model):
+    if is_packaged(model):
         return
     looks = [{site.name: site.value for site in model.discovered(seed=seed)} for seed in range(DRAWS)]
+    for name in {name for look in looks for name in look if any(name not in other for other in looks)}:
+        raise conditional(name)
     single = [{name: look[name] for name in coordinates.local} for look in looks]
     stacked = {name: torch.stack([sites[name] for sites in single]) for name in coordinates.local}
-    x = like(model).new_ones(2, model.n_genes) * like(model).new_tensor([[1.0], [3.0]])
-    alone = torch.cat([_log_joint(model, global_latents, sites, x).reshape(1, -1) for sites in single])
-    if not _gives(alone, lambda: _log_joint(model, global_latents, stacked, x)):
+    # Of gamma = 0 nothing would be seen that gamma multiplies.
+    x, gamma = like(model).new_tensor([[1.0], [3.0]]).expand(-1, model.n_genes), model.varied_gamma(2)
+    alone = torch.cat([_log_joint(model, global_latents, sites, x, gamma).reshape(1, -1) for sites in single])
+    if not _gives(alone, lambda: _log_joint(model, global_latents, stacked, x, gamma)):
         raise ModelError(
             f"{type(model).__name__}: the log density of a stack of draws of {list(coordinates.local)}, each (samples, "
             "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
             "broadcast over leading dimensions"
         )
-    _require_cells_apart(model, global_latents, single[0], x, alone[0])
+    _require_cells_apart(model, global_latents, single[0], (x, gamma), alone[0])
 
 
 def _require_cells_apart(
-    model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor, together: Tensor
+    model: SCVI,
+    global_latents: dict[str, Tensor],
+    sites: dict[str, Tensor],
+    cells: tuple[Tensor, Tensor],
+    together: Tensor,
 ) -> None:
     """Compare the log joint density of two cells ``together``, (cells,), with that of each without the other."""
 
     def alone() -> Tensor:
-        parts = [{name: value[[n]] for name, value in sites.items()} for n in range(len(x))]
-        return torch.cat([_log_joint(model, global_latents, part, x[[n]]).flatten() for n, part in enumerate(parts)])
+        parts = [{name: value[[n]] for name, value in sites.items()} for n in range(len(together))]
+        found = (_log_joint(model, global_latents, part, *(of[[n]] for of in cells)) for n, part in enumerate(parts))
+        return torch.cat([one.flatten() for one in found])
 
     if not _gives(together, alone):
         raise ModelError(
@@ -72,15 +81,10 @@ def _gives(expected: Tensor, computed: Callable[[], Tensor]) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, equal_nan=True)
 
 
-def _is_packaged(model: SCVI) -> bool:
-    """Whether all that the program runs is this package's."""
-    parts = (model, model.prior, model.likelihood, model.library, model.decoder, *model.weights.makers)
-    return all(type(part).__module__.startswith("pyro_scvi.") for part in parts) and "forward" not in vars(model)
-
-
-def _log_joint(model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Log p(x, latents) (..., cells) of cells with the counts x."""
-    gamma = x.new_zeros(len(x), model.n_covariates)
+def _log_joint(
+    model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor, gamma: Tensor
+) -> Tensor:
+    """Log p(x, latents) (..., cells) of cells with counts x and covariates gamma."""
     with evaluation_mode(model), seeded(0), torch.no_grad(), pyro.poutine.block(), pyro.validation_enabled(False):
         trace = scored(model, x, gamma, global_latents | sites)
         return torch.stack(cell_terms(trace, *sites)).sum(0)

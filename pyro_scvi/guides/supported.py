@@ -77,12 +77,19 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     _require_x(found, model.n_genes)
     _require_n_latent(found, model.n_latent)
     _require_proper([site for site in found if site.name != "z"])  # a prior of z is asked itself, by what needs it
+    if not is_packaged(model):
+        _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5, varied=True))
     if getattr(model.forward, "__func__", None) is not SCVI.forward:
-        _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5))
         _require_library(model)
     likelihood = model.likelihood
     if likelihood.explicit and type(likelihood).generate is not Likelihood.generate:
         _require_known([site for site in model.discovered(marginal=False) if site.name not in EXPLICIT], latents)
+
+
+def is_packaged(model: SCVI) -> bool:
+    """Whether all that the program runs is this package's."""
+    parts = (model, model.prior, model.likelihood, model.library, model.decoder, *model.weights.makers)
+    return all(type(part).__module__.startswith("pyro_scvi.") for part in parts) and "forward" not in vars(model)
 
 
 def require_drawable(model: SCVI) -> None:
@@ -258,7 +265,7 @@ def _require_place(site: TracedSite, latent: Latent) -> None:
 
 
 def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None:
-    """Refuse sites that come and go, or whose support moves, with what else is drawn or with the counts."""
+    """Refuse sites that come and go, or whose support moves, with what else is drawn, with counts or covariates."""
     others = {site.name: site for site in second}
     for name in {site.name for site in first} ^ others.keys():
         raise conditional(name)
@@ -267,8 +274,8 @@ def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None
             moved = support_of(others[site.name].law)
             if not same_coordinates(support_of(site.law), moved, site.law.event_shape):
                 raise ModelError(
-                    f"the support of the program's site {site.name!r} depends on other sites or on the counts: take a "
-                    "law whose support is constant, and scale its value instead"
+                    f"the support of the program's site {site.name!r} depends on other sites, counts or "
+                    "covariates: take a law whose support is constant, and scale its value instead"
                 )
 
 

@@ -59,6 +59,7 @@ def seed_generators(seed: int) -> None:
 
     torch.manual_seed would also seed, once it is used for the first time, a device that is not in use yet.
     """
+    seed = int(seed)  # NumPy's integers are refused by torch
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 import pyro_scvi as ps
+from pyro_scvi.analysis.differential import GroupMeans, RandomPairs
 from pyro_scvi.errors import ModelError
 from tests.support.toys import N_GENES, cells_of, fit_of
 
@@ -93,7 +94,15 @@ VERBS = {
         fit, cells, samples=3, sampler=sampler
     ),
     "differential_expression": lambda fit, cells, sampler: ps.differential_expression(
-        fit, cells, groupby=np.repeat(["a", "b"], 3), group_a="a", group_b="b", sampler=sampler, most_pairs=9
+        fit,
+        cells,
+        groupby=np.repeat(["a", "b"], 3),
+        group_a="a",
+        group_b="b",
+        estimand=RandomPairs(most_pairs=9, sampler=sampler),
+    ),
+    "group means": lambda fit, cells, sampler: ps.differential_expression(
+        fit, cells, groupby=np.repeat(["a", "b"], 3), group_a="a", group_b="b", estimand=GroupMeans(sampler=sampler)
     ),
     "sample_posterior": lambda fit, cells, sampler: ps.sample_posterior(
         fit, cells, samples=3, sites=("z", "w"), sampler=sampler, progress=False

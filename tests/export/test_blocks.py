@@ -50,11 +50,11 @@ def test_what_is_written_is_what_the_verbs_say(alone, fit, cells):
     np.testing.assert_allclose(alone.obsm["z"], ps.embed(fit, cells), atol=1e-6)
     assert list(alone.obs.index) == list(cells.cell_names)
     assert list(alone.var_names) == list(cells.gene_names)
-    whole = ps.impute(fit, cells, samples=200)
-    assert np.corrcoef(np.log(whole.ravel()), np.log(alone.layers["w"].ravel()))[0, 1] > 0.9
-    evidence = ps.evidence(fit, cells)
+    np.testing.assert_allclose(alone.layers["w"], ps.impute(fit, cells, samples=3, seed=4), rtol=1e-4)
+    evidence = ps.evidence(fit, cells, samples=30, steps=2, seed=4)
     assert list(alone.obs) == ["donor", *(f"p_{name}" for name in evidence)]
-    assert np.median(np.abs(alone.obs.p_log_evidence - evidence.log_evidence)) < 1
+    # Rounding may decide which of a cell's attempts is kept.
+    assert np.median(np.abs(alone.obs.p_log_evidence - evidence.log_evidence)) < 1e-3
 
 
 def test_shards_in_any_order_write_the_same(alone, fit, cells, tmp_path):
@@ -64,9 +64,11 @@ def test_shards_in_any_order_write_the_same(alone, fit, cells, tmp_path):
     assert_same(ad.read_zarr(path), alone)
 
 
-def test_ranks_write_the_same(alone, fit, cells, tmp_path):
+def test_ranks_write_the_same(fit, tmp_path):
     fit.save(tmp_path / "fit")
     counts = ps.Cells.from_counts(simulated_counts(101))
+    assert ps.shards.write(fit, counts, tmp_path / "alone.zarr", VERBS, **OPTIONS) == 0
+    alone = ad.read_zarr(tmp_path / "alone.zarr")
     python(*TORCHRUN, RANKS, tmp_path, "inferred")
     found = ad.read_zarr(tmp_path / "out.zarr")
     np.testing.assert_array_equal(found.obsm["z"], alone.obsm["z"])

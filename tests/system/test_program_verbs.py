@@ -63,7 +63,7 @@ def exported(fit):
 
 def two_seeds_agree(fit):
     few = cells().take(range(2))
-    effort = {"samples": 200, "steps": 40, "rounds": 1, "progress": False}
+    effort = {"samples": 2000, "progress": False}
     tables = [ps.evidence(fit, few, seed=seed, **effort) for seed in (0, 1)]
     good = (tables[0].khat < 0.7) & (tables[1].khat < 0.7)
     gap = (tables[0].log_evidence - tables[1].log_evidence) / np.hypot(tables[0].se, tables[1].se).clip(1e-3)
@@ -210,7 +210,9 @@ def grid(sample):
 def test_the_evidence_moves_with_the_effect(tilted):
     fit, sample = tilted
     expected = logsumexp(grid(sample)[0], 1)
-    np.testing.assert_allclose(ps.evidence(fit, sample, progress=False).log_evidence, expected, atol=0.02)
+    table = ps.evidence(fit, sample, progress=False)
+    assert (np.abs(table.log_evidence - expected) < 5 * table.se + 0.01).all()
+    assert table.se.max() < 0.01  # the effect moves it by nats
     annealed = ps.annealed_evidence(fit, sample.take(range(8, 12)), temperatures=60, progress=False)
     np.testing.assert_allclose(annealed.log_evidence, expected[8:12], atol=0.1)
 

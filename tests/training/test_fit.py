@@ -45,7 +45,7 @@ def test_a_fit_names_the_epoch_that_was_kept(cells):
     fit = small_fit(cells, epochs=12, learning_rate=ps.schedules.Constant(0.03))
     best = 2
     fit.history.loc[best, "held_out_loss"] -= 100
-    assert f"held-out loss: {fit.history.held_out_loss[best]:.2f} nats per cell in epoch {best}, " in repr(fit)
+    assert f"held-out loss: {fit.settings['held_out_loss']:.2f} nats per cell in epoch {best}, " in repr(fit)
     assert f"training loss: {fit.history.train_loss[best]:.2f} nats per cell in epoch {best}" in repr(fit)
     page = fit._repr_html_()
     assert page.count("<polyline") == 2
@@ -155,7 +155,7 @@ def test_the_held_out_bound_looks_at_cells_from_all_over_the_file(monkeypatch):
     ps.fit(small_model(cells), cells, epochs=1, batch_size=2000, validation=0.5, progress=False, device="cpu")
     held_out = set(cells.split_rows(0.5, seed=0)[1])
     looked_at = np.concatenate([index for index in seen if set(index) <= held_out])
-    assert len(looked_at) == 2048
+    assert len(set(looked_at)) == 2048
     assert abs((looked_at >= 4000).mean() - 0.5) < 0.02
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.differential.labels import batch_of
-from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.distributions.gamma_ratio import Less, Side, less_for
 from pyro_scvi.errors import DataError
+from pyro_scvi.inference.evaluation import theta_given, with_enumerated
 from pyro_scvi.inference.samplers import Sampler
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.checks import require_at_least, require_number
@@ -95,9 +95,11 @@ class Groups:
         # The k-th time that a cell occurs takes the k-th of its draws, so no draw serves two pairs.
         nth = torch.arange(len(rows), device=rows.device) - (times.cumsum(0) - times)[which]
         sites = {name: value[nth, which][None] for name, value in draws.sites.items()}
+        # Discrete latents are drawn given x in the batch that it came in, whatever it is decoded in.
+        sites = with_enumerated(self.fit.guide, x[which], gamma[which], sites)
         if self.decoding is not None:
             gamma = torch.as_tensor(self.decoding[chosen.cpu().numpy()]).to(gamma)
-        theta = decoded(self.fit, x[which], gamma[which], draws._replace(sites=sites))
+        theta = theta_given(self.fit.guide, x[which], gamma[which], sites)
         log_mean, log_r = self.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
         if log_r is not None:
             log_r = log_r.expand(log_mean.shape[-1]) if log_r.dim() < 2 else log_r.expand(log_mean.shape)[0]

@@ -269,9 +269,10 @@ def require_ranks(draws: int) -> None:
 def _ranks(
     fit: Fit, truth: Sites, gamma: Tensor, sampler: Sampler, draws: int, thin: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    for rows in torch.arange(len(gamma), device=gamma.device).split(batch_size):
+    for start in range(0, len(gamma), batch_size):
+        rows = torch.arange(start, min(start + batch_size, len(gamma)), device=gamma.device)
         true, constants = {name: value[rows] for name, value in truth.items()}, gamma[rows]
-        x = torch.cat([_simulated(fit, truth, gamma, one) for one in rows.tolist()])
+        x = torch.cat([_simulated(fit, truth, gamma, one) for one in range(start, start + len(rows))])
         with narrowed(rows):
             posterior = sampler.draw(fit.guide, x, constants, draws * thin)
             kept = {name: _thinned(value, posterior.chains, draws) for name, value in posterior.sites.items()}

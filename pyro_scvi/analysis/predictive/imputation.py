@@ -16,9 +16,9 @@ from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.analysis.predictive.rate_quantiles import AtDraws, rate_quantiles
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.evaluation import evaluating, theta_given, with_enumerated
 from pyro_scvi.inference.given import sampler_for
-from pyro_scvi.inference.samplers import Amortized, Refined, Sampler
+from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.priors.base import has_density
 from pyro_scvi.types import Theta
@@ -186,7 +186,7 @@ def impute(
         for x, gamma in batches_in_streams(fit, cells, batch_size, seed, new_batches=not lead):
             rows, means = slice(done, done := done + len(x)), []
             for own in in_known_batches(fit.schema, gamma):
-                drawn = [(one, sampler.draw(one.guide, x, own, n)) for one, n in parts]
+                drawn = [(one, _with_discrete(one, x, own, sampler.draw(one.guide, x, own, n))) for one, n in parts]
                 if lead:
                     imputed[:, rows] = rate_quantiles(drawn, x, own, quantiles).cpu().numpy()
                 else:
@@ -265,6 +265,11 @@ def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
     require_names(batches, "batches")
 
 
+def _with_discrete(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Draws:
+    """The draws with discrete latents beside them: given x in the cell's own batch, whatever it is decoded in."""
+    return draws._replace(sites=with_enumerated(fit.guide, x, gamma, draws.sites))
+
+
 def _mean(drawn: AtDraws, x: Tensor, gamma: Tensor, quantity: Quantity) -> Tensor:
-    values = [quantity(fit.model.likelihood, x, decoded(fit, x, gamma, latents)) for fit, latents in drawn]
+    values = [quantity(fit.model.likelihood, x, theta_given(fit.guide, x, gamma, draws.sites)) for fit, draws in drawn]
     return (values[0] if len(values) == 1 else torch.cat(values)).mean(0)

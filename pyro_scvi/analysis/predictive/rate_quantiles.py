@@ -9,8 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.distributions.gamma_mixture import gamma_mixture_quantiles
+from pyro_scvi.inference.evaluation import theta_given
 from pyro_scvi.inference.samplers import Draws
 from pyro_scvi.likelihoods.base import updated_rate
 from pyro_scvi.types import Theta
@@ -18,7 +18,7 @@ from pyro_scvi.types import Theta
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-AtDraws = Sequence[tuple["Fit", Draws]]  # fits at draws of the global latents, each with draws of the cells'
+AtDraws = Sequence[tuple["Fit", Draws]]  # fits at draws of the global latents, each with draws of all latents of cells
 Part = tuple[Tensor, Tensor, Tensor]  # shape, rate and weight (draws, entries) of Gamma distributions
 
 
@@ -27,7 +27,7 @@ def rate_quantiles(drawn: AtDraws, x: Tensor, gamma: Tensor, quantiles: Sequence
     likelihood = drawn[0][0].model.likelihood
     likelihood.require_explicit()
     lead = [next(iter(draws.sites.values())).shape[:1] for _, draws in drawn]
-    thetas = [decoded(fit, x, gamma, draws) for fit, draws in drawn]
+    thetas = [theta_given(fit.guide, x, gamma, draws.sites) for fit, draws in drawn]
     if likelihood.rate(**thetas[0]) is None:  # w = mu, whose distribution the draws are
         means = torch.cat([theta["log_mean"].exp().expand(*n, *x.shape) for n, theta in zip(lead, thetas, strict=True)])
         return torch.quantile(means, torch.as_tensor(quantiles, dtype=means.dtype, device=means.device), 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi import baselines
-from pyro_scvi.analysis.inputs import minibatches
+from pyro_scvi.analysis.inputs import batches_in_streams
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.baselines.zinbwave import model as zinbwave_model
 from pyro_scvi.data.cells import Cells
@@ -51,7 +51,7 @@ def of_fit(fit: Fit, cells: Cells, *, samples: int, seed: int) -> Answers:
     """:func:`answers` of a model of ours, over draws of its guide."""
     parts = []
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in minibatches(fit, cells).in_order(AT_ONCE):
+        for x, gamma in batches_in_streams(fit, cells, AT_ONCE, seed):
             drawn = Amortized().draw(fit.guide, x, gamma, samples)
             parts.append(answers(fit.model.likelihood, x, decoded(fit, x, gamma, drawn)))
     return _joined(parts)

@@ -122,11 +122,12 @@ def test_a_dispersion_wrong_by_a_factor_is_seen():
     truth = copy.deepcopy(fit.model)
     with torch.no_grad():
         truth.likelihood.dispersion.log_inverse_dispersion.sub_(1.0)
-    wrong, right = (ps.check_predictions(fit, simulated(m, 80, 5), samples=19) for m in (truth, fit.model))
+    data, new = (simulated(m, 80, 5) for m in (truth, fit.model)), ps.criticism.NewLatents()
+    wrong, right = (ps.check_predictions(fit, cells, samples=19, sampler=new) for cells in data)
     for name in ("variance_given_mean", "pit"):
         assert wrong.genes[name].p.mean() < 0.25
         assert wrong.genes.attrs["outside"][name]["p"] <= 0.1
-        assert right.genes[name].p.mean() > 0.35  # 1/2, with a standard error of .08 for 12 genes
+        assert right.genes[name].p.mean() > 0.2  # 1/2, with a standard error of .08 for 12 genes
         assert right.genes.attrs["outside"][name]["p"] > 0.1
 
 
