@@ -268,6 +268,7 @@ CASES = {
     "prior_predictive": lambda: ps.prior_predictive(fit().model, 4, gamma=cells()[:4][1]),
     "posterior_predictive": lambda: ps.posterior_predictive(fit(), cells()),
     "check_predictions": lambda: ps.check_predictions(fit(), cells(), samples=5),
+    "criticism.NewLatents": lambda: ps.check_predictions(fit(), cells(), samples=5, sampler=ps.criticism.NewLatents()),
     "calibrate": lambda: ps.calibrate(fit(), 6, source=ps.calibration.Prior(cells()), sampler=QUICK, draws=19, thin=1),
     "to_datatree": lambda: ps.to_datatree(
         fit(), few(), samples=8, sampler=CHAINS, log_likelihood=True, posterior_predictive=True, prior_predictive=True
