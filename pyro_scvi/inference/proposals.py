@@ -26,6 +26,8 @@ from pyro_scvi.inference.importance import (
     weighted_draws,
 )
 from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, Modes, separate_modes
+from pyro_scvi.inference.refinement import DensityOf, fitted_normal
+from pyro_scvi.inference.rounds import drawn_in_rounds
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import narrowed
 
@@ -34,21 +36,45 @@ MARGIN = 10.0  # nats by which they must win; smaller differences in density say
 EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
 LEAST_ROUNDS = 2  # of the adaptation of a mixture
 ENTRIES = 256  # of counts that climbs of one cell start with: many starts cost little where there are few genes
+GRADIENT_STEPS = 13  # for which one Newton step is taken, at a third of their cost
 NO_MASS = -1e4  # nats; of a mode where the density is no number
 
 
 class Fitted(NamedTuple):
-    """Some of the cells, by row, with the log joint density of these, draws to evaluate at once, and a proposal."""
+    """Some of the cells, by row, with the log joint density of any of these, draws to evaluate at once, a proposal."""
 
     rows: Tensor
-    density: LogJoint
+    density_of: DensityOf
     block: int
     proposal: Proposal | Mixture
+
+    @property
+    def density(self) -> LogJoint:
+        """The log joint density of all of them."""
+        return self.density_of(torch.arange(len(self.rows), device=self.rows.device))
 
     def weighted(self, samples: int) -> tuple[Tensor, Tensor]:
         """Draws (samples, cells, size) of the proposal, and their log weights (samples, cells)."""
         with narrowed(self.rows):
             return weighted_draws(self.density, self.proposal, samples, self.block)
+
+    def adapted(self, rounds: int, samples: int) -> "Fitted":
+        """With the proposal adapted to weighted draws; a mixture has been already."""
+        proposal = self.proposal
+        if isinstance(proposal, Mixture):
+            return self
+        with narrowed(self.rows):
+            for _ in range(rounds):
+                proposal = adapted(proposal, *weighted_draws(self.density, proposal, samples, self.block))
+        return self._replace(proposal=proposal)
+
+    def importance(self, budget: SamplingBudget) -> Importance:
+        """Weighted draws and what they say of the evidence."""
+        if not isinstance(self.proposal, Mixture):
+            with narrowed(self.rows):
+                return drawn_in_rounds(self.density_of, self.proposal, budget, self.block)
+        draws, log_weights = self.weighted(budget.samples)
+        return Importance(*evidence_of(log_weights), draws, log_weights)
 
 
 class Posteriors:
@@ -61,6 +87,10 @@ class Posteriors:
 
     def _density(self, joint: Joint) -> LogJoint:
         return joint(self.guide.model, self.x, self.gamma, self.guide.weights.medians())
+
+    def density_of(self, rows: Tensor) -> LogJoint:
+        """The log joint density of some of the cells, by rows in ascending order."""
+        return self.density if len(rows) == len(self.x) else self.of(rows).density
 
     def of(self, rows: Tensor) -> "Posteriors":
         """Those of some of the cells; a row may occur several times."""
@@ -86,25 +116,27 @@ class Posteriors:
 
     def fitted(self, *, steps: int, rounds: int, samples: int = 500) -> list[Fitted]:
         """A proposal for every cell: the cells with one mode together, and those with several."""
+        made = self.started(steps=steps, rounds=rounds, samples=samples)
+        return [part.adapted(rounds, samples) for part in made]
+
+    def started(self, *, steps: int, rounds: int, samples: int = 500) -> list[Fitted]:
+        """The same, before the proposals of cells with one mode are adapted to draws."""
         modes, scale = self._modes(), self.guide.start(self.x, self.gamma)[1].detach()
-        cell, mode = modes.present.T.nonzero().T
-        # Each mode of a cell is refined as if it were a cell, from a scale that does not reach the next mode.
-        pairs = self if len(cell) == len(self.x) else self.of(cell)
-        scale = torch.minimum(scale[cell], modes.nearest()[mode, cell][:, None] / 4)
-        with narrowed(cell):
-            by_pair = corrected_proposal(pairs.density, modes.places[mode, cell], scale, steps=steps, rounds=0)
         made, alone = list[Fitted](), modes.alone
         if len(alone):
-            part, first = self if pairs is self else self.of(alone), torch.isin(cell, alone)
-            proposal = Proposal(by_pair.loc[first], by_pair.scale_tril[first])
-            with narrowed(alone):
-                for _ in range(rounds):
-                    proposal = adapted(proposal, *weighted_draws(part.density, proposal, samples, part.block))
-            made.append(Fitted(alone, part.density, part.block, proposal))
+            made.append(self._at_only_mode(alone, modes.places[0, alone], scale[alone], steps))
         if len(alone) < len(self.x):
-            mixture = self._mixture(pairs.density, by_pair, cell, mode, modes)
+            mixture = self._mixture(modes, scale, steps)
             made.append(self._adapted(mixture, modes.several, rounds, samples))
         return made
+
+    def _at_only_mode(self, rows: Tensor, loc: Tensor, scale: Tensor, steps: int) -> Fitted:
+        """The cells with one mode, each with a normal fitted to it."""
+        part = self if len(rows) == len(self.x) else self.of(rows)
+        newton_steps = -(-steps // GRADIENT_STEPS)
+        with narrowed(rows):
+            proposal = fitted_normal(part.density_of, loc, scale, steps=newton_steps, block=part.block)
+        return Fitted(rows, part.density_of, part.block, proposal)
 
     def _modes(self) -> Modes:
         """The modes that climbs find; a cell's only one is at the best candidate, unless this leads to no mass."""
@@ -131,16 +163,24 @@ class Posteriors:
         found.places[0] = torch.where(kept, found.places[0], _best(points, values))
         return found
 
-    def _mixture(self, density: LogJoint, by_pair: Proposal, cell: Tensor, mode: Tensor, modes: Modes) -> Mixture:
-        """The mixtures of the cells with several modes; ``by_pair`` are the components of ``mode`` of ``cell``."""
+    def _mixture(self, modes: Modes, scale: Tensor, steps: int) -> Mixture:
+        """The mixtures of the cells with several modes: a component for each, refined as if it were a cell."""
+        rows = modes.several
+        cell, mode = modes.present[:, rows].T.nonzero().T
+        cell = rows[cell]
+        pairs = self.of(cell)
+        # From a scale that does not reach the next mode.
+        scale = torch.minimum(scale[cell], modes.nearest()[mode, cell][:, None] / 4)
+        with narrowed(cell):
+            by_pair = corrected_proposal(pairs.density, modes.places[mode, cell], scale, steps=steps, rounds=0)
         trils = torch.eye(by_pair.loc.shape[-1]).to(by_pair.loc).repeat(*modes.present.shape, 1, 1)
         modes.places[mode, cell], trils[mode, cell] = by_pair.loc, by_pair.scale_tril
         with torch.no_grad():
-            heights = density(by_pair.loc[None])[0] + by_pair.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            heights = pairs.density(by_pair.loc[None])[0]
+        heights = heights + by_pair.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         masses = torch.full_like(modes.places[..., 0], -torch.inf)
         masses[mode, cell] = heights.nan_to_num(NO_MASS)
         shares = (1 - EVEN) * masses.softmax(0) + EVEN * modes.present / modes.present.sum(0)
-        rows = modes.several
         return Mixture(Proposal(modes.places[:, rows], trils[:, rows]), shares[:, rows].log())
 
     def _adapted(self, mixture: Mixture, rows: Tensor, rounds: int, samples: int) -> Fitted:
@@ -149,7 +189,7 @@ class Posteriors:
             for _ in range(max(rounds, LEAST_ROUNDS)):  # without any, shares would be those of Laplace
                 drawn = weighted_draws(part.density, mixture, samples, part.block)
                 mixture = adapted_mixture(mixture, *drawn)
-        return Fitted(rows, part.density, part.block, mixture)
+        return Fitted(rows, part.density_of, part.block, mixture)
 
 
 def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> tuple[LogJoint, Tensor, Tensor]:
@@ -167,6 +207,12 @@ def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> t
 
 def _best(points: Tensor, values: Tensor) -> Tensor:
     return points[values.argmax(0), torch.arange(points.shape[1], device=points.device)]
+
+
+def normals(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int) -> Proposal:
+    """Normals fitted to the posteriors of cells by Newton steps, from the start."""
+    cells, (_, loc, scale) = Posteriors(guide, x, gamma), start(guide, x, gamma)
+    return fitted_normal(cells.density_of, loc, scale, steps=steps, block=cells.block)
 
 
 @torch.enable_grad()
@@ -194,10 +240,8 @@ def weighted(
 
 def _importance(cells: Posteriors, budget: SamplingBudget) -> Importance:
     options = {"steps": budget.steps, "rounds": budget.rounds, "samples": max(budget.samples // 2, 2)}
-    made, results = cells.fitted(**options), list[Importance]()
-    for part in made:
-        draws, log_weights = part.weighted(budget.samples)
-        results.append(Importance(*evidence_of(log_weights), draws, log_weights))
+    made = cells.started(**options)
+    results = [part.importance(budget) for part in made]
     return Importance(*(in_order(made, of, int(of[0].dim() > 1)) for of in zip(*results, strict=True)))
 
 

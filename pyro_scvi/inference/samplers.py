@@ -91,7 +91,7 @@ class Amortized:
 
 @dataclass(frozen=True)
 class Refined:
-    """q refined for each cell by gradient steps on its own bound: a Student-t with the covariance of a Laplace step.
+    """q refined for each cell by Newton steps on its own bound: a Student-t with mean and covariance of that normal.
 
     A cell for which climbs from the guide, training cells and the prior find several modes gets one for each, with the
     shares of weighted draws. At least 500 draws of the proposal are made and resampled by their weights.
@@ -101,7 +101,7 @@ class Refined:
     Parameters
     ----------
     steps
-        Gradient steps.
+        Gradient steps; where a cell has one mode, each Newton step counts as 13.
 
     Raises
     ------
@@ -137,16 +137,16 @@ class Importance:
 
     .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
 
-    with q_n a Student-t in unconstrained coordinates. It is refined and given the covariance of a Laplace step as for
-    :class:`Refined`, or a mixture of these where there are several modes; it then takes the mean and covariance of its
-    own weighted draws. Cells whose ``khat`` (Vehtari,
-    Simpson, Gelman, Yao and Gabry 2024) stays above 0.7 are tried again with twice the ``steps`` and ``rounds``, then
-    with four times as many.
+    with q_n a Student-t in unconstrained coordinates. It is refined as for :class:`Refined`, or a mixture where
+    there are several modes; it then takes the mean and covariance of its own weighted draws, in rounds. Cells whose
+    ``khat`` (Vehtari, Simpson, Gelman, Yao and Gabry 2024) stays above 0.7 are tried again with twice the ``steps``
+    and ``rounds``, then with four times as many.
 
     Parameters
     ----------
     steps, rounds
-        Gradient steps of the refinement, and rounds of adaptation.
+        Gradient steps of the refinement, where each Newton step counts as 13; and the most rounds of draws that only
+        adapt the proposal, as they do while their k-hat is above 0.7.
     proposals
         Weighted draws of a cell; at least as many as the draws asked for are made.
 
@@ -185,9 +185,9 @@ class HMC:
 
     .. math:: H(v, m) = -\log p(x_n, u(v)) + \tfrac12 m^T m, \qquad u = loc + L v
 
-    The proposal is a refined one with the covariance of a Laplace step, adapted in ``rounds`` as for
-    :class:`Importance`. Each cell has its own step size, adapted by dual averaging (Hoffman and Gelman 2014, Sec. 3.2).
-    Where there are several modes, chains start in different ones, and after each draw a draw from the proposal is
+    The proposal is that of :class:`Refined`, adapted in ``rounds`` to the mean and covariance of its weighted
+    draws. Each cell has its own step size, adapted by dual averaging (Hoffman and Gelman 2014, Sec. 3.2). Where
+    there are several modes, chains start in different ones, and after each draw a draw from the proposal is
     accepted or rejected, so that chains change modes (an independence sampler, Tierney 1994, Sec. 2.3).
 
     Diagnostics: ``rhat`` (rank-normalised, split; the largest over latents), ``ess`` (bulk, the smallest; Vehtari,

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.inference.importance import refine
 from tests.support import device_cases as cases
 from tests.support import pretended_gpu as gpu
 from tests.support.simulate import simulated_counts
@@ -24,7 +23,7 @@ from tests.system.test_combinations import make_guide, make_prior
 # Numbers of steps that take the pretended device seconds, and say nothing about devices.
 SHORTENED = {
     "pyro_scvi.inference.modes": {"STEPS": 2},
-    "pyro_scvi.analysis.evidence.annealed": {"refine": lambda *given, steps: refine(*given, steps=2)},
+    "pyro_scvi.analysis.evidence.annealed": {"STEPS": 2},
     "pyro_scvi.analysis.evidence.evidence": {"CHAINS": 4, "TEMPERATURES": 2, "CELLS_FOR_A_CHECK": 2},
 }
 OPTIONS = {"epochs": 2, "batch_size": 6, "validation": 0, "progress": False}

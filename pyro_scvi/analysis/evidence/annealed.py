@@ -17,8 +17,8 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import LogTerms, log_terms
 from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating
 from pyro_scvi.inference.hmc import Whitened, transition
-from pyro_scvi.inference.importance import Proposal, evidence_of, laplace_scale_tril, refine
-from pyro_scvi.inference.proposals import start
+from pyro_scvi.inference.importance import Proposal, evidence_of
+from pyro_scvi.inference.proposals import normals
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.checks import require_at_least
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
 PILOTS = 8  # chains that set the step size for the others and are then dropped: those stay independent of it
+STEPS = 8  # of Newton, of the normal whose covariance shapes the moves
 TARGET, GAIN = 0.8, 0.2  # acceptance aimed at, and how fast the log step size follows
 
 
@@ -51,7 +52,7 @@ def annealed_evidence(
     u are the unconstrained latents. beta goes from 0 to 1 in ``temperatures`` steps as (t / T)^4, with one draw of
     Hamiltonian Monte Carlo at each. This costs dozens of times as much per cell as ``evidence``. Where the two differ
     by more than their errors, one of them is wrong. An estimate from too few temperatures is too low. The covariance of
-    a Laplace approximation only shapes the moves.
+    a normal that is fitted to the posterior only shapes the moves.
 
     Parameters
     ----------
@@ -108,7 +109,8 @@ def annealed_weights(guide: Guide, x: Tensor, gamma: Tensor, chains: int, temper
     terms = log_terms(guide.model, x, gamma, guide.weights.medians())
     sites = drawn_from_prior(guide, gamma, PILOTS + chains)
     u = guide.coordinates.of(sites)  # (pilots and chains, cells, size)
-    wide, narrow = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed(), _laplace_precision(guide, x, gamma)
+    wide = u[:PILOTS].var(0).clamp(1e-6, 1e6).reciprocal().diag_embed()
+    narrow = torch.cholesky_inverse(normals(guide, x, gamma, steps=STEPS).scale_tril)
     # The fourth power makes small steps near the prior, where the density changes most.
     betas = torch.linspace(0, 1, temperatures + 1).pow(4).tolist()
     log_weights = in_float64(u.new_zeros(u.shape[:2]))
@@ -131,13 +133,6 @@ def _tempered(terms: LogTerms, beta: float) -> LogJoint:
         return of_latents + beta * of_x
 
     return density
-
-
-@torch.enable_grad()
-def _laplace_precision(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
-    density, loc, scale = start(guide, x, gamma)
-    loc, scale = refine(density, loc, scale, steps=100)
-    return torch.cholesky_inverse(laplace_scale_tril(density, loc, scale))
 
 
 def _metric(precision: Tensor) -> Proposal:
