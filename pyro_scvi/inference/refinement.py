@@ -15,7 +15,7 @@ DensityOf = Callable[[Tensor], LogJoint]  # the log joint density of the cells i
 
 UNDAMPED, DAMPED = 2, 0.6  # steps that take the whole new curvature, and the share of it that later ones take
 LEAST_CURVATURE, MOST_CURVATURE = 0.1, 10.0  # relative to the curvature before the step
-LONGEST = 3.0  # of a step, in standard deviations
+LONGEST = 6.0  # of a step, in standard deviations
 LENGTHS = (1.0, 0.5, 0.25, 0.05)  # shares of a step, of which the one with the highest density is taken
 TRUSTED = 1.0  # standard deviations; of a step that is taken as it is: the mean need not be where the density is high
 FEWEST, CONVERGED = 4, 0.2  # steps of every cell, and the length of a step after which a cell takes no more

@@ -1,7 +1,8 @@
 """Weighted draws in rounds: each cell's proposal takes up what its draws show, and a cell stops when it has enough.
 
-A draw's weight is by the proposal that it came from, which rests on earlier rounds alone: so the mean weight of all
-draws that count is an unbiased estimate of the evidence after any fixed number of rounds.
+A draw's weight is by the proposal that it came from. This proposal, and whether the draw counts, rest on earlier rounds
+alone: so the mean weight of all draws that count is an unbiased estimate of the evidence after any fixed number of
+rounds. To drop rounds for what they show themselves would not be: one that misses mass looks good.
 """
 
 import math
@@ -23,6 +24,7 @@ from pyro_scvi.utils.cell_streams import narrowed
 from pyro_scvi.utils.precision import in_float64, put_back
 
 MOST_PARTS, FEWEST_DRAWS = 4, 100  # of all draws of a cell: rounds these come in, and draws of a round
+GOOD_SHARE = 0.5  # of effective draws in a round; a better proposal than that gains nothing by adaptation
 CLIPPED = 5  # largest weights of each round that count as the next smaller one when moments are taken
 SURE_KHAT = 0.5  # below it the weights have a variance, and a standard error means what it says
 
@@ -51,7 +53,9 @@ class _Counted:
         self.held = torch.zeros(cells, dtype=torch.long, device=like.device)
 
     def add(self, cells: Tensor, draws: Tensor, log_weights: Tensor) -> None:
-        """Put a round of some cells behind what they have."""
+        """Put a round of some cells, if there are any, behind what they have."""
+        if not len(cells):
+            return
         part = self.held[cells]
         self.draws[part, :, cells] = draws.transpose(0, 1)
         weights_at = part.to(self.log_weights.device), slice(None), cells.to(self.log_weights.device)
@@ -73,25 +77,29 @@ class _Counted:
 def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int) -> Importance:
     """Weighted draws of every cell in rounds, at most ``budget.samples`` that count.
 
-    While k-hat of a round is above 0.7, it only serves to adapt the proposal, in at most ``budget.rounds`` rounds. A
-    cell stops when its standard error is at most ``budget.enough`` and its k-hat below 0.5, else it gets all draws.
+    A cell's first round, half as long, and those after a round with a k-hat above 0.7 only adapt the proposal, but no
+    more than ``budget.rounds`` rounds do. A cell stops when its standard error is at most ``budget.enough`` and its
+    k-hat at most 0.5, else it gets all draws.
     """
     counted = _Counted(proposal.loc, budget.samples)
     rows = torch.arange(len(proposal.loc), device=proposal.loc.device)
     density, history = density_of(rows), list[_Round]()
+    counts = torch.full_like(rows, budget.rounds == 0, dtype=torch.bool)
     for number in range(budget.rounds + counted.parts):
+        length = counted.length if counts.any() or number else math.ceil(counted.length / 2)
         with narrowed(rows):
-            draws, log_weights = weighted_draws(density, proposal, counted.length, block)
+            draws, log_weights = weighted_draws(density, proposal, length, block)
         history.append(_Round(draws, log_weights + in_float64(proposal.log_prob(draws)), proposal))
-        usable = (number >= budget.rounds) | (evidence_of(log_weights)[3] <= KHAT_LIMIT)
-        counted.add(rows[usable.to(rows.device)], *(of[:, usable.to(of.device)] for of in (draws, log_weights)))
+        counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
         left = _unfinished(counted, budget)[rows].nonzero().squeeze(-1)
         if not len(left):
             break
+        _, _, ess, khat = (of[left.to(of.device)].to(rows.device) for of in evidence_of(log_weights))
+        counts = counts[left] | (khat <= KHAT_LIMIT) | (number + 1 >= budget.rounds)
         if len(left) < len(rows):
             rows, history = rows[left], [one.of(left) for one in history]
             density = density_of(rows)
-        proposal = adapted_to_all(history)
+        proposal = _where(ess >= GOOD_SHARE * length, history[-1].proposal, adapted_to_all(history))
     return counted.found()
 
 
@@ -102,32 +110,37 @@ def _unfinished(counted: _Counted, budget: SamplingBudget) -> Tensor:
     return (counted.held < counted.parts) & ~enough.to(counted.held.device)
 
 
+def _where(cells: Tensor, these: Proposal, others: Proposal) -> Proposal:
+    loc = torch.where(cells[:, None], these.loc, others.loc)
+    return Proposal(loc, torch.where(cells[:, None, None], these.scale_tril, others.scale_tril))
+
+
 def adapted_to_all(history: list[_Round]) -> Proposal:
-    """The first proposal, with the mean and covariance of all rounds' draws as far as these can tell.
+    """The last proposal, with the mean and covariance of all rounds' draws as far as these can tell.
 
     The draws are weighed by the mixture of the proposals that they came from (Cornuet et al. 2012). What they say of
-    each parameter counts by their effective number, and the first proposal counts as one draw for each parameter.
+    each parameter counts by their effective number, and the last proposal counts as one draw for each parameter.
     """
-    first, last = history[0].proposal, history[-1].proposal
+    last = history[-1].proposal
     draws = torch.cat([one.draws for one in history])
     weights, held = _clipped_weights(history, draws)
     size, ess = draws.shape[-1], (held / weights.square().sum(0))[:, None]
     of_loc, of_tril = size / (size + ess), size * (size + 3) / (size * (size + 3) + 2 * ess)
-    u, loc, tril = in_float64(draws), in_float64(first.loc), in_float64(first.scale_tril)
+    u, loc, tril = in_float64(draws), in_float64(last.loc), in_float64(last.scale_tril)
     mean = torch.einsum("sc,sci->ci", weights, u)
     covariance = torch.einsum("sc,sci,scj->cij", weights, u - mean, u - mean)
     covariance = (1 - of_tril[..., None]) * covariance + of_tril[..., None] * (tril @ tril.mT)
     new_tril, failed = torch.linalg.cholesky_ex(covariance)
     kept = (failed > 0) | ~torch.isfinite(new_tril).flatten(1).all(1)
-    new_loc = torch.where(kept[:, None], in_float64(last.loc), (1 - of_loc) * mean + of_loc * loc)
-    new_tril = torch.where(kept[:, None, None], in_float64(last.scale_tril), new_tril)
-    return Proposal(put_back(new_loc, first.loc), put_back(new_tril, first.loc))
+    new_loc = torch.where(kept[:, None], loc, (1 - of_loc) * mean + of_loc * loc)
+    new_tril = torch.where(kept[:, None, None], tril, new_tril)
+    return Proposal(put_back(new_loc, last.loc), put_back(new_tril, last.loc))
 
 
 def _clipped_weights(history: list[_Round], draws: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised weights (draws, cells) of all draws, the largest clipped, and which cells have any weight, 0 or 1."""
-    of_rounds = [in_float64(one.proposal.log_prob(draws)) for one in history]
-    log_mixture = torch.stack(of_rounds).logsumexp(0) - math.log(len(history))
+    of_rounds = [in_float64(one.proposal.log_prob(draws)) + math.log(len(one.draws)) for one in history]
+    log_mixture = torch.stack(of_rounds).logsumexp(0) - math.log(len(draws))
     log_density = torch.cat([one.log_density for one in history])
     log_weights = (log_density - log_mixture).nan_to_num(nan=-math.inf, posinf=-math.inf)
     # A few draws with most of the weight say little of a covariance (Koblents and Miguez 2015).
