@@ -21,8 +21,8 @@ def normal(u):
 
 
 def rough(u):
-    """The same times weights whose tail index is 1, whatever the proposal: they depend on far digits of u."""
-    return normal(u) - (1e5 * u.sum(-1)).frac().abs().clamp(min=1e-12).log()
+    """The same times weights whose tail index is 2, whatever the proposal: they depend on far digits of u."""
+    return normal(u) - 2 * (1e5 * u.sum(-1)).frac().abs().clamp(min=1e-12).log()
 
 
 def curved(u):
