@@ -25,7 +25,7 @@ from pyro_scvi.utils.precision import in_float64, put_back
 
 MOST_PARTS, FEWEST_DRAWS = 4, 100  # of all draws of a cell: rounds these come in, and draws of a round
 GOOD_SHARE = 0.5  # of effective draws in a round; a better proposal than that gains nothing by adaptation
-CLIPPED = 5  # largest weights of each round that count as the next smaller one when moments are taken
+CLIPPED = 5  # largest weights of each round, but half of the latents, that count as the next when moments are taken
 SURE_KHAT = 0.5  # below it the weights have a variance, and a standard error means what it says
 
 
@@ -99,7 +99,8 @@ def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingB
         if len(left) < len(rows):
             rows, history = rows[left], [one.of(left) for one in history]
             density = density_of(rows)
-        proposal = _where(ess >= GOOD_SHARE * length, history[-1].proposal, adapted_to_all(history))
+        good = (ess >= GOOD_SHARE * length) & (khat <= SURE_KHAT)
+        proposal = _where(good, history[-1].proposal, adapted_to_all(history))
     return counted.found()
 
 
@@ -144,7 +145,7 @@ def _clipped_weights(history: list[_Round], draws: Tensor) -> tuple[Tensor, Tens
     log_density = torch.cat([one.log_density for one in history])
     log_weights = (log_density - log_mixture).nan_to_num(nan=-math.inf, posinf=-math.inf)
     # A few draws with most of the weight say little of a covariance (Koblents and Miguez 2015).
-    top = min(CLIPPED * len(history), len(draws) - 1)
+    top = min(min(CLIPPED, draws.shape[-1] // 2) * len(history), len(draws) - 1)
     log_weights = torch.minimum(log_weights, log_weights.topk(top + 1, dim=0).values[-1])
     held = torch.isfinite(log_weights.amax(0))
     return log_weights.softmax(0).nan_to_num(1 / len(draws)), held.to(log_weights.dtype)
