@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from pyro_scvi.analysis.differential.labels import labels_of
@@ -78,8 +79,8 @@ def differential_abundance(
     Returns
     -------
     DataFrame
-        By cell: ``log_ratio``, d in nats, log 2 = 0.69 for twice as many; ``se``; ``p_value``, two-sided; and ``fdr``,
-        p-values adjusted over cells (Benjamini and Hochberg 1995).
+        By cell: ``log_ratio``, d in nats, log 2 = 0.69 for twice as many; ``se``; ``p_value``, two-sided; and
+        ``q_value``, p-values adjusted over cells (Benjamini and Hochberg 1995).
 
     Raises
     ------
@@ -97,7 +98,7 @@ def differential_abundance(
     >>> condition = np.repeat(["control", "treated"], 30)
     >>> table = ps.differential_abundance(fit, cells, condition, donors)
     >>> table.columns.tolist(), table.attrs["group_b"]
-    (['log_ratio', 'se', 'p_value', 'fdr'], 'treated')
+    (['log_ratio', 'se', 'p_value', 'q_value'], 'treated')
     """
     require_inputs(fit, cells)
     require_at_least(1, permutations=permutations, batch_size=batch_size)
@@ -108,7 +109,7 @@ def differential_abundance(
     table = pd.DataFrame({"log_ratio": _log_ratio(log_q, *design.weights)}, pd.Index(cells.cell_names, name="cell"))
     table["se"] = _errors(log_q, design)
     table["p_value"] = _p_values(log_q, design.weights, exchanged)
-    table["fdr"] = _adjusted(table["p_value"].to_numpy())
+    table["q_value"] = false_discovery_control(table["p_value"])
     table.attrs = {"group_a": design.groups[0], "group_b": design.groups[1], "samples": design.samples}
     return table
 
@@ -258,12 +259,3 @@ def _p_values(log_q: np.ndarray, observed: Weights, exchanged: Weights) -> np.nd
 
 def _blocks(log_q: np.ndarray, weights: Weights) -> list[np.ndarray]:
     return np.array_split(log_q, np.ceil(log_q.shape[0] * weights.a.shape[1] / AT_ONCE).astype(int))
-
-
-def _adjusted(p: np.ndarray) -> np.ndarray:
-    """Smallest false discovery rate at which each of the cells is called (Benjamini and Hochberg 1995)."""
-    order = np.argsort(-p)
-    least = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
-    found = np.empty_like(least)
-    found[order] = least
-    return found

@@ -12,7 +12,6 @@ import pyro_scvi as ps
 from pyro_scvi.analysis.differential.cautions import counterparts
 from pyro_scvi.analysis.differential.moments import Moments, rate_moments
 from pyro_scvi.analysis.differential.weighted_means import strata_of
-from pyro_scvi.analysis.differential.welch import benjamini_hochberg
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.paper.data import files
 from pyro_scvi.paper.data.blood import read_pbmc_3ka
@@ -155,12 +154,6 @@ def test_the_floor_of_a_group_in_which_a_gene_was_never_seen():
     variances = [side.floored(np.array([0.01]))[0, 0] for side in sides]
     np.testing.assert_allclose(variances, [0.02 * 0.98 / 499, 0.01 / 500], rtol=1e-9)
     assert 0.02 / sum(variances) ** 0.5 == pytest.approx(2.59, abs=0.01)
-
-
-def test_adjusted_p_values_by_hand():
-    np.testing.assert_allclose(benjamini_hochberg(np.array([0.5, 0.01, 0.03])), [0.5, 0.03, 0.045])
-    p = np.random.default_rng(0).random(50) ** 3
-    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))
 
 
 # --- what is tested, and what stays as it is ---
