@@ -110,7 +110,9 @@ def differential_abundance(
     table["se"] = _errors(log_q, design)
     table["p_value"] = _p_values(log_q, design.weights, exchanged)
     table["q_value"] = false_discovery_control(table["p_value"])
-    table.attrs = {"group_a": design.groups[0], "group_b": design.groups[1], "samples": design.samples}
+    # As text: a Parquet file keeps attributes only if JSON can.
+    table.attrs = dict(zip(("group_a", "group_b"), map(str, design.groups), strict=True))
+    table.attrs["samples"] = [str(name) for name in design.samples]
     return table
 
 

@@ -50,6 +50,8 @@ class TheRest:
     FrozenList(['group', 'gene'])
     """
 
+    name = REST
+
     def parts(self, labels: np.ndarray) -> np.ndarray:
         """One code per cell, (cells,), so that every group that is compared is a union of these parts; -1: not used."""
         codes, names = pd.factorize(labels, use_na_sentinel=True)
@@ -78,6 +80,8 @@ class EveryOther:
     >>> table.loc["a"].against.unique().tolist()
     ['b']
     """
+
+    name = "every other group"
 
     def parts(self, labels: np.ndarray) -> np.ndarray:
         """One code per cell, (cells,); -1 without a label."""

@@ -219,6 +219,7 @@ def test_each_group_against_the_rest_and_alone(observed, cells):
         alone = compare(observed, cells, group_a=group, group_b=None)
         pd.testing.assert_frame_equal(alone, every.loc[group])
         assert alone.mean_b.notna().all()
+        assert alone.attrs == {"group_a": group, "group_b": "the rest"}
 
 
 def test_every_other_keeps_the_least_comparison(observed, cells):
@@ -243,6 +244,7 @@ def test_every_other_keeps_the_least_comparison(observed, cells):
         np.testing.assert_allclose(ours.q_value, stats.false_discovery_control(ours.p_value))
     alone = ps.differential_expression(observed, cells, group_a="y", **options)
     pd.testing.assert_frame_equal(alone, table.loc["y"])
+    assert alone.attrs["group_b"] == "every other group"
 
 
 # --- donors and batches ---
