@@ -155,8 +155,11 @@ def _require_cells(cells: Any) -> None:
 def _log_total_moments(cells: Cells) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the log totals, per batch."""
     log_totals = np.log(np.maximum(cells.totals, 1))
-    batches = cells.covariates[:, : cells.n_batches].T > 0 if cells.n_batches else [np.ones(cells.n_cells, bool)]
-    groups = [log_totals[batch] if batch.any() else log_totals for batch in batches]  # all cells for an absent batch
+    if cells.schema.batch is None:
+        groups = [log_totals]
+    else:
+        own = [log_totals[cells.gamma.codes(cells.schema.batch) == place] for place in range(cells.n_batches)]
+        groups = [group if len(group) else log_totals for group in own]  # all cells for an absent batch
     # The floor keeps the LogNormal proper where all cells of a batch have one total.
     return [float(group.mean()) for group in groups], [max(float(group.std()), 0.05) for group in groups]
 

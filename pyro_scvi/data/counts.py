@@ -240,6 +240,11 @@ def smallest_type(counts: Counts) -> np.dtype:
     return next((np.dtype(kind) for kind in (np.uint8, np.int16) if largest <= np.iinfo(kind).max), np.dtype("f4"))
 
 
+def dense(block: Matrix, dtype: Any = np.float32) -> np.ndarray:
+    """Some rows of counts as an array of this type, (rows, genes); a copy only where it must be."""
+    return (block if isinstance(block, np.ndarray) else block.toarray()).astype(dtype, copy=False)
+
+
 def stored_values(counts: Matrix) -> np.ndarray:
     """All stored values, one-dimensional; a sparse matrix stores at least all that are not zero."""
     return counts.reshape(-1) if isinstance(counts, np.ndarray) else counts.data

@@ -11,6 +11,7 @@ from anndata import AnnData, Raw
 from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.data.count_checks import check_counts, warn_of_features
 from pyro_scvi.data.counts import Counts, canonical, cell_totals, expressed_genes, is_chunked, largest_exact
+from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import labelled, names_in, positions_of
@@ -244,15 +245,15 @@ def read(
     fill_missing_genes: bool,
     allow_non_integer: bool,
     allow_new_batches: bool = False,
-) -> tuple[Counts, np.ndarray, Schema]:
+) -> tuple[Counts, Covariates, Schema]:
     """Validate a table, and match it with a schema or learn one.
 
     Returns
     -------
     counts
         (cells, genes), genes in the order of the schema.
-    covariates
-        (cells, covariates), float32.
+    gamma
+        (cells, covariates).
     schema
         The one given, or learnt.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
@@ -207,9 +207,17 @@ def _require_alike(name: str, columns: list[_Column], first: list[_Column]) -> N
 
 def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any]:
     names = "\n".join(map(str, cells.cell_names)).encode()
-    told = {"cell names": names, "totals": cells.totals.tobytes(), "covariates": cells.covariates.tobytes()}
+    told: dict[str, Iterable[bytes]] = {"cell names": [names], "totals": [cells.totals.tobytes()]}
+    told["covariates"] = cells.gamma.blocks()
     arrays = {"arrays": [column.shape for some in columns.values() for column in some]}
-    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
+    return {name: _digest_of(content)[:16] for name, content in told.items()} | arrays
+
+
+def _digest_of(content: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _identity(verb: Verb) -> str:

@@ -146,8 +146,10 @@ def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, An
 def _cells_digest(cells: Cells) -> dict[str, Any]:
     """Number of cells, and a digest of counts and covariates; counts on disk enter by their sums per cell and gene."""
     digest = hashlib.sha256()
-    for part in (*_digested_arrays(cells), cells.covariates):
+    for part in _digested_arrays(cells):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    for block in cells.gamma.blocks():
+        digest.update(block)
     return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
 
 

@@ -240,9 +240,9 @@ def _on_device(
 
 def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:
     """Set the genes' biases to their log mean counts, and the library size to the mean and sd of the log totals."""
-    totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
+    totals, gamma = ranks.gather(cells.totals()), cells.covariates().gathered(ranks.gather)
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
-    model.library.start_from(torch.as_tensor(totals).float(), torch.as_tensor(gamma))
+    model.library.start_from(torch.as_tensor(totals).float(), gamma)
     heads = getattr(model.decoder, "heads", {})  # a decoder of one's own may have others
     bias = heads["log_mean"]._parameters.get("bias") if "log_mean" in heads else None  # None if it is latent
     if bias is not None:

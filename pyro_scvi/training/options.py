@@ -221,5 +221,7 @@ def _brief(cells: Any) -> str:
     """Summary of cells that is cheap to compare; anything else, such as a share of cells, by its repr."""
     if not isinstance(cells, Cells):
         return repr(cells)
-    digest = hashlib.sha256(cells.totals.tobytes() + cells.covariates.tobytes()).hexdigest()[:8]
-    return f"{cells.n_cells} x {cells.n_genes} with digest {digest} of totals and covariates"
+    digest = hashlib.sha256(cells.totals.tobytes())
+    for block in cells.gamma.blocks():
+        digest.update(block)
+    return f"{cells.n_cells} x {cells.n_genes} with digest {digest.hexdigest()[:8]} of totals and covariates"

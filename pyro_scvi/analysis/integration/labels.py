@@ -100,7 +100,7 @@ def predict_labels(
             z = sampler.draw(fit.guide, x, unlabelled, samples).sites["z"]
             parts.append(_probabilities(fit, prior, z).cpu().numpy())
     found = np.concatenate(parts)
-    _warn_of_strangers(found, cells.covariates[:, prior.columns])
+    _warn_of_strangers(found, cells.gamma[:, prior.columns])
     return pd.DataFrame(found, columns=pd.Index(words), index=pd.Index(cells.cell_names, name="cell"))
 
 

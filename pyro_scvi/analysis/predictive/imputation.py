@@ -177,7 +177,7 @@ def impute(
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
-    swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
+    swapped = [cells.with_batch(name).gamma for name in batches]
     lead = (len(quantiles),) if len(quantiles) else ()
     imputed, done = result_array(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     fits = at_draws(fit, global_draws, seed)
@@ -190,7 +190,7 @@ def impute(
                 if lead:
                     imputed[:, rows] = rate_quantiles(drawn, x, own, quantiles).cpu().numpy()
                 else:
-                    constants = [other[rows].to(gamma) for other in swapped] or [own]
+                    constants = [torch.from_numpy(other[rows]).to(gamma) for other in swapped] or [own]
                     means += [_mean(drawn, x, constant, quantity) for constant in constants]
             if means:
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
