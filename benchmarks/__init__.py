@@ -6,6 +6,7 @@ tables. Each folder imports only from those named before it. The commands, each 
     python -m benchmarks cpu                      speed, memory and time to quality beside scvi-tools
     python -m benchmarks gpu                      the same on a CUDA device, and whether it agrees with the CPU
     python -m benchmarks truth                    inference against quadrature, exact arithmetic and known latents
+    python -m benchmarks.rows.atlas               an atlas of simulated cells from end to end
     python -m benchmarks.rows.memory              peak memory of every public function of a fit
     python -m benchmarks.rows.stores              counts larger than memory
     python -m benchmarks.quality.baselines        the paper's baselines

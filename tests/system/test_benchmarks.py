@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,7 +32,7 @@ from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
 from benchmarks.quality import calls, learning_curves, truth
 from benchmarks.quality.held_out_scores import our_outputs
-from benchmarks.rows import devices, large_data, time_to_quality
+from benchmarks.rows import atlas, devices, large_data, time_to_quality
 from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
 from benchmarks.systems.our_models import matched, matched_constant
 
@@ -373,6 +374,25 @@ def test_calls_of_every_system_beside_the_truth(monkeypatch, capsys, tmp_path):
     assert means["auc"] > 0.6
     assert means["auc_se"] > 0
     assert "covered_se" in capsys.readouterr().out
+
+
+# --- the atlas ---
+
+
+@pytest.mark.slow
+def test_an_atlas_in_small_runs_from_end_to_end_and_is_not_run_again(tmp_path, capfd):
+    source = tmp_path / "real.h5ad"
+    anndata.AnnData(simulation.zinb_counts(300, 60).astype(np.float32)).write_h5ad(source)
+    sizes = ["--cells", "1200", "--genes", "40", "--batches", "3", "--batch-size", "128"]
+    options = ["--folder", str(tmp_path / "atlas"), "--source", str(source), *sizes]
+    atlas.main(options)
+    rows = {name: json.loads((tmp_path / "atlas" / f"{name}.json").read_text()) for name in atlas.STAGES}
+    assert len(rows["train"]["epochs"]) == 2
+    assert "SIGKILL" in capfd.readouterr().err  # one process was killed, and the run went on
+    assert len(anndata.read_zarr(tmp_path / "atlas" / "embedding.zarr").obsm["X_pyro_scvi"]) == 1200
+    assert all(row["peak_mb"] > 100 and row["s"] > 0 for row in rows.values())
+    atlas.main(options)
+    assert json.loads((tmp_path / "atlas" / "train.json").read_text()) == rows["train"]
 
 
 # --- folders ---
