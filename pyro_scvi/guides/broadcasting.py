@@ -10,7 +10,8 @@ from pyro_scvi.discovery import like
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates
 from pyro_scvi.guides.log_joint import cell_terms, scored
-from pyro_scvi.guides.supported import conditional, is_packaged
+from pyro_scvi.guides.packaged import is_packaged
+from pyro_scvi.guides.supported import conditional
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.random_state import seeded
