@@ -9,7 +9,7 @@ from torch import BoolTensor, Tensor
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.broadcasting import require_broadcasting
-from pyro_scvi.guides.coordinates import Coordinates, LocalSite
+from pyro_scvi.guides.coordinates import Coordinates, LocalSite, require_continuous
 from pyro_scvi.guides.global_latents import GlobalGuide, global_latents
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import require_supported
@@ -53,9 +53,9 @@ class Guide(Component):
     Raises
     ------
     ModelError
-        If ``model`` is no SCVI, its program has a site that is not supported, its prior is Flat and q has a density, or
-        ``global_guide`` makes nothing that will do. When called, if there are no counts, or genes, covariates or rows
-        do not agree.
+        If ``model`` is no SCVI, its program has a site that is not supported or no continuous latent of the cells, its
+        prior is Flat and q has a density, or ``global_guide`` makes nothing that will do. When called, if there are no
+        counts, or genes, covariates or rows do not agree.
 
     Examples
     --------
@@ -74,6 +74,7 @@ class Guide(Component):
         require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
         self._model = (model,)  # in a tuple, or torch would make it a submodule: parameters have one owner
         self.coordinates = Coordinates(model)
+        require_continuous(self.coordinates)
         self.landmarks: Tensor
         self.register_buffer("landmarks", torch.zeros(LANDMARKS, self.coordinates.size))
         self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)

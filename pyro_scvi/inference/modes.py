@@ -58,14 +58,14 @@ class Modes(NamedTuple):
 
 
 def separate_modes(
-    density: LogJoint, candidates: Tensor, values: Tensor, *, starts: int, modes: int, block: int
+    density: LogJoint, candidates: Tensor, values: Tensor, unit: Tensor, *, starts: int, modes: int, block: int
 ) -> Modes:
     """Climb from the most promising of the candidates (n, cells, size), and keep ends that a valley separates.
 
-    ``values`` (n, cells) are the densities there; one climb always starts at the highest of them. At most ``block``
-    points of a cell are evaluated at once, but 6 in any case.
+    ``values`` (n, cells) are the densities there; one climb always starts at the highest of them. ``unit`` (cells,
+    size) is how far candidates lie apart. At most ``block`` points of a cell are evaluated at once, but 6 in any case.
     """
-    unit, values = candidates.std(0).clamp(min=1e-6), values.nan_to_num(-torch.inf)
+    values = values.nan_to_num(-torch.inf)
     first = _at(candidates, _promising(candidates, values, unit, starts))
     climbs = [climbed(density, part, unit) for part in first.split(max(block, FEW))]
     ends, heights, ahead = (torch.cat(of) for of in zip(*climbs, strict=True))
@@ -129,7 +129,7 @@ def _separated(density: LogJoint, ends: Tensor, heights: Tensor, ahead: Tensor, 
     while len(places) < modes and (not present or present[-1].any()):
         taken = heights.where(alive, -torch.inf).argmax(0, keepdim=True)
         places.append(_at(ends, taken)[0])
-        present.append(alive.any(0))
+        present.append(alive.any(0) | (not present))  # the first in any case: where nothing has mass, k-hat tells
         if len(places) < modes:
             lowest = _lowest_between(density, ends, places[-1], block)
             alive = alive & (torch.minimum(heights, heights.gather(0, taken)) - lowest > VALLEY)

@@ -30,6 +30,8 @@ from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import narrowed
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
+NARROWEST, WIDEST = 1e-3, 3.0  # standard deviations of the prior, between which a cell's scale starts
+LEAST_UNIT = 1e-6  # of a climb's steps, where all candidates are one
 MARGIN = 10.0  # nats by which they must win; smaller differences in density say little about where the mass is
 EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
 LEAST_ROUNDS = 2  # of the adaptation of a mixture
@@ -86,7 +88,9 @@ class Posteriors:
 
     def fitted(self, *, steps: int, rounds: int, samples: int = 500) -> list[Fitted]:
         """A proposal for every cell: the cells with one mode together, and those with several."""
-        modes, scale = self._modes(), self.guide.start(self.x, self.gamma)[1].detach()
+        points, values = self.candidates()
+        unit = torch.minimum(points.std(0), WIDEST * self._prior_scale(points)).clamp(min=LEAST_UNIT)
+        modes, scale = self._modes(points, values, unit), self.scale_near(points)
         cell, mode = modes.present.T.nonzero().T
         # Each mode of a cell is refined as if it were a cell, from a scale that does not reach the next mode.
         pairs = self if len(cell) == len(self.x) else self.of(cell)
@@ -106,21 +110,35 @@ class Posteriors:
             made.append(self._adapted(mixture, modes.several, rounds, samples))
         return made
 
-    def _modes(self) -> Modes:
+    def scale_near(self, points: Tensor) -> Tensor:
+        """The guide's scale (cells, size), not far from that of the draws from the prior among candidates.
+
+        An untrained guide knows no scales: gradient steps would not lead from it to those of the posterior.
+        """
+        _, scale = self.guide.start(self.x, self.gamma)
+        prior = self._prior_scale(points)
+        return scale.detach().maximum(NARROWEST * prior.nan_to_num(posinf=0.0)).minimum(WIDEST * prior)
+
+    def _prior_scale(self, points: Tensor) -> Tensor:
+        """Standard deviation (cells, size) of the draws from the prior among candidates; infinite if there are none."""
+        from_prior = points[1 + len(self.guide.landmarks_for(points[0])) :]
+        return from_prior.std(0) if len(from_prior) else torch.full_like(points[0], torch.inf)
+
+    def _modes(self, points: Tensor, values: Tensor, unit: Tensor) -> Modes:
         """The modes that climbs find; a cell's only one is at the best candidate, unless this leads to no mass."""
-        points, values = self.candidates()
         values[0] += MARGIN
         # The program itself, even where a compiled density is at hand: each new shape would be compiled.
         density = self._density(log_joint)
         starts = min(max(ENTRIES // self.x.shape[1], FEW), MANY)
         modes = MODES if starts == MANY else AT_FIRST
-        found = separate_modes(density, points, values, starts=starts, modes=modes, block=self.block)
+        found = separate_modes(density, points, values, unit, starts=starts, modes=modes, block=self.block)
         if starts == MANY:
             return self._started(found, points, values)
         many = (found.present.sum(0) == AT_FIRST).nonzero().squeeze(-1)
         if len(many):
             more = self.of(many)._density(log_joint)
-            again = separate_modes(more, points[:, many], values[:, many], starts=MANY, modes=MODES, block=self.block)
+            of_many = points[:, many], values[:, many], unit[many]
+            again = separate_modes(more, *of_many, starts=MANY, modes=MODES, block=self.block)
             found = found.with_more(many, again)
         return self._started(found, points, values)
 
@@ -162,7 +180,7 @@ def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> t
     cells = Posteriors(guide, x, gamma, joint)
     points, values = cells.candidates()
     values[0] += MARGIN
-    return cells.density, _best(points, values), guide.start(x, gamma)[1].detach()
+    return cells.density, _best(points, values), cells.scale_near(points)
 
 
 def _best(points: Tensor, values: Tensor) -> Tensor:

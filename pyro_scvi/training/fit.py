@@ -243,8 +243,9 @@ def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SinglePr
     totals, gamma = ranks.gather(cells.totals()), cells.covariates().gathered(ranks.gather)
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
     model.library.start_from(torch.as_tensor(totals).float(), gamma)
-    heads = getattr(model.decoder, "heads", {})  # a decoder of one's own may have others
-    bias = heads["log_mean"]._parameters.get("bias") if "log_mean" in heads else None  # None if it is latent
+    heads = getattr(model.decoder, "heads", None)  # a decoder of one's own may have others
+    head = heads["log_mean"] if isinstance(heads, torch.nn.ModuleDict) and "log_mean" in heads else None
+    bias = None if head is None else head._parameters.get("bias")  # None if it is latent
     if bias is not None:
         with torch.no_grad():
             bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none

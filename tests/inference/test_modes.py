@@ -34,7 +34,8 @@ def bumps(centres, weights):
 
 def found_by_climbs(density, size, starts=FEW, modes=MODES):
     candidates = torch.randn(128, CELLS, size, dtype=torch.float64) * 1.5
-    return separate_modes(density, candidates, density(candidates), starts=starts, modes=modes, block=50)
+    unit = candidates.std(0)
+    return separate_modes(density, candidates, density(candidates), unit, starts=starts, modes=modes, block=50)
 
 
 @pytest.mark.parametrize(
