@@ -25,7 +25,7 @@ from pyro_scvi.inference.importance import (
     refine,
     weighted_draws,
 )
-from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, Modes, separate_modes
+from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, SEVERAL, Modes, separate_modes
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import narrowed
 
@@ -134,7 +134,7 @@ class Posteriors:
         found = separate_modes(density, points, values, unit, starts=starts, modes=modes, block=self.block)
         if starts == MANY:
             return self._started(found, points, values)
-        many = (found.present.sum(0) == AT_FIRST).nonzero().squeeze(-1)
+        many = (found.present.sum(0) >= SEVERAL).nonzero().squeeze(-1)
         if len(many):
             more = self.of(many)._density(log_joint)
             of_many = points[:, many], values[:, many], unit[many]
