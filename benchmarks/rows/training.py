@@ -106,15 +106,17 @@ def against_pyro(size: Size) -> Interleaved:
     return Interleaved("training-pyro", systems, lines)
 
 
-def replaying(size: Size) -> Interleaved:
+def replaying(batch_size: int, size: Size) -> Interleaved:
     """Our defaults with replayed steps against the same steps by the programs, to the same bits."""
-    options, task = {"configuration": "default", **size.options(128)}, "benchmarks.systems.ours:train_replaying"
+    options = {"configuration": "default", **size.options(batch_size)}
+    task = "benchmarks.systems.ours:train_replaying"
     systems = {
         "ours": System("ours", task, {**options, "replays": True}),
         "programs": System("ours", task, {**options, "replays": False}),
     }
-    title = f"replayed steps against the programs', {size.epochs} epochs, start included"
-    return Interleaved("training-replayed", systems, (Comparison(title, CELLS_PER_SECOND, peer="programs"),))
+    title = f"replayed steps against the programs' at batch {batch_size}, {size.epochs} epochs, start included"
+    lines = (Comparison(title, CELLS_PER_SECOND, peer="programs"),)
+    return Interleaved(f"training-{batch_size}-replayed", systems, lines)
 
 
 def rows(size: Size) -> list[Interleaved]:
@@ -127,5 +129,5 @@ def rows(size: Size) -> list[Interleaved]:
         against_defaults("training-same-choices", theirs, "like our defaults", AtLeast(2.5), size),
         preset(size),
         against_pyro(size),
-        replaying(replace(size, epochs=5 * size.epochs)),
+        *(replaying(batch_size, replace(size, epochs=5 * size.epochs)) for batch_size in BARS),
     ]

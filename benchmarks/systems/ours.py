@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 
@@ -89,8 +90,8 @@ def train_replaying(
     options |= {"batch_size": batch_size, "device": "cpu", "validation": 0, "progress": False, "epochs": epochs}
 
     def measure() -> Sample:
-        replayed.LEAST_STEPS = 1 if replays else sys.maxsize
-        with Stopwatch() as watch:
+        least = 1 if replays else sys.maxsize
+        with patch.object(replayed, "LEAST_STEPS", least), Stopwatch() as watch:
             fit = ps.fit(model, cells, **options)
         return watch.sample(work=n_cells * epochs, train_loss=float(fit.history.train_loss.iloc[-1]))
 
