@@ -95,7 +95,7 @@ def fit(
         about two thirds of the time. It needs ``elbo=None`` and a C++ compiler (on CUDA: Triton). Steps with a KL
         weight other than 1 are not compiled. Results are the same up to rounding. If a prior or network of your own
         branches on values of tensors, this raises an error; other state that its Python changes between steps stays as
-        it was recorded.
+        it was recorded. Without it, long runs on a CPU replay recorded steps where these give the same bits.
     validation
         Cells held out to watch the bound: a share or number of ``cells``, or separate Cells; 0 for none. At most 2,048
         of them, evenly spaced, are evaluated. The fit returns the state of the epoch with the best held-out bound

@@ -26,6 +26,7 @@ from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
 from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
+from pyro_scvi.training.replayed import replayed
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
 from pyro_scvi.utils.allocator import keep_freed_memory
@@ -59,7 +60,7 @@ class TrainingData(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Two ways to take the gradient of a step: by the programs, and by their compiled recording if there is one."""
+    """Two ways to take the gradient of a step: by the programs, and by their recording if there is one."""
 
     of_programs: LossAndGrads
     recorded: LossAndGrads
@@ -97,9 +98,11 @@ class Trainer:
         keep_freed_memory()
         parameters = unique_parameters((model, guide))
         by_programs = options.ranks.loss_and_grads(options.elbo, model, guide)
-        recorded = by_programs
+        bound = Bound(options.elbo, model, guide)
         if options.compiled:
-            recorded = options.ranks.reduced(Recorded(Bound(options.elbo, model, guide)), parameters)
+            recorded = options.ranks.reduced(Recorded(bound), parameters)
+        else:
+            recorded = replayed(bound, by_programs, data.sizes * options.epochs) if options.replays else by_programs
         # The user's eps is for gradients per cell. These are for all cells, and Adam is invariant to scaling both.
         optimiser = torch.optim.Adam(parameters, eps=options.eps * data.n_cells, fused=True)
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted

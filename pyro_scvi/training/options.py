@@ -21,7 +21,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
-from pyro_scvi.training.distributed import Processes
+from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.utils.checks import brief
 
 # Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
@@ -101,6 +101,12 @@ class TrainingOptions:
             seed=int(self.seed),
             elbo=MeanFieldELBO() if self.elbo is None else self.elbo,
         )
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step's recording can take its place: with gradients of this process alone, on a CPU."""
+        alone = isinstance(self.ranks, SingleProcess) and self.device.type == "cpu"
+        return alone and type(self.elbo) is MeanFieldELBO
 
     def of_run(self) -> dict[str, Any]:
         """By name, the options that affect what is learned."""
