@@ -20,6 +20,7 @@ from pyro_scvi.inference.compiled import NotCompiled, Recorded
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
+from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
@@ -101,7 +102,8 @@ class Trainer:
         if options.compiled:
             recorded = options.ranks.reduced(Recorded(Bound(options.elbo, model, guide)), parameters)
         # The user's eps is for gradients per cell. These are for all cells, and Adam is invariant to scaling both.
-        optimiser = torch.optim.Adam(parameters, eps=options.eps * data.n_cells, fused=True)
+        groups = with_prior_of_heads(parameters, model.decoder, options.head_sd)
+        optimiser = torch.optim.Adam(groups, eps=options.eps * data.n_cells, fused=True)
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
         schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
         state = TrainingState(model, guide, optimiser, schedule, options.patience)
@@ -321,6 +323,24 @@ class Trainer:
                 n += len(some)
         loss, kl, seen = ranks.sum(*sums, n)
         return loss / seen, kl / seen
+
+
+def with_prior_of_heads(
+    parameters: list[torch.nn.Parameter], decoder: torch.nn.Module, sd: float | None
+) -> list[dict[str, Any]]:
+    """Groups of parameters for the optimiser: those without a prior, and the weights of the default decoder's heads.
+
+    The gradient of -log Normal(W; 0, sd^2 / n_hidden) is W n_hidden / sd^2. Adam adds it to that of the loss, which is
+    in nats of all cells.
+    """
+    weights = decoder.head_weights() if sd is not None and isinstance(decoder, Decoder) else []
+    if sd is None or not weights:
+        return [{"params": parameters}]
+    shrunk = {id(weight) for weight in weights}
+    n_hidden = weights[0].shape[1]
+    free = [parameter for parameter in parameters if id(parameter) not in shrunk]
+    trained = [parameter for parameter in parameters if id(parameter) in shrunk]
+    return [{"params": free}, {"params": trained, "weight_decay": n_hidden / sd**2}]
 
 
 def _losses(row: dict[str, float]) -> str:
