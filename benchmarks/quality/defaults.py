@@ -83,9 +83,18 @@ def counts(name: str, folder: Path) -> anndata.AnnData:
 
 
 def fitted(asked: Question, variant: str, seed: int, epochs: int | None) -> ps.Fit:
-    """One fit, with the package's own training."""
+    """One fit, with the package's own training.
+
+    Raises
+    ------
+    SystemExit
+        If it was interrupted: a fit of fewer epochs must not stand among the others.
+    """
     model, options = VARIANTS[variant](asked.train, seed)
-    return ps.fit(model, asked.train, **options, epochs=epochs, device="cpu", progress=False)
+    fit = ps.fit(model, asked.train, **options, epochs=epochs, device="cpu", progress=False)
+    if "interrupted" in fit.settings:
+        raise SystemExit(f"{variant}: {fit.settings['interrupted']}; nothing was kept of it")
+    return fit
 
 
 def measured(asked: Question, fit: ps.Fit, samples: int, *, scored: bool) -> dict[str, Any]:

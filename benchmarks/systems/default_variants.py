@@ -236,6 +236,60 @@ def two_layers_both_dropout(cells: ps.Cells, seed: int) -> Configured:
     return _made(cells, seed, layers=2, in_decoder=DROPOUT)
 
 
+def _shrunk(configured: Configured, sd: float = 1.0) -> Configured:
+    """The same with a prior of the heads' weights."""
+    model, options = configured
+    return model, options | {"head_sd": sd}
+
+
+def shrunk_default(cells: ps.Cells, seed: int) -> Configured:
+    """The default with a prior of the heads' weights."""
+    return _shrunk(default(cells, seed))
+
+
+def shrunk_shallow_decoder_alone(cells: ps.Cells, seed: int) -> Configured:
+    """The default with one layer in the decoder and a prior of the heads' weights: no dropout."""
+    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, seed=seed)
+    return _shrunk(
+        (model, {"guide": ps.guides.DiagonalNormal(model, n_layers=2, dropout=0.0, seed=seed), "seed": seed})
+    )
+
+
+def shrunk_two_layers(cells: ps.Cells, seed: int) -> Configured:
+    """With dropout in the encoder and a prior of the heads' weights."""
+    return _shrunk(encoder_dropout(cells, seed))
+
+
+def shrunk_shallow_decoder(cells: ps.Cells, seed: int) -> Configured:
+    """The same with one layer in the decoder."""
+    return _shrunk(shallow_decoder(cells, seed))
+
+
+def shrunk_one_layer(cells: ps.Cells, seed: int) -> Configured:
+    """The same with one layer in both."""
+    return _shrunk(one_layer(cells, seed))
+
+
+def shrunk_one_layer_wide(cells: ps.Cells, seed: int) -> Configured:
+    """The same with a prior three times as wide."""
+    return _shrunk(one_layer(cells, seed), 3.0)
+
+
+def shrunk_one_layer_narrow(cells: ps.Cells, seed: int) -> Configured:
+    """The same with a prior half as wide."""
+    return _shrunk(one_layer(cells, seed), 0.5)
+
+
+def shrunk_one_layer_per_gene(cells: ps.Cells, seed: int) -> Configured:
+    """One layer in both, a dispersion per gene, a prior of the heads' weights."""
+    return _shrunk(one_layer_per_gene(cells, seed))
+
+
+def shrunk_recipe(cells: ps.Cells, seed: int) -> Configured:
+    """A dispersion per gene, dropout in both networks of two layers, a prior of the heads' weights."""
+    return _shrunk(recipe(cells, seed))
+
+
 VARIANTS: dict[str, Callable[[ps.Cells, int], Configured]] = {
     made.__name__: made
     for made in (
@@ -262,5 +316,14 @@ VARIANTS: dict[str, Callable[[ps.Cells, int], Configured]] = {
         hierarchical_before_heads,
         two_layers_low_rank,
         two_layers_both_dropout,
+        shrunk_default,
+        shrunk_shallow_decoder_alone,
+        shrunk_two_layers,
+        shrunk_shallow_decoder,
+        shrunk_one_layer,
+        shrunk_one_layer_wide,
+        shrunk_one_layer_narrow,
+        shrunk_one_layer_per_gene,
+        shrunk_recipe,
     )
 }
