@@ -35,6 +35,8 @@ STEPS, ROUNDS = 50, 0  # of the evidence's proposals: its bias, a tenth of a nat
 DRAWS, BOUND_OF = 20, 300  # draws and cells for the bound of training cells
 WATCHED = 0.1  # the share that fit sets aside, which is not trained on
 SPACES = {"z": ps.spaces.Latent(), "expression": ps.spaces.Expression()}
+REPORTED = "train_bound", "bound", "best_epoch", "last_minus_best", "fit_seconds"
+SCORES = "silhouette", "ari", "accuracy", "entropy"
 FILES = {
     "cortex": "cortex_558.h5ad",
     "brain10k": "brain10k.h5ad",
@@ -166,10 +168,33 @@ def paired(lines: Sequence[dict[str, Any]], against: str = "default") -> pd.Data
     return pd.DataFrame(rows)
 
 
+def differences(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The table that decides: a row for each variant, a column for each data set, nats, standard error and seeds."""
+    table = paired(lines)
+    table["text"] = [f"{row.nats:+.1f} ({row.se:.1f}) [{row.seeds}]" for row in table.itertuples()]
+    wide = table.pivot(index="variant", columns="data", values="text")
+    order = [variant for variant in VARIANTS if variant in wide.index]
+    return wide.loc[order, list(dict.fromkeys(table.data))].fillna("").reset_index()
+
+
 def summary(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Means over seeds of what is reported and not optimised."""
     flat = pd.json_normalize([{k: v for k, v in line.items() if k != "evidence"} for line in lines])
-    return flat.groupby(["data", "variant"], sort=False).mean(numeric_only=True).drop(columns="seed").reset_index()
+    means = flat.groupby(["data", "variant"], sort=False).mean(numeric_only=True).drop(columns="seed").reset_index()
+    figures = [*REPORTED, *(f"{space}.{score}" for space in SPACES for score in SCORES)]
+    return means[["data", "variant", *(name for name in figures if name in means)]]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown, numbers with three significant digits."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "".join("| " + " | ".join(map(_cell, row)) + " |\n" for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "" if np.isnan(value) else f"{value:.1f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -196,8 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = read(options.out)
     if not options.table:
         complete(lines, options)
-    sys.stdout.write(paired(lines).pivot(index="variant", columns="data", values=["nats", "se"]).round(2).to_string())
-    sys.stdout.write("\n\n" + summary(lines).round(3).to_string(index=False) + "\n")
+    sys.stdout.write(markdown(differences(lines)) + "\n" + markdown(summary(lines)))
 
 
 def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
