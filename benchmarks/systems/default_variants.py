@@ -265,6 +265,18 @@ def shrunk_shallow_decoder(cells: ps.Cells, seed: int) -> Configured:
     return _shrunk(shallow_decoder(cells, seed))
 
 
+def shrunk_shallow_encoder(cells: ps.Cells, seed: int) -> Configured:
+    """Two layers in the decoder, one in the encoder, and a prior of the heads' weights."""
+    return _shrunk(shallow_encoder(cells, seed))
+
+
+def shrunk_one_layer_of_256(cells: ps.Cells, seed: int) -> Configured:
+    """One layer of 256 in both, and a prior of the heads' weights."""
+    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, n_hidden=256, seed=seed)
+    guide = ps.guides.DiagonalNormal(model, n_layers=1, n_hidden=256, dropout=DROPOUT, seed=seed)
+    return _shrunk((model, {"guide": guide, "seed": seed}))
+
+
 def shrunk_one_layer(cells: ps.Cells, seed: int) -> Configured:
     """The same with one layer in both."""
     return _shrunk(one_layer(cells, seed))
@@ -320,7 +332,9 @@ VARIANTS: dict[str, Callable[[ps.Cells, int], Configured]] = {
         shrunk_shallow_decoder_alone,
         shrunk_two_layers,
         shrunk_shallow_decoder,
+        shrunk_shallow_encoder,
         shrunk_one_layer,
+        shrunk_one_layer_of_256,
         shrunk_one_layer_wide,
         shrunk_one_layer_narrow,
         shrunk_one_layer_per_gene,

@@ -71,9 +71,9 @@ class Decoder(nn.Module):
         initialise(self, initial_sd)
 
     def head_weights(self) -> list[nn.Parameter]:
-        """Weights of the heads that are parameters, (genes, n_hidden) each: those with a prior are none."""
+        """Weights of the heads that are trained, (genes, n_hidden) each: those with a prior are no parameters."""
         weights = (head._parameters.get("weight") for head in self.heads.modules())
-        return [weight for weight in weights if isinstance(weight, nn.Parameter)]
+        return [weight for weight in weights if weight is not None and weight.requires_grad]
 
     def forward(self, z: Tensor, gamma: Tensor) -> dict[str, Tensor]:
         """Heads by name, each (..., cells, genes), on the log or logit scale."""

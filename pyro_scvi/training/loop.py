@@ -102,8 +102,7 @@ class Trainer:
         if options.compiled:
             recorded = options.ranks.reduced(Recorded(Bound(options.elbo, model, guide)), parameters)
         # The user's eps is for gradients per cell. These are for all cells, and Adam is invariant to scaling both.
-        groups = with_prior_of_heads(parameters, model.decoder, options.head_sd)
-        optimiser = torch.optim.Adam(groups, eps=options.eps * data.n_cells, fused=True)
+        optimiser = torch.optim.Adam(parameters, eps=options.eps * data.n_cells, fused=True)
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
         schedule = options.learning_rate(optimiser, len(data.sizes) * options.epochs)
         state = TrainingState(model, guide, optimiser, schedule, options.patience)
@@ -257,6 +256,7 @@ class Trainer:
             )
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
+            add_prior_of_heads(self.model.decoder, self.options.head_sd)
             self.state.step()
             total += value
             if ends:  # all ranks have summed the same flags, so all end after the same step
@@ -325,22 +325,14 @@ class Trainer:
         return loss / seen, kl / seen
 
 
-def with_prior_of_heads(
-    parameters: list[torch.nn.Parameter], decoder: torch.nn.Module, sd: float | None
-) -> list[dict[str, Any]]:
-    """Groups of parameters for the optimiser: those without a prior, and the weights of the default decoder's heads.
+def add_prior_of_heads(decoder: torch.nn.Module, sd: float | None) -> None:
+    """Add the gradient of -log Normal(W; 0, sd^2 / n_hidden), W the weights of the default decoder's heads.
 
-    The gradient of -log Normal(W; 0, sd^2 / n_hidden) is W n_hidden / sd^2. Adam adds it to that of the loss, which is
-    in nats of all cells.
+    In nats of all cells, as that of the loss. Through autograd, so that hooks which keep a part of W as it is see it.
     """
     weights = decoder.head_weights() if sd is not None and isinstance(decoder, Decoder) else []
-    if sd is None or not weights:
-        return [{"params": parameters}]
-    shrunk = {id(weight) for weight in weights}
-    n_hidden = weights[0].shape[1]
-    free = [parameter for parameter in parameters if id(parameter) not in shrunk]
-    trained = [parameter for parameter in parameters if id(parameter) in shrunk]
-    return [{"params": free}, {"params": trained, "weight_decay": n_hidden / sd**2}]
+    if sd is not None and weights:
+        torch.autograd.backward(weights, [weight.detach() * (weight.shape[1] / sd**2) for weight in weights])
 
 
 def _losses(row: dict[str, float]) -> str:

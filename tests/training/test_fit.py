@@ -14,7 +14,7 @@ import pyro_scvi as ps
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.inference.evaluation import bound_terms
-from pyro_scvi.training.loop import with_prior_of_heads
+from pyro_scvi.training.loop import add_prior_of_heads
 from pyro_scvi.training.options import TrainingOptions, default_epochs
 
 
@@ -478,13 +478,26 @@ def head_weights(fit):
 
 def test_the_prior_of_heads_is_normal_in_the_gradient_of_all_cells():
     decoder = ps.networks.MLPDecoder(n_hidden=16)(2, 6, ("log_mean", "gate_logits"), 0)
-    free, shrunk = with_prior_of_heads(list(decoder.parameters()), decoder, 0.8)
-    assert {id(p) for p in shrunk["params"]} == {id(head.weight) for head in decoder.heads.values()}
-    assert len(free["params"]) + len(shrunk["params"]) == len(list(decoder.parameters()))
-    weight = shrunk["params"][0]
-    log_prior = torch.distributions.Normal(0.0, 0.8 / 16**0.5).log_prob(weight).sum()
-    (gradient,) = torch.autograd.grad(-log_prior, weight)
-    torch.testing.assert_close(gradient, shrunk["weight_decay"] * weight)
+    weights = [head.weight for head in decoder.heads.values()]
+    decoder.heads["log_mean"].weight.register_hook(lambda gradient: gradient * (torch.arange(6) > 2)[:, None])
+    log_prior = sum(torch.distributions.Normal(0.0, 0.8 / 16**0.5).log_prob(weight).sum() for weight in weights)
+    expected = torch.autograd.grad(-log_prior, weights)
+    expected[0][:3] = 0.0  # what a user's hook keeps as it is
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    add_prior_of_heads(decoder, 0.8)
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, 1.0 + gradient)
+    others = [p for p in decoder.parameters() if not any(p is weight for weight in weights)]
+    assert all(p.grad is None for p in others)
+
+
+@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")
+def test_frozen_heads_have_no_prior(cells):
+    model = small_model(cells)
+    model.decoder.heads["gate_logits"].weight.requires_grad_(False)
+    start = model.decoder.heads["gate_logits"].weight.clone()
+    assert torch.equal(small_fit(cells, model, head_sd=0.1).model.decoder.heads["gate_logits"].weight, start)
 
 
 def test_a_narrow_prior_of_heads_leaves_the_means_of_the_genes(cells):
