@@ -174,7 +174,9 @@ def differences(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
     table["text"] = [f"{row.nats:+.1f} ({row.se:.1f}) [{row.seeds}]" for row in table.itertuples()]
     wide = table.pivot(index="variant", columns="data", values="text")
     order = [variant for variant in VARIANTS if variant in wide.index]
-    return wide.loc[order, list(dict.fromkeys(table.data))].fillna("").reset_index()
+    wide = wide.loc[order, list(dict.fromkeys(table.data))].fillna("").reset_index()
+    wide.insert(1, "what it is", [str(VARIANTS[name].__doc__).rstrip(".") for name in order])
+    return wide
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -1,106 +1,17 @@
-"""Variants of the default model: what was tried when the default was chosen, in the order of their simplicity.
+"""Variants of the default model: what was tried when the default was chosen.
 
-Each takes the training cells and a seed, and gives a model and options of its fit. All but the first three have one
-hidden layer in both networks and dropout of .1 in the encoder.
+Each takes the training cells and a seed, and gives a model and options of its fit. Unless a name or a docstring says
+otherwise, a variant has one hidden layer in both networks, dropout of .1 in the encoder and no prior of weights.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import pyro_scvi as ps
-from benchmarks.systems.our_models import Configured, default
-from pyro_scvi.nn.component import Component
-from pyro_scvi.nn.dropout import Dropout
+from benchmarks.systems.default_variants.parts import LOG_R, Deviating, OfTheMean, OwnHead
+from benchmarks.systems.our_models import Configured
 
-LOG_R = "log_inverse_dispersion"
 DROPOUT = 0.1
-
-
-class Deviating(Component):
-    """Log r = log r_g + scale times a head of the decoder: per gene, and a deviation per cell that learns slowly.
-
-    Adam moves every weight by about the learning rate, so a head that is multiplied by .1 moves a tenth as fast.
-    """
-
-    heads = (LOG_R,)
-
-    def __init__(self, n_genes: int, scale: float = 1.0) -> None:
-        super().__init__()
-        self.expected_genes, self.scale = n_genes, scale
-        self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
-
-    def forward(self, eta: dict[str, Tensor], gamma: Tensor) -> Tensor:
-        """Log r, (..., cells, genes)."""
-        return self.log_inverse_dispersion + self.scale * eta[LOG_R]
-
-
-class OfTheMean(Component):
-    """Log r = a_g + b_g times the log mean count: two numbers for a gene, and no head."""
-
-    heads = ()
-
-    def __init__(self, n_genes: int) -> None:
-        super().__init__()
-        self.expected_genes = n_genes
-        self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
-        self.slope = nn.Parameter(torch.zeros(n_genes))
-
-    def forward(self, eta: dict[str, Tensor], gamma: Tensor) -> Tensor:
-        """Log r, (..., cells, genes)."""
-        return self.log_inverse_dispersion + self.slope * eta["log_mean"]
-
-
-@dataclass(frozen=True)
-class OwnHead:
-    """The default decoder with a head of its own for log r that starts at zero.
-
-    Parameters
-    ----------
-    rank
-        Width of a linear layer between the hidden units and the genes; None for none.
-    dropout
-        Of the hidden units before this head alone.
-    before_all
-        Dropout of the hidden units before all heads.
-    layers, within
-        Hidden layers, and dropout before each.
-    """
-
-    rank: int | None = None
-    dropout: float = 0.0
-    before_all: float = 0.0
-    layers: int = 1
-    within: float = 0.0
-
-    def __call__(self, n_latent: int, n_genes: int, heads: Sequence[str], n_covariates: int) -> nn.Module:
-        """Build the network."""
-        network = ps.networks.MLPDecoder(n_layers=self.layers, dropout=self.within)(
-            n_latent, n_genes, heads, n_covariates
-        )
-        n_hidden = network.heads[LOG_R].in_features
-        last = nn.Linear(self.rank or n_hidden, n_genes)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        between = [nn.Linear(n_hidden, self.rank, bias=False)] if self.rank else []
-        network.heads[LOG_R] = nn.Sequential(Dropout(self.dropout), *between, last)
-        network.layers = Dropped(network.layers, self.before_all)
-        return network
-
-
-class Dropped(nn.Module):
-    """Hidden layers with dropout behind the last, before the heads."""
-
-    def __init__(self, layers: nn.Module, dropout: float) -> None:
-        super().__init__()
-        self.layers, self.dropout = layers, Dropout(dropout)
-
-    def forward(self, z: Tensor, gamma: Tensor) -> Tensor:
-        """(..., cells, latents) -> (..., cells, n_hidden)."""
-        return self.dropout(self.layers(z, gamma))
 
 
 def _made(
@@ -111,7 +22,7 @@ def _made(
         of_model |= {"n_layers": layers, "dropout": in_decoder}
     model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, seed=seed, **of_model)
     guide = ps.guides.DiagonalNormal(model, n_layers=in_encoder or layers, dropout=DROPOUT, seed=seed)
-    return model, {"guide": guide, "seed": seed}
+    return model, {"guide": guide, "head_sd": None, "seed": seed}
 
 
 def _per_gene(cells: ps.Cells) -> ps.likelihoods.ZINB:
@@ -123,116 +34,123 @@ def _deviating(cells: ps.Cells, seed: int, head: OwnHead, scale: float = 1.0, **
     return _made(cells, seed, likelihood=likelihood, decoder=head, **of_model)
 
 
+def default(cells: ps.Cells, seed: int) -> Configured:
+    """Two layers in both, no dropout, r per cell and gene: the default until then."""
+    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=2, seed=seed)
+    guide = ps.guides.DiagonalNormal(model, n_layers=2, dropout=0.0, seed=seed)
+    return model, {"guide": guide, "head_sd": None, "seed": seed}
+
+
 def recipe(cells: ps.Cells, seed: int) -> Configured:
-    """A dispersion per gene, dropout in both networks."""
+    """Two layers in both, dropout of .1 in the decoder, r per gene."""
     return _made(cells, seed, layers=2, in_decoder=DROPOUT, likelihood=_per_gene(cells))
 
 
 def encoder_dropout(cells: ps.Cells, seed: int) -> Configured:
-    """The default with dropout in the encoder."""
+    """Two layers in both."""
     return _made(cells, seed, layers=2)
 
 
 def one_layer(cells: ps.Cells, seed: int) -> Configured:
-    """One layer, dropout in the encoder, a dispersion per cell and gene."""
+    """One layer in both, r per cell and gene."""
     return _made(cells, seed)
 
 
 def one_layer_per_gene(cells: ps.Cells, seed: int) -> Configured:
-    """The same with a dispersion per gene."""
+    """One layer in both, r per gene."""
     return _made(cells, seed, likelihood=_per_gene(cells))
 
 
 def one_layer_both_dropout(cells: ps.Cells, seed: int) -> Configured:
-    """A dispersion per cell and gene, dropout in both networks."""
+    """Dropout of .1 in the decoder, before its layer."""
     return _made(cells, seed, in_decoder=DROPOUT)
 
 
 def of_the_mean(cells: ps.Cells, seed: int) -> Configured:
-    """A dispersion that is a power of the mean, by gene."""
+    """Log r = a_g + b_g log mean: a power of the mean."""
     return _made(cells, seed, likelihood=ps.likelihoods.ZINB(OfTheMean(cells.n_genes)))
 
 
 def shallow_decoder(cells: ps.Cells, seed: int) -> Configured:
-    """One layer in the decoder and two in the encoder, with dropout."""
+    """Two layers in the encoder."""
     return _made(cells, seed, in_encoder=2)
 
 
 def shallow_encoder(cells: ps.Cells, seed: int) -> Configured:
-    """Two layers in the decoder and one in the encoder, with dropout."""
+    """Two layers in the decoder."""
     return _made(cells, seed, layers=2, in_encoder=1)
 
 
 def shallow_encoder_both_dropout(cells: ps.Cells, seed: int) -> Configured:
-    """The same with dropout in both networks."""
+    """Two layers in the decoder, with dropout of .1 there."""
     return _made(cells, seed, layers=2, in_encoder=1, in_decoder=DROPOUT)
 
 
 def nb(cells: ps.Cells, seed: int) -> Configured:
-    """No technical zeros, a dispersion per cell and gene."""
+    """No technical zeros."""
     return _made(cells, seed, likelihood=ps.likelihoods.NB())
 
 
 def nb_of_the_mean(cells: ps.Cells, seed: int) -> Configured:
-    """No technical zeros, a dispersion that is a power of the mean."""
+    """No technical zeros, r a power of the mean."""
     return _made(cells, seed, likelihood=ps.likelihoods.NB(OfTheMean(cells.n_genes)))
 
 
 def from_zero(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head that starts at zero."""
+    """Log r = log r_g + a head that starts at zero."""
     return _deviating(cells, seed, OwnHead())
 
 
 def slow(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head from zero that learns a tenth as fast."""
+    """Log r = log r_g + a tenth of a head from zero, which so learns slowly."""
     return _deviating(cells, seed, OwnHead(), 0.1)
 
 
 def head_dropout(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head from zero with half of its inputs dropped."""
+    """Log r = log r_g + a head from zero, half of its inputs dropped."""
     return _deviating(cells, seed, OwnHead(dropout=0.5))
 
 
 def low_rank(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head from zero of rank 5."""
+    """Log r = log r_g + a head from zero of rank 5."""
     return _deviating(cells, seed, OwnHead(rank=5))
 
 
 def hierarchical(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head of rank 5 whose weights are latent, normal with a scale that is learned."""
+    """Log r = log r_g + a head of rank 5 with latent weights, whose scale is learned."""
     shrunk = {f"decoder.heads.{LOG_R}.2.weight": ps.weights.HierarchicalWeights(0.5)}
     return _deviating(cells, seed, OwnHead(rank=5), weight_priors=shrunk)
 
 
 def before_heads(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head from zero, a tenth of the hidden units dropped before all heads."""
+    """Log r = log r_g + a head from zero; dropout of .1 before all heads."""
     return _deviating(cells, seed, OwnHead(before_all=DROPOUT))
 
 
 def low_rank_before_heads(cells: ps.Cells, seed: int) -> Configured:
-    """Per gene plus a head from zero of rank 5, a tenth of the hidden units dropped before all heads."""
+    """Log r = log r_g + a head from zero of rank 5; dropout of .1 before all heads."""
     return _deviating(cells, seed, OwnHead(rank=5, before_all=DROPOUT))
 
 
 def low_rank_more_dropout(cells: ps.Cells, seed: int) -> Configured:
-    """The same with three tenths dropped."""
+    """Log r = log r_g + a head from zero of rank 5; dropout of .3 before all heads."""
     return _deviating(cells, seed, OwnHead(rank=5, before_all=3 * DROPOUT))
 
 
 def hierarchical_before_heads(cells: ps.Cells, seed: int) -> Configured:
-    """The hierarchical head of rank 5, a tenth of the hidden units dropped before all heads."""
+    """Log r = log r_g + the hierarchical head; dropout of .1 before all heads."""
     shrunk = {f"decoder.heads.{LOG_R}.2.weight": ps.weights.HierarchicalWeights(0.5)}
     return _deviating(cells, seed, OwnHead(rank=5, before_all=DROPOUT), weight_priors=shrunk)
 
 
 def two_layers_low_rank(cells: ps.Cells, seed: int) -> Configured:
-    """Two layers, dropout of .1 in both networks, per gene plus a head from zero of rank 5."""
+    """Two layers in both, dropout of .1 in both, log r = log r_g + a head from zero of rank 5."""
     likelihood = ps.likelihoods.ZINB(Deviating(cells.n_genes))
     return _made(cells, seed, layers=2, likelihood=likelihood, decoder=OwnHead(rank=5, layers=2, within=DROPOUT))
 
 
 def two_layers_both_dropout(cells: ps.Cells, seed: int) -> Configured:
-    """Two layers, dropout of .1 in both networks, a dispersion per cell and gene."""
+    """Two layers in both, dropout of .1 in both."""
     return _made(cells, seed, layers=2, in_decoder=DROPOUT)
 
 
@@ -243,12 +161,12 @@ def _shrunk(configured: Configured, sd: float = 1.0) -> Configured:
 
 
 def shrunk_default(cells: ps.Cells, seed: int) -> Configured:
-    """The default with a prior of the heads' weights."""
+    """The default until then, and a prior of the heads' weights."""
     return _shrunk(default(cells, seed))
 
 
 def shrunk_shallow_decoder_alone(cells: ps.Cells, seed: int) -> Configured:
-    """The default with one layer in the decoder and a prior of the heads' weights: no dropout."""
+    """Two layers in the encoder, no dropout, a prior of the heads' weights."""
     model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, seed=seed)
     return _shrunk(
         (model, {"guide": ps.guides.DiagonalNormal(model, n_layers=2, dropout=0.0, seed=seed), "seed": seed})
@@ -256,49 +174,49 @@ def shrunk_shallow_decoder_alone(cells: ps.Cells, seed: int) -> Configured:
 
 
 def shrunk_two_layers(cells: ps.Cells, seed: int) -> Configured:
-    """With dropout in the encoder and a prior of the heads' weights."""
+    """Two layers in both, a prior of the heads' weights."""
     return _shrunk(encoder_dropout(cells, seed))
 
 
 def shrunk_shallow_decoder(cells: ps.Cells, seed: int) -> Configured:
-    """The same with one layer in the decoder."""
+    """Two layers in the encoder, a prior of the heads' weights."""
     return _shrunk(shallow_decoder(cells, seed))
 
 
 def shrunk_shallow_encoder(cells: ps.Cells, seed: int) -> Configured:
-    """Two layers in the decoder, one in the encoder, and a prior of the heads' weights."""
+    """Two layers in the decoder, a prior of the heads' weights."""
     return _shrunk(shallow_encoder(cells, seed))
 
 
 def shrunk_one_layer_of_256(cells: ps.Cells, seed: int) -> Configured:
-    """One layer of 256 in both, and a prior of the heads' weights."""
+    """One layer of 256 in both, a prior of the heads' weights."""
     model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, n_hidden=256, seed=seed)
     guide = ps.guides.DiagonalNormal(model, n_layers=1, n_hidden=256, dropout=DROPOUT, seed=seed)
     return _shrunk((model, {"guide": guide, "seed": seed}))
 
 
 def shrunk_one_layer(cells: ps.Cells, seed: int) -> Configured:
-    """The same with one layer in both."""
+    """One layer in both, a prior of the heads' weights."""
     return _shrunk(one_layer(cells, seed))
 
 
 def shrunk_one_layer_wide(cells: ps.Cells, seed: int) -> Configured:
-    """The same with a prior three times as wide."""
+    """One layer in both, a prior three times as wide."""
     return _shrunk(one_layer(cells, seed), 3.0)
 
 
 def shrunk_one_layer_narrow(cells: ps.Cells, seed: int) -> Configured:
-    """The same with a prior half as wide."""
+    """One layer in both, a prior half as wide."""
     return _shrunk(one_layer(cells, seed), 0.5)
 
 
 def shrunk_one_layer_per_gene(cells: ps.Cells, seed: int) -> Configured:
-    """One layer in both, a dispersion per gene, a prior of the heads' weights."""
+    """One layer in both, r per gene, a prior of the heads' weights."""
     return _shrunk(one_layer_per_gene(cells, seed))
 
 
 def shrunk_recipe(cells: ps.Cells, seed: int) -> Configured:
-    """A dispersion per gene, dropout in both networks of two layers, a prior of the heads' weights."""
+    """The recipe, and a prior of the heads' weights."""
     return _shrunk(recipe(cells, seed))
 
 
