@@ -12,6 +12,7 @@ tables. Each folder imports only from those named before it. The commands, each 
     python -m benchmarks.quality.baselines        the paper's baselines
     python -m benchmarks.quality.calibration      simulation-based calibration of the samplers
     python -m benchmarks.quality.calls            calls of genes where it is known which differ
+    python -m benchmarks.quality.defaults         variants of the default model, by held-out evidence
     python -m benchmarks.quality.differential     differential expression against microarrays
     python -m benchmarks.quality.distributed      training by several processes
     python -m benchmarks.quality.evidence         held-out evidence

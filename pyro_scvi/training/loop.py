@@ -20,6 +20,7 @@ from pyro_scvi.inference.compiled import NotCompiled, Recorded
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
+from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
@@ -258,6 +259,7 @@ class Trainer:
             )
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
+            add_prior_of_heads(self.model.decoder, self.options.head_sd)
             self.state.step()
             total += value
             if ends:  # all ranks have summed the same flags, so all end after the same step
@@ -324,6 +326,16 @@ class Trainer:
                 n += len(some)
         loss, kl, seen = ranks.sum(*sums, n)
         return loss / seen, kl / seen
+
+
+def add_prior_of_heads(decoder: torch.nn.Module, sd: float | None) -> None:
+    """Add the gradient of -log Normal(W; 0, sd^2 / n_hidden), W the weights of the default decoder's heads.
+
+    In nats of all cells, as that of the loss. Through autograd, so that hooks which keep a part of W as it is see it.
+    """
+    weights = decoder.head_weights() if sd is not None and isinstance(decoder, Decoder) else []
+    if sd is not None and weights:
+        torch.autograd.backward(weights, [weight.detach() * (weight.shape[1] / sd**2) for weight in weights])
 
 
 def _losses(row: dict[str, float]) -> str:

@@ -22,7 +22,7 @@ from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.checks import brief, require_positive
 
 # Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
 _OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress", "callbacks")
@@ -47,6 +47,7 @@ class TrainingOptions:
     patience: int | None
     learning_rate: LearningRate
     eps: float
+    head_sd: float | None
     kl_weight: KLWeight
     elbo: ELBO
     data_start: bool
@@ -92,6 +93,8 @@ class TrainingOptions:
         """
         epochs = default_epochs(n_cells) if self.epochs is None else self.epochs
         check_run(epochs, self.batch_size, self.patience, self.eps)
+        if self.head_sd is not None:
+            require_positive(self.head_sd, "head_sd")
         _check_options(self.learning_rate, self.kl_weight, self.elbo, int(epochs))
         _check_checkpoint(self.checkpoint, self.checkpoint_every, self.resume)
         return replace(
@@ -131,7 +134,9 @@ class TrainingOptions:
         options = self.of_run()
         options.pop("dtype")  # is among the facts of the fit
         if not self.compiled:
-            options.pop("compiled")  # earlier checkpoints do not have it
+            options.pop("compiled")  # earlier checkpoints do not have it, nor the next
+        if self.head_sd is None:
+            options.pop("head_sd")
         return options
 
 

@@ -30,7 +30,7 @@ from benchmarks.harness.exchanged import Laws, Scene, drawn_from
 from benchmarks.harness.interleaving import Interleaved, Outcome
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.quality import calls, learning_curves, truth
+from benchmarks.quality import calls, defaults, learning_curves, truth
 from benchmarks.quality.held_out_scores import our_outputs
 from benchmarks.rows import atlas, devices, large_data, time_to_quality
 from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
@@ -393,6 +393,56 @@ def test_an_atlas_in_small_runs_from_end_to_end_and_is_not_run_again(tmp_path, c
     assert all(row["peak_mb"] > 100 and row["s"] > 0 for row in rows.values())
     atlas.main(options)
     assert json.loads((tmp_path / "atlas" / "train.json").read_text()) == rows["train"]
+
+
+# --- the default ---
+
+
+@pytest.fixture
+def tiny_cortex(tmp_path):
+    """A folder with a file of 60 cells under the name of the cortex data, and options of a quick run on it."""
+    obs = pd.DataFrame({"labels": np.repeat(["a", "b"], 30)}, index=[f"c{i}" for i in range(60)])
+    anndata.AnnData(zinb_counts(60, 12), obs=obs).write_h5ad(tmp_path / defaults.FILES["cortex"])
+    sizes = ["--data", "cortex", "--epochs", "1", "--cells", "4", "--samples", "10"]
+    return ["--folder", str(tmp_path), *sizes, "--out", str(tmp_path / "fits.jsonl")]
+
+
+def test_variants_of_the_default_go_on_where_they_stopped(tiny_cortex, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "measured", lambda asked, fit, samples, scored: {"evidence": [1.0, 2.0]})
+    defaults.main([*tiny_cortex, "--variants", "default"])
+    defaults.main([*tiny_cortex, "--variants", "default", "one_layer"])
+    assert [line["variant"] for line in defaults.read(Path(tiny_cortex[-1]))] == ["default", "one_layer"]
+    monkeypatch.setattr(defaults, "fitted", None)  # nothing is left to fit
+    capsys.readouterr()
+    defaults.main([*tiny_cortex, "--variants", "default", "one_layer"])
+    assert "one_layer" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_fit_of_a_variant_is_measured(tiny_cortex):
+    defaults.main([*tiny_cortex, "--variants", "default"])
+    (line,) = defaults.read(Path(tiny_cortex[-1]))
+    assert len(line["evidence"]) == 4
+    assert {"bound", "train_bound", "best_epoch", "fit_seconds"} < line.keys()
+    assert line["z"].keys() == line["expression"].keys() == {"silhouette", "ari", "nmi", "accuracy"}
+
+
+def test_variants_are_paired_over_shared_seeds_and_cells():
+    lines = [
+        {"data": "d", "variant": "default", "seed": 0, "evidence": [1.0, 2.0, 3.0, 90.0]},
+        {"data": "d", "variant": "default", "seed": 1, "evidence": [0.0, 0.0, 0.0, 0.0]},
+        {"data": "d", "variant": "other", "seed": 0, "evidence": [2.0, 4.0, 6.0]},
+        {"data": "d", "variant": "other", "seed": 2, "evidence": [9.0, 9.0, 9.0]},
+    ]
+    row = defaults.paired(lines).set_index("variant").loc["other"]
+    assert (row.seeds, row.nats, row.se) == (1, 2.0, pytest.approx(1 / math.sqrt(3)))
+
+
+@pytest.mark.parametrize("variant", defaults.VARIANTS)
+def test_a_variant_is_a_model_with_a_guide_of_its_own(variant):
+    cells = ps.Cells.from_counts(np.ones((20, 6)))
+    model, options = defaults.VARIANTS[variant](cells, 0)
+    assert options.get("guide") is None or options["guide"].model is model
 
 
 # --- folders ---

@@ -207,6 +207,7 @@ def test_what_is_no_checkpoint_is_never_overwritten(cells, tmp_path):
         ({"patience": 4}, "patience was null, is 4"),
         ({"validation": 0.2}, "validation was 0.1, is 0.2"),
         ({"eps": 1e-6}, "eps was 1e-08, is 1e-06"),
+        ({"head_sd": 2.0}, "head_sd"),
     ],
 )
 def test_another_run_is_refused_by_what_differs(cells, tmp_path, monkeypatch, options, says):
