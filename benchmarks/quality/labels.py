@@ -33,7 +33,6 @@ PACKAGES = "torch", "pyro-ppl", "numpy", "scikit-learn", "scvi-tools"
 LABELS = "labels"
 N_LATENT = 10
 NEIGHBOURS = 5, 15
-LABELLED_EPOCHS = 100  # of the cells with labels, before all
 SCANVI_EPOCHS = 400, 20  # of scVI, and of scANVI that starts from it: the defaults for so few cells
 
 
@@ -68,20 +67,11 @@ def question(path: Path, share: float, seed: int) -> Question:
 
 
 def fitted(asked: Question, seed: int, *, labels: bool) -> ps.Fit:
-    """Our model, with a component of the prior for each label or with the default prior.
-
-    With labels, the cells that have one are fitted first: started on all, components settle on groups of cells as
-    chance has it, before the few labels say which is whose.
-    """
+    """Our model, with a component of the prior for each label or with the default prior."""
     cells = asked.cells(asked.train, labels=labels)
     prior = ps.priors.ByLabel(N_LATENT, cells.columns["given"], seed=seed) if labels else None
     model = ps.SCVI(cells.n_genes, N_LATENT, cells.n_covariates, prior=prior, seed=seed)
-    guide = ps.guides.DiagonalNormal(model, seed=seed)
-    if labels:
-        known = cells.take(np.flatnonzero(asked.known))
-        first = ps.fit(model, known, guide, epochs=LABELLED_EPOCHS, validation=0, seed=seed, progress=False)
-        model, guide = first.model, first.guide
-    return ps.fit(model, cells, guide, seed=seed, progress=False)
+    return ps.fit(model, cells, seed=seed, progress=False)
 
 
 def by_neighbours(z: np.ndarray, asked: Question, k: int) -> np.ndarray:
