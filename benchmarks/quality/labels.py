@@ -66,10 +66,12 @@ def question(path: Path, share: float, seed: int) -> Question:
     return Question(task.data, task.train, task.test, np.isin(np.arange(len(labels)), known))
 
 
-def fitted(asked: Question, seed: int, *, labels: bool) -> ps.Fit:
+def fitted(asked: Question, seed: int, *, labels: bool, weight: float) -> ps.Fit:
     """Our model, with a component of the prior for each label or with the default prior."""
     cells = asked.cells(asked.train, labels=labels)
-    prior = ps.priors.ByLabel(N_LATENT, cells.columns["given"], seed=seed) if labels else None
+    prior = None
+    if labels:
+        prior = ps.priors.ByLabel(N_LATENT, cells.columns["given"], label_weight=weight, seed=seed)
     model = ps.SCVI(cells.n_genes, N_LATENT, cells.n_covariates, prior=prior, seed=seed)
     return ps.fit(model, cells, seed=seed, progress=False)
 
@@ -132,7 +134,10 @@ def evidence_lost(asked: Question, fits: dict[str, ps.Fit], n_cells: int) -> dic
 def measured(options: argparse.Namespace, seed: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """All systems on one draw of the labels."""
     asked = question(options.data, options.share, seed)
-    fits = {name: fitted(asked, seed, labels=name == "with labels") for name in ("with labels", "without labels")}
+    fits = {
+        name: fitted(asked, seed, labels=name == "with labels", weight=options.label_weight)
+        for name in ("with labels", "without labels")
+    }
     rows = scored(asked, ours(asked, fits), seed)
     if options.peer and importlib.util.find_spec("scvi"):
         rows += scored(asked, iter([("scANVI", scanvi(asked, seed))]), seed)
@@ -156,6 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="AnnData file, raw counts and obs['labels']")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of labels and fits")
     parser.add_argument("--share", type=float, default=0.05, help="of the labels, given")
+    parser.add_argument("--label-weight", type=float, default=50.0, help="how much a label counts in training")
     parser.add_argument("--evidence-cells", type=int, default=200, help="unseen cells whose evidence is compared")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="leave scANVI out")
     parser.add_argument("--out", type=Path, help="JSON file for the table")

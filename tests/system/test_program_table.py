@@ -294,7 +294,7 @@ def test_sparse_loadings_agree_with_nuts_over_everything(sparse):
     """NUTS on our density and on one by hand, within Monte Carlo error; a fit with a joint guide within the widths."""
     model, cells = sparse
     joint = pyro.infer.autoguide.AutoMultivariateNormal
-    guide = ps.guides.PerCell(model, global_guide=joint)
+    guide = ps.guides.PerCell(model, cells.n_cells, global_guide=joint)
     rate = ps.schedules.OneCycle(0.05)
     fit = ps.fit(
         model, cells, guide, epochs=800, learning_rate=rate, data_start=False, validation=0, dtype=torch.float64,
