@@ -72,7 +72,8 @@ def predict_labels(
     -----
     UserWarning
         If, of 20 or more labels that the cells have, a quarter or more is not what is predicted: the components are
-        then not those of their labels. Fit the cells with a label first, see :class:`pyro_scvi.priors.ByLabel`.
+        then not those of their labels. Fit more epochs, or with a larger ``label_weight``, see
+        :class:`pyro_scvi.priors.ByLabel`.
 
     Examples
     --------
@@ -113,7 +114,7 @@ def _warn_of_strangers(found: np.ndarray, given: np.ndarray) -> None:
     if right <= LEAST_RIGHT:
         warn(
             f"of {known.sum()} labels that these cells have, {right:.0%} are predicted: components of the prior are "
-            "not those of their labels; fit the cells with a label first, then go on with all, as in ps.priors.ByLabel"
+            "not those of their labels; fit more epochs, or with a larger label_weight of ps.priors.ByLabel"
         )
 
 
