@@ -4,6 +4,7 @@ import re
 import sys
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 
 import pyro_scvi as ps
@@ -47,7 +48,7 @@ def test_the_loggers_of_a_page_write_every_epoch(package, tmp_path, monkeypatch)
 
 
 def test_the_ten_lines_of_the_readme_give_what_it_says():
-    """Mean and standard error of the evidence, within what other processors' rounding moves a fit by."""
+    """Evidence and first genes, within what other processors' rounding moves a fit by."""
     text = (DOCS.parent / "README.md").read_text()
     *body, last = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL).group(1).strip().splitlines()
     namespace = {}
@@ -59,6 +60,10 @@ def test_the_ten_lines_of_the_readme_give_what_it_says():
     )
     said = [float(number) for number in re.search(r"The last line gives \((\S+), (\S+)\)", text).groups()]
     assert eval(last, namespace) == pytest.approx(said, abs=1.5)
+    rows = re.findall(r"^\| (\w+) \| (\d+\.\d+) \| (\d+\.\d+) \|", text, re.MULTILINE)
+    first = namespace["genes"].sort_values("z", ascending=False).head(len(rows))
+    assert list(first.index) == [gene for gene, *_ in rows] != []
+    assert first[["lfc", "lfc_se"]].to_numpy() == pytest.approx(np.array([row[1:] for row in rows], float), abs=0.05)
 
 
 def test_what_is_said_to_be_as_in_scvi_tools_or_better_has_its_test():
