@@ -10,6 +10,7 @@ from typing import Any
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.ext import autosummary
 from sphinx.util.inspect import stringify_signature
 
 import pyro_scvi as ps
@@ -45,6 +46,7 @@ nb_execution_mode = "off"  # the notebooks are shipped with the outputs of a ful
 suppress_warnings = ["myst.header"]  # the changelog's first heading is its own title
 
 autosummary_generate = True
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("Sec.", "Secs.", "Fig.", "Eq.", "Alg.")  # or summaries would end there
 autodoc_member_order = "bysource"
 autodoc_default_options = {  # scikit-learn puts them into every estimator
     "exclude-members": "set_fit_request, set_transform_request, set_score_request, set_partial_fit_request",

@@ -45,7 +45,7 @@ def differential_abundance(
     seed: int = 0,
     batch_size: int = 256,
 ) -> pd.DataFrame:
-    r"""How much denser the cells of group b lie than those of group a around every cell, with errors over samples.
+    r"""Compare how densely cells of two groups lie around every cell, with errors over samples.
 
     .. math:: d_n = \log \frac{1}{|b|} \sum_{s \in b} q_s(\hat z_n) - \log \frac{1}{|a|} \sum_{s \in a} q_s(\hat z_n),
         \qquad q_s(z) = \frac{1}{|s|} \sum_{m \in s} q(z | x_m)
@@ -261,7 +261,10 @@ def _blocks(log_q: np.ndarray, weights: Weights) -> list[np.ndarray]:
 
 
 def _adjusted(p: np.ndarray) -> np.ndarray:
-    """Smallest false discovery rate at which each of the cells is called (Benjamini and Hochberg 1995)."""
+    """Smallest false discovery rate at which each of the cells is called.
+
+    See Benjamini and Hochberg (1995).
+    """
     order = np.argsort(-p)
     least = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
     found = np.empty_like(least)

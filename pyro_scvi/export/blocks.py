@@ -56,7 +56,9 @@ def write(
     seed: int = 0,
     progress: bool = True,
 ) -> int:
-    """Apply functions to cells block by block and write the results into an AnnData on disk, in constant memory.
+    """Apply functions to cells block by block and write the results into an AnnData on disk.
+
+    The memory needed does not grow with the number of cells.
 
     A result of shape (cells, genes) becomes a layer under the verb's name. One of shape (cells,) becomes a column of
     ``obs``, any other (cells, ...) an ``obsm`` entry, and a DataFrame the columns ``name_column``. Every block

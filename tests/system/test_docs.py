@@ -1,5 +1,7 @@
 """The pages of the site: their code runs as it stands, and the reference lists every public name."""
 
+import inspect
+import operator
 import re
 import sys
 
@@ -107,3 +109,10 @@ def test_the_reference_lists_nothing_that_is_not_there():
         for part in name.split("."):
             value = getattr(value, part)
         assert value.__doc__, name
+
+
+def test_summaries_fit_into_the_tables_of_the_reference():
+    for name in re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE):
+        first, *rest = inspect.getdoc(operator.attrgetter(name)(ps)).splitlines()
+        assert len(first) <= 90, name
+        assert not rest or not rest[0], name

@@ -46,7 +46,9 @@ def evidence(
     compiled: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Log marginal likelihood of every cell, by importance sampling from a proposal corrected for that cell.
+    r"""Log marginal likelihood of every cell, by importance sampling.
+
+    The proposal is corrected for each cell.
 
     .. math:: \log p(x_n) = \log \int p(x_n | z, l)\, p(z)\, p(l)\, dz\, dl
 

@@ -19,7 +19,9 @@ SMALL = 1e-3  # of what a step gains, relative to the barrier, and of its length
 
 
 def stacking_weights(table: pd.DataFrame, *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    r"""Weights of models in a mixture of their predictions of new cells (Yao, Vehtari, Simpson and Gelman 2018).
+    r"""Weights of models in a mixture of their predictions of new cells.
+
+    See Yao, Vehtari, Simpson and Gelman (2018).
 
     .. math:: \hat w = \arg\max_w \sum_n \log \sum_m w_m\, p_m(x_n), \qquad
         w^{BMA+}_m = E_\alpha\, \frac{\exp(N \sum_n \alpha_n \log p_m(x_n))}
