@@ -1,7 +1,7 @@
 """Sphinx: the site is built from these pages, the notebooks and the docstrings."""
 
 import inspect
-import shutil
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +22,15 @@ sys.modules.update(
 )
 
 _HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE.parent))
+from notebooks.for_readers import for_readers  # noqa: E402, the folder has to be found first
+
 (_HERE / "notebooks").mkdir(exist_ok=True)
 for _notebook in (_HERE.parent / "notebooks").glob("*.ipynb"):  # Sphinx reads pages below its own folder only
-    shutil.copy2(_notebook, _HERE / "notebooks")
+    _text = json.dumps(for_readers(json.loads(_notebook.read_text(encoding="utf-8"))))
+    _copy = _HERE / "notebooks" / _notebook.name
+    if not _copy.exists() or _copy.read_text(encoding="utf-8") != _text:  # or every build would read it anew
+        _copy.write_text(_text, encoding="utf-8")
 
 project = "pyro-scvi"
 author = copyright = "The pyro-scvi developers"
