@@ -167,8 +167,8 @@ def _require_enough(design: Design) -> None:
     for group, taken in zip(design.groups, (~design.in_b, design.in_b), strict=True):
         if taken.sum() < LEAST_SAMPLES:
             raise DataError(
-                f"group {group!r} has {taken.sum()} sample: how much samples differ by themselves cannot be told, and "
-                "cells of one sample are no replicates. Two are needed in each group"
+                f"group {group!r} has {taken.sum()} sample: the spread between samples is unknown, because "
+                "cells of one sample are not replicates. Each group needs two samples"
             )
 
 

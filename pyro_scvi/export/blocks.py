@@ -327,7 +327,7 @@ class _Results:
     def _lost(self, reason: Any) -> DataError:
         return DataError(
             f"{self.path}: a block could not be written: {_line(reason)}. The blocks marked as done are "
-            "safe; mend that, and the same call goes on with the others"
+            "safe; mend that, and the same call continues with the others"
         )
 
 
@@ -359,5 +359,5 @@ def _reserve(kind: Format, path: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"there is no room for all results in {path}: {_line(error)}. No block was computed; make room, and "
-            "the same call goes on"
+            "the same call continues"
         ) from error

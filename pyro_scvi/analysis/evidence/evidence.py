@@ -191,6 +191,6 @@ def _warn_of(table: pd.DataFrame) -> None:
     bad = (~(table.khat <= KHAT_LIMIT)).mean()
     if bad > 0.1:
         warn(
-            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be vouched for; "
+            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be trusted; "
             "raise samples=, or rounds= of ps.evidence"
         )

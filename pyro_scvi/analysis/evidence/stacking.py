@@ -84,7 +84,7 @@ def _pointwise(table: Any) -> pd.DataFrame:
         raise ModelError("stacking needs log p(x) of every cell: pass ps.compare(fits, cells, pointwise=True)")
     by_cell = by_cell[list(table.index)]
     if not np.isfinite(by_cell.to_numpy(dtype=float)).all():
-        raise ModelError("log p(x) is no number for some cells, so that no weights can be had")
+        raise ModelError("log p(x) is NaN or infinite for some cells, so there are no weights for them")
     return by_cell
 
 
