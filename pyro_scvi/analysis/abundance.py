@@ -46,7 +46,7 @@ def differential_abundance(
     seed: int = 0,
     batch_size: int = 256,
 ) -> pd.DataFrame:
-    r"""How much denser the cells of group b lie than those of group a around every cell, with errors over samples.
+    r"""Compare how densely cells of two groups lie around every cell, with errors over samples.
 
     .. math:: d_n = \log \frac{1}{|b|} \sum_{s \in b} q_s(\hat z_n) - \log \frac{1}{|a|} \sum_{s \in a} q_s(\hat z_n),
         \qquad q_s(z) = \frac{1}{|s|} \sum_{m \in s} q(z | x_m)
@@ -170,8 +170,8 @@ def _require_enough(design: Design) -> None:
     for group, taken in zip(design.groups, (~design.in_b, design.in_b), strict=True):
         if taken.sum() < LEAST_SAMPLES:
             raise DataError(
-                f"group {group!r} has {taken.sum()} sample: how much samples differ by themselves cannot be told, and "
-                "cells of one sample are no replicates. Two are needed in each group"
+                f"group {group!r} has {taken.sum()} sample: the spread between samples is unknown, because "
+                "cells of one sample are not replicates. Each group needs two samples"
             )
 
 

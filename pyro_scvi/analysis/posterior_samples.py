@@ -46,7 +46,7 @@ def sample_posterior(
     batch_size: int = 64,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Draw the latents of every cell, w, y and h from their posterior given its counts, and global latents.
+    r"""Draw the latents of every cell, w, y and h, and global latents from their posterior.
 
     .. math:: h | x, z \sim Bernoulli(\rho\, 1[x = 0]), \quad
         w | h, x, z \sim Gamma(r + x (1 - h), r / \mu + 1 - h), \quad

@@ -92,7 +92,7 @@ def _require_finished(fitted: Fit, job: Job) -> None:
     """Raise if training was interrupted and can be resumed."""
     if "interrupted" in fitted.settings and (folder := job.training.get("checkpoint")):
         stopped = f"training was interrupted by {fitted.settings['interrupted']}; {folder} holds its state"
-        raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")
+        raise FitError(f"{stopped}: add --resume to continue; nothing was written to --out")
 
 
 def _annotate(adata: AnnData, evaluated: EvaluatedFit, projection: Projection, settings: dict[str, Any]) -> None:

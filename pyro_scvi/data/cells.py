@@ -27,7 +27,9 @@ from pyro_scvi.utils.html_repr import table
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cells:
-    """Counts x with covariates gamma, ready for a model; see ``from_anndata``, ``from_counts`` and ``from_store``.
+    """Counts x with covariates gamma, ready for a model.
+
+    Made by ``from_anndata``, ``from_counts`` or ``from_store``.
 
     ``len(cells)`` is the number of cells, and ``cells[index]`` a minibatch ``(x, gamma)`` of float32 tensors,
     (cells, genes) and (cells, covariates); gamma has 0 columns without batches and covariates.

@@ -136,7 +136,7 @@ class Check:
         if self.implausible is not None:
             warn(
                 f"{self.source} has an implausibly large count: {self.implausible}. It is taken as it is and weighs on "
-                "the whole fit; if it is a sum or a measurement and no number of molecules, drop that cell or gene."
+                "the whole fit; if it is a sum or a measurement and not a number of molecules, drop that cell or gene."
             )
 
 

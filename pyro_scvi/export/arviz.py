@@ -68,7 +68,9 @@ def to_datatree(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataTree:
-    """Collect draws, densities, predictions and data of cells in an xarray DataTree with the groups of ArviZ's schema.
+    """Collect draws, densities, predictions and data in an xarray DataTree for ArviZ.
+
+    The groups are those of ArviZ's schema.
 
     - ``posterior``: z (chain, draw, cell, latent), l (chain, draw, cell), counts, other latents likewise, and global
       latents (chain, draw, ...) from the guide; with ``sites`` also w, y and h (chain, draw, cell, gene).

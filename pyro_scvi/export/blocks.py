@@ -56,7 +56,9 @@ def write(
     seed: int = 0,
     progress: bool = True,
 ) -> int:
-    """Apply functions to cells block by block and write the results into an AnnData on disk, in constant memory.
+    """Apply functions to cells block by block and write the results into an AnnData on disk.
+
+    The memory needed does not grow with the number of cells.
 
     A result of shape (cells, genes) becomes a layer under the verb's name. One of shape (cells,) becomes a column of
     ``obs``, any other (cells, ...) an ``obsm`` entry, and a DataFrame the columns ``name_column``. Every block
@@ -333,7 +335,7 @@ class _Results:
     def _lost(self, reason: Any) -> DataError:
         return DataError(
             f"{self.path}: a block could not be written: {_line(reason)}. The blocks marked as done are "
-            "safe; mend that, and the same call goes on with the others"
+            "safe; mend that, and the same call continues with the others"
         )
 
 
@@ -365,5 +367,5 @@ def _reserve(kind: Format, path: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"there is no room for all results in {path}: {_line(error)}. No block was computed; make room, and "
-            "the same call goes on"
+            "the same call continues"
         ) from error

@@ -25,7 +25,9 @@ class Code(NamedTuple):
 
 
 class AmortizedGuide(Guide):
-    """A guide whose locations and scales come from an encoder network (Lopez et al. 2017, Sec. 2).
+    """A guide whose locations and scales come from an encoder network.
+
+    See Lopez et al. (2017), Sec. 2.
 
     The network's own head is for z, or for the first latent of the program if there is no z; for the library size only
     if this is the only one. Every other latent has a linear head on the hidden units.
@@ -145,7 +147,9 @@ class AmortizedGuide(Guide):
 
 
 class DiagonalNormal(AmortizedGuide):
-    r"""The paper's guide: independent normals, located and scaled by a network (Lopez et al. 2017, Sec. 2).
+    r"""The paper's guide: independent normals whose mean and scale an encoder computes.
+
+    See Lopez et al. (2017), Sec. 2.
 
     .. math:: q(z_n | x_n) = Normal(m(x_n), diag(s(x_n)^2)), \qquad q(l_n | x_n) = LogNormal(a(x_n), b(x_n)^2)
 

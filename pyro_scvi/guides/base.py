@@ -25,7 +25,9 @@ LANDMARKS = 64
 
 
 class Guide(Component):
-    r"""q(latents | x), with the arguments and site names of the model's program (Lopez et al. 2017, Sec. 2).
+    r"""q(latents | x), with the arguments and site names of the model's program.
+
+    See Lopez et al. (2017), Sec. 2.
 
     .. math:: q(z, l | x) = \prod_n q(z_n | x_n)\, q(l_n | z_n, x_n)
 

@@ -125,7 +125,9 @@ class LogNormalLibrary(Library):
 
 
 class LatentLibrary(LogNormalLibrary):
-    r"""A latent size per cell, site ``l``, distributed over the genes (Lopez et al. 2018, Methods).
+    r"""A latent size per cell, site ``l``, distributed over the genes.
+
+    See Lopez et al. (2018), Methods.
 
     .. math:: l_n \sim LogNormal(loc_b, scale_b^2), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 

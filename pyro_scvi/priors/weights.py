@@ -102,7 +102,9 @@ class LaplaceWeights(Component):
 
 
 class ARDWeights(Component):
-    r"""A scale per input j, so that whole latents or hidden units can switch off (automatic relevance, Neal 1996).
+    r"""A scale for each input j, so that whole latents or hidden units can switch off.
+
+    This is automatic relevance determination (Neal 1996).
 
     .. math:: s_j \sim HalfCauchy(scale), \qquad W_{ij} \sim Normal(0, s_j^2)
 
@@ -138,7 +140,9 @@ class ARDWeights(Component):
 
 
 class HorseshoeWeights(Component):
-    r"""The horseshoe, not centred: most weights near zero, a few large (Carvalho, Polson and Scott 2010).
+    r"""The horseshoe: most weights near zero, a few large.
+
+    It is not centred. See Carvalho, Polson and Scott (2010).
 
     .. math:: W_{ij} = t\, l_{ij}\, e_{ij}, \quad t \sim HalfCauchy(scale), \quad l_{ij} \sim HalfCauchy(1), \quad
         e_{ij} \sim Normal(0, 1)
@@ -176,7 +180,7 @@ class HorseshoeWeights(Component):
 
 
 class HierarchicalWeights(Component):
-    r"""Normals with a common mean and scale, so that log dispersions borrow strength across genes.
+    r"""Normals with a common mean and scale: genes borrow strength from each other.
 
     .. math:: m \sim Normal(0, scale^2), \quad s \sim HalfNormal(scale), \quad W_i \sim Normal(m, s^2)
 
@@ -214,7 +218,7 @@ class HierarchicalWeights(Component):
 
 
 class RandomWalkWeights(Component):
-    r"""Rows that follow each other, such as the means of time points, differ little: a random walk over the rows.
+    r"""A random walk over rows, such as the means of time points: neighbours differ little.
 
     .. math:: W_{1j} \sim Normal(0, first^2), \qquad W_{tj} \sim Normal(W_{t-1, j}, scale^2)
 

@@ -220,7 +220,7 @@ class SingleProcess(Processes):
 
 @final
 class ProcessGroup(Processes):
-    """The processes of torch's process group: each trains on its own share of the cells with its own noise.
+    """The processes of torch's process group, each with its own share of the cells.
 
     The gradient of a step is that of the cells of all ranks together. Batch normalisation uses the statistics of each
     rank's own cells in training, and the mean of the ranks' running statistics afterwards. Keep ``batch_size`` at some

@@ -318,7 +318,7 @@ def _tell(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> None:
 
 def _warn(made: Fit) -> None:
     if halvings := made.settings.get("halvings"):
-        text = f"the loss was no number; the learning rate was halved {halvings} times: start with a smaller one"
+        text = f"the loss was NaN or infinite; the learning rate was halved {halvings} times: start with a smaller one"
         warnings.warn(text, UserWarning, stacklevel=3)
     if interrupted := made.settings.get("interrupted"):
         text = f"training was interrupted by {interrupted}; this is the fit of the epochs that had ended"

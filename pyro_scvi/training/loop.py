@@ -239,9 +239,9 @@ class Trainer:
         state.finish()
         if after > before or _implausible(after, kl):
             raise FitError(
-                f"the loss was no number {state.halvings} times, and what was learned at half the learning rate each "
-                f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
-                "try a smaller learning_rate"
+                f"the loss was NaN or infinite {state.halvings} times, and what was learned at half the learning rate "
+                f"each time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per "
+                "cell: try a smaller learning_rate"
             )
 
     def epoch(self, tempered: TemperedLatents, epoch: int) -> float:

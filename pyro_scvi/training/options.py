@@ -221,7 +221,7 @@ def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -
 
 def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
     if resume and checkpoint is None:
-        raise ModelError("resume needs the directory to go on from: pass checkpoint=")
+        raise ModelError("resume needs the directory to continue from: pass checkpoint=")
     if not isinstance(every, CheckpointInterval):
         raise ModelError(
             f"checkpoint_every must be an object, as in ps.schedules.CheckpointInterval(epochs=5); got {every!r}"

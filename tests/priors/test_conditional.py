@@ -185,7 +185,7 @@ def test_predicted_labels_are_refused_where_they_are_not_in_z_alone(cells):
     labelled = ps.priors.ByLabel(1, cells.columns["type"])
     with pytest.raises(ModelError, match=r"\['x'\] of this model depend on the labels"):
         ps.predict_labels(fit_of(cells, labelled, decoder_columns=[cells.columns["type"]]), cells)
-    with pytest.raises(ModelError, match="StandardNormal says nothing of labels"):
+    with pytest.raises(ModelError, match="StandardNormal has no labels"):
         ps.predict_labels(fit_of(cells, ps.priors.StandardNormal(1)), cells)
     with pytest.raises(ModelError, match="not those of one column"):
         ps.predict_labels(fit_of(cells, ps.priors.ByLabel(1, slice(1, 3))), cells)

@@ -336,7 +336,7 @@ def changed(folder, path, name, other=None):
     return not files[1].exists() or files[0].read_bytes() != files[1].read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:the loss was no number")
+@pytest.mark.filterwarnings("ignore:the loss was NaN or infinite")
 def test_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
     outcomes = check_mutations(cells, tmp_path, monkeypatch, 150, 0)
     assert outcomes["bytes", 2] > 30
@@ -345,7 +345,7 @@ def test_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the loss was no number")
+@pytest.mark.filterwarnings("ignore:the loss was NaN or infinite")
 def test_2_000_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
     assert check_mutations(cells, tmp_path, monkeypatch, 2_000, 1).total() == 2_000
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMeans:
-    r"""Compare the mean expression of two groups: weighted means of counts per depth, with a t test.
+    r"""Compare the mean expression of two groups by a t test of weighted means per depth.
 
     .. math:: R_{ng} = x_{ng} / l_n, \qquad weight_{ng} \propto \frac{1}{m_g / l_n + V_g}, \qquad
         \hat m = \sum_n weight_n R_n, \qquad \hat v = \frac{n_{eff}}{n_{eff} - 1} \sum_n weight_n^2 (R_n - \hat m)^2

@@ -66,7 +66,7 @@ class TheRest:
 
 @dataclass(frozen=True)
 class EveryOther:
-    """Compare a group with each other group, and keep the least of these comparisons for every gene.
+    """Compare a group with each other group, and keep the weakest comparison for every gene.
 
     A gene is then a marker only if it is higher in the group than in *every* other group, or lower than in every other.
     The row of the table is that of the comparison with the smallest ``z``, in absolute value, and ``against`` names its

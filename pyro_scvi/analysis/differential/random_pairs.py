@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPairs:
-    r"""Compare pairs of random cells, one from each group, over draws of their latents (Lopez et al. 2017, Sec. 4).
+    r"""Compare pairs of random cells, one from each group, over draws of their latents.
+
+    See Lopez et al. (2017), Sec. 4.
 
     .. math:: P(w_a < w_b | z_a, z_b) = I_{b_a / (b_a + b_b)}(r_a, r_b), \qquad b = r / \mu
 

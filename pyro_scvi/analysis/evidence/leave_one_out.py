@@ -102,7 +102,7 @@ def leave_one_out(
         raise ModelError(f'over must be ("cell", "gene"), got {tuple(over)}: {WHY_NOT_CELLS}; use ps.evidence')
     if isinstance(fit.model.library, ObservedLibrary):
         raise ModelError(
-            "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
+            "with an ObservedLibrary a cell's total contains the entry that would be left out; fit with LatentLibrary"
         )
     judged, done = list[dict[str, Tensor]](), 0
     with evaluating(fit.model, fit.guide, seed):

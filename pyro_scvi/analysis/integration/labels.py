@@ -121,7 +121,7 @@ def _warn_of_strangers(found: np.ndarray, given: np.ndarray) -> None:
 def _labels(fit: Fit, prior: Any) -> list[str]:
     if not hasattr(prior, "log_prob_of_labels"):
         raise ModelError(
-            f"the prior {type(prior).__name__} says nothing of labels: fit with prior=ps.priors.ByLabel(n_latent, "
+            f"the prior {type(prior).__name__} has no labels: fit with prior=ps.priors.ByLabel(n_latent, "
             'columns=cells.columns["cell_type"]), from cells that were read with labels="cell_type"'
         )
     places = [name for name, place in fit.schema.columns.items() if place == prior.columns]

@@ -47,7 +47,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Prior:
-    r"""z and l from their prior, covariates from random rows of ``cells``: a correct sampler then has uniform ranks.
+    r"""z and l from their prior: a correct sampler then has uniform ranks.
+
+    Covariates are from random rows of ``cells``.
 
     .. math:: z^* \sim p(z), \qquad l^* \sim p(l)
 

@@ -52,7 +52,7 @@ REPLICAS = 5
 def prior_predictive(
     model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
-    r"""Draw counts (cells, genes) of ``n_cells`` new cells from the model with its current weights.
+    r"""Draw counts (cells, genes) of ``n_cells`` new cells from the model as it is.
 
     .. math:: z_n \sim p(z), \quad l_n \sim p(l), \quad x_n \sim p(x | z_n, l_n)
 
@@ -118,7 +118,9 @@ def posterior_predictive(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataArray:
-    r"""Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene).
+    r"""Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior.
+
+    Dimensions are (sample, cell, gene).
 
     .. math:: z^s, l^s \sim p(z, l | x_n), \qquad \tilde x^s_n \sim p(x | z^s, l^s)
 
@@ -247,7 +249,7 @@ def check_predictions(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    r"""Compare statistics of genes and cells with those of data sets that the fit simulates, as p-values.
+    r"""Compare statistics of the data with those of data sets that the fit simulates: p-values.
 
     .. math:: D(x) = T(x) - \tfrac15 \sum_{k=1}^5 T(\tilde x^k), \qquad
         p = P(D(x^s) > D(x)) + \tfrac12 P(D(x^s) = D(x))

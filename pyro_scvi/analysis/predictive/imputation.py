@@ -74,7 +74,9 @@ def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
 
 
 def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    r"""mu, in counts: the mean of y given z alone, as the paper's authors use, for :func:`impute`.
+    r"""mu, in counts: the mean of y given z alone, as the paper's authors use it.
+
+    For :func:`impute`.
 
     .. math:: E[y_{ng} | z_n] = \mu_{ng}
 
@@ -207,7 +209,9 @@ def technical_zero_probability(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    r"""Posterior probability that a zero is technical: P(h = 1 | x), averaged over draws of z; 0 where x > 0.
+    r"""Posterior probability that a zero is technical: P(h = 1 | x), and 0 where x > 0.
+
+    It is averaged over draws of z.
 
     .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
 

@@ -115,5 +115,5 @@ def test_an_observed_library_is_refused():
     model = ps.SCVI(12, 1, library=ps.libraries.ObservedLibrary(), n_hidden=8)
     cells = ps.Cells.from_counts(np.random.default_rng(0).poisson(3.0, size=(20, 12)))
     fit = ps.fit(model, cells, epochs=1, validation=0, progress=False)
-    with pytest.raises(ModelError, match="holds the entry that would be left out"):
+    with pytest.raises(ModelError, match="contains the entry that would be left out"):
         ps.leave_one_out(fit, cells)
