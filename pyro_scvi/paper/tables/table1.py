@@ -417,12 +417,11 @@ TEXT = (
 
 CLAIM = (
     "Of factor analysis, ZIFA, ZINB-WaVE and scVI, scVI gives held-out brain cells the highest log likelihood. Its "
-    "lead "
-    "grows with the number of training cells."
+    "lead grows with the number of training cells."
 )
 
 
-def _leads(data: str) -> dict[str, Place]:
+def _places_of_leads(data: str) -> dict[str, Place]:
     """Places of the default's leads over the other systems."""
     rivals = {"analysis": "factor analysis", "zifa": "ZIFA", "peer": "scvi-tools"}
     systems = {name: f"scVI, default minus {rival}" for name, rival in rivals.items()}
@@ -435,8 +434,11 @@ FINDINGS = (
         "The paper's numbers are not comparable: each system has another quantity. Here all have log p(x), the "
         "probability of the counts with latents integrated out, in nats per cell."
     ),
-    Finding(f"Lead of the default model on the cortex: {LEADS}", _leads("cortex")),
-    *[Finding(f"Lead on {n:,} brain cells: {LEADS}", _leads(f"brain10k, n = {n:,}")) for n in (1_000, 4_000, 9_000)],
+    Finding(f"Lead of the default model on the cortex: {LEADS}", _places_of_leads("cortex")),
+    *[
+        Finding(f"Lead on {n:,} brain cells: {LEADS}", _places_of_leads(f"brain10k, n = {n:,}"))
+        for n in (1_000, 4_000, 9_000)
+    ],
 )
 
 EXPERIMENT = Experiment(
