@@ -63,7 +63,8 @@ def test_climbs_find_modes_wherever_they_are():
     def density(u):
         return (-(u[:, None] - 1.2 * centres).square().sum(-1) / (2 * 0.15**2)).logsumexp(1)
 
-    modes = separate_modes(density, candidates, density(candidates), starts=MANY, modes=MODES, block=1000)
+    options = {"starts": MANY, "modes": MODES, "block": 1000}
+    modes = separate_modes(density, candidates, density(candidates), candidates.std(0), **options)
     gaps = (modes.places[:, None] - 1.2 * centres).norm(dim=-1).where(modes.present[:, None], torch.inf)
     between = torch.cdist(centres.transpose(0, 1), centres.transpose(0, 1)) + 10 * torch.eye(4)
     separate = 1.2 * between.amin((1, 2)) > 0.8
