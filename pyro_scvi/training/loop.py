@@ -36,7 +36,7 @@ from pyro_scvi.utils.progress_bars import progress_bar
 from pyro_scvi.utils.random_state import seed_generators
 
 WATCHED_IN_TRAINING = 256  # training cells whose bound is evaluated if no cells are held out
-KEPT_DRAWS = 2**14  # for the loss of the epoch that is kept, over all cells
+KEPT_DRAWS, MOST_OF_A_CELL = 2**14, 64  # for the loss of the epoch that is kept: over all cells, and of each
 LEAST_KL = -1e4  # nats per cell; an estimate below it means that parameters have diverged
 
 _log = logging.getLogger(__name__)
@@ -302,11 +302,13 @@ class Trainer:
         """Negative bound of the held-out cells in the state that is kept, by many draws; NaN if no cells are held out.
 
         The history's is that of one draw a cell, and the kept epoch is the one where it was least: too low, by chance.
+        Few cells differ from each other by more than what a cell's 64 draws leave open.
         """
         if self.data.held_out is None or not self.guide.amortized:
             return math.nan
         (n_cells,) = self.options.ranks.sum(float(self.data.held_out.n_cells))
-        return self.evaluate(self.data.held_out, 0, max(1, KEPT_DRAWS // max(int(n_cells), 1)))[0]
+        draws = min(max(1, KEPT_DRAWS // max(int(n_cells), 1)), MOST_OF_A_CELL)
+        return self.evaluate(self.data.held_out, 0, draws)[0]
 
     def evaluate(self, cells: Minibatches, seed: int, samples: int = 1) -> tuple[float, float]:
         """Negative bound and KL in nats per cell, by draws for each held-out cell or for 256 training cells.
