@@ -19,6 +19,7 @@ from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.analysis.new_batches import reads_gamma
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.data.names import rows_by_name
 from pyro_scvi.data.obs_columns import categories, quoted
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import FitError, ModelError
@@ -169,7 +170,8 @@ def _in_schema(cells: Cells, schema: Schema) -> Cells:
     if schema.batch is None:
         raise ModelError("the fit has no batches")
     n_known = schema.n_batches - len(cells.new_batches)
-    some = cells.take(np.flatnonzero(cells.schema.of_unknown_batch(cells.covariates)))
+    by_name = rows_by_name(cells.cell_names)  # so that minibatches are of the same cells, in whatever order these come
+    some = cells.take(by_name[cells.schema.of_unknown_batch(cells.covariates)[by_name]])
     found, codes = categories(some.obs, schema.batch)
     batches = np.eye(schema.n_batches, dtype=np.float32)[[schema.batches.index(word) for word in found]][codes]
     return replace(some, covariates=np.hstack([batches, some.covariates[:, n_known:]]), schema=schema)
