@@ -64,6 +64,11 @@ def as_series(values: Any) -> Any:
     return values
 
 
+def rows_by_name(cells: pd.Index) -> np.ndarray:
+    """Rows in the order of the cells' names, (cells,): the same cells in whatever order they came."""
+    return np.argsort(cells.to_numpy(dtype=str), kind="stable")
+
+
 def positions_of(cells: pd.Index, index: pd.Index, what: str) -> np.ndarray:
     """Rows of a table, one for each cell, matched by name; by position if one of both sides has no names.
 

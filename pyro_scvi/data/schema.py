@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.covariates import MEAN, NONE, Covariates, Numbers, Part, Words
+from pyro_scvi.data.gene_names import other_forms
 from pyro_scvi.data.names import warn_of_numbered_genes
 from pyro_scvi.data.obs_columns import (
     categories,
@@ -306,18 +307,19 @@ class Schema:
         positions = query.get_indexer(wanted)
         missing = wanted[positions < 0]
         n_matched = self.n_genes - len(missing)
+        forms = other_forms(missing, query[~query.isin(wanted)])
         summary = f"{n_matched} of the {self.n_genes} genes of the schema are in the query"
         if n_matched == 0:
             raise SchemaError(
-                f"{summary}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
+                f"{summary}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}.{forms}"
             )
         if len(missing) and not fill_missing:
             raise SchemaError(
                 f"{summary}; {len(missing)} are missing: {quoted(missing)}. "
-                "Pass fill_missing_genes=True to count them as zero in every cell."
+                f"Pass fill_missing_genes=True to count them as zero in every cell.{forms}"
             )
         if len(missing):
-            text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}."
+            text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}.{forms}"
             warn(text)
         warn_of_numbered_genes(wanted, query)
         if len(query) > n_matched:

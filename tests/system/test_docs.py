@@ -1,5 +1,6 @@
 """The pages of the site: their code runs as it stands, and the reference lists every public name."""
 
+import ast
 import inspect
 import operator
 import re
@@ -116,3 +117,20 @@ def test_summaries_fit_into_the_tables_of_the_reference():
         first, *rest = inspect.getdoc(operator.attrgetter(name)(ps)).splitlines()
         assert len(first) <= 90, name
         assert not rest or not rest[0], name
+
+
+def messages():
+    """The texts in the package, with … for what is filled in."""
+    for path in (ROOT / "pyro_scvi").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_that_are_quoted_are_those_of_the_code():
+    quotes = re.findall(r'^\| "(.+?)" \|', (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    texts = list(messages())
+    assert len(quotes) > 15
+    assert [quote for quote in quotes if not any(quote in text for text in texts)] == []

@@ -20,6 +20,7 @@ from pyro_scvi.analysis.new_batches import reads_gamma
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.covariates import Words
 from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.data.names import rows_by_name
 from pyro_scvi.data.obs_columns import categories, quoted
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import FitError, ModelError
@@ -169,7 +170,8 @@ def _in_schema(cells: Cells, schema: Schema) -> Cells:
     """The cells of new batches, with columns for these in gamma."""
     if schema.batch is None:
         raise ModelError("the fit has no batches")
-    some = cells.take(np.flatnonzero(cells.of_unknown_batch))
+    by_name = rows_by_name(cells.cell_names)  # so that minibatches are of the same cells, in whatever order these come
+    some = cells.take(by_name[cells.of_unknown_batch[by_name]])
     found, codes = categories(some.obs, schema.batch)
     batches = Words.of(np.array([schema.batches.index(word) for word in found])[codes], schema.n_batches)
     return replace(some, gamma=some.gamma.replaced(schema.batch, batches), schema=schema)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_fit
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.names import rows_by_name
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_given, with_enumerated
@@ -356,4 +357,6 @@ def rank_summary(ranks: np.ndarray, draws: int) -> dict[str, float]:
 
 
 def _random_rows(cells: Cells, n: int, device: torch.device) -> Tensor:
-    return torch.randint(cells.n_cells, (n,)).to(device)
+    """Rows of random cells, the same cells in whatever order they come: the random numbers count them by name."""
+    by_name = torch.from_numpy(rows_by_name(cells.cell_names))
+    return by_name[torch.randint(cells.n_cells, (n,))].to(device)

@@ -79,7 +79,7 @@ def test_transforms_are_uniform_under_the_model_and_not_under_another(toy):
 
 def test_entries_on_which_all_draws_agree_have_no_tail():
     log_p = torch.full((100, 1), -0.7, dtype=torch.float64)
-    elpd, khat, pit = left_out(log_p, torch.zeros(100, 1, dtype=torch.bool))
+    elpd, khat, pit = left_out(log_p, torch.zeros(100, 1, dtype=torch.bool), torch.zeros(1))
     assert float(elpd) == pytest.approx(-0.7)
     assert float(khat) == 0
     assert 0 <= float(pit) <= math.exp(-0.7)
