@@ -15,6 +15,7 @@ import pyro_scvi as ps
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:.*1 or 2 cells", "ignore:sampler_khat"),
+    pytest.mark.filterwarnings("ignore:.*was not registered in the param store"),  # the decoder, which is not trained
 ]
 
 GENES, GROUPS, N = 6, 5, 2000  # cells: a standard error of .007
