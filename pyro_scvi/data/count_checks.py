@@ -123,13 +123,13 @@ class Check:
                 text = rule.message.format(source=self.source, entry=entry, hint=self.hint)
                 raise DataError(f"{text}{rule.more(counts)}")
         self.implausible = self.implausible or self._above(LARGEST_USUAL_COUNT, counts, cells)
-        self.doubtful = self.doubtful or self._above(self.limit.value, counts, cells)
+        self.doubtful = self.doubtful or self._above(self.limit.value, counts, cells, self.limit.most)
         if self.form is not None:
             self.form.look(counts)
 
-    def _above(self, limit: float, counts: Matrix, cells: pd.Index) -> str | None:
-        """The first entry above a limit, in words; None if there is none."""
-        position = _first(counts, lambda values: values > limit) if limit < np.inf else None
+    def _above(self, limit: float, counts: Matrix, cells: pd.Index, most: float = np.inf) -> str | None:
+        """The first entry above a limit and up to ``most``, in words; None if there is none."""
+        position = _first(counts, lambda values: (values > limit) & (values <= most)) if limit < np.inf else None
         return None if position is None else _describe(counts, position, self.genes, cells)
 
     def warn(self) -> None:

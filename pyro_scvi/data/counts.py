@@ -13,10 +13,14 @@ from pyro_scvi.errors import DataError
 
 
 class TypeLimit(NamedTuple):
-    """Up to which number a type holds counts as they were, and what it does to larger ones, in words."""
+    """Up to which number a type holds counts as they were, and what it does to larger ones, in words.
+
+    Beyond ``most``, its largest number, are sums of several entries at one place, which were added up in a wider type.
+    """
 
     value: float = np.inf
     effect: str = ""
+    most: float = np.inf
 
 
 NO_LIMIT = TypeLimit()
@@ -32,7 +36,7 @@ _INTEGERS: dict[Any, torch.dtype] = {
     np.int16: torch.int16,
 }
 _LIMITS = {np.dtype(np.float16): _HALF, torch.float16: _HALF, torch.bfloat16: _BRAIN} | {
-    kind: TypeLimit(int(_CLOSE * np.iinfo(ours).max), _CUTS)
+    kind: TypeLimit(int(_CLOSE * np.iinfo(ours).max), _CUTS, np.iinfo(ours).max)
     for ours, theirs in _INTEGERS.items()
     for kind in (np.dtype(ours), theirs)
 }

@@ -160,6 +160,11 @@ def test_counts_of_16_bits_near_their_end_are_told():
             ps.Cells.from_counts(counts)
 
 
+def test_entries_at_one_place_that_add_up_beyond_their_type_are_not():
+    entries = (np.array([200, 100], dtype=np.uint8), ([0, 0], [0, 0]))
+    assert ps.Cells.from_counts(sparse.coo_matrix(entries, shape=(1, 1))).totals == 300
+
+
 def test_counts_that_wrapped_below_zero_are_refused(tmp_path):
     adata = anndata.AnnData((COUNTS * 60).astype(np.int8))
     for way in WAYS:
