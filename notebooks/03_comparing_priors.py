@@ -56,8 +56,8 @@ priors = {
 # %% [markdown]
 # ## Fit every prior twice
 #
-# The second fit differs in its seed only. What it changes is the yardstick: a difference between two priors that is
-# no larger than that is no difference.
+# The second fit differs in its seed only. Ignore differences between two priors that are smaller than those between two
+# seeds.
 
 # %%
 HEADLINE = ("normal", "mixture")  # these two are compared in the last cells
