@@ -94,9 +94,10 @@ def fit(
     compiled
         Whether steps are recorded once and compiled. This takes seconds to a minute at the start; a step then takes
         about two thirds of the time. It needs ``elbo=None`` and a C++ compiler (on CUDA: Triton). Steps with a KL
-        weight other than 1 are not compiled. Results are the same up to rounding. If a prior or network of your own
-        branches on values of tensors, this raises an error; other state that its Python changes between steps stays as
-        it was recorded. Without it, long runs on a CPU replay recorded steps where these give the same bits.
+        weight other than 1 are not compiled. Results are the same up to rounding; with dropout the compiler may draw the
+        random numbers of a step in another order, and results are then as of another seed. If a prior or network of
+        your own branches on values of tensors, this raises an error; other state that its Python changes between steps
+        stays as it was recorded. Without it, long runs on a CPU replay recorded steps where these give the same bits.
     validation
         Cells held out to watch the bound: a share or number of ``cells``, or separate Cells; 0 for none. At most 2,048
         of them, evenly spaced, are evaluated. The fit returns the state of the epoch with the best held-out bound
