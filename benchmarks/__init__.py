@@ -17,5 +17,6 @@ tables. Each folder imports only from those named before it. The commands, each 
     python -m benchmarks.quality.distributed      training by several processes
     python -m benchmarks.quality.evidence         held-out evidence
     python -m benchmarks.quality.labels           predicted labels where few are known
+    python -m benchmarks.quality.global_draws     evidence at the medians of random weights, and averaged over them
     python -m benchmarks.quality.posterior        posterior samplers on held-out cells
 """

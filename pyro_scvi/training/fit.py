@@ -94,8 +94,8 @@ def fit(
     compiled
         Whether steps are recorded once and compiled. This takes seconds to a minute at the start; a step then takes
         about two thirds of the time. It needs ``elbo=None`` and a C++ compiler (on CUDA: Triton). Steps with a KL
-        weight other than 1 are not compiled. Results are the same up to rounding; with dropout the compiler may draw the
-        random numbers of a step in another order, and results are then as of another seed. If a prior or network of
+        weight other than 1 are not compiled. Results are the same up to rounding. With dropout the compiler may draw
+        the random numbers of a step in another order, and results are then as of another seed. If a prior or network of
         your own branches on values of tensors, this raises an error; other state that its Python changes between steps
         stays as it was recorded. Without it, long runs on a CPU replay recorded steps where these give the same bits.
     validation
