@@ -1,7 +1,7 @@
 """Speed, memory and statistical quality of this package beside its peers; not part of the installed package.
 
-``harness`` measures, ``systems`` are measured, ``quality`` scores their results, and ``rows`` are the rows of the
-tables. Each folder imports only from those named before it. The commands, each with ``--help``:
+``harness`` measures, ``systems`` are measured, ``quality`` scores their results, ``rows`` are the rows of the tables,
+and ``truth`` checks inference. Each folder imports only from those named before it. The commands, each with ``--help``:
 
     python -m benchmarks cpu                      speed, memory and time to quality beside scvi-tools
     python -m benchmarks gpu                      the same on a CUDA device, and whether it agrees with the CPU

@@ -30,11 +30,14 @@ from benchmarks.harness.exchanged import Laws, Scene, drawn_from
 from benchmarks.harness.interleaving import Interleaved, Outcome
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.quality import calls, defaults, learning_curves, truth
+from benchmarks.quality import calls, defaults, learning_curves
 from benchmarks.quality.held_out_scores import our_outputs
 from benchmarks.rows import atlas, devices, large_data, time_to_quality
 from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
 from benchmarks.systems.our_models import matched, matched_constant
+from benchmarks.truth import fits, formulas, separated
+from benchmarks.truth import table as truth
+from benchmarks.truth.finding import Finding
 
 
 def samples(*cpu, work=100):
@@ -478,7 +481,7 @@ def test_every_task_is_a_function_of_its_module():
 
 @pytest.mark.parametrize(("error", "held"), [(0.01, "yes"), (0.03, "**no**"), (math.nan, "**no**")])
 def test_a_row_that_does_not_hold_is_said_and_ends_the_command_with_an_error(error, held, monkeypatch, capsys):
-    row = truth.Finding("a check", "known", "a result", error, 0.02, "it is .02")
+    row = Finding("a check", "known", "a result", error, 0.02, "it is .02")
     monkeypatch.setattr(truth, "rows_of", lambda n_cells: [lambda: [row]])
     try:
         cli.main(["truth", "--cells", "20"])
@@ -489,12 +492,30 @@ def test_a_row_that_does_not_hold_is_said_and_ends_the_command_with_an_error(err
     assert f"| a check | known | a result | {error:.2g} | it is .02 | {held} |" in capsys.readouterr().out
 
 
-def test_quadrature_of_mirrored_cells_has_the_masses_of_a_symmetric_posterior():
-    toy = truth.mirrored(4, 2)
+@pytest.mark.filterwarnings("ignore:.*genes have no counts")  # in two cells
+def test_sums_over_a_grid_have_the_masses_of_a_symmetric_posterior():
+    toy = separated.mirrored(separated.CENTRES["4 modes"], 2)
     np.testing.assert_allclose(toy.masses, 0.25, atol=1e-6)
     z = torch.tensor([[0.7, -1.2]])
     log_mean = toy.fit.model.decoder(z, torch.zeros(1, 0))["log_mean"].detach().numpy()
-    np.testing.assert_allclose(log_mean[0], 1 + truth.SLOPES @ [0.7, 1.2], rtol=1e-5)
+    np.testing.assert_allclose(log_mean[0], 1 + separated.slopes(6, 2) @ [0.7, 1.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("check", [formulas.conditionals, formulas.pairs, formulas.weight_priors])
+def test_closed_forms_hold(check):
+    for row in check():
+        assert row.error < row.limit, row
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")  # the decoder is held
+def test_the_grid_has_the_evidence_of_the_models_own_density():
+    fit, cells = fits.line_fit(), fits.line(3, 1)
+    at = torch.as_tensor(fits.GRID).float()[:, None, None, None]
+    with torch.no_grad():
+        theta = fit.model.decode(at.expand(-1, len(cells.x), 1, 1), None, torch.zeros(len(cells.x), 0))
+        own = fit.model.likelihood.marginal(**theta).log_prob(torch.as_tensor(cells.x).float())
+    np.testing.assert_allclose(fits.log_density_on_grid(cells.x)[0], own.permute(1, 2, 0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.exp(fits.log_density_on_grid(cells.x)[1]).sum(), 1, atol=1e-6)
 
 
 def test_processes_that_start_others_import_nothing_large():
