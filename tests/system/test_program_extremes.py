@@ -284,23 +284,3 @@ def test_constants_in_double_precision_do_not_end_chains():
     sampler = ps.HMC(chains=2, warmup=4, steps=4, least=4, leapfrog=2)
     assert np.isfinite(ps.sample_posterior(fit, cells, samples=8, sampler=sampler, progress=False).z).all()
     assert np.isfinite(ps.annealed_evidence(fit, cells, chains=4, temperatures=4, progress=False).log_evidence).all()
-
-
-# --- posteriors of which a proposal may see a part ---
-
-
-class SpikeAndSlab(Toy):
-    def more(self):
-        parts = dist.Normal(torch.zeros(2).double(), torch.tensor([1e-3, 1.0]).double())
-        return pyro.sample("e", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
-
-
-def test_a_spike_that_proposals_have_missed_is_told_by_draws_from_the_prior():
-    model, cells = toy(SpikeAndSlab), cells_of(6).take(range(1))
-    with pytest.warns(UserWarning, match=r"draws from the prior find up to 0\.\d nats more for 1 cells"):
-        table = ps.evidence(fit_of(model), cells, samples=400, progress=False)
-    slab = grid_of(model, cells, {"z": STANDARD, "e": STANDARD}, lambda at: at["e"]).log_evidence
-    spike = grid_of(model, cells, {"z": STANDARD}, lambda at: 0.0 * at["z"]).log_evidence
-    missed = np.logaddexp(slab, spike) - np.log(2) - table.log_evidence
-    assert (missed > 0.2).all()
-    assert (table.khat < 0.7).all()

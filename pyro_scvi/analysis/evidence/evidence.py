@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.evidence.annealed import annealed_weights
-from pyro_scvi.analysis.evidence.prior_draws import check_by_prior
 from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
 from pyro_scvi.analysis.global_averages import at_draws, seeds_of
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
@@ -106,8 +105,7 @@ def evidence(
     -----
     UserWarning
         If k-hat is above 0.7 for more than a tenth of the cells, if the evidence is conditional on the total, or if
-        annealing, by which one of 200 cells and at most two are checked, finds more mass than the proposals. In a
-        program of one's own, also if draws from the prior do for any cell.
+        annealing, by which one of 200 cells and at most two are checked, finds more mass than the proposals.
 
     Examples
     --------
@@ -135,7 +133,6 @@ def evidence(
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
     _check_some(fit, cells, table, seed)
-    check_by_prior(fit, cells, table, seed, batch_size)
     table.attrs[CONDITIONAL] = warn_if_conditional(fit.model)
     return table
 
