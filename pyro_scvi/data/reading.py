@@ -21,10 +21,9 @@ from pyro_scvi.data.counts import (
     limit_of,
 )
 from pyro_scvi.data.covariates import Covariates
-from pyro_scvi.data.gene_names import warn_of_swapped_names
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
-from pyro_scvi.data.names import labelled, names_in, positions_of
+from pyro_scvi.data.names import labelled, names_in, positions_of, warn_of_swapped_names
 from pyro_scvi.data.obs_columns import quoted, text_of
 from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
@@ -318,8 +317,8 @@ def _check_names(table: Table) -> None:
 
 def _warn_of_one_total(totals: np.ndarray, table: Table) -> None:
     """Warn of cells that were normalised to one total and rounded; counts that were thinned to one have it exactly."""
-    spread = np.ptp(totals)
-    if len(totals) >= LEAST_CELLS and 0 < spread < EQUAL * totals.mean():
+    spread, by_rounding = np.ptp(totals), len(table.genes)  # half a count per gene up or down
+    if len(totals) >= LEAST_CELLS and 0 < spread < min(EQUAL * totals.mean(), by_rounding):
         warn(
             f"all {len(totals)} cells have a total of {totals.min():.0f} to {totals.max():.0f} in {table.source}, as "
             f"where values were normalised and then rounded. Rounding does not make counts of them. {table.hint}"

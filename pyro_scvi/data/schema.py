@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.covariates import MEAN, NONE, Covariates, Numbers, Part, Words
-from pyro_scvi.data.gene_names import other_forms
-from pyro_scvi.data.names import warn_of_numbered_genes
+from pyro_scvi.data.names import other_forms, warn_of_numbered_genes
 from pyro_scvi.data.obs_columns import (
     categories,
     has_order,

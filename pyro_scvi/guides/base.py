@@ -76,12 +76,12 @@ class Guide(Component):
         require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
         self._model = (model,)  # in a tuple, or torch would make it a submodule: parameters have one owner
         self.coordinates = Coordinates(model)
-        require_continuous(self.coordinates)
         self.landmarks: Tensor
         self.register_buffer("landmarks", torch.zeros(LANDMARKS, self.coordinates.size))
         self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)
         self.require_prior()
         self.require_supported()
+        require_continuous(self.coordinates)
 
     @property
     def auxiliary(self) -> bool:

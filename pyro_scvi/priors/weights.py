@@ -66,7 +66,9 @@ class NormalWeights(Component):
 
 
 class LaplaceWeights(Component):
-    r"""Independent Laplace distributions: most weights small, some large, as the loadings of few genes on a latent.
+    r"""Independent Laplace distributions: most weights small, some large.
+
+    For example, the loadings of few genes on a latent.
 
     .. math:: W_{ij} \sim Laplace(0, scale)
 

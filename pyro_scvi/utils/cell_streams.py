@@ -129,13 +129,13 @@ def each_cell(draw: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
         return draw(*parameters)
     token, place = _drawing.set(None), parameters[0].device
     try:
-        with _disable_current_modes():
-            parameters = tuple(one.cpu() for one in parameters)
+        parameters = tuple(one.cpu() for one in parameters)
+        with _disable_current_modes():  # of plain tensors of the CPU, so that no mode is needed
             drawn = torch.empty_like(parameters[0], memory_format=torch.contiguous_format)
             for rows in streams.rows_by_name():
                 with seeded(streams.next_seed(rows[0])):
                     drawn[:, rows] = draw(*(one[:, rows] for one in parameters))
-            return drawn.to(place)
+        return drawn.to(place)
     finally:
         _drawing.reset(token)
 

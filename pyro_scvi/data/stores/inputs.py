@@ -13,9 +13,9 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
-from pyro_scvi.data.gene_names import other_forms
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.links import check_links
+from pyro_scvi.data.names import other_forms
 from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
