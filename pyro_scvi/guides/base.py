@@ -81,7 +81,6 @@ class Guide(Component):
         self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)
         self.require_prior()
         self.require_supported()
-        require_continuous(self.coordinates)
 
     @property
     def auxiliary(self) -> bool:
@@ -105,6 +104,7 @@ class Guide(Component):
             Naming the site.
         """
         require_supported(self.model, self.coordinates.latents() | self.weights.latents())
+        require_continuous(self.coordinates)
         require_broadcasting(self.model, self.coordinates, self.weights.medians())
 
     def require_prior(self) -> None:
