@@ -315,8 +315,7 @@ CLAIM = (
 FINDINGS = (
     Finding(
         "Silhouette: factor analysis {analysis}, ZIFA {zifa}, ZINB-WaVE {wave}, 2018 preset {preset}, default "
-        "{default}, "
-        "scvi-tools {peer}.",
+        "{default}, scvi-tools {peer}.",
         each(
             "cortex",
             "silhouette",

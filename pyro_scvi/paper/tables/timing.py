@@ -208,8 +208,7 @@ CLAIM = "scVI trains on 100,000 cells and more, where ZIFA and ZINB-WaVE could n
 FINDINGS = (
     Finding(
         "CPU seconds for 100,000 cells: factor analysis {analysis}, ZIFA {zifa}, MAGIC {magic}, 2017 preset "
-        "{preset}, default "
-        "{default}, scvi-tools {peer}.",
+        "{preset}, default {default}, scvi-tools {peer}.",
         each(
             "cells simulated from brain10k",
             "CPU seconds, n = 100,000",
