@@ -132,11 +132,11 @@ def run_truth(options: argparse.Namespace) -> None:
     SystemExit
         If a row does not hold.
     """
-    from benchmarks.quality import truth  # it imports torch, which processes that start others need not
+    from benchmarks.truth import table as truth  # it imports torch, which processes that start others need not
 
-    table = truth.table_of(options.cells)
-    sys.stdout.write(truth.printed(table) + options.line + "\n")
-    if not table.holds.all():
+    found = truth.table_of(options.cells)
+    sys.stdout.write(truth.printed(found) + options.line + "\n")
+    if not found.holds.all():
         raise SystemExit(1)
 
 

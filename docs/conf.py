@@ -1,7 +1,7 @@
 """Sphinx: the site is built from these pages, the notebooks and the docstrings."""
 
 import inspect
-import shutil
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.ext import autosummary
 from sphinx.util.inspect import stringify_signature
 
 import pyro_scvi as ps
@@ -21,9 +22,15 @@ sys.modules.update(
 )
 
 _HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE.parent))
+from notebooks.for_readers import for_readers  # noqa: E402, the folder has to be found first
+
 (_HERE / "notebooks").mkdir(exist_ok=True)
 for _notebook in (_HERE.parent / "notebooks").glob("*.ipynb"):  # Sphinx reads pages below its own folder only
-    shutil.copy2(_notebook, _HERE / "notebooks")
+    _text = json.dumps(for_readers(json.loads(_notebook.read_text(encoding="utf-8"))))
+    _copy = _HERE / "notebooks" / _notebook.name
+    if not _copy.exists() or _copy.read_text(encoding="utf-8") != _text:  # or every build would read it anew
+        _copy.write_text(_text, encoding="utf-8")
 
 project = "pyro-scvi"
 author = copyright = "The pyro-scvi developers"
@@ -45,6 +52,7 @@ nb_execution_mode = "off"  # the notebooks are shipped with the outputs of a ful
 suppress_warnings = ["myst.header"]  # the changelog's first heading is its own title
 
 autosummary_generate = True
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("Sec.", "Secs.", "Fig.", "Eq.", "Alg.")  # or summaries would end there
 autodoc_member_order = "bysource"
 autodoc_default_options = {  # scikit-learn puts them into every estimator
     "exclude-members": "set_fit_request, set_transform_request, set_score_request, set_partial_fit_request",

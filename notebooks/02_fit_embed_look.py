@@ -34,9 +34,9 @@ adata
 # %% [markdown]
 # ## Cells
 #
-# `Cells` is the door: counts are checked here (negative, fractional or missing values are refused with the cell and
-# gene named), genes are remembered by name. `batch=` and `covariates=` name columns of `obs`, which become the
-# constants $\gamma$. A tenth of the cells is set aside *before* anything is fitted.
+# `Cells` checks the counts: a negative, fractional or missing value is an error that names its cell and gene. Genes are
+# remembered by name. `batch=` and `covariates=` name columns of `obs`, which become the covariates $\gamma$. A tenth of
+# the cells is set aside *before* anything is fitted.
 
 # %%
 cells = ps.Cells.from_anndata(adata)
@@ -52,8 +52,8 @@ cells
 # $$\log p(x_n) \;\ge\; \mathbb{E}_{q(z \mid x_n)} \log p(x_n \mid z)
 #   - \mathrm{KL}\left(q(z \mid x_n) \,\|\, p(z)\right).$$
 #
-# It is `pyro.infer.SVI` with a faster loop. All losses are in **nats per cell**:
-# minus the bound, so lower is better.
+# This is what `pyro.infer.SVI` does, with a faster loop. The loss is minus the bound, in **nats per cell**, so lower is
+# better.
 
 # %%
 model = ps.SCVI(cells.n_genes)
@@ -61,12 +61,12 @@ fit = ps.fit(model, train, progress=False)
 _ = ps.plots.loss(fit)
 
 # %% [markdown]
-# The fit holds a further tenth of its cells out to watch itself: where the lower curve goes on falling and the upper
-# one turns, the model has begun to learn single cells by heart. The state of the best epoch is what is returned.
+# The fit holds out a further tenth of its cells. Where the loss of training cells still falls and that of held-out
+# cells rises, the model overfits. The state of the best epoch is returned.
 #
 # ## Embed and look
 #
-# The embedding of a cell is the posterior mean $\mathbb{E}_q[z \mid x]$. One visible line puts it where scanpy looks.
+# The embedding of a cell is the posterior mean $\mathbb{E}_q[z \mid x]$. One line puts it where scanpy looks.
 
 # %%
 adata.obsm["X_pyro_scvi"] = ps.embed(fit, cells)
@@ -77,10 +77,10 @@ figure, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
 _ = ps.plots.embedding(ps.plots.Projection(adata.obsm["X_umap"], "UMAP"), adata.obs["bulk_labels"], ax=ax)
 
 # %% [markdown]
-# The labels were made by others from sorted cells, and the fit never saw them. UMAP is a picture: areas, gaps and
-# distances between islands in it mean little. A number that does not depend on it: of a cell's 15 nearest neighbours
-# in the ten latents, which share has the cell's own label? Beside it, principal components of log-normalised counts,
-# what one would do without a model.
+# The labels come from sorted cells, and the fit never saw them. Do not read areas, gaps and distances of a UMAP: they
+# mean little. Here is a number that does not depend on it: which share of a cell's 15 nearest neighbours in the ten
+# latents has the cell's own label? The second line is the same for principal components of log-normalised counts,
+# without a model.
 
 # %%
 normalised = adata.copy()
@@ -101,14 +101,14 @@ print("latents:             ", agreement(adata.obsm["X_pyro_scvi"]))
 print("principal components:", agreement(normalised.obsm["X_pca"]))
 
 # %% [markdown]
-# Equal within their errors: finding such neighbours is no feat of the model's. What principal components do not have
-# is a probability of the counts, and all that follows from it.
+# Both are equal within their errors: the model finds no better neighbours. But only the model gives a probability of
+# the counts, and what follows from it.
 #
 # ## How good is the model? Held-out evidence
 #
-# The bound is not the thing itself: a loose guide lowers it, so two bounds compare guides as much as models.
-# `ps.evidence` estimates $\log p(x_n)$, everything latent integrated out, by importance sampling from a proposal that
-# is fitted to each cell. Pareto $\hat k$ says per cell whether to believe the estimate: below 0.7, yes.
+# A poor guide lowers the bound. So two bounds compare guides as much as models. `ps.evidence` estimates
+# $\log p(x_n)$ itself, with all latents integrated out, by importance sampling from a proposal that is fitted to each
+# cell. Pareto $\hat k$ says for each cell whether to trust the estimate: below 0.7, yes.
 
 # %%
 table = ps.evidence(fit, test)
@@ -123,9 +123,9 @@ axes[1].hist(table.log_evidence - table.amortized_bound, bins=20, color="#31688e
 _ = axes[1].set(xlabel="evidence minus the guide's bound, nats", ylabel="held-out cells")
 
 # %% [markdown]
-# The gap on the right is what the encoder's normal gives away per cell; it is why models are not compared by their
-# loss. Is the evidence good? Only a comparison says. A model without latents, $x_{ng} \sim \mathrm{Poisson}(L_n p_g)$
-# with the gene's overall share $p_g$, is even told each held-out cell's total $L_n$, and still:
+# The right panel shows how much the bound of each cell is too low. This is why models are not compared by their loss.
+# Is the evidence good? Only a comparison can say. Take a model without latents, $x_{ng} \sim \mathrm{Poisson}(L_n
+# p_g)$, with the overall share $p_g$ of each gene. It even knows the total $L_n$ of each held-out cell:
 
 # %%
 share = train.counts.sum(0) / train.counts.sum()
@@ -136,9 +136,10 @@ print(f"Poisson without latents: {no_latents.mean():.1f} nats per cell")
 print(f"gain of the model:       {gain.mean():.1f} ± {gain.sem():.1f}, paired over {len(gain)} cells")
 
 # %% [markdown]
-# How far does the evidence move if the same model is fitted again with other seeds? That, and not the standard error
-# over cells (which all models share), is what a difference between two models has to beat: `refit_sd` below. (`error`,
-# here and in the other notebooks, is only how far this very run may end elsewhere on another machine.)
+# How far does the evidence move if the same model is fitted again with other seeds? A difference between two models
+# must be larger than this standard deviation, `refit_sd`. The standard error over cells does not matter here, because
+# all models share it. (`error`, here and in the other notebooks, is how far the same run may differ on another
+# machine.)
 
 # %% tags=["headline"]
 seeds = [] if SHORT else [1, 2, 3, 4]

@@ -7,7 +7,7 @@
 # %% [markdown]
 # # 8. The paper's tables
 #
-# *Question: how do the numbers of the paper come about, and what do they look like made again?*
+# *Question: how do the numbers of the paper come about, and what are they when reproduced?*
 #
 # One command makes every table and figure of Lopez et al. (2017) again:
 #

@@ -70,6 +70,10 @@ class Kind(Enum):
         "a plate of which a random part is taken",
         "leave out subsample_size and subsample; minibatches of cells are taken by index= and n_cells=",
     )
+    REPEATED = (
+        "a plate that is made twice",
+        "make it once, as plate = cells_plate(gamma, index, n_cells), and enter it by 'with plate:' each time",
+    )
     PARAMETER = (
         "a pyro.param, which fit would never train and verbs would start anew",
         "make it an nn.Parameter of a module that is part of the model",
@@ -82,7 +86,11 @@ class Kind(Enum):
     @property
     def latent(self) -> bool:
         """Whether it is drawn, neither given nor computed."""
-        return self not in (Kind.OBSERVED, Kind.FACTOR, Kind.SUBSAMPLED, Kind.PARAMETER, Kind.DETERMINISTIC)
+        return self not in (*ASIDE, Kind.OBSERVED, Kind.FACTOR, Kind.DETERMINISTIC)
+
+
+ASIDE = (Kind.SUBSAMPLED, Kind.REPEATED, Kind.PARAMETER)
+"""Kinds of what is no random variable."""
 
 
 class TracedSite(NamedTuple):
@@ -105,9 +113,10 @@ class TracedSite(NamedTuple):
         """The error that names the site and says what to do."""
         followed = self.kind in (Kind.LOCAL, Kind.ENUMERATED, Kind.GLOBAL)
         why = "which the guide does not have" if followed else "which is not supported"
+        plain = ". Model and guide still run under plain Pyro (SVI, MCMC, Predictive)"
         return ModelError(
-            f"the program's site {self.name!r} is {self.kind.what}, {why}: {self.kind.remedy}. "
-            "Model and guide still run under plain Pyro (SVI, MCMC, Predictive)"
+            f"the program's site {self.name!r} is {self.kind.what}, {why}: {self.kind.remedy}"
+            f"{'' if self.kind is Kind.REPEATED else plain}"
         )
 
 
@@ -151,11 +160,7 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
     """
     found = discovered(program, *args, **kwargs)
-    return [
-        Site(one.name, _distribution_name(one.law), _shape(one))
-        for one in found
-        if one.kind not in (Kind.SUBSAMPLED, Kind.PARAMETER)
-    ]
+    return [Site(one.name, _distribution_name(one.law), _shape(one)) for one in found if one.kind not in ASIDE]
 
 
 def like(program: nn.Module) -> Tensor:
@@ -179,8 +184,12 @@ class _Recorder(Messenger):
 
 
 def _classified(messages: list[dict[str, Any]]) -> Iterator[TracedSite]:
+    plates_made = set[str]()
     for msg in messages:
         kind = _kind(msg)
+        if isinstance(msg["fn"], _Subsample):
+            kind = Kind.REPEATED if msg["name"] in plates_made else kind
+            plates_made.add(msg["name"])
         if kind is not None:
             plates = {frame.dim: frame.name for frame in msg["cond_indep_stack"] if frame.vectorized}
             infer = dict(msg["infer"] or {})

@@ -10,7 +10,9 @@ def __dir__() -> list[str]:
 
 
 class PyroScviError(Exception):
-    """Base class of every error that this package raises on purpose; each subclass is also a built-in exception.
+    """Base class of every error that this package raises on purpose.
+
+    Each subclass is also a built-in exception.
 
     Examples
     --------
@@ -24,7 +26,9 @@ class PyroScviError(Exception):
 
 
 class DataError(PyroScviError, ValueError):
-    """Counts or annotations that a count model cannot use: negative, missing, not integers, empty. A ValueError.
+    """Counts or annotations that a count model cannot use. A ValueError.
+
+    For example: negative, missing, not integers, empty.
 
     Examples
     --------
@@ -51,7 +55,7 @@ class SchemaError(PyroScviError, KeyError):
 
 
 class ModelError(PyroScviError, ValueError):
-    """Parts of a model or guide that do not fit together, or arguments out of range or of the wrong kind. A ValueError.
+    """Parts that do not fit together, or an argument that is out of range. A ValueError.
 
     Also, by name, a site of the program that a verb cannot do right by.
 
@@ -65,7 +69,9 @@ class ModelError(PyroScviError, ValueError):
 
 
 class FitError(PyroScviError, RuntimeError):
-    """Training that failed; ``fit`` is the Fit of the last good epoch, None if no epoch had ended. A RuntimeError.
+    """Training that failed. A RuntimeError.
+
+    ``fit`` is the Fit of the last good epoch, None if no epoch had ended.
 
     Examples
     --------
@@ -79,7 +85,9 @@ class FitError(PyroScviError, RuntimeError):
 
 
 class CheckpointError(PyroScviError, OSError):
-    """A saved fit or checkpoint that cannot be written, read or trusted; ``fit`` as in :class:`FitError`. An OSError.
+    """A saved fit or checkpoint that cannot be written, read or trusted. An OSError.
+
+    ``fit`` is as in :class:`FitError`.
 
     Examples
     --------

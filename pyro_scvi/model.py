@@ -29,7 +29,9 @@ OF_MLP = ("n_hidden", "n_layers", "dropout", "norm", "initial_sd")
 
 
 class SCVI(Program):
-    r"""Distribution of counts x (cells, genes) given covariates gamma (cells, covariates) (Lopez et al. 2017, Sec. 1).
+    r"""The scVI model: counts x (cells, genes) given covariates gamma (cells, covariates).
+
+    See Lopez et al. (2017), Sec. 1.
 
     .. math::
 

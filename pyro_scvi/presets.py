@@ -26,7 +26,9 @@ Preset = tuple[SCVI, dict[str, Any]]
 
 
 def default(cells: Cells, *, seed: int = 0) -> Preset:
-    """The default: latent library size, ZINB with a dispersion per cell and gene, no dropout, one-cycle learning rate.
+    """The default model and training.
+
+    A latent library size, ZINB with a dispersion for each cell and gene, no dropout, a one-cycle learning rate.
 
     Chosen by held-out evidence; DiagonalNormal guide, up to 60 epochs of batches of 128, best held-out epoch kept.
 
@@ -61,7 +63,9 @@ def default(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
-    """The model and training of Lopez et al. 2017 (Secs. 1 and 2), as in their code of that week.
+    """The model and training of Lopez et al. (2017).
+
+    That is Secs. 1 and 2, as in their code of that week.
 
     No library size, mean exp(head), inverse dispersion per cell and gene, raw counts into the encoder, two hidden
     layers of 128, dropout 0.1, batch normalisation momentum 0.01, truncated normal weights of sd 0.01, Adam at 0.005
@@ -105,7 +109,9 @@ def seed_2017(cells: Cells, *, seed: int = 0) -> Preset:
 
 
 def nature_methods_2018(cells: Cells, *, seed: int = 0) -> Preset:
-    """The configuration of Lopez et al. 2018 (Methods) for the cortex data, with their KL weight of 0 for clustering.
+    """The configuration of Lopez et al. (2018, Methods) for the cortex data.
+
+    It has their KL weight of 0, for clustering.
 
     Latent library size with mean and sd of the log totals, mean l softmax(head), inverse dispersion per gene, log
     counts into the encoder, one hidden layer of 128, dropout 0.1 in the encoder alone, Adam at 0.0004 with epsilon
@@ -155,8 +161,11 @@ def _require_cells(cells: Any) -> None:
 def _log_total_moments(cells: Cells) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the log totals, per batch."""
     log_totals = np.log(np.maximum(cells.totals, 1))
-    batches = cells.covariates[:, : cells.n_batches].T > 0 if cells.n_batches else [np.ones(cells.n_cells, bool)]
-    groups = [log_totals[batch] if batch.any() else log_totals for batch in batches]  # all cells for an absent batch
+    if cells.schema.batch is None:
+        groups = [log_totals]
+    else:
+        own = [log_totals[cells.gamma.codes(cells.schema.batch) == place] for place in range(cells.n_batches)]
+        groups = [group if len(group) else log_totals for group in own]  # all cells for an absent batch
     # The floor keeps the LogNormal proper where all cells of a batch have one total.
     return [float(group.mean()) for group in groups], [max(float(group.std()), 0.05) for group in groups]
 

@@ -17,7 +17,9 @@ def __dir__() -> list[str]:
 
 @dataclass(frozen=True)
 class OneCycle:
-    r"""A learning rate that rises over the first 30 % of all steps, then falls to nearly zero (Smith 2018).
+    r"""A learning rate that rises over the first 30 % of all steps, then falls to nearly zero.
+
+    See Smith (2018).
 
     .. math:: a \to b: \quad \tfrac12 (a + b) + \tfrac12 (a - b) \cos(\pi u), \quad 0 \le u \le 1
 
@@ -87,7 +89,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class ConstantKL:
-    r"""The same KL weight, beta, throughout: 1 gives the evidence bound, 0 leaves the prior of z out of training.
+    r"""The same KL weight throughout: 1 gives the evidence bound, 0 ignores the prior of z.
 
     .. math:: L_\beta(n) = E_{q(z | x_n)} \log p(x_n | z) - \beta\, KL(q(z | x_n) \| p(z))
 
@@ -157,7 +159,7 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class CheckpointInterval:
-    """Checkpoints at the end of an epoch, once enough epochs and seconds have passed since the last one.
+    """How often checkpoints are written: after so many epochs and seconds since the last one.
 
     Parameters
     ----------

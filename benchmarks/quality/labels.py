@@ -33,7 +33,6 @@ PACKAGES = "torch", "pyro-ppl", "numpy", "scikit-learn", "scvi-tools"
 LABELS = "labels"
 N_LATENT = 10
 NEIGHBOURS = 5, 15
-LABELLED_EPOCHS = 100  # of the cells with labels, before all
 SCANVI_EPOCHS = 400, 20  # of scVI, and of scANVI that starts from it: the defaults for so few cells
 
 
@@ -67,21 +66,14 @@ def question(path: Path, share: float, seed: int) -> Question:
     return Question(task.data, task.train, task.test, np.isin(np.arange(len(labels)), known))
 
 
-def fitted(asked: Question, seed: int, *, labels: bool) -> ps.Fit:
-    """Our model, with a component of the prior for each label or with the default prior.
-
-    With labels, the cells that have one are fitted first: started on all, components settle on groups of cells as
-    chance has it, before the few labels say which is whose.
-    """
+def fitted(asked: Question, seed: int, *, labels: bool, weight: float) -> ps.Fit:
+    """Our model, with a component of the prior for each label or with the default prior."""
     cells = asked.cells(asked.train, labels=labels)
-    prior = ps.priors.ByLabel(N_LATENT, cells.columns["given"], seed=seed) if labels else None
-    model = ps.SCVI(cells.n_genes, N_LATENT, cells.n_covariates, prior=prior, seed=seed)
-    guide = ps.guides.DiagonalNormal(model, seed=seed)
+    prior = None
     if labels:
-        known = cells.take(np.flatnonzero(asked.known))
-        first = ps.fit(model, known, guide, epochs=LABELLED_EPOCHS, validation=0, seed=seed, progress=False)
-        model, guide = first.model, first.guide
-    return ps.fit(model, cells, guide, seed=seed, progress=False)
+        prior = ps.priors.ByLabel(N_LATENT, cells.columns["given"], label_weight=weight, seed=seed)
+    model = ps.SCVI(cells.n_genes, N_LATENT, cells.n_covariates, prior=prior, seed=seed)
+    return ps.fit(model, cells, seed=seed, progress=False)
 
 
 def by_neighbours(z: np.ndarray, asked: Question, k: int) -> np.ndarray:
@@ -142,7 +134,10 @@ def evidence_lost(asked: Question, fits: dict[str, ps.Fit], n_cells: int) -> dic
 def measured(options: argparse.Namespace, seed: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """All systems on one draw of the labels."""
     asked = question(options.data, options.share, seed)
-    fits = {name: fitted(asked, seed, labels=name == "with labels") for name in ("with labels", "without labels")}
+    fits = {
+        name: fitted(asked, seed, labels=name == "with labels", weight=options.label_weight)
+        for name in ("with labels", "without labels")
+    }
     rows = scored(asked, ours(asked, fits), seed)
     if options.peer and importlib.util.find_spec("scvi"):
         rows += scored(asked, iter([("scANVI", scanvi(asked, seed))]), seed)
@@ -166,6 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="AnnData file, raw counts and obs['labels']")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of labels and fits")
     parser.add_argument("--share", type=float, default=0.05, help="of the labels, given")
+    parser.add_argument("--label-weight", type=float, default=50.0, help="how much a label counts in training")
     parser.add_argument("--evidence-cells", type=int, default=200, help="unseen cells whose evidence is compared")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="leave scANVI out")
     parser.add_argument("--out", type=Path, help="JSON file for the table")

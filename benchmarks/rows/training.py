@@ -1,6 +1,6 @@
 """Rows of training speed: every system on the same synthetic cells."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.harness.interleaving import Comparison, Interleaved
@@ -106,6 +106,19 @@ def against_pyro(size: Size) -> Interleaved:
     return Interleaved("training-pyro", systems, lines)
 
 
+def replaying(batch_size: int, size: Size) -> Interleaved:
+    """Our defaults with replayed steps against the same steps by the programs, to the same bits."""
+    options = {"configuration": "default", **size.options(batch_size)}
+    task = "benchmarks.systems.ours:train_replaying"
+    systems = {
+        "ours": System("ours", task, {**options, "replays": True}),
+        "programs": System("ours", task, {**options, "replays": False}),
+    }
+    title = f"replayed steps against the programs' at batch {batch_size}, {size.epochs} epochs, start included"
+    lines = (Comparison(title, CELLS_PER_SECOND, peer="programs"),)
+    return Interleaved(f"training-{batch_size}-replayed", systems, lines)
+
+
 def rows(size: Size) -> list[Interleaved]:
     """All rows of training speed."""
     ours, theirs = "our defaults against scvi-tools' defaults", "our defaults against scvi-tools with the same choices"
@@ -116,4 +129,5 @@ def rows(size: Size) -> list[Interleaved]:
         against_defaults("training-same-choices", theirs, "like our defaults", AtLeast(2.5), size),
         preset(size),
         against_pyro(size),
+        *(replaying(batch_size, replace(size, epochs=5 * size.epochs)) for batch_size in BARS),
     ]

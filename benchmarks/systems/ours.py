@@ -1,8 +1,10 @@
 """Our package: training of several models, posterior predictive draws, evidence, differential expression."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 
@@ -14,6 +16,7 @@ from benchmarks.systems.our_models import CONFIGURATIONS, HALF, as_cells, matche
 from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.inference.compiled import RecordedJoint
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating
+from pyro_scvi.training import replayed
 
 
 def autocast_available() -> Callable[[], Sample]:
@@ -76,6 +79,23 @@ def train(
         return watch.sample(work=n_cells * epochs, train_loss=float(fit.history.train_loss.iloc[-1]))
 
     return measure_compiled if compiled else measure
+
+
+def train_replaying(
+    configuration: str, n_cells: int, n_genes: int, batch_size: int, epochs: int, replays: bool
+) -> Callable[[], Sample]:
+    """Whole calls of ``fit``, recording included, that replay all steps but a few, or none."""
+    cells = as_cells(simulated(n_cells, n_genes))
+    model, options = CONFIGURATIONS[configuration](cells, 0)
+    options |= {"batch_size": batch_size, "device": "cpu", "validation": 0, "progress": False, "epochs": epochs}
+
+    def measure() -> Sample:
+        least = 1 if replays else sys.maxsize
+        with patch.object(replayed, "LEAST_STEPS", least), Stopwatch() as watch:
+            fit = ps.fit(model, cells, **options)
+        return watch.sample(work=n_cells * epochs, train_loss=float(fit.history.train_loss.iloc[-1]))
+
+    return measure
 
 
 def fitted(n_cells: int, n_genes: int, epochs: int = 2) -> tuple[ps.Fit, ps.Cells]:

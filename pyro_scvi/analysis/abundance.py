@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from pyro_scvi.analysis.differential.labels import labels_of
@@ -45,7 +46,7 @@ def differential_abundance(
     seed: int = 0,
     batch_size: int = 256,
 ) -> pd.DataFrame:
-    r"""How much denser the cells of group b lie than those of group a around every cell, with errors over samples.
+    r"""Compare how densely cells of two groups lie around every cell, with errors over samples.
 
     .. math:: d_n = \log \frac{1}{|b|} \sum_{s \in b} q_s(\hat z_n) - \log \frac{1}{|a|} \sum_{s \in a} q_s(\hat z_n),
         \qquad q_s(z) = \frac{1}{|s|} \sum_{m \in s} q(z | x_m)
@@ -78,8 +79,8 @@ def differential_abundance(
     Returns
     -------
     DataFrame
-        By cell: ``log_ratio``, d in nats, log 2 = 0.69 for twice as many; ``se``; ``p_value``, two-sided; and ``fdr``,
-        p-values adjusted over cells (Benjamini and Hochberg 1995).
+        By cell: ``log_ratio``, d in nats, log 2 = 0.69 for twice as many; ``se``; ``p_value``, two-sided; and
+        ``q_value``, p-values adjusted over cells (Benjamini and Hochberg 1995).
 
     Raises
     ------
@@ -97,7 +98,7 @@ def differential_abundance(
     >>> condition = np.repeat(["control", "treated"], 30)
     >>> table = ps.differential_abundance(fit, cells, condition, donors)
     >>> table.columns.tolist(), table.attrs["group_b"]
-    (['log_ratio', 'se', 'p_value', 'fdr'], 'treated')
+    (['log_ratio', 'se', 'p_value', 'q_value'], 'treated')
     """
     require_inputs(fit, cells)
     require_at_least(1, permutations=permutations, batch_size=batch_size)
@@ -108,8 +109,10 @@ def differential_abundance(
     table = pd.DataFrame({"log_ratio": _log_ratio(log_q, *design.weights)}, pd.Index(cells.cell_names, name="cell"))
     table["se"] = _errors(log_q, design)
     table["p_value"] = _p_values(log_q, design.weights, exchanged)
-    table["fdr"] = _adjusted(table["p_value"].to_numpy())
-    table.attrs = {"group_a": design.groups[0], "group_b": design.groups[1], "samples": design.samples}
+    table["q_value"] = false_discovery_control(table["p_value"])
+    # As text: a Parquet file keeps attributes only if JSON can.
+    table.attrs = dict(zip(("group_a", "group_b"), map(str, design.groups), strict=True))
+    table.attrs["samples"] = [str(name) for name in design.samples]
     return table
 
 
@@ -167,8 +170,8 @@ def _require_enough(design: Design) -> None:
     for group, taken in zip(design.groups, (~design.in_b, design.in_b), strict=True):
         if taken.sum() < LEAST_SAMPLES:
             raise DataError(
-                f"group {group!r} has {taken.sum()} sample: how much samples differ by themselves cannot be told, and "
-                "cells of one sample are no replicates. Two are needed in each group"
+                f"group {group!r} has {taken.sum()} sample: the spread between samples is unknown, because "
+                "cells of one sample are not replicates. Each group needs two samples"
             )
 
 
@@ -258,12 +261,3 @@ def _p_values(log_q: np.ndarray, observed: Weights, exchanged: Weights) -> np.nd
 
 def _blocks(log_q: np.ndarray, weights: Weights) -> list[np.ndarray]:
     return np.array_split(log_q, np.ceil(log_q.shape[0] * weights.a.shape[1] / AT_ONCE).astype(int))
-
-
-def _adjusted(p: np.ndarray) -> np.ndarray:
-    """Smallest false discovery rate at which each of the cells is called (Benjamini and Hochberg 1995)."""
-    order = np.argsort(-p)
-    least = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
-    found = np.empty_like(least)
-    found[order] = least
-    return found

@@ -13,10 +13,10 @@ from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import EXPLICIT
-from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, with_enumerated
+from pyro_scvi.inference.evaluation import evaluating, theta_given, with_enumerated
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
-from pyro_scvi.types import Distribution, Theta
+from pyro_scvi.types import Theta
 from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.checks import require_at_least
 from pyro_scvi.utils.progress_bars import over_cells
@@ -46,7 +46,7 @@ def sample_posterior(
     batch_size: int = 64,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Draw the latents of every cell, w, y and h from their posterior given its counts, and global latents.
+    r"""Draw the latents of every cell, w, y and h, and global latents from their posterior.
 
     .. math:: h | x, z \sim Bernoulli(\rho\, 1[x = 0]), \quad
         w | h, x, z \sim Gamma(r + x (1 - h), r / \mu + 1 - h), \quad
@@ -155,11 +155,6 @@ def n_event(fit: Fit, name: str) -> int:
 def decoded(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Theta:
     """The likelihood's parameters (samples, cells, genes) at drawn latents, discrete ones drawn beside them."""
     return theta_given(fit.guide, x, gamma, with_enumerated(fit.guide, x, gamma, draws.sites))
-
-
-def predicted(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
-    """The distribution of x (samples, cells, genes) at drawn latents, discrete ones drawn beside them."""
-    return law_given(fit.guide, x, gamma, with_enumerated(fit.guide, x, gamma, sites))
 
 
 def latent_sites(fit: Fit) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ FEWEST_DRAWS = 25  # a Pareto law is fitted to five or more in each tail, which 
 
 
 def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None, step: float = 0.01) -> pd.DataFrame:
-    r"""Measure how sensitive every cell's latents are to their prior and to the cell's counts, by power-scaling.
+    r"""Measure how sensitive latents are to their prior and to the counts, by power-scaling.
 
     .. math::
 

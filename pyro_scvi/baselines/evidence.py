@@ -51,9 +51,8 @@ def integrate(
 
     def run(rows: Tensor, budget: SamplingBudget) -> Importance:
         draw = int(torch.randint(2**31, ()))
-        return adaptive_importance(
-            log_joint_of(rows), loc[rows], scale[rows], **budget._asdict(), seed=draw, block=_BLOCK
-        )
+        effort = {"samples": budget.samples, "steps": budget.steps, "rounds": budget.rounds}
+        return adaptive_importance(log_joint_of(rows), loc[rows], scale[rows], **effort, seed=draw, block=_BLOCK)
 
     with seeded(seed):
         budget = SamplingBudget(samples, STEPS, ROUNDS)

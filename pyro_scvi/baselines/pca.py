@@ -12,7 +12,9 @@ from pyro_scvi.baselines.inputs import dense_counts, remember_genes, require_fit
 
 
 class PCA(TransformerMixin, BaseEstimator):
-    r"""Principal components of y = log(1 + x), by scikit-learn. This is no model of counts, so there is no score.
+    r"""Principal components of y = log(1 + x), by scikit-learn.
+
+    This is no model of counts, so there is no score.
 
     .. math:: t_n = V^T (y_n - \bar y)
 

@@ -26,7 +26,7 @@ from pyro_scvi.utils.checks import require_at_least
 
 
 class Mixture(NamedTuple):
-    """p, rho, mu and sigma: weight of the reproducible part, its correlation, mean and standard deviation.
+    """p, rho, mu and sigma: weight, correlation, mean and sd of the reproducible part.
 
     Examples
     --------
@@ -78,7 +78,9 @@ class IDRResult(NamedTuple):
 def idr(
     score_1: Any, score_2: Any, *, starts: Sequence[Mixture] = STARTS, tol: float = 1e-3, max_iter: int = 20
 ) -> IDRResult:
-    r"""Estimate which items two methods score reproducibly; larger scores are more significant, such as -log p.
+    r"""Estimate which items two methods score reproducibly.
+
+    Larger scores are more significant, such as -log p.
 
     This EM depends on its start. Its own objective, the likelihood of z, cannot compare two solutions, because z
     changes with the parameters. So of all starts, the fit whose copula has the largest log likelihood is kept,

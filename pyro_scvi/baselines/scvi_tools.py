@@ -22,7 +22,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class SCVITools(BaseEstimator):
-    r"""SCVI with the defaults of scvi-tools, fitted to all cells and scored with its latents integrated out.
+    r"""SCVI of scvi-tools with its defaults, scored with its latents integrated out.
 
     .. math:: z_n \sim N(0, I), \quad \log l_n \sim N(\bar l, s^2), \quad
         x_{ng} | z_n, l_n \sim ZINB(l_n \rho_g(z_n), r_g, \pi_g(z_n))

@@ -43,6 +43,7 @@ class EvaluatedFit:
     components: np.ndarray
     labels: pd.Series | None
     seed: int
+    progress: bool = True
 
 
 def embedded(evaluated: EvaluatedFit, projection: Projection, folder: Path) -> html_page.Html:
@@ -137,7 +138,7 @@ def _sizes(evaluated: EvaluatedFit) -> list[Row]:
 
 
 def _quality(evaluated: EvaluatedFit) -> list[Row]:
-    table = evidence(evaluated.fit, evaluated.judged, seed=evaluated.seed)
+    table = evidence(evaluated.fit, evaluated.judged, seed=evaluated.seed, progress=evaluated.progress)
     n, mean = len(table), float(table.log_evidence.mean())
     se = float(table.log_evidence.std()) / n**0.5
     unreliable = float((table.khat > KHAT_LIMIT).mean())

@@ -43,7 +43,7 @@ def fit_and_report(space: Workspace, adata: AnnData, cells: Cells, build_model: 
     fitted.save(space.path / FIT)
     space.keep(FIT)
     labels = None if job.labels is None else adata.obs[job.labels]
-    evaluated = evaluate(fitted, cells, train_cells, test_cells, labels, job.seed)
+    evaluated = evaluate(fitted, cells, train_cells, test_cells, labels, job)
     write_report(space, adata, evaluated, job)
 
 
@@ -55,16 +55,19 @@ def train(cells: Cells, build_model: BuildModel, seed: int, training: dict[str, 
 
 
 def evaluate(
-    fitted: Fit, cells: Cells, train_cells: Cells, test_cells: Cells, labels: pd.Series | None, seed: int
+    fitted: Fit, cells: Cells, train_cells: Cells, test_cells: Cells, labels: pd.Series | None, job: Job
 ) -> EvaluatedFit:
     """Embed all cells, and choose the held-out cells that the fit is judged on."""
+    seed, progress = job.seed, bool(job.training.get("progress", True))
     latent = embed(fitted, cells, seed=seed)
     space = Expression(min(COMPONENTS, cells.n_cells - 1, cells.n_genes - 1)).fitted(fitted, cells, seed=seed)
     components = embed(fitted, cells, space=space, seed=seed)
     few = test_cells.n_cells <= JUDGED_CELLS
     judged = test_cells if few else test_cells.take(split_at_random(test_cells.n_cells, JUDGED_CELLS, seed)[1])
     say(f"judging the fit on {judged.n_cells:,} held-out cells")
-    return EvaluatedFit(fitted, cells, train_cells, test_cells, judged, latent, space, components, labels, seed)
+    return EvaluatedFit(
+        fitted, cells, train_cells, test_cells, judged, latent, space, components, labels, seed, progress
+    )
 
 
 def write_report(space: Workspace, adata: AnnData, evaluated: EvaluatedFit, job: Job) -> None:
@@ -92,7 +95,7 @@ def _require_finished(fitted: Fit, job: Job) -> None:
     """Raise if training was interrupted and can be resumed."""
     if "interrupted" in fitted.settings and (folder := job.training.get("checkpoint")):
         stopped = f"training was interrupted by {fitted.settings['interrupted']}; {folder} holds its state"
-        raise FitError(f"{stopped}: add --resume to go on, nothing was written to --out")
+        raise FitError(f"{stopped}: add --resume to continue; nothing was written to --out")
 
 
 def _annotate(adata: AnnData, evaluated: EvaluatedFit, projection: Projection, settings: dict[str, Any]) -> None:

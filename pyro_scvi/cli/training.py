@@ -112,7 +112,7 @@ def fit(
     without it the results are those of the epochs that had ended.
     """
     if resume and checkpoint is None:
-        raise typer.BadParameter("there is nothing to go on from; add --checkpoint DIR", param_hint="'--resume'")
+        raise typer.BadParameter("there is no checkpoint to resume from; add --checkpoint DIR", param_hint="'--resume'")
     model = ModelOptions(n_latent, prior, likelihood or ZINB, dispersion, library, guide, seed)
     counts = CountOptions(layer, raw, batch, covariates or (), allow_non_integer)
     training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress}

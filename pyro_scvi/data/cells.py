@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from pyro_scvi.data.counts import Counts, Source, cell_totals, n_nonzero
+from pyro_scvi.data.counts import Counts, Source, cell_totals, dense, n_nonzero
+from pyro_scvi.data.covariates import MEAN, NONE, Covariates, Words
 from pyro_scvi.data.indexing import CellIndex, positions, split_at_random
 from pyro_scvi.data.lazy_counts import rows_of
 from pyro_scvi.data.names import as_series, labelled, names_in, positions_of
@@ -26,7 +27,9 @@ from pyro_scvi.utils.html_repr import table
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cells:
-    """Counts x with covariates gamma, ready for a model; see ``from_anndata``, ``from_counts`` and ``from_store``.
+    """Counts x with covariates gamma, ready for a model.
+
+    Made by ``from_anndata``, ``from_counts`` or ``from_store``.
 
     ``len(cells)`` is the number of cells, and ``cells[index]`` a minibatch ``(x, gamma)`` of float32 tensors,
     (cells, genes) and (cells, covariates); gamma has 0 columns without batches and covariates.
@@ -36,9 +39,9 @@ class Cells:
     counts
         (cells, genes), counts: a CSR array if the input was sparse, else an ndarray. For a store, or a file left in
         place, a source that is indexed by rows.
-    covariates
-        (cells, covariates), float32: one-hot batches, one-hot categories, standardised continuous covariates, one-hot
-        labels, log size factor. ``columns`` says where each of them is.
+    gamma
+        The covariates, (cells, covariates), float32 where indexed: one-hot batches, one-hot categories, standardised
+        continuous covariates, one-hot labels, log size factor. ``columns`` says where each of them is.
     schema
         The meaning of the columns; pass it to ``from_anndata`` to read a query in the same way.
     obs
@@ -63,7 +66,7 @@ class Cells:
     """
 
     counts: Counts
-    covariates: np.ndarray
+    gamma: Covariates
     schema: Schema
     obs: pd.DataFrame
 
@@ -258,6 +261,11 @@ class Cells:
         return self.schema.columns
 
     @property
+    def covariates(self) -> np.ndarray:
+        """Gamma of all cells at once, (cells, covariates), float32; ``gamma[rows]`` is that of some."""
+        return self.gamma[:]
+
+    @property
     def n_batches(self) -> int:
         """Number of batches: the first columns of gamma; 0 without a batch column."""
         return self.schema.n_batches
@@ -283,9 +291,7 @@ class Cells:
     def __getitem__(self, index: CellIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """Minibatch (x, gamma): float32 copies, (cells, genes) and (cells, covariates)."""
         rows = self._rows(index)
-        x = self.counts[rows]
-        x = x if isinstance(x, np.ndarray) else x.toarray()
-        return torch.from_numpy(x.astype(np.float32, copy=False)), torch.from_numpy(self.covariates[rows])
+        return torch.from_numpy(dense(self.counts[rows])), torch.from_numpy(self.gamma[rows])
 
     def take(self, index: CellIndex) -> "Cells":
         """Return some of the cells, with annotations, in the order of ``index``; counts on disk stay there.
@@ -301,7 +307,7 @@ class Cells:
         rows = self._rows(index)
         if rows.size == 0:
             raise DataError("the index selects no cell.")
-        return Cells(rows_of(self.counts, rows), self.covariates[rows], self.schema, self.obs.iloc[rows])
+        return Cells(rows_of(self.counts, rows), self.gamma.take(rows), self.schema, self.obs.iloc[rows])
 
     def split(self, held_out: float = 0.1, *, seed: int = 0) -> tuple["Cells", "Cells"]:
         """Split at random into (train, test); both keep the order of the cells.
@@ -337,14 +343,18 @@ class Cells:
             As in :meth:`split`.
         """
         train, test = split_at_random(self.n_cells, held_out, seed)
-        in_train, in_test = (self.covariates[rows, : self.n_batches].any(axis=0) for rows in (train, test))
-        lost = [self.schema.batches[i] for i in np.flatnonzero(in_test & ~in_train)]
+        lost = [] if self.schema.batch is None else self._lost(self.gamma.codes(self.schema.batch), train, test)
         if lost and len(test) <= len(train):  # else the larger part is not there to train on
             warn(
                 f"all cells of batch {quoted(lost)} (column {self.schema.batch!r}) are held out: nothing can be learnt "
                 "of it. Join or leave out small batches, or take another seed."
             )
         return train, test
+
+    def _lost(self, codes: np.ndarray, train: np.ndarray, test: np.ndarray) -> list[str]:
+        """Batches that are among the cells ``test``, but not among ``train``."""
+        in_train, in_test = (set(codes[rows].tolist()) for rows in (train, test))
+        return [self.schema.batches[code] for code in sorted(in_test - in_train) if code >= 0]
 
     def _rows(self, index: CellIndex) -> np.ndarray:
         """Positions of the cells that an index selects; a mask with names is matched by name."""
@@ -365,10 +375,9 @@ class Cells:
         SchemaError
             If there is no batch of this name.
         """
-        covariates = self.covariates.copy()
-        covariates[:, : self.n_batches] = 0.0
-        covariates[:, self.schema.batch_position(name)] = 1.0
-        return replace(self, covariates=covariates)
+        codes = np.full(self.n_cells, self.schema.batch_position(name))
+        batch = next(iter(self.gamma.parts))  # the first columns of gamma are those of the batches
+        return replace(self, gamma=self.gamma.replaced(batch, Words.of(codes, self.n_batches)))
 
     def require_known_batches(self) -> None:
         """Refuse cells of batches that the schema does not know, which ``allow_new_batches`` let in.
@@ -378,7 +387,7 @@ class Cells:
         SchemaError
             If there are any; names their batches.
         """
-        unknown = self.schema.of_unknown_batch(self.covariates)
+        unknown = self.of_unknown_batch
         if unknown.any():
             raise SchemaError(
                 f"{unknown.sum()} cells are of batches that the fit does not know, {quoted(self.new_batches)}: "
@@ -387,9 +396,17 @@ class Cells:
             )
 
     @property
+    def of_unknown_batch(self) -> np.ndarray:
+        """Which cells, (cells,), are of a batch that the schema does not know."""
+        if self.schema.batch is None:
+            return np.zeros(self.n_cells, dtype=bool)
+        unknown: np.ndarray = self.gamma.codes(self.schema.batch) == MEAN
+        return unknown
+
+    @property
     def new_batches(self) -> tuple[str, ...]:
         """Batches of cells whose batch the schema does not know, in the order of ``obs``."""
-        unknown = self.schema.of_unknown_batch(self.covariates)
+        unknown = self.of_unknown_batch
         if self.schema.batch is None or not unknown.any():
             return ()
         found, _ = categories(self.obs[unknown], self.schema.batch)
@@ -411,9 +428,8 @@ class Cells:
                 f"only labels may be missing, and {name!r} is no column of labels; these cells have labels "
                 f"{self.schema.labels!r}."
             )
-        covariates = self.covariates.copy()
-        covariates[:, self.columns[name]] = 0.0
-        return replace(self, covariates=covariates)
+        none = Words.of(np.full(self.n_cells, NONE), len(self.schema.label_names))
+        return replace(self, gamma=self.gamma.replaced(name, none))
 
     def _facts(self) -> dict[str, str]:
         schema = self.schema
@@ -436,7 +452,7 @@ class Cells:
         if schema.size_factor is not None:
             facts["size factor"] = schema.size_factor
         if schema.labels is not None:
-            known = self.covariates[:, self.columns[schema.labels]].any(1).sum()
+            known = (self.gamma.codes(schema.labels) >= 0).sum()
             facts["labels"] = f"{schema.labels} ({', '.join(schema.label_names)}) of {known:,} cells"
         return facts
 

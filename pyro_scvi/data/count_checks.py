@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.data.counts import Counts, Matrix, Source, blocks, narrow, stored_values
+from pyro_scvi.data.counts import NO_LIMIT, Counts, Matrix, Source, TypeLimit, blocks, narrow, stored_values
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 
@@ -15,6 +15,9 @@ LARGEST_USUAL_COUNT = 1e6
 
 LARGEST_EXACT_COUNT = 2**24
 """Above this, float32 no longer holds every integer."""
+
+MANY, FEW = 2_000, 1_000
+"""So many counts do not happen to be 1, or multiples of a number; so few usually show that they are not."""
 
 FEATURE_TYPES, GENES = "feature_types", "Gene Expression"
 
@@ -30,7 +33,7 @@ def check_counts(
     hint: str,
     *,
     allow_non_integer: bool = False,
-    exact: float = np.inf,
+    limit: TypeLimit = NO_LIMIT,
 ) -> Counts:
     """Scan every entry, and return the matrix in a type that converts to float32 without loss.
 
@@ -44,8 +47,8 @@ def check_counts(
         Name of the matrix in messages, and where raw counts might be instead.
     allow_non_integer
         Accept finite non-negative values that are no integers.
-    exact
-        The number up to which the type that the counts came in holds every integer.
+    limit
+        Of the type that the counts came in.
 
     Returns
     -------
@@ -60,9 +63,9 @@ def check_counts(
     Warns
     -----
     UserWarning
-        If an entry is above ``LARGEST_USUAL_COUNT`` or ``exact``.
+        If an entry is above ``LARGEST_USUAL_COUNT`` or ``limit``, or all counts are 1, or multiples of a number.
     """
-    check = Check(genes, source, hint, allow_non_integer, exact)
+    check = Check(genes, source, hint, allow_non_integer, limit)
     if isinstance(counts, Source):
         if not counts.checked:
             counts.scan(lambda rows, block: check(block, cells[rows]))
@@ -103,12 +106,13 @@ class Check:
         source: str,
         hint: str,
         allow_non_integer: bool = False,
-        exact: float = np.inf,
+        limit: TypeLimit = NO_LIMIT,
     ) -> None:
-        self.genes, self.source, self.hint, self.exact = genes, source, hint, exact
+        self.genes, self.source, self.hint, self.limit = genes, source, hint, limit
         self.rules = _rules(allow_non_integer)
         self.implausible: str | None = None  # the first entry that is implausibly large
-        self.rounded: str | None = None  # the first entry that its type has rounded
+        self.doubtful: str | None = None  # the first entry that its type may have changed
+        self.form = None if allow_non_integer else _Form()
 
     def __call__(self, counts: Matrix, cells: pd.Index) -> None:
         """Scan a block, (cells, genes), whose cells have these names."""
@@ -119,24 +123,61 @@ class Check:
                 text = rule.message.format(source=self.source, entry=entry, hint=self.hint)
                 raise DataError(f"{text}{rule.more(counts)}")
         self.implausible = self.implausible or self._above(LARGEST_USUAL_COUNT, counts, cells)
-        self.rounded = self.rounded or self._above(self.exact, counts, cells)
+        self.doubtful = self.doubtful or self._above(self.limit.value, counts, cells, self.limit.most)
+        if self.form is not None:
+            self.form.look(counts)
 
-    def _above(self, limit: float, counts: Matrix, cells: pd.Index) -> str | None:
-        """The first entry above a limit, in words; None if there is none."""
-        position = _first(counts, lambda values: values > limit) if limit < np.inf else None
+    def _above(self, limit: float, counts: Matrix, cells: pd.Index, most: float = np.inf) -> str | None:
+        """The first entry above a limit and up to ``most``, in words; None if there is none."""
+        position = _first(counts, lambda values: (values > limit) & (values <= most)) if limit < np.inf else None
         return None if position is None else _describe(counts, position, self.genes, cells)
 
     def warn(self) -> None:
-        """Warn about counts that are implausibly large or were rounded, once for all blocks."""
-        if self.rounded is not None:
+        """Warn about counts that are implausibly large, or that are not what they were, once for all blocks."""
+        if self.doubtful is not None:
             warn(
-                f"{self.source} came in a type of 16 bits, which rounds counts above {self.exact:g}: {self.rounded}, "
-                "and may have been another count before. Take the counts from where they are float32 or integers."
+                f"{self.source} came in {self.limit.effect} above {self.limit.value:g}: {self.doubtful}, and may have "
+                "been another count before. Take the counts from where they are float32 or integers of 32 bits."
             )
+        if self.form is not None:
+            self.form.warn(self.source)
         if self.implausible is not None:
             warn(
                 f"{self.source} has an implausibly large count: {self.implausible}. It is taken as it is and weighs on "
-                "the whole fit; if it is a sum or a measurement and no number of molecules, drop that cell or gene."
+                "the whole fit; if it is a sum or a measurement and not a number of molecules, drop that cell or gene."
+            )
+
+
+class _Form:
+    """What all counts have in common, in case they were changed: none is above 1, or all are multiples of a number."""
+
+    def __init__(self) -> None:
+        self.n_positive, self.largest, self.divisor = 0, 0.0, 0
+
+    def look(self, counts: Matrix) -> None:
+        """Go on with the counts of a block; nothing is read once they are seen to be as molecules are."""
+        for _, values in blocks(stored_values(counts)):
+            if self.divisor == 1 and self.largest > 1:
+                return
+            self.n_positive += int(np.count_nonzero(values))
+            self.largest = max(self.largest, float(values.max(initial=0)))
+            for part in (values[:FEW], values):  # a few nearly always show that there is no common divisor
+                if self.divisor != 1:
+                    self.divisor = int(np.gcd.reduce(part.astype(np.int64), initial=self.divisor))
+
+    def warn(self, source: str) -> None:
+        """Warn of a common form, where there are too many counts for chance."""
+        if self.n_positive < MANY:
+            return
+        if self.largest == 1:
+            warn(
+                f"all {self.n_positive} counts above 0 in {source} are 1. Were they turned into 0 and 1? Numbers of "
+                "molecules are larger now and then; take the counts from before."
+            )
+        elif self.divisor > 1:
+            warn(
+                f"all {self.n_positive} counts above 0 in {source} are multiples of {self.divisor}. Were they "
+                "multiplied? Their noise is then not that of counts; divide them, or take the counts from before."
             )
 
 

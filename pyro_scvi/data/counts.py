@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,35 @@ from scipy import sparse
 from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.errors import DataError
 
+
+class TypeLimit(NamedTuple):
+    """Up to which number a type holds counts as they were, and what it does to larger ones, in words.
+
+    Beyond ``most``, its largest number, are sums of several entries at one place, which were added up in a wider type.
+    """
+
+    value: float = np.inf
+    effect: str = ""
+    most: float = np.inf
+
+
+NO_LIMIT = TypeLimit()
+_ROUNDS, _CUTS = "a type of 16 bits, which rounds counts", "an integer type of few bits, which cuts or wraps counts"
 # The next integer is exact, too, but the one after it is rounded to it.
-_LARGEST_EXACT = {np.dtype(np.float16): 2.0**11 - 1, torch.float16: 2.0**11 - 1, torch.bfloat16: 2.0**8 - 1}
+_HALF, _BRAIN = TypeLimit(2.0**11 - 1, _ROUNDS), TypeLimit(2.0**8 - 1, _ROUNDS)
+# A count that comes close to the largest number of its type stands for others that were beyond it.
+_CLOSE = 0.98
+_INTEGERS: dict[Any, torch.dtype] = {
+    np.uint8: torch.uint8,
+    np.int8: torch.int8,
+    np.uint16: torch.uint16,
+    np.int16: torch.int16,
+}
+_LIMITS = {np.dtype(np.float16): _HALF, torch.float16: _HALF, torch.bfloat16: _BRAIN} | {
+    kind: TypeLimit(int(_CLOSE * np.iinfo(ours).max), _CUTS, np.iinfo(ours).max)
+    for ours, theirs in _INTEGERS.items()
+    for kind in (np.dtype(ours), theirs)
+}
 
 _SCAN_SIZE = 2**22  # entries per block: temporary arrays stay at a few MB for any matrix
 _CELLS_AT_ONCE = 2**14  # rows whose totals are computed together
@@ -138,9 +165,9 @@ def is_chunked(matrix: Any) -> bool:
     return hasattr(matrix, "compute") and hasattr(matrix, "numblocks")
 
 
-def largest_exact(dtype: Any) -> float:
-    """The number up to which a type of 16 bits holds every integer; infinity for the types that counts come in."""
-    return _LARGEST_EXACT.get(dtype, np.inf)
+def limit_of(dtype: Any) -> TypeLimit:
+    """What a type of 8 or 16 bits does to large counts; no limit for other types."""
+    return _LIMITS.get(dtype, NO_LIMIT)
 
 
 def cell_totals(counts: Counts) -> np.ndarray:
@@ -238,6 +265,11 @@ def smallest_type(counts: Counts) -> np.dtype:
             return np.dtype(np.float32)
         largest = max(largest, float(values.max(initial=0)))
     return next((np.dtype(kind) for kind in (np.uint8, np.int16) if largest <= np.iinfo(kind).max), np.dtype("f4"))
+
+
+def dense(block: Matrix, dtype: Any = np.float32) -> np.ndarray:
+    """Some rows of counts as an array of this type, (rows, genes); a copy only where it must be."""
+    return (block if isinstance(block, np.ndarray) else block.toarray()).astype(dtype, copy=False)
 
 
 def stored_values(counts: Matrix) -> np.ndarray:

@@ -33,7 +33,9 @@ _GENE_EXPRESSION = "Gene Expression"
 
 
 def pbmc68k_reduced() -> AnnData:
-    """Return 700 peripheral blood cells x 765 genes with 10 cell types, recovered from a file that scanpy ships.
+    """Return 700 peripheral blood cells x 765 genes with ten cell types.
+
+    The counts are recovered from a file that scanpy ships.
 
     That file holds log(1 + 10000 x / n), rounded to 3 decimals, and the total n of each cell over all its genes
     (obs column ``n_counts``). This determines the counts x exactly: for a count of c the rounding moves the recovered
@@ -104,7 +106,9 @@ def recover_counts(log_values: Any, totals: np.ndarray) -> sparse.csr_matrix:
 
 
 def read_cortex(path: str | Path) -> AnnData:
-    r"""Read the mouse cortex counts of Zeisel et al. 2015, ``expression_mRNA_17-Aug-2014.txt`` (plain or .gz).
+    r"""Read the mouse cortex counts of Zeisel et al. (2015).
+
+    The file is ``expression_mRNA_17-Aug-2014.txt``, plain or .gz.
 
     The tab-separated file starts with rows of cell annotations (tissue, group #, ..., cell_id, level1class,
     level2class), whose first field is empty. An empty row follows, then one row per gene: name, gene group, counts.
@@ -159,7 +163,9 @@ def read_cortex(path: str | Path) -> AnnData:
 
 
 def read_10x(path: str | Path, *, genome: str | None = None) -> AnnData:
-    r"""Read the output of Cell Ranger: an HDF5 file (.h5), or a folder with matrix.mtx, barcodes and features or genes.
+    r"""Read the output of Cell Ranger: an HDF5 file (.h5) or a folder.
+
+    A folder holds matrix.mtx, barcodes, and features or genes.
 
     Versions 2 and 3 of both layouts are read, the files of a folder plain or gzipped. Only gene expression is kept.
 

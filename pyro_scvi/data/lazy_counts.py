@@ -77,7 +77,10 @@ class Backed(Source):
             )
         is_sparse = isinstance(matrix, CSRDataset)
         if not is_sparse and (isinstance(matrix, np.ndarray) or not hasattr(matrix, "chunks")):
-            raise DataError(f"{name} is no matrix on disk ({type(matrix).__name__}); read it without backed=True.")
+            raise DataError(
+                f"{name} is no matrix on disk ({type(matrix).__name__}). Read it without backed=True; or, "
+                "if an early version of anndata wrote the file, write it anew: anndata.read_h5ad(old).write_h5ad(new)."
+            )
         with errors_named(name):
             _require_matrix(matrix, name)
             require_whole(matrix, name)

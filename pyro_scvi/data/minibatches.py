@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.counts import Matrix, smallest_type
+from pyro_scvi.data.counts import Matrix, dense, smallest_type
+from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.errors import ModelError
 
-RESIDENT_BYTES = 2**28  # largest dense copy of the counts in main memory, beside the matrix of the cells
+RESIDENT_BYTES = 2**28  # largest dense copy of counts or covariates in main memory, beside those of the cells
 LONGEST_REASON = 120  # characters of torch's own words
 _BLOCK = 2**22  # entries moved at a time
 
@@ -54,7 +55,8 @@ class Minibatches:
     """Counts and covariates of ``cells``, or of the rows ``selected`` among them, as tensors on ``device``.
 
     The counts lie on the device in the smallest type that holds them. If they are too many, minibatches are copied from
-    the matrix of the cells instead. ``new_batches``: whether cells may be of batches that the schema does not know.
+    the matrix of the cells instead; likewise the covariates. ``new_batches``: whether cells may be of batches that the
+    schema does not know.
 
     Raises
     ------
@@ -76,18 +78,22 @@ class Minibatches:
         self.cells, self.device, self.dtype = cells, device, dtype
         self.selected = np.arange(cells.n_cells) if selected is None else selected
         self.n_cells = len(self.selected)
-        self.gamma = torch.from_numpy(cells.covariates[self.selected]).to(device, dtype)
-        stored = smallest_type(cells.counts)
-        fits = self.n_cells * cells.n_genes * stored.itemsize <= resident_bytes(device)
-        self.resident = self._moved(stored) if fits else None
+        most, stored = resident_bytes(device), smallest_type(cells.counts)
+        few = self.n_cells * cells.n_covariates * dtype.itemsize <= most
+        self.gamma = self._on_device(cells.gamma[self.selected]) if few else None
+        few = self.n_cells * cells.n_genes * stored.itemsize <= most
+        self.resident = self._moved(stored) if few else None
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Counts (rows, genes) and covariates (rows, covariates) of the given rows."""
-        gamma = self.gamma.index_select(0, index)
-        if self.resident is None:
-            x, _ = self.cells[self.selected[index.cpu().numpy()]]
-            return x.to(self.device, self.dtype), gamma
-        return self.resident.index_select(0, index).to(self.dtype), gamma
+        if self.resident is not None and self.gamma is not None:
+            return self.resident.index_select(0, index).to(self.dtype), self.gamma.index_select(0, index)
+        rows = self.selected[index.cpu().numpy()]
+        x, gamma = self.resident, self.gamma
+        return (
+            self._on_device(dense(self.cells.counts[rows])) if x is None else x.index_select(0, index).to(self.dtype),
+            self._on_device(self.cells.gamma[rows]) if gamma is None else gamma.index_select(0, index),
+        )
 
     def shuffled(self, batch_size: int) -> Iterator[Tensor]:
         """Row indices of one epoch: every cell once, in batches of as equal size as possible."""
@@ -106,17 +112,23 @@ class Minibatches:
         """Total count of each cell, (cells,)."""
         return self.cells.totals[self.selected]
 
+    def covariates(self) -> Covariates:
+        """Covariates of all cells, (cells, covariates)."""
+        return self.cells.gamma.take(self.selected)
+
     def gene_totals(self) -> np.ndarray:
         """Total count of each gene, (genes,)."""
         return sum((np.asarray(block.sum(0)).reshape(-1) for _, block in self._blocks()), np.zeros(self.cells.n_genes))
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device, self.dtype)
 
     def _moved(self, stored: np.dtype) -> Tensor:
         """All counts on the device; moved in blocks, so that no dense copy of a wider type is held."""
         shape = self.n_cells, self.cells.n_genes
         moved = torch.empty(shape, dtype=getattr(torch, stored.name), device=self.device)
         for rows, block in self._blocks():
-            dense = block if isinstance(block, np.ndarray) else block.toarray()
-            moved[rows] = torch.from_numpy(dense.astype(stored, copy=False)).to(self.device)
+            moved[rows] = torch.from_numpy(dense(block, stored)).to(self.device)
         return moved
 
     def _blocks(self) -> Iterator[tuple[slice, Matrix]]:

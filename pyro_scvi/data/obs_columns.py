@@ -237,7 +237,14 @@ def _first(obs: pd.DataFrame, mask: np.ndarray) -> str:
 
 def label_of(level: Any) -> str:
     """Name of a category; 1.0 is named 1, because a missing value turns a column of integers into floats."""
-    return str(int(level)) if isinstance(level, float | np.floating) and float(level).is_integer() else str(level)
+    if isinstance(level, float | np.floating) and float(level).is_integer():
+        return str(int(level))
+    return text_of(level)
+
+
+def text_of(name: Any) -> str:
+    """A name as text; HDF5 files read by other programs give names as bytes."""
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def _holds_categories(column: pd.Series) -> bool:

@@ -10,11 +10,21 @@ from anndata import AnnData, Raw
 
 from pyro_scvi.data.compressed import require_whole
 from pyro_scvi.data.count_checks import check_counts, warn_of_features
-from pyro_scvi.data.counts import Counts, canonical, cell_totals, expressed_genes, is_chunked, largest_exact
+from pyro_scvi.data.counts import (
+    NO_LIMIT,
+    Counts,
+    TypeLimit,
+    canonical,
+    cell_totals,
+    expressed_genes,
+    is_chunked,
+    limit_of,
+)
+from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
-from pyro_scvi.data.names import labelled, names_in, positions_of
-from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.names import labelled, names_in, positions_of, warn_of_swapped_names
+from pyro_scvi.data.obs_columns import quoted, text_of
 from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
@@ -22,6 +32,9 @@ from pyro_scvi.data.stores.layout import SCHEMA
 from pyro_scvi.errors import DataError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
+
+LEAST_CELLS, EQUAL = 20, 1e-3
+"""So many cells do not happen to have totals that differ by such a share only."""
 
 _OF_ZEROS = {
     "cell": "Results for such cells are mostly the prior's; sc.pp.filter_cells(adata, min_counts=1) leaves them out.",
@@ -38,7 +51,7 @@ class Table(NamedTuple):
     source: str  # name of the counts in errors
     hint: str  # where raw counts may be instead
     place: Place = Place()
-    exact: float = np.inf  # up to which the type in which the counts came holds every integer
+    limit: TypeLimit = NO_LIMIT  # of the type in which the counts came
     var: pd.DataFrame | None = None  # annotations of the genes, if there are any
 
 
@@ -64,7 +77,7 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
         raise DataError(f"{place.name} is None: there are no counts to read. {hint}")
     counts = canonical(matrix, place.name)
     var = _var(adata, place)
-    return Table(counts, _texts(var.index), _obs(adata), place.name, hint, place, largest_exact(matrix.dtype), var)
+    return Table(counts, _texts(var.index), _obs(adata), place.name, hint, place, limit_of(matrix.dtype), var)
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
@@ -134,7 +147,7 @@ def _var(adata: AnnData, place: Place) -> pd.DataFrame:
 
 
 def _texts(names: Iterable[Any]) -> pd.Index:
-    return pd.Index([str(name) for name in names])
+    return pd.Index([text_of(name) for name in names])
 
 
 def table_in_place(adata: Any, place: Place) -> Table:
@@ -166,8 +179,8 @@ def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
     counts = Chunked(matrix, source) if lazy else Backed(matrix, source)
     if counts.shape != (len(obs), len(var)):  # anndata does not compare them with a file
         raise DataError(f"{source} has the shape {counts.shape}, but there are {len(obs)} cells and {len(var)} genes.")
-    exact, hint = largest_exact(counts.dtype), _hint(adata, place)
-    return Table(counts, _texts(var.index), obs, source, hint, place, exact, var)
+    limit, hint = limit_of(counts.dtype), _hint(adata, place)
+    return Table(counts, _texts(var.index), obs, source, hint, place, limit, var)
 
 
 def table_of_store(path: str | Path, verify: bool) -> Table:
@@ -201,8 +214,8 @@ def table_of_matrix(
     cells = _agreed(_checked_names(cell_names, "cell", n_cells), names_in(rows), "cell")
     if genes is None:
         genes = pd.Index([f"gene_{i}" for i in range(n_genes)])
-    exact = largest_exact(matrix.dtype) if hasattr(matrix, "dtype") else np.inf
-    return Table(counts, genes, _obs_of(obs, cells, rows, counts.shape), "counts", "Pass the raw counts.", exact=exact)
+    limit = limit_of(getattr(matrix, "dtype", None))
+    return Table(counts, genes, _obs_of(obs, cells, rows, counts.shape), "counts", "Pass the raw counts.", limit=limit)
 
 
 def _obs_of(
@@ -244,15 +257,15 @@ def read(
     fill_missing_genes: bool,
     allow_non_integer: bool,
     allow_new_batches: bool = False,
-) -> tuple[Counts, np.ndarray, Schema]:
+) -> tuple[Counts, Covariates, Schema]:
     """Validate a table, and match it with a schema or learn one.
 
     Returns
     -------
     counts
         (cells, genes), genes in the order of the schema.
-    covariates
-        (cells, covariates), float32.
+    gamma
+        (cells, covariates).
     schema
         The one given, or learnt.
     """
@@ -264,6 +277,7 @@ def read(
     counts, genes, learning = table.counts, table.genes, schema is None
     if schema is None:
         warn_of_features(table.var)
+        warn_of_swapped_names(genes, table.obs.index)
         schema = Schema.learn(genes, table.obs, table.place, *annotations)
     else:
         schema.check_columns(*annotations)
@@ -276,9 +290,12 @@ def read(
         table.source,
         table.hint,
         allow_non_integer=allow_non_integer,
-        exact=table.exact,
+        limit=table.limit,
     )
-    _warn_of_zeros("cell", table.obs.index[cell_totals(counts) == 0])
+    totals = cell_totals(counts)
+    _warn_of_zeros("cell", table.obs.index[totals == 0])
+    if learning and not allow_non_integer:
+        _warn_of_one_total(totals, table)
     if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
     return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
@@ -295,6 +312,16 @@ def _check_names(table: Table) -> None:
         warn(
             f"cell names occur more than once: {quoted(doubled)}. Tables and messages cannot tell these cells apart; "
             "adata.obs_names_make_unique() gives each its own name."
+        )
+
+
+def _warn_of_one_total(totals: np.ndarray, table: Table) -> None:
+    """Warn of cells that were normalised to one total and rounded; counts that were thinned to one have it exactly."""
+    spread, by_rounding = np.ptp(totals), len(table.genes)  # half a count per gene up or down
+    if len(totals) >= LEAST_CELLS and 0 < spread < min(EQUAL * totals.mean(), by_rounding):
+        warn(
+            f"all {len(totals)} cells have a total of {totals.min():.0f} to {totals.max():.0f} in {table.source}, as "
+            f"where values were normalised and then rounded. Rounding does not make counts of them. {table.hint}"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.data.names import warn_of_numbered_genes
+from pyro_scvi.data.covariates import MEAN, NONE, Covariates, Numbers, Part, Words
+from pyro_scvi.data.names import other_forms, warn_of_numbered_genes
 from pyro_scvi.data.obs_columns import (
     categories,
     has_order,
@@ -305,18 +306,19 @@ class Schema:
         positions = query.get_indexer(wanted)
         missing = wanted[positions < 0]
         n_matched = self.n_genes - len(missing)
+        forms = other_forms(missing, query[~query.isin(wanted)])
         summary = f"{n_matched} of the {self.n_genes} genes of the schema are in the query"
         if n_matched == 0:
             raise SchemaError(
-                f"{summary}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}."
+                f"{summary}: it expects names like {quoted(wanted, 3)}, the query's are {quoted(query, 3)}.{forms}"
             )
         if len(missing) and not fill_missing:
             raise SchemaError(
                 f"{summary}; {len(missing)} are missing: {quoted(missing)}. "
-                "Pass fill_missing_genes=True to count them as zero in every cell."
+                f"Pass fill_missing_genes=True to count them as zero in every cell.{forms}"
             )
         if len(missing):
-            text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}."
+            text = f"{summary}; {len(missing)} are filled with zeros: {quoted(missing)}.{forms}"
             warn(text)
         warn_of_numbered_genes(wanted, query)
         if len(query) > n_matched:
@@ -324,11 +326,12 @@ class Schema:
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
 
-    def encode(self, obs: pd.DataFrame, *, allow_new_batches: bool = False) -> np.ndarray:
-        """One-hot batches and categories, standardised covariates, one-hot labels, log size factor, float32.
+    def encode(self, obs: pd.DataFrame, *, allow_new_batches: bool = False) -> Covariates:
+        """One-hot batches and categories, standardised covariates, one-hot labels, log size factor: gamma.
 
-        (cells, covariates). Cells without a label, and all of them if there is no column of labels, have zeros there.
-        Cells of a batch that the schema does not know have the mean over the known ones if ``allow_new_batches``.
+        (cells, covariates), float32. Cells without a label have zeros there, all of them if there is no column of
+        labels. Cells of a batch that the schema does not know have the mean over the known ones if
+        ``allow_new_batches``.
 
         Raises
         ------
@@ -342,24 +345,21 @@ class Schema:
         UserWarning
             If a covariate looks as if it were in another unit.
         """
-        encoded, places = np.zeros((len(obs), self.n_covariates), dtype=np.float32), self.columns
+        parts: dict[str, Part] = {}
         if self.batch is not None:
-            encoded[:, places[self.batch]] = self._batches(obs, self.batch, allow_new_batches)
+            parts[self.batch] = self._batches(obs, self.batch, allow_new_batches)
         for name, levels in zip(self.categories, self.levels, strict=True):
-            encoded[:, places[name]] = _one_hot(name, levels, *categories(obs, name, "category"), _NO_CATEGORY)
+            parts[name] = _words(name, levels, *categories(obs, name, "category"), _NO_CATEGORY)
         for name, mean, sd in zip(self.covariates, self.means, self.sds, strict=True):
             value = numbers(obs, name)
             require_near(name, value, mean, sd, obs.index)
             warn_of_units(name, value, mean, sd)
-            encoded[:, places[name].start] = (value - mean) / sd
-        if self.labels is not None and self.labels in obs.columns and obs[self.labels].notna().to_numpy().any():
-            labels, codes = labels_of(obs, self.labels)
-            encoded[codes >= 0, places[self.labels]] = _one_hot(
-                self.labels, self.label_names, labels, codes[codes >= 0], _NO_LABEL
-            )
+            parts[name] = Numbers(((value - mean) / sd).astype(np.float32))
+        if self.labels is not None:
+            parts[self.labels] = self._labels(obs, self.labels)
         if self.size_factor is not None:
-            encoded[:, places[self.size_factor].start] = np.log(positive(obs, self.size_factor))
-        return encoded
+            parts[self.size_factor] = Numbers(np.log(positive(obs, self.size_factor)).astype(np.float32))
+        return Covariates(len(obs), parts)
 
     def batch_position(self, name: Hashable) -> int:
         """Column of a batch among the one-hot columns; the batch of a column of numbers may be named by its number.
@@ -384,31 +384,36 @@ class Schema:
         unknown: np.ndarray = ~(gamma[:, : self.n_batches] == 1).any(1) & (self.n_batches > 0)
         return unknown
 
-    def _batches(self, obs: pd.DataFrame, batch: str, allow_new: bool) -> np.ndarray:
+    def _batches(self, obs: pd.DataFrame, batch: str, allow_new: bool) -> Words:
         found, codes = categories(obs, batch)
         if not allow_new:
-            return _one_hot(batch, self.batches, found, codes, _NO_BATCH)
+            return _words(batch, self.batches, found, codes, _NO_BATCH)
         if self.n_batches == 1 and found != list(self.batches):
             raise SchemaError(
                 f"column {batch!r} holds {quoted(found)}, and the schema knows one batch only, {self.batches[0]!r}: "
                 "its cells and those of a new batch would look alike. Fit without batch=, or with several batches."
             )
-        rows = np.full((len(found), self.n_batches), 1 / self.n_batches, dtype=np.float32)
-        for row, word in zip(rows, found, strict=True):
-            if word in self.batches:
-                row[:] = np.eye(self.n_batches)[self.batches.index(word)]
-        encoded: np.ndarray = rows[codes]
-        return encoded
+        positions = {word: place for place, word in enumerate(self.batches)}
+        return Words.of(np.array([positions.get(word, MEAN) for word in found])[codes], self.n_batches)
+
+    def _labels(self, obs: pd.DataFrame, name: str) -> Words:
+        """Labels of those cells that have one; none where there is no such column."""
+        positions = np.full(len(obs), NONE)
+        if name in obs.columns and obs[name].notna().to_numpy().any():
+            labels, codes = labels_of(obs, name)
+            known = codes >= 0
+            positions[known] = _words(name, self.label_names, labels, codes[known], _NO_LABEL).codes
+        return Words.of(positions, len(self.label_names))
 
 
-def _one_hot(name: str, known: Sequence[str], found: list[str], codes: np.ndarray, hint: str) -> np.ndarray:
-    """Rows of the unit matrix for ``codes`` into the words ``found``, in the order of the ``known`` words."""
+def _words(name: str, known: Sequence[str], found: list[str], codes: np.ndarray, hint: str) -> Words:
+    """Codes among the ``known`` words, from ``codes`` among the words ``found``."""
     if unseen := [word for word in found if word not in known]:
         raise SchemaError(
             f"column {name!r} holds {quoted(unseen)}, which the schema does not know; {hint.format(quoted(known))}"
         )
-    positions = np.array([known.index(word) for word in found], dtype=int)
-    return np.eye(len(known), dtype=np.float32)[positions[codes]]
+    positions = {word: place for place, word in enumerate(known)}
+    return Words.of(np.array([positions[word] for word in found], dtype=int)[codes], len(known))
 
 
 def _require_distinct(

@@ -45,7 +45,10 @@ def _solved(shape: Tensor, rate: Tensor, weight: Tensor, p: float) -> Tensor:
 
 
 def _start(shape: Tensor, rate: Tensor, weight: Tensor, p: float) -> Tensor:
-    """Log of the quantile of one Gamma distribution with the mixture's mean and variance (Wilson and Hilferty 1931)."""
+    """Log of the quantile of one Gamma distribution with the mixture's mean and variance.
+
+    See Wilson and Hilferty (1931).
+    """
     mean = (weight * shape / rate).sum(0)
     square = (weight * shape * (shape + 1) / rate.square()).sum(0)
     k = mean.square() / (square - mean.square()).clamp(min=1e-12)

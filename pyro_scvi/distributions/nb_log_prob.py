@@ -85,7 +85,7 @@ class _LogProb(torch.autograd.Function):
         mean, r = log_mean.exp(), log_r.exp()
         odds_of_mean = mean / r
         log_odds = torch.log1p(odds_of_mean)  # - log(1 - m)
-        zero = log_odds.mul(r).neg_()
+        zero = log_odds * -r
         if gate is None:
             out, softplus_gate = zero.clone(), None
         else:

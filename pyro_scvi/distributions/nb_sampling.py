@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pyro_scvi.distributions.nb_log_prob import FAR
 from pyro_scvi.distributions.selected_entries import Gathered, distinct, true_places
+from pyro_scvi.utils.cell_streams import each_cell
 from pyro_scvi.utils.random_bits import random_bits
 
 
@@ -19,8 +20,13 @@ def sample_counts(log_mean: Tensor, log_r: Tensor, p_kept: Tensor) -> Tensor:
     .. math:: y = k + Poisson(g\, (e^{\lambda / r} - 1)), \qquad g \sim Gamma(r, 1)
 
     Most counts are 0, and most of the others are 1. Gamma and Poisson variables are drawn for counts above 1 only. The
-    probability of these among positive counts is exact to 2^-24.
+    probability of these among positive counts is exact to 2^-24. Where cells have random streams of their own, each is
+    drawn alone.
     """
+    return each_cell(_sampled, log_mean, log_r, p_kept)
+
+
+def _sampled(log_mean: Tensor, log_r: Tensor, p_kept: Tensor) -> Tensor:
     log_mean, log_r = log_mean.clamp(-FAR, FAR), distinct(log_r).clamp(-FAR, FAR)
     r = log_r.exp()
     hazard = F.softplus(log_mean - log_r).mul_(r)  # lambda

@@ -19,20 +19,26 @@ from pyro_scvi.analysis.posterior_samples import (
     latent_sites,
     n_event,
     own_dims,
-    predicted,
     weighed_global_draws,
 )
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import cell_terms, entry_terms, global_terms, latent_terms, scored
 from pyro_scvi.guides.supported import EXPLICIT
-from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
+from pyro_scvi.inference.evaluation import (
+    USUAL,
+    drawn_from_prior,
+    draws_at_once,
+    evaluating,
+    law_given,
+    sampled_counts,
+    with_enumerated,
+)
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.cell_streams import cell_streams
+from pyro_scvi.utils.cell_streams import cell_streams, narrowed, per_cell
 from pyro_scvi.utils.checks import require_at_least
-from pyro_scvi.utils.random_state import seeded
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
@@ -68,7 +74,9 @@ def to_datatree(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataTree:
-    """Collect draws, densities, predictions and data of cells in an xarray DataTree with the groups of ArviZ's schema.
+    """Collect draws, densities, predictions and data in an xarray DataTree for ArviZ.
+
+    The groups are those of ArviZ's schema.
 
     - ``posterior``: z (chain, draw, cell, latent), l (chain, draw, cell), counts, other latents likewise, and global
       latents (chain, draw, ...) from the guide; with ``sites`` also w, y and h (chain, draw, cell, gene).
@@ -145,14 +153,15 @@ def to_datatree(
     require_at_least(1, samples=samples, batch_size=batch_size)
     check_sites(fit, sites)
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
-    gathered, start, of_others = _Gathered(cells.n_cells), 0, next(_seeds(seed))
+    gathered, start = _Gathered(cells.n_cells), 0
+    # Draws other than the sampler's have a seed of their own, so that the sampler's do not depend on them.
+    of_others = int(np.random.SeedSequence(seed).spawn(1)[0].generate_state(1)[0])
     with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
-        batches = batches_in_streams(fit, cells, batch_size, seed)
-        for (x, gamma), own_seed in zip(batches, _seeds(seed), strict=False):
+        for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
             draws = sampler.draw(fit.guide, x, gamma, samples)
             rows = slice(start, start := start + len(x))
             groups = _of_draws(fit, x, gamma, draws, extent)
-            with seeded(own_seed), cell_streams(of_others, cells.cell_names[rows]):
+            with cell_streams(of_others, cells.cell_names[rows]):
                 groups |= _replicated(fit, x, gamma, draws, extent)
             for group, values in groups.items():
                 gathered.fill(rows, group, {name: _by_chain(v, draws.chains) for name, v in values.items()}, DRAWN)
@@ -176,13 +185,6 @@ class _Extent(NamedTuple):
     prior_predictive: bool
 
 
-def _seeds(seed: int) -> Iterator[int]:
-    """A seed for each batch, for draws other than the sampler's, so that the sampler's do not depend on them."""
-    parent = np.random.SeedSequence(seed)
-    while True:
-        yield int(parent.spawn(1)[0].generate_state(1)[0])
-
-
 def _of_draws(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Extent) -> Groups:
     """Groups of the sampler's draws of these cells, each variable (samples, cells, ...)."""
     values = draw_sites(fit, x, gamma, draws, extent.sites)
@@ -194,9 +196,8 @@ def _replicated(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, extent: _Exten
     """Groups of draws other than the sampler's: of new cells, and of counts."""
     groups = _prior(fit, gamma, extent)
     if extent.posterior_predictive:
-        size = draws_at_once(x)
-        drawn = [_sampled(predicted(fit, x, gamma, part)) for part in _split(draws.sites, size)]
-        groups["posterior_predictive"] = {"x": _counted(torch.cat(drawn))}
+        sites = with_enumerated(fit.guide, x, gamma, draws.sites)
+        groups["posterior_predictive"] = {"x": _counted(sampled_counts(fit.guide, x, gamma, sites))}
     return groups
 
 
@@ -232,17 +233,18 @@ def _prior(fit: Fit, gamma: Tensor, extent: _Extent) -> Groups:
         }
     }
     if extent.prior_predictive:
-        size = len(gamma) * draws_at_once(gamma.new_empty(len(gamma), fit.model.n_genes))
-        blocks = zip(many.split(size), _split(sites, size), strict=True)
-        counts = torch.cat([_sampled(law_given(fit.guide, None, rows, part)) for rows, part in blocks])
-        groups["prior_predictive"] = {"x": _counted(counts.reshape(*shape, -1))}
+        groups["prior_predictive"] = {"x": _counted(_new_counts(fit, many, sites, len(gamma)).reshape(*shape, -1))}
     return groups
 
 
-def _sampled(law: Any) -> Tensor:
-    """Counts drawn from their distribution, (..., cells, genes)."""
-    counts: Tensor = law.sample()
-    return counts
+def _new_counts(fit: Fit, gamma: Tensor, sites: dict[str, Tensor], n_cells: int) -> Tensor:
+    """Counts (samples x cells, genes) of new cells, rows for all ``n_cells`` in turn."""
+    size, counts = draws_at_once(gamma.new_empty(USUAL, fit.model.n_genes)), list[Tensor]()
+    for rows, part in zip(gamma.split(size * n_cells), _split(sites, size * n_cells), strict=True):
+        law: Any = law_given(fit.guide, None, rows, part)
+        with narrowed(torch.arange(len(rows)) % n_cells), per_cell():
+            counts.append(law.expand((1, *law.batch_shape)).sample()[0])
+    return torch.cat(counts)
 
 
 def _of_moderate_size(fit: Fit) -> tuple[str, ...]:

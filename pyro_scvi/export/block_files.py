@@ -102,7 +102,7 @@ class _Zarr(Format):
         if left > free:
             warn(
                 f"the results in {path} may take {left / 1e9:.3g} GB more, less what compression saves, and its disk "
-                f"has {free / 1e9:.3g} GB left. A full disk ends the run at a block; the same call goes on."
+                f"has {free / 1e9:.3g} GB left. A full disk ends the run at a block; the same call continues."
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
@@ -56,7 +56,9 @@ def write(
     seed: int = 0,
     progress: bool = True,
 ) -> int:
-    """Apply functions to cells block by block and write the results into an AnnData on disk, in constant memory.
+    """Apply functions to cells block by block and write the results into an AnnData on disk.
+
+    The memory needed does not grow with the number of cells.
 
     A result of shape (cells, genes) becomes a layer under the verb's name. One of shape (cells,) becomes a column of
     ``obs``, any other (cells, ...) an ``obsm`` entry, and a DataFrame the columns ``name_column``. Every block
@@ -207,9 +209,17 @@ def _require_alike(name: str, columns: list[_Column], first: list[_Column]) -> N
 
 def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any]:
     names = "\n".join(map(str, cells.cell_names)).encode()
-    told = {"cell names": names, "totals": cells.totals.tobytes(), "covariates": cells.covariates.tobytes()}
+    told: dict[str, Iterable[bytes]] = {"cell names": [names], "totals": [cells.totals.tobytes()]}
+    told["covariates"] = cells.gamma.blocks()
     arrays = {"arrays": [column.shape for some in columns.values() for column in some]}
-    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in told.items()} | arrays
+    return {name: _digest_of(content)[:16] for name, content in told.items()} | arrays
+
+
+def _digest_of(content: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _identity(verb: Verb) -> str:
@@ -325,7 +335,7 @@ class _Results:
     def _lost(self, reason: Any) -> DataError:
         return DataError(
             f"{self.path}: a block could not be written: {_line(reason)}. The blocks marked as done are "
-            "safe; mend that, and the same call goes on with the others"
+            "safe; mend that, and the same call continues with the others"
         )
 
 
@@ -357,5 +367,5 @@ def _reserve(kind: Format, path: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"there is no room for all results in {path}: {_line(error)}. No block was computed; make room, and "
-            "the same call goes on"
+            "the same call continues"
         ) from error

@@ -55,7 +55,9 @@ def annotate(
     allow_non_integer: bool = False,
     allow_new_batches: bool = False,
 ) -> None:
-    """Write the embedding of the cells, and on request their expression, into ``adata``, leaving raw counts unchanged.
+    """Write the embedding, and on request expression, into ``adata``.
+
+    Raw counts stay unchanged.
 
     ``obsm["X_pyro_scvi"]`` holds E[z | x], (cells, latents); ``obsm["X_pyro_scvi_expression_pca"]`` principal
     components of the expression decoded from it, (cells, components); ``layers["pyro_scvi_expression"]`` E[w | x],
@@ -178,7 +180,9 @@ def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:
 def add_rank_genes_groups(
     adata: AnnData, table: pd.DataFrame, groupby: str, *, key: str = "rank_genes_groups", overwrite: bool = False
 ) -> None:
-    r"""Write a table of differential expression where scanpy's ``pl.rank_genes_groups`` plots expect it.
+    r"""Write a table of differential expression where scanpy's plots look for it.
+
+    These are ``pl.rank_genes_groups`` and its relatives.
 
     Of a table of :class:`~pyro_scvi.differential.GroupMeans`, ``scores`` hold ``z``, ``logfoldchanges`` ``lfc``,
     ``pvals`` ``p_value`` and ``pvals_adj`` ``q_value``. Genes that were not tested have a score and a fold change of 0

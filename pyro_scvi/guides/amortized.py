@@ -25,10 +25,12 @@ class Code(NamedTuple):
 
 
 class AmortizedGuide(Guide):
-    """A guide whose locations and scales come from an encoder network (Lopez et al. 2017, Sec. 2).
+    """A guide whose locations and scales come from an encoder network.
 
-    The network's own head is for z, or for the first latent of the program if there is no z. Every other latent has a
-    linear head on the hidden units.
+    See Lopez et al. (2017), Sec. 2.
+
+    The network's own head is for z, or for the first latent of the program if there is no z; for the library size only
+    if this is the only one. Every other latent has a linear head on the hidden units.
 
     Parameters
     ----------
@@ -83,7 +85,7 @@ class AmortizedGuide(Guide):
                     initial_sd=initial_sd,
                 )
             self.own_encoder = encoder
-            if self.coordinates.library:
+            if self._library_has_head:
                 self.library = nn.Linear(self.encoder.n_hidden, 2)
                 initialise(self.library, initial_sd)
             self.heads = nn.ModuleList(self._head(site, initial_sd) for site in self._others())
@@ -91,17 +93,14 @@ class AmortizedGuide(Guide):
 
     @property
     def encoded(self) -> str:
-        """The latent that the network's own head is for.
+        """The latent that the network's own head is for."""
+        names = [name for name, site in self.coordinates.local.items() if site is not self.coordinates.library]
+        return names[0] if names else "l"
 
-        Raises
-        ------
-        ModelError
-            If the program has no latent but the library size.
-        """
-        others = [name for name, site in self.coordinates.local.items() if site is not self.coordinates.library]
-        if not others:
-            raise ModelError("the program has no latent of the cells that an encoder could be for")
-        return others[0]
+    @property
+    def _library_has_head(self) -> bool:
+        """Whether the library size has a layer of its own, because the network is for another latent."""
+        return self.coordinates.library is not None and self.encoded != "l"
 
     def _others(self) -> list[LocalSite]:
         own = (self.encoded, "l" if self.coordinates.library else None)
@@ -126,7 +125,7 @@ class AmortizedGuide(Guide):
         encoded = self.encoder(x, gamma)
         loc, scale = {self.encoded: encoded.loc}, {self.encoded: encoded.log_scale.exp()}
         if self.coordinates.library:
-            shift, log_scale = self.library(encoded.hidden).split(1, -1)
+            shift, log_scale = self.library(encoded.hidden).split(1, -1) if self._library_has_head else encoded[1:]
             # Starts l at the total, with a sd of exp(-2) = 0.14 on the log scale.
             loc["l"], scale["l"] = torch.log1p(x.sum(-1, keepdim=True)) + shift, (log_scale - 2).exp()
         for site, head in zip(self._others(), self.heads, strict=True):
@@ -148,7 +147,9 @@ class AmortizedGuide(Guide):
 
 
 class DiagonalNormal(AmortizedGuide):
-    r"""The paper's guide: independent normals, located and scaled by a network (Lopez et al. 2017, Sec. 2).
+    r"""The paper's guide: independent normals whose mean and scale an encoder computes.
+
+    See Lopez et al. (2017), Sec. 2.
 
     .. math:: q(z_n | x_n) = Normal(m(x_n), diag(s(x_n)^2)), \qquad q(l_n | x_n) = LogNormal(a(x_n), b(x_n)^2)
 

@@ -9,7 +9,7 @@ from torch import BoolTensor, Tensor
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.broadcasting import require_broadcasting
-from pyro_scvi.guides.coordinates import Coordinates, LocalSite
+from pyro_scvi.guides.coordinates import Coordinates, LocalSite, require_continuous
 from pyro_scvi.guides.global_latents import GlobalGuide, global_latents
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import require_supported
@@ -25,7 +25,9 @@ LANDMARKS = 64
 
 
 class Guide(Component):
-    r"""q(latents | x), with the arguments and site names of the model's program (Lopez et al. 2017, Sec. 2).
+    r"""q(latents | x), with the arguments and site names of the model's program.
+
+    See Lopez et al. (2017), Sec. 2.
 
     .. math:: q(z, l | x) = \prod_n q(z_n | x_n)\, q(l_n | z_n, x_n)
 
@@ -53,9 +55,9 @@ class Guide(Component):
     Raises
     ------
     ModelError
-        If ``model`` is no SCVI, its program has a site that is not supported, its prior is Flat and q has a density, or
-        ``global_guide`` makes nothing that will do. When called, if there are no counts, or genes, covariates or rows
-        do not agree.
+        If ``model`` is no SCVI, its program has a site that is not supported or no continuous latent of the cells, its
+        prior is Flat and q has a density, or ``global_guide`` makes nothing that will do. When called, if there are no
+        counts, or genes, covariates or rows do not agree.
 
     Examples
     --------
@@ -102,6 +104,7 @@ class Guide(Component):
             Naming the site.
         """
         require_supported(self.model, self.coordinates.latents() | self.weights.latents())
+        require_continuous(self.coordinates)
         require_broadcasting(self.model, self.coordinates, self.weights.medians())
 
     def require_prior(self) -> None:

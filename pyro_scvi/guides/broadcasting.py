@@ -10,7 +10,8 @@ from pyro_scvi.discovery import like
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates
 from pyro_scvi.guides.log_joint import cell_terms, scored
-from pyro_scvi.guides.supported import conditional, is_packaged
+from pyro_scvi.guides.packaged import is_packaged
+from pyro_scvi.guides.supported import conditional
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.random_state import seeded
@@ -37,13 +38,21 @@ def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: 
     for name in {name for look in looks for name in look if any(name not in other for other in looks)}:
         raise conditional(name)
     single = [{name: look[name] for name in coordinates.local} for look in looks]
-    stacked = {name: torch.stack([sites[name] for sites in single]) for name in coordinates.local}
-    # Of gamma = 0 nothing would be seen that gamma multiplies.
+    # Of gamma = 0 nothing would be seen that gamma multiplies; so each cell has each column at 1 in one of the looks.
     x, gamma = like(model).new_tensor([[1.0], [3.0]]).expand(-1, model.n_genes), model.varied_gamma(2)
+    for constants in (gamma, gamma.flip(0)):
+        _require_same(model, global_latents, single, x, constants)
+
+
+def _require_same(
+    model: SCVI, global_latents: dict[str, Tensor], single: list[dict[str, Tensor]], x: Tensor, gamma: Tensor
+) -> None:
+    """Compare densities at single values of the latents with those of their stack, and of two cells with each alone."""
+    stacked = {name: torch.stack([sites[name] for sites in single]) for name in single[0]}
     alone = torch.cat([_log_joint(model, global_latents, sites, x, gamma).reshape(1, -1) for sites in single])
     if not _gives(alone, lambda: _log_joint(model, global_latents, stacked, x, gamma)):
         raise ModelError(
-            f"{type(model).__name__}: the log density of a stack of draws of {list(coordinates.local)}, each (samples, "
+            f"{type(model).__name__}: the log density of a stack of draws of {list(stacked)}, each (samples, "
             "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
             "broadcast over leading dimensions"
         )

@@ -152,6 +152,24 @@ class Coordinates:
         return torch.stack(changes).sum(0) if changes else u.new_zeros(u.shape[:-1])
 
 
+def require_continuous(coordinates: Coordinates) -> None:
+    """Refuse a program without a continuous latent of the cells, of which guides and samplers are.
+
+    Raises
+    ------
+    ModelError
+        Naming the latents that it has.
+    """
+    if not coordinates.local:
+        names = list(coordinates.enumerated)
+        has = f"no latent of the cells but {names}, which it sums out" if names else "no latent of the cells"
+        raise ModelError(
+            f"the program has {has}, and guides and draws are of continuous ones: sample one on which nothing depends, "
+            "as pyro.sample('unused', dist.Normal(0.0, 1.0)) in the plate 'cells'; log p(x) and all posteriors stay "
+            "what they are"
+        )
+
+
 def _placed(found: list[TracedSite]) -> dict[str, LocalSite]:
     """The sites by name, each with its place after those before it."""
     for site in found:

@@ -20,7 +20,9 @@ AUXILIARY = "_flow"
 
 
 class InverseAutoregressiveFlow(AmortizedGuide):
-    r"""A diagonal normal transformed by autoregressive layers conditioned on the cell (Kingma et al. 2016, Sec. 4).
+    r"""A diagonal normal transformed by autoregressive layers conditioned on the cell.
+
+    See Kingma et al. (2016), Sec. 4.
 
     .. math:: u^0 \sim Normal(m(x_n), diag(s(x_n)^2)), \quad
         u^t = \sigma^t u^{t-1} + (1 - \sigma^t) \mu^t, \quad (\mu^t, \sigma^t) = f_t(u^{t-1}, x_n), \quad z_n = u^T

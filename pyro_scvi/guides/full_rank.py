@@ -1,5 +1,7 @@
 """Full-rank normal guide: all latents of a cell are correlated."""
 
+import warnings
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,9 @@ class FullRankNormal(AmortizedGuide):
     def build(self) -> None:
         """A head for the strict lower triangle of L."""
         n = self.coordinates.size
-        self.lower = nn.Linear(self.encoder.n_hidden, n * (n - 1) // 2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # there are no entries beside one latent
+            self.lower = nn.Linear(self.encoder.n_hidden, n * (n - 1) // 2)
         initialise(self.lower, 1e-3)
 
     def scale_tril(self, code: Code) -> Tensor:

@@ -24,6 +24,7 @@ from pyro_scvi.discovery import Kind, TracedSite
 from pyro_scvi.distributions.supports import bijection_to, require_coordinates, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import transform_distribution
+from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.guides.supported import Latent
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import Distribution
@@ -262,7 +263,7 @@ def found_globals(model: SCVI) -> dict[str, TracedSite]:
     found = {site.name: site for site in model.discovered() if site.kind is Kind.GLOBAL}
     for name, site in found.items():
         require_coordinates(site.law, f"the law of the global latent {name!r}")
-    if found and getattr(model.forward, "__func__", None) is not SCVI.forward:
+    if found and not is_packaged(model):
         _require_one_size(found, model.discovered(few=3))
     return found
 

@@ -106,7 +106,8 @@ def log_terms_at(
     """Log p(latents) and log p(x | latents) at u, (samples, cells) each."""
     trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
     of_latents, of_x = cell_terms(trace, *coordinates.local)
-    return of_latents + coordinates.log_abs_det(u), of_x
+    # A program with constants in double precision has such densities, and what samples is in the model's.
+    return (of_latents + coordinates.log_abs_det(u)).to(u.dtype), of_x.to(u.dtype)
 
 
 def enumerated_draws(

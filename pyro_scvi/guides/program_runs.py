@@ -65,7 +65,7 @@ def prior_draws(
     ModelError
         If the program cannot be run without counts.
     """
-    drawn = _Drawn(names)
+    drawn = _Drawn(names, gamma)
     with pyro.poutine.block(), drawn, pyro.poutine.condition(data=global_latents):
         _run(model, None, gamma.repeat(n, 1))
     return {name: drawn.values[name].reshape(n, len(gamma), *drawn.values[name].shape[1:]) for name in names}
@@ -116,14 +116,17 @@ class _Reached(Messenger):
 
 
 class _Drawn(Messenger):
-    """Keeps the values of the latents ``names``, and ends the run when it has all of them."""
+    """Keeps the values of the latents ``names``, in the precision of ``like``, and ends the run when it has all."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], like: Tensor) -> None:
         super().__init__()
+        self.like = like
         self.wanted, self.values = set(names), dict[str, Tensor]()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.wanted:
+            if msg["value"].is_floating_point():  # a prior may be made of constants in another one
+                msg["value"] = msg["value"].to(self.like.dtype)
             self.values[msg["name"]] = msg["value"]
             if self.values.keys() == self.wanted:
                 raise _Enough

@@ -22,6 +22,7 @@ from pyro_scvi.distributions.supports import (
 )
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.enumeration import is_enumerated
+from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.model import SCVI
@@ -79,17 +80,10 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     _require_proper([site for site in found if site.name != "z"])  # a prior of z is asked itself, by what needs it
     if not is_packaged(model):
         _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5, varied=True))
-    if getattr(model.forward, "__func__", None) is not SCVI.forward:
         _require_library(model)
     likelihood = model.likelihood
     if likelihood.explicit and type(likelihood).generate is not Likelihood.generate:
         _require_known([site for site in model.discovered(marginal=False) if site.name not in EXPLICIT], latents)
-
-
-def is_packaged(model: SCVI) -> bool:
-    """Whether all that the program runs is this package's."""
-    parts = (model, model.prior, model.likelihood, model.library, model.decoder, *model.weights.makers)
-    return all(type(part).__module__.startswith("pyro_scvi.") for part in parts) and "forward" not in vars(model)
 
 
 def require_drawable(model: SCVI) -> None:
@@ -199,7 +193,7 @@ def require_scaled(model: SCVI) -> None:
     ModelError
         Naming a site.
     """
-    if getattr(model.forward, "__func__", None) is SCVI.forward:
+    if is_packaged(model):
         return
     for site in model.discovered(n_cells=8):
         of_cell = site.kind in (Kind.LOCAL, Kind.ENUMERATED) or site.name == "x"

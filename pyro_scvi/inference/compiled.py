@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
@@ -38,10 +39,12 @@ class Recorded:
     ----------
     bound
         The evidence bound of a model and a guide.
+    prepare
+        Turns a step and an example of its arguments into what is called instead; None: what torch makes of it.
     """
 
-    def __init__(self, bound: Bound) -> None:
-        self.bound = bound
+    def __init__(self, bound: Bound, prepare: Callable[[Step, tuple[Any, ...]], Step] | None = None) -> None:
+        self.bound, self.prepare = bound, prepare or _compiled
         self.parameters = dict(bound.named_parameters())
         self.buffers = dict(bound.named_buffers())
         self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
@@ -64,7 +67,7 @@ class Recorded:
         if len(x) not in self.steps:
             with _compile_errors_explained("a training step"):
                 self._require_recordable()
-                self.steps[len(x)] = _compiled(self._step(n_cells), given)
+                self.steps[len(x)] = self.prepare(self._step(n_cells), given)
         with torch.no_grad():
             loss, gradients = self.steps[len(x)](*given)
         for name, gradient in zip(self.trained, gradients, strict=True):
@@ -202,14 +205,20 @@ class _WithGradient(torch.autograd.Function):
         return grad[..., None] * gradient, None, None
 
 
+def recording_of(function: Callable[..., Any], example: tuple[Any, ...]) -> GraphModule:
+    """The tensor operations of the function's run on the example; nothing is drawn or changed."""
+    with seeded(0):
+        # Not fake: constants of a model that are neither parameters nor buffers.
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+
+
 def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> Callable[..., Any]:
     """Record the function's run on the example, and compile the recording by a call on copies of the example.
 
     The compilers of some versions of torch draw random numbers themselves; the seed keeps these out of training.
     """
+    recording = recording_of(function, example)
     with seeded(0):
-        # Not fake: constants of a model that are neither parameters nor buffers.
-        recording = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
         # fallback_random: the same random numbers as without compiling.
         compiled: Callable[..., Any] = torch.compile(recording, options={"fallback_random": True})
         with torch.no_grad():

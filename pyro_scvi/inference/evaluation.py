@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -17,6 +18,9 @@ from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.random_state import seeded
+
+USUAL = 64
+"""Cells of a batch, unless the caller says otherwise."""
 
 
 @contextmanager
@@ -68,9 +72,25 @@ def law_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Te
     return observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
 
 
+def sampled_counts(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
+    """One draw of counts (samples, cells, genes) at every draw (samples, cells, ...) of all latents of cells."""
+    samples, shape = len(next(iter(sites.values()))), (len(gamma), guide.model.n_genes)
+    # Some draws at a time: samples x cells x genes would not fit the cache. How many must not depend on the cells.
+    drawn, size = list[Tensor](), draws_at_once(gamma.new_empty(USUAL, guide.model.n_genes))
+    for start in range(0, samples, size):
+        part = {name: value[start : start + size] for name, value in sites.items()}
+        law: Any = law_given(guide, x, gamma, part)
+        with per_cell():
+            drawn.append(law.expand((min(size, samples - start), *shape)).sample())
+    return torch.cat(drawn)
+
+
 def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Draws (samples, cells, 1) and, beside them, draws of the discrete latents from their conditional given these."""
-    if not guide.coordinates.enumerated:
+    """Draws (samples, cells, 1) and, beside them, draws of the discrete latents from their conditional given these.
+
+    Where ``sites`` have them already, they stay as they are.
+    """
+    if all(name in sites for name in guide.coordinates.enumerated):
         return sites
     fixed = guide.weights.medians()
     with per_cell():

@@ -12,6 +12,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.guides.global_draws import GlobalDraws, parsed_draws
 from pyro_scvi.inference.samplers import Draws, Sampler, require_sampler
+from pyro_scvi.utils.cell_streams import per_cell
 
 if TYPE_CHECKING:
     from pyro_scvi.data.cells import Cells
@@ -98,7 +99,8 @@ class Given:
         n_draws = len(made)
         if samples > n_draws:
             raise ModelError(f"there are {n_draws} draws of each cell, and {samples} are asked for: pass samples=")
-        order = made if samples == n_draws else made[torch.randperm(n_draws)[:samples].sort().values]
+        with per_cell():  # from the stream that cells share, which is the same in each batch
+            order = made if samples == n_draws else made[torch.randperm(n_draws)[:samples].sort().values]
         sites = {name: _shaped(site, self.sites[name][order][:, rows]).to(x) for name, site in local.items()}
         return Draws(sites, dict, self.chains if samples == n_draws else 1)
 

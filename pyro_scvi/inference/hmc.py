@@ -132,7 +132,10 @@ def _uniform(like: Tensor) -> Tensor:
 
 
 def _jumped(density: Whitened, mixture: Mixture, state: State) -> State:
-    """The state after a draw of the mixture is accepted or rejected for every chain (Tierney 1994, Sec. 2.3)."""
+    """The state after a draw of the mixture is accepted or rejected for every chain.
+
+    See Tierney (1994), Sec. 2.3.
+    """
     u = mixture.sample(len(state.v))
     new = density.at(density.inverse(u))
     log_ratio = new.value - mixture.log_prob(u) - state.value + mixture.log_prob(density.coordinates(state.v))
@@ -155,7 +158,10 @@ def _leap(density: Whitened, state: State, momentum: Tensor, size: Tensor, count
 
 
 class _DualAveraging:
-    """Dual averaging of log step sizes (cells,); t0 = 10, gamma = 0.05, kappa = 0.75 (Hoffman and Gelman 2014)."""
+    """Dual averaging of log step sizes (cells,); t0 = 10, gamma = 0.05, kappa = 0.75.
+
+    See Hoffman and Gelman (2014).
+    """
 
     def __init__(self, size: Tensor, target: float) -> None:
         self.size, self.target, self.time = size, target, 0

@@ -202,7 +202,9 @@ def refine(log_joint: LogJoint, loc: Tensor, scale: Tensor, *, steps: int, draws
         noise = torch.cat([half, -half])  # antithetic pairs: the gradient by loc has less noise
         u = loc + scale * (shift + log_stretch.exp() * noise)
         loss = -(log_joint(u).mean(0) + log_stretch.sum(-1)).sum()
-        shift.grad, log_stretch.grad = torch.autograd.grad(loss, [shift, log_stretch])
+        # Where the density overflows its slope is no number: the draws of the next step are others.
+        slopes = (of.nan_to_num(0.0, 0.0, 0.0) for of in torch.autograd.grad(loss, [shift, log_stretch]))
+        shift.grad, log_stretch.grad = slopes
         optimiser.step()
         schedule.step()
     return (loc + scale * shift).detach(), (scale * log_stretch.exp()).detach()
@@ -252,10 +254,12 @@ def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
     tril = in_float64(proposal.scale_tril)
     covariance = (1 - kept[..., None]) * covariance + kept[..., None] * (tril @ tril.mT)
     loc = (1 - kept) * mean + kept * old
-    jitter = 1e-8 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-    new_tril = torch.linalg.cholesky(covariance + jitter * eye)
-    return Proposal(put_back(loc, proposal.loc), put_back(new_tril, proposal.loc))
+    # Of each latent by itself: their scales may differ by many orders of magnitude.
+    jitter = 1e-8 * covariance.diagonal(dim1=-2, dim2=-1)
+    new_tril, failed = torch.linalg.cholesky_ex(covariance + jitter.diag_embed())
+    lost = (failed > 0)[:, None]  # where draws were so far apart that there is no factor, the old proposal is kept
+    loc, tril = loc.where(~lost, old), new_tril.where(~lost[..., None], tril)
+    return Proposal(put_back(loc, proposal.loc), put_back(tril, proposal.loc))
 
 
 def adapted_mixture(mixture: Mixture, draws: Tensor, log_weights: Tensor) -> Mixture:

@@ -8,8 +8,9 @@ from torch import Tensor
 from pyro_scvi.types import LogJoint
 
 NEIGHBOURS = 6  # a candidate is a peak if none of so many nearest ones has a higher density
-FEW, MANY = 6, 24  # starts that every cell climbs from, and cells with few genes or where the first find three modes
+FEW, MANY = 6, 24  # starts that every cell climbs from, and cells with few genes or where the first find several modes
 AT_FIRST, MODES = 3, 8  # modes that are looked for by few starts, and by many
+SEVERAL = 2  # modes found by few starts, from which on many are taken: who has two may have four
 STEPS = 16  # of a climb
 FIRST_STEP, GROWN, SHRUNK = 0.15, 1.3, 0.4  # of a climb, in standard deviations of the candidates; factors of the next
 DEFICIT = 10.0  # nats below the highest end, and half a nat for each latent, at which an end still counts
@@ -58,14 +59,14 @@ class Modes(NamedTuple):
 
 
 def separate_modes(
-    density: LogJoint, candidates: Tensor, values: Tensor, *, starts: int, modes: int, block: int
+    density: LogJoint, candidates: Tensor, values: Tensor, unit: Tensor, *, starts: int, modes: int, block: int
 ) -> Modes:
     """Climb from the most promising of the candidates (n, cells, size), and keep ends that a valley separates.
 
-    ``values`` (n, cells) are the densities there; one climb always starts at the highest of them. At most ``block``
-    points of a cell are evaluated at once, but 6 in any case.
+    ``values`` (n, cells) are the densities there; one climb always starts at the highest of them. ``unit`` (cells,
+    size) is how far candidates lie apart. At most ``block`` points of a cell are evaluated at once, but 6 in any case.
     """
-    unit, values = candidates.std(0).clamp(min=1e-6), values.nan_to_num(-torch.inf)
+    values = values.nan_to_num(-torch.inf)
     first = _at(candidates, _promising(candidates, values, unit, starts))
     climbs = [climbed(density, part, unit) for part in first.split(max(block, FEW))]
     ends, heights, ahead = (torch.cat(of) for of in zip(*climbs, strict=True))
@@ -78,15 +79,30 @@ def _at(points: Tensor, index: Tensor) -> Tensor:
 
 
 def _promising(candidates: Tensor, values: Tensor, unit: Tensor, n: int) -> Tensor:
-    """Indices (n, cells) of the highest candidate, of peaks far from what is higher, and of the highest other peaks."""
+    """Indices (n, cells) of the highest candidate, of peaks far from what is higher, and of the highest other peaks.
+
+    Where there are more than ``FEW``, half of these are candidates far from all others that are taken: a mode whose
+    candidates are all lower than their neighbours has no peak.
+    """
     block = max(1, PAIRS_AT_ONCE // len(candidates) ** 2)
     by_cells = zip((candidates / unit).split(block, 1), values.split(block, 1), strict=True)
     remote = torch.cat([_remoteness(*part) for part in by_cells], -1)
     n = min(n, len(candidates))
-    far = remote.topk((n + 1) // 2, 0).indices
+    apart = max(n - FEW, 0) // 2
+    far = remote.topk((n - apart + 1) // 2, 0).indices
     # Candidates that are no peak only make up the number.
-    high = (values + PEAK.to(values) * (remote > 0)).scatter(0, far, -torch.inf).topk(n // 2, 0).indices
-    return torch.cat([far, high])
+    high = (values + PEAK.to(values) * (remote > 0)).scatter(0, far, -torch.inf).topk((n - apart) // 2, 0).indices
+    return _with_others_apart(candidates / unit, torch.cat([far, high]), apart)
+
+
+def _with_others_apart(points: Tensor, taken: Tensor, n: int) -> Tensor:
+    """The indices ``taken`` (k, cells), then n times that of the point farthest from all before (Gonzalez 1985)."""
+    nearest = torch.cdist(points.transpose(0, 1), _at(points, taken).transpose(0, 1)).amin(-1).T
+    indices = [taken]
+    for _ in range(n):
+        indices.append(nearest.argmax(0, keepdim=True))
+        nearest = torch.minimum(nearest, (points - _at(points, indices[-1])).norm(dim=-1))
+    return torch.cat(indices)
 
 
 def _remoteness(points: Tensor, values: Tensor) -> Tensor:
@@ -129,7 +145,7 @@ def _separated(density: LogJoint, ends: Tensor, heights: Tensor, ahead: Tensor, 
     while len(places) < modes and (not present or present[-1].any()):
         taken = heights.where(alive, -torch.inf).argmax(0, keepdim=True)
         places.append(_at(ends, taken)[0])
-        present.append(alive.any(0))
+        present.append(alive.any(0) | (not present))  # the first in any case: where nothing has mass, k-hat tells
         if len(places) < modes:
             lowest = _lowest_between(density, ends, places[-1], block)
             alive = alive & (torch.minimum(heights, heights.gather(0, taken)) - lowest > VALLEY)

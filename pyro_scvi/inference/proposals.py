@@ -25,13 +25,15 @@ from pyro_scvi.inference.importance import (
     refine,
     weighted_draws,
 )
-from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, Modes, separate_modes
+from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, SEVERAL, Modes, separate_modes
 from pyro_scvi.inference.refinement import DensityOf, fitted_normal
 from pyro_scvi.inference.rounds import drawn_in_rounds
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import narrowed
 
 CANDIDATES = 64  # prior draws that compete with the guide as a start
+NARROWEST, WIDEST = 1e-3, 3.0  # standard deviations of the prior, between which a cell's scale starts
+LEAST_UNIT = 1e-6  # of a climb's steps, where all candidates are one
 MARGIN = 10.0  # nats by which they must win; smaller differences in density say little about where the mass is
 EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
 LEAST_ROUNDS = 2  # of the adaptation of a mixture
@@ -121,7 +123,9 @@ class Posteriors:
 
     def started(self, *, steps: int, rounds: int, samples: int = 500) -> list[Fitted]:
         """The same, before the proposals of cells with one mode are adapted to draws."""
-        modes, scale = self._modes(), self.guide.start(self.x, self.gamma)[1].detach()
+        points, values = self.candidates()
+        unit = torch.minimum(points.std(0), WIDEST * self._prior_scale(points)).clamp(min=LEAST_UNIT)
+        modes, scale = self._modes(points, values, unit), self.scale_near(points)
         made, alone = list[Fitted](), modes.alone
         if len(alone):
             made.append(self._at_only_mode(alone, modes.places[0, alone], scale[alone], steps))
@@ -129,6 +133,20 @@ class Posteriors:
             mixture = self._mixture(modes, scale, steps)
             made.append(self._adapted(mixture, modes.several, rounds, samples))
         return made
+
+    def scale_near(self, points: Tensor) -> Tensor:
+        """The guide's scale (cells, size), not far from that of the draws from the prior among candidates.
+
+        An untrained guide knows no scales: gradient steps would not lead from it to those of the posterior.
+        """
+        _, scale = self.guide.start(self.x, self.gamma)
+        prior = self._prior_scale(points)
+        return scale.detach().maximum(NARROWEST * prior.nan_to_num(posinf=0.0)).minimum(WIDEST * prior)
+
+    def _prior_scale(self, points: Tensor) -> Tensor:
+        """Standard deviation (cells, size) of the draws from the prior among candidates; infinite if there are none."""
+        from_prior = points[1 + len(self.guide.landmarks_for(points[0])) :]
+        return from_prior.std(0) if len(from_prior) else torch.full_like(points[0], torch.inf)
 
     def _at_only_mode(self, rows: Tensor, loc: Tensor, scale: Tensor, steps: int) -> Fitted:
         """The cells with one mode, each with a normal fitted to it."""
@@ -138,21 +156,21 @@ class Posteriors:
             proposal = fitted_normal(part.density_of, loc, scale, steps=newton_steps, block=part.block)
         return Fitted(rows, part.density_of, part.block, proposal)
 
-    def _modes(self) -> Modes:
+    def _modes(self, points: Tensor, values: Tensor, unit: Tensor) -> Modes:
         """The modes that climbs find; a cell's only one is at the best candidate, unless this leads to no mass."""
-        points, values = self.candidates()
         values[0] += MARGIN
         # The program itself, even where a compiled density is at hand: each new shape would be compiled.
         density = self._density(log_joint)
         starts = min(max(ENTRIES // self.x.shape[1], FEW), MANY)
         modes = MODES if starts == MANY else AT_FIRST
-        found = separate_modes(density, points, values, starts=starts, modes=modes, block=self.block)
+        found = separate_modes(density, points, values, unit, starts=starts, modes=modes, block=self.block)
         if starts == MANY:
             return self._started(found, points, values)
-        many = (found.present.sum(0) == AT_FIRST).nonzero().squeeze(-1)
+        many = (found.present.sum(0) >= SEVERAL).nonzero().squeeze(-1)
         if len(many):
             more = self.of(many)._density(log_joint)
-            again = separate_modes(more, points[:, many], values[:, many], starts=MANY, modes=MODES, block=self.block)
+            of_many = points[:, many], values[:, many], unit[many]
+            again = separate_modes(more, *of_many, starts=MANY, modes=MODES, block=self.block)
             found = found.with_more(many, again)
         return self._started(found, points, values)
 
@@ -202,7 +220,7 @@ def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> t
     cells = Posteriors(guide, x, gamma, joint)
     points, values = cells.candidates()
     values[0] += MARGIN
-    return cells.density, _best(points, values), guide.start(x, gamma)[1].detach()
+    return cells.density, _best(points, values), cells.scale_near(points)
 
 
 def _best(points: Tensor, values: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class _Counted:
             cells = (self.held == parts).nonzero().squeeze(-1).to(log_weights.device)
             if len(cells):
                 columns[:, cells] = torch.stack(evidence_of(log_weights[: parts * self.length, cells]))
-        return Importance(*columns, draws, log_weights)
+        log_evidence, se, ess, khat = columns
+        return Importance(log_evidence, se, ess, khat, draws, log_weights)
 
 
 def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int) -> Importance:

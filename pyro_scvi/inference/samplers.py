@@ -91,7 +91,9 @@ class Amortized:
 
 @dataclass(frozen=True)
 class Refined:
-    """q refined for each cell by Newton steps on its own bound: a Student-t with mean and covariance of that normal.
+    """The guide refined for each cell by Newton steps on its own bound.
+
+    q is a Student-t with the mean and covariance of the normal that the steps lead to.
 
     A cell for which climbs from the guide, training cells and the prior find several modes gets one for each, with the
     shares of weighted draws. At least 500 draws of the proposal are made and resampled by their weights.
@@ -133,7 +135,9 @@ class Refined:
 
 @dataclass(frozen=True)
 class Importance:
-    r"""Draws resampled from an adapted proposal by importance weights; reliable for cells with ``khat`` below 0.7.
+    r"""Draws from an adapted proposal, resampled by importance weights.
+
+    They are reliable for cells with ``khat`` below 0.7.
 
     .. math:: P(s) \propto p(x_n, z^s, l^s) / q_n(z^s, l^s)
 
@@ -181,7 +185,9 @@ class Importance:
 
 @dataclass(frozen=True)
 class HMC:
-    r"""Hamiltonian Monte Carlo for every cell at once, in the coordinates v of a fitted proposal (Neal 2011).
+    r"""Hamiltonian Monte Carlo for every cell at once, in the coordinates v of a fitted proposal.
+
+    See Neal (2011).
 
     .. math:: H(v, m) = -\log p(x_n, u(v)) + \tfrac12 m^T m, \qquad u = loc + L v
 
@@ -251,7 +257,9 @@ class HMC:
 
 
 def resampled(draws: Tensor, log_weights: Tensor, samples: int) -> Tensor:
-    """``samples`` of the weighted draws (draws, cells, latents), by systematic resampling (Kitagawa 1996, Appendix).
+    """``samples`` of the weighted draws (draws, cells, latents), by systematic resampling.
+
+    See Kitagawa (1996), Appendix.
 
     With equal weights every draw comes once, or as often as every other.
     """

@@ -162,7 +162,7 @@ class Likelihood(Component):
         """
         if not self.explicit:
             raise ModelError(
-                f"{type(self).__name__} says nothing of w, y and h: only its marginal law of x is known. If it is a "
+                f"{type(self).__name__} has no w, y and h, only a marginal distribution of x. If it is a "
                 "Poisson law of a fixed or Gamma rate, set explicit = True"
             )
 

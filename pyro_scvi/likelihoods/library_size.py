@@ -35,8 +35,11 @@ class Library(Component, ABC):
         """Log mean count (..., cells, genes) from the decoder's head and the log library size."""
 
     @abstractmethod
-    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
-        """Set what the user did not give, from the totals (cells,) of the training cells."""
+    def start_from(self, totals: Tensor, gamma: Any) -> None:
+        """Set what the user did not give, from the totals (cells,) and covariates of the training cells.
+
+        ``gamma[:, columns]`` is an array (cells, columns), float32.
+        """
 
     def depth(self, total: Tensor, gamma: Tensor) -> Tensor:
         """What counts of cells are divided by to be compared, (cells, 1): the total, also where l is a latent."""
@@ -73,7 +76,7 @@ class NoLibrary(Library):
         """Log mean count: the head itself, (..., cells, genes)."""
         return eta
 
-    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+    def start_from(self, totals: Tensor, gamma: Any) -> None:
         """Nothing to take from the data."""
 
 
@@ -104,7 +107,7 @@ class LogNormalLibrary(Library):
         """Log mean count: the library size distributed over the genes, (..., cells, genes)."""
         return log_library + torch.log_softmax(eta, -1)
 
-    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+    def start_from(self, totals: Tensor, gamma: Any) -> None:
         """Take loc and scale from the totals (cells,) of the training cells, unless they were given."""
         log_totals = totals.clamp(min=1).log()
         if not self.loc_given:
@@ -122,7 +125,9 @@ class LogNormalLibrary(Library):
 
 
 class LatentLibrary(LogNormalLibrary):
-    r"""A latent size per cell, site ``l``, distributed over the genes (Lopez et al. 2018, Methods).
+    r"""A latent size per cell, site ``l``, distributed over the genes.
+
+    See Lopez et al. (2018), Methods.
 
     .. math:: l_n \sim LogNormal(loc_b, scale_b^2), \qquad \mu_{ng} = l_n\, softmax(\eta_n)_g
 
@@ -261,9 +266,9 @@ class SizeFactor(Library):
         """The size factor of every cell, (cells, 1), whatever its total."""
         return (gamma[..., self.columns] - self.loc).exp()
 
-    def start_from(self, totals: Tensor, gamma: Tensor) -> None:
+    def start_from(self, totals: Tensor, gamma: Any) -> None:
         """Take loc from the training cells."""
-        self.loc.copy_(gamma[:, self.columns].mean())
+        self.loc.copy_(torch.as_tensor(gamma[:, self.columns]).mean())
 
 
 def _numbers(value: Any, name: str) -> Tensor:

@@ -78,7 +78,9 @@ class NB(GammaPoisson):
 
 
 class ZINB(GammaPoisson):
-    r"""The paper's likelihood: negative binomial counts with technical zeros (Lopez et al. 2017, Sec. 1).
+    r"""The paper's likelihood: negative binomial counts with technical zeros.
+
+    See Lopez et al. (2017), Sec. 1.
 
     .. math:: p(x_{ng} | z_n) = \pi_{ng} 1[x_{ng} = 0] + (1 - \pi_{ng})\, NB(x_{ng}; \mu_{ng}, r_{ng})
 

@@ -18,7 +18,9 @@ DecoderPart = Callable[[int, int, Sequence[str], int], nn.Module]
 
 @dataclass(frozen=True)
 class MLPDecoder:
-    r"""Shared hidden layers and a linear head for each parameter of the likelihood (Lopez et al. 2017, Sec. 1).
+    r"""Shared hidden layers and a linear head for each parameter of the likelihood.
+
+    See Lopez et al. (2017), Sec. 1.
 
     .. math:: \eta_n = W\, h(z_n, \gamma_n) + b
 
@@ -56,7 +58,9 @@ class MLPDecoder:
 
 @dataclass(frozen=True)
 class LinearDecoder:
-    r"""Every parameter of the likelihood is linear in z and gamma, on the log or logit scale (Svensson et al. 2020).
+    r"""Every parameter of the likelihood is linear in z and gamma, on the log or logit scale.
+
+    See Svensson et al. (2020).
 
     .. math:: \eta_n = W z_n + C \gamma_n + b
 

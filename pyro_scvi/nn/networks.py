@@ -70,6 +70,11 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(n_hidden, n_genes) for name in heads})
         initialise(self, initial_sd)
 
+    def head_weights(self) -> list[nn.Parameter]:
+        """Weights of the heads that are trained, (genes, n_hidden) each: those with a prior are no parameters."""
+        weights = (head._parameters.get("weight") for head in self.heads.modules())
+        return [weight for weight in weights if weight is not None and weight.requires_grad]
+
     def forward(self, z: Tensor, gamma: Tensor) -> dict[str, Tensor]:
         """Heads by name, each (..., cells, genes), on the log or logit scale."""
         with _autocast(z):

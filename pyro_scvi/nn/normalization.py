@@ -10,7 +10,9 @@ from pyro_scvi.utils.checks import require_positive
 
 @dataclass(frozen=True)
 class BatchNorm:
-    r"""Batch normalisation of hidden units by their mean and variance over cells (Ioffe and Szegedy 2015, Alg. 1).
+    r"""Batch normalisation of hidden units by their mean and variance over cells.
+
+    See Ioffe and Szegedy (2015), Alg. 1.
 
     .. math:: \hat u_{nj} = a_j \frac{u_{nj} - m_j}{\sqrt{v_j + eps}} + b_j
 
@@ -49,7 +51,9 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    r"""Layer normalisation of hidden units by mean and variance over a cell's units (Ba, Kiros and Hinton 2016).
+    r"""Layer normalisation of hidden units by mean and variance over a cell's units.
+
+    See Ba, Kiros and Hinton (2016).
 
     .. math:: \hat u_{nj} = a_j \frac{u_{nj} - m_n}{\sqrt{v_n + eps}} + b_j
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results, Step
+from pyro_scvi.paper.summary import Finding
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Experiment:
         The numbers, made of the outcomes of the steps.
     pictures
         Function that draws the pictures into a folder.
+    claim, findings
+        What the paper says, and what was found: the report opens with these. "" for neither.
     """
 
     name: str
@@ -47,3 +50,5 @@ class Experiment:
     steps: Callable[[Budget], list[Step]]
     rows: Callable[[Results, Budget], list[Row]]
     pictures: Callable[[Results, Budget, Path], list[Picture]] = no_pictures
+    claim: str = ""
+    findings: Sequence[Finding] = ()

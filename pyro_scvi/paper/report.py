@@ -21,8 +21,22 @@ PAGE, MARKDOWN, CSV, JSON = "index.html", "report.md", "rows.csv", "rows.json"
 FILES = (PAGE, MARKDOWN, CSV, JSON)
 COLUMNS = ["experiment", *Row.__dataclass_fields__, "command"]
 
-TITLE = "Tables and figures of Lopez et al. (2017), made again"
+TITLE = "Tables and figures of Lopez et al. (2017), reproduced"
 WIDEST = 900  # CSS pixels of a picture
+SUMMARY, HOW_TO_READ, DETAILS = "Summary", "How to read the tables", "Details of "
+CLAIM, FOUND = "The paper:", "Found here:"
+
+READING = (
+    "A value stands with its error, as in 1.0 ± 0.1. The kind of error and the number n behind it are in the name of "
+    "the "
+    "column or of the table.",
+    "A letter in a header refers to the full name under the table. A number in square brackets refers to a note there.",
+    "NA is a number that could not be computed, for the reason in its note. A dash says that a system has no such "
+    "quantity, or was not asked for it. It may have no latents to condition on or refit, no bound, no probability of "
+    "dropout, no seed, or no fit of its own.",
+    "The column paper has the number that Lopez et al. (2017) printed in that place, if any. CPU s is the mean over "
+    "seeds.",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,22 @@ class Section:
     pictures: list[Picture]
     seconds: float
     command: str
+
+    @property
+    def found(self) -> list[str]:
+        """The sentences of what was found, as far as there are numbers for them."""
+        sentences = [finding.sentence(self.rows) for finding in self.experiment.findings]
+        return [sentence for sentence in sentences if sentence]
+
+    @property
+    def in_summary(self) -> bool:
+        """Whether the report opens with this experiment, and with its pictures."""
+        return bool(self.experiment.claim)
+
+    @property
+    def title(self) -> str:
+        """The heading of its tables."""
+        return f"{DETAILS}{self.experiment.title}" if self.in_summary else self.experiment.title
 
     @property
     def paragraphs(self) -> list[str]:
@@ -60,20 +90,12 @@ def write(experiments: Sequence[Experiment], results: Results, budget: Budget, f
 
 
 def introduction(budget: Budget) -> list[str]:
-    """Text that applies to every table, with a warning if the budget is too small to mean anything."""
+    """A warning if the budget is too small to mean anything."""
     quick = (
-        "This is a quick run on a few cells and epochs: it shows that every step works, its numbers mean nothing. "
+        "This is a quick run on a few cells and epochs. It shows that every step works; its numbers mean nothing. "
         "Numbers of cells, epochs, draws and seeds in the texts are those of a full run."
     )
-    return [
-        *[quick] * (budget == QUICK),
-        "Value ± error, with its kind and the number n behind it in the column's name or the table's; a letter in a "
-        "header leads to its full name, a number in square brackets to a note, both under the table. NA is a number "
-        "that was asked for and is not there, for the reason noted. A dash stands where a system has no such quantity "
-        "(no latents to condition on or refit, no bound, no probability of dropout, no seed, no fit of its own) or was "
-        "not asked for it. The column paper holds what Lopez et al. (2017) printed in that place, if anything. CPU s "
-        "is the mean over the seeds.",
-    ]
+    return [quick] if budget == QUICK else []
 
 
 def records(section: Section) -> list[dict[str, Any]]:
@@ -101,28 +123,29 @@ def read_rows(file: Path) -> list[Row]:
 
 def html(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
     """One page that needs no other file."""
-    parts: list[html_page.Section] = [("", list(notes))]
+    parts: list[html_page.Section] = [("", list(notes)), *_html_summary(sections), (HOW_TO_READ, list(READING))]
     for section in sections:
         blocks: list[str] = section.paragraphs
         for layout in laid_out(section.rows):
             blocks += [html_page.subheading(layout.heading)] if layout.heading else []
             blocks += [_html_table(layout), *[html_page.footnotes(_under(layout))] * bool(_under(layout))]
-        blocks += [_html_picture(picture) for picture in section.pictures]
-        parts.append((section.experiment.title, [*blocks, html_page.code(section.command)]))
+        blocks += [] if section.in_summary else [_html_picture(picture) for picture in section.pictures]
+        parts.append((section.title, [*blocks, html_page.code(section.command)]))
     return html_page.page(TITLE, [*parts, ("Versions", [about])])
 
 
 def markdown(sections: Sequence[Section], notes: Sequence[str], about: str) -> str:
     """The same as a text with its pictures beside it."""
-    parts = [f"# {TITLE}", *map(escaped, notes)]
+    parts = [f"# {TITLE}", *map(escaped, notes), *_markdown_summary(sections)]
+    parts += [f"## {HOW_TO_READ}", *map(escaped, READING)]
     for section in sections:
-        parts += [f"## {escaped(section.experiment.title)}", *map(escaped, section.paragraphs)]
+        parts += [f"## {escaped(section.title)}", *map(escaped, section.paragraphs)]
         for layout in laid_out(section.rows):
             parts += [f"**{escaped(layout.heading)}**"] if layout.heading else []
             parts.append(_markdown_table(layout))
             parts += ["\\\n".join(map(escaped, _under(layout)))] * bool(_under(layout))
-        for picture in section.pictures:
-            parts += [f"![{escaped(picture.alt)}]({picture.file.name})", escaped(picture.caption)]
+        if not section.in_summary:
+            parts += _markdown_pictures(section)
         parts.append(f"```sh\n{section.command}\n```")
     return "\n\n".join([*parts, escaped(about)]) + "\n"
 
@@ -143,6 +166,33 @@ def _section(experiment: Experiment, results: Results, budget: Budget, folder: P
     seconds = sum(results.of(step).seconds for step in steps.values())
     command = f"python -m pyro_scvi paper {experiment.name} --out DIR{' --quick' if budget == QUICK else ''}"
     return Section(experiment, rows, experiment.pictures(results, budget, folder), seconds, command)
+
+
+def _html_summary(sections: Sequence[Section]) -> list[html_page.Section]:
+    blocks: list[str] = []
+    for section in [each for each in sections if each.in_summary]:
+        blocks += [html_page.subheading(section.experiment.title), f"{CLAIM} {section.experiment.claim}"]
+        blocks += [" ".join([FOUND, *section.found])] * bool(section.found)
+        blocks += [_html_picture(picture) for picture in section.pictures]
+    return [(SUMMARY, blocks)] if blocks else []
+
+
+def _markdown_summary(sections: Sequence[Section]) -> list[str]:
+    parts: list[str] = []
+    for section in [each for each in sections if each.in_summary]:
+        parts += [f"### {escaped(section.experiment.title)}", f"**{CLAIM}** {escaped(section.experiment.claim)}"]
+        found = "\n".join(f"- {escaped(sentence)}" for sentence in section.found)
+        parts += [f"**{FOUND}**", found] if found else []
+        parts += _markdown_pictures(section)
+    return [f"## {SUMMARY}", *parts] if parts else []
+
+
+def _markdown_pictures(section: Section) -> list[str]:
+    return [
+        text
+        for picture in section.pictures
+        for text in (f"![{escaped(picture.alt)}]({picture.file.name})", escaped(picture.caption))
+    ]
 
 
 def _html_table(layout: Layout) -> html_page.Html:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 MANY = 2000  # genes beyond which they are drawn as pixels
+NAME_WIDTH = 30  # letters of a group's name
 _NEAR = 5  # points of length between a dot and its name
 _ANGLES = (45, 135, 315, 225, 90, 270, 67, 113, 293, 247)
 _DIRECTIONS = [
@@ -97,7 +99,8 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, level: float = 0.05,
     if genes.called.any():
         least = genes.evidence[genes.called].min()
         ax.axhline(least, color=INK, linewidth=0.8, linestyle=":", zorder=1, label=f"{kind.rate_name} {level:g}")
-    ax.set(xlabel="log2 fold change, a over b", ylabel=kind.evidence_name)
+    ax.set_xlabel(genes.groups.change, parse_math=False)
+    ax.set_ylabel(kind.evidence_name)
     return _finished(ax, genes, genes.change, genes.evidence, names)
 
 
@@ -142,7 +145,8 @@ def ma(table: pd.DataFrame, ax: Axes | None = None, *, level: float = 0.05, name
     x = np.log10(genes.mean)
     _draw(ax, genes, x, genes.change)
     ax.axhline(0, color=MISSING, linewidth=0.8, zorder=0)
-    ax.set(xlabel="log10 mean count of both groups", ylabel="log2 fold change, a over b")
+    ax.set_xlabel("log10 mean count of both groups")
+    ax.set_ylabel(genes.groups.change, parse_math=False)
     return _finished(ax, genes, x, genes.change, names)
 
 
@@ -170,10 +174,22 @@ _MEANS = _Kind("q_value", "q value", "p_value", "-log10 p value", _minus_log)
 _PAIRS = _Kind("expected_false_share", "expected false share", "p_lfc", "log10 odds of a change one way", _log_odds)
 
 
+class _Groups(NamedTuple):
+    """The names of the two groups, as the table gives them."""
+
+    a: str = "a"
+    b: str = "b"
+
+    @property
+    def change(self) -> str:
+        return f"log2 fold change, {self.a} over {self.b}"
+
+
 @dataclass(frozen=True)
 class _Genes:
-    """Names, coordinates, and whether tested and called, (genes,) each, the surest change first."""
+    """Names, coordinates, and whether tested and called, (genes,) each, the surest change first; and the groups."""
 
+    groups: _Groups
     names: np.ndarray
     change: np.ndarray
     evidence: np.ndarray
@@ -183,7 +199,7 @@ class _Genes:
 
     def take(self, rows: np.ndarray) -> _Genes:
         """Some of the genes, in this order."""
-        return _Genes(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return _Genes(self.groups, *(getattr(self, field.name)[rows] for field in fields(self)[1:]))
 
 
 def _genes(name: str, table: pd.DataFrame, level: float) -> tuple[_Kind, _Genes]:
@@ -215,7 +231,13 @@ def _placed(kind: _Kind, table: pd.DataFrame, level: float) -> _Genes:
         shown = ~tested & (mean > 0)
         change = np.where(shown, np.log2(a + EPSILON) - np.log2(b + EPSILON), change)
         evidence[shown] = 0
-    return _Genes(table.index.to_numpy().astype(str), change, evidence, mean, tested, tested & (rate <= level))
+    names = table.index.to_numpy().astype(str)
+    return _Genes(_groups(table), names, change, evidence, mean, tested, tested & (rate <= level))
+
+
+def _groups(table: pd.DataFrame) -> _Groups:
+    named = {side: table.attrs.get(f"group_{side}", side) for side in "ab"}
+    return _Groups(**{side: shorten(str(name), NAME_WIDTH, placeholder="...") for side, name in named.items()})
 
 
 def _draw(ax: Axes, genes: _Genes, x: np.ndarray, y: np.ndarray) -> None:
@@ -223,8 +245,8 @@ def _draw(ax: Axes, genes: _Genes, x: np.ndarray, y: np.ndarray) -> None:
     sides = {
         "not tested": (~genes.tested, MISSING, "x", 0.6),
         "not called": (genes.tested & ~genes.called, MISSING, "o", 0),
-        "higher in a": (genes.called & up, TRAIN, "o", 0),
-        "higher in b": (genes.called & ~up, HELD_OUT, "o", 0),
+        f"higher in {genes.groups.a}": (genes.called & up, TRAIN, "o", 0),
+        f"higher in {genes.groups.b}": (genes.called & ~up, HELD_OUT, "o", 0),
     }
     for label, (rows, colour, marker, width) in sides.items():
         if label == "not tested" and not rows.any():

@@ -42,7 +42,9 @@ class Projection(NamedTuple):
 
 
 def project(latent: np.ndarray | pd.DataFrame | xr.DataArray, *, seed: int = 0) -> Projection:
-    """Reduce an embedding (cells, latents) to two dimensions by UMAP, or return it if it has two.
+    """Reduce an embedding (cells, latents) to two dimensions by UMAP.
+
+    One of two dimensions is returned as it is.
 
     Principal components are used if umap-learn (a dependency of scanpy) is missing or fails, or if there are fewer
     cells than two neighbourhoods. The global random states are left as they were.

@@ -142,7 +142,7 @@ def _tails(counts: np.ndarray, n: int, u: np.ndarray) -> np.ndarray:
 
 
 def pit(values: ArrayLike, ax: Axes | None = None) -> Axes:
-    """Draw the histogram of probability integral transforms, uniform where predictions are calibrated.
+    """Draw the probability integral transforms: uniform where predictions are calibrated.
 
     The band contains each single bar's height with probability 95 %, for independent uniform values (binomial,
     pointwise: of twenty bars, one is expected outside). Values from the same cell or gene are not quite independent, so

@@ -1,5 +1,7 @@
 """Priors of z given columns of gamma: a mean for each category, and a component for each label."""
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from pyro_scvi.errors import ModelError
 from pyro_scvi.priors.base import ConditionalPrior
 from pyro_scvi.types import Distribution
-from pyro_scvi.utils.checks import brief, require_positive
+from pyro_scvi.utils.checks import brief, require_number, require_positive
 from pyro_scvi.utils.random_state import seeded
 
 __all__ = ["ByLabel", "Conditional"]
@@ -74,9 +76,14 @@ class ByLabel(ConditionalPrior):
     cell without one is p(x), the sum over labels. ``ps.predict_labels`` gives P(label | x). The decoder leaves the
     labels' columns out, unless ``decoder_columns`` says otherwise.
 
-    Where few cells have a label, fit these first, then go on with all: ``first = ps.fit(model, cells.take(known),
-    validation=0)``, ``ps.fit(first.model, cells, first.guide)``. Started on all, a component settles on whatever group
-    of cells chance has it, before the few labels say which is its own.
+    Few labels would be outvoted: a component settles on whatever group of cells chance has it. So in training mode, as
+    in ``ps.fit``, the log density of a cell with a label gets one term more (Kingma, Mohamed, Rezende and Welling 2014,
+    Eq. 9):
+
+    .. math:: \log p(z_n | c_n) + a \log P(c_n | z_n)
+
+    with a the ``label_weight``. ``train_loss`` holds this term, while ``held_out_loss``, evidence and every other verb
+    do not. It moves means, scales and networks, but not pi.
 
     Parameters
     ----------
@@ -86,14 +93,16 @@ class ByLabel(ConditionalPrior):
         Columns of gamma with the labels, ``cells.columns["cell_type"]``.
     weights
         None: pi is learned from the cells without a label. "uniform": the same for all labels.
+    label_weight
+        a, how much a label counts in training; 0: as p(z | c) says and no more.
     seed
         Of the initial means, standard normal; scales start at 1, weights equal.
 
     Raises
     ------
     ModelError
-        If n_latent is below 1, ``columns`` are no slice of gamma, weights is neither, or the seed is no integer of 0 or
-        more.
+        If n_latent is below 1, ``columns`` are no slice of gamma, weights is neither, label_weight is below 0, or the
+        seed is no integer of 0 or more.
 
     Examples
     --------
@@ -105,8 +114,18 @@ class ByLabel(ConditionalPrior):
 
     learned = True
 
-    def __init__(self, n_latent: int, columns: slice, weights: str | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        n_latent: int,
+        columns: slice,
+        weights: str | None = None,
+        *,
+        label_weight: float = 50.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(n_latent, columns)
+        require_number(label_weight, "label_weight")
+        self.label_weight = label_weight
         if weights not in (None, "uniform"):
             raise ModelError(f'weights must be None, to learn them, or "uniform"; got {brief(weights)}')
         with seeded(seed):
@@ -124,7 +143,10 @@ class ByLabel(ConditionalPrior):
         known = label.sum(-1, keepdim=True) > 0
         logits = torch.where(known, label.log(), self.logits.log_softmax(-1))  # (cells, 1, labels)
         parts = self.components().expand((*logits.shape[:-1], self.n_columns))
-        return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
+        which = dist.Categorical(logits=logits)
+        if self.training and self.label_weight:
+            return _Labelled(which, parts).with_labels(self, label)
+        return dist.MixtureSameFamily(which, parts)
 
     def components(self) -> Distribution:
         """The normals of the labels, batch shape (labels,)."""
@@ -132,5 +154,34 @@ class ByLabel(ConditionalPrior):
 
     def log_prob_of_labels(self, z: Tensor) -> Tensor:
         """Log P(label | z) (..., labels) of cells without a label, at z (..., latents)."""
-        joint = self.components().log_prob(z[..., None, :]) + self.logits.log_softmax(-1)
-        return joint.log_softmax(-1)
+        return self._joint(z, self.logits).log_softmax(-1)
+
+    def label_score(self, z: Tensor, label: Tensor) -> Tensor:
+        """Label_weight times log P(label | z) (...), 0 without a label; pi takes no gradient: labels are no sample."""
+        log_p = self._joint(z, self.logits.detach()).log_softmax(-1)
+        return self.label_weight * (label * log_p).sum(-1)
+
+    def _joint(self, z: Tensor, logits: Tensor) -> Tensor:
+        return self.components().log_prob(z[..., None, :]) + logits.log_softmax(-1)
+
+
+class _Labelled(dist.MixtureSameFamily):  # type: ignore[misc]
+    """The law of z in training: its log density counts labels more than once, so it integrates to one no more."""
+
+    prior: ByLabel
+    label: Tensor
+
+    def with_labels(self, prior: ByLabel, label: Tensor) -> "_Labelled":
+        """Itself, which now knows the labels (cells, 1, labels)."""
+        self.prior, self.label = prior, label
+        return self
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, and the score of the labels."""
+        density: Tensor = super().log_prob(value)
+        return density + self.prior.label_score(value, self.label)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Labelled":
+        """The same for more cells; torch's own would forget the labels."""
+        expanded: _Labelled = super().expand(batch_shape, _instance)
+        return expanded.with_labels(self.prior, self.label)

@@ -17,7 +17,9 @@ class ImproperUniform(dist.ImproperUniform):
 
 
 class Flat(Prior):
-    r"""No prior: z is a parameter of the cell (Lopez et al. 2017, Sec. 3.3). Only the guide Point can be fitted.
+    r"""No prior: z is a parameter of the cell. Only the guide Point can be fitted.
+
+    See Lopez et al. (2017), Sec. 3.3.
 
     .. math:: p(z_n) \propto 1
 

@@ -32,7 +32,9 @@ class Autoregressive(transforms.AffineAutoregressive):
 
 
 class Flow(Prior):
-    r"""A standard normal transformed by learned masked autoregressive layers T (Papamakarios et al. 2017, Sec. 3).
+    r"""A standard normal transformed by learned masked autoregressive layers T.
+
+    See Papamakarios et al. (2017), Sec. 3.
 
     .. math:: z_n = T(e_n), \quad e_n \sim Normal(0, I), \qquad
         \log p(z) = \log Normal(T^{-1}(z); 0, I) + \log |\det \partial T^{-1} / \partial z|

@@ -56,7 +56,9 @@ class GaussianMixture(Prior):
 
 
 class VampPrior(Prior):
-    r"""The aggregate posterior at learned pseudo-cells u_c, with learned weights (Tomczak and Welling 2018).
+    r"""The aggregate posterior at learned pseudo-cells u_c, with learned weights.
+
+    See Tomczak and Welling (2018).
 
     .. math:: z_n \sim \sum_c \pi_c\, q(z | u_c)
 

@@ -37,7 +37,9 @@ class StandardNormal(Prior):
 
 
 class ARDNormal(Prior):
-    r"""Normal with a learned scale per latent; latents that are not needed shrink (automatic relevance, Neal 1996).
+    r"""Normal with a learned scale for each latent, so that latents that are not needed shrink.
+
+    This is automatic relevance determination (Neal 1996).
 
     .. math:: z_{nk} \sim Normal(0, s_k^2)
 

@@ -10,7 +10,9 @@ from pyro_scvi.utils.checks import require_positive
 
 
 class LogisticNormal(Prior):
-    r"""Proportions, such as of topics: stick breaking of a normal in n_latent - 1 dimensions; K is n_latent.
+    r"""Proportions, such as those of topics, by stick breaking of a normal.
+
+    The normal has n_latent - 1 dimensions; K is n_latent.
 
     .. math:: e_{nk} \sim Normal(0, scale^2), \quad v_{nk} = logistic(e_{nk} - \log(K - k)), \quad
         z_{nk} = v_{nk} \prod_{j < k} (1 - v_{nj}), \quad z_{nK} = \prod_{j < K} (1 - v_{nj})

@@ -1,6 +1,6 @@
 """Priors on weights and dispersions: a model's parameters, chosen by name, become global latent variables."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -17,7 +17,14 @@ from pyro_scvi.nn.component import Component
 from pyro_scvi.types import Distribution
 from pyro_scvi.utils.checks import brief, require_kind, require_positive
 
-__all__ = ["ARDWeights", "HierarchicalWeights", "HorseshoeWeights", "NormalWeights", "RandomWalkWeights"]
+__all__ = [
+    "ARDWeights",
+    "HierarchicalWeights",
+    "HorseshoeWeights",
+    "LaplaceWeights",
+    "NormalWeights",
+    "RandomWalkWeights",
+]
 
 
 def __dir__() -> list[str]:
@@ -58,8 +65,48 @@ class NormalWeights(Component):
         return pyro.sample(name, _centred(like, torch.full_like(like, self.scale)))
 
 
+class LaplaceWeights(Component):
+    r"""Independent Laplace distributions: most weights small, some large.
+
+    For example, the loadings of few genes on a latent.
+
+    .. math:: W_{ij} \sim Laplace(0, scale)
+
+    Site: the parameter's own name, with its shape.
+
+    Parameters
+    ----------
+    scale
+        Mean absolute weight, above 0.
+
+    Raises
+    ------
+    ModelError
+        If scale is no finite number above 0.
+
+    Examples
+    --------
+    >>> sparse = {"decoder.heads.log_mean.weight": ps.weights.LaplaceWeights(0.5)}
+    >>> model = ps.SCVI(20, 2, decoder=ps.networks.LinearDecoder(), weight_priors=sparse)
+    >>> model.sites()[0]
+    Site(name='decoder.heads.log_mean.weight', law='Laplace', shape='20 x 2')
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        require_positive(scale, "scale")
+        self.scale = scale
+
+    def forward(self, name: str, like: Tensor) -> Tensor:
+        """Sample site ``name`` with the shape, device and dtype of ``like``."""
+        law = dist.Laplace(torch.zeros_like(like), torch.full_like(like, self.scale))
+        return pyro.sample(name, law.to_event(like.dim()))
+
+
 class ARDWeights(Component):
-    r"""A scale per input j, so that whole latents or hidden units can switch off (automatic relevance, Neal 1996).
+    r"""A scale for each input j, so that whole latents or hidden units can switch off.
+
+    This is automatic relevance determination (Neal 1996).
 
     .. math:: s_j \sim HalfCauchy(scale), \qquad W_{ij} \sim Normal(0, s_j^2)
 
@@ -95,7 +142,9 @@ class ARDWeights(Component):
 
 
 class HorseshoeWeights(Component):
-    r"""The horseshoe, not centred: most weights near zero, a few large (Carvalho, Polson and Scott 2010).
+    r"""The horseshoe: most weights near zero, a few large.
+
+    It is not centred. See Carvalho, Polson and Scott (2010).
 
     .. math:: W_{ij} = t\, l_{ij}\, e_{ij}, \quad t \sim HalfCauchy(scale), \quad l_{ij} \sim HalfCauchy(1), \quad
         e_{ij} \sim Normal(0, 1)
@@ -133,7 +182,7 @@ class HorseshoeWeights(Component):
 
 
 class HierarchicalWeights(Component):
-    r"""Normals with a common mean and scale, so that log dispersions borrow strength across genes.
+    r"""Normals with a common mean and scale: genes borrow strength from each other.
 
     .. math:: m \sim Normal(0, scale^2), \quad s \sim HalfNormal(scale), \quad W_i \sim Normal(m, s^2)
 
@@ -171,7 +220,7 @@ class HierarchicalWeights(Component):
 
 
 class RandomWalkWeights(Component):
-    r"""Rows that follow each other, such as the means of time points, differ little: a random walk over the rows.
+    r"""A random walk over rows, such as the means of time points: neighbours differ little.
 
     .. math:: W_{1j} \sim Normal(0, first^2), \qquad W_{tj} \sim Normal(W_{t-1, j}, scale^2)
 
@@ -240,6 +289,9 @@ WeightPrior = Callable[[str, Tensor], Tensor]
 SHARED = "prior.encoder."
 """Parameters that the guide shares, which computes with them outside the program."""
 
+TAKEN, HELD = "latent_parameters", "in_a_model"
+"""Attributes of a module: which of its parameters became latent variables, and that it is a part of some model."""
+
 
 class RandomWeights(nn.Module):
     """Replaces parameters of ``model``, chosen by name pattern, by latent variables with a prior.
@@ -261,16 +313,17 @@ class RandomWeights(nn.Module):
                     f"the prior of {pattern!r} must be an object such as ps.weights.NormalWeights(), or a function of "
                     f"a name and a tensor like the parameter, got {brief(prior)}"
                 )
+        _require_whole(model)
         self.makers = list(priors.values())
         self.priors = nn.ModuleList(prior for prior in self.makers if isinstance(prior, nn.Module))
         self.prior_of: dict[str, int] = {}
         for index, pattern in enumerate(priors):
-            for name in _matching(model, pattern):
-                owner, leaf = _owner(model, name)
-                start = getattr(owner, leaf).detach()
-                delattr(owner, leaf)
-                self.register_buffer(_slot(name), start, persistent=False)
-                self.prior_of[name] = index
+            self.prior_of |= dict.fromkeys(_matching(model, pattern, self.prior_of), index)
+        # Only now, so that parts stay whole where a pattern is refused.
+        for name in self.prior_of:
+            self.register_buffer(_slot(name), _taken_out(model, name), persistent=False)
+        for module in model.modules():
+            vars(module)[HELD] = True
         for pattern, prior in priors.items():
             require_owned(prior, f"prior of {pattern!r}", model, self)
 
@@ -320,9 +373,28 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the parameters that match a pattern."""
-    known = [name for name, _ in model.named_parameters()]
+def _require_whole(model: nn.Module) -> None:
+    """Refuse a part whose parameters another model has taken out of it."""
+    for path, module in model.named_modules():
+        if names := vars(module).get(TAKEN):
+            raise ModelError(
+                f"{path} {brief(module)} has been given to a model before, whose weight_priors made its {list(names)} "
+                "latent: make a new object for each model"
+            )
+
+
+def _taken_out(model: nn.Module, name: str) -> Tensor:
+    """The value of a parameter, which its module does not have any more."""
+    owner, leaf = _owner(model, name)
+    start: Tensor = getattr(owner, leaf).detach()
+    delattr(owner, leaf)
+    vars(owner)[TAKEN] = (*vars(owner).get(TAKEN, ()), leaf)
+    return start
+
+
+def _matching(model: nn.Module, pattern: str, taken: Container[str]) -> list[str]:
+    """Names of the parameters that match a pattern, without those taken by another pattern."""
+    known = [name for name, _ in model.named_parameters() if name not in taken]
     names = [name for name in known if fnmatchcase(name, pattern)]
     if shared := [name for name in names if name.startswith(SHARED)]:
         raise ModelError(
@@ -330,6 +402,11 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
         )
     if not names:
         raise ModelError(f"no parameter that may have a prior is called {pattern!r}; the model has {known}")
+    if held := [name for name in names if HELD in vars(_owner(model, name)[0])]:
+        raise ModelError(
+            f"{held} are parameters of an object that is a part of another model, too, which would lose them: make a "
+            "new object for each model"
+        )
     return names
 
 

@@ -81,7 +81,7 @@ class Checkpoints:
         content, start = self._read(config), state.good
         if not self.resume:
             raise CheckpointError(
-                f"{self.folder} holds a checkpoint after epoch {_epochs(content)}; pass resume=True to go on from it, "
+                f"{self.folder} holds a checkpoint after epoch {_epochs(content)}; pass resume=True to continue, "
                 "or another directory"
             )
         ours = self.facts(state.history) | {"run": self.run}
@@ -104,7 +104,7 @@ class Checkpoints:
             if config == archive.PREVIOUS:
                 raise
             epoch = _epochs(archive.read(self.folder, _KINDS, config=archive.PREVIOUS))
-            text = f"{error}; the one before it, after epoch {epoch}, is intact: delete {config} to go on from there"
+            text = f"{error}; the one before it, after epoch {epoch}, is intact: delete {config} to continue from there"
             raise CheckpointError(text) from error
 
     def _require_same(self, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -146,8 +146,10 @@ def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, An
 def _cells_digest(cells: Cells) -> dict[str, Any]:
     """Number of cells, and a digest of counts and covariates; counts on disk enter by their sums per cell and gene."""
     digest = hashlib.sha256()
-    for part in (*_digested_arrays(cells), cells.covariates):
+    for part in _digested_arrays(cells):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    for block in cells.gamma.blocks():
+        digest.update(block)
     return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
 
 

@@ -1,5 +1,6 @@
 """Distributed training: a single process, or the process group that torchrun started."""
 
+import math
 import os
 import re
 import warnings
@@ -29,6 +30,8 @@ __all__ = ["ProcessGroup", "Processes", "SingleProcess", "joined"]
 def __dir__() -> list[str]:
     return __all__
 
+
+LAST_PORT, MOST_DIGITS = 65_535, 9
 
 T = TypeVar("T")
 LossAndGrads = Callable[..., float]
@@ -220,7 +223,7 @@ class SingleProcess(Processes):
 
 @final
 class ProcessGroup(Processes):
-    """The processes of torch's process group: each trains on its own share of the cells with its own noise.
+    """The processes of torch's process group, each with its own share of the cells.
 
     The gradient of a step is that of the cells of all ranks together. Batch normalisation uses the statistics of each
     rank's own cells in training, and the mean of the ranks' running statistics afterwards. Keep ``batch_size`` at some
@@ -457,7 +460,8 @@ def _join(timeout: float | None) -> None:
     if timeout is not None and not timeout > 0:
         raise FitError(f"timeout must be seconds above 0, got {timeout!r}")
     cuda, waiting = torch.cuda.is_available(), None if timeout is None else timedelta(seconds=timeout)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _number("LOCAL_RANK", 0, math.inf)
+    _number("MASTER_PORT", 1, LAST_PORT)
     # Only fit knows where the ranks train: it refuses those that share a GPU, in all of them, so that none waits.
     if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
@@ -468,6 +472,19 @@ def _join(timeout: float | None) -> None:
             f"the ranks could not join ({_reason(error)}). Is the port used by another run? On one machine, start them "
             "by torchrun --standalone, which takes a free one; on several, choose another --master-port"
         ) from error
+
+
+def _number(name: str, least: int, most: float) -> int:
+    """An integer from the environment; ``least`` where it is not set, which torch itself refuses if it needs it."""
+    text = os.environ.get(name, str(least))
+    # Python converts no numbers of thousands of digits.
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS and least <= int(text) <= most):
+        ends = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
+        raise FitError(
+            f"the environment variable {name} is {text[:40]!r}, and must be an integer {ends}: torchrun sets it; start "
+            "the ranks by torchrun --standalone, or correct it"
+        )
+    return int(text)
 
 
 def _reason(error: Exception) -> str:

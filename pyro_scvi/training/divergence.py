@@ -34,9 +34,10 @@ def suspects(model: SCVI, guide: Guide, cells: Minibatches) -> str:
             guided = pyro.poutine.trace(guide).get_trace(x, gamma, index=rows)
             replayed = pyro.poutine.replay(model, trace=guided)
             nodes: Any = pyro.poutine.trace(replayed).get_trace(x, gamma, index=rows).nodes
-            site, z = nodes["x"], nodes["z"]
-            if not z["fn"].log_prob(z["value"]).isfinite().all():
-                return "the prior of z gives no finite density"
+            site = nodes["x"]
+            for name in guide.coordinates.local:
+                if not nodes[name]["fn"].log_prob(nodes[name]["value"]).isfinite().all():
+                    return f"the prior of {name} gives no finite density"
             lost = (~site["fn"].log_prob(site["value"]).isfinite()).cpu().numpy()
             if lost.any():
                 return f"no finite log probability for {_named(cells, rows.cpu().numpy(), lost)}"

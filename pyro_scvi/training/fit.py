@@ -50,6 +50,7 @@ def fit(
     patience: int | None = None,
     learning_rate: LearningRate = OneCycle(),
     eps: float = 1e-8,
+    head_sd: float | None = None,
     kl_weight: KLWeight = ConstantKL(),
     elbo: ELBO | None = None,
     data_start: bool = True,
@@ -93,9 +94,10 @@ def fit(
     compiled
         Whether steps are recorded once and compiled. This takes seconds to a minute at the start; a step then takes
         about two thirds of the time. It needs ``elbo=None`` and a C++ compiler (on CUDA: Triton). Steps with a KL
-        weight other than 1 are not compiled. Results are the same up to rounding. If a prior or network of your own
-        branches on values of tensors, this raises an error; other state that its Python changes between steps stays as
-        it was recorded.
+        weight other than 1 are not compiled. Results are the same up to rounding. With dropout the compiler may draw
+        the random numbers of a step in another order, and results are then as of another seed. If a prior or network of
+        your own branches on values of tensors, this raises an error; other state that its Python changes between steps
+        stays as it was recorded. Without it, long runs on a CPU replay recorded steps where these give the same bits.
     validation
         Cells held out to watch the bound: a share or number of ``cells``, or separate Cells; 0 for none. At most 2,048
         of them, evenly spaced, are evaluated. The fit returns the state of the epoch with the best held-out bound
@@ -105,6 +107,11 @@ def fit(
         Number of epochs without improvement of the held-out bound after which training stops; None: never.
     learning_rate, eps
         Schedule and epsilon of the Adam optimiser.
+    head_sd
+        Prior of the weights of the default decoder's heads, of which training finds the mode: each is Normal(0,
+        head_sd^2 / n_hidden), so that about this is the standard deviation over cells of a log mean, or of another
+        head. It counts as much for few cells as for many, and so keeps a fit to few cells from overfitting. The losses
+        of the history are without it. Biases have none, nor have weights in ``weight_priors``. None: no prior.
     kl_weight
         Weight of the KL divergence of the latents of the cells but the library size. The history always reports the
         untempered bound.
@@ -240,11 +247,12 @@ def _on_device(
 
 def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:
     """Set the genes' biases to their log mean counts, and the library size to the mean and sd of the log totals."""
-    totals, gamma = ranks.gather(cells.totals()), ranks.gather(cells.gamma.cpu().numpy())
+    totals, gamma = ranks.gather(cells.totals()), cells.covariates().gathered(ranks.gather)
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
-    model.library.start_from(torch.as_tensor(totals).float(), torch.as_tensor(gamma))
-    heads = getattr(model.decoder, "heads", {})  # a decoder of one's own may have others
-    bias = heads["log_mean"]._parameters.get("bias") if "log_mean" in heads else None  # None if it is latent
+    model.library.start_from(torch.as_tensor(totals).float(), gamma)
+    heads = getattr(model.decoder, "heads", None)  # a decoder of one's own may have others
+    head = heads["log_mean"] if isinstance(heads, torch.nn.ModuleDict) and "log_mean" in heads else None
+    bias = None if head is None else head._parameters.get("bias")  # None if it is latent
     if bias is not None:
         with torch.no_grad():
             bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none
@@ -311,7 +319,7 @@ def _tell(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> None:
 
 def _warn(made: Fit) -> None:
     if halvings := made.settings.get("halvings"):
-        text = f"the loss was no number; the learning rate was halved {halvings} times: start with a smaller one"
+        text = f"the loss was NaN or infinite; the learning rate was halved {halvings} times: start with a smaller one"
         warnings.warn(text, UserWarning, stacklevel=3)
     if interrupted := made.settings.get("interrupted"):
         text = f"training was interrupted by {interrupted}; this is the fit of the epochs that had ended"

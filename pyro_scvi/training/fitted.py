@@ -26,7 +26,9 @@ BY_HAND = "not by ps.fit: there is no history of it"
 
 @dataclass(eq=False)
 class Fit:
-    """A trained model, as :func:`fit` and :func:`load` return it, or made by hand after training with Pyro's own tools.
+    """A trained model with its guide, history and schema.
+
+    :func:`fit` and :func:`load` return it. Make one by hand after training with Pyro's own tools.
 
     Attributes
     ----------

@@ -29,7 +29,7 @@ _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = None) -> Fit:
-    """Read a fit that :meth:`Fit.save` wrote, or the best state so far from a checkpoint of an unfinished run.
+    """Read a fit that :meth:`Fit.save` wrote, or the best state in a checkpoint.
 
     Parameters
     ----------

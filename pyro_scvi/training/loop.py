@@ -20,12 +20,14 @@ from pyro_scvi.inference.compiled import NotCompiled, Recorded
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
+from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
 from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
+from pyro_scvi.training.replayed import replayed
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
 from pyro_scvi.utils.allocator import keep_freed_memory
@@ -34,7 +36,7 @@ from pyro_scvi.utils.progress_bars import progress_bar
 from pyro_scvi.utils.random_state import seed_generators
 
 WATCHED_IN_TRAINING = 256  # training cells whose bound is evaluated if no cells are held out
-KEPT_DRAWS = 2**14  # for the loss of the epoch that is kept, over all cells
+KEPT_DRAWS, MOST_OF_A_CELL = 2**14, 64  # for the loss of the epoch that is kept: over all cells, and of each
 LEAST_KL = -1e4  # nats per cell; an estimate below it means that parameters have diverged
 
 _log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class TrainingData(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Two ways to take the gradient of a step: by the programs, and by their compiled recording if there is one."""
+    """Two ways to take the gradient of a step: by the programs, and by their recording if there is one."""
 
     of_programs: LossAndGrads
     recorded: LossAndGrads
@@ -97,9 +99,11 @@ class Trainer:
         keep_freed_memory()
         parameters = unique_parameters((model, guide))
         by_programs = options.ranks.loss_and_grads(options.elbo, model, guide)
-        recorded = by_programs
+        bound = Bound(options.elbo, model, guide)
         if options.compiled:
-            recorded = options.ranks.reduced(Recorded(Bound(options.elbo, model, guide)), parameters)
+            recorded = options.ranks.reduced(Recorded(bound), parameters)
+        else:
+            recorded = replayed(bound, by_programs, data.sizes * options.epochs) if options.replays else by_programs
         # The user's eps is for gradients per cell. These are for all cells, and Adam is invariant to scaling both.
         optimiser = torch.optim.Adam(parameters, eps=options.eps * data.n_cells, fused=True)
         optimiser.zero_grad()  # of gradients of the caller, or of a fit that was interrupted
@@ -235,9 +239,9 @@ class Trainer:
         state.finish()
         if after > before or _implausible(after, kl):
             raise FitError(
-                f"the loss was no number {state.halvings} times, and what was learned at half the learning rate each "
-                f"time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per cell: "
-                "try a smaller learning_rate"
+                f"the loss was NaN or infinite {state.halvings} times, and what was learned at half the learning rate "
+                f"each time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per "
+                "cell: try a smaller learning_rate"
             )
 
     def epoch(self, tempered: TemperedLatents, epoch: int) -> float:
@@ -255,6 +259,7 @@ class Trainer:
             )
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
+            add_prior_of_heads(self.model.decoder, self.options.head_sd)
             self.state.step()
             total += value
             if ends:  # all ranks have summed the same flags, so all end after the same step
@@ -297,11 +302,13 @@ class Trainer:
         """Negative bound of the held-out cells in the state that is kept, by many draws; NaN if no cells are held out.
 
         The history's is that of one draw a cell, and the kept epoch is the one where it was least: too low, by chance.
+        Few cells differ from each other by more than what a cell's 64 draws leave open.
         """
         if self.data.held_out is None or not self.guide.amortized:
             return math.nan
         (n_cells,) = self.options.ranks.sum(float(self.data.held_out.n_cells))
-        return self.evaluate(self.data.held_out, 0, max(1, KEPT_DRAWS // max(int(n_cells), 1)))[0]
+        draws = min(max(1, KEPT_DRAWS // max(int(n_cells), 1)), MOST_OF_A_CELL)
+        return self.evaluate(self.data.held_out, 0, draws)[0]
 
     def evaluate(self, cells: Minibatches, seed: int, samples: int = 1) -> tuple[float, float]:
         """Negative bound and KL in nats per cell, by draws for each held-out cell or for 256 training cells.
@@ -321,6 +328,16 @@ class Trainer:
                 n += len(some)
         loss, kl, seen = ranks.sum(*sums, n)
         return loss / seen, kl / seen
+
+
+def add_prior_of_heads(decoder: torch.nn.Module, sd: float | None) -> None:
+    """Add the gradient of -log Normal(W; 0, sd^2 / n_hidden), W the weights of the default decoder's heads.
+
+    In nats of all cells, as that of the loss. Through autograd, so that hooks which keep a part of W as it is see it.
+    """
+    weights = decoder.head_weights() if sd is not None and isinstance(decoder, Decoder) else []
+    if sd is not None and weights:
+        torch.autograd.backward(weights, [weight.detach() * (weight.shape[1] / sd**2) for weight in weights])
 
 
 def _losses(row: dict[str, float]) -> str:

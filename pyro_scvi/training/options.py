@@ -21,8 +21,8 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
-from pyro_scvi.training.distributed import Processes
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.training.distributed import Processes, SingleProcess
+from pyro_scvi.utils.checks import brief, require_positive
 
 # Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
 _OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress", "callbacks")
@@ -47,6 +47,7 @@ class TrainingOptions:
     patience: int | None
     learning_rate: LearningRate
     eps: float
+    head_sd: float | None
     kl_weight: KLWeight
     elbo: ELBO
     data_start: bool
@@ -92,6 +93,8 @@ class TrainingOptions:
         """
         epochs = default_epochs(n_cells) if self.epochs is None else self.epochs
         check_run(epochs, self.batch_size, self.patience, self.eps)
+        if self.head_sd is not None:
+            require_positive(self.head_sd, "head_sd")
         _check_options(self.learning_rate, self.kl_weight, self.elbo, int(epochs))
         _check_checkpoint(self.checkpoint, self.checkpoint_every, self.resume)
         return replace(
@@ -101,6 +104,12 @@ class TrainingOptions:
             seed=int(self.seed),
             elbo=MeanFieldELBO() if self.elbo is None else self.elbo,
         )
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step's recording can take its place: with gradients of this process alone, on a CPU."""
+        alone = isinstance(self.ranks, SingleProcess) and self.device.type == "cpu"
+        return alone and type(self.elbo) is MeanFieldELBO
 
     def of_run(self) -> dict[str, Any]:
         """By name, the options that affect what is learned."""
@@ -125,7 +134,9 @@ class TrainingOptions:
         options = self.of_run()
         options.pop("dtype")  # is among the facts of the fit
         if not self.compiled:
-            options.pop("compiled")  # earlier checkpoints do not have it
+            options.pop("compiled")  # earlier checkpoints do not have it, nor the next
+        if self.head_sd is None:
+            options.pop("head_sd")
         return options
 
 
@@ -210,7 +221,7 @@ def _check_options(learning_rate: Any, kl_weight: Any, elbo: Any, epochs: int) -
 
 def _check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
     if resume and checkpoint is None:
-        raise ModelError("resume needs the directory to go on from: pass checkpoint=")
+        raise ModelError("resume needs the directory to continue from: pass checkpoint=")
     if not isinstance(every, CheckpointInterval):
         raise ModelError(
             f"checkpoint_every must be an object, as in ps.schedules.CheckpointInterval(epochs=5); got {every!r}"
@@ -221,5 +232,7 @@ def _brief(cells: Any) -> str:
     """Summary of cells that is cheap to compare; anything else, such as a share of cells, by its repr."""
     if not isinstance(cells, Cells):
         return repr(cells)
-    digest = hashlib.sha256(cells.totals.tobytes() + cells.covariates.tobytes()).hexdigest()[:8]
-    return f"{cells.n_cells} x {cells.n_genes} with digest {digest} of totals and covariates"
+    digest = hashlib.sha256(cells.totals.tobytes())
+    for block in cells.gamma.blocks():
+        digest.update(block)
+    return f"{cells.n_cells} x {cells.n_genes} with digest {digest.hexdigest()[:8]} of totals and covariates"

@@ -7,7 +7,7 @@ What is drawn for a cell then depends neither on the cells beside it nor on how 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pyro_scvi.utils.random_state import seeded
 
 COMMON, ALONE = "all cells", "alone"
 _FILLED = {"randn": "normal_", "rand": "uniform_"}
@@ -46,6 +48,17 @@ class Streams:
             self.of_cells[name] = _generator(f"{self.seed}\0{name}")
         return self.of_cells[name]
 
+    def next_seed(self, cell: int) -> int:
+        """A seed from the generator of one cell."""
+        return int(torch.randint(2**62, (), generator=self.of_cell(cell)))
+
+    def rows_by_name(self) -> list[list[int]]:
+        """Where each name stands; it may stand several times."""
+        rows = dict[str, list[int]]()
+        for row, name in enumerate(self.names):
+            rows.setdefault(name, []).append(row)
+        return list(rows.values())
+
     @cached_property
     def shared(self) -> torch.Generator:
         """The generator of what no cell has alone."""
@@ -62,6 +75,8 @@ def _number(text: str) -> int:
 
 
 _current: ContextVar[Streams | None] = ContextVar("pyro_scvi_cell_streams", default=None)
+_drawing: ContextVar[Streams | None] = ContextVar("pyro_scvi_drawing_streams", default=None)
+"""Streams of the block; and the same inside :func:`per_cell`, else None."""
 
 
 @contextmanager
@@ -95,8 +110,34 @@ def per_cell() -> Iterator[None]:
     if streams is None:
         yield
         return
-    with _PerCell(streams):
-        yield
+    token = _drawing.set(streams)
+    try:
+        with _PerCell(streams):
+            yield
+    finally:
+        _drawing.reset(token)
+
+
+def each_cell(draw: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """``draw(*parameters)``, inside :func:`per_cell` for each cell alone; parameters have one shape (n, cells, ...).
+
+    For what draws as many random numbers as its values ask for, as rejection does: the cells beside one would change
+    which of them it gets. Each call seeds torch's generator with the next number of the cell's own.
+    """
+    streams, shape = _drawing.get(), parameters[0].shape
+    if streams is None or len(shape) < 2 or shape[1] != len(streams.names):
+        return draw(*parameters)
+    token, place = _drawing.set(None), parameters[0].device
+    try:
+        parameters = tuple(one.cpu() for one in parameters)
+        with _disable_current_modes():  # of plain tensors of the CPU, so that no mode is needed
+            drawn = torch.empty_like(parameters[0], memory_format=torch.contiguous_format)
+            for rows in streams.rows_by_name():
+                with seeded(streams.next_seed(rows[0])):
+                    drawn[:, rows] = draw(*(one[:, rows] for one in parameters))
+        return drawn.to(place)
+    finally:
+        _drawing.reset(token)
 
 
 class _PerCell(TorchDispatchMode):

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from pyro_scvi.utils.execution import tracing
 
+FUNCTIONS: dict[Any, Callable[..., None]] = {}
+"""Custom operations, as they stand in a recording, and the functions that they are of."""
+
 
 def opaque(name: str, *changed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let torch trace a function on a CPU as one operation, which changes the arguments of these names in place.
@@ -18,6 +21,7 @@ def opaque(name: str, *changed: str) -> Callable[[Callable[..., None]], Callable
 
     def decorated(function: Callable[..., None]) -> Callable[..., None]:
         operation: Any = torch.library.custom_op(f"pyro_scvi::{name}", function, mutates_args=changed)
+        FUNCTIONS[getattr(torch.ops.pyro_scvi, name).default] = function
 
         @wraps(function)
         def called(x: Tensor, *others: Any) -> None:

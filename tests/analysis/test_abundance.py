@@ -88,9 +88,9 @@ def test_log_ratio_and_p_value_are_those_of_a_reference(cells, guide):
     far = np.abs(exchanged) >= np.abs(expected) - 1e-6
     np.testing.assert_allclose(table.p_value, np.mean(far, 0), atol=1e-12)
     sorted_p = np.sort(table.p_value)
-    for p, fdr in zip(table.p_value[:10], table.fdr[:10], strict=True):
+    for p, q_value in zip(table.p_value[:10], table.q_value[:10], strict=True):
         later = [q * N / (rank + 1) for rank, q in enumerate(sorted_p) if q >= p]
-        assert fdr == pytest.approx(min(later))
+        assert q_value == pytest.approx(min(later))
 
 
 def test_se_is_the_jackknife_over_samples(fit, cells):
@@ -124,7 +124,7 @@ def test_a_kind_that_is_three_times_as_frequent_is_found(fit, cells):
     means = table.groupby(KIND[rows]).mean()
     np.testing.assert_allclose(means.log_ratio, np.log([0.4 / 0.8, 0.6 / 0.2]), atol=0.35)
     assert (means.se < 0.35).all()
-    assert (table.fdr < 0.05).mean() > 0.9
+    assert (table.q_value < 0.05).mean() > 0.9
 
 
 def test_errors_are_over_samples_and_few_are_called_where_groups_do_not_differ(fit, cells):
@@ -157,7 +157,7 @@ def test_cells_of_other_groups_and_without_a_sample_have_a_row_but_no_say(fit, c
         table = ps.differential_abundance(
             fit, cells, other_groups, other_samples, group_a="control", group_b="treated", batch_size=50
         )
-        np.testing.assert_allclose(table.iloc[:72].drop(columns="fdr"), some.drop(columns="fdr"), atol=1e-4)
+        np.testing.assert_allclose(table.iloc[:72].drop(columns="q_value"), some.drop(columns="q_value"), atol=1e-4)
         assert np.isfinite(table).all().all()
 
 

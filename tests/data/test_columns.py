@@ -198,7 +198,8 @@ def test_cells_that_lie_outside_are_told():
 
 def test_what_the_training_cells_hold_themselves_is_not_told():
     n = 1000
-    adata = AnnData(np.ones((n, 2)), obs=make_obs(n, np.append(np.linspace(1, 2, n - 1), 30.0)))
+    counts = np.tile([1.0, 2.0], (n, 1))
+    adata = AnnData(counts, obs=make_obs(n, np.append(np.linspace(1, 2, n - 1), 30.0)))
     adata.var_names = ["a", "b"]
     cells = Cells.from_anndata(adata, covariates=["x"])
     assert cells.covariates.max() > 10

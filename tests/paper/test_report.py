@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from matplotlib.figure import Figure
 from pyro_scvi.paper import layout, report
 from pyro_scvi.paper.budget import FULL, QUICK
 from pyro_scvi.paper.experiment import Experiment, Picture
+from pyro_scvi.paper.experiments import EXPERIMENTS
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results
+from pyro_scvi.paper.summary import Finding, each
 from tests.support.cli_runs import Page
+from tests.support.paths import ROOT
 
 HOSTILE = "<b>A & B</b> | *x_y* `c` [1] $z$"
 
@@ -144,6 +148,43 @@ def test_a_quick_run_says_that_its_numbers_mean_nothing(tmp_path):
     assert "numbers mean nothing" in Path(tmp_path / report.MARKDOWN).read_text()
     assert "are those of a full run" in Path(tmp_path / report.MARKDOWN).read_text()
     assert "--out DIR --quick" in Path(tmp_path / report.PAGE).read_text()
+
+
+FOUND = Finding("ours has {a}, theirs {b}", each("set two", "silhouette", a="ours", b="theirs"))
+MISSING = Finding("not {there}", each("set one", "silhouette", there="theirs"))
+
+
+def test_a_report_opens_with_claim_findings_and_picture(tmp_path):
+    opened = replace(TABLE, claim=f"claim {HOSTILE}", findings=(FOUND, MISSING))
+    report.write([TABLE, opened], Results(None, isolated=False, limit=1), FULL, tmp_path, "")
+    text = (tmp_path / report.MARKDOWN).read_text()
+    opening, details = text.split(f"## {report.HOW_TO_READ}")
+    assert f"**{report.CLAIM}** {report.escaped(f'claim {HOSTILE}')}" in opening
+    assert f"**{report.FOUND}**\n\n- ours has 0.5000, theirs 0.2500\n\n![" in opening
+    assert "not" not in opening.replace("`c`", "").split("- ours")[1].split("![")[0]
+    assert details.count("](a.png)") == 1, "of the experiment that is not in the summary"
+    page = Page.read(tmp_path / report.PAGE)
+    assert f"{report.CLAIM} claim {HOSTILE}" in page.text
+    assert "ours has 0.5000, theirs 0.2500" in page.text
+    assert page.text.index("ours has") < page.text.index(report.HOW_TO_READ)
+
+
+def test_a_finding_shows_errors_and_is_left_out_where_a_number_is_missing():
+    rows = [Row("d", "s", "q", 1.234, 0.12), Row("d", "t", "q", 2.0, 0.0), Row("d", "u", "q", math.nan)]
+    assert Finding("{a} {b}", each("d", "q", a="s", b="t")).sentence(rows) == "1.23 ± 0.12 2"
+    assert Finding("{a}", each("d", "q", a="u")).sentence(rows) == ""
+    assert Finding("no number").sentence([]) == "no number"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_the_committed_report_opens_with_what_its_rows_say(experiment):
+    folder = ROOT / "docs" / "paper"
+    text = (folder / report.MARKDOWN).read_text().split(f"## {report.HOW_TO_READ}")[0]
+    rows = report.read_rows(folder / report.CSV)
+    sentences = [finding.sentence(rows) for finding in experiment.findings]
+    assert all(sentences)
+    for sentence in [experiment.claim, *sentences]:
+        assert report.escaped(sentence) in text
 
 
 def test_an_experiment_without_numbers_writes_an_empty_table(tmp_path):

@@ -510,6 +510,20 @@ def means_table():
     return pd.DataFrame(columns | {"mean_b": [1.0, 2.0, 1.0, 1.0, 0.02, 0.0]}, index=list("abcdef"))
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("NK $cells", "NK $cells"), ("x\ny", "x y"), ("long " * 20, "long long long long long..."), (7, "7")],
+)
+@pytest.mark.parametrize("draw", [plots.volcano, plots.ma])
+def test_groups_are_named_where_the_table_names_them(draw, name, shown):
+    table = means_table()
+    table.attrs = {"group_a": name, "group_b": "the rest"}
+    ax = draw(table, axes())
+    assert legend(ax)[2:4] == [f"higher in {shown} (1)", "higher in the rest (1)"]
+    assert f"log2 fold change, {shown} over the rest" in {ax.get_xlabel(), ax.get_ylabel()}
+    ax.figure.canvas.draw()
+
+
 @pytest.mark.parametrize("draw", [plots.volcano, plots.ma])
 def test_tested_and_untested_genes_of_group_means_are_shown(draw):
     ax = draw(means_table(), axes())

@@ -142,16 +142,50 @@ def test_components_that_are_not_those_of_their_labels_are_warned_of(recwarn, tu
         head.bias.fill_(1.1)
     fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), cells.schema)
     ps.predict_labels(fit, cells, samples=20, sampler=ps.Refined(), progress=False)
-    said = [str(one.message) for one in recwarn if "fit the cells with a label first" in str(one.message)]
+    said = [str(one.message) for one in recwarn if "larger label_weight" in str(one.message)]
     assert len(said) == warned
     assert not said or f"of {n} labels that these cells have, 0% are predicted" in said[0]
+
+
+def test_labels_count_more_in_training_and_nowhere_else(cells):
+    """The density by scipy, with the term of Kingma et al. (2014) in training mode alone."""
+    prior = fit_of(cells, ps.priors.ByLabel(1, cells.columns["type"], label_weight=3.0)).model.prior
+    (laws, shares), gamma = by_label(prior), torch.as_tensor(cells.covariates).double()[:, None]
+    z = torch.linspace(-2, 2, N).double()
+    joint = np.stack([np.log(share) + law.logpdf(z) for share, law in zip(shares, laws, strict=True)])
+    given = np.array([{"b": 0, "t": 1, None: 2}[TYPES[i % 3]] for i in range(N)])
+    exact = np.vstack([joint - np.log(shares)[:, None], logsumexp(joint, 0)])[given, np.arange(N)]
+    score = np.vstack([joint - logsumexp(joint, 0), np.zeros(N)])[given, np.arange(N)]
+    for training in (False, True):
+        law = prior.train(training)(gamma)
+        for of, value in ((law, z[:, None, None]), (law.expand((2, N, 1)), z[:, None, None].expand(2, N, 1, 1))):
+            found = of.log_prob(value).detach().reshape(-1, N)
+            np.testing.assert_allclose(found, np.tile(exact + 3 * score * training, (len(found), 1)), rtol=1e-10)
+    known = law.log_prob(z[:, None, None])[given < 2].sum()
+    assert not torch.autograd.grad(known, prior.logits, allow_unused=True)[0].abs().max()  # pi is of the others
+
+
+def test_few_labels_are_enough_where_types_are_apart():
+    """Four types of which 3 % have a label: components stay with them, which they do not by p(z | label) alone."""
+    rng = np.random.default_rng(0)
+    kind, rates = np.arange(600) % 4, rng.lognormal(1, 0.7, (4, 30))
+    labels = np.where(np.arange(600) < 20, np.array(list("abcd"))[kind], None)
+    cells = ps.Cells.from_counts(rng.poisson(rates[kind]), obs=pd.DataFrame({"type": labels}), labels="type")
+    right = []
+    for weight in (0.0, 50.0):
+        prior = ps.priors.ByLabel(4, cells.columns["type"], label_weight=weight)
+        fit = ps.fit(ps.SCVI(30, 4, 4, prior=prior, n_hidden=32), cells, epochs=15, progress=False)
+        found = ps.predict_labels(fit, cells.without("type"), progress=False).to_numpy().argmax(1)
+        right.append((found == kind)[20:].mean())
+    assert right[1] > 0.95
+    assert right[0] < right[1]
 
 
 def test_predicted_labels_are_refused_where_they_are_not_in_z_alone(cells):
     labelled = ps.priors.ByLabel(1, cells.columns["type"])
     with pytest.raises(ModelError, match=r"\['x'\] of this model depend on the labels"):
         ps.predict_labels(fit_of(cells, labelled, decoder_columns=[cells.columns["type"]]), cells)
-    with pytest.raises(ModelError, match="StandardNormal says nothing of labels"):
+    with pytest.raises(ModelError, match="StandardNormal has no labels"):
         ps.predict_labels(fit_of(cells, ps.priors.StandardNormal(1)), cells)
     with pytest.raises(ModelError, match="not those of one column"):
         ps.predict_labels(fit_of(cells, ps.priors.ByLabel(1, slice(1, 3))), cells)

@@ -126,6 +126,20 @@ def test_a_random_walk_has_the_density_of_its_normal():
     assert law.log_prob(law.sample((3, 4))).shape == (3, 4)
 
 
+def test_a_spread_for_each_latent_is_in_two_arguments():
+    """Of one latent ARDWeights are the prior of donors above, by scipy; of two each has a spread of its own."""
+    prior = ps.priors.Conditional(2, slice(0, 3))
+    model = ps.SCVI(GENES, 2, 3, prior=prior, weight_priors={"prior.loc": ps.weights.ARDWeights()})
+    gamma, means, tau = torch.eye(3), torch.tensor([[0.3, 4.0], [-0.2, -3.0], [0.1, 5.0]]), torch.tensor([0.4, 3.0])
+    given = {"prior.loc": means, "prior.loc.scale": tau}
+    trace = pyro.poutine.trace(pyro.condition(model, data=given)).get_trace(torch.ones(3, GENES), gamma)
+    trace.compute_log_prob()
+    found = sum(trace.nodes[name]["log_prob_sum"] for name in given)
+    exact = stats.halfcauchy.logpdf(tau).sum() + stats.norm.logpdf(means, 0, tau).sum()
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    torch.testing.assert_close(trace.nodes["z"]["fn"].mean.squeeze(1), means)
+
+
 def test_a_smooth_course_is_found_better_by_a_random_walk():
     truth = 1.5 * np.sin(np.linspace(0, 3, 15))
     _, cells = simulated(truth, 4, seed=1)
@@ -218,3 +232,44 @@ def test_a_prior_of_ones_own_is_loaded_with_its_model(of_donors, tmp_path):
     options = {"samples": 50, "steps": 5, "rounds": 1, "progress": False}
     few = cells.take(range(3))
     pd.testing.assert_frame_equal(ps.evidence(loaded, few, **options), ps.evidence(fit, few, **options))
+
+
+LOC, DISPERSION = {"prior.loc": ps.weights.NormalWeights()}, {"likelihood.*": ps.weights.HierarchicalWeights()}
+
+
+@pytest.mark.parametrize(
+    ("part", "make", "weight_priors", "leaf"),
+    [
+        ("prior", lambda: ps.priors.Conditional(2, slice(0, 3)), LOC, "loc"),
+        ("likelihood", lambda: ps.likelihoods.NB(ps.likelihoods.PerGene(GENES)), DISPERSION, "log_inverse_dispersion"),
+        ("library", lambda: ps.libraries.SizeFactor(slice(0, 1)), {}, None),
+    ],
+)
+def test_an_object_is_a_part_of_one_model_if_its_parameters_are_latent(part, make, weight_priors, leaf):
+    used = make()
+    first = ps.SCVI(GENES, 2, 3, **{part: used}, weight_priors=weight_priors)
+    if leaf is None:  # no parameter was taken out, and models may share it
+        assert ps.SCVI(GENES, 2, 3, **{part: used}).sites(marginal=True) == first.sites(marginal=True)
+        return
+    for again in ({}, weight_priors, {"decoder.heads.*": ps.weights.NormalWeights()}):
+        with pytest.raises(ModelError, match=f"{part}.*given to a model before.*'{leaf}'.*new object for each model"):
+            ps.SCVI(GENES, 2, 3, **{part: used}, weight_priors=again)
+    shared = make()
+    second = ps.SCVI(GENES, 2, 3, **{part: shared})
+    with pytest.raises(ModelError, match=f"'{part}.*{leaf}'.*part of another model, too.*new object for each model"):
+        ps.SCVI(GENES, 2, 3, **{part: shared}, weight_priors=weight_priors)
+    assert second.sites()
+
+
+def test_a_prior_is_whole_after_a_pattern_was_refused():
+    prior = ps.priors.Conditional(2, slice(0, 3))
+    with pytest.raises(ModelError, match="is called 'prior.lok'"):
+        ps.SCVI(GENES, 2, 3, prior=prior, weight_priors=LOC | {"prior.lok": ps.weights.NormalWeights()})
+    assert ps.SCVI(GENES, 2, 3, prior=prior, weight_priors=LOC).sites()[0].name == "prior.loc"
+
+
+def test_the_first_of_two_patterns_has_a_parameter():
+    prior = ps.priors.Conditional(2, slice(0, 3), scale=None)
+    weight_priors = LOC | {"prior.*": ps.weights.RandomWalkWeights()}
+    model = ps.SCVI(GENES, 2, 3, prior=prior, weight_priors=weight_priors)
+    assert model.weights.prior_of == {"prior.loc": 0, "prior.log_scale": 1}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -29,11 +30,14 @@ from benchmarks.harness.exchanged import Laws, Scene, drawn_from
 from benchmarks.harness.interleaving import Interleaved, Outcome
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.quality import calls, learning_curves, truth
+from benchmarks.quality import calls, defaults, learning_curves
 from benchmarks.quality.held_out_scores import our_outputs
-from benchmarks.rows import devices, large_data, time_to_quality
+from benchmarks.rows import atlas, devices, large_data, time_to_quality
 from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
 from benchmarks.systems.our_models import matched, matched_constant
+from benchmarks.truth import fits, formulas, separated
+from benchmarks.truth import table as truth
+from benchmarks.truth.finding import Finding
 
 
 def samples(*cpu, work=100):
@@ -222,7 +226,8 @@ def test_curves_are_drawn(tmp_path):
 
 def test_rows_are_chosen_by_how_they_begin():
     rows = cli.cpu_rows(quick=True)
-    assert [row.name for row in cli.chosen(rows, ["training-1024"])] == ["training-1024", "training-1024-bfloat16"]
+    found = [row.name for row in cli.chosen(rows, ["training-1024"])]
+    assert sorted(found) == ["training-1024", "training-1024-bfloat16", "training-1024-replayed"]
     assert len(cli.chosen(rows, None)) == len(rows)
     with pytest.raises(SystemExit, match="no row is named nothing"):
         cli.chosen(rows, ["nothing"])
@@ -375,6 +380,75 @@ def test_calls_of_every_system_beside_the_truth(monkeypatch, capsys, tmp_path):
     assert "covered_se" in capsys.readouterr().out
 
 
+# --- the atlas ---
+
+
+@pytest.mark.slow
+def test_an_atlas_in_small_runs_from_end_to_end_and_is_not_run_again(tmp_path, capfd):
+    source = tmp_path / "real.h5ad"
+    anndata.AnnData(simulation.zinb_counts(300, 60).astype(np.float32)).write_h5ad(source)
+    sizes = ["--cells", "1200", "--genes", "40", "--batches", "3", "--batch-size", "128"]
+    options = ["--folder", str(tmp_path / "atlas"), "--source", str(source), *sizes]
+    atlas.main(options)
+    rows = {name: json.loads((tmp_path / "atlas" / f"{name}.json").read_text()) for name in atlas.STAGES}
+    assert len(rows["train"]["epochs"]) == 2
+    assert "SIGKILL" in capfd.readouterr().err  # one process was killed, and the run went on
+    assert len(anndata.read_zarr(tmp_path / "atlas" / "embedding.zarr").obsm["X_pyro_scvi"]) == 1200
+    assert all(row["peak_mb"] > 100 and row["s"] > 0 for row in rows.values())
+    atlas.main(options)
+    assert json.loads((tmp_path / "atlas" / "train.json").read_text()) == rows["train"]
+
+
+# --- the default ---
+
+
+@pytest.fixture
+def tiny_cortex(tmp_path):
+    """A folder with a file of 60 cells under the name of the cortex data, and options of a quick run on it."""
+    obs = pd.DataFrame({"labels": np.repeat(["a", "b"], 30)}, index=[f"c{i}" for i in range(60)])
+    anndata.AnnData(zinb_counts(60, 12), obs=obs).write_h5ad(tmp_path / defaults.FILES["cortex"])
+    sizes = ["--data", "cortex", "--epochs", "1", "--cells", "4", "--samples", "10"]
+    return ["--folder", str(tmp_path), *sizes, "--out", str(tmp_path / "fits.jsonl")]
+
+
+def test_variants_of_the_default_go_on_where_they_stopped(tiny_cortex, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "measured", lambda asked, fit, samples, scored: {"evidence": [1.0, 2.0]})
+    defaults.main([*tiny_cortex, "--variants", "default"])
+    defaults.main([*tiny_cortex, "--variants", "default", "one_layer"])
+    assert [line["variant"] for line in defaults.read(Path(tiny_cortex[-1]))] == ["default", "one_layer"]
+    monkeypatch.setattr(defaults, "fitted", None)  # nothing is left to fit
+    capsys.readouterr()
+    defaults.main([*tiny_cortex, "--variants", "default", "one_layer"])
+    assert "one_layer" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_fit_of_a_variant_is_measured(tiny_cortex):
+    defaults.main([*tiny_cortex, "--variants", "default"])
+    (line,) = defaults.read(Path(tiny_cortex[-1]))
+    assert len(line["evidence"]) == 4
+    assert {"bound", "train_bound", "best_epoch", "fit_seconds"} < line.keys()
+    assert line["z"].keys() == line["expression"].keys() == {"silhouette", "ari", "nmi", "accuracy"}
+
+
+def test_variants_are_paired_over_shared_seeds_and_cells():
+    lines = [
+        {"data": "d", "variant": "default", "seed": 0, "evidence": [1.0, 2.0, 3.0, 90.0]},
+        {"data": "d", "variant": "default", "seed": 1, "evidence": [0.0, 0.0, 0.0, 0.0]},
+        {"data": "d", "variant": "other", "seed": 0, "evidence": [2.0, 4.0, 6.0]},
+        {"data": "d", "variant": "other", "seed": 2, "evidence": [9.0, 9.0, 9.0]},
+    ]
+    row = defaults.paired(lines).set_index("variant").loc["other"]
+    assert (row.seeds, row.nats, row.se) == (1, 2.0, pytest.approx(1 / math.sqrt(3)))
+
+
+@pytest.mark.parametrize("variant", defaults.VARIANTS)
+def test_a_variant_is_a_model_with_a_guide_of_its_own(variant):
+    cells = ps.Cells.from_counts(np.ones((20, 6)))
+    model, options = defaults.VARIANTS[variant](cells, 0)
+    assert options.get("guide") is None or options["guide"].model is model
+
+
 # --- folders ---
 
 ROOT = Path(benchmarks.__file__).parent
@@ -408,7 +482,7 @@ def test_every_task_is_a_function_of_its_module():
 
 @pytest.mark.parametrize(("error", "held"), [(0.01, "yes"), (0.03, "**no**"), (math.nan, "**no**")])
 def test_a_row_that_does_not_hold_is_said_and_ends_the_command_with_an_error(error, held, monkeypatch, capsys):
-    row = truth.Finding("a check", "known", "a result", error, 0.02, "it is .02")
+    row = Finding("a check", "known", "a result", error, 0.02, "it is .02")
     monkeypatch.setattr(truth, "rows_of", lambda n_cells: [lambda: [row]])
     try:
         cli.main(["truth", "--cells", "20"])
@@ -419,12 +493,30 @@ def test_a_row_that_does_not_hold_is_said_and_ends_the_command_with_an_error(err
     assert f"| a check | known | a result | {error:.2g} | it is .02 | {held} |" in capsys.readouterr().out
 
 
-def test_quadrature_of_mirrored_cells_has_the_masses_of_a_symmetric_posterior():
-    toy = truth.mirrored(4, 2)
+@pytest.mark.filterwarnings("ignore:.*genes have no counts")  # in two cells
+def test_sums_over_a_grid_have_the_masses_of_a_symmetric_posterior():
+    toy = separated.mirrored(separated.CENTRES["4 modes"], 2)
     np.testing.assert_allclose(toy.masses, 0.25, atol=1e-6)
     z = torch.tensor([[0.7, -1.2]])
     log_mean = toy.fit.model.decoder(z, torch.zeros(1, 0))["log_mean"].detach().numpy()
-    np.testing.assert_allclose(log_mean[0], 1 + truth.SLOPES @ [0.7, 1.2], rtol=1e-5)
+    np.testing.assert_allclose(log_mean[0], 1 + separated.slopes(6, 2) @ [0.7, 1.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("check", [formulas.conditionals, formulas.pairs, formulas.weight_priors])
+def test_closed_forms_hold(check):
+    for row in check():
+        assert row.error < row.limit, row
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")  # the decoder is held
+def test_the_grid_has_the_evidence_of_the_models_own_density():
+    fit, cells = fits.line_fit(), fits.line(3, 1)
+    at = torch.as_tensor(fits.GRID).float()[:, None, None, None]
+    with torch.no_grad():
+        theta = fit.model.decode(at.expand(-1, len(cells.x), 1, 1), None, torch.zeros(len(cells.x), 0))
+        own = fit.model.likelihood.marginal(**theta).log_prob(torch.as_tensor(cells.x).float())
+    np.testing.assert_allclose(fits.log_density_on_grid(cells.x)[0], own.permute(1, 2, 0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.exp(fits.log_density_on_grid(cells.x)[1]).sum(), 1, atol=1e-6)
 
 
 def test_processes_that_start_others_import_nothing_large():

@@ -1,9 +1,13 @@
 """The pages of the site: their code runs as it stands, and the reference lists every public name."""
 
+import ast
+import inspect
+import operator
 import re
 import sys
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 
 import pyro_scvi as ps
@@ -47,7 +51,7 @@ def test_the_loggers_of_a_page_write_every_epoch(package, tmp_path, monkeypatch)
 
 
 def test_the_ten_lines_of_the_readme_give_what_it_says():
-    """Mean and standard error of the evidence, within what other processors' rounding moves a fit by."""
+    """Evidence and first genes, within what other processors' rounding moves a fit by."""
     text = (DOCS.parent / "README.md").read_text()
     *body, last = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL).group(1).strip().splitlines()
     namespace = {}
@@ -59,6 +63,10 @@ def test_the_ten_lines_of_the_readme_give_what_it_says():
     )
     said = [float(number) for number in re.search(r"The last line gives \((\S+), (\S+)\)", text).groups()]
     assert eval(last, namespace) == pytest.approx(said, abs=1.5)
+    rows = re.findall(r"^\| (\w+) \| (\d+\.\d+) \| (\d+\.\d+) \|", text, re.MULTILINE)
+    first = namespace["genes"].sort_values("z", ascending=False).head(len(rows))
+    assert list(first.index) == [gene for gene, *_ in rows] != []
+    assert first[["lfc", "lfc_se"]].to_numpy() == pytest.approx(np.array([row[1:] for row in rows], float), abs=0.05)
 
 
 def test_what_is_said_to_be_as_in_scvi_tools_or_better_has_its_test():
@@ -102,3 +110,27 @@ def test_the_reference_lists_nothing_that_is_not_there():
         for part in name.split("."):
             value = getattr(value, part)
         assert value.__doc__, name
+
+
+def test_summaries_fit_into_the_tables_of_the_reference():
+    for name in re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE):
+        first, *rest = inspect.getdoc(operator.attrgetter(name)(ps)).splitlines()
+        assert len(first) <= 90, name
+        assert not rest or not rest[0], name
+
+
+def messages():
+    """The texts in the package, with … for what is filled in."""
+    for path in (ROOT / "pyro_scvi").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_that_are_quoted_are_those_of_the_code():
+    quotes = re.findall(r'^\| "(.+?)" \|', (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    texts = list(messages())
+    assert len(quotes) > 15
+    assert [quote for quote in quotes if not any(quote in text for text in texts)] == []

@@ -7,8 +7,10 @@ mode between instruction sets (``ATEN_CPU_CAPABILITY=default``, the same with ``
 than the rounding of the value. What changes the model, its training or the question should move a headline by more.
 """
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ import nbformat
 import pytest
 
 from notebooks import run
+from notebooks.for_readers import for_readers
 
 SCRIPTS = run.scripts()
 LARGEST = 2_000_000  # bytes of all notebooks together
@@ -68,6 +71,44 @@ def test_runs_in_full_with_the_committed_headline(script):
 def test_committed_notebook_is_its_script(script):
     assert [(cell.cell_type, cell.source) for cell in committed(script).cells] == [
         (cell.cell_type, cell.source) for cell in run.read(script).cells
+    ]
+
+
+@of_every
+def test_the_site_shows_the_code_of_the_full_run_without_scaffolding(script):
+    shown = for_readers(json.loads(script.with_suffix(".ipynb").read_text()))
+    text = "\n\n".join(cell["source"] for cell in shown["cells"])
+    assert not re.search(r"SHORT|headline|json|`error`", text)
+    for cell in shown["cells"]:
+        if cell["cell_type"] == "code":
+            ast.parse(cell["source"])
+    (cell,) = [cell for cell in shown["cells"] if "headline" in cell["metadata"].get("tags", ())]
+    assert f"**{run.headline(committed(script))['value']}**" in cell["outputs"][0]["data"]["text/markdown"]
+
+
+def test_scaffolding_takes_the_side_of_the_full_run():
+    source = """\
+import json
+import os
+
+SHORT = os.environ.get("MODE") == "short"
+µ = [draw(seed) for seed in ([] if SHORT else [1, 2])]
+few = test.take(range(2 if SHORT else 15))[:: 1 if SHORT else 6]
+if SHORT:
+    few = few[:1]
+if few and not SHORT:
+    µ.append(few)
+"""
+    cells = [
+        {"cell_type": "code", "metadata": {}, "source": source.splitlines(keepends=True)},
+        {"cell_type": "code", "metadata": {}, "source": "if SHORT:\n    pass"},
+    ]
+    (cell,) = for_readers({"cells": cells})["cells"]
+    assert cell["source"].split("\n") == [
+        "µ = [draw(seed) for seed in [1, 2]]",
+        "few = test.take(range(15))[:: 6]",
+        "if few:",
+        "    µ.append(few)",
     ]
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -43,6 +44,29 @@ def collected(folder):
 def test_one_version_everywhere():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert cited[1] == ps.__version__ == metadata.version("pyro-scvi")
+
+
+RELATIVE = re.compile(r"\]\((?!https?://)")
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/files", "https://example.org/files/"])
+def test_links_of_the_readme_are_absolute_or_plain_words(address):
+    text = pytest.importorskip("hatch_build").for_an_index((ROOT / "README.md").read_text(), address)
+    assert not RELATIVE.search(text)
+    assert "](https://arxiv.org/abs/1709.02082)" in text
+    assert (
+        "the ten-minute tour" if not address else "[the ten-minute tour](https://example.org/files/docs/tour.md)"
+    ) in text
+    assert ("![" in text) == bool(address)
+
+
+@pytest.mark.slow
+def test_a_package_index_gets_the_readme_without_dead_links(built):
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        shown = wheel.read(f"pyro_scvi-{ps.__version__}.dist-info/METADATA").decode()
+    assert "## Ten lines" in shown
+    assert "Content-Type: text/markdown" in shown
+    assert not RELATIVE.search(shown)
 
 
 @pytest.mark.slow

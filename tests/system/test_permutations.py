@@ -205,8 +205,101 @@ def test_trees_and_left_out_entries_do_not_depend_on_the_order_of_cells(shuffled
         ps.leave_one_out(normal, of, samples=20, sampler=SAMPLERS["refined"], **QUIET)
         for of in (mixed, CELLS.take(np.arange(3)))
     ]
-    found, expected = (of.transpose("cell", ...).drop_vars("pit") for of in left_out)
+    found, expected = (of.transpose("cell", ...) for of in left_out)
     assert_permuted(found, expected, names, list(own))
+
+
+ORDERS = ("rows", "genes", "both")
+CHOSEN = ADATA.obs_names[:5]
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    cells = ps.Cells.from_anndata(ADATA, batch="donor", covariates=["age"], labels="kind")
+    prior = ps.priors.ByLabel(2, columns=cells.columns["kind"])
+    model = ps.SCVI(N_GENES, 2, cells.n_covariates, n_hidden=8, n_layers=1, prior=prior)
+    return ps.fit(model, cells, epochs=2, batch_size=10, validation=0, progress=False, device="cpu")
+
+
+@pytest.fixture(params=ORDERS)
+def ordered(request):
+    """Five cells in the order of the fit, and with rows, genes or both in another."""
+    rng, few = np.random.default_rng(5), ADATA[CHOSEN].copy()
+    rows = np.arange(5) if request.param == "genes" else rng.permutation(5)
+    genes = np.arange(N_GENES) if request.param == "rows" else rng.permutation(N_GENES)
+    return few, few[rows, genes].copy()
+
+
+def calibrated(fit, adata):
+    """Ranks under both sources; the numbers of simulated cells are their names."""
+    cells = read(adata, fit)
+    sources = ps.calibration.Prior(cells), ps.calibration.AggregatePosterior(cells, sampler=ps.Amortized())
+    options = {"sampler": ps.Amortized(), "draws": 19, "thin": 1, "progress": False}
+    return pd.concat([ps.calibrate(fit, 6, source=source, **options).ranks for source in sources])
+
+
+def mapped(fit, adata):
+    """Rates of genes after a new batch was learnt."""
+    new = adata.copy()
+    new.obs["donor"] = "r"
+    query = ps.Cells.from_anndata(new, schema=fit.schema, allow_new_batches=True)
+    found = ps.map_query(fit, query, epochs=3, batch_size=2, progress=False)
+    return ps.normalized_expression(found, read(new, found), samples=2, seed=1)
+
+
+def tree(fit, adata):
+    return ps.to_datatree(
+        fit, read(adata, fit), samples=60, batch_size=2, posterior_predictive=True, prior_predictive=True
+    )
+
+
+def predictive_groups(fit, adata):
+    """Counts by cell, with the rest behind."""
+    groups = [tree(fit, adata)[name].to_dataset().x for name in ("prior_predictive", "posterior_predictive")]
+    return pd.concat([pd.DataFrame(of.stack(rest=("draw", "gene"))[0].to_numpy(), of.cell) for of in groups], axis=1)
+
+
+def left_out_places(fit, adata):
+    of = ps.leave_one_out(fit, read(adata, fit), samples=20, sampler=ps.Amortized(), batch_size=2, progress=False)
+    return of.pit.to_pandas()
+
+
+def replicas(fit, adata):
+    of = ps.posterior_predictive(fit, read(adata, fit), samples=4, batch_size=2)
+    return pd.DataFrame(of.transpose("cell", ...).to_numpy().reshape(len(of.cell), -1), of.cell)
+
+
+def sensitivities(fit, adata):
+    table = ps.prior_sensitivity(tree(fit, adata))
+    return table.unstack().loc[adata.obs_names]
+
+
+def label_probabilities(fit, adata):
+    return ps.predict_labels(fit, read(adata, fit), samples=5, batch_size=2, progress=False)
+
+
+NAMED = {  # (fit, adata) -> a table with a row for each cell
+    "calibrate": calibrated,
+    "map_query": mapped,
+    "to_datatree": predictive_groups,
+    "leave_one_out": left_out_places,
+    "posterior_predictive": replicas,
+    "prior_sensitivity": sensitivities,
+    "predict_labels": label_probabilities,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # so few draws and cells are told
+@pytest.mark.parametrize("verb", NAMED.values(), ids=NAMED)
+def test_named_rows_and_genes_give_the_permuted_answer(verb, ordered, normal, labelled):
+    fit = labelled if verb is label_probabilities else normal
+    ours, theirs = (verb(fit, adata) for adata in ordered)
+    if verb is not calibrated:
+        assert list(ours.index) == list(ordered[0].obs_names)
+        assert list(theirs.index) == list(ordered[1].obs_names)
+        theirs = theirs.loc[ours.index]
+    assert np.isfinite(ours.to_numpy()).any(axis=0).all()
+    np.testing.assert_allclose(theirs, ours, rtol=2e-3, atol=1e-4)
 
 
 def test_density_takes_cells_in_any_order(normal):

@@ -525,3 +525,132 @@ def test_names_with_slashes_are_refused():
 def test_programs_that_look_alike_are_trained(kind):
     fit = ps.fit(made(kind), cells_of(), epochs=1, batch_size=4, progress=False)
     assert np.isfinite(ps.evidence(fit, cells_of(), samples=40, steps=3, rounds=1, progress=False).log_evidence).all()
+
+
+# --- what shows only where covariates, parameters or weights are not 0 ---
+
+
+class FromTheLeft(Written):
+    def more(self, x, gamma):
+        e = pyro.sample("e", dist.Normal(0.0, 1.0))
+        return gamma[..., :1] * e[:, :1]
+
+
+class BoundByCovariate(Written):
+    def more(self, x, gamma):
+        return pyro.sample("u", dist.Uniform(0.0, 1 + 3 * gamma[..., :1]))
+
+
+class CentredCovariate(Written):
+    def more(self, x, gamma):
+        return 2 * (gamma - gamma.mean(0))[..., :1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (FromTheLeft, "index from the right"),
+        (BoundByCovariate, "'u' depends on other sites, counts or covariates"),
+        (CentredCovariate, "depends on the cells that come with it"),
+    ],
+)
+def test_what_covariates_multiply_or_bound_is_looked_at(kind, message):
+    with pytest.raises(ModelError, match=message):
+        ps.guides.DiagonalNormal(made(kind, n_covariates=2))
+
+
+class Slope(Written):
+    """An index from the left behind a slope that starts at 0."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.slope = torch.nn.Parameter(torch.tensor(0.0))
+
+    def more(self, x, gamma):
+        e = pyro.sample("e", dist.Normal(0.0, 1.0))
+        return self.slope * e[:, :1]
+
+
+@pytest.mark.parametrize("verb", [ps.evidence, ps.sample_posterior, ps.impute])
+def test_a_slope_that_training_has_moved_from_0_is_seen(verb):
+    fit = fit_of(made(Slope))
+    verb(fit, cells_of(), samples=4)
+    with torch.no_grad():
+        fit.model.slope.fill_(1.0)
+    with pytest.raises(ModelError, match="index from the right"):
+        verb(fit, cells_of(), samples=4)
+
+
+class BoundedByTotal(ps.libraries.LatentLibrary):
+    def forward(self, x, gamma):
+        most = torch.full((len(gamma), 1), 20.0) if x is None else 2 * x.sum(-1, keepdim=True)
+        return pyro.sample("l", dist.Uniform(0.0, most)).log()
+
+
+class BoundedByWeight(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.top = torch.nn.Parameter(torch.ones(N_LATENT))
+
+    def forward(self):
+        return dist.Uniform(torch.zeros(N_LATENT), self.top.exp()).to_event(1)
+
+
+class SeldomDecoded(ps.SCVI):
+    def decode(self, z, log_library, gamma):
+        theta = super().decode(z, log_library, gamma)
+        if bool((z > 1.2).any()):
+            theta["log_mean"] = theta["log_mean"] + pyro.sample("e", dist.Normal(0.0, 1.0))
+        return theta
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: made(library=BoundedByTotal()), "'l' depends on other sites, counts"),
+        (
+            lambda: made(prior=BoundedByWeight(), weight_priors={"prior.top": ps.weights.NormalWeights(1.0)}),
+            "'z' depends on other sites, counts",
+        ),
+        (lambda: made(SeldomDecoded), "'e' under a condition only"),
+    ],
+    ids=["library", "prior", "decode"],
+)
+def test_parts_of_ones_own_are_looked_at_as_programs_are(model, message):
+    with pytest.raises(ModelError, match=message):
+        ps.guides.DiagonalNormal(model())
+
+
+class ShiftedByCluster(ps.SCVI):
+    """Two clusters 2 apart, and the second batch 2 above the first."""
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        with cells_plate(gamma, index, n_cells):
+            z = pyro.sample("z", self.prior())
+            c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            theta = self.decode(z, self.library(x, gamma), gamma)
+            theta["log_mean"] = 0.1 * theta["log_mean"] + 2.0 * c + 2.0 * gamma[:, 1:2]
+            return self.observe(x, theta, marginal=marginal, mask=mask)
+
+
+def test_clusters_are_drawn_in_the_cells_own_batch_whatever_it_is_decoded_in():
+    """What is decoded in the second batch is e^2 of what is decoded in the first, cell by cell."""
+    counts = np.array([1.0, 8.0] * 3)[:, None] * np.ones((6, 4))
+    adata = AnnData(counts.astype(np.float32), obs=pd.DataFrame({"b": ["p"] * 3 + ["q"] * 3}, list("abcdef")))
+    cells = ps.Cells.from_anndata(adata, batch="b")
+    parts = {"likelihood": ps.likelihoods.Poisson(), "library": ps.libraries.NoLibrary(), "decoder_columns": []}
+    model = ShiftedByCluster(4, 1, 2, n_hidden=4, norm=None, **parts).eval()
+    fit = ps.Fit(model, ps.guides.DiagonalNormal(model).eval(), pd.DataFrame(), cells.schema)
+    options = {"quantity": ps.imputation.mean_given_no_dropout, "samples": 200, "sampler": ps.Importance()}
+    first, second = (ps.impute(fit, cells, batches=[name], **options) for name in "pq")
+    np.testing.assert_allclose(second / first, np.exp(2.0), rtol=0.02)
+    pairs = {"groupby": [0, 1] * 3, "group_a": 0, "group_b": 1}
+    by_batch = [
+        ps.differential_expression(
+            fit, cells, estimand=ps.differential.RandomPairs(most_pairs=400, decode_in=name, sampler=QUICK), **pairs
+        )
+        for name in "pq"
+    ]
+    np.testing.assert_allclose(by_batch[0].lfc, by_batch[1].lfc, atol=0.05)

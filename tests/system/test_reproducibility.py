@@ -359,6 +359,7 @@ CASES |= {
     "weights.NormalWeights": weighed(ps.weights.NormalWeights),
     "weights.ARDWeights": weighed(ps.weights.ARDWeights),
     "weights.HorseshoeWeights": weighed(ps.weights.HorseshoeWeights),
+    "weights.LaplaceWeights": weighed(ps.weights.LaplaceWeights),
     "weights.HierarchicalWeights": weighed(ps.weights.HierarchicalWeights),
     "plots.project": lambda: plots.project(np.random.default_rng(0).normal(size=(20, 3)), seed=3),  # UMAP: test_plots
     "plots.Projection": lambda: plots.Projection(np.zeros((2, 2)), "PCA"),

@@ -207,6 +207,7 @@ def test_what_is_no_checkpoint_is_never_overwritten(cells, tmp_path):
         ({"patience": 4}, "patience was null, is 4"),
         ({"validation": 0.2}, "validation was 0.1, is 0.2"),
         ({"eps": 1e-6}, "eps was 1e-08, is 1e-06"),
+        ({"head_sd": 2.0}, "head_sd"),
     ],
 )
 def test_another_run_is_refused_by_what_differs(cells, tmp_path, monkeypatch, options, says):
@@ -335,7 +336,7 @@ def changed(folder, path, name, other=None):
     return not files[1].exists() or files[0].read_bytes() != files[1].read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:the loss was no number")
+@pytest.mark.filterwarnings("ignore:the loss was NaN or infinite")
 def test_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
     outcomes = check_mutations(cells, tmp_path, monkeypatch, 150, 0)
     assert outcomes["bytes", 2] > 30
@@ -344,7 +345,7 @@ def test_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the loss was no number")
+@pytest.mark.filterwarnings("ignore:the loss was NaN or infinite")
 def test_2_000_mutated_checkpoints_are_refused(cells, tmp_path, monkeypatch):
     assert check_mutations(cells, tmp_path, monkeypatch, 2_000, 1).total() == 2_000
 

@@ -15,7 +15,18 @@ from torch.nn.utils import parametrizations
 import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError, ModelError
 from pyro_scvi.training.copying import copied
-from tests.support.fits_alone import CELLS, alone, pair, results, trained
+from tests.support.fits_alone import (
+    CELLS,
+    DONORS,
+    alone,
+    alone_with_a_query,
+    pair,
+    pair_of_donors,
+    results,
+    results_of_a_query,
+    trained,
+    trained_on_donors,
+)
 
 SHARED = {  # kinds of model and guide in which parts refer to each other
     "normal": {},
@@ -61,6 +72,31 @@ def test_fits_of_one_model_are_those_of_separate_processes(tmp_path):
     assert [results(fits[seed]) for seed in range(3)] == expected
     assert results(loaded) == expected[2]
     assert len(set(expected)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:k-hat is above", "ignore:genes are named by numbers")
+def test_queries_comparisons_and_loads_between_fits_of_one_model_change_neither(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        elsewhere = pool.apply_async(alone_with_a_query, (1,))
+        expected = [alone_with_a_query(seed) for seed in range(2)]
+        model, guide = pair_of_donors()
+        one = trained_on_donors(model, guide, 1)
+        results_of_a_query(one)
+        one.save(tmp_path / "one")
+        other, few = trained_on_donors(model, guide, 0), DONORS.take(np.arange(2))
+        refits = ps.compare({"refits": [one, other]}, few, samples=200, progress=False)
+        loaded = ps.load(tmp_path / "one", model=model, guide=guide)
+        ps.load(tmp_path / "one", model=other.model, guide=other.guide)
+        ps.differential_expression(other, DONORS, groupby=np.arange(40) % 4 < 2)
+        assert expected[1] == elsewhere.get(timeout=300)
+    assert [results_of_a_query(fit) for fit in (other, one)] == expected
+    assert results_of_a_query(loaded) == expected[1]
+    again = ps.compare({"refits": [loaded, other]}, few, samples=200, progress=False)
+    assert (
+        refits.drop(columns="seconds", errors="ignore").to_numpy(object).tolist()
+        == again.drop(columns="seconds", errors="ignore").to_numpy(object).tolist()
+    )
+    assert expected[0] != expected[1]
 
 
 class Shifted(ps.guides.DiagonalNormal):

@@ -101,6 +101,15 @@ def test_more_ranks_than_gpus_can_join(monkeypatch):
     chosen.assert_not_called()
 
 
+@pytest.mark.parametrize("device", ["auto", "mps", "cuda:7"])
+def test_a_long_text_of_torch_about_a_device_is_cut(device):
+    said = RuntimeError("Could not run with arguments from the 'MPS' backend. " + "registered at file, " * 300)
+    with mock.patch("torch.empty", side_effect=said), pytest.raises(ModelError, match="cannot be used: Could") as cut:
+        resolve_device(device)
+    assert len(str(cut.value)) < 400
+    assert "device='cpu' can" in str(cut.value) or "'auto' takes one that can" in str(cut.value)
+
+
 def test_float64_is_refused_on_mps():
     fit = SimpleNamespace(dtype=torch.float64)
     with (

@@ -153,6 +153,24 @@ def test_a_broken_environment(monkeypatch, name):
         pass
 
 
+@pytest.mark.parametrize("text", ["one", "-1", "0.5", "", "\u0661"])
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_PORT"])
+def test_numbers_of_the_environment_that_are_none(monkeypatch, name, text):
+    as_rank(monkeypatch, 0, free_port(), 1)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(FitError, match=f"{name} is {text!r}, and must be an integer"), ps.distributed.joined():
+        pass
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "9" * 5000])
+def test_ports_that_cannot_be(monkeypatch, port):
+    as_rank(monkeypatch, 0, free_port(), 1)
+    monkeypatch.setenv("MASTER_PORT", port)
+    says = "MASTER_PORT is '.*must be an integer from 1 to 65535"
+    with pytest.raises(FitError, match=says), ps.distributed.joined():
+        pass
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
 def test_time_limits_that_are_none(monkeypatch, timeout):
     as_rank(monkeypatch, 0, free_port(), 1)

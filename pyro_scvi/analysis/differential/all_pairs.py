@@ -20,7 +20,7 @@ AT_ONCE = 64  # genes, so that their histograms stay within the cache
 
 @dataclass(frozen=True, kw_only=True)
 class AllPairs:
-    r"""Pair every draw of one group with every draw of the other, for the least variance that the draws allow.
+    r"""Pair every draw of one group with every draw of the other, for the least variance.
 
     .. math:: \hat p = \frac{1}{S^2} \sum_{i, j} F(b_j - a_i), \qquad
         se^2 = \frac{var_i\, \hat p_i + var_j\, \hat p_j}{S}

@@ -54,8 +54,8 @@ class Cautions:
         if self.confounded:
             warn(
                 f"groups and batches are confounded; share of cells with a counterpart of the other group in their "
-                f"batch: {_some(self.confounded)}. A difference between batches then shows as one between groups. "
-                "estimand=GroupMeans(within_batches=True) compares inside the batches that hold both."
+                f"batch: {_some(self.confounded)}. A batch effect then looks like a difference between groups. "
+                "estimand=GroupMeans(within_batches=True) compares inside the batches that have both."
             )
         if self.one_batch:
             warn(

@@ -9,7 +9,9 @@ from pyro_scvi.types import Theta
 
 @dataclass(frozen=True)
 class DepthCorrected:
-    r"""Compare w divided by the cell's depth (the sum of its means), so that groups of unequal depth are on one scale.
+    r"""Compare w divided by the cell's depth, so that unequal depths do not matter.
+
+    The depth is the sum of the cell's means.
 
     .. math:: w_{ng} / \textstyle\sum_{g'} \mu_{ng'}
 
@@ -29,7 +31,9 @@ class DepthCorrected:
 
 @dataclass(frozen=True)
 class Uncorrected:
-    r"""Compare w itself, in counts, as Lopez et al. (2017, Sec. 4) do. A deeper cell then has more of every gene.
+    r"""Compare w itself, in counts: a deeper cell then has more of every gene.
+
+    This is what Lopez et al. (2017, Sec. 4) do.
 
     .. math:: w_{ng} \sim Gamma(r_{ng}, r_{ng} / \mu_{ng})
 

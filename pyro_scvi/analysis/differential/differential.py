@@ -68,6 +68,7 @@ def differential_expression(
         change and the local false sign rate; ``mean_a``, ``mean_b``, molecules per cell of median depth;
         ``detected_a``, ``detected_b``, share of cells above zero; ``tested``. Genes that are not tested have NaN.
         Against every other group also ``against``, the group of the least comparison.
+        ``.attrs`` of a single comparison names ``group_a`` and ``group_b``.
 
         Of RandomPairs: ``p_a_lt_b``, its Monte Carlo standard error ``se``, ``log_bayes_factor`` (natural log odds of
         w_a < w_b, p clipped to [1 / 2M, 1 - 1 / 2M] for M pairs that share no draw, so that it is finite), ``lfc``,
@@ -114,7 +115,15 @@ def differential_expression(
     comparison = estimand.comparison(fit, cells, against.parts(labels), seed)
     tables = dict(zip(names, against.tables(comparison, labels, names), strict=True))
     comparison.warn()
-    return pd.concat(tables, names=["group"]) if group_a is None else tables[group_a]
+    if group_a is None:
+        return pd.concat(tables, names=["group"])
+    return _named(tables[group_a], group_a, against.name)
+
+
+def _named(table: pd.DataFrame, group_a: Hashable, group_b: Hashable) -> pd.DataFrame:
+    """The table with the names of its groups, as text: a Parquet file keeps attributes only if JSON can."""
+    table.attrs = {"group_a": str(group_a), "group_b": str(group_b)}
+    return table
 
 
 def _of_two(
@@ -133,7 +142,7 @@ def _of_two(
     comparison = estimand.comparison(fit, cells, part, seed)
     table = comparison.table(*map(Group, names, rows))
     comparison.warn()
-    return table
+    return _named(table, names[0], names[1])
 
 
 def _require_question(against: Any, estimand: Any) -> None:

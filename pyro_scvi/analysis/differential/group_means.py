@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
+from scipy.stats import false_discovery_control
 
 from pyro_scvi.analysis.differential.cautions import Cautions
 from pyro_scvi.analysis.differential.designs import Design, Donors, InsideBatches, Pooled
@@ -15,7 +16,7 @@ from pyro_scvi.analysis.differential.groups import Group
 from pyro_scvi.analysis.differential.labels import batch_of, labels_of
 from pyro_scvi.analysis.differential.moments import Moments, posterior_moments
 from pyro_scvi.analysis.differential.weighted_means import Strata, strata_of
-from pyro_scvi.analysis.differential.welch import benjamini_hochberg, scattered, sides, tested, welch
+from pyro_scvi.analysis.differential.welch import scattered, sides, tested, welch
 from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMeans:
-    r"""Compare the mean expression of two groups: weighted means of counts per depth, with a t test.
+    r"""Compare the mean expression of two groups by a t test of weighted means per depth.
 
     .. math:: R_{ng} = x_{ng} / l_n, \qquad weight_{ng} \propto \frac{1}{m_g / l_n + V_g}, \qquad
         \hat m = \sum_n weight_n R_n, \qquad \hat v = \frac{n_{eff}}{n_{eff} - 1} \sum_n weight_n^2 (R_n - \hat m)^2
@@ -156,7 +157,7 @@ class ComparisonOfMeans:
         table["p_value"] = np.where(any_tested, np.where(one_way, table["p_value"], 1.0), np.nan)
         lfsr = np.stack([each["lfsr"].to_numpy() for each in tables.values()])
         table["lfsr"] = np.where(any_tested, np.where(one_way, lfsr.max(0), 1.0), np.nan)
-        table["q_value"] = scattered(benjamini_hochberg(table["p_value"].to_numpy()[any_tested]), any_tested)
+        table["q_value"] = scattered(false_discovery_control(table["p_value"].to_numpy()[any_tested]), any_tested)
         table["tested"] = any_tested
         return table.assign(against=[names[i] for i in nearest])
 

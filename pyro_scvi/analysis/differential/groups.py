@@ -50,6 +50,8 @@ class TheRest:
     FrozenList(['group', 'gene'])
     """
 
+    name = REST
+
     def parts(self, labels: np.ndarray) -> np.ndarray:
         """One code per cell, (cells,), so that every group that is compared is a union of these parts; -1: not used."""
         codes, names = pd.factorize(labels, use_na_sentinel=True)
@@ -64,7 +66,7 @@ class TheRest:
 
 @dataclass(frozen=True)
 class EveryOther:
-    """Compare a group with each other group, and keep the least of these comparisons for every gene.
+    """Compare a group with each other group, and keep the weakest comparison for every gene.
 
     A gene is then a marker only if it is higher in the group than in *every* other group, or lower than in every other.
     The row of the table is that of the comparison with the smallest ``z``, in absolute value, and ``against`` names its
@@ -78,6 +80,8 @@ class EveryOther:
     >>> table.loc["a"].against.unique().tolist()
     ['b']
     """
+
+    name = "every other group"
 
     def parts(self, labels: np.ndarray) -> np.ndarray:
         """One code per cell, (cells,); -1 without a label."""

@@ -69,9 +69,9 @@ def batch_of(cells: Cells, needed_by: str) -> np.ndarray:
     DataError
         If the cells have no batches.
     """
-    if not cells.n_batches:
+    if cells.schema.batch is None:
         raise DataError(f"{needed_by} needs cells with batches; make the Cells with batch=")
-    return cells.covariates[:, : cells.n_batches].argmax(1)
+    return cells.gamma.codes(cells.schema.batch).astype(int)
 
 
 def members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_scvi.analysis.differential.labels import batch_of
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.distributions.gamma_ratio import Less, Side, less_for
 from pyro_scvi.errors import DataError
@@ -68,7 +69,7 @@ class Groups:
     rows_b: np.ndarray
     contrast: Contrast
     sampler: Sampler
-    decoding: np.ndarray | None = None
+    decoding: Covariates | None = None
     turns: tuple[Fit, ...] = ()  # the fit at draws of its global latents
 
     def turn(self, place: int) -> Groups:
@@ -98,7 +99,7 @@ class Groups:
         # Discrete latents are drawn given x in the batch that it came in, whatever it is decoded in.
         sites = with_enumerated(self.fit.guide, x[which], gamma[which], sites)
         if self.decoding is not None:
-            gamma = torch.as_tensor(self.decoding[chosen.cpu().numpy()]).to(gamma)
+            gamma = torch.from_numpy(self.decoding[chosen.cpu().numpy()]).to(gamma)
         theta = theta_given(self.fit.guide, x[which], gamma[which], sites)
         log_mean, log_r = self.contrast.log_mean(theta), theta.get("log_inverse_dispersion")
         if log_r is not None:

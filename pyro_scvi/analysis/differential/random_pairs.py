@@ -17,6 +17,7 @@ from pyro_scvi.analysis.differential.summary import raw_counts, summary
 from pyro_scvi.analysis.global_averages import at_draws
 from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPairs:
-    r"""Compare pairs of random cells, one from each group, over draws of their latents (Lopez et al. 2017, Sec. 4).
+    r"""Compare pairs of random cells, one from each group, over draws of their latents.
+
+    See Lopez et al. (2017), Sec. 4.
 
     .. math:: P(w_a < w_b | z_a, z_b) = I_{b_a / (b_a + b_b)}(r_a, r_b), \qquad b = r / \mu
 
@@ -116,7 +119,7 @@ class RandomPairs:
 
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfPairs:
         """What is shared by all comparisons of these cells."""
-        decoding = None if self.decode_in is None else cells.with_batch(self.decode_in).covariates
+        decoding = None if self.decode_in is None else cells.with_batch(self.decode_in).gamma
         at_medians = fit.guide if self.global_draws is None else None
         told = replace(self, sampler=sampler_for(self.sampler, cells, at_medians))
         turns = () if self.global_draws is None else tuple(at_draws(fit, self.global_draws, seed))
@@ -151,7 +154,7 @@ class ComparisonOfPairs:
     fit: Fit
     cells: Cells
     batches: Minibatches
-    decoding: np.ndarray | None
+    decoding: Covariates | None
     turns: tuple[Fit, ...]
     plan: AllPairs | MatchedPairs
     seed: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from pyro_scvi.data.counts import Counts
+from pyro_scvi.data.counts import Counts, dense
 
 AT_ONCE = 2**19  # entries of a dense block of counts
 MODEL_CELLS = 30  # cells that the model's variance counts for, beside those of the data
@@ -115,6 +115,4 @@ def _dense(counts: Counts, rows: np.ndarray, depth: np.ndarray) -> Iterator[tupl
     size = max(1, AT_ONCE // counts.shape[1])
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        block = counts[part]
-        dense = block if isinstance(block, np.ndarray) else block.toarray()
-        yield dense.astype(np.float64), 1 / depth[part]
+        yield dense(counts[part], np.float64), 1 / depth[part]

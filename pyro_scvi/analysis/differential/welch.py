@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
+from scipy.stats import false_discovery_control
 
 from pyro_scvi.analysis.differential.designs import Design
 from pyro_scvi.analysis.differential.shrinkage import shrunken
@@ -65,7 +66,9 @@ def welch(a: Side, b: Side, chosen: np.ndarray) -> dict[str, np.ndarray]:
     change = np.log2((a.mean + EPSILON) / (b.mean + EPSILON))
     se = np.sqrt(_relative(a) + _relative(b)) / np.log(2)
     reach = stdtrit(degrees, LEVEL) * se
-    columns = dict(zip(TABLE, (change, se, change - reach, change + reach, z, p, benjamini_hochberg(p)), strict=True))
+    columns = dict(
+        zip(TABLE, (change, se, change - reach, change + reach, z, p, false_discovery_control(p)), strict=True)
+    )
     # Few degrees of freedom: as much wider as the t law is.
     a_scale, b_scale = (side.scale * np.square(stdtrit(side.degrees, LEVEL) / NORMAL) for side in (a, b))
     columns |= shrunken(a.mean / a_scale, b.mean / b_scale, np.log(b_scale) - np.log(a_scale))
@@ -82,11 +85,3 @@ def scattered(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     every = np.full(len(chosen), np.nan)
     every[chosen] = values
     return every
-
-
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjusted p values (Benjamini and Hochberg 1995): the least false discovery rate at which a gene is called."""
-    order = np.argsort(p)[::-1]
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1)

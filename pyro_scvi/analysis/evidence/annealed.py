@@ -44,7 +44,9 @@ def annealed_evidence(
     batch_size: int = 16,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Log marginal likelihood of every cell by annealed importance sampling from the prior (Neal 2001).
+    r"""Log marginal likelihood of every cell by annealed importance sampling from the prior.
+
+    See Neal (2001).
 
     .. math:: \log p(x_n) = \log E \prod_t p(x_n | u_t)^{\beta_{t+1} - \beta_t}, \qquad u_0 \sim p(u),
         \quad u_t | u_{t-1} \text{ leaves } p(u)\, p(x_n | u)^{\beta_t} \text{ invariant}

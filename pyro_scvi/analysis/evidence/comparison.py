@@ -119,9 +119,9 @@ def _evidence(fit: Fit, cells: Cells, global_draws: int | None, options: dict[st
 def _given(listed: dict[str, list[Fit]], cells: Cells) -> str | None:
     """The column of labels that evidence of these cells is given; refuses fits that disagree on it."""
     name = cells.schema.labels if isinstance(cells, Cells) else None
-    if name is None or not cells.covariates[:, cells.columns[name]].any():
+    if name is None or not (cells.gamma.codes(name) >= 0).any():
         return None
-    labelled = cells.take(np.flatnonzero(cells.covariates[:, cells.columns[name]].any(1)))
+    labelled = cells.take(np.flatnonzero(cells.gamma.codes(name) >= 0))
     depends = {
         key: any(dependence(fit, labelled, cells.columns[name]).sites for fit in of) for key, of in listed.items()
     }

@@ -47,7 +47,9 @@ def evidence(
     compiled: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Log marginal likelihood of every cell, by importance sampling from a proposal corrected for that cell.
+    r"""Log marginal likelihood of every cell, by importance sampling.
+
+    The proposal is corrected for each cell.
 
     .. math:: \log p(x_n) = \log \int p(x_n | z, l)\, p(z)\, p(l)\, dz\, dl
 
@@ -194,6 +196,6 @@ def _warn_of(table: pd.DataFrame) -> None:
     bad = (~(table.khat <= KHAT_LIMIT)).mean()
     if bad > 0.1:
         warn(
-            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be vouched for; "
+            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be trusted; "
             "raise samples=, or rounds= of ps.evidence"
         )

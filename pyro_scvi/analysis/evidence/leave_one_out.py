@@ -10,15 +10,15 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
-from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.evaluation import evaluating, law_given, with_enumerated
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.inference.pareto_khat import pareto_smoothed
 from pyro_scvi.inference.samplers import Importance, Sampler
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
+from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.checks import require_at_least, warn
 from pyro_scvi.utils.progress_bars import over_cells
 
@@ -102,7 +102,7 @@ def leave_one_out(
         raise ModelError(f'over must be ("cell", "gene"), got {tuple(over)}: {WHY_NOT_CELLS}; use ps.evidence')
     if isinstance(fit.model.library, ObservedLibrary):
         raise ModelError(
-            "with an ObservedLibrary the total of a cell holds the entry that would be left out; fit with LatentLibrary"
+            "with an ObservedLibrary a cell's total contains the entry that would be left out; fit with LatentLibrary"
         )
     judged, done = list[dict[str, Tensor]](), 0
     with evaluating(fit.model, fit.guide, seed):
@@ -110,12 +110,17 @@ def leave_one_out(
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
-            distribution: Any = predicted(fit, x, gamma, drawn.sites)
-            log_p = distribution.log_prob(x)
+            sites = with_enumerated(fit.guide, x, gamma, drawn.sites)
+            law: Any = law_given(fit.guide, x, gamma, sites)
+            log_p = law.log_prob(x)
             # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
-            below = distribution.expand(log_p.shape).sample() < x
+            with per_cell():
+                below = law.expand(log_p.shape).sample() < x
+                uniform = torch.rand(1, *x.shape, dtype=log_p.dtype, device=log_p.device)
             rows = slice(done, done := done + len(x))
-            results[:, rows] = left_out(log_p.flatten(1), below.flatten(1)).unflatten(1, x.shape).cpu()
+            results[:, rows] = (
+                left_out(log_p.flatten(1), below.flatten(1), uniform.flatten()).unflatten(1, x.shape).cpu()
+            )
     elpd, khat, pit = results.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
     of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
@@ -134,12 +139,12 @@ def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
             )
 
 
-def left_out(log_p: Tensor, below: Tensor) -> Tensor:
-    """Elpd, k-hat and PIT (3, entries) from log p(x | z) and x' < x, each (draws, entries)."""
+def left_out(log_p: Tensor, below: Tensor, uniform: Tensor) -> Tensor:
+    """Elpd, k-hat and PIT (3, entries) from log p(x | z) and x' < x, each (draws, entries), and random parts of PIT."""
     log_weights, khat = pareto_smoothed(-log_p)
     spread = log_p.amax(0) - log_p.amin(0)
     elpd = (log_weights + log_p).logsumexp(0)
     smaller = (log_weights.exp() * below).sum(0).clamp(max=1)
     # Counts are discrete: the random part makes PIT values uniform (Czado et al. 2009, Sec. 2).
-    pit = smaller + torch.rand_like(smaller) * torch.minimum(elpd.exp(), 1 - smaller)
+    pit = smaller + uniform * torch.minimum(elpd.exp(), 1 - smaller)
     return torch.stack([elpd, torch.where(spread < 1e-6, 0.0, khat), pit])

@@ -19,7 +19,9 @@ SMALL = 1e-3  # of what a step gains, relative to the barrier, and of its length
 
 
 def stacking_weights(table: pd.DataFrame, *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    r"""Weights of models in a mixture of their predictions of new cells (Yao, Vehtari, Simpson and Gelman 2018).
+    r"""Weights of models in a mixture of their predictions of new cells.
+
+    See Yao, Vehtari, Simpson and Gelman (2018).
 
     .. math:: \hat w = \arg\max_w \sum_n \log \sum_m w_m\, p_m(x_n), \qquad
         w^{BMA+}_m = E_\alpha\, \frac{\exp(N \sum_n \alpha_n \log p_m(x_n))}
@@ -82,7 +84,7 @@ def _pointwise(table: Any) -> pd.DataFrame:
         raise ModelError("stacking needs log p(x) of every cell: pass ps.compare(fits, cells, pointwise=True)")
     by_cell = by_cell[list(table.index)]
     if not np.isfinite(by_cell.to_numpy(dtype=float)).all():
-        raise ModelError("log p(x) is no number for some cells, so that no weights can be had")
+        raise ModelError("log p(x) is NaN or infinite for some cells, so there are no weights for them")
     return by_cell
 
 

@@ -41,7 +41,7 @@ def normalized_expression(
     batch_size: int = 64,
     out: Any = None,
 ) -> Any:
-    r"""Normalised expression: the mean share of each gene in the counts of a cell, as if cells came from all batches.
+    r"""Normalised expression: the share of each gene in a cell, averaged over batches.
 
     .. math:: s_{ng} = E_{z | x_n} \left[\frac{1}{B} \sum_b
         \frac{\mu_{ng}(z, b)}{\sum_k \mu_{nk}(z, b)}\right] \cdot per

@@ -72,7 +72,8 @@ def predict_labels(
     -----
     UserWarning
         If, of 20 or more labels that the cells have, a quarter or more is not what is predicted: the components are
-        then not those of their labels. Fit the cells with a label first, see :class:`pyro_scvi.priors.ByLabel`.
+        then not those of their labels. Fit more epochs, or with a larger ``label_weight``, see
+        :class:`pyro_scvi.priors.ByLabel`.
 
     Examples
     --------
@@ -100,7 +101,7 @@ def predict_labels(
             z = sampler.draw(fit.guide, x, unlabelled, samples).sites["z"]
             parts.append(_probabilities(fit, prior, z).cpu().numpy())
     found = np.concatenate(parts)
-    _warn_of_strangers(found, cells.covariates[:, prior.columns])
+    _warn_of_strangers(found, cells.gamma[:, prior.columns])
     return pd.DataFrame(found, columns=pd.Index(words), index=pd.Index(cells.cell_names, name="cell"))
 
 
@@ -113,14 +114,14 @@ def _warn_of_strangers(found: np.ndarray, given: np.ndarray) -> None:
     if right <= LEAST_RIGHT:
         warn(
             f"of {known.sum()} labels that these cells have, {right:.0%} are predicted: components of the prior are "
-            "not those of their labels; fit the cells with a label first, then go on with all, as in ps.priors.ByLabel"
+            "not those of their labels; fit more epochs, or with a larger label_weight of ps.priors.ByLabel"
         )
 
 
 def _labels(fit: Fit, prior: Any) -> list[str]:
     if not hasattr(prior, "log_prob_of_labels"):
         raise ModelError(
-            f"the prior {type(prior).__name__} says nothing of labels: fit with prior=ps.priors.ByLabel(n_latent, "
+            f"the prior {type(prior).__name__} has no labels: fit with prior=ps.priors.ByLabel(n_latent, "
             'columns=cells.columns["cell_type"]), from cells that were read with labels="cell_type"'
         )
     places = [name for name, place in fit.schema.columns.items() if place == prior.columns]

@@ -18,7 +18,9 @@ from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.analysis.new_batches import reads_gamma
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.covariates import Words
 from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.data.names import rows_by_name
 from pyro_scvi.data.obs_columns import categories, quoted
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import FitError, ModelError
@@ -168,11 +170,11 @@ def _in_schema(cells: Cells, schema: Schema) -> Cells:
     """The cells of new batches, with columns for these in gamma."""
     if schema.batch is None:
         raise ModelError("the fit has no batches")
-    n_known = schema.n_batches - len(cells.new_batches)
-    some = cells.take(np.flatnonzero(cells.schema.of_unknown_batch(cells.covariates)))
+    by_name = rows_by_name(cells.cell_names)  # so that minibatches are of the same cells, in whatever order these come
+    some = cells.take(by_name[cells.of_unknown_batch[by_name]])
     found, codes = categories(some.obs, schema.batch)
-    batches = np.eye(schema.n_batches, dtype=np.float32)[[schema.batches.index(word) for word in found]][codes]
-    return replace(some, covariates=np.hstack([batches, some.covariates[:, n_known:]]), schema=schema)
+    batches = Words.of(np.array([schema.batches.index(word) for word in found])[codes], schema.n_batches)
+    return replace(some, gamma=some.gamma.replaced(schema.batch, batches), schema=schema)
 
 
 def _widened(fit: Fit, cells: Cells, n_new: int) -> tuple[Fit, list[_Widened]]:

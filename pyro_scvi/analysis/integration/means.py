@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.model import SCVI
-
-OWN = "pyro_scvi."
-"""The package of parts in which the mean depends on no other head."""
 
 
 @contextmanager
@@ -22,7 +20,7 @@ def means_alone(model: SCVI) -> Iterator[None]:
     program of one's own the mean may depend on other heads or on the library size, so there it does nothing. Threads
     take turns while a verb runs, so that no other call sees this.
     """
-    if not _is_plain(model):
+    if not is_packaged(model, decoding=True):
         yield
         return
     heads = [head for name, head in _heads(model).items() if name != "log_mean"]
@@ -53,11 +51,3 @@ def _zeros(head: nn.Module) -> Any:
         return hidden.new_zeros(()).expand(*hidden.shape[:-1], n_genes)
 
     return forward
-
-
-def _is_plain(model: SCVI) -> bool:
-    program = all(
-        getattr(type(model), name) is getattr(SCVI, name) for name in ("forward", "decode", "observe", "__call__")
-    )
-    parts = (model.decoder, model.likelihood, model.library, *_heads(model).values())
-    return program and all(type(part).__module__.startswith((OWN, "torch.nn.")) for part in parts)

@@ -145,7 +145,7 @@ class Decoded(Space):
 
 @dataclass(frozen=True)
 class Expression(Decoded):
-    r"""Principal components of the decoded expression: distances compare cells by what they express.
+    r"""Principal components of decoded expression: distances compare what cells express.
 
     .. math:: s_{ng} = \frac{1}{B} \sum_b \frac{\mu_{ng}(\hat z_n, b)}{\sum_k \mu_{nk}(\hat z_n, b)}, \qquad
         f_{ng} = \sqrt{s_{ng}\, d}
@@ -243,7 +243,7 @@ class Hidden(Decoded):
 
 @dataclass(frozen=True, eq=False)
 class FittedSpace(Space):
-    """A space with the principal axes of the cells that it was fitted to; ``ps.embed`` places any cells by it.
+    """A space with principal axes learned from some cells; ``ps.embed`` places any cells in it.
 
     It is made by ``ps.spaces.Expression().fitted(fit, cells)``, or read by :func:`from_record` from an AnnData that
     ``ps.annotate`` wrote.
@@ -311,7 +311,7 @@ class FittedSpace(Space):
 
 
 def from_record(adata: Any) -> FittedSpace:
-    """The space by which ``ps.annotate`` placed the cells of an AnnData, to place a query by it.
+    """The space in which ``ps.annotate`` placed the cells of an AnnData, to place a query in it.
 
     Parameters
     ----------

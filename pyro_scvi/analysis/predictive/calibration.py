@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_fit
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.names import rows_by_name
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import LocalSite
 from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_given, with_enumerated
@@ -47,7 +48,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Prior:
-    r"""z and l from their prior, covariates from random rows of ``cells``: a correct sampler then has uniform ranks.
+    r"""z and l from their prior: a correct sampler then has uniform ranks.
+
+    Covariates are from random rows of ``cells``.
 
     .. math:: z^* \sim p(z), \qquad l^* \sim p(l)
 
@@ -354,4 +357,6 @@ def rank_summary(ranks: np.ndarray, draws: int) -> dict[str, float]:
 
 
 def _random_rows(cells: Cells, n: int, device: torch.device) -> Tensor:
-    return torch.randint(cells.n_cells, (n,)).to(device)
+    """Rows of random cells, the same cells in whatever order they come: the random numbers count them by name."""
+    by_name = torch.from_numpy(rows_by_name(cells.cell_names))
+    return by_name[torch.randint(cells.n_cells, (n,))].to(device)

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from pyro_scvi.analysis.global_averages import at_draws, shares
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
-from pyro_scvi.analysis.posterior_samples import predicted
 from pyro_scvi.analysis.predictive.check_statistics import Statistics, banded, moments
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.program_runs import needs_counts
 from pyro_scvi.guides.supported import require_drawable
-from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once, evaluating, law_given
+from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_given, sampled_counts, with_enumerated
 from pyro_scvi.inference.given import Given, sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler
 from pyro_scvi.model import SCVI
@@ -52,7 +51,7 @@ REPLICAS = 5
 def prior_predictive(
     model: SCVI, n_cells: int, *, gamma: ArrayLike | Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
-    r"""Draw counts (cells, genes) of ``n_cells`` new cells from the model with its current weights.
+    r"""Draw counts (cells, genes) of ``n_cells`` new cells from the model as it is.
 
     .. math:: z_n \sim p(z), \quad l_n \sim p(l), \quad x_n \sim p(x | z_n, l_n)
 
@@ -118,7 +117,9 @@ def posterior_predictive(
     seed: int = 0,
     batch_size: int = 64,
 ) -> xr.DataArray:
-    r"""Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior, dimensions (sample, cell, gene).
+    r"""Replicated counts x ~ p(x | z, l) with z and l from the cells' posterior.
+
+    Dimensions are (sample, cell, gene).
 
     .. math:: z^s, l^s \sim p(z, l | x_n), \qquad \tilde x^s_n \sim p(x | z^s, l^s)
 
@@ -247,7 +248,7 @@ def check_predictions(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Checks:
-    r"""Compare statistics of genes and cells with those of data sets that the fit simulates, as p-values.
+    r"""Compare statistics of the data with those of data sets that the fit simulates: p-values.
 
     .. math:: D(x) = T(x) - \tfrac15 \sum_{k=1}^5 T(\tilde x^k), \qquad
         p = P(D(x^s) > D(x)) + \tfrac12 P(D(x^s) = D(x))
@@ -337,8 +338,7 @@ def _with_simulated(
 
 def _law(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], n: int) -> Any:
     """The distribution of counts (n, cells, genes) at draws of the latents; missing discrete ones are drawn."""
-    known = all(name in sites for name in fit.guide.coordinates.enumerated)
-    law: Any = law_given(fit.guide, x, gamma, sites) if known else predicted(fit, x, gamma, sites)
+    law: Any = law_given(fit.guide, x, gamma, with_enumerated(fit.guide, x, gamma, sites))
     return law.expand((n, *x.shape))
 
 
@@ -349,14 +349,6 @@ def _replicated(
     for x, gamma in batches_in_streams(fits[0][0], cells, batch_size, seed):
         drawn = []
         for fit, samples in fits:
-            draws, size = sampler.draw(fit.guide, x, gamma, samples), draws_at_once(x)
-            # Counts are drawn for some draws of the latents at a time: samples x cells x genes would not fit the cache.
-            parts = zip(*(site.split(size) for site in draws.sites.values()), strict=True)
-            drawn += [_counts(fit, x, gamma, dict(zip(draws.sites, part, strict=True))) for part in parts]
+            sites = with_enumerated(fit.guide, x, gamma, sampler.draw(fit.guide, x, gamma, samples).sites)
+            drawn.append(sampled_counts(fit.guide, x, gamma, sites))
         yield x, torch.cat(drawn)
-
-
-def _counts(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
-    """One draw of counts (samples, cells, genes) at every draw of the latents."""
-    counts: Tensor = _law(fit, x, gamma, sites, len(next(iter(sites.values())))).sample()
-    return counts

@@ -38,7 +38,7 @@ def calibrate_globals(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    r"""Simulate data sets from the program, fit each, and test whether the guide recovers the global latents.
+    r"""Simulate data sets, fit each, and test whether the guide recovers the global latents.
 
     .. math:: \theta^* \sim p(\theta), \quad z^*_n \sim p(z | \theta^*), \quad x_n \sim p(x | z^*_n, \theta^*), \quad
         \theta^1, \ldots, \theta^L \sim q(\theta | x_1, \ldots, x_N), \quad rank = \#\{\theta^s < \theta^*\}

@@ -74,7 +74,9 @@ def expression(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
 
 
 def mean_given_no_dropout(likelihood: Likelihood, x: Tensor, theta: Theta) -> Tensor:
-    r"""mu, in counts: the mean of y given z alone, as the paper's authors use, for :func:`impute`.
+    r"""mu, in counts: the mean of y given z alone, as the paper's authors use it.
+
+    For :func:`impute`.
 
     .. math:: E[y_{ng} | z_n] = \mu_{ng}
 
@@ -177,7 +179,7 @@ def impute(
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
-    swapped = [torch.as_tensor(cells.with_batch(name).covariates) for name in batches]
+    swapped = [cells.with_batch(name).gamma for name in batches]
     lead = (len(quantiles),) if len(quantiles) else ()
     imputed, done = result_array(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     fits = at_draws(fit, global_draws, seed)
@@ -190,7 +192,7 @@ def impute(
                 if lead:
                     imputed[:, rows] = rate_quantiles(drawn, x, own, quantiles).cpu().numpy()
                 else:
-                    constants = [other[rows].to(gamma) for other in swapped] or [own]
+                    constants = [torch.from_numpy(other[rows]).to(gamma) for other in swapped] or [own]
                     means += [_mean(drawn, x, constant, quantity) for constant in constants]
             if means:
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
@@ -207,7 +209,9 @@ def technical_zero_probability(
     batch_size: int = 64,
     out: Any = None,
 ) -> np.ndarray:
-    r"""Posterior probability that a zero is technical: P(h = 1 | x), averaged over draws of z; 0 where x > 0.
+    r"""Posterior probability that a zero is technical: P(h = 1 | x), and 0 where x > 0.
+
+    It is averaged over draws of z.
 
     .. math:: P(h = 1 | x = 0, z) = \frac{\pi}{\pi + (1 - \pi)\, p(y = 0 | z)}
 

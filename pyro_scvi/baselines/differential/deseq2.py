@@ -13,7 +13,7 @@ from pyro_scvi.errors import DataError
 
 
 class DESeq2(BaseEstimator):
-    r"""Wald test of the log fold change of a negative binomial regression with shrunken dispersions.
+    r"""Wald test of log fold change, by negative binomial regression with shrunken dispersions.
 
     .. math:: x_{ng} \sim NB(s_n q_{ng}, \alpha_g), \qquad \log_2 q_{ng} = \beta_{0g} + \beta_{1g} 1[n \in second]
 

@@ -15,7 +15,9 @@ EQUAL = 1e-12  # a residual sum of squares below this share of the sum of square
 
 
 class MAST(BaseEstimator):
-    r"""Likelihood ratio test of detection plus that of the level in detected cells (Finak et al. 2015, Methods).
+    r"""Likelihood ratio test of detection plus that of the level in detected cells.
+
+    See Finak et al. (2015), Methods.
 
     With y = log2(scaled counts + 1), k of n cells of a group detected, m detected cells in all, and RSS the residual
     sum of squares of y over the detected cells around one mean (0) or around the means of both groups (1),

@@ -66,7 +66,9 @@ class TotalScaling:
 
 @dataclass(frozen=True)
 class RLE:
-    r"""Relative log expression: the median ratio of a cell to the geometric mean cell (Anders and Huber 2010, Eq. 5).
+    r"""Relative log expression: the median ratio to the geometric mean cell.
+
+    See Anders and Huber (2010), Eq. 5.
 
     .. math:: \log s_n = median_{g: x_{ng} > 0} \big(\log x_{ng} - \tfrac1N \sum_{m: x_{mg} > 0} \log x_{mg}\big)
 
@@ -96,7 +98,9 @@ class RLE:
 
 @dataclass(frozen=True)
 class UpperQuartile:
-    """Divide by the upper quartile of the cell's positive counts (Bullard et al. 2010); that of all counts may be 0.
+    """Divide by the upper quartile of the cell's positive counts (Bullard et al. 2010).
+
+    The quartile of all counts may be 0.
 
     Raises
     ------
@@ -119,7 +123,7 @@ class UpperQuartile:
 
 @dataclass(frozen=True)
 class TMM:
-    r"""Trimmed mean of M values against a reference cell (Robinson and Oshlack 2010, "Trimmed mean of M-values").
+    r"""Trimmed mean of M values against a reference cell (Robinson and Oshlack 2010).
 
     For cell n and reference r with totals N, over genes with counts in both,
 
@@ -168,7 +172,9 @@ class TMM:
 
 @dataclass(frozen=True)
 class FullQuantile:
-    """Give every cell the same distribution, the mean over cells of the k-th largest values (Bolstad et al. 2003).
+    """Give every cell the same distribution, the mean over cells of the k-th largest values.
+
+    See Bolstad et al. (2003).
 
     Equal counts in a cell stay equal: they take the interpolated value at their mean rank.
 

@@ -29,7 +29,7 @@ DIGITS = 10  # of scores, before they are ranked: what rounding alone tells apar
 
 @dataclass(frozen=True)
 class Normalisation:
-    r"""One normalisation: scale cells to a common depth, then remove what quality and batch explain.
+    r"""One normalisation: scale to a common depth, then remove what quality and batch explain.
 
     Per gene, with y = log(1 + scaled counts), Q the first principal components of the cells' quality metrics,
 
@@ -115,7 +115,7 @@ def _required(labels: np.ndarray | None, name: str) -> np.ndarray:
 
 
 class SCONE(BaseEstimator):
-    r"""Normalise in many ways, score each by eight criteria, and choose the one with the best mean rank.
+    r"""Normalise in many ways, score each by eight criteria, and choose the best mean rank.
 
     .. math:: mean\_rank_m = \frac1S \sum_s rank_s(m)
 

@@ -31,7 +31,7 @@ REFIT = 1e-2  # a refit of single cells is cheap, so its stop rule is so much st
 
 
 class ZINBWaVE(TransformerMixin, BaseEstimator):
-    r"""Zero-inflated negative binomial counts whose log mean and dropout logit are linear in latents W.
+    r"""Zero-inflated negative binomial counts, log mean and dropout logit linear in latents W.
 
     .. math:: x_{nj} \sim \pi_{nj} \delta_0 + (1 - \pi_{nj}) NB(\mu_{nj}, \theta_j), \quad
               \log \mu = X \beta_\mu + (V \gamma_\mu)^T + W \alpha_\mu, \quad

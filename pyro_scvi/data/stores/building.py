@@ -23,7 +23,7 @@ from pyro_scvi.data.counts import (
     block_slices,
     cell_totals,
     cells_by_gene,
-    largest_exact,
+    limit_of,
     select_genes,
     smallest_type,
 )
@@ -230,8 +230,7 @@ def _parts(
     with progress_bar(len(cells), "cell", progress) as bar:
         first = 0
         for each in inputs:
-            exact = largest_exact(each.counts.dtype)
-            check = Check(genes, each.counts.name, each.hint, allow_non_integer, exact)
+            check = Check(genes, each.counts.name, each.hint, allow_non_integer, limit_of(each.counts.dtype))
             warn_of_features(each.var.loc[genes])
             for rows in block_slices(*each.counts.shape):
                 path = work / f"part-{len(parts):06d}.npz"

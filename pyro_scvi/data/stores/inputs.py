@@ -15,11 +15,12 @@ from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.links import check_links
+from pyro_scvi.data.names import other_forms
 from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
 from pyro_scvi.errors import DataError, SchemaError
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
 
 _log = logging.getLogger(__name__)
@@ -161,15 +162,7 @@ def common_genes(inputs: Sequence[Input], genes: Sequence[str] | None) -> pd.Ind
         If a file lacks a gene that was given.
     """
     if genes is None:
-        shared = inputs[0].genes
-        for each in inputs[1:]:
-            shared = shared[shared.isin(each.genes)]
-        if not len(shared):
-            raise DataError(f"no gene is in all of the {len(inputs)} files; are their names of one kind?")
-        for each in inputs:
-            if len(shared) < len(each.genes):
-                _log.info("%d genes of %s are not in all files: left out", len(each.genes) - len(shared), each.path)
-        return shared
+        return _shared_genes(inputs)
     wanted = pd.Index([str(gene) for gene in genes])
     if not len(wanted) or wanted.has_duplicates:
         raise DataError(f"genes must be listed once each; twice: {quoted(wanted[wanted.duplicated()].unique())}.")
@@ -178,6 +171,23 @@ def common_genes(inputs: Sequence[Input], genes: Sequence[str] | None) -> pd.Ind
         if len(missing):
             raise SchemaError(f"{each.path} lacks {len(missing)} of the {len(wanted)} genes: {quoted(missing)}.")
     return wanted
+
+
+def _shared_genes(inputs: Sequence[Input]) -> pd.Index:
+    """The genes of all files in the order of the first; warns of names that differ in form only."""
+    shared = inputs[0].genes
+    for each in inputs[1:]:
+        shared = shared[shared.isin(each.genes)]
+    for each in inputs[1:]:
+        first, other = (of.genes[~of.genes.isin(shared)] for of in (inputs[0], each))
+        if forms := other_forms(first, other):
+            warn(f"genes of {inputs[0].path} are not in {each.path}, and are left out.{forms}")
+    if not len(shared):
+        raise DataError(f"no gene is in all of the {len(inputs)} files; are their names of one kind?")
+    for each in inputs:
+        if len(shared) < len(each.genes):
+            _log.info("%d genes of %s are not in all files: left out", len(each.genes) - len(shared), each.path)
+    return shared
 
 
 def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | None) -> pd.DataFrame:

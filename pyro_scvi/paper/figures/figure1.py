@@ -11,6 +11,7 @@ from pyro_scvi.paper.budget import Budget
 from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.rows import Row
 from pyro_scvi.paper.steps import Results, Step
+from pyro_scvi.paper.summary import Finding
 
 N_GENES, N_COVARIATES = 558, 2
 
@@ -54,6 +55,9 @@ TEXT = (
     "which the authors added in 2018.",
 )
 
+CLAIM = "The counts of a cell depend on its latents z and its covariates; w, y and h stand between them."
+FINDINGS = (Finding("The diagrams are drawn from the programs that are fitted, not by hand."),)
+
 EXPERIMENT = Experiment(
     name="figure1",
     title="Figure 1: the model",
@@ -61,4 +65,6 @@ EXPERIMENT = Experiment(
     steps=steps,
     rows=rows,
     pictures=pictures,
+    claim=CLAIM,
+    findings=FINDINGS,
 )

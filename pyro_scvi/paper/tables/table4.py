@@ -23,6 +23,7 @@ from pyro_scvi.paper.experiment import Experiment, Picture
 from pyro_scvi.paper.metrics import embedding_scores as scores
 from pyro_scvi.paper.rows import Row, over_seeds
 from pyro_scvi.paper.steps import Results, Step
+from pyro_scvi.paper.summary import Finding, each
 
 Result = dict[str, Any]
 
@@ -342,6 +343,26 @@ TEXT = (
     f"largest data to 150 for the smallest), scvi-tools {PEER_EPOCHS}.",
 )
 
+CLAIM = (
+    "With quality metrics as covariates, the latents of scVI contain less of the cells' quality (correlation .157 "
+    "instead of "
+    ".366), and the silhouette of cell types stays high (.379 instead of .375)."
+)
+CHANGES = "2017 preset {preset}, default {default}, dispersion per gene {gene}."
+MODELS = {
+    "preset": "scVI, 2017 preset",
+    "default": "scVI, default",
+    "gene": "scVI, gene dispersion, dropout 0.1",
+}
+FINDINGS = tuple(
+    Finding(f"{start} {where}: {CHANGES}", each(data, quantity, **MODELS))
+    for data, where in (("pbmc_8k4k_hvg", "the paper's own cells"), ("pbmc_3kA", "the substitute data"))
+    for start, quantity in (
+        ("Change of R^2 of quality with the covariates,", "R^2 of QC, with gamma less without"),
+        ("Change of the silhouette,", "silhouette of types, with gamma less without"),
+    )
+)
+
 EXPERIMENT = Experiment(
     name="table4",
     title="Table 4: unwanted variation in blood cells",
@@ -349,4 +370,6 @@ EXPERIMENT = Experiment(
     steps=steps,
     rows=rows,
     pictures=pictures,
+    claim=CLAIM,
+    findings=FINDINGS,
 )

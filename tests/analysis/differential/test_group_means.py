@@ -12,7 +12,6 @@ import pyro_scvi as ps
 from pyro_scvi.analysis.differential.cautions import counterparts
 from pyro_scvi.analysis.differential.moments import Moments, rate_moments
 from pyro_scvi.analysis.differential.weighted_means import strata_of
-from pyro_scvi.analysis.differential.welch import benjamini_hochberg
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.paper.data import files
 from pyro_scvi.paper.data.blood import read_pbmc_3ka
@@ -157,12 +156,6 @@ def test_the_floor_of_a_group_in_which_a_gene_was_never_seen():
     assert 0.02 / sum(variances) ** 0.5 == pytest.approx(2.59, abs=0.01)
 
 
-def test_adjusted_p_values_by_hand():
-    np.testing.assert_allclose(benjamini_hochberg(np.array([0.5, 0.01, 0.03])), [0.5, 0.03, 0.045])
-    p = np.random.default_rng(0).random(50) ** 3
-    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))
-
-
 # --- what is tested, and what stays as it is ---
 
 
@@ -226,6 +219,7 @@ def test_each_group_against_the_rest_and_alone(observed, cells):
         alone = compare(observed, cells, group_a=group, group_b=None)
         pd.testing.assert_frame_equal(alone, every.loc[group])
         assert alone.mean_b.notna().all()
+        assert alone.attrs == {"group_a": group, "group_b": "the rest"}
 
 
 def test_every_other_keeps_the_least_comparison(observed, cells):
@@ -250,6 +244,7 @@ def test_every_other_keeps_the_least_comparison(observed, cells):
         np.testing.assert_allclose(ours.q_value, stats.false_discovery_control(ours.p_value))
     alone = ps.differential_expression(observed, cells, group_a="y", **options)
     pd.testing.assert_frame_equal(alone, table.loc["y"])
+    assert alone.attrs["group_b"] == "every other group"
 
 
 # --- donors and batches ---

@@ -94,7 +94,7 @@ def test_what_has_no_values_by_cell_is_refused():
     for wrong in (pd.DataFrame({"log_evidence": [1.0]}), None, table_of(np.zeros((2, 2))).rename({"m0": "other"})):
         with pytest.raises(ModelError, match="pointwise=True"):
             ps.stacking_weights(wrong)
-    with pytest.raises(ModelError, match="no number"):
+    with pytest.raises(ModelError, match="NaN or infinite for some cells"):
         ps.stacking_weights(table_of(np.array([[0.0, np.nan]])))
     with pytest.raises(ModelError, match="draws"):
         ps.stacking_weights(table_of(np.zeros((3, 2))), draws=1)

@@ -197,3 +197,9 @@ def test_the_repr_says_what_matters_in_a_few_lines():
     assert ", z_1, of 2 quantities" in repr(found)
     assert "hold 0% to " in repr(found)
     assert "<td>" in found._repr_html_()
+
+
+@pytest.mark.parametrize("draws", [0, 1, 20, 98, 100])
+def test_numbers_of_draws_that_make_no_equal_bins_are_refused(draws, fit_and_cells):
+    with pytest.raises(ModelError, match="draws"):
+        ps.calibrate(fit_and_cells[0], 4, draws=draws, progress=False)
