@@ -94,7 +94,7 @@ class Mixture(NamedTuple):
 class SamplingBudget(NamedTuple):
     """Effort for a cell's proposal: weighted draws, gradient steps, rounds of adaptation.
 
-    ``enough`` is a standard error of the log evidence at which fewer draws do.
+    ``enough`` is a standard error of the log evidence for which fewer draws do.
     """
 
     samples: int

@@ -1,8 +1,8 @@
-"""Weighted draws in rounds: each cell's proposal takes up what its draws show, and a cell stops when it has enough.
+"""Weighted draws in rounds: each cell's proposal takes up what its draws show, and a cell gets as many as it needs.
 
-A draw's weight is by the proposal that it came from. This proposal, and whether the draw counts, rest on earlier rounds
-alone: so the mean weight of all draws that count is an unbiased estimate of the evidence after any fixed number of
-rounds. To drop rounds for what they show themselves would not be: one that misses mass looks good.
+A draw's weight is by the proposal that it came from, which rests on earlier rounds alone. How many draws count rests
+on rounds that do not: so the mean weight of those that count is an unbiased estimate of the evidence. To stop once
+they look good would make it too low: weights without a large one among them have a small mean and a small error.
 """
 
 import math
@@ -75,41 +75,53 @@ class _Counted:
         return Importance(log_evidence, se, ess, khat, draws, log_weights)
 
 
+class _Looks(NamedTuple):
+    """What a round of ``draws`` shows of each cell's proposal, (cells,)."""
+
+    draws: int
+    se: Tensor
+    ess: Tensor
+    khat: Tensor
+
+    def parts_needed(self, enough: float, counted: _Counted, *, last: bool) -> Tensor:
+        """Parts for a standard error of ``enough``; 0 where the proposal has to be adapted once more."""
+        needed = self.se.square() * self.draws / counted.length / enough**2
+        needed = needed.where(self.khat <= SURE_KHAT, counted.parts).nan_to_num(counted.parts)
+        return needed.ceil().clamp(1, counted.parts).where((self.khat <= KHAT_LIMIT) | last, 0).long()
+
+    def good(self) -> Tensor:
+        """Whether the proposal is kept."""
+        return (self.ess >= GOOD_SHARE * self.draws) & (self.khat <= SURE_KHAT)
+
+
 def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int) -> Importance:
     """Weighted draws of every cell in rounds, at most ``budget.samples`` that count.
 
     A cell's first round, half as long, and those after a round with a k-hat above 0.7 only adapt the proposal, but no
-    more than ``budget.rounds`` rounds do. A cell stops when its standard error is at most ``budget.enough`` and its
-    k-hat at most 0.5, else it gets all draws.
+    more than ``budget.rounds`` rounds do. The last of these tells how many draws are needed for a standard error of
+    ``budget.enough``. Where its k-hat is above 0.5, all are made.
     """
     counted = _Counted(proposal.loc, budget.samples)
     rows = torch.arange(len(proposal.loc), device=proposal.loc.device)
     density, history = density_of(rows), list[_Round]()
-    counts = torch.full_like(rows, budget.rounds == 0, dtype=torch.bool)
+    parts = torch.full_like(rows, 0 if budget.rounds else counted.parts)  # 0 while draws only adapt
     for number in range(budget.rounds + counted.parts):
-        length = counted.length if counts.any() or number else math.ceil(counted.length / 2)
+        counts, length = parts > 0, counted.length if number or not budget.rounds else math.ceil(counted.length / 2)
         with narrowed(rows):
             draws, log_weights = weighted_draws(density, proposal, length, block)
         history.append(_Round(draws, log_weights + in_float64(proposal.log_prob(draws)), proposal))
         counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
-        left = _unfinished(counted, budget)[rows].nonzero().squeeze(-1)
+        looks = _Looks(length, *(of.to(rows.device) for of in evidence_of(log_weights)[1:]))
+        last = number + 1 >= budget.rounds
+        parts = torch.where(counts, parts, looks.parts_needed(budget.enough, counted, last=last))
+        left = ((parts == 0) | (counted.held[rows] < parts)).nonzero().squeeze(-1)
         if not len(left):
             break
-        _, _, ess, khat = (of[left.to(of.device)].to(rows.device) for of in evidence_of(log_weights))
-        counts = counts[left] | (khat <= KHAT_LIMIT) | (number + 1 >= budget.rounds)
         if len(left) < len(rows):
-            rows, history = rows[left], [one.of(left) for one in history]
+            rows, parts, history = rows[left], parts[left], [one.of(left) for one in history]
             density = density_of(rows)
-        good = (ess >= GOOD_SHARE * length) & (khat <= SURE_KHAT)
-        proposal = _where(good, history[-1].proposal, adapted_to_all(history))
+        proposal = _where(looks.good()[left], history[-1].proposal, adapted_to_all(history))
     return counted.found()
-
-
-def _unfinished(counted: _Counted, budget: SamplingBudget) -> Tensor:
-    """Whether a cell needs more draws, (cells,)."""
-    found = counted.found()
-    enough = (found.se <= budget.enough) & (found.khat <= SURE_KHAT)  # false where either is NaN
-    return (counted.held < counted.parts) & ~enough.to(counted.held.device)
 
 
 def _where(cells: Tensor, these: Proposal, others: Proposal) -> Proposal:

@@ -28,7 +28,7 @@ from pyro_scvi.utils.progress_bars import over_cells
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-ENOUGH = 2.0  # variance of a cell's log evidence at which it gets no more draws, times ``samples``
+ENOUGH = 2.0  # variance of a cell's log evidence for which it gets as many draws as it needs, times ``samples``
 CELLS_FOR_A_CHECK, MOST_CHECKED = 200, 2  # one of so many cells is annealed, and at most two of a call
 CHAINS, TEMPERATURES = 64, 60  # of that: a few per cent of the time
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
@@ -54,16 +54,16 @@ def evidence(
     .. math:: \log p(x_n) = \log \int p(x_n | z, l)\, p(z)\, p(l)\, dz\, dl
 
     The guide only starts the proposal. For each cell a normal with a full covariance is fitted to the posterior, by
-    Newton steps on its bound, and a Student-t is put in its place. Its weighted draws come in rounds, between which
-    it takes up the mean and covariance that all draws show. A cell stops when its standard error is at most the
-    root of 2 / ``samples`` and its k-hat at most 0.5; other cells get all ``samples``. Where a posterior has
-    several modes, each has a component, refined by gradient steps, with the covariance of a Laplace step, and all
-    draws are made. A cell whose k-hat stays above 0.7 gets twice the steps and rounds, then four times as many. The
-    amortized q itself is not good enough a proposal to compare models: on real cells its k-hat (Vehtari, Simpson,
-    Gelman, Yao and Gabry 2024) is above 0.7 nearly everywhere. With an observed library size and Poisson counts, it
-    is log p(total) under the LogNormal distribution of the size, and the counts given the total. With one and other
-    counts it is conditional on the total (``attrs["conditional_on_total"]``). Global latents (weights, dispersions
-    with a prior) are held at the guide's medians, unless ``global_draws`` averages over them.
+    Newton steps on its bound, and a Student-t is put in its place. Its weighted draws come in rounds, between which it
+    takes up the mean and covariance that all draws show. The first only adapt it, and tell how many draws a cell needs
+    for a standard error of about the root of 2 / ``samples``. It gets all ``samples`` where their k-hat is above 0.5,
+    or where the posterior has several modes. Each of these has a component, refined by gradient steps, with the
+    covariance of a Laplace step. A cell whose k-hat stays above 0.7 gets twice the steps and rounds, then four times
+    as many. The amortized q itself is not good enough a proposal to compare models: on real cells its k-hat (Vehtari,
+    Simpson, Gelman, Yao and Gabry 2024) is above 0.7 nearly everywhere. With an observed library size and Poisson
+    counts, it is log p(total) under the LogNormal distribution of the size, and the counts given the total. With one
+    and other counts it is conditional on the total (``attrs["conditional_on_total"]``). Global latents (weights,
+    dispersions with a prior) are held at the guide's medians, unless ``global_draws`` averages over them.
 
     Parameters
     ----------
