@@ -49,7 +49,7 @@ class _Counted:
         self.samples, self.parts = samples, min(max(samples // FEWEST_DRAWS, 1), MOST_PARTS)
         self.length = math.ceil(samples / self.parts)
         self.draws = like.repeat(self.parts, self.length, 1, 1)
-        self.log_weights = in_float64(self.draws[..., 0]).fill_(-math.inf)
+        self.log_weights = torch.full_like(in_float64(self.draws[..., 0]), -math.inf)
         self.held = torch.zeros(cells, dtype=torch.long, device=like.device)
 
     def add(self, cells: Tensor, draws: Tensor, log_weights: Tensor) -> None:

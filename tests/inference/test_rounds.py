@@ -105,6 +105,14 @@ def test_results_are_those_of_the_draws_that_were_made():
         torch.testing.assert_close(torch.stack(found[:4])[:, [cell]], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_are_those_that_the_weights_belong_to(dtype):
+    start = Proposal(*(of.to(dtype) for of in standard(2)))
+    found = drawn_in_rounds(lambda rows: normal, start, SamplingBudget(1000, 0, 1), 50)
+    log_q = start.log_prob(found.draws)  # no better proposal is needed, so all draws are from it
+    torch.testing.assert_close(found.log_weights, (normal(found.draws) - log_q).double(), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("shift", [0.3, 1.5])
 def test_rounds_are_unbiased_and_their_errors_right_unless_the_first_proposal_is_poor(shift):
     cells = 400
