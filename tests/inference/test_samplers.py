@@ -164,12 +164,13 @@ def test_weights_repair_the_means_of_the_amortized_draws(toy):
 
 def test_weights_make_the_refined_draws_exact(toy):
     """Mean and variance over runs, whose spread gives the errors: those of weighted squares have heavy tails."""
-    runs, vouched = [], torch.ones(N_CELLS, dtype=torch.bool)
+    runs, khats = [], []
     for seed in range(16):
         draws, diagnostics = toy.draw(ps.Refined(), 4000, seed)
         runs.append(torch.stack([draws.mean(0), draws.var(0)]))
-        vouched &= diagnostics["khat"] < 0.5
-    assert vouched.sum() >= N_CELLS / 3
+        khats.append(diagnostics["khat"])
+    vouched = torch.stack(khats).mean(0) < 0.5  # each run fits a proposal of its own, and its khat varies
+    assert vouched.sum() >= N_CELLS / 2
     found = torch.stack(runs)[:, :, vouched]
     error = found.mean(0) - torch.stack([toy.mean, toy.sd.square()])[:, vouched]
     # The largest of 36 of Student's t with 15 degrees of freedom exceeds it with probability 0.0004.
