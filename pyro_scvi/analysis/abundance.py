@@ -146,8 +146,9 @@ def _design(labels: np.ndarray, samples: np.ndarray, group_a: Hashable | None, g
     shares = np.array([of_b[codes == place].mean() for place in range(len(names))])
     if both := [name for name, share in zip(names, shares, strict=True) if 0 < share < 1]:
         raise DataError(
-            f"the samples {both[:5]} have cells of both groups: exchanging groups takes whole samples. Name samples by "
-            "both columns, as obs['donor'] + '_' + obs['condition'], if these may count as independent"
+            f"the samples {both[:5]} have cells of both groups: the test exchanges whole samples. If the two "
+            "parts of a sample count as independent, name samples by both columns: obs['donor'] + '_' + "
+            "obs['condition']"
         )
     design = Design(groups, list(names), shares == 1, codes)
     _require_enough(design)
@@ -182,7 +183,9 @@ def _require_density(fit: Fit) -> None:
             f"{type(fit.guide).__name__} has no density q(z | x) of new cells: fit with ps.guides.DiagonalNormal"
         )
     if site.place.start:
-        raise ModelError("q(z | x) is known only given other latents: fit with ps.guides.DiagonalNormal")
+        raise ModelError(
+            "this guide gives q(z | x) only together with other latents: fit with ps.guides.DiagonalNormal"
+        )
 
 
 def _aggregated(fit: Fit, cells: Cells, design: Design, batch_size: int, seed: int) -> np.ndarray:

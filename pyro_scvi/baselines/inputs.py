@@ -85,7 +85,9 @@ def _in_order_of(fitted: Any, counts: Any) -> Any:
     if names is None or not isinstance(counts, pd.DataFrame) or len(counts.columns) != len(names):
         return counts
     if missing := [name for name in names if name not in counts.columns]:
-        raise DataError(f"{len(missing)} genes of the fit are no columns of counts, the first of them {missing[0]!r}")
+        raise DataError(
+            f"{len(missing)} genes of the fit are missing from the columns of counts, the first of them {missing[0]!r}"
+        )
     return counts[names]
 
 

@@ -66,7 +66,7 @@ def embed(
     Genes are matched by name, in any order; genes that the fit does not know are kept but play no part.
     """
     if beside is not None and space is not spaces.Expression:
-        raise typer.BadParameter("latents have no axes; add --space expression", param_hint="'--beside'")
+        raise typer.BadParameter("axes are those of expression: add --space expression", param_hint="'--beside'")
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
     with new_file(out, force, file) as made:
         fit = load_fit(fit_folder, device)
@@ -157,7 +157,9 @@ def impute(
 def _quantity(normalized: bool, no_dropout: bool, batch_as: list[str] | None) -> tuple[str, Callable[..., Any]]:
     """Name of the layer, and what computes it."""
     if normalized and no_dropout:
-        raise typer.BadParameter("shares are of the mean given no dropout as they are", param_hint="'--no-dropout'")
+        raise typer.BadParameter(
+            "--normalized gives the mean without dropout already: leave --no-dropout out", param_hint="'--no-dropout'"
+        )
     if normalized:
         name = "pyro_scvi_normalized" + "_batch_swapped" * bool(batch_as)
         return name, partial(_normalized, batches=batch_as or None)

@@ -38,7 +38,7 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
         If it is no valid h5ad file, one of MuData, or parts of it are links to files in other folders.
     """
     if file.exists() and not file.is_file():
-        raise DataError(f"{file}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+        raise DataError(f"{file}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
     with errors_named(f"{file}:", "cannot read it as h5ad"):
         check_links(file)
         with h5py.File(file) as group:
@@ -125,7 +125,7 @@ def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:
 def add(slot: MutableMapping[str, Any], key: str, value: Any) -> None:
     """Put a result into a copy, with a warning if it replaces an earlier one."""
     if key in slot:
-        warnings.warn(f"{key!r} was there already; the copy holds the new one", UserWarning, stacklevel=2)
+        warnings.warn(f"{key!r} was there already; it is replaced in the copy", UserWarning, stacklevel=2)
     slot[key] = value
 
 

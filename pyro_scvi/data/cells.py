@@ -346,8 +346,8 @@ class Cells:
         lost = [] if self.schema.batch is None else self._lost(self.gamma.codes(self.schema.batch), train, test)
         if lost and len(test) <= len(train):  # else the larger part is not there to train on
             warn(
-                f"all cells of batch {quoted(lost)} (column {self.schema.batch!r}) are held out: nothing can be learnt "
-                "of it. Join or leave out small batches, or take another seed."
+                f"all cells of batch {quoted(lost)} (column {self.schema.batch!r}) are held out, so the model "
+                "cannot learn this batch. Join or leave out small batches, or take another seed."
             )
         return train, test
 

@@ -48,8 +48,9 @@ def warn_of_numbered_genes(*genes: pd.Index) -> None:
     """
     if any(map(is_numbering, genes)):
         warn(
-            "genes are named by numbers, 0, 1, 2, ..., as where their names were lost on reading: they match by these "
-            "numbers, and rightly only if all data sets number the same genes. Set adata.var_names to names."
+            "genes are named by numbers (0, 1, 2, ...), which happens where their names were lost on reading. "
+            "They are matched by these numbers, which is right only if all data sets number the genes in the "
+            "same way. Set adata.var_names to the names of genes."
         )
 
 
@@ -108,9 +109,9 @@ def positions_of(cells: pd.Index, index: pd.Index, what: str) -> np.ndarray:
         raise DataError(f"{what} names rows more than once, such as {doubled}: cells cannot be matched by name.")
     missing = wanted[~wanted.isin(names)]
     raise DataError(
-        f"{what} has no row for {len(missing)} of the {len(wanted)} cells, such as {quoted(missing, 3)}; its rows are "
-        f"named {quoted(names, 3)}. Rows are matched by name. If they are in the order of the cells nevertheless, pass "
-        "them without names, as .to_numpy() or .reset_index(drop=True) gives them."
+        f"{what} has no row for {len(missing)} of the {len(wanted)} cells, such as {quoted(missing, 3)}; its rows "
+        f"are named {quoted(names, 3)}. Rows are matched by name. If they are already in the order of the cells, "
+        "pass them without names: .to_numpy() or .reset_index(drop=True)."
     )
 
 
@@ -129,8 +130,8 @@ def labelled(matrix: Any) -> Labelled:
     words = [(name, kind) for name, kind in matrix.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     if words:
         raise DataError(
-            f"counts must hold numbers; {len(words)} columns, such as {str(words[0][0])!r}, hold {words[0][1]}. Leave "
-            "out columns that are no genes, and pass annotations as obs=."
+            f"counts must hold numbers; {len(words)} columns, such as {str(words[0][0])!r}, hold {words[0][1]}. "
+            "Leave out columns that are not genes, and pass annotations as obs=."
         )
     return Labelled(_values(matrix), matrix.index, matrix.columns)
 
@@ -165,8 +166,8 @@ def warn_of_swapped_names(genes: pd.Index, cells: pd.Index) -> None:
         few = [str(name) for name in names[:_LOOKED_AT]]
         if few and sum(form.fullmatch(name) is not None for name in few) > len(few) / 2:
             warn(
-                f"{what} are named like {other}: {quoted(few, 3)}. Cells are rows and genes are columns. If they are "
-                "swapped, pass adata.T, or the matrix turned round."
+                f"{what} are named like {other}: {quoted(few, 3)}. Cells are rows and genes are columns. If they "
+                "are swapped, pass adata.T, or the transposed matrix."
             )
             return
 

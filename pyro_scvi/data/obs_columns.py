@@ -63,7 +63,7 @@ def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[
     if len(labels) > MOST_FLOAT_LEVELS and (column.dtype.kind == "f" or _have_decimals(labels)):
         raise DataError(
             f"{what} column {name!r} holds floats with {len(labels)} levels. If it is continuous, pass "
-            f"covariates=[{name!r}]; if it does name groups of cells, turn it into other words."
+            f"covariates=[{name!r}]. If it names groups of cells, turn the numbers into words."
         )
     return labels, categorical.cat.codes.to_numpy()
 
@@ -118,15 +118,16 @@ def warn_of_batches(obs: pd.DataFrame, name: str, what: str = "batch") -> None:
     missing = words_for_missing(sizes.index)
     if missing:
         warn(
-            f"{what} column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values are "
-            f"written in text; these cells count as a {what} of their own. Name their {what} or leave them out."
+            f"{what} column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values "
+            f"are written in text. These cells count as a {what} of their own. Name their {what}, or leave them "
+            "out."
         )
     if len(labels) > len(sizes):
         warn(f"{what} column {name!r} holds the same {plural} as numbers and as text, such as 1 and '1': taken as one.")
     if spaced := [label for label in sizes.index if label != label.strip() and label.strip() in sizes.index]:
         warn(
-            f"{what} column {name!r} holds {quoted(spaced)}, which differ from other {plural} by spaces only: they "
-            f"count as others. If they are the same: obs[{name!r}].astype(str).str.strip()."
+            f"{what} column {name!r} holds {quoted(spaced)}, which differ from other {plural} by spaces only. "
+            f"They count as different. If they are the same: obs[{name!r}].astype(str).str.strip()."
         )
     if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
         warn(
@@ -160,10 +161,10 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
     column = _column(obs, name)
     if _holds_categories(column):
         raise DataError(
-            f"covariate column {name!r} must be numeric; its type is {column.dtype}, and text and categories are no "
-            "measurements, even if they are digits, as the numbers of clusters are. Pass categories as batch=; two "
-            "columns of them, joined into one: obs['a'].astype(str) + '_' + obs['b'].astype(str). For a measurement "
-            f"that was read as text, obs[{name!r}].astype(float)."
+            f"covariate column {name!r} must be numeric; its type is {column.dtype}, and text and categories are "
+            "not measurements, even if they are digits, like the numbers of clusters. Pass categories as batch=. "
+            "Join two columns of them into one: obs['a'].astype(str) + '_' + obs['b'].astype(str). For a "
+            f"measurement that was read as text, obs[{name!r}].astype(float)."
         )
     try:
         if column.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and turn dates into nanoseconds

@@ -195,7 +195,7 @@ def _place_of(store: CountStore) -> Place:
     with errors_named(str(file), kind=StoreError):
         layer, raw = store.schema.plan["layer"], store.schema.plan.get("raw", False)
     if not isinstance(layer, str | None) or not isinstance(raw, bool):
-        raise StoreError(f"{file} names no place of counts: layer {brief(layer)}, raw {brief(raw)}")
+        raise StoreError(f"{file} does not say where the counts are: layer {brief(layer)}, raw {brief(raw)}")
     return Place(layer, raw)
 
 
@@ -320,8 +320,9 @@ def _warn_of_one_total(totals: np.ndarray, table: Table) -> None:
     spread, by_rounding = np.ptp(totals), len(table.genes)  # half a count per gene up or down
     if len(totals) >= LEAST_CELLS and 0 < spread < min(EQUAL * totals.mean(), by_rounding):
         warn(
-            f"all {len(totals)} cells have a total of {totals.min():.0f} to {totals.max():.0f} in {table.source}, as "
-            f"where values were normalised and then rounded. Rounding does not make counts of them. {table.hint}"
+            f"all {len(totals)} cells have a total of {totals.min():.0f} to {totals.max():.0f} in {table.source}, "
+            "as where values were normalised and then rounded. Rounding does not turn them into counts. "
+            f"{table.hint}"
         )
 
 

@@ -64,9 +64,9 @@ def warn_of_units(name: str, values: np.ndarray, mean: float, sd: float) -> None
     n_far = int((np.abs(z) > FAR).sum())
     if n_far > len(z) / FAR**2:  # no more of the training cells themselves can lie there, by Chebyshev's inequality
         warn(
-            f"covariate column {name!r} lies more than {FAR:g} standard deviations from the mean of the training cells "
-            f"({mean:.4g} ± {sd:.2g}) in {n_far} of {len(z)} cells; results for them are extrapolated. Is it in "
-            "another unit?"
+            f"covariate column {name!r} lies more than {FAR:g} standard deviations from the mean of the training "
+            f"cells ({mean:.4g} ± {sd:.2g}) in {n_far} of {len(z)} cells; results for them are extrapolated. Is "
+            "the column in another unit?"
         )
     elif 0 < z.std() < NARROWEST and abs(np.median(z)) > 1:
         warn(

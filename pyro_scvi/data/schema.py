@@ -390,8 +390,9 @@ class Schema:
             return _words(batch, self.batches, found, codes, _NO_BATCH)
         if self.n_batches == 1 and found != list(self.batches):
             raise SchemaError(
-                f"column {batch!r} holds {quoted(found)}, and the schema knows one batch only, {self.batches[0]!r}: "
-                "its cells and those of a new batch would look alike. Fit without batch=, or with several batches."
+                f"column {batch!r} holds {quoted(found)}, and the schema knows only one batch, "
+                f"{self.batches[0]!r}: its cells and those of a new batch would look alike. Fit without batch=, "
+                "or with several batches."
             )
         positions = {word: place for place, word in enumerate(self.batches)}
         return Words.of(np.array([positions.get(word, MEAN) for word in found])[codes], self.n_batches)
@@ -425,10 +426,10 @@ def _require_distinct(
     names = [name for name in (batch, *categorical, *covariates, labels, size_factor) if name is not None]
     for name in names:
         if not isinstance(name, Hashable):
-            raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
+            raise DataError(f"a column is given by its name, as in batch='donor'; got {name!r}.")
     if len(set(names)) < len(names):
         shown = ", ".join(f"{what} {value!r}" for what, value in given.items() if value)
-        raise DataError(f"batch and covariates must be different columns, as all that are named; got {shown}.")
+        raise DataError(f"batch, covariates and all other named columns must be different columns; got {shown}.")
 
 
 def _listed(names: Any, what: str = "covariates") -> tuple[str, ...]:

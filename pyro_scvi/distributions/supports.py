@@ -95,8 +95,8 @@ def constant_support(law: Any, what: str) -> Any:
             support = _of_first(support, -deepest)
     except ValueError as error:
         raise ModelError(
-            f"{what} lives on another set for each cell or draw: take a law whose support is constant, and scale its "
-            "value instead"
+            f"{what} has a support that differs between cells or draws: take a distribution with a constant "
+            "support, and scale its value instead"
         ) from error
     return support
 
@@ -129,11 +129,11 @@ def require_coordinates(law: Any, what: str) -> None:
     """
     name = type(unwrapped(law)).__name__
     if is_point(law):
-        raise ModelError(f"{what} is a point mass (Delta), which has no density: take a narrow continuous law")
+        raise ModelError(f"{what} is a point mass (Delta), which has no density: take a narrow continuous distribution")
     if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
         raise ModelError(
-            f"{what} lives on a circle or sphere ({circular[0]}), which no coordinates in R^n cover once: take two "
-            "normal latents, the angle of which is the phase, or a law on an interval"
+            f"{what} has values on a circle or sphere ({circular[0]}), which has no bijection from R^n: take two "
+            "normal latents, whose angle is the phase, or a distribution on an interval"
         )
     if is_discrete(law):
         raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")
@@ -142,8 +142,8 @@ def require_coordinates(law: Any, what: str) -> None:
         biject_to(support_of(law))
     except (NotImplementedError, ValueError) as error:
         raise ModelError(
-            f"{what} ({name}) has a support that no bijection from R^n is known for: {error}; take a law on the real "
-            "line, above a bound, on an interval or on the simplex"
+            f"{what} ({name}) has a support that no bijection from R^n is known for: {error}; take a distribution "
+            "on the real line, above a bound, on an interval or on the simplex"
         ) from error
 
 
@@ -192,7 +192,7 @@ def _first(bound: Any, dim: int) -> Any:
         return bound
     first = bound.select(dim, 0)
     if not bool((bound == first.unsqueeze(dim)).all()):
-        raise ValueError("its parts live on different sets")
+        raise ValueError("its parts have different supports")
     return first
 
 
@@ -208,7 +208,7 @@ def _require_filled(law: Any) -> None:
         reached = support_of(part.base_dist)
         for transform in part.transforms:
             if not _equivalent(reached, transform.domain):
-                raise ValueError(f"the law reaches only a part of the codomain of {type(transform).__name__}")
+                raise ValueError(f"the distribution reaches only a part of the codomain of {type(transform).__name__}")
             reached = transform.codomain
 
 

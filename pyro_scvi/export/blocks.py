@@ -326,7 +326,7 @@ class _Results:
         except (OSError, RuntimeError, ValueError) as error:  # zarr and HDF5 have no error of their own
             raise self._lost(error) from error
         if not np.array_equal(found, column.values, equal_nan=True):
-            raise self._lost(f"{column.place} reads otherwise than it was written")
+            raise self._lost(f"{column.place} does not read back as it was written")
 
     def mark(self, k: int) -> None:
         """Mark a block as done, once all of it can be read."""
@@ -353,8 +353,8 @@ def _opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[_Results]
         raise DataError(something_else(path, error)) from error
     if differing:
         raise DataError(
-            f"{path} holds results of another run: {', '.join(differing)} differ; pass the same as then, or choose "
-            "another path"
+            f"{path} holds results of another run: {', '.join(differing)} differ; pass what that run had, or "
+            "choose another path"
         )
     _reserve(kind, path)
     with reached(kind, path, "r+") as group:
@@ -366,6 +366,6 @@ def _reserve(kind: Format, path: Path) -> None:
         kind.reserve(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"there is no room for all results in {path}: {_line(error)}. No block was computed; make room, and "
-            "the same call continues"
+            f"there is no room for all results in {path}: {_line(error)}. No block was computed. Make room and "
+            "repeat the call"
         ) from error

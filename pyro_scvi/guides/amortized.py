@@ -67,8 +67,8 @@ class AmortizedGuide(Guide):
         shared = encoder is None and hasattr(model.prior, "encoder")
         if shared and (given := self.arguments.keys() - {"model", "encoder", "seed", "global_guide"}):
             raise ModelError(
-                f"the guide shares the encoder of {type(model.prior).__name__}, so {sorted(given)} would say nothing; "
-                "set them there, or pass encoder="
+                f"the guide shares the encoder of {type(model.prior).__name__}, so {sorted(given)} would have no "
+                "effect. Set them there, or pass encoder="
             )
         with seeded(seed):
             if encoder is None and not shared:

@@ -164,9 +164,9 @@ def require_continuous(coordinates: Coordinates) -> None:
         names = list(coordinates.enumerated)
         has = f"no latent of the cells but {names}, which it sums out" if names else "no latent of the cells"
         raise ModelError(
-            f"the program has {has}, and guides and draws are of continuous ones: sample one on which nothing depends, "
-            "as pyro.sample('unused', dist.Normal(0.0, 1.0)) in the plate 'cells'; log p(x) and all posteriors stay "
-            "what they are"
+            f"the program has {has}, and guides and draws need a continuous one: sample one on which nothing "
+            "depends, as pyro.sample('unused', dist.Normal(0.0, 1.0)) in the plate 'cells'; log p(x) and all "
+            "posteriors stay what they are"
         )
 
 

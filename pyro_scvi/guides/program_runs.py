@@ -48,7 +48,7 @@ def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tens
     """
     theta = observed_at(model, x, gamma, sites).theta
     if theta is None:
-        raise ModelError(f"{type(model).__name__} samples x by itself: let its last line be self.observe(x, theta)")
+        raise ModelError(f"{type(model).__name__} samples x itself: let its last line be self.observe(x, theta)")
     return theta
 
 

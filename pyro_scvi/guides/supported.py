@@ -55,10 +55,9 @@ def require_theta(model: SCVI) -> None:
     for site in model.discovered():
         if site.name == "x" and "theta" not in site.infer:
             raise ModelError(
-                f"{type(model).__name__} samples x by itself, so that theta, the likelihood's parameters, cannot be "
-                "read off the program, and w, y, h and all that is computed from them are unknown: let its last line "
-                "be return self.observe(x, theta, marginal=marginal, mask=mask). Latents, evidence and predictions "
-                "are had as it is"
+                f"{type(model).__name__} samples x itself, so the likelihood's parameters theta are not known, "
+                "nor are w, y, h and what is computed from them. Let its last line be return self.observe(x, "
+                "theta, marginal=marginal, mask=mask). Latents, evidence and predictions work as it is"
             )
 
 
@@ -136,8 +135,8 @@ def _require_proper(found: list[TracedSite]) -> None:
             raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")
         if site.kind.latent and is_masked(site.law):
             raise ModelError(
-                f"the law of the program's site {site.name!r} is masked, and where the mask is False its density is "
-                "none: leave the mask out"
+                f"the law of the program's site {site.name!r} is masked, and it has no density where the mask is "
+                "False: leave the mask out"
             )
 
 
@@ -269,7 +268,7 @@ def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None
             if not same_coordinates(support_of(site.law), moved, site.law.event_shape):
                 raise ModelError(
                     f"the support of the program's site {site.name!r} depends on other sites, counts or "
-                    "covariates: take a law whose support is constant, and scale its value instead"
+                    "covariates: take a distribution with a constant support, and scale its value instead"
                 )
 
 

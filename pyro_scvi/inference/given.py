@@ -78,7 +78,7 @@ class Given:
         own = {name: value for name, value in self.sites.items() if value.dim() > 1 and value.shape[1] == given}
         if not own:
             shapes = {name: tuple(value.shape) for name, value in self.sites.items()}
-            raise ModelError(f"there are no draws (samples, cells, ...) of {given} cells; got {shapes}")
+            raise ModelError(f"draws must have shape (samples, cells, ...) with {given} cells; got {shapes}")
         if self.names is None:
             return own
         places = {name: place for place, name in enumerate(self.names)}
@@ -156,8 +156,8 @@ def _require_one_value(sampler: Any, guide: Guide) -> None:
     beside = sampler.differs_by(guide) if isinstance(sampler, Given) else []
     if beside and not (isinstance(guide.weights, GlobalDraws) and guide.weights.n_draws == 1):
         raise ModelError(
-            f"these draws were made beside draws of {beside}, whose medians would be taken for all of them: call "
-            "fit.with_globals(draws) and pass global_draws= where the verb has it, or give it one draw of the former"
+            f"these draws were made beside draws of {beside}, and their medians would be used for all draws. Call "
+            "fit.with_globals(draws) and pass global_draws= to functions that have it, or give them a single draw"
         )
 
 

@@ -50,9 +50,9 @@ def require_owned(part: Any, what: str, *owners: nn.Module) -> None:
     lost = sorted(set(reached(part, what, is_lost)))
     if lost:
         raise ModelError(
-            f"{', '.join(lost[:3])}: trainable, but only the code of the {what} reaches it, so that it would not be "
-            f"trained, moved or saved. Make the {what} a torch.nn.Module that has it as an attribute, or freeze it by "
-            "requires_grad_(False)"
+            f"{', '.join(lost[:3])}: trainable, but it is reached only through the code of the {what}, so it "
+            f"would not be trained, moved or saved. Make the {what} a torch.nn.Module that has it as an "
+            "attribute, or freeze it by requires_grad_(False)"
         )
 
 

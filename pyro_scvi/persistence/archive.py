@@ -60,7 +60,7 @@ def folder(path: Any) -> Path:
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"expected the path of a directory, got {path!r}: {error}") from error
     if "\0" in str(directory):
-        raise CheckpointError(f"expected the path of a directory, got {path!r}, which no file can be called")
+        raise CheckpointError(f"expected the path of a directory, got {path!r}, which is not a valid file name")
     return directory
 
 
@@ -127,7 +127,7 @@ def check_replaceable(target: Path, kind: str) -> None:
     try:
         names = {item.name: item.is_file() for item in target.iterdir()}
     except OSError as error:
-        raise CheckpointError(f"{target} is no directory that can be written: {error}") from error
+        raise CheckpointError(f"{target} is not a directory that can be written: {error}") from error
     ours = {name for name, is_file in names.items() if is_file and _may_be_ours(name, _weights_of(target))}
     unexpected = sorted(names.keys() - ours)
     kinds = {config: _kind(target / config) for config in (CONFIG, PREVIOUS) if config in names}
@@ -138,8 +138,8 @@ def check_replaceable(target: Path, kind: str) -> None:
     ]
     if unexpected:
         raise CheckpointError(
-            f"{target} holds something else than a saved {kind}: {', '.join(unexpected[:3])}; "
-            "nothing was overwritten, choose another path"
+            f"{target} holds files that are not of a saved {kind}: {', '.join(unexpected[:3])}; nothing was "
+            "overwritten, choose another path"
         )
 
 
@@ -220,7 +220,7 @@ def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str,
     if wrong := _mismatches(facts, keys):
         raise CheckpointError(f"{path} has {' and '.join(wrong)}")
     if _weights_named(facts) is None:
-        raise CheckpointError(f"{path} names {facts['weights']!r}, which is no file of weights")
+        raise CheckpointError(f"{path} names {facts['weights']!r}, which is not a file of weights")
     return facts
 
 

@@ -72,7 +72,9 @@ def build(description: Any, model: SCVI | None) -> Any:
         case {"part": name, "arguments": arguments}:
             return _class_called(name)(**{key: build(item, model) for key, item in arguments.items()})
         case {"foreign": text}:
-            raise CheckpointError(f"it was made with {text}, which is not this package's: pass model= (and guide=)")
+            raise CheckpointError(
+                f"it was made with {text}, which is not part of this package: pass model= (and guide=)"
+            )
     raise CheckpointError(f"unknown description {repr(description)[:100]}")
 
 
@@ -200,9 +202,9 @@ def check_schema(schema: Schema, model: SCVI) -> None:
     names = (*schema.gene_names, *schema.covariates, *schema.categories, *chain.from_iterable(words))
     columns = (schema.batch, schema.layer, schema.labels)
     if not all(isinstance(name, str) for name in (*names, *(column or "" for column in columns))):
-        raise CheckpointError("its schema has names that are no strings")
+        raise CheckpointError("its schema has names that are not strings")
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*schema.means, *schema.sds)):
-        raise CheckpointError("its schema has means or standard deviations that are no numbers")
+        raise CheckpointError("its schema has means or standard deviations that are not numbers")
     if not all(sd > 0 for sd in schema.sds):
         raise CheckpointError("its schema has standard deviations that are not above 0")
     if any(len(set(of)) < len(of) for of in (schema.gene_names, *words)):
@@ -224,7 +226,7 @@ def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     held = states_of(model, guide)
     for name, tensor in held.items():
         if tensors[name].dtype != tensor.dtype:
-            raise CheckpointError(f"{name} is of type {tensors[name].dtype}, in the model {tensor.dtype}")
+            raise CheckpointError(f"{name} is of type {tensors[name].dtype}, the model has {tensor.dtype}")
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(tensors[name])

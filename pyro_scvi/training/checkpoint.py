@@ -93,7 +93,7 @@ class Checkpoints:
             state.restore(Snapshot(content.facts["progress"], rows, content.tensors))
         except Exception as error:  # what pandas and torch raise for a state that this version does not write
             state.restore(start)
-            raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
+            raise CheckpointError(f"{self.folder / config} is inconsistent: {error}") from error
         self.epoch, self.written = len(rows), time.monotonic()
         _log.info("going on from %s, after epoch %d", self.folder / config, self.epoch)
 
@@ -128,7 +128,7 @@ def _epochs(content: archive.Content) -> int:
     try:
         return len(content.facts["history"]["epoch"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError("it holds no history of epochs") from error
+        raise CheckpointError("it has no history of epochs") from error
 
 
 def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:

@@ -126,16 +126,16 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
     for name in _latents(modelled):
         if is_learned(support_of(modelled.nodes[name]["fn"])):
             raise ModelError(
-                f"a bound of the program's site {name!r} depends on parameters, and coordinates know fixed supports "
-                "only: take a law whose support is constant, and scale its value instead"
+                f"a bound of the program's site {name!r} depends on parameters, and only constant supports can be "
+                "fitted: take a distribution with a constant support, and scale its value instead"
             )
     own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters
     for trace in (guided, modelled):
         for name in trace.param_nodes:
             if not name.startswith(own):
                 raise ModelError(
-                    f"pyro.param {name!r} would never be trained: make it an nn.Parameter of a module that is part of "
-                    "the model or guide"
+                    f"pyro.param {name!r} would not be trained: make it an nn.Parameter of a module that is part "
+                    "of the model or guide"
                 )
     for part, what in ((model, "model"), (guide, "guide")):
         require_owned(part, what, model, guide)
@@ -178,7 +178,7 @@ def check_gradients(*parts: torch.nn.Module) -> None:
     named = [(name, parameter) for part in parts for name, parameter in part.named_parameters()]
     lost = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
     if lost:
-        raise ModelError(f"no gradient reached {lost}: they take no part in the loss and would never be trained")
+        raise ModelError(f"no gradient reached {lost}: the loss does not depend on them, so they would not be trained")
 
 
 def unique_parameters(parts: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:

@@ -118,8 +118,8 @@ class Fit:
         """
         if isinstance(self.guide.weights, GlobalDraws):
             raise CheckpointError(
-                "the global latents of this fit are at draws of your own, which a save has no place for: save the fit "
-                "that with_globals was called on, and the draws by themselves"
+                "the global latents of this fit are set to draws of your own, which a save does not hold. Save "
+                "the fit that with_globals was called on, and save the draws separately"
             )
         facts = facts_of(self.model, self.guide, self.history, self.schema, self.settings)
         archive.write(archive.folder(path), archive.Content("fit", facts, states_of(self.model, self.guide)))

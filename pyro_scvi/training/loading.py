@@ -68,7 +68,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # what constructors raise for arguments that this version does not write
-        raise CheckpointError(f"the save {source} does not fit together: {error}") from error
+        raise CheckpointError(f"the save {source} is inconsistent: {error}") from error
 
 
 def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) -> Fit:
@@ -78,9 +78,11 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
         model = build_sized(facts["model"], None, content.tensors) if model is None else model
         guide = build_sized(facts["guide"], model, content.tensors) if guide is None else guide
     if not isinstance(facts["settings"], dict):
-        raise CheckpointError("its settings are no mapping of names to values")
+        raise CheckpointError("its settings are not a mapping of names to values")
     if not (isinstance(model, SCVI) and isinstance(guide, Guide)):
-        raise CheckpointError(f"it holds a {type(model).__name__} and a {type(guide).__name__}, no model and guide")
+        raise CheckpointError(
+            f"it holds a {type(model).__name__} and a {type(guide).__name__}, not a model and a guide"
+        )
     if guide.model is not model:
         raise CheckpointError(
             "the guide was made for another model; make it with this one, as in DiagonalNormal(model)"

@@ -202,7 +202,7 @@ class Trainer:
             raise self._cannot_score(error) from error
         row["held_out_loss"], row["kl"] = self.evaluate(self.data.held_out or self.data.train, epoch)
         if not state.finite or (self.guide.amortized and _implausible(row["held_out_loss"], row["kl"])):
-            raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
+            raise Diverged(f"parameters or the held-out bound were NaN after epoch {epoch + 1}", trained=True)
         if self.data.held_out is None:
             row["held_out_loss"] = math.nan
         (seconds,) = ranks.sum(time.perf_counter() - started)
@@ -216,7 +216,7 @@ class Trainer:
     def _roll_back(self, failure: Diverged) -> None:
         """Go back to the last good state and halve the learning rate, if that can help."""
         state, rate, epoch = self.state, self.state.learning_rate, len(self.state.rows)
-        _log.info("%s, at learning rate %.2g: back to the end of epoch %d", failure, rate, epoch)
+        _log.info("%s, at learning rate %.2g: training goes back to the end of epoch %d", failure, rate, epoch)
         if failure.trained and state.halvings < HALVINGS:
             state.halve()
             return
@@ -239,9 +239,9 @@ class Trainer:
         state.finish()
         if after > before or _implausible(after, kl):
             raise FitError(
-                f"the loss was NaN or infinite {state.halvings} times, and what was learned at half the learning rate "
-                f"each time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per "
-                "cell: try a smaller learning_rate"
+                f"the loss was NaN or infinite {state.halvings} times, the learning rate was halved each time, "
+                f"and the fitted model still explains cells worse than the untrained one ({after:.1f} against "
+                f"{before:.1f} nats per cell). Try a smaller learning_rate"
             )
 
     def epoch(self, tempered: TemperedLatents, epoch: int) -> float:

@@ -156,8 +156,8 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
         for name, place in cells.columns.items():
             if place == columns and name not in cells.schema.ordered:
                 raise SchemaError(
-                    f"a prior takes the categories of {name!r} for steps in time, and they are words without an order: "
-                    f"make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
+                    f"a prior uses the categories of {name!r} as steps in time, and they are words without an "
+                    f"order: make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
                 )
     if isinstance(held_out, Cells) and held_out.schema != cells.schema:
         raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
@@ -192,7 +192,10 @@ def _check_precision(dtype: Any, autocast: Any) -> None:
     if autocast is not None and dtype != torch.float32:
         raise ModelError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
     if autocast not in (None, torch.bfloat16):
-        raise ModelError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
+        raise ModelError(
+            f"autocast must be None or torch.bfloat16, got {autocast!r}: gradients are not accurate "
+            "enough in other types"
+        )
 
 
 def _check_compiled(compiled: Any, elbo: Any) -> None:

@@ -108,7 +108,7 @@ def test_only_ranks_matter_and_idr_is_a_running_mean():
 
 def test_perfect_agreement_and_disagreement_end():
     score = np.arange(50.0)
-    with pytest.warns(UserWarning, match="mixture_weight is above 0.99: mu and sigma are not determined"):
+    with pytest.warns(UserWarning, match="mixture_weight is above 0.99: the scores do not determine mu and sigma"):
         found = idr(score, score)
     assert np.isfinite(found.local_idr).all()
     assert found.rho > 0.99

@@ -206,7 +206,7 @@ TYPES = ["Gene Expression"] * 4 + ["Antibody Capture", "CRISPR Guide Capture"]
 def test_features_that_are_no_genes_are_told(tmp_path, values):
     adata = make_adata(**{FEATURE_TYPES: values}).raw.to_adata()
     n = 2 if None not in list(values) else 1
-    text = rf"{n} of the 6 features are no genes by var\['feature_types'\]: 1 '.*adata\[:, adata"
+    text = rf"{n} of the 6 features are not genes according to var\['feature_types'\]: 1 '.*adata\[:, adata"
     with pytest.warns(UserWarning, match=text):
         cells = Cells.from_anndata(adata)
     Cells.from_anndata(adata, schema=cells.schema)  # said once, when a model is made for them

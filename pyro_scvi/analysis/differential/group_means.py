@@ -96,8 +96,8 @@ class GroupMeans:
         require_number(self.min_molecules, "min_molecules")
         if self.replicates is not None and self.within_batches:
             raise ModelError(
-                "replicates and within_batches exclude each other: the one takes errors between donors, the other "
-                "between the cells of a batch; leave one out"
+                "replicates and within_batches exclude each other: replicates takes errors between donors, "
+                "within_batches between the cells of a batch. Leave one of them out"
             )
 
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfMeans:

@@ -45,8 +45,8 @@ def labels_of(
         raise DataError(f"{what} must hold words, numbers or other labels that can be compared; some are lists")
     if missing := words_for_missing(list(pd.unique(labels))):
         warn(
-            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a group of "
-            "their own; replace the word by None to leave them out."
+            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a group "
+            "of their own. Replace the word by None to leave them out."
         )
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA cannot be compared: it has no truth value
 
@@ -91,7 +91,7 @@ def members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> 
     in_a = _in(labels, group_a)
     in_b = ~in_a if group_b is None else _in(labels, group_b)
     if not in_b.any():
-        raise DataError(f"every cell is in group {group_a!r}: there is no rest to compare it with")
+        raise DataError(f"every cell is in group {group_a!r}: there is no other cell to compare with")
     return np.flatnonzero(in_a), np.flatnonzero(in_b)
 
 

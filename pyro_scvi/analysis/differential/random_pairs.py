@@ -131,7 +131,7 @@ class RandomPairs:
         if not isinstance(self.pairing, AllPairs):
             raise ModelError(f"pairing must be AllPairs(...), or None for matched pairs, got {self.pairing!r}")
         if self.within_batch:
-            raise ModelError("AllPairs pairs cells of all batches; leave pairing out, or within_batch")
+            raise ModelError("AllPairs pairs cells of all batches: leave out pairing, or leave out within_batch")
         return self.pairing
 
     def _check_global_draws(self) -> None:
@@ -139,7 +139,9 @@ class RandomPairs:
             return
         require_at_least(1, global_draws=self.global_draws)
         if self.pairing is not None:
-            raise ModelError("AllPairs takes one law for all draws; leave pairing out, or global_draws")
+            raise ModelError(
+                "AllPairs needs one distribution for all draws: leave out pairing, or leave out global_draws"
+            )
         if self.global_draws > self.most_pairs // 2:
             raise ModelError(
                 f"most_pairs must be at least twice global_draws, got {self.most_pairs} and {self.global_draws}"

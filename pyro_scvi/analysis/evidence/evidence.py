@@ -183,7 +183,7 @@ def _check_some(fit: Fit, cells: Cells, table: pd.DataFrame, seed: int) -> None:
     if len(missed):
         warn(
             f"annealing finds {missed.max():.1f} nats more for {list(missed.index)}: the proposals miss modes, "
-            "which k-hat cannot tell; check others by ps.annealed_evidence"
+            "which k-hat does not show. Check other cells by ps.annealed_evidence"
         )
 
 
@@ -191,6 +191,6 @@ def _warn_of(table: pd.DataFrame) -> None:
     bad = (~(table.khat <= KHAT_LIMIT)).mean()
     if bad > 0.1:
         warn(
-            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be trusted; "
-            "raise samples=, or rounds= of ps.evidence"
+            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: do not trust their evidence. Raise "
+            "samples=, or rounds= of ps.evidence"
         )

@@ -134,8 +134,8 @@ def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
         bad = float((~(of_cells[name] <= limit)).mean()) if name in of_cells else 0.0
         if bad > 0.1:
             warn(
-                f"{name} is above {limit} for {bad:.0%} of the cells: their draws do not follow the posterior, and "
-                "neither elpd nor khat nor pit can be trusted; take sampler=ps.Importance() or ps.HMC(), or more draws"
+                f"{name} is above {limit} for {bad:.0%} of the cells: their draws do not follow the posterior, so "
+                "do not trust elpd, khat and pit. Take sampler=ps.Importance() or ps.HMC(), or more draws"
             )
 
 

@@ -84,7 +84,7 @@ def _pointwise(table: Any) -> pd.DataFrame:
         raise ModelError("stacking needs log p(x) of every cell: pass ps.compare(fits, cells, pointwise=True)")
     by_cell = by_cell[list(table.index)]
     if not np.isfinite(by_cell.to_numpy(dtype=float)).all():
-        raise ModelError("log p(x) is NaN or infinite for some cells, so there are no weights for them")
+        raise ModelError("log p(x) is NaN or infinite for some cells: leave these cells out")
     return by_cell
 
 
@@ -103,7 +103,7 @@ def _stacked(log_p: np.ndarray, share: np.ndarray) -> np.ndarray:
     weights = weights / weights.sum()
     # No weights score better by more than this: the score is concave in them.
     if not (share / (p @ weights) @ p).max() - 1 < CERTAIN:
-        raise ModelError("the stacking weights cannot be found to the accuracy needed: take out models one by one")
+        raise ModelError("the stacking weights did not converge: leave models out one by one")
     return weights
 
 

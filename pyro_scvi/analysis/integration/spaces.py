@@ -128,8 +128,8 @@ class Decoded(Space):
         found = torch.cat(list(_decoded(self, fit, some, batches, batch_size, seed))).double().numpy()
         if self.components >= min(found.shape):
             raise ModelError(
-                f"components={self.components} need more cells and features than that, and there are {found.shape[0]} "
-                f"and {found.shape[1]}: pass fewer, or a space that was fitted to more cells, as in "
+                f"components={self.components} must be smaller than the numbers of cells and features, "
+                f"{found.shape[0]} and {found.shape[1]}. Pass fewer, or a space that was fitted to more cells: "
                 f"{self!r}.fitted(fit, reference)"
             )
         mean = found.mean(0)
@@ -212,8 +212,8 @@ class Hidden(Decoded):
         """Refuse decoders without hidden layers, and of one's own, whose layers are not known."""
         if not isinstance(fit.model.decoder, Decoder):
             raise ModelError(
-                f"the decoder {type(fit.model.decoder).__name__} has no hidden layers that are known: take "
-                "ps.spaces.Expression() or ps.spaces.Latent()"
+                f"the decoder {type(fit.model.decoder).__name__} has no hidden layer that this space can read: "
+                "take ps.spaces.Expression() or ps.spaces.Latent()"
             )
 
     def features(self, guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
@@ -227,8 +227,8 @@ class Hidden(Decoded):
             hook.remove()
         if len(passed) != 1:
             raise ModelError(
-                f"{type(guide.model).__name__} calls its decoder {len(passed)} times, so that its hidden layer is not "
-                "one: take ps.spaces.Expression()"
+                f"{type(guide.model).__name__} calls its decoder {len(passed)} times, so there is no single "
+                "hidden layer: take ps.spaces.Expression()"
             )
         return passed[0].to(x.dtype)
 
@@ -291,9 +291,7 @@ class FittedSpace(Space):
             If the space was fitted with another fit: its axes would say nothing.
         """
         if self.of != fingerprint(fit):
-            raise ModelError(
-                f"{self!r} was fitted with another fit: fit it anew, as in {self.space!r}.fitted(fit, reference)"
-            )
+            raise ModelError(f"{self!r} belongs to another fit: make it again by {self.space!r}.fitted(fit, reference)")
         mean, axes = torch.from_numpy(self.mean), torch.from_numpy(self.factor * self.axes).T
         parts = _decoded(self.space, fit, cells, self.batches, batch_size, seed)
         return torch.cat([((part.double() - mean) @ axes).to(fit.dtype) for part in parts]).numpy()

@@ -171,7 +171,7 @@ def build(
 
 def _require_built_by(plan: dict[str, Any], target: Path) -> None:
     if not (target / SCHEMA).is_file():
-        raise StoreError(f"{target} is there already and is no store; choose another path")
+        raise StoreError(f"{target} is there already and is not a store; choose another path")
     schema = StoreSchema.read(target)
     if schema.plan != plan:
         raise StoreError(
@@ -188,7 +188,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
         earlier = json.loads((work / PLAN).read_bytes())
     except FileNotFoundError:
         if work.is_dir() and any(item.name != f"{PLAN}.new" for item in work.iterdir()):
-            raise StoreError(f"{work} holds something else than parts of a store; move it away") from None
+            raise StoreError(f"{work} holds files that are not parts of a store; move it away") from None
         work.mkdir(parents=True, exist_ok=True)
         durably(work / PLAN, lambda file: file.write(json.dumps(plan).encode()))
         return
@@ -298,7 +298,7 @@ def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.
             with np.load(part.path, allow_pickle=False) as arrays:
                 values = arrays[name]
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{part.path} was damaged meanwhile ({error}); call build again") from error
+            raise StoreError(f"{part.path} was damaged during the build ({error}); call build again") from error
         file.write(values.astype(dtype, copy=False).data)
 
 

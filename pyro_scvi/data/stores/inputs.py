@@ -119,7 +119,7 @@ def _table(group: Any, name: str, path: Path) -> pd.DataFrame:
     with errors_named(f"{name} of {path}"):
         table = read_elem(group[name])
         if not isinstance(table, pd.DataFrame):
-            raise DataError(f"{name} of {path} is no table, but {brief(table)}.")
+            raise DataError(f"{name} of {path} is not a table, but {brief(table)}.")
         return table
 
 
@@ -141,7 +141,7 @@ def _group(path: Path) -> Iterator[Any]:
         yield group
         return
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+        raise DataError(f"{path}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
     check_links(path)
     try:
         file = h5py.File(path, "r")
@@ -183,7 +183,7 @@ def _shared_genes(inputs: Sequence[Input]) -> pd.Index:
         if forms := other_forms(first, other):
             warn(f"genes of {inputs[0].path} are not in {each.path}, and are left out.{forms}")
     if not len(shared):
-        raise DataError(f"no gene is in all of the {len(inputs)} files; are their names of one kind?")
+        raise DataError(f"no gene is in all of the {len(inputs)} files. Do all files use the same kind of gene names?")
     for each in inputs:
         if len(shared) < len(each.genes):
             _log.info("%d genes of %s are not in all files: left out", len(each.genes) - len(shared), each.path)

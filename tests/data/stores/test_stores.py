@@ -357,7 +357,7 @@ def test_a_schema_that_does_not_belong(store, tmp_path):
         (store / "schema.json").write_text(broken)
         with pytest.raises(StoreError, match=what):
             CountStore(store)
-    with pytest.raises(StoreError, match="is no store of counts"):
+    with pytest.raises(StoreError, match="is not a store of counts"):
         CountStore(tmp_path / "absent")
 
 
