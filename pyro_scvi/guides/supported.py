@@ -135,8 +135,8 @@ def _require_proper(found: list[TracedSite]) -> None:
             raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")
         if site.kind.latent and is_masked(site.law):
             raise ModelError(
-                f"the law of the program's site {site.name!r} is masked, and it has no density where the mask is "
-                "False: leave the mask out"
+                f"the distribution of the program's site {site.name!r} is masked, and it has no density where the "
+                "mask is False: leave the mask out"
             )
 
 
@@ -179,8 +179,9 @@ def _require_library(model: SCVI) -> None:
         handle.remove()
     if not used:
         raise ModelError(
-            f"the program does not use the model's library, {model.library!r}, whose law of a cell's total would be a "
-            "part of the evidence: call self.library(x, gamma) in forward, or pass library=ps.libraries.NoLibrary()"
+            f"the program does not use the model's library, {model.library!r}, whose distribution of a cell's "
+            "total would be a part of the evidence: call self.library(x, gamma) in forward, or pass "
+            "library=ps.libraries.NoLibrary()"
         )
 
 
@@ -209,8 +210,9 @@ def _require_unweighed(found: list[TracedSite]) -> None:
     for site in found:
         if site.weighed:
             raise ModelError(
-                f"the program's site {site.name!r} is under poutine.scale, or a latent under poutine.mask, so that "
-                "densities and draws of the program disagree: change its law instead, or mask x by observe(mask=)"
+                f"the program's site {site.name!r} is under poutine.scale, or a latent under poutine.mask, so "
+                "densities and draws of the program would disagree: change its distribution instead, or mask x "
+                "by observe(mask=)"
             )
 
 
@@ -219,9 +221,9 @@ def _require_x(found: list[TracedSite], n_genes: int) -> None:
     for site in found:
         if site.name == "x" and tuple(site.law.batch_shape) != (2, n_genes):
             raise ModelError(
-                f"the law of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for two cells and "
-                f"{n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets one of shape "
-                "(cells, 1, latents)?"
+                f"the distribution of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for "
+                f"two cells and {n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets "
+                "one of shape (cells, 1, latents)?"
             )
 
 
