@@ -92,9 +92,13 @@ def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]
 
 
 def limited_by(tensors: dict[str, Tensor]) -> AllocationLimit:
-    """A limit that models with these tensors stay far below while they are made."""
+    """A limit that models with these tensors stay far below while they are made.
+
+    Priors of weights cost most. They need up to 35 elements for each element of the tensors, all together, and 40 calls
+    for each tensor.
+    """
     n_elements = sum(tensor.numel() for tensor in tensors.values())
-    return AllocationLimit(16 * n_elements + 4_000_000, 100 * len(tensors) + 1_000)
+    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, 300 * len(tensors) + 3_000)
 
 
 def _sizes(description: Any) -> Iterator[tuple[str, int]]:
