@@ -83,6 +83,26 @@ def test_a_save_of_every_guide_loads(guide, used, tmp_path):
     assert np.max(used()) < MOST
 
 
+NUMBERS = {
+    "degrees of freedom": lambda: {"prior": ps.priors.StudentT(3, df=1000)},
+    "weight of labels": lambda: {"prior": ps.priors.ByLabel(3, of_batches(2), label_weight=500)},
+    "concentration": lambda: {"prior": ps.priors.Dirichlet(3, 1000)},
+    "scale of weights": lambda: {"weight_priors": {"decoder.*": ps.weights.NormalWeights(1000)}},
+    "library": lambda: {"library": ps.libraries.LatentLibrary(1000, 100)},
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_whole_numbers_that_are_no_sizes_may_be_large(kind, tmp_path):
+    fit = fitted(lambda genes, batches: ps.SCVI(genes, 3, batches, n_hidden=8, **NUMBERS[kind]()), small_guide, 20, 2)
+    fit.save(tmp_path / "fit")
+    assert repr(ps.load(tmp_path / "fit").model) == repr(fit.model)
+
+
+def small_guide(model):
+    return ps.guides.DiagonalNormal(model, n_hidden=8, seed=10**9)
+
+
 @pytest.mark.parametrize(
     "make",
     [
