@@ -3,7 +3,8 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.likelihoods import library_size
 from pyro_scvi.model import SCVI
-from pyro_scvi.nn.component import Component, lasting_repr
+from pyro_scvi.nn.component import Component, constructor_parameters, lasting_repr
 from pyro_scvi.priors import weights
 from pyro_scvi.utils.allocation_limit import AllocationLimit
 
@@ -94,22 +95,36 @@ def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]
 
 
 def limited_by(tensors: dict[str, Tensor]) -> AllocationLimit:
-    """A limit that models with these tensors stay far below while they are made."""
+    """A limit that models with these tensors stay far below while they are made.
+
+    Priors of weights cost most. They need up to 35 elements for each element of the tensors, all together, and 40 calls
+    for each tensor.
+    """
     n_elements = sum(tensor.numel() for tensor in tensors.values())
-    return AllocationLimit(16 * n_elements + 4_000_000, 100 * len(tensors) + 1_000)
+    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, 300 * len(tensors) + 3_000)
 
 
 def _sizes(description: Any) -> Iterator[tuple[str, int]]:
-    """Integers among the arguments, by name; a seed is no size."""
+    """Integers among the arguments, by name. A seed is no size, nor is a whole number that may have been a fraction."""
     if isinstance(description, list):
         for item in description:
             yield from _sizes(item)
     elif isinstance(description, dict):
-        for name, value in description.items():
-            if type(value) is int and name != "seed":
+        others = _no_sizes(description["part"]) if "part" in description else set()
+        items = description.get("arguments", description)
+        for name, value in items.items() if isinstance(items, dict) else ():
+            if type(value) is int and name not in others:
                 yield name, value
             elif name != "tensor":
                 yield from _sizes(value)
+
+
+def _no_sizes(part: str) -> set[str]:
+    """Arguments of a part that take fractions, such as a scale."""
+    parameters = constructor_parameters(_class_called(part))
+    return {"seed"} | {
+        name for name, of in parameters.items() if not re.search(r"\bint\b|empty|Any", str(of.annotation))
+    }
 
 
 def with_new_names(description: Any) -> Any:
@@ -247,7 +262,7 @@ def _is_part(candidate: type) -> bool:
     return packaged and (issubclass(candidate, nn.Module) or dataclasses.is_dataclass(candidate))
 
 
-def _class_called(name: str) -> Callable[..., Any]:
+def _class_called(name: str) -> type[Any]:
     for known, label in _own_classes().items():
         if label == RENAMED.get(name, name):
             return known

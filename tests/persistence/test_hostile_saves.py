@@ -184,9 +184,9 @@ def test_the_limit_counts_what_is_asked_for_before_it_is_made():
         lambda: [torch.zeros(10) for _ in range(2_000)],
         lambda: torch.nn.Linear(10**5, 10**5),
     ):
-        with pytest.raises(CheckpointError, match="far more memory or time"), AllocationLimit(10**6, 1_000):
+        with pytest.raises(CheckpointError, match="far more memory or time"), AllocationLimit(10**6, 10**6, 1_000):
             ask()
-    with AllocationLimit(10**6, 1_000):
+    with AllocationLimit(10**6, 10**6, 1_000):
         assert torch.nn.Linear(100, 100)(torch.ones(5, 100)).shape == (5, 100)
 
 
