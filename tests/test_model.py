@@ -301,7 +301,7 @@ def test_covariates_may_be_left_out_where_there_are_none():
 
 def test_guides_need_counts():
     guide = ps.guides.DiagonalNormal(ps.SCVI(7, 3, n_hidden=8), n_hidden=8)
-    with pytest.raises(ModelError, match="a law given x"):
+    with pytest.raises(ModelError, match="a distribution given x"):
         guide(None, torch.zeros(5, 0))
 
 

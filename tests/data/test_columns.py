@@ -65,7 +65,7 @@ def test_numbers_of_any_type_are(values):
 
 
 def test_a_second_column_of_categories_is_told_where_it_belongs():
-    with pytest.raises(DataError, match=r"joined into one: obs\['a'\]\.astype\(str\)"):
+    with pytest.raises(DataError, match=r"into one: obs\['a'\]\.astype\(str\)"):
         read(batch="donor", donor=["x", "y"] * 60, chemistry=pd.Categorical(["v2", "v3", "v3"] * 40))
 
 

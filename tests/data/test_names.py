@@ -224,7 +224,7 @@ def test_labels_of_part_of_the_cells():
 
 def test_labels_of_other_cells_are_refused():
     other = shuffled().set_axis([f"{name}x" for name in shuffled().index])
-    with pytest.raises(DataError, match=r"groupby has no row for 12 .*as \.to_numpy\(\)"):
+    with pytest.raises(DataError, match=r"groupby has no row for 12 .*without names: \.to_numpy\(\)"):
         labels_of(make_cells(), other)
     assert list(labels_of(make_cells(), other.to_numpy())) == list(KIND[ORDER])
     with pytest.raises(DataError, match="12 cells, got 3"):

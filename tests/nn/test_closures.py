@@ -136,7 +136,7 @@ OWN = {
 
 @pytest.mark.parametrize("case", LOST)
 def test_what_no_module_owns_is_refused(case):
-    with pytest.raises(ModelError, match="only the code of the prior reaches it"):
+    with pytest.raises(ModelError, match="only through the code of the prior"):
         ps.SCVI(20, 2, prior=LOST[case], n_hidden=8)
 
 

@@ -169,7 +169,7 @@ def test_what_is_no_file_is_not_read(saved, cells, tmp_path, make, which):
     path.unlink()
     make(path)
     assert "there is no saved fit or checkpoint, or a part of it is missing" in check(folder, cells)
-    with pytest.raises(CheckpointError, match="holds something else"):
+    with pytest.raises(CheckpointError, match="holds files that are not of"):
         archive.check_replaceable(folder, "fit")
 
 

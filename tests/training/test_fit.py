@@ -328,7 +328,7 @@ def test_encoder_options_beside_a_shared_encoder_are_refused(cells):
 
 def test_parameters_that_the_guide_shares_cannot_have_a_prior(cells):
     normal = {"prior.*": ps.weights.NormalWeights()}
-    with pytest.raises(ModelError, match=r"'prior.encoder.*cannot have a prior, because the guide shares them"):
+    with pytest.raises(ModelError, match=r"'prior.encoder.*cannot have a prior, because the guide uses them too"):
         small_model(cells, prior=ps.priors.VampPrior(20, 3, 5), weight_priors=normal)
     assert small_model(cells, prior=ps.priors.GaussianMixture(3), weight_priors=normal).weights.prior_of
 

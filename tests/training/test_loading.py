@@ -53,7 +53,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:with an ObservedLibrary this evidence")
+@pytest.mark.filterwarnings("ignore:with an ObservedLibrary this is")
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_loaded_fit_is_the_saved_one(cells, tmp_path, options):
     fit = fitted(cells, **options())

@@ -302,14 +302,16 @@ def test_what_would_not_know_a_new_batch_is_refused(fit):
     weights = {"decoder.layers.linear.0.weight": ps.weights.NormalWeights()}
     refused = {
         "depends on the batch": lambda: fit_of(cells, encoding),
-        r"\['x'\] of this model by more": lambda: fit_of(cells, likelihood=per_batch),
-        r"\['l'\] of this model by more": lambda: fit_of(
+        r"\['x'\] of this model not only": lambda: fit_of(cells, likelihood=per_batch),
+        r"\['l'\] of this model not only": lambda: fit_of(
             cells, library=ps.libraries.LatentLibrary([4.0, 5.0], [0.2, 0.3])
         ),
         "does not see the batches": lambda: fit_of(cells, prior=ps.priors.Conditional(3, first)),
-        "a prior of weight_priors": lambda: fit_of(cells, weight_priors=weights),
+        "a prior from weight_priors": lambda: fit_of(cells, weight_priors=weights),
         "by their number": lambda: ps.fit(ByNumber(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False),
-        "by more than the decoder": lambda: ps.fit(ByBatch(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False),
+        "not only through the decoder": lambda: ps.fit(
+            ByBatch(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False
+        ),
     }
     for says, made in refused.items():
         other = made()
@@ -323,7 +325,7 @@ def test_what_would_not_know_a_new_batch_is_refused(fit):
 
 def test_one_known_batch_cannot_be_told_from_a_new_one():
     cells = ps.Cells.from_anndata(REFERENCE[:40].copy(), batch="donor")
-    with pytest.raises(SchemaError, match="one batch only, 'a'"):
+    with pytest.raises(SchemaError, match="only one batch, 'a'"):
         ps.Cells.from_anndata(QUERY, schema=cells.schema, allow_new_batches=True)
     same = ps.Cells.from_anndata(REFERENCE[:40].copy(), schema=cells.schema, allow_new_batches=True)
     assert same.new_batches == ()

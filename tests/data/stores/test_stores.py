@@ -318,7 +318,7 @@ def test_what_is_there_already_is_not_touched(tmp_path, file, store):
         quietly(file, store, genes=["a"])
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "notes").write_text("kept")
-    with pytest.raises(StoreError, match="something else than parts"):
+    with pytest.raises(StoreError, match="files that are not parts"):
         quietly(file, tmp_path / "new")
 
 
