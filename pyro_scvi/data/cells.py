@@ -15,7 +15,7 @@ from pyro_scvi.data.counts import Counts, Source, cell_totals, dense, n_nonzero
 from pyro_scvi.data.covariates import MEAN, NONE, Covariates, Words
 from pyro_scvi.data.indexing import CellIndex, positions, split_at_random
 from pyro_scvi.data.lazy_counts import rows_of
-from pyro_scvi.data.names import as_series, labelled, names_in, positions_of
+from pyro_scvi.data.names import as_series, in_order_of, labelled, names_in
 from pyro_scvi.data.obs_columns import categories, quoted
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.reading import Annotations, read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
@@ -362,7 +362,7 @@ class Cells:
         if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index):
             if index.isna().any():
                 raise DataError(f"the mask has no value for {index.isna().sum()} cells; fill them with True or False.")
-            index = index.to_numpy(dtype=bool)[positions_of(self.cell_names, index.index, "the mask")]
+            index = in_order_of(self.cell_names, index, "the mask").to_numpy(dtype=bool)
         return positions(index, self.n_cells)
 
     def with_batch(self, name: Hashable) -> "Cells":

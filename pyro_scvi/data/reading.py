@@ -23,7 +23,7 @@ from pyro_scvi.data.counts import (
 from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
-from pyro_scvi.data.names import labelled, names_in, positions_of, warn_of_swapped_names
+from pyro_scvi.data.names import in_order_of, labelled, names_in, warn_of_swapped_names
 from pyro_scvi.data.obs_columns import quoted, text_of
 from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
@@ -229,7 +229,7 @@ def _obs_of(
         turned = " Are cells and genes swapped in the counts?" if len(obs) == n_genes else ""
         raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.{turned}")
     known = numbers if cells is None else cells
-    ordered = obs.copy() if known is None else obs.iloc[positions_of(known, obs.index, "obs")].copy()
+    ordered = in_order_of(known, obs, "obs").copy()
     ordered.index = ordered.index if cells is None else cells
     return ordered
 
