@@ -329,7 +329,7 @@ class Cells:
         Warns
         -----
         UserWarning
-            If all cells of a batch are held out: nothing can be learnt of it.
+            If all cells of a batch, category or label are held out: nothing can be learnt of it.
         """
         train, test = self.split_rows(held_out, seed=seed)
         return self.take(train), self.take(test)
@@ -343,18 +343,37 @@ class Cells:
             As in :meth:`split`.
         """
         train, test = split_at_random(self.n_cells, held_out, seed)
-        lost = [] if self.schema.batch is None else self._lost(self.gamma.codes(self.schema.batch), train, test)
-        if lost and len(test) <= len(train):  # else the larger part is not there to train on
-            warn(
-                f"all cells of batch {quoted(lost)} (column {self.schema.batch!r}) are held out: nothing can be learnt "
-                "of it. Join or leave out small batches, or take another seed."
-            )
+        if len(test) <= len(train):  # else the larger part is not there to train on
+            for what, name, lost in self._only_in(test, train):
+                warn(
+                    f"all cells of {what} {quoted(lost)} (column {name!r}) are held out: nothing can be learnt of it. "
+                    "Join or leave out what has few cells, or take another seed."
+                )
         return train, test
 
-    def _lost(self, codes: np.ndarray, train: np.ndarray, test: np.ndarray) -> list[str]:
-        """Batches that are among the cells ``test``, but not among ``train``."""
-        in_train, in_test = (set(codes[rows].tolist()) for rows in (train, test))
-        return [self.schema.batches[code] for code in sorted(in_test - in_train) if code >= 0]
+    def warn_of_untrained(self, train: np.ndarray) -> None:
+        """Warn of batches, categories and labels of the schema of which no cell is among the rows to train on.
+
+        Warns
+        -----
+        UserWarning
+            For each column of ``obs`` that has some, with their names.
+        """
+        for what, name, lost in self._only_in(None, train):
+            warn(
+                f"{what} {quoted(lost)} (column {name!r}) has no training cell: all are held out, or not among these "
+                "cells, and nothing can be learnt of it. Join what has few cells, or read the cells to train on alone."
+            )
+
+    def _only_in(self, rows: np.ndarray | None, others: np.ndarray) -> list[tuple[str, str, list[str]]]:
+        """By column of words: what these are, its name, and those of some rows, or all known, which no others have."""
+        found = []
+        for what, name, levels in self.schema.words():
+            codes = self.gamma.codes(name)
+            here = range(len(levels)) if rows is None else np.unique(codes[rows][codes[rows] >= 0])
+            if lost := [levels[code] for code in sorted({*here} - {*codes[others]})]:
+                found.append((what, name, lost))
+        return found
 
     def _rows(self, index: CellIndex) -> np.ndarray:
         """Positions of the cells that an index selects; a mask with names is matched by name."""

@@ -274,14 +274,15 @@ def read(
     if allow_new_batches and schema is None:
         raise SchemaError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
     _check_names(table)
-    counts, genes, learning = table.counts, table.genes, schema is None
+    counts, genes, learning, complete = table.counts, table.genes, schema is None, True
     if schema is None:
         warn_of_features(table.var)
         warn_of_swapped_names(genes, table.obs.index)
         schema = Schema.learn(genes, table.obs, table.place, *annotations)
     else:
         schema.check_columns(*annotations)
-        counts = genes_of(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
+        places = schema.gene_positions(genes, fill_missing=fill_missing_genes)
+        counts, complete = genes_of(counts, places), bool((places >= 0).all())
         genes = pd.Index(schema.gene_names)
     counts = check_counts(
         counts,
@@ -298,6 +299,9 @@ def read(
         _warn_of_one_total(totals, table)
     if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
+        schema = schema.with_sizes(table.obs, totals)
+    elif complete:
+        schema.check_sizes(table.obs, totals)
     return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,13 +22,13 @@ from pyro_scvi.data.obs_columns import (
     warn_of_batches,
 )
 from pyro_scvi.data.places import Place
-from pyro_scvi.data.scales import require_near, require_not_tiny, warn_of_units
+from pyro_scvi.data.scales import require_near, require_not_tiny, unit_of_sizes, warn_of_size_factors, warn_of_units
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
 _log = logging.getLogger(__name__)
 
-LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered", "size_factor")
+LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered", "size_factor", "size_unit")
 """Fields that saves leave out where they are empty, as those written before there were any do."""
 
 
@@ -72,6 +72,9 @@ class Schema:
         Those of the columns of categories whose categories have an order: numbers, dates and ordered Categoricals.
     size_factor
         Column of ``obs`` with a size factor of each cell; None without one.
+    size_unit
+        Median and standard deviation, over the training cells, of the log of their counts per size factor: by these,
+        size factors of a query in another unit are seen. () without size factors.
 
     Examples
     --------
@@ -96,6 +99,7 @@ class Schema:
     label_names: tuple[str, ...] = ()
     ordered: tuple[str, ...] = ()
     size_factor: str | None = None
+    size_unit: tuple[float, ...] = ()
 
     @classmethod
     def learn(
@@ -208,6 +212,12 @@ class Schema:
             self.label_names,
             self.size_factor,
         )
+
+    def words(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Columns of ``obs`` that hold words: what these are, the column's name, and the words."""
+        found = [] if self.batch is None else [("batch", self.batch, self.batches)]
+        found += [("category", name, levels) for name, levels in zip(self.categories, self.levels, strict=True)]
+        return found if self.labels is None else [*found, ("label", self.labels, self.label_names)]
 
     def _parts(self) -> list[tuple[str, Sequence[str | None]]]:
         """Columns of ``obs`` and their categories, in the order of gamma; a continuous one has a single None."""
@@ -325,6 +335,17 @@ class Schema:
             extra = query.difference(wanted, sort=False)
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
+
+    def with_sizes(self, obs: pd.DataFrame, totals: np.ndarray) -> "Schema":
+        """The same, knowing the unit of the size factors by the total counts (cells,) of the training cells."""
+        if self.size_factor is None:
+            return self
+        return replace(self, size_unit=unit_of_sizes(totals, positive(obs, self.size_factor)))
+
+    def check_sizes(self, obs: pd.DataFrame, totals: np.ndarray) -> None:
+        """Warn of size factors of a query in another unit; ``totals`` (cells,) are its counts of the schema's genes."""
+        if self.size_factor is not None:
+            warn_of_size_factors(self.size_factor, totals, positive(obs, self.size_factor), self.size_unit)
 
     def encode(self, obs: pd.DataFrame, *, allow_new_batches: bool = False) -> Covariates:
         """One-hot batches and categories, standardised covariates, one-hot labels, log size factor: gamma.

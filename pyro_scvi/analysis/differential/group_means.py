@@ -105,7 +105,7 @@ class GroupMeans:
         batches, design = minibatches(fit, cells), self._design(cells)
         sampler = sampler_for(self.sampler, cells, fit.guide)
         with evaluating(fit.model, fit.guide, seed, theta=True):
-            moments = posterior_moments(fit, batches, part, sampler, self.samples)
+            moments = posterior_moments(fit, batches, part, sampler, self.samples, seed)
         return ComparisonOfMeans(self, cells, design, moments)
 
     def _design(self, cells: Cells) -> Design:
