@@ -36,7 +36,7 @@ _SENTENCES = (
     (r"the AnnData of the reference, after ps\.annotate\(reference, fit\)", "--beside the result of embed for the "
      "reference"),
     (r"as ps\.annotate writes them", "as embed writes them"),
-    (r"components=\d+ need", "the components need"),
+    (r"components=\S+ need", "the components need"),
     (r"pass fewer, or a space that was fitted to more cells, as in .*?\.fitted\(fit, reference\)",
      "leave out --space expression, or place them --beside a reference"),
 )  # fmt: skip

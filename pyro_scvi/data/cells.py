@@ -21,7 +21,7 @@ from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.reading import Annotations, read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
-from pyro_scvi.utils.checks import warn
+from pyro_scvi.utils.checks import switches_checked, warn
 from pyro_scvi.utils.html_repr import table
 
 
@@ -71,6 +71,7 @@ class Cells:
     obs: pd.DataFrame
 
     @classmethod
+    @switches_checked
     def from_anndata(
         cls,
         adata: AnnData,
@@ -149,6 +150,7 @@ class Cells:
         return cls(*parts, table.obs)
 
     @classmethod
+    @switches_checked
     def from_counts(
         cls,
         counts: Any,
@@ -197,6 +199,7 @@ class Cells:
         return cls(*parts, table.obs)
 
     @classmethod
+    @switches_checked
     def from_store(
         cls,
         path: str | Path,
@@ -321,10 +324,8 @@ class Cells:
 
         Raises
         ------
-        DataError
-            If either part would be empty.
         ModelError
-            If the seed is no integer of 0 or more.
+            If either part would be empty, or the seed is no integer of 0 or more.
 
         Warns
         -----
@@ -339,7 +340,7 @@ class Cells:
 
         Raises
         ------
-        DataError, ModelError
+        ModelError
             As in :meth:`split`.
         """
         train, test = split_at_random(self.n_cells, held_out, seed)

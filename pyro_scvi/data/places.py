@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, ModelError
 
 
 class Place(NamedTuple):
@@ -33,13 +33,11 @@ def chosen(layer: str | None, raw: bool, default: Place) -> Place:
 
     Raises
     ------
-    DataError
+    ModelError
         If they name two.
     """
-    if not isinstance(raw, bool):
-        raise DataError(f"raw must be True or False, got {raw!r}.")
     if raw and layer is not None:
-        raise DataError("the counts are in a layer or in adata.raw: pass layer= or raw=True, not both.")
+        raise ModelError("the counts are in a layer or in adata.raw: pass layer= or raw=True, not both.")
     return default if layer is None and not raw else Place(layer, raw)
 
 

@@ -29,7 +29,7 @@ from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
 from pyro_scvi.data.stores.layout import SCHEMA
-from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
 
@@ -81,7 +81,9 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
-    if place.layer is not None and (not isinstance(place.layer, str) or place.layer not in layer_names(adata)):
+    if not isinstance(place.layer, str | None):
+        raise ModelError(f"layer must be the name of a layer, or None for X; got {brief(place.layer)}.")
+    if place.layer is not None and place.layer not in layer_names(adata):
         raise SchemaError(
             f"there is no layer {place.layer!r}; the layers are: {_listed(adata)}. If X holds the raw counts, "
             f"adata.layers[{place.layer!r}] = adata.X.copy() gives them that name."
@@ -206,7 +208,7 @@ def table_of_matrix(
     if isinstance(matrix, AnnData):
         raise DataError("from_counts takes a matrix, got an AnnData, which from_anndata reads.")
     if obs is not None and not isinstance(obs, pd.DataFrame):
-        raise DataError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
+        raise ModelError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
     matrix, rows, columns = labelled(matrix)
     counts = canonical(matrix, "counts")
     n_cells, n_genes = counts.shape
@@ -270,9 +272,9 @@ def read(
         The one given, or learnt.
     """
     if schema is not None and not isinstance(schema, Schema):
-        raise SchemaError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
+        raise ModelError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
     if allow_new_batches and schema is None:
-        raise SchemaError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
+        raise ModelError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
     _check_names(table)
     counts, genes, learning, complete = table.counts, table.genes, schema is None, True
     if schema is None:
@@ -339,7 +341,7 @@ def _checked_names(names: Any, kind: str, n: int) -> pd.Index | None:
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise DataError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
+        raise ModelError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
     names = list(names)
     if len(names) != n:
         raise DataError(f"there are {len(names)} {kind} names for {n} {kind}s.")

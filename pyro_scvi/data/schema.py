@@ -23,7 +23,7 @@ from pyro_scvi.data.obs_columns import (
 )
 from pyro_scvi.data.places import Place
 from pyro_scvi.data.scales import require_near, require_not_tiny, unit_of_sizes, warn_of_size_factors, warn_of_units
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Schema:
     Examples
     --------
     >>> cells.schema
-    Schema(genes: 'gene_0', 'gene_1', 'gene_2', ... (20 in all))
+    Schema(genes: 'GENE0', 'GENE1', 'GENE2', ... (20 in all))
     >>> query = ps.Cells.from_anndata(adata[:5, ::-1].copy(), schema=cells.schema)
     >>> query.schema == cells.schema
     True
@@ -446,15 +446,15 @@ def _require_distinct(
     names = [name for name in (batch, *categorical, *covariates, labels, size_factor) if name is not None]
     for name in names:
         if not isinstance(name, Hashable):
-            raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
+            raise ModelError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
     if len(set(names)) < len(names):
         shown = ", ".join(f"{what} {value!r}" for what, value in given.items() if value)
-        raise DataError(f"batch and covariates must be different columns, as all that are named; got {shown}.")
+        raise ModelError(f"batch and covariates must be different columns, as all that are named; got {shown}.")
 
 
 def _listed(names: Any, what: str = "covariates") -> tuple[str, ...]:
     if not isinstance(names, Iterable):
-        raise DataError(f"{what} must be names of columns, as in ['age'] or (), got {brief(names)}.")
+        raise ModelError(f"{what} must be names of columns, as in ['age'] or (), got {brief(names)}.")
     return (names,) if isinstance(names, str) else tuple(names)
 
 

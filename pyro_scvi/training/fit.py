@@ -30,11 +30,13 @@ from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import noted_interrupts
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.random_state import seeded
 
 WATCHED = 2048  # held-out cells at most that are evaluated after every epoch
 
 
+@switches_checked
 def fit(
     model: SCVI,
     cells: Cells,

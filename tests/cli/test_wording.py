@@ -47,7 +47,6 @@ NO_COMMAND_CALLS = {  # folders and modules, and why their messages reach no com
     "priors": "are made by the commands",
     "program": "programs are written in Python",
     "training/checks": "commands pass objects of the right kind",
-    "training/options": "checked by the commands, which pass objects of the right kind; `resume` apart",
     "utils/html_repr": "SVG",
 }
 NOT_BY_A_COMMAND = {  # beginnings of single messages
@@ -64,14 +63,28 @@ NOT_BY_A_COMMAND = {  # beginnings of single messages
     "sampler must be an object": "commands pass one",
     "space must be an object": "commands pass one",
     "verbs must be functions": "infer passes them",
-    "estimand must be": "de passes one",
+    "ps.differential.": "an example of what de passes",
+    **dict.fromkeys(
+        (
+            "the validation cells have",
+            "the cells have size factors",
+            "the model takes size factors",
+            "dtype must be",
+            "autocast is",
+            "learning_rate must",
+            "kl_weight must",
+            "checkpoint_every must",
+            "ranks must",
+        ),
+        "fit has no such option",
+    ),
+    "compiled=True is for elbo=None": "no command takes a bound",
     "a column is named by one word": "commands pass strings",
     "there is no batch {}: these": "--batch-as is compared with the batches of the fit before",
     "the decoder {} has no hidden": "commands make the decoder",
     "{} calls its decoder": "commands make the model",
     "EveryOther() needs estimand": "de refuses --pairs beside --every-other",
     "not by ps.fit": "commands fit",
-    "(fit, cells, seed=)": "a comment",
 }
 
 
