@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.utils.checks import brief
 
 
 class Place(NamedTuple):
@@ -34,8 +35,10 @@ def chosen(layer: str | None, raw: bool, default: Place) -> Place:
     Raises
     ------
     ModelError
-        If they name two.
+        If they name two, or the layer by something else than a word.
     """
+    if not isinstance(layer, str | None):
+        raise ModelError(f"layer must be the name of a layer, or None; got {brief(layer)}.")
     if raw and layer is not None:
         raise ModelError("the counts are in a layer or in adata.raw: pass layer= or raw=True, not both.")
     return default if layer is None and not raw else Place(layer, raw)

@@ -81,8 +81,6 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
-    if not isinstance(place.layer, str | None):
-        raise ModelError(f"layer must be the name of a layer, or None for X; got {brief(place.layer)}.")
     if place.layer is not None and place.layer not in layer_names(adata):
         raise SchemaError(
             f"there is no layer {place.layer!r}; the layers are: {_listed(adata)}. If X holds the raw counts, "

@@ -74,7 +74,7 @@ def warn_of_units(name: str, values: np.ndarray, mean: float, sd: float) -> None
             f"({mean:.4g} ± {sd:.2g}) in {n_far} of {len(z)} cells; results for them are extrapolated. Is it in "
             "another unit?"
         )
-    elif abs(np.median(z)) > OFF or (0 < z.std() < NARROWEST and abs(np.median(z)) > 1):
+    elif z.std() > 0 and abs(np.median(z)) > (1 if z.std() < NARROWEST else OFF):  # cells of one donor have one value
         warn(
             f"covariate column {name!r} is {np.median(values):.4g} ± {values.std():.2g} here and {mean:.4g} ± {sd:.2g} "
             "in the training cells. Is it in another unit, such as a share for percent, or years for months?"

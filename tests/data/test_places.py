@@ -14,7 +14,7 @@ import pyro_scvi as ps
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.count_checks import FEATURE_TYPES
 from pyro_scvi.data.stores import build
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 
 COUNTS = np.random.default_rng(0).poisson(3.0, (20, 6)) + 1
 ALL_GENES, SOME = list("abcdef"), [4, 0, 2]
@@ -80,9 +80,9 @@ def test_a_schema_remembers_raw_and_older_ones_have_none():
 def test_places_that_exclude_each_other():
     adata = make_adata()
     adata.layers["counts"] = adata.X.copy()
-    with pytest.raises(DataError, match="layer= or raw=True, not both"):
+    with pytest.raises(ModelError, match="layer= or raw=True, not both"):
         Cells.from_anndata(adata, layer="counts", raw=True)
-    with pytest.raises(DataError, match="raw must be True or False, got 'X'"):
+    with pytest.raises(ModelError, match="raw must be True or False, got 'X'"):
         Cells.from_anndata(adata, raw="X")
     with pytest.raises(DataError, match=r"its raw; pass the AnnData itself with raw=True"):
         Cells.from_anndata(adata.raw)

@@ -141,7 +141,7 @@ def test_counts_that_raw_kept_are_annotated_with_raw():
     later = adata.copy()
     later.raw = later.copy()
     later.X = np.log1p(later.X.toarray())
-    with pytest.raises(DataError, match="not both"):
+    with pytest.raises(ModelError, match="not both"):
         ps.annotate(later, fit, layer="raw", raw=True)
     ps.annotate(later, fit, raw=True)
     np.testing.assert_array_equal(later.obsm["X_pyro_scvi"], ps.embed(fit, cells))
