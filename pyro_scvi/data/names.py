@@ -13,7 +13,8 @@ from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 
 _NUMBERED_CELL = re.compile(r"(cell_)?\d+")  # as pandas, anndata and from_counts call rows without a name
-_NUMBERED_GENE = re.compile(r"(V|X|gene_)?(\d+)")  # as pandas, R's tables without header and from_counts call columns
+_OWN = "gene_"
+_NUMBERED_GENE = re.compile(rf"(V|X|{_OWN})?(\d+)")  # as pandas, R's tables without header and from_counts call columns
 _BARCODE = re.compile(r"[ACGTN]{12,}([-_.].*)?")  # of a cell, such as AAACCTGAGAAACCAT-1
 _GENE_ID = re.compile(r"(ENS[A-Z]*G\d{11})(\.\d+)?")  # of Ensembl; without its version it is the same gene
 _LOOKED_AT = 100
@@ -38,9 +39,13 @@ def warn_of_numbered_genes(*genes: pd.Index) -> None:
     Warns
     -----
     UserWarning
-        If the genes of one of them are numbered, also as tools do it: V1, X1, gene_0.
+        If the genes of one of them are numbered, also as tools do it: V1, X1. Names such as gene_0 are often meant,
+        and are told unless all data sets have the same in the same order.
     """
-    if numbered := [each for each in genes if _are_all_numbers(each)]:
+    own = (
+        all(str(name).startswith(_OWN) for each in genes for name in each) and len({tuple(each) for each in genes}) < 2
+    )
+    if not own and (numbered := [each for each in genes if _are_all_numbers(each)]):
         warn(
             f"genes are named by numbers, {quoted(numbered[0], 3)}, as where their names were lost on reading: they "
             "match by these numbers, and rightly only if all data sets number the same genes. Set adata.var_names to "

@@ -221,8 +221,12 @@ def test_genes_that_match_by_number_are_told(fitted, query):
 def test_genes_that_tools_number_are_told(form, first, order):
     names = [form.format(i + first) for i in range(G)]
     schema = Cells.from_anndata(of_genes(names)).schema
+    query = of_genes([names[i] for i in order])
+    if form == "gene_{}" and order == range(G):  # of simulated data, mostly
+        Cells.from_anndata(query, schema=schema)  # a warning is an error here
+        return
     with pytest.warns(UserWarning, match=f"genes are named by numbers, '{names[0]}'"):
-        Cells.from_anndata(of_genes([names[i] for i in order]), schema=schema)
+        Cells.from_anndata(query, schema=schema)
 
 
 @pytest.mark.parametrize("names", [["7157", "672", "675", "1017"], ["g0", "g1", "g2", "g3"], ["V1", "X2", "V3", "X4"]])
