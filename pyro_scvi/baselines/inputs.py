@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.counts import canonical
-from pyro_scvi.data.names import names_in, positions_of
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_at_least
 
@@ -48,29 +47,6 @@ def dense_counts(
             f"{empty.size} genes have no count in any cell, the first of them gene {empty[0]}; drop them before the fit"
         )
     return x
-
-
-def in_order_of(names: Any, values: Any, what: str) -> Any:
-    """Values, one row for each of ``names``, in their order; matched by name where both sides have names.
-
-    Parameters
-    ----------
-    names
-        Index of the cells or genes, as of a DataFrame of counts; anything else has none.
-    values
-        A Series or DataFrame; anything else is in the right order.
-    what
-        Name of the values in errors.
-
-    Raises
-    ------
-    DataError
-        If the values have other names.
-    """
-    named = isinstance(names, pd.Index) and isinstance(values, pd.Series | pd.DataFrame)
-    if not named or names_in(names) is None or names_in(values.index) is None:
-        return values
-    return values.iloc[positions_of(names, values.index, what)]
 
 
 def remember_genes(method: Any, counts: Any) -> None:

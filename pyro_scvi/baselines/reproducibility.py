@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
 
-from pyro_scvi.baselines.inputs import in_order_of
+from pyro_scvi.data.names import in_order_of
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_at_least
 

@@ -217,6 +217,14 @@ def inferred(column: pd.Series) -> pd.Series:
     return column.convert_dtypes() if pd.api.types.is_object_dtype(column) else column
 
 
+def of_one_kind(column: pd.Series) -> pd.Series:
+    """A column that is text in one file and numbers in another as text throughout: 1 and "1" are the same word."""
+    levels = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.dropna()
+    if not pd.api.types.is_object_dtype(levels) or len({isinstance(level, str | bytes) for level in levels}) < 2:
+        return column
+    return column.astype(object).map(label_of, na_action="ignore")
+
+
 def quoted(names: Sequence[str] | pd.Index, most: int = 10) -> str:
     """List names for a message: the first few, and how many there are."""
     shown = ", ".join(repr(str(name)) for name in names[:most])

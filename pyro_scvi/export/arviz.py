@@ -38,7 +38,7 @@ from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.cell_streams import cell_streams, narrowed, per_cell
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import require_at_least, switches_checked
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ LOG_Q = "log_q_global"
 FROM_SAMPLER = ("posterior", "log_prior", "sample_stats", "log_likelihood", "posterior_predictive")
 
 
+@switches_checked
 def to_datatree(
     fit: Fit,
     cells: Cells,

@@ -24,7 +24,7 @@ from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.block_files import Format, format_of, reached, something_else, temporary_folder
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.persistence.serialization import states_of
-from pyro_scvi.utils.checks import brief, require_at_least, require_seed
+from pyro_scvi.utils.checks import brief, require_at_least, require_seed, switches_checked
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.utils.progress_bars import each
 
@@ -45,6 +45,7 @@ DONE, RUN = "pyro_scvi_blocks", "pyro_scvi_run"
 _DONE_PLACE = f"uns/{DONE}"
 
 
+@switches_checked
 def write(
     fit: Fit,
     cells: Cells,

@@ -13,6 +13,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Encoder, initialise
 from pyro_scvi.nn.normalization import BatchNorm, Norm
 from pyro_scvi.types import Distribution
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.random_state import seeded
 
 
@@ -48,6 +49,7 @@ class AmortizedGuide(Guide):
         As in :class:`Guide`.
     """
 
+    @switches_checked
     def __init__(
         self,
         model: SCVI,

@@ -199,8 +199,6 @@ def _check_precision(dtype: Any, autocast: Any) -> None:
 
 
 def _check_compiled(compiled: Any, elbo: Any) -> None:
-    if not isinstance(compiled, bool):
-        raise ModelError(f"compiled must be True or False, got {brief(compiled)}")
     if compiled and elbo is not None:
         raise ModelError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
 

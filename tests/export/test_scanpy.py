@@ -141,7 +141,7 @@ def test_counts_that_raw_kept_are_annotated_with_raw():
     later = adata.copy()
     later.raw = later.copy()
     later.X = np.log1p(later.X.toarray())
-    with pytest.raises(DataError, match="not both"):
+    with pytest.raises(ModelError, match="not both"):
         ps.annotate(later, fit, layer="raw", raw=True)
     ps.annotate(later, fit, raw=True)
     np.testing.assert_array_equal(later.obsm["X_pyro_scvi"], ps.embed(fit, cells))
@@ -408,3 +408,17 @@ def test_scanpy_reads_marked_groups():
     found = scanpy.get.rank_genes_groups_df(with_groups(names).copy(), group=list(names))
     assert list(found.group.unique()) == list(names)
     assert set(found.names) == {*"01"}
+
+
+@pytest.mark.parametrize("verb", ["expression", "technical_zeros"])
+def test_genes_that_only_raw_has_are_told(verb):
+    """Counts of all genes in raw, and X of the variable ones."""
+    whole = make_adata()
+    whole.X = whole.layers["raw"].copy()
+    cells = ps.Cells.from_anndata(whole, batch="donor")
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2, 2), cells, epochs=1, progress=False)
+    adata = whole[:, 3:].copy()
+    adata.raw = whole
+    with pytest.warns(UserWarning, match=rf"3 of the {cells.n_genes} genes of the fit are in adata.raw only.*to_adata"):
+        ps.annotate(adata, fit, raw=True, samples=1, **{verb: True})
+    ps.annotate(adata, fit, raw=True, overwrite=True)  # an embedding loses none

@@ -258,7 +258,7 @@ def few_cells(n, folder):
     assert np.isfinite(ps.embed(fit, cells)).all()
     assert np.isfinite(ps.impute(fit, cells)).all()
     if n == 1:
-        with pytest.raises(DataError, match="cannot hold out 1 of 1 cells.*validation=0"):
+        with pytest.raises(ModelError, match="cannot hold out 1 of 1 cells.*validation=0"):
             quick_fit(cells)
     says = "cannot hold out 1 of 1 cells"  # the command holds cells out twice, to judge and to choose the epoch
     assert says in one_line(run("fit", write(make_adata(simulated_counts(n, 8)), folder), *quickly(folder)))

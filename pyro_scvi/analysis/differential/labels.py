@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.names import as_series, positions_of
+from pyro_scvi.data.names import as_series, in_order_of
 from pyro_scvi.data.obs_columns import quoted, words_for_missing
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
@@ -54,8 +54,7 @@ def labels_of(
 def _as_objects(cells: Cells, groupby: Sequence[Hashable] | np.ndarray | pd.Series, what: str) -> np.ndarray:
     values = as_series(groupby)
     if isinstance(values, pd.Series):
-        rows = positions_of(cells.cell_names, values.index, what)
-        return values.iloc[rows].to_numpy(dtype=object)
+        return in_order_of(cells.cell_names, values, what).to_numpy(dtype=object)
     if not isinstance(groupby, list | tuple):
         return np.asarray(groupby, dtype=object)
     return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix

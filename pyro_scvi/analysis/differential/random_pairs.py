@@ -23,7 +23,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_number
+from pyro_scvi.utils.checks import require_at_least, require_number, require_switches
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -110,6 +110,7 @@ class RandomPairs:
     has_direction: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_switches(within_batch=self.within_batch)
         if not isinstance(self.contrast, DepthCorrected | Uncorrected):
             raise ModelError(f"contrast must be DepthCorrected() or Uncorrected(), got {self.contrast!r}")
         require_number(self.delta, "delta")

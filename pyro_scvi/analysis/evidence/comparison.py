@@ -16,8 +16,10 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.utils.checks import switches_checked
 
 
+@switches_checked
 def compare(
     fits: Mapping[str, Fit | Sequence[Fit]],
     cells: Cells,

@@ -21,7 +21,7 @@ from pyro_scvi.inference.evaluation import bound_terms, evaluating
 from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget, evidence_of
 from pyro_scvi.inference.proposals import weighted
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.precision import in_float64
 from pyro_scvi.utils.progress_bars import over_cells
 
@@ -33,6 +33,7 @@ CHAINS, TEMPERATURES = 64, 60  # of that: a few per cent of the time
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 
 
+@switches_checked
 def evidence(
     fit: Fit,
     cells: Cells,

@@ -19,7 +19,7 @@ from pyro_scvi.inference.pareto_khat import pareto_smoothed
 from pyro_scvi.inference.samplers import Importance, Sampler
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
 from pyro_scvi.utils.cell_streams import per_cell
-from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ WHY_NOT_CELLS = (
 )
 
 
+@switches_checked
 def leave_one_out(
     fit: Fit,
     cells: Cells,

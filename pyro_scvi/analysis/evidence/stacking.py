@@ -78,14 +78,16 @@ def stacking_weights(table: pd.DataFrame, *, draws: int = 200, seed: int = 0) ->
 
 
 def _pointwise(table: Any) -> pd.DataFrame:
-    """Values by cell and model, in the order of the table."""
+    """Values by cell, in the order of their names, and by model, in the order of the table."""
     by_cell = table.attrs.get("pointwise") if isinstance(table, pd.DataFrame) else None
     if not isinstance(by_cell, pd.DataFrame) or not set(table.index) <= set(by_cell.columns):
         raise ModelError("stacking needs log p(x) of every cell: pass ps.compare(fits, cells, pointwise=True)")
     by_cell = by_cell[list(table.index)]
     if not np.isfinite(by_cell.to_numpy(dtype=float)).all():
         raise ModelError("log p(x) is NaN or infinite for some cells: leave these cells out")
-    return by_cell
+    # The bootstrap's weightings go by the names of cells, and cells of one name by their values.
+    order = np.lexsort((*by_cell.to_numpy(dtype=float).T, by_cell.index.to_numpy(dtype=str)))
+    return by_cell.iloc[order]
 
 
 def _stacked(log_p: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler
-from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ LEAST_KNOWN = 20  # labels, from which their predictions are judged
 LEAST_RIGHT = 0.75  # of them, below which components are not those of their labels
 
 
+@switches_checked
 def predict_labels(
     fit: Fit,
     cells: Cells,

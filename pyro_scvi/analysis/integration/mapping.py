@@ -32,7 +32,7 @@ from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.priors.base import ConditionalPrior, takes_gamma
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit as MadeFit
-from pyro_scvi.utils.checks import require_at_least, require_positive
+from pyro_scvi.utils.checks import require_at_least, require_positive, switches_checked
 from pyro_scvi.utils.progress_bars import progress_bar
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class _Widened:
             self.parameter[:, self.stop :] = kept[:, self.stop :]
 
 
+@switches_checked
 def map_query(
     fit: Fit,
     cells: Cells,

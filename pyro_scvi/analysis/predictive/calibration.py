@@ -20,7 +20,7 @@ from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_giv
 from pyro_scvi.inference.samplers import HMC, Refined, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.cell_streams import alone, cell_streams, narrowed
-from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.checks import brief, require_at_least, switches_checked
 from pyro_scvi.utils.html_repr import table
 from pyro_scvi.utils.progress_bars import progress_bar
 
@@ -171,6 +171,7 @@ class Calibration(NamedTuple):
         return facts
 
 
+@switches_checked
 def calibrate(
     fit: Fit,
     n_cells: int = 200,

@@ -18,7 +18,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.checks import brief, require_at_least, switches_checked
 from pyro_scvi.utils.progress_bars import progress_bar
 from pyro_scvi.utils.random_state import seeded
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate_globals"]
 
 
+@switches_checked
 def calibrate_globals(
     fit: Fit,
     cells: Cells,

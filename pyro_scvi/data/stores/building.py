@@ -57,6 +57,7 @@ from pyro_scvi.data.stores.layout import (
     work_of,
 )
 from pyro_scvi.errors import StoreError
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.utils.progress_bars import progress_bar
@@ -66,6 +67,7 @@ PLAN, COMPLETE = "plan.json", "store"
 _log = logging.getLogger(__name__)
 
 
+@switches_checked
 def build(
     files: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     path: str | Path,

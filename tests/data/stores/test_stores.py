@@ -24,7 +24,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.minibatches import Minibatches, resolve_device
 from pyro_scvi.data.stores import CountStore, build
-from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
 from pyro_scvi.utils.random_state import seeded
 from tests.support.cli_runs import run
 from tests.support.paths import ROOT
@@ -250,7 +250,7 @@ def test_names_that_clash(tmp_path, files):
         quietly([files["A"], tmp_path / "sub" / "one.h5ad"], tmp_path / "store")
     with pytest.raises(DataError, match="no gene is in all of the 2 files"):
         quietly([files["A"], stored(tmp_path, make_adata(genes="tuv"), "others")], tmp_path / "store")
-    with pytest.raises(DataError, match="pass one file"):
+    with pytest.raises(ModelError, match="pass one file"):
         quietly([], tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
@@ -407,18 +407,42 @@ def test_a_refused_build_does_not_block_the_next(tmp_path):
         ({"genes": "a"}, r"genes must be a list of names, such as \['a'\]; got 'a'"),
         ({"genes": 3}, "genes must be a list of names.*got 3"),
         ({"label": 3}, "label must be a string, got 3"),
+        ({"layer": 3}, "layer must be the name of a layer, or None; got 3"),
         ({"index_unique": True}, "index_unique must be a string, got True"),
     ],
 )
 def test_names_that_are_none(tmp_path, file, options, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ModelError, match=message):
         quietly(file, tmp_path / "new", **options)
     assert not (tmp_path / "new.partial").exists()
 
 
+MIXED = {
+    "numbers and text": ([1, 2, 1, 1], ["1", "2", "2", "1"]),
+    "numbers and categories": ([1, 2, 1, 1], pd.Categorical(["1", "2", "2", "1"])),
+    "categories of numbers and text": (pd.Categorical([1, 2, 1, 1]), ["1", "2", "2", "1"]),
+    "whole floats and text": ([1.0, 2.0, 1.0, 1.0], ["1", "2", "2", "1"]),
+}
+
+
+@pytest.mark.parametrize("columns", MIXED.values(), ids=MIXED)
+def test_a_batch_that_is_a_number_in_one_file_and_text_in_another_is_one_batch(columns, tmp_path):
+    files = []
+    for place, column in enumerate(columns):
+        obs = pd.DataFrame({"run": column, "lane": ["a", None, "b", "b"]}, index=[f"c{place}{i}" for i in range(4)])
+        adata = AnnData(np.ones((4, 2), dtype=np.float32), obs, pd.DataFrame(index=["g", "h"]))
+        files.append(tmp_path / f"{place}.h5ad")
+        adata.write_h5ad(files[-1])
+    cells = Cells.from_store(build(files, tmp_path / "store", progress=False), batch="run")
+    assert cells.schema.batches == ("1", "2")
+    np.testing.assert_array_equal(cells.gamma[:, :1][:, 0], [1, 0, 1, 1, 1, 0, 0, 1])
+    np.testing.assert_array_equal(cells.with_batch(1).gamma[:], cells.with_batch("1").gamma[:])
+    assert cells.obs["lane"].isna().sum() == 2
+
+
 def test_no_files_and_no_annotations(tmp_path):
     for files in ({}, []):
-        with pytest.raises(DataError, match="pass one file or several"):
+        with pytest.raises(ModelError, match="pass one file or several"):
             quietly(files, tmp_path / "new")
     with h5py.File(tmp_path / "bare.h5ad", "w") as bare:
         bare["X"] = np.ones((3, 2))
