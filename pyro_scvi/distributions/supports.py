@@ -159,6 +159,15 @@ def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
         return False
 
 
+def same_set(one: Any, other: Any) -> bool:
+    """Whether two supports are of one kind and have no bounds, or the same numbers for bounds: the cheap question."""
+    first, second = (getattr(support, "base_constraint", support) for support in (one, other))
+    if type(first) is not type(second):
+        return False
+    pairs = list(zip(_bounds(first), _bounds(second), strict=True))
+    return all(isinstance(a, int | float) and isinstance(b, int | float) and a == b for a, b in pairs)
+
+
 def _same_values(one: Any, other: Any, u: torch.Tensor) -> bool:
     first, second = (in_float64(biject_to(support)(_placed(u, support))).cpu() for support in (one, other))
     return torch.allclose(first, second)

@@ -64,12 +64,25 @@ def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, 
     ModelError
         If the program does not say what its theta is.
     """
-    return theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
+    theta, draws = theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}), _draws_of(guide, sites)
+    if draws and max(value.dim() for value in theta.values()) < 3:  # no latent of the cells is in it
+        return {name: value.expand(draws, *value.shape) if value.dim() == 2 else value for name, value in theta.items()}
+    return theta
 
 
 def law_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
     """The distribution of x (..., cells, genes) at draws of all local latents, global ones at their medians."""
-    return observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
+    law: Any = observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
+    draws = _draws_of(guide, sites)
+    return law.expand((draws, *law.batch_shape)) if draws and len(law.batch_shape) < 3 else law
+
+
+def _draws_of(guide: Guide, sites: dict[str, Tensor]) -> int:
+    """The number of draws in the latents of the cells; 0 for one value of each, without a dimension of draws."""
+    for name, site in guide.coordinates.local.items():
+        if name in sites and sites[name].dim() - len(site.event_shape) > 2:
+            return len(sites[name])
+    return 0
 
 
 def sampled_counts(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
@@ -81,7 +94,7 @@ def sampled_counts(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[st
         part = {name: value[start : start + size] for name, value in sites.items()}
         law: Any = law_given(guide, x, gamma, part)
         with per_cell():
-            drawn.append(law.expand((min(size, samples - start), *shape)).sample())
+            drawn.append(law.expand((min(size, samples - start), *shape)).sample().to(gamma))
     return torch.cat(drawn)
 
 
@@ -94,7 +107,7 @@ def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Ten
         return sites
     fixed = guide.weights.medians()
     with per_cell():
-        return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, draws_at_once(x))
+        return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, guide.coordinates, draws_at_once(x))
 
 
 def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = False) -> dict[str, Tensor]:
@@ -102,9 +115,10 @@ def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = 
 
     ``enumerated`` says whether discrete latents are among them. Raises NotImplementedError for an improper prior.
     """
-    names = [*guide.coordinates.local, *(guide.coordinates.enumerated if enumerated else ())]
+    local, discrete = list(guide.coordinates.local), list(guide.coordinates.enumerated)
     with per_cell():
-        return prior_draws(guide.model, gamma, guide.weights.medians(), n, names)
+        drawn = prior_draws(guide.model, gamma, guide.weights.medians(), n, [*local, *discrete])
+    return {name: drawn[name] for name in (*local, *(discrete if enumerated else ()))}
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
@@ -122,7 +136,7 @@ def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_
     fixed, size, terms = guide.weights.medians(), draws_at_once(x), []
     for start in range(0, len(log_q), size):
         part = {name: value[start : start + size] for name, value in sites.items()}
-        trace = scored(guide.model, x, gamma, {**fixed, **part})
+        trace = scored(guide.model, x, gamma, {**fixed, **part}, guide.coordinates)
         terms.append(torch.stack(cell_terms(trace, *sites)))
     of_latents, of_x = torch.cat(terms, 1)
     return of_x + of_latents - log_q, log_q - of_latents
