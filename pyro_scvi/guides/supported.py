@@ -21,6 +21,7 @@ from pyro_scvi.distributions.supports import (
     unwrapped,
 )
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.enumeration import is_enumerated
 from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.likelihoods.library_size import Library
@@ -114,6 +115,12 @@ def require_same_sites(trace: pyro.poutine.Trace, given: Collection[str], enumer
             raise conditional(name)
     for name in expected - nodes.keys():
         raise conditional(name)
+    for name in enumerated:
+        if not is_enumerated(nodes[name]):
+            raise ModelError(
+                f"the program sums out {name!r} under a condition only: let infer={{'enumerate': 'parallel'}} hold "
+                "for all cells and draws"
+            )
 
 
 def is_aside(site: Any) -> bool:

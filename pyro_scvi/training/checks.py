@@ -91,11 +91,12 @@ class SameSites(Messenger):
     def __init__(self, latents: Collection[str], enumerated: Collection[str]) -> None:
         super().__init__()
         self.times = Counter[str]()
+        self.enumerated = enumerated
         self.expected = dict.fromkeys(latents, 2) | dict.fromkeys([*enumerated, "x"], 1)
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.expected:
-            self.times[msg["name"]] += 1
+            self.times[msg["name"]] += msg["name"] not in self.enumerated or is_enumerated(msg)
         elif not (is_aside(msg) or (msg["infer"] or {}).get("is_auxiliary")):
             raise OtherSite(msg["name"])
 
@@ -123,6 +124,12 @@ def check_kinds(model: Any, cells: Any, guide: Any) -> None:
     """
     require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
     require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
+    if guide is not None and callable(guide) and not isinstance(guide, Guide | type):
+        raise ModelError(
+            f"guide must be a ps.guides.Guide, got {brief(guide)}: of a function, fit knows neither parameters nor "
+            "densities of draws; write a subclass with encode, law and start, as CONTRIBUTING shows, or train the "
+            "function by pyro.infer.SVI"
+        )
     if guide is not None:
         require_kind(guide, Guide, "guide", "ps.guides.DiagonalNormal(model)")
 
@@ -152,7 +159,6 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
     ModelError
         If there is one; names the site or the parameter.
     """
-    _require_one_precision(model)
     with pyro.get_param_store().scope():
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
         drawn = [site for site in model.discovered() if site.kind.latent and site.kind is not Kind.ENUMERATED]
@@ -234,14 +240,6 @@ def _require_same(in_model: set[str], in_guide: set[str]) -> None:
         raise ModelError(f"the model samples {sorted(missing)}, which the guide does not; the bound would be wrong")
     if extra := in_guide - in_model:
         raise ModelError(f"the guide samples {sorted(extra)}, which the model does not have")
-
-
-def _require_one_precision(model: SCVI) -> None:
-    """Refuse parts in different precisions, whose products torch does not take."""
-    kinds = {str(parameter.dtype).removeprefix("torch."): name for name, parameter in model.named_parameters()}
-    if len(kinds) > 1:
-        named = ", ".join(f"{name} is {kind}" for kind, name in sorted(kinds.items()))
-        raise ModelError(f"parameters of the model are in different precisions ({named}): call model.float()")
 
 
 def _is_auxiliary_of_cells(msg: Any) -> bool:
