@@ -133,7 +133,8 @@ def require_coordinates(law: Any, what: str) -> None:
     if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
         raise ModelError(
             f"{what} lives on a circle or sphere ({circular[0]}), which no coordinates in R^n cover once: take two "
-            "normal latents, the angle of which is the phase, or a law on an interval"
+            "normal latents, the angle of which is the phase, or a law on an interval; if phases repeat on the circle, "
+            "as in cos(2 * angle), let the angle be of one period"
         )
     if is_discrete(law):
         raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")
@@ -145,6 +146,21 @@ def require_coordinates(law: Any, what: str) -> None:
             f"{what} ({name}) has a support that no bijection from R^n is known for: {error}; take a law on the real "
             "line, above a bound, on an interval or on the simplex"
         ) from error
+
+
+def share_at_bounds(law: Any, draws: int) -> float:
+    """The share of a law's draws so near to a bound that numbers of their precision do not tell them from it.
+
+    Next to 0 there are numbers as small as 1e-38; next to 1 float32 has none between 1 - 6e-8 and 1.
+    """
+    support, value = support_of(law), law.sample((draws,))
+    support, precision = getattr(support, "base_constraint", support), torch.finfo(value.dtype)
+    if isinstance(support, type(constraints.simplex)):
+        return float((value.amax(-1) >= 1 - 2 * precision.eps).double().mean())
+    near = torch.zeros_like(value, dtype=torch.bool)
+    for bound in map(torch.as_tensor, _bounds(support)):
+        near |= (value - bound).abs() <= (2 * precision.eps * bound.abs()).clamp(min=precision.tiny)
+    return float(near.double().mean())
 
 
 def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:

@@ -8,6 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_scvi.distributions.supports import share_at_bounds
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import cell_terms, enumerated_draws, scored
 from pyro_scvi.guides.program_runs import observed_at, prior_draws, theta_at
@@ -17,7 +18,11 @@ from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.cell_streams import per_cell
+from pyro_scvi.utils.checks import warn
 from pyro_scvi.utils.random_state import seeded
+
+LOST_AT_BOUNDS = 0.01
+"""Share of a latent's mass that may lie next to a bound without a warning."""
 
 USUAL = 64
 """Cells of a batch, unless the caller says otherwise."""
@@ -33,12 +38,38 @@ def evaluating(model: SCVI, guide: Guide, seed: int, *, theta: bool = False) -> 
     ------
     ModelError
         Naming a site, if the program has one that densities and draws would not do right by.
+
+    Warns
+    -----
+    UserWarning
+        If the law of a latent has more than a hundredth of its mass where numbers cannot tell it from a bound.
     """
     guide.require_supported()
+    _warn_of_bounds(guide)
     if theta:
         require_theta(model)
     with undisturbed(seed, model, guide):
         yield
+
+
+def _warn_of_bounds(guide: Guide) -> None:
+    """Warn of latents with mass next to a bound, which coordinates in R^n do not reach, and k-hat does not see."""
+    known = guide.coordinates
+    bounded = {name for name, site in known.local.items() if not site.real and site is not known.library}
+    if not bounded:
+        return
+    with seeded(0):
+        shares = {
+            site.name: share_at_bounds(site.law, 1000) for site in guide.model.discovered() if site.name in bounded
+        }
+    for name, share in shares.items():
+        if share > LOST_AT_BOUNDS:
+            warn(
+                f"{share:.0%} of the mass of the law of {name!r} is so near to a bound that numbers of this precision "
+                "cannot hold it: results leave it out, evidence is too low by it, and k-hat and errors do not tell; "
+                "fit with dtype=torch.float64, or take a law with less mass there, such as a Beta or Dirichlet with "
+                "concentrations of 0.5 or more"
+            )
 
 
 @contextmanager
