@@ -94,6 +94,10 @@ class SameSites(Messenger):
         self.enumerated = enumerated
         self.expected = dict.fromkeys(latents, 2) | dict.fromkeys([*enumerated, "x"], 1)
 
+    def __enter__(self) -> Any:
+        self.times.clear()
+        return super().__enter__()
+
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.expected:
             self.times[msg["name"]] += msg["name"] not in self.enumerated or is_enumerated(msg)
@@ -111,7 +115,6 @@ class SameSites(Messenger):
         for name, times in self.expected.items():
             if self.times[name] != times * self.times["x"]:
                 raise conditional(name)
-        self.times.clear()
 
 
 def check_kinds(model: Any, cells: Any, guide: Any) -> None:
