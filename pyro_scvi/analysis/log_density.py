@@ -127,7 +127,7 @@ class LogDensity:
         drawn, local = self._parts(u)
         coordinates = self._guide.coordinates
         values = {name: value[0] for name, value in drawn.items()}
-        trace = scored(self._model, self._x, self._gamma, values | coordinates.sites(local))
+        trace = scored(self._model, self._x, self._gamma, values | coordinates.sites(local), coordinates)
         total = torch.stack(cell_terms(trace, *coordinates.local)).sum() + coordinates.log_abs_det(local).sum()
         nodes: Any = trace.nodes
         for name, part in self._flat(u).items():

@@ -47,9 +47,9 @@ def warn_of_numbered_genes(*genes: pd.Index) -> None:
     )
     if not own and (numbered := [each for each in genes if _are_all_numbers(each)]):
         warn(
-            f"genes are named by numbers ({quoted(numbered[0], 3)}), which happens where their names were lost on reading. "
-            "They are matched by these numbers, which is right only if all data sets number the genes in the same way. "
-            "Set adata.var_names to the names of genes."
+            f"genes are named by numbers ({quoted(numbered[0], 3)}), as where their names were lost on reading. "
+            "They are matched by these numbers, which is right only if all data sets number the genes in the same "
+            "way. Set adata.var_names to the names of genes."
         )
 
 

@@ -133,7 +133,8 @@ def require_coordinates(law: Any, what: str) -> None:
     if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
         raise ModelError(
             f"{what} has values on a circle or sphere ({circular[0]}), which has no bijection from R^n: take two "
-            "normal latents, whose angle is the phase, or a distribution on an interval"
+            "normal latents, whose angle is the phase, or a distribution on an interval. If phases repeat on the circle, "
+            "as in cos(2 * angle), let the angle be of one period"
         )
     if is_discrete(law):
         raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")
@@ -147,6 +148,21 @@ def require_coordinates(law: Any, what: str) -> None:
         ) from error
 
 
+def share_at_bounds(law: Any, draws: int) -> float:
+    """The share of a law's draws so near to a bound that numbers of their precision do not tell them from it.
+
+    Next to 0 there are numbers as small as 1e-38; next to 1 float32 has none between 1 - 6e-8 and 1.
+    """
+    support, value = support_of(law), law.sample((draws,))
+    support, precision = getattr(support, "base_constraint", support), torch.finfo(value.dtype)
+    if isinstance(support, type(constraints.simplex)):
+        return float((value.amax(-1) >= 1 - 2 * precision.eps).double().mean())
+    near = torch.zeros_like(value, dtype=torch.bool)
+    for bound in map(torch.as_tensor, _bounds(support)):
+        near |= (value - bound).abs() <= (2 * precision.eps * bound.abs()).clamp(min=precision.tiny)
+    return float(near.double().mean())
+
+
 def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
     """Whether the bijections to two supports take the same R^n to the same values of an event's shape."""
     first, second = biject_to(one), biject_to(other)
@@ -157,6 +173,15 @@ def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
         return _same_values(one, other, torch.linspace(-1.5, 1.5, size.numel()).reshape(size))
     except (RuntimeError, ValueError):  # bounds of other shapes
         return False
+
+
+def same_set(one: Any, other: Any) -> bool:
+    """Whether two supports are of one kind and have no bounds, or the same numbers for bounds: the cheap question."""
+    first, second = (getattr(support, "base_constraint", support) for support in (one, other))
+    if type(first) is not type(second):
+        return False
+    pairs = list(zip(_bounds(first), _bounds(second), strict=True))
+    return all(isinstance(a, int | float) and isinstance(b, int | float) and a == b for a, b in pairs)
 
 
 def _same_values(one: Any, other: Any, u: torch.Tensor) -> bool:

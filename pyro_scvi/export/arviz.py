@@ -206,7 +206,7 @@ def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], ent
     """Log p of each latent and of latents and x, each (samples, cells), and log p(x | latents), (..., genes)."""
     fixed, terms, of_entries = fit.guide.weights.medians(), [], []
     for part in _split(sites, draws_at_once(x)):
-        trace = scored(fit.model, x, gamma, {**fixed, **part})
+        trace = scored(fit.model, x, gamma, {**fixed, **part}, fit.guide.coordinates)
         terms.append(latent_terms(trace, *sites) | {"x": cell_terms(trace, *sites)[1]})
         of_entries += [entry_terms(trace, *sites)] if entries else []
     log_p = {name: torch.cat([term[name] for term in terms]) for name in terms[0]}
@@ -218,7 +218,7 @@ def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], ent
 def _of_globals(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], samples: int, seed: int) -> Groups:
     """Draws of the global latents from the guide, log p of each and log q of all; ``sites`` are latents of a cell."""
     drawn, log_q = weighed_global_draws(fit, samples, seed)
-    log_p = global_terms(fit.model, x, gamma, sites, drawn)
+    log_p = global_terms(fit.model, x, gamma, sites, drawn, fit.guide.coordinates)
     return {"posterior": drawn, "log_prior": log_p, "sample_stats": {LOG_Q: log_q}}
 
 

@@ -128,7 +128,16 @@ def _of_object(value: Any, names: Names) -> Iterator[_Step]:
 
 def _attributes(value: Any, names: Names) -> Iterator[_Step]:
     held = getattr(value, "__dict__", {})
-    return (_Step(f".{name}", held[name], names) for name in sorted(names & held.keys()))
+    slotted = {name for name in names & _slots(value) if hasattr(value, name)}
+    return (_Step(f".{name}", getattr(value, name), names) for name in sorted(names & held.keys() | slotted))
+
+
+def _slots(value: Any) -> set[str]:
+    """The attributes that an object has by the ``__slots__`` of its classes, and so not in its ``__dict__``."""
+    kinds = type(value).__mro__
+    return {
+        name for kind in kinds for name, found in vars(kind).items() if isinstance(found, types.MemberDescriptorType)
+    }
 
 
 def _named_in(function: Any) -> Names:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,13 +17,22 @@ from torch import Tensor
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guides.base import Guide
+from pyro_scvi.guides.packaged import is_packaged
+from pyro_scvi.guides.supported import conditional
 from pyro_scvi.inference.compiled import NotCompiled, Recorded
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.training.checkpoint import Checkpoints
-from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
+from pyro_scvi.training.checks import (
+    OtherSite,
+    SameSites,
+    TemperedLatents,
+    check_gradients,
+    check_sites,
+    unique_parameters,
+)
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
 from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
@@ -277,11 +287,32 @@ class Trainer:
         tempers = tempered.weight != 1
         by_programs = checked or tempers or self.data.is_rest(step)
         take = self.gradients.of_programs if by_programs else self.gradients.recorded
-        with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext():
+        same = self._same_sites()
+        with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext(), same:
             loss = take(x, gamma, len_all=self.data.sizes[step], **given)
         if checked:
             check_gradients(self.model, self.guide)
         return loss
+
+    @cached_property
+    def _sites(self) -> SameSites | None:
+        """What every step must have sampled; None if the program is one whose sites never change."""
+        known = self.guide.coordinates
+        latents = {*known.local, *self.guide.weights.supports}
+        return None if is_packaged(self.model) else SameSites(latents, known.enumerated)
+
+    @contextmanager
+    def _same_sites(self) -> Iterator[None]:
+        """Refuse a step with other sites than the guide's."""
+        if self._sites is None:
+            yield
+            return
+        try:
+            with self._sites:
+                yield
+        except OtherSite as error:
+            raise conditional(str(error)) from error
+        self._sites.require()
 
     @staticmethod
     @contextmanager

@@ -1,5 +1,6 @@
 """Checks of simple arguments, and warnings that name the caller's line."""
 
+import contextlib
 import inspect
 import math
 import sys
@@ -134,6 +135,9 @@ def warn(text: str) -> None:
 
 
 def _is_ours(frame: FrameType) -> bool:
+    """Whether a call is inside the package, or in the library that enters its ``with`` blocks."""
+    if frame.f_globals.get("__name__") == contextlib.__name__:
+        return True
     return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
 
 

@@ -79,7 +79,7 @@ NOT_BY_A_COMMAND = {  # beginnings of single messages
         "fit has no such option",
     ),
     "compiled=True is for elbo=None": "no command takes a bound",
-    "a column is named by one word": "commands pass strings",
+    "a column is given by its name": "commands pass strings",
     "there is no batch {}: these": "--batch-as is compared with the batches of the fit before",
     "the decoder {} has no hidden": "commands make the decoder",
     "{} calls its decoder": "commands make the model",

@@ -215,7 +215,7 @@ def test_gene_names_that_are_numbers_match_their_own_schema():
     adata = AnnData(np.ones((3, 2)))
     adata.var.index = pd.Index([1, 2])
     cells = Cells.from_anndata(adata)
-    with pytest.warns(UserWarning, match="genes are named by numbers, '1', '2'"):
+    with pytest.warns(UserWarning, match="genes are named by numbers .'1', '2'"):
         query = Cells.from_anndata(adata, schema=cells.schema)
     np.testing.assert_array_equal(query[:][0], cells[:][0])
     adata.var.index = pd.Index([1, "1"], dtype=object)

@@ -225,7 +225,7 @@ def test_genes_that_tools_number_are_told(form, first, order):
     if form == "gene_{}" and order == range(G):  # of simulated data, mostly
         Cells.from_anndata(query, schema=schema)  # a warning is an error here
         return
-    with pytest.warns(UserWarning, match=f"genes are named by numbers, '{names[0]}'"):
+    with pytest.warns(UserWarning, match=f"genes are named by numbers .'{names[0]}'"):
         Cells.from_anndata(query, schema=schema)
 
 

@@ -296,7 +296,8 @@ def _require_same_law(fit: Fit, made: Fit, cells: Cells, n_new: int) -> None:
 
 
 def _log_p(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return cell_terms(scored(fit.model, x, gamma, sites), *fit.guide.coordinates.local)
+    coordinates = fit.guide.coordinates
+    return cell_terms(scored(fit.model, x, gamma, sites, coordinates), *coordinates.local)
 
 
 @contextmanager

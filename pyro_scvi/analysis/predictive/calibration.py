@@ -291,7 +291,7 @@ def _simulated(fit: Fit, truth: Sites, gamma: Tensor, one: int) -> Tensor:
     rows = slice(one, one + 1)
     own = {name: value[rows] for name, value in truth.items()}
     with alone(one):
-        return _distribution_of_x(fit, None, gamma[rows])(own).sample()
+        return _distribution_of_x(fit, None, gamma[rows])(own).sample().to(gamma)
 
 
 def _thinned(value: Tensor, chains: int, draws: int) -> Tensor:
