@@ -68,7 +68,7 @@ def embed(
     if beside is not None and space is not spaces.Expression:
         raise typer.BadParameter("axes are those of expression: add --space expression", param_hint="'--beside'")
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
-    with new_file(out, force, file) as made:
+    with new_file(out, force, file, *([] if beside is None else [beside])) as made:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
@@ -81,8 +81,9 @@ def embed(
 
 
 def _axes_of(file: Path) -> spaces.FittedSpace:
+    reference = read_h5ad(file)
     try:
-        return spaces.from_record(read_h5ad(file))
+        return spaces.from_record(reference)
     except DataError as error:
         raise DataError(f"{file}: {error}, or a file that embed --space expression wrote") from error
 

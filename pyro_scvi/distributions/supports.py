@@ -133,8 +133,8 @@ def require_coordinates(law: Any, what: str) -> None:
     if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
         raise ModelError(
             f"{what} has values on a circle or sphere ({circular[0]}), which has no bijection from R^n: take two "
-            "normal latents, whose angle is the phase, or a distribution on an interval. If phases repeat on the circle, "
-            "as in cos(2 * angle), let the angle be of one period"
+            "normal latents, whose angle is the phase, or a distribution on an interval. If phases repeat on the "
+            "circle, as in cos(2 * angle), let the angle be of one period"
         )
     if is_discrete(law):
         raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")

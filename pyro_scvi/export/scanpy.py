@@ -23,6 +23,7 @@ from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.records import records_of, unwritable
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.utils.checks import require_at_least, require_seed, switches_checked, warn
+from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
@@ -149,16 +150,16 @@ def annotate(
     results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
     latent = embed(fit, cells, seed=seed)
     components = {} if space is None else _components(fit, cells, space, seed)
-    adata.obsm[EMBEDDING] = latent
-    adata.obsm.pop(COMPONENTS, None)  # of an earlier call, whose z is replaced
-    if components:
-        adata.obsm[COMPONENTS] = components.pop("values")
-    for name, values in results.items():
-        adata.layers[name] = in_genes_of(adata, cells, values)
+    layers = {name: in_genes_of(adata, cells, values) for name, values in results.items()}
     made = _provenance(fit, seed, chosen(layer, raw, fit.schema.place)) | {"seconds": time.perf_counter() - started}
     drawn = made | {"samples": samples, "sampler": repr(sampler)}
+    places = {EMBEDDING: latent} | ({COMPONENTS: components.pop("values")} if components else {})
     placed = {COMPONENTS: made | components} if components else {}
-    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | placed | dict.fromkeys(results, drawn)
+    with signals_deferred():  # all of them are written, or none
+        adata.obsm.pop(COMPONENTS, None)  # of an earlier call, whose z is replaced
+        adata.obsm.update(places)
+        adata.layers.update(layers)
+        adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | placed | dict.fromkeys(results, drawn)
 
 
 def _components(fit: Fit, cells: Cells, space: Any, seed: int) -> dict[str, Any]:

@@ -133,6 +133,13 @@ class Trainer:
         KeyboardInterrupt
             If a signal comes before the first epoch has ended, or comes twice.
         """
+        try:
+            self._train()
+        finally:
+            if self.checkpoints:
+                self.checkpoints.end()
+
+    def _train(self) -> None:
         state, epochs = self.state, self.options.epochs
         try:
             self._begin()

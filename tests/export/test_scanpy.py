@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import signal
 import warnings
 
 import anndata
@@ -14,8 +15,9 @@ import pytest
 import pyro_scvi as ps
 from pyro_scvi.data.reading import layer_names
 from pyro_scvi.errors import DataError, ModelError, SchemaError
-from pyro_scvi.export import records
+from pyro_scvi.export import records, scanpy
 from tests.support.cli_runs import make_adata
+from tests.support.faults import failing
 
 EXPRESSION, TECHNICAL = "pyro_scvi_expression", "pyro_scvi_technical_zero"
 REFINED = ps.Refined(steps=3)
@@ -422,3 +424,19 @@ def test_genes_that_only_raw_has_are_told(verb):
     with pytest.warns(UserWarning, match=rf"3 of the {cells.n_genes} genes of the fit are in adata.raw only.*to_adata"):
         ps.annotate(adata, fit, raw=True, samples=1, **{verb: True})
     ps.annotate(adata, fit, raw=True, overwrite=True)  # an embedding loses none
+
+
+@pytest.mark.faults
+def test_an_interrupt_while_results_are_written_waits_until_all_are(fit, adata, monkeypatch):
+    monkeypatch.setattr(scanpy, "_kept", lambda adata: signal.raise_signal(signal.SIGINT) or {})
+    with pytest.raises(KeyboardInterrupt):
+        ps.annotate(adata, fit, expression=True, samples=1)
+    assert set(adata.uns["pyro_scvi"]) == {*adata.obsm, *adata.layers} - {"raw"}
+    assert set(adata.obsm) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca"}
+
+
+@pytest.mark.faults
+def test_without_memory_for_a_layer_nothing_is_written(fit, adata):
+    with failing(scanpy, "in_genes_of", MemoryError()), pytest.raises(MemoryError):
+        ps.annotate(adata, fit, expression=True, samples=1)
+    assert (list(adata.obsm), list(adata.layers), list(adata.uns)) == ([], ["raw"], [])

@@ -14,6 +14,7 @@ import torch
 import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError, PyroScviError
 from pyro_scvi.persistence import archive
+from pyro_scvi.training.loading import NUMBERS
 from pyro_scvi.training.state import HISTORY
 from pyro_scvi.utils.allocation_limit import AllocationLimit
 from tests.support.hostile_saves import content, forge, paths, put
@@ -209,3 +210,12 @@ def test_checkpoints_whose_tensors_are_no_numbers(cells, tmp_path, value):
         with pytest.raises(CheckpointError, match=f"1 of its weights hold NaN or infinity: {name}"):
             trained(folder, resume=True)
     assert len(trained(tmp_path / "run", resume=True).history) == 2
+
+
+@pytest.mark.parametrize("value", ["3", None, True, [3], {"tensor": [[1.0]]}])
+def test_settings_that_are_no_numbers(saved, cells, tmp_path, value):
+    facts, tensors = saved
+    for name in NUMBERS:
+        changed = facts | {"settings": facts["settings"] | {name: value}}
+        said = check(forge(tmp_path / name, changed, tensors), cells)
+        assert f"as {name}, which is no number" in said

@@ -59,6 +59,7 @@ from pyro_scvi.data.stores.layout import (
 from pyro_scvi.errors import StoreError
 from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk import hdf5
+from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.utils.progress_bars import progress_bar
 
@@ -121,7 +122,8 @@ def build(
     SchemaError
         If a layer, ``raw`` or a gene does not exist.
     StoreError
-        If ``path`` holds something else or a broken store, or parts of another build lie beside it.
+        If ``path`` holds something else or a broken store, parts of another build lie beside it, or another process
+        is building it.
 
     Warns
     -----
@@ -157,18 +159,40 @@ def build(
         }
         plan |= {"raw": True} if raw else {}  # plans of earlier versions know no other place than X and layers
         if target.exists():
-            _require_built_by(plan, target)
+            _log.info("%s was built already", target)
         else:
-            work = work_of(target)
-            _begin(work, plan)
-            with _removed_if_empty(work):
-                _write_annotations(work / ANNOTATIONS, obs, shared)  # before hours of reading: it may be refused
-                parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
-            _assemble(parts, len(obs), shared, plan, work / COMPLETE)
-            (work / COMPLETE).rename(target)
-            sync_folder(target.parent)
+            with _alone(target):
+                if not target.exists():  # another process may have built it just now
+                    _build(inputs, obs, shared, plan, target, progress)
+        _require_built_by(plan, target)
     shutil.rmtree(work_of(target), ignore_errors=True)
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let no other process write parts of this store, nor delete ours, while the block runs."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(target))
+        except BlockingIOError as error:
+            raise StoreError(f"{target} is being built: {error}") from error
+        yield
+
+
+def _build(
+    inputs: Sequence[Input], obs: pd.DataFrame, genes: pd.Index, plan: dict[str, Any], target: Path, progress: bool
+) -> None:
+    """Write the parts that are missing, and make the store of them."""
+    work = work_of(target)
+    _begin(work, plan)
+    with _removed_if_empty(work):
+        _write_annotations(work / ANNOTATIONS, obs, genes)  # before hours of reading: it may be refused
+        parts = _parts(inputs, obs.index, genes, plan["allow_non_integer"], work, progress)
+    _assemble(parts, len(obs), genes, plan, work / COMPLETE)
+    (work / COMPLETE).rename(target)
+    sync_folder(target.parent)
 
 
 def _require_built_by(plan: dict[str, Any], target: Path) -> None:
@@ -181,7 +205,6 @@ def _require_built_by(plan: dict[str, Any], target: Path) -> None:
             "time of change is another now; choose another path"
         )
     schema.check(target, verify=False)
-    _log.info("%s was built already", target)
 
 
 def _begin(work: Path, plan: dict[str, Any]) -> None:

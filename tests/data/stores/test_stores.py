@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
@@ -23,8 +24,9 @@ from scipy import sparse
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.minibatches import Minibatches, resolve_device
-from pyro_scvi.data.stores import CountStore, build
+from pyro_scvi.data.stores import CountStore, build, building
 from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
+from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.random_state import seeded
 from tests.support.cli_runs import run
 from tests.support.paths import ROOT
@@ -650,6 +652,31 @@ def test_parts_of_another_build_are_not_mixed_in(tmp_path, file, unfinished):
     with pytest.raises(StoreError, match="from other files or with other options"):
         quietly(file, tmp_path / "store")
     assert sorted((tmp_path / "store.partial").iterdir()) == parts
+
+
+@pytest.mark.faults
+def test_the_second_of_two_builds_of_one_store_is_refused(tmp_path, file, unfinished):
+    parts = sorted((tmp_path / "store.partial").iterdir())
+    with only_writer(tmp_path / "store"), pytest.raises(StoreError, match="another process is writing"):
+        quietly(file, tmp_path / "store")
+    assert sorted((tmp_path / "store.partial").iterdir()) == parts
+    quietly(file, tmp_path / "store")
+    with only_writer(tmp_path / "store"):
+        check_complete(file, tmp_path / "store")  # it is there, so nothing is written
+
+
+@pytest.mark.faults
+def test_a_store_that_another_process_has_just_built_is_taken(tmp_path, file, monkeypatch):
+    quietly(file, tmp_path / "other")
+
+    @contextmanager
+    def waited_for(target):
+        (tmp_path / "other").rename(target)
+        yield
+
+    monkeypatch.setattr(building, "_alone", waited_for)
+    check_complete(file, tmp_path / "store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad"]  # no parts, and no lock
 
 
 # --- minibatches ---
