@@ -139,9 +139,14 @@ def test_cells_that_the_guide_knows_are_scored_as_ever():
     assert np.isfinite(ps.evidence(fit, cells().take([0, 2]), **EFFORT).log_evidence).all()
 
 
+class LosesInTraining(Depending):
+    def more(self):
+        return 0.0 if self.large and self.training else pyro.sample("on", dist.Normal(0.0, 1.0))
+
+
 @pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
 @pytest.mark.parametrize("elbo", [None, pyro.infer.Trace_ELBO()])
-@pytest.mark.parametrize("kind", [LosesLatent, GainsLatent])
+@pytest.mark.parametrize("kind", [LosesLatent, GainsLatent, LosesInTraining])
 def test_a_minibatch_with_other_sites_ends_training(kind, elbo):
     counts = np.random.default_rng(0).poisson(2.0, (40, N_GENES))
     counts[25] = 60
