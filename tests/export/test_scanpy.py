@@ -17,7 +17,7 @@ from pyro_scvi.data.reading import layer_names
 from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.export import records, scanpy
 from tests.support.cli_runs import make_adata
-from tests.support.faults import failing
+from tests.support.faults import failing, interrupts_raise
 
 EXPRESSION, TECHNICAL = "pyro_scvi_expression", "pyro_scvi_technical_zero"
 REFINED = ps.Refined(steps=3)
@@ -429,7 +429,7 @@ def test_genes_that_only_raw_has_are_told(verb):
 @pytest.mark.faults
 def test_an_interrupt_while_results_are_written_waits_until_all_are(fit, adata, monkeypatch):
     monkeypatch.setattr(scanpy, "_kept", lambda adata: signal.raise_signal(signal.SIGINT) or {})
-    with pytest.raises(KeyboardInterrupt):
+    with interrupts_raise(), pytest.raises(KeyboardInterrupt):
         ps.annotate(adata, fit, expression=True, samples=1)
     assert set(adata.uns["pyro_scvi"]) == {*adata.obsm, *adata.layers} - {"raw"}
     assert set(adata.obsm) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca"}

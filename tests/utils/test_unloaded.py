@@ -11,6 +11,7 @@ import pytest
 import pyro_scvi as ps
 from pyro_scvi import cli
 from pyro_scvi.utils.unloaded import docstring, imported, names_to_check
+from tests.support.faults import interrupts_raise
 from tests.support.paths import ROOT
 
 HEAVY = ("torch", "pyro", "anndata", "pandas", "numpy", "matplotlib", "sklearn")
@@ -67,7 +68,8 @@ def test_an_interrupt_while_source_is_parsed_waits(monkeypatch):
         parsed.append(parse(text))
         return parsed[-1]
 
-    monkeypatch.setattr(ast, "parse", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        docstring("pyro_scvi.cli.training", "fit")
+    with interrupts_raise(), monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            docstring("pyro_scvi.cli.training", "fit")
     assert len(parsed) == 1

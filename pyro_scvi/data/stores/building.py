@@ -159,12 +159,13 @@ def build(
         }
         plan |= {"raw": True} if raw else {}  # plans of earlier versions know no other place than X and layers
         if target.exists():
-            _log.info("%s was built already", target)
+            _require_built_by(plan, target)
         else:
             with _alone(target):
-                if not target.exists():  # another process may have built it just now
+                if target.exists():  # another process has built it just now
+                    _require_built_by(plan, target)
+                else:
                     _build(inputs, obs, shared, plan, target, progress)
-        _require_built_by(plan, target)
     shutil.rmtree(work_of(target), ignore_errors=True)
     return target
 
@@ -205,6 +206,7 @@ def _require_built_by(plan: dict[str, Any], target: Path) -> None:
             "time of change is another now; choose another path"
         )
     schema.check(target, verify=False)
+    _log.info("%s was built already", target)
 
 
 def _begin(work: Path, plan: dict[str, Any]) -> None:
