@@ -248,7 +248,7 @@ def test_names_that_clash(tmp_path, files):
         quietly(files, tmp_path / "store", label="donor", index_unique="-")
     (tmp_path / "sub").mkdir()
     shutil.copy(files["A"], tmp_path / "sub" / "one.h5ad")
-    with pytest.raises(DataError, match="dict that names them"):
+    with pytest.raises(ModelError, match="dict that names them"):
         quietly([files["A"], tmp_path / "sub" / "one.h5ad"], tmp_path / "store")
     with pytest.raises(DataError, match="no gene is in all of the 2 files"):
         quietly([files["A"], stored(tmp_path, make_adata(genes="tuv"), "others")], tmp_path / "store")
