@@ -19,6 +19,7 @@ from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.likelihoods.library_size import SizeFactor
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
+from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
@@ -75,6 +76,7 @@ class TrainingOptions:
         options = replace(self, device=resolve_device(self.device))
         _check_validation(self.validation)
         _check_cells(model, cells, self.validation)
+        _check_head_sd(model, self.head_sd)
         _check_precision(self.dtype, self.autocast)
         require_precision(options.device, self.dtype)
         if not isinstance(self.ranks, Processes):
@@ -170,6 +172,14 @@ def _check_validation(validation: Any) -> None:
     if not isinstance(validation, Cells) and not (is_number and validation >= 0 and (whole or validation < 1)):
         raise ModelError(
             f"validation must be a share from 0 to below 1, an int number of cells, or Cells; got {brief(validation)}"
+        )
+
+
+def _check_head_sd(model: SCVI, head_sd: float | None) -> None:
+    if head_sd is not None and not (isinstance(model.decoder, Decoder) and model.decoder.head_weights()):
+        raise ModelError(
+            f"head_sd is a prior of the heads of the default decoder, which {type(model.decoder).__name__} does not "
+            "have, or has as latents: leave head_sd out, and give weights a prior by weight_priors"
         )
 
 
