@@ -25,6 +25,7 @@ _SENTENCES = (
      "Make a store of the layer: python -m pyro_scvi store FILE --layer LAYER --out STORE"),
     (r" \(in fit, validation=0 holds out none\)", ""),
     (r", or fit with dtype=torch\.float32", ""),
+    (r"Fit with dtype=torch\.float64", "Fit with float64 in Python"),
     (r"estimand=GroupMeans\(within_batches=True\)", "--within-batch"),
     (r"within_batches", "--within-batch"),
     (r"GroupMeans\(replicates=\)", "--replicates"),

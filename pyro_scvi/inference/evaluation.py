@@ -65,10 +65,10 @@ def _warn_of_bounds(guide: Guide) -> None:
     for name, share in shares.items():
         if share > LOST_AT_BOUNDS:
             warn(
-                f"{share:.0%} of the mass of the law of {name!r} is so near to a bound that numbers of this precision "
-                "cannot hold it: results leave it out, evidence is too low by it, and k-hat and errors do not tell; "
-                "fit with dtype=torch.float64, or take a law with less mass there, such as a Beta or Dirichlet with "
-                "concentrations of 0.5 or more"
+                f"{share:.0%} of the distribution of {name!r} lies so near to a bound that numbers of this precision "
+                "cannot represent it. Results leave it out, so evidence is too low, and k-hat and errors do not show "
+                "it. Fit with dtype=torch.float64, or take a distribution with less mass there, such as a Beta or "
+                "Dirichlet with concentrations of 0.5 or more"
             )
 
 

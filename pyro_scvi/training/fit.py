@@ -216,7 +216,8 @@ def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOption
     options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     options.ranks.require_own_gpus(options.device)
     train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
-    cells.warn_of_untrained(train_rows)
+    if not model.trained:  # a model that was may know them
+        cells.warn_of_untrained(train_rows)
     options = options.for_cells(len(train_rows))
     check_elbo(guide, options.elbo, options.kl_weight, options.epochs)
     data = _on_device(cells, train_rows, held_out, options)

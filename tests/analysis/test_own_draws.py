@@ -270,7 +270,7 @@ def test_given_draws_that_do_not_fit_are_refused():
 
     z = np.zeros((3, 4, 1))
     refused("3 draws of each cell, and 5 are asked for", {"z": z}, samples=5)
-    refused("no draws .* of 2 cells", {"z": z}, cells=cells.take([0, 1]))
+    refused(r"draws must have shape .* with 2 cells", {"z": z}, cells=cells.take([0, 1]))
     refused(r"\['z'\] are missing", {"y": z})
     refused("must be .samples, cells. and an event", {"z": np.zeros((3, 4, 2))})
     named = xr.Dataset({"z": (("sample", "cell", "latent"), z)}, {"cell": ["a", "b", "c", "d"]})

@@ -129,7 +129,7 @@ OPTIONS = {name: names_of(loaded(name)) for name in COMMANDS}
 def test_messages_have_options_for_arguments(text):
     said = on_the_command_line(text)
     assert not re.search(ARGUMENT, re.sub(r"[\w.]+\((?:[^()]|\([^()]*\))*\)", "", said)), said
-    assert all("in Python, " in said[: found.start()] for found in re.finditer(FUNCTION, said)), said
+    assert all("in python, " in said[: found.start()].lower() for found in re.finditer(FUNCTION, said)), said
     named = re.findall(r"--([a-z][a-z-]+)", said)
     assert {name.replace("-", "_") for name in named} <= {"nproc_per_node"}.union(*OPTIONS.values()), said
 

@@ -184,7 +184,7 @@ def test_what_is_no_space_of_this_fit_is_refused(fit, cells):
         "the class Latent": lambda: ps.embed(fit, cells, space=ps.spaces.Latent),
         "'expression'": lambda: ps.embed(fit, cells, space="expression"),
         "components must": lambda: ps.spaces.Expression(0),
-        "there are 5": lambda: ps.embed(fit, cells.take(range(5)), space=ps.spaces.Expression(5)),
+        "numbers of cells and features, 5": lambda: ps.embed(fit, cells.take(range(5)), space=ps.spaces.Expression(5)),
         "no hidden layer that": lambda: ps.embed(linear, cells, space=ps.spaces.Hidden(2)),
         "another fit": lambda: ps.embed(linear, cells, space=ps.spaces.Expression(2).fitted(fit, cells)),
     }
