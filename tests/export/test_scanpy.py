@@ -189,7 +189,7 @@ WRONG = {
     "no batch": (lambda adata, fit: ps.annotate(adata, fit, batch_size=0), ModelError, "batch_size must"),
     "a seed": (lambda adata, fit: ps.annotate(adata, fit, seed=-1), ModelError, "seed must"),
     "a sampler": (lambda adata, fit: ps.annotate(adata, fit, sampler=ps.HMC), ModelError, "sampler must .*class HMC"),
-    "a layer": (lambda adata, fit: ps.annotate(adata, fit, layer=["raw"]), SchemaError, "no layer"),
+    "a layer": (lambda adata, fit: ps.annotate(adata, fit, layer=["raw"]), ModelError, "name of a layer"),
 }
 
 
