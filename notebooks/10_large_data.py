@@ -45,7 +45,7 @@ n_cells, n_genes, n_types = 10_000, 300, 4
 rng = np.random.default_rng(0)
 profiles = rng.gamma(0.3, 1.0, (n_types, n_genes)) + 0.02  # (types, genes)
 profiles *= 100 / profiles.sum(1, keepdims=True)  # molecules of a cell, on average
-names = np.array([f"gene_{g:03}" for g in range(n_genes)])
+names = np.array([f"GENE{g:03}" for g in range(n_genes)])
 
 
 def donor(chemistry):

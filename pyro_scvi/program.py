@@ -72,7 +72,8 @@ class Program(Component):
 
     def _require_one_precision(self) -> None:
         """Refuse parts in different precisions, whose products torch does not take."""
-        kinds = {str(parameter.dtype).removeprefix("torch."): name for name, parameter in self.named_parameters()}
+        floats = [(name, one) for name, one in self.named_parameters() if one.is_floating_point()]
+        kinds = {str(one.dtype).removeprefix("torch."): name for name, one in floats}
         if len(kinds) > 1:
             named = ", ".join(f"{name} is {kind}" for kind, name in sorted(kinds.items()))
             raise ModelError(f"parameters of the model are in different precisions ({named}): call model.float()")

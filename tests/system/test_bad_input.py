@@ -704,7 +704,7 @@ def empty_group(value, folder):
     kinds = pd.Categorical(cells.obs["kind"], categories=["B", "T", "NK", "CD8"])  # a category of no cell
     with pytest.raises(DataError, match=r"no cell is in group 'CD8'; the groups are \['B', 'NK', 'T'\]"):
         ps.differential_expression(fit, cells, groupby=kinds, group_a="B", group_b="CD8")
-    with pytest.raises(DataError, match="every cell is in group 'x': there is no rest"):
+    with pytest.raises(DataError, match="every cell is in group 'x': there is no other cell"):
         ps.differential_expression(fit, cells, groupby=["x"] * 30, group_a="x")
     with pytest.raises(DataError, match="no cell has a label"):
         ps.differential_expression(fit, cells, groupby=[None] * 30)
