@@ -117,7 +117,9 @@ def test_leaving_an_entry_out_is_that_of_quadrature(case):
         rate = rates(fit.model, kind, grid)[:, 0]
         without = grid.log_joint[cell] - stats.poisson.logpmf(cells.counts[cell, 0], rate)
         one[cell] = grid.log_evidence[cell] - logsumexp(without)
-    np.testing.assert_allclose(found.elpd.values[:, 0], one, atol=0.1)
+    vouched = found.khat.values[:, 0] < 0.7  # beyond it the weights have no mean: seeds differ by .1 and more
+    assert vouched.sum() >= cells.n_cells / 2
+    np.testing.assert_allclose(found.elpd.values[vouched, 0], one[vouched], atol=0.1)
 
 
 def rates(model, kind, grid):
