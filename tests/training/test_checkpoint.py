@@ -188,7 +188,7 @@ def test_what_is_no_checkpoint_is_never_overwritten(cells, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, says in (("fit", "a fit"), ("mine", "thesis.txt"), ("file", "no directory")):
+    for name, says in (("fit", "a fit"), ("mine", "thesis.txt"), ("file", "not a directory")):
         for resume in (False, True):
             with pytest.raises(CheckpointError, match=says):
                 run(cells, checkpoint=tmp_path / name, resume=resume)
