@@ -217,7 +217,7 @@ def test_kl_weight_zero_lets_z_say_more_and_the_history_stays_untempered(cells):
 def test_a_warm_up_must_end_inside_the_run(cells):
     fit = small_fit(cells, kl_weight=ps.schedules.WarmUp(3), epochs=4)
     assert fit.history.kl_weight.tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1])
-    with pytest.raises(ModelError, match="does not end inside"):
+    with pytest.raises(ModelError, match="does not end within"):
         small_fit(cells, kl_weight=ps.schedules.WarmUp(4), epochs=4)
 
 
