@@ -40,7 +40,8 @@ def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[
     Returns
     -------
     labels
-        Names of the categories that occur, in the order of the column's categories, else sorted.
+        Names of the categories that occur, each once, in the order of the column's categories, else sorted. 1 and "1"
+        have one name.
     codes
         (cells,): position of each cell's category among the labels.
 
@@ -51,6 +52,14 @@ def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[
     DataError
         If a cell has no value, or the column looks continuous.
     """
+    levels, codes = _levels(obs, name, what)
+    labels = list(dict.fromkeys(levels))
+    places = {label: place for place, label in enumerate(labels)}
+    return labels, np.array([places[level] for level in levels])[codes]
+
+
+def _levels(obs: pd.DataFrame, name: str, what: str) -> tuple[list[str], np.ndarray]:
+    """Names of a column's categories, twice where these are written in two ways, and each cell's position in them."""
     column = _column(obs, name)
     absent = column.isna().to_numpy()
     if absent.any():
@@ -113,7 +122,7 @@ def warn_of_batches(obs: pd.DataFrame, name: str, what: str = "batch") -> None:
         Once for each kind of slip; names the column and the batches.
     """
     plural = PLURALS[what]
-    labels, codes = categories(obs, name, what)
+    labels, codes = _levels(obs, name, what)
     sizes = pd.Series(codes).map(dict(enumerate(labels))).value_counts()
     missing = words_for_missing(sizes.index)
     if missing:

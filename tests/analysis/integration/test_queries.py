@@ -374,3 +374,18 @@ def test_too_few_labels_are_refused(fit, query):
         ps.transfer_labels(fit, reference_of().take(range(10)), query, "kind", neighbors=10)
     with pytest.raises(SchemaError, match="no column 'type'"):
         ps.transfer_labels(fit, reference_of(), query, "type")
+
+
+def test_a_new_batch_that_is_written_in_two_ways_is_one(fit):
+    """As a number in some cells and as text in others: cells would be read into a column that was never trained."""
+    mapped = []
+    for values in (["9"], [9, "9"]):
+        adata = QUERY.copy()
+        adata.obs["donor"] = pd.Series([values[i % len(values)] for i in range(adata.n_obs)], adata.obs_names, object)
+        new = ps.Cells.from_anndata(adata, schema=fit.schema, allow_new_batches=True)
+        assert new.new_batches == ("9",)
+        made = ps.map_query(fit, new, epochs=1, progress=False)
+        again = ps.Cells.from_anndata(adata, schema=made.schema)
+        mapped.append((made.schema.batches, ps.impute(made, again, samples=2, seed=1)))
+    assert mapped[0][0] == mapped[1][0]
+    np.testing.assert_array_equal(mapped[0][1], mapped[1][1])
