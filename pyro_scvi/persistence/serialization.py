@@ -193,7 +193,7 @@ def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that hold NaN or infinity: every result of a fit with such weights would be NaN.
+    """Refuse tensors with which results would be NaN: of NaN or infinity, and variances below 0.
 
     Raises
     ------
@@ -203,6 +203,9 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     lost = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if lost:
         raise CheckpointError(f"{len(lost)} of its weights hold NaN or infinity: {', '.join(sorted(lost)[:3])}")
+    below = [name for name, tensor in tensors.items() if name.endswith("running_var") and bool((tensor < 0).any())]
+    if below:
+        raise CheckpointError(f"{len(below)} of its variances are below 0: {', '.join(sorted(below)[:3])}")
 
 
 def check_schema(schema: Schema, model: SCVI) -> None:

@@ -100,6 +100,14 @@ def test_weights_that_are_no_numbers(saved, cells, tmp_path, value):
             assert f"1 of its weights hold NaN or infinity: {name}" in said
 
 
+def test_variances_below_zero(saved, cells, tmp_path):
+    """Of a norm: its root would be NaN in every result."""
+    facts, tensors = saved
+    name = next(name for name in sorted(tensors) if name.endswith("running_var"))
+    said = check(forge(tmp_path / "fit", facts, tensors | {name: -tensors[name]}), cells)
+    assert f"1 of its variances are below 0: {name}" in said
+
+
 @pytest.mark.parametrize(
     "other",
     [
