@@ -66,6 +66,18 @@ def raw(file, target):
 LINKS = (external, hidden, virtual, raw)
 
 
+def test_a_link_behind_a_name_that_is_no_text_is_refused(fit_folder, place):
+    path = place / "in" / "in.h5ad"
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        obs = file["obs"]
+        obs.id.links.create_external(b"\xff", str(place / "secret.h5").encode(), b"/")
+        file.id.links.create_soft(b"X", b"/obs/\xff/x")
+    assert "is not text in UTF-8" in one_line(run("embed", fit_folder, path, "--out", place / "out.h5ad"))
+    with pytest.raises(ps.errors.DataError, match="is not text in UTF-8"):
+        ps.stores.build(path, place / "store", progress=False)
+
+
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("absolute", [True, False])
 def test_links_to_other_folders_are_refused(fit_folder, place, link, absolute):
