@@ -64,9 +64,10 @@ class _Look:
         for name, node in first.items():
             if "log_prob" in node and not torch.allclose(node["log_prob"], second[name]["log_prob"], equal_nan=True):
                 raise ModelError(
-                    f"{type(self.model).__name__}: the density of the site {name!r} differs between two runs at the "
-                    "same latents, counts and covariates, so that it depends on random numbers of no site, or on what "
-                    "a run left behind: draw them by pyro.sample, as torch.randn and dropout in evaluation mode do not"
+                    f"{type(self.model).__name__}: the density of the site {name!r} differs between two runs at "
+                    "the same latents, counts and covariates, so it depends on random numbers outside of sites "
+                    "(torch.randn, dropout in evaluation mode) or on what an earlier run left behind: draw "
+                    "random numbers by pyro.sample"
                 )
 
     def require_stackable(self, single: list[dict[str, Tensor]]) -> None:

@@ -162,8 +162,8 @@ class Coordinates:
         moved += [n for n, size in self._n_values.items() if len(nodes[n]["value"]) != size]
         if moved:
             raise ModelError(
-                f"the program's site {moved[0]!r} has other values for these cells or draws than for others: take a "
-                "law whose support is constant, and scale its value instead"
+                f"the program's site {moved[0]!r} has other values for these cells or draws than for others: take "
+                "a distribution whose support is constant, and scale its value instead"
             )
 
     def sites(self, u: Tensor) -> dict[str, Tensor]:

@@ -50,9 +50,9 @@ def n_values(law: Any, name: str) -> int:
 
 def _unlisted(name: str, error: Exception) -> ModelError:
     return ModelError(
-        f"the program's site {name!r} cannot be summed out, as its law does not list its values ({error}): take one "
-        "dist.Categorical whose logits have an entry for each value or combination of values, the same number of them "
-        "for every cell and draw, and look up by it what each stands for"
+        f"the program's site {name!r} cannot be summed out, because its distribution does not list its values "
+        f"({error}): take one dist.Categorical whose logits have an entry for each value or combination of "
+        "values, the same number of them for every cell and draw, and look up by it what each stands for"
     )
 
 

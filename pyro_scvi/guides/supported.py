@@ -162,9 +162,9 @@ def _require_densities(found: list[TracedSite]) -> None:
             site.law.log_prob(site.value)
         except NotImplementedError as error:
             raise ModelError(
-                f"the law of the program's site {site.name!r} ({type(unwrapped(site.law)).__name__}) has no density "
-                "that can be computed: take a law that has, as dist.FoldedDistribution(base) for the absolute value, "
-                "or compute the value from a latent that has one"
+                f"the distribution of the program's site {site.name!r} ({type(unwrapped(site.law)).__name__}) has "
+                "no density that can be computed: take one that has, as dist.FoldedDistribution(base) for the "
+                "absolute value, or compute the value from a latent that has one"
             ) from error
 
 

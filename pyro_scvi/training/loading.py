@@ -105,7 +105,7 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
 def _check_settings(settings: Any) -> None:
     """Refuse settings that are no mapping, or in which a number that this package reads is none."""
     if not isinstance(settings, dict):
-        raise CheckpointError("its settings are no mapping of names to values")
+        raise CheckpointError("its settings are not a mapping of names to values")
     for name in NUMBERS & settings.keys():
         if type(settings[name]) not in (int, float):
-            raise CheckpointError(f"its settings have {repr(settings[name])[:60]} as {name}, which is no number")
+            raise CheckpointError(f"its settings have {repr(settings[name])[:60]} as {name}, which is not a number")

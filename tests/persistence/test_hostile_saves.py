@@ -227,4 +227,4 @@ def test_settings_that_are_no_numbers(saved, cells, tmp_path, value):
     for name in NUMBERS:
         changed = facts | {"settings": facts["settings"] | {name: value}}
         said = check(forge(tmp_path / name, changed, tensors), cells)
-        assert f"as {name}, which is no number" in said
+        assert f"as {name}, which is not a number" in said

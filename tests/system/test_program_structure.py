@@ -278,8 +278,8 @@ class OwnPlate(OfGenes):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Several, "'on' cannot be summed out, as its law does not list its values"),
-        (OfDrawnSize, "'on' cannot be summed out, as its law does not list its values"),
+        (Several, "'on' cannot be summed out, because its distribution does not list its values"),
+        (OfDrawnSize, "'on' cannot be summed out, because its distribution does not list its values"),
         (Absolute, "'on' .TransformedDistribution. has no density"),
         (Nameless, "empty name"),
         (Late, "samples 'on' after x"),
