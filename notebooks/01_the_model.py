@@ -58,8 +58,8 @@ print(inspect.getsource(ps.SCVI.forward).split('"""')[-1])
 
 # %% [markdown]
 # Read from the bottom: `marginal` integrates $w$, $y$ and $h$ out, `generate` has them as sites. The plate diagram
-# below is not a drawing of what we think the program is: it is read off the program, so a changed model has another
-# picture. (`pyro.render_model(model, model_args=(x,), model_kwargs={"marginal": False})` gives Graphviz's.)
+# below is made from the program itself, so a changed model has another diagram. (`pyro.render_model(model,
+# model_args=(x,), model_kwargs={"marginal": False})` gives Graphviz's.)
 
 # %%
 _ = ps.plots.program(model, n_cells=n_cells)
@@ -100,9 +100,8 @@ for ax, (title, value) in zip(axes[1:], titles.items(), strict=True):
 _ = axes[1].set_ylabel("cells, by latent 1; lighter: more")
 
 # %% [markdown]
-# From left to right, smooth structure in $z$ becomes smooth expression, grainy molecules, and a table with holes.
-# Fitting walks this road backwards. Note that an entry is 0 in $x$ for either of two reasons, and that $x$ alone does
-# not say which:
+# From left to right, smooth structure in $z$ becomes smooth expression, then molecules, then a table with holes.
+# Fitting goes from right to left. An entry of $x$ can be 0 for two reasons, and $x$ alone does not say which:
 
 
 # %% tags=["headline"]
@@ -131,8 +130,8 @@ print(json.dumps(headline))
 # $$p(x \mid z) = \pi\, 1[x = 0] + (1 - \pi)\, \mathrm{NB}(x; \mu, r), \qquad
 #   \mathrm{Var}[y \mid z] = \mu + \mu^2 / r .$$
 #
-# Training uses this marginal program, because there is then only $z$ to infer. First check: at one fixed $z$, how
-# often does the explicit program give a count, and what does the marginal law say?
+# Training uses this marginal program, because then only $z$ has to be inferred. First check: at one fixed $z$, how
+# often does the explicit program draw each count, and what is its probability in the marginal program?
 
 # %%
 draws = 2_000 if SHORT else 20_000
@@ -163,8 +162,7 @@ print(f"largest gap: {gap:.1f} standard errors over {len(support)} counts")
 #
 # $$\log p(x, y, w, h \mid z) - \log p(y, w, h \mid x, z) = \log p(x \mid z).$$
 #
-# The left side differs from draw to draw in both terms, the difference does not. Double precision, to see how
-# exactly:
+# Both terms on the left differ from draw to draw. Their difference does not. In double precision:
 
 # %%
 exact = ps.SCVI(n_genes, **size).double().eval()
@@ -188,8 +186,8 @@ print(f"largest |forward - backward - marginal|: {(forward - backward - marginal
 # %% [markdown]
 # ## do(h = 0): the same cells, had nothing been lost
 #
-# An intervention replaces the statement that draws $h$ and leaves the rest of the program alone. The draws of $z$,
-# $w$ and $y$ below are those of before, and $x$ becomes $y$.
+# An intervention replaces the statement that draws $h$ and leaves the rest of the program alone. The draws of $z$, $w$
+# and $y$ below are the same as before, and $x$ becomes $y$.
 
 # %%
 with torch.no_grad():
@@ -200,8 +198,8 @@ print(f"zeros in x: {(x == 0).double().mean():.3f};  under do(h = 0): {(x_unlost
 print(f"x under do(h = 0) is y: {torch.equal(x_unlost, y)}")
 
 # %% [markdown]
-# **What to take along.** The paper's Section 1 is one short program; its marginal and explicit forms are one law;
-# every Pyro handler works on it.
+# **What to take along.** The paper's Section 1 is one short program; its marginal and explicit forms are the same
+# distribution; every Pyro handler works on it.
 #
 # **What not to conclude.** The weights were random: none of these numbers says anything about real cells. And $h$ is
 # a *name* for excess zeros: whether such zeros are technical is a matter of interpretation, which notebook 4 puts to

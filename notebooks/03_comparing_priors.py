@@ -9,9 +9,8 @@
 #
 # *Question: does it matter what we assume of $z$, and how would we know?*
 #
-# The paper takes $z_n \sim \mathrm{Normal}(0, I)$. Any callable that returns a distribution over the latents will do,
-# and since the model is a program, nothing else has to change. Five priors here, from the same cells and the same
-# seeds:
+# The paper takes $z_n \sim \mathrm{Normal}(0, I)$. Any callable that returns a distribution over the latents works, and
+# nothing else has to change. Here are five priors, fitted to the same cells with the same seeds:
 #
 # | prior | density | learned from the data |
 # |---|---|---|
@@ -74,8 +73,8 @@ fits = {name: [fitted(name, seed) for seed in ([0] if SHORT else [0, 1])] for na
 # %% [markdown]
 # ## Compare by the evidence of held-out cells
 #
-# $\log p(x_n)$ integrates $z$ out under the prior, so it is the price of the prior on a cell that nobody has seen.
-# The differences are **paired**: cells differ by hundreds of nats (`se`), but they differ alike under every model
+# $\log p(x_n)$ integrates $z$ out under the prior, so it scores the prior on a cell that no fit has seen. The
+# differences are **paired**: cells differ by hundreds of nats (`se`), but they differ alike under every model
 # (`difference_se`). `refit_sd` is the spread of the mean between the two fits.
 
 # %%
@@ -87,10 +86,10 @@ table[["log_evidence", "se", "difference", "difference_se", "refit_sd", "bound_g
 _ = ps.plots.comparison(table)
 
 # %% [markdown]
-# Read it in this order. Is $\hat k$ above 0.7 in few cells? Then the evidence is to be believed. Is a difference
-# larger than twice its paired standard error, *and* larger than the pale bars, the refits? Only then is one prior
-# better than another on these cells. `bound_gap` is evidence minus the guide's bound: priors differ in it too, so
-# that comparing them by the training loss would rank guides.
+# Read it in this order. Is $\hat k$ above 0.7 in few cells? Then the evidence can be trusted. Is a difference larger
+# than twice its paired standard error, *and* larger than the pale bars, the refits? Only then is one prior better than
+# another on these cells. `bound_gap` is evidence minus the guide's bound: priors differ in it too, so a comparison of
+# training losses would rank guides, not priors.
 
 # %% [markdown]
 # ## Must it be one of them?
@@ -127,9 +126,9 @@ print(json.dumps(headline))
 # %% [markdown]
 # ## What the encoder's cells look like against the prior
 #
-# The *aggregate posterior* $q(z) = \frac1N \sum_n q(z \mid x_n)$ is where the cells lie. If the prior were the law of
-# cells, the two would be one. The KL term of the bound splits exactly into what a cell's code says of the cell, and
-# how far the codes as a whole are from the prior (Hoffman and Johnson 2016):
+# The *aggregate posterior* $q(z) = \frac1N \sum_n q(z \mid x_n)$ is where the cells lie. If cells were distributed as
+# the prior says, the two would be equal. The KL term of the bound splits exactly into two parts: what the code of a
+# cell says about the cell, and how far all codes together are from the prior (Hoffman and Johnson 2016):
 #
 # $$\frac1N \sum_n \mathrm{KL}(q(z \mid x_n) \| p(z)) =
 #   \underbrace{I_q(n; z)}_{\text{at most } \log N} + \ \mathrm{KL}(q(z) \| p(z)).$$
@@ -190,9 +189,9 @@ _ = axes[0].legend(frameon=False, markerscale=3, loc="lower left", fontsize="sma
 # ## Would the answer for a cell change? Prior sensitivity
 #
 # Raise the prior, or the likelihood, to a power near one and see how fast each latent of each cell moves
-# (power-scaling, Kallioinen et al. 2024). Above about 0.05 counts as sensitive; `noise` is what Monte Carlo error
-# alone gives. The draws must follow the posterior, hence HMC. All should respond to the likelihood; a latent that
-# responds to the prior alone has learned nothing from its cell.
+# (power-scaling, Kallioinen et al. 2024). Above about 0.05 counts as sensitive; `noise` is what Monte Carlo error alone
+# gives. The draws must follow the posterior, so they come from HMC. All latents should respond to the likelihood. A
+# latent that responds to the prior alone has learned nothing from its cell.
 
 # %%
 few = test.take(range(2 if SHORT else 15))
@@ -217,10 +216,10 @@ pd.DataFrame({name: sensitivity(fits[name][0]) for name in asked}).T.round(3)
 # %% [markdown]
 # ## A prior that knows the cell
 #
-# Something is often known of a cell beside its counts: here its phase of the cell cycle, as scored from marker genes.
-# It can tell the decoder, which then has other means for each phase, or the prior: `Conditional` has a mean of $z$
-# for each phase, $z_n \sim \mathrm{Normal}(m_{c(n)}, I)$, and leaves the decoder one for all. Both give
-# $p(x_n \mid c_n)$ and can be compared. The third model has both ways closed: `decoder_columns=[]`.
+# Something is often known about a cell beside its counts: here its phase of the cell cycle, as scored from marker
+# genes. It can tell the decoder, which then has other means for each phase, or the prior: `Conditional` has a mean of
+# $z$ for each phase, $z_n \sim \mathrm{Normal}(m_{c(n)}, I)$, and leaves the decoder one for all. Both give $p(x_n \mid
+# c_n)$ and can be compared. The third model has both ways closed: `decoder_columns=[]`.
 
 # %%
 by_phase = ps.Cells.from_anndata(adata, batch="phase")
@@ -254,7 +253,7 @@ pd.DataFrame(torch.cdist(means, means).numpy(), index=words, columns=words).roun
 # %% [markdown]
 # ## A prior of your own
 #
-# Nothing in the package knows the list above; this is all it takes:
+# The package has no list of allowed priors. This is all it takes:
 
 # %%
 own = ps.SCVI(cells.n_genes, prior=lambda: dist.Laplace(torch.zeros(10), 0.7).to_event(1))
@@ -262,9 +261,9 @@ fit = ps.fit(own, train, epochs=2, progress=False)
 print(fit.history[["train_loss", "kl"]].round(1).to_string())
 
 # %% [markdown]
-# **What to take along.** Change the prior, fit twice, `ps.compare` on unseen cells. Differences are paired, refits
-# are the yardstick.
+# **What to take along.** Change the prior, fit twice, `ps.compare` on unseen cells. Differences are paired. Compare
+# them with the spread between refits.
 #
-# **What not to conclude.** That the winner here is the better prior elsewhere: 70 cells of one data set decided. That
-# a learned prior "found" the cell types: it was made to follow them. And that evidence decides everything: a prior
-# with clusters may be wanted for what is read off $z$ even where it explains cells no better.
+# **What not to conclude.** The winner here need not be the better prior elsewhere: 70 cells of one data set decided. A
+# learned prior did not "find" the cell types: it was made to follow them. And evidence is not everything: you may want
+# a prior with clusters for its $z$, even where it does not explain cells better.

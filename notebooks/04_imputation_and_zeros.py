@@ -19,7 +19,7 @@
 # $$\rho = \frac{\pi}{\pi + (1 - \pi)\,\mathrm{NB}(0; \mu, r)}, \qquad
 #   \mathbb{E}[w \mid x = 0, z] = \rho\,\mu + (1 - \rho)\,\frac{r \mu}{r + \mu}.$$
 #
-# So only $z$ has to be sampled; the verbs below average these formulas over draws of it.
+# So only $z$ has to be sampled. The functions below average these formulas over draws of $z$.
 
 # %%
 import json
@@ -70,18 +70,19 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# Where a count was seen, $h = 0$ and $y = x$ for sure, and the interval of $w$ is that of a rate after one look.
-# Where it was not, $P(y > 0 \mid x)$ is the probability that molecules were there and were lost.
+# Where a count was seen, $h = 0$ and $y = x$ for sure. The interval of $w$ is that of a rate after one observation.
+# Where no count was seen, $P(y > 0 \mid x)$ is the probability that molecules were there and were lost.
 #
 # ## Is imputation any good? Hide molecules and predict them
 #
-# Imputed values look smooth whether or not they are right. A test that needs no labels: hide a fifth of all molecules
-# at random, fit on the rest, and predict the hidden ones. If $x_1$ is what was kept, the hidden count of that entry
-# has mean $w/4$ unless the entry is lost, which hits both parts alike:
+# Imputed values look smooth, right or wrong. This test needs no labels: hide a fifth of all molecules at random, fit
+# the rest, and predict the hidden ones. Let $x_1$ be the molecules that were kept. The hidden count of that entry has
+# mean $w/4$, unless the entry was lost; then both parts were lost together:
 #
 # $$\mathbb{E}[x_2 \mid x_1] = \tfrac14\, P(h = 0 \mid x_1)\ \mathbb{E}[w \mid x_1, h = 0].$$
 #
-# `impute` averages any function of $x$ and the likelihood's parameters over the posterior of $z$, so this one too.
+# `impute` averages any function of $x$ and the likelihood's parameters over the posterior of $z$. Here it averages this
+# one.
 
 # %%
 rng = np.random.default_rng(0)
@@ -127,13 +128,13 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# Lower deviance is better. (The law of the last row is degenerate on purpose: it takes a zero for a zero.) Borrowing
-# strength from like cells predicts hidden molecules better than the entry's own count or the gene's overall share,
-# and the totals in the last columns say whether the level is right too. There the model with $h$ promises too few:
-# some of the zeros that it calls lost do hold molecules in the other part.
+# Lower deviance is better. (The last row predicts zero wherever a zero was kept.) A model that learns from similar
+# cells predicts hidden molecules better than the entry's own count or the gene's overall share. The totals in the last
+# columns show whether the level is right too. The model with $h$ predicts too few: some of the zeros that it calls lost
+# do have molecules in the other part.
 #
-# The same test for the uncertainty: among entries with zero kept, sorted by what was predicted, are as many molecules
-# found as promised?
+# The same test for the uncertainty. Sort the entries whose kept count is zero by their prediction. Are as many
+# molecules found as predicted?
 
 # %%
 figure, ax = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
@@ -151,8 +152,8 @@ ax.set(xscale="log", yscale="log", xlabel="predicted molecules per entry, 20 equ
 _ = ax.legend(frameon=False)
 
 # %% [markdown]
-# On the line, promises are kept. On the left both models promise less than there is: an expression that is imputed as
-# almost nothing should be read as "below one molecule in a few hundred cells", not as a number.
+# On the line, predictions are right. On the left both models predict less than there is. Read a very small imputed
+# expression as "below one molecule in a few hundred cells", not as a number.
 #
 # ## Which zeros are technical?
 #
@@ -183,11 +184,10 @@ headline = {
 print(json.dumps(headline))
 
 # %% [markdown]
-# Two kinds of zeros on the left, but do not read them, or this number, as a property of the experiment. A zero that
-# the negative binomial explains by a small mean, or by a small $r$, needs no $h$; how the three share the zeros out
-# is weakly determined, and the negative binomial *without* $h$ predicted hidden molecules no worse above. For UMI
-# counts such as these, many hold that there is no zero inflation to explain. Compare the two by evidence before $h$
-# is given a meaning:
+# The left panel shows two kinds of zeros. But do not read them, or this number, as a property of the experiment. The
+# negative binomial can also explain a zero by a small mean or by a small $r$. The data hardly say which of the three it
+# was. The negative binomial *without* $h$ predicted hidden molecules no worse above. Many authors find no zero
+# inflation in UMI counts such as these. Compare the two models by evidence before you give $h$ a meaning:
 
 # %%
 train, test = cells.split(held_out=0.1, seed=0)
@@ -202,8 +202,8 @@ ps.compare(fits, test)[["log_evidence", "difference", "difference_se", "khat_bad
 # %% [markdown]
 # ## do(h = 0): the same cells, had nothing been lost
 #
-# Draw $z$ from the posterior of each cell, and run the program forward again with the statement for $h$ replaced.
-# This is plain Pyro: `replay` takes the latents from the guide's trace, `do` intervenes.
+# Draw $z$ from the posterior of each cell. Then run the program again with $h$ set to zero. This is plain Pyro:
+# `replay` takes the latents from the guide's trace, `do` intervenes.
 
 # %%
 every, gamma = cells[:]
@@ -220,7 +220,7 @@ print(f"molecules per cell: {x.sum(1).mean():.0f}, {as_it_was.sum(1).mean():.0f}
 # %% [markdown]
 # ## Into the AnnData
 #
-# `impute` is $\mathbb{E}[w \mid x]$ averaged over $z$, or quantiles of $w$; raw counts stay where they are.
+# `impute` gives $\mathbb{E}[w \mid x]$, averaged over $z$, or quantiles of $w$. The raw counts stay where they are.
 
 # %%
 adata.layers["expression"] = ps.impute(fit, cells, samples=5 if SHORT else 25)
@@ -238,9 +238,9 @@ by_type = pd.DataFrame(
 by_type.agg({"cells": "sum", "zeros": "mean", "E[w | x]": "mean", "5 %": "mean", "95 %": "mean"}).round(2)
 
 # %% [markdown]
-# **What to take along.** Every letter has an exact posterior given $z$; imputation comes with an interval, and hiding
-# molecules tests it without labels.
+# **What to take along.** Every letter has an exact posterior given $z$. Imputation comes with an interval. Hidden
+# molecules test it without labels.
 #
-# **What not to conclude.** Imputed values are the model's expectation, not measurements: a test between groups on
-# imputed values finds the model's own smoothness (notebook 5 compares groups properly). And "technical" is what the
-# model *calls* zeros that its negative binomial does not reach.
+# **What not to conclude.** Imputed values are expectations of the model, not measurements. A test between groups on
+# imputed values finds the smoothness of the model (notebook 5 compares groups properly). And "technical" is only the
+# model's name for zeros that its negative binomial does not explain.

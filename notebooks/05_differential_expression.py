@@ -9,9 +9,9 @@
 #
 # *Question: which genes differ between two groups of cells, by how much, and how many of our calls are wrong?*
 #
-# The default answer is about the groups: do their mean expressions differ? Counts over depth are averaged with weights,
-# and a t test says how sure a difference is. The model lends the weights. The paper's answer is about two random cells,
-# one from each group; it stands at the end.
+# The default answer is about the groups: do their mean expressions differ? Counts divided by depth are averaged with
+# weights that come from the model, and a t test says how sure a difference is. The paper's answer is about two random
+# cells, one from each group. It comes at the end.
 
 # %%
 import json
@@ -54,10 +54,10 @@ columns = ["lfc", "lfc_low", "lfc_high", "z", "q_value", "mean_a", "mean_b", "de
 table.sort_values("z", ascending=False)[columns].head(8).round(3)
 
 # %% [markdown]
-# How to read a row: `lfc` is $\log_2$ of group a (B cells) over group b, with its 95 % interval; `z` the difference of
-# the means over its standard error; `q_value` the false discovery rate if this gene and all surer ones are called.
-# `mean_a` and `mean_b` are molecules in a cell of median depth. Genes with hardly a molecule are not tested; both
-# figures show them as crosses.
+# How to read a row: `lfc` is $\log_2$ of group a (B cells) over group b, with its 95 % interval; `z` is the difference
+# of the means divided by its standard error. `q_value` is the false discovery rate if this gene and all surer ones are
+# called. `mean_a` and `mean_b` are molecules in a cell of median depth. Genes with very few molecules are not tested.
+# Both figures show them as crosses.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(7.4, 8.2), layout="constrained")
@@ -81,12 +81,12 @@ for group in rest.index.unique("group"):
 pd.DataFrame(rows).set_index("group")
 
 # %% [markdown]
-# Types with next of kin among the groups have few markers that no other type has, and a comparison with every other
-# group is no surer than that with the smallest of them, of eight cells here.
+# A type that has close relatives among the groups has few markers of its own. And a comparison with every other group
+# is no surer than the comparison with the smallest group, which has eight cells here.
 #
 # ## A null: random halves
 #
-# Where there is nothing to find, p values are below 0.05 for one gene in twenty, and nothing is called.
+# Where there is nothing to find, p-values are below 0.05 for one gene in twenty, and no gene should be called.
 
 # %% tags=["headline"]
 of_type = cells.take(np.flatnonzero(cells.obs["bulk_labels"] == "CD14+ Monocyte"))
@@ -123,9 +123,10 @@ print(f"genes called in {len(nulls)} splits: {sum((null.q_value < 0.05).sum() fo
 # %% [markdown]
 # ## Why not test decoded expression
 #
-# $E[w \mid x]$ looks like the better data: no noise, no zeros. But the decoder gives a gene what $z$ says, and $z$
-# carries the differences of all other genes. Take cells as the fit would draw them, but give every second
-# gene, in every cell, the law of a random other cell: these genes are null. Fit these counts anew, and test.
+# $E[w \mid x]$ looks like the better data: no noise, no zeros. But the decoder computes a gene from $z$, and $z$
+# carries the differences of all other genes. To see what follows, draw cells from the fit. Give every second gene, in
+# every cell, the distribution of a random other cell. These genes do not differ between groups. Fit these counts again,
+# and test.
 
 # %%
 labels = adata.obs["bulk_labels"].to_numpy()
@@ -171,7 +172,7 @@ _ = ax.legend(frameon=False, fontsize="small")
 
 # %% [markdown]
 # Genes that do not differ should lie on the diagonal. Log-normalised counts leave it a little, because depths differ
-# (and far where they differ fourfold), decoded expression because it leaks.
+# (and far, where depths differ fourfold). Decoded expression leaves it because differences of other genes leak into it.
 #
 # ## Beside scanpy's test
 
@@ -215,12 +216,12 @@ pairs.sort_values("p_lfc", ascending=False)[[*columns, "mean_a", "mean_b"]].head
 # %% [markdown]
 # - `p_a_lt_b` near 0: higher in group a; near 1: higher in group b. `log_bayes_factor` is its log odds.
 # - `p_lfc` is the share of pairs with a change beyond half a doubling in the likelier direction.
-# - `expected_false_share` is the running mean of $1 -$ `p_lfc`. It is a share of statements on *pairs*: of two random
-#   cells, one from each group, that of the group named has more than $2^{0.5}$ times the mean of the other. It is no
-#   false discovery rate of the data.
+# - `expected_false_share` is the running mean of $1 -$ `p_lfc`. It is a share of statements about *pairs*: "of two
+#   random cells, one from each group, the cell of the named group has a mean more than $2^{0.5}$ times that of the
+#   other". It is not a false discovery rate.
 #
-# A gene that differs on average, but by less than it varies within a group, has a small `p_lfc`. Genes without a count
-# in either group have the means that the network makes of the other genes: look at `mean_a` and `mean_b`.
+# A gene that differs on average, but by less than it varies within a group, has a small `p_lfc`. For genes without a
+# count in either group the network makes up a mean from the other genes: look at `mean_a` and `mean_b`.
 
 # %%
 doubtful = pairs[(pairs.expected_false_share < 0.05) & ~table.tested]
@@ -228,9 +229,9 @@ print(f"{(pairs.expected_false_share < 0.05).sum()} genes up to a share of .05, 
 print(f"{((pairs.expected_false_share < 0.05) & (table.q_value < 0.05)).sum()} of them differ in their means, too")
 
 # %% [markdown]
-# **What to take along.** Call genes by `q_value` of group means; name donors by `replicates=` where there are several.
-# Pairs tell how two single cells compare.
+# **What to take along.** Call genes by the `q_value` of group means. Name donors by `replicates=` where there are
+# several. Pairs say how two single cells compare.
 #
-# **What not to conclude.** The groups were given: testing clusters that the same model found, for genes that made them
-# clusters, finds differences by construction. Cells of one donor are not independent samples of a population: without
-# replicates nothing here speaks of other donors.
+# **What not to conclude.** The groups were given here. Clusters that the model itself found differ by construction in
+# the genes that made them clusters. Cells of one donor are not independent samples of a population. Without replicates
+# no result here holds for other donors.

@@ -13,7 +13,7 @@
 #
 # 1. **the inference**: $q(z \mid x)$ is not the posterior of *this* model. Tests: Pareto $\hat k$, comparison with
 #    Hamiltonian Monte Carlo, simulation-based calibration.
-# 2. **the model**: the posterior is right, but the law does not look like the data. Test: predictive checks.
+# 2. **the model**: the posterior is right, but the model does not look like the data. Test: predictive checks.
 #
 # The 300 genes of largest variance, to be quick.
 
@@ -75,11 +75,11 @@ pd.DataFrame(
 ).T.round(2)
 
 # %% [markdown]
-# The encoder's own draws fail for most cells: 400 of them are worth about ten. The corrected ones pass.
-# (`Importance` resamples from a thousand proposals, and all of HMC's chains count, so both can have more than 400.)
-# $\hat R$, which compares the chains of a cell with one another, should be below 1.05; where it is not, longer chains
-# are due (`ps.HMC(warmup=500, least=1000)`). HMC assumes nothing of the posterior's shape, so it is the reference from
-# here on, by medians that one cell does not move.
+# The encoder's own draws fail for most cells: 400 of them are worth about ten. The corrected ones pass. (`Importance`
+# resamples from a thousand proposals, and all chains of HMC count, so both can have more than 400.) $\hat R$ compares
+# the chains of a cell with one another and should be below 1.05. Where it is not, run longer chains
+# (`ps.HMC(warmup=500, least=1000)`). HMC assumes nothing about the shape of the posterior, so it is the reference from
+# here on. Comparisons use medians over cells, which a single cell cannot move.
 #
 # ## One cell: the encoder against HMC
 
@@ -96,8 +96,8 @@ ax.set(xlabel=f"latent {first}", ylabel=f"latent {second}")
 _ = ax.legend(frameon=False)
 
 # %% [markdown]
-# The encoder's normal has a diagonal covariance, so it cannot lean; and one network serves all cells, so it may be
-# off centre for each. Over all of these cells, and for the corrected draws beside it:
+# The encoder's normal has a diagonal covariance, so it cannot follow correlated latents. And one network serves all
+# cells, so it may miss the centre of each. Here are all of these cells, with the corrected draws beside the encoder's:
 
 
 # %%
@@ -112,9 +112,10 @@ compared = {name: against_hmc(of.z, draws["HMC"].z) for name, of in draws.items(
 pd.DataFrame(compared, index=["sd over sd of HMC", "distance of means, sd"]).T.round(2)
 
 # %% [markdown]
-# Means of that many draws differ by some hundredths of a standard deviation even where both follow one law: the last
-# row. `Refined` is centred as well, and wider, being a Student-t with tails that a proposal needs. The encoder is off
-# by several times that, which more draws would not change. Is it an accident of this fit?
+# Means of so many draws differ by some hundredths of a standard deviation even where both come from the same
+# distribution (last row). `Refined` has the right centre too. It is wider, because it is a Student-t with the heavy
+# tails that a proposal needs. The encoder is off by several times that, and more draws would not change it. Is it an
+# accident of this fit?
 
 # %% tags=["headline"]
 seeds = [] if SHORT else [1, 2, 3]
@@ -140,9 +141,8 @@ print("sd of the encoder over sd of HMC, median, by refit:", ratios.round(2))
 # ## Simulation-based calibration
 #
 # Draw latents from the prior, counts from the model, and ask a sampler for the latents back. If its draws follow the
-# posterior, the rank of the truth among them is uniform, for every latent (Talts et al. 2018): no reference sampler
-# is needed, the model is its own witness. Coverage says the same in plain words: of the central 90 % intervals, which
-# share holds the truth?
+# posterior, the rank of the truth among them is uniform, for every latent (Talts et al. 2018). No reference sampler is
+# needed. Coverage says the same in plain words: which share of the central 90 % intervals contains the truth?
 
 # %%
 simulated = 10 if SHORT else 128
@@ -164,17 +164,17 @@ for ax, (name, of) in zip(axes, results.items(), strict=True):
 _ = axes[0].set_xlabel("")
 
 # %% [markdown]
-# The curves are the ranks' distribution function less that of uniform ranks; the band holds 95 % of calibrated
-# curves. An S that rises above and then falls below the line is a posterior that is too narrow; `log_likelihood` sees
-# latents that are wrong together and not one by one. With twelve curves, one just outside its band is no news.
+# The curves are the distribution function of the ranks minus that of uniform ranks. The band holds 95 % of calibrated
+# curves. A curve that rises above and then falls below the line means a posterior that is too narrow. `log_likelihood`
+# shows latents that are wrong together and not one by one. With twelve curves, one just outside its band is expected.
 #
-# This is a hard examination for an encoder: cells drawn from the *prior* need not look like the cells it was trained
-# on. How it does on such cells is another question (`source=ps.calibration.AggregatePosterior(cells)` asks it).
+# This is a hard test for an encoder: cells drawn from the *prior* need not look like the cells it was trained on.
+# `source=ps.calibration.AggregatePosterior(cells)` tests it on cells like those.
 #
 # ## Is the model right? Predictive checks
 #
-# Replicate every held-out cell from its own posterior, and compare what was not fitted directly: the share of zeros
-# of each gene, its variance, each cell's total. Held-out cells, so that nothing has been learned by heart.
+# Replicate every held-out cell from its own posterior. Compare what was not fitted directly: the share of zeros of each
+# gene, its variance, the total of each cell. The cells are held out, so the model cannot have memorised them.
 
 # %%
 sampler = ps.Amortized() if SHORT else ps.Importance()
@@ -194,14 +194,14 @@ ps.plots.predictive(checks.genes["zero_fraction"], name="zero fraction", ax=axes
 _ = ps.plots.predictive(checks.genes["variance"], name="variance", ax=axes[1])
 
 # %% [markdown]
-# Zeros fare well: a zero-inflated negative binomial has what it takes. Means and variances leave the band more often
-# than one time in ten, in both directions: the decoder was learned from 630 cells, and a band at fixed weights does
-# not know how uncertain they are. A check uses the cells twice, once to infer their latents and once to compare, so
-# bands are generous where a latent takes over what is compared (totals: $l$). A failure means much, a pass less.
+# The zeros pass: a zero-inflated negative binomial can follow them. Means and variances leave the band more often than
+# one time in ten, in both directions. The decoder was learned from 630 cells, and a band at fixed weights does not
+# include the uncertainty of the weights. A check uses the cells twice, once to infer their latents and once to compare.
+# So bands are wide where a latent follows what is compared ($l$ follows the totals). A failure means much, a pass less.
 #
-# **What to take along.** For a picture or a ranking, the encoder will do. For a statement about one cell, use
+# **What to take along.** For a picture or a ranking, the encoder is good enough. For a statement about one cell, use
 # `sampler=ps.Importance()` and read $\hat k$, or `ps.HMC()` and read $\hat R$.
 #
-# **What not to conclude.** That a right posterior makes a right model, or the reverse: the two halves of this
-# notebook are independent. And a $\hat k$ below 0.7 is a property of the draws at hand, not a proof that no mode was
+# **What not to conclude.** A right posterior does not make a right model, nor the reverse: the two halves of this
+# notebook are independent. And a $\hat k$ below 0.7 describes the draws at hand. It does not prove that no mode was
 # missed.

@@ -9,10 +9,10 @@
 #
 # *Question: what does it take to put another assumption into the model, and to tell whether it was a better one?*
 #
-# Every part of the model is an object that is passed in. This notebook changes the likelihood, the dispersion, and
-# the weights of the decoder, and compares all of them on unseen cells. Then it rewrites the program itself, with
-# latents that the paper does not have. At last it drops `fit` altogether: model and guide are Pyro programs, so plain
-# SVI and NUTS take them as they are.
+# Every part of the model is an object that is passed in. This notebook changes the likelihood, the dispersion, and the
+# weights of the decoder, and compares all of them on unseen cells. Then it rewrites the program itself, with latents
+# that the paper does not have. In the end it does without `fit`: model and guide are Pyro programs, so plain SVI and
+# NUTS take them as they are.
 
 # %%
 import json
@@ -42,8 +42,8 @@ n_genes = cells.n_genes
 # %% [markdown]
 # ## A likelihood of your own
 #
-# A likelihood names the heads that the decoder shall have and returns the law of $x$. `log_mean` is the one that the
-# library size scales. Geometric counts, $p(x) = (1 - q)\, q^x$ with mean $\mu = q / (1 - q)$, are the negative
+# A likelihood names the heads of the decoder that it needs and returns the distribution of $x$. `log_mean` is the one
+# that the library size scales. Geometric counts, $p(x) = (1 - q)\, q^x$ with mean $\mu = q / (1 - q)$, are the negative
 # binomial with $r = 1$:
 
 
@@ -64,7 +64,8 @@ class Geometric(ps.likelihoods.Likelihood):
 #
 # $$\log r_{ng} = a + b \log \mu_{ng}.$$
 #
-# This is a module with `heads` and a `forward`; `NB` takes it in place of its own, and so has $w$ and $y$ as before.
+# This is a module with `heads` and a `forward`. `NB` takes it in place of its own dispersion, so $w$ and $y$ are there
+# as before.
 
 
 # %%
@@ -174,8 +175,8 @@ _ = axes[1].legend(frameon=False)
 # %% [markdown]
 # ## Which assumption was better?
 #
-# Evidence of cells that none of them has seen, latent variables integrated out under each model's own law; weights
-# with a prior are held at the guide's medians.
+# Evidence of cells that none of them has seen, latent variables integrated out under each model. Weights with a prior
+# are held at the guide's medians.
 
 # %%
 table = ps.compare(fits, test.take(range(3)) if SHORT else test)
@@ -305,8 +306,7 @@ axes[2].plot(np.linalg.norm(m, axis=1), rows, "o", color="#31688e")
 _ = axes[2].set(xlabel="m: distance of a type's mean from 0", xlim=(0, None))
 
 # %% [markdown]
-# All verbs take these fits like any other. Whether a latent was worth its place is for the evidence of unseen cells to
-# say, as before.
+# All functions take these fits like any other. The evidence of unseen cells says whether a latent was worth adding.
 
 # %%
 own = {"no latent more": fits["NB, r per cell and gene"], **fits_of_own}
@@ -314,21 +314,22 @@ table = ps.compare(own, test.take(range(3)) if SHORT else test)
 table[["log_evidence", "difference", "difference_se", "khat_bad", "parameters"]].round(2)
 
 # %% [markdown]
-# Not here: both are within two standard errors of the model without them, and within what a refit moves. What $e$ says
-# $z$ could say before, and a decoder can bend one normal to the shape of eight. But they tell what they were made to
-# tell. $e$ is highest in dendritic and B cells, which present antigens by HLA class II, though its prior, and not the
-# counts alone, decides how much of that it takes from $z$. The clusters that are used hold myeloid cells (3), T and NK
-# cells (5), B and CD34+ cells (7, and some B cells 2). And $\tau$ is near 1: types lie as far apart as the cells of one
-# type do. Its width is that of a normal that knows nothing of $m$, so the posterior's own may be larger.
+# Not here: both are within two standard errors of the model without them, and within what a refit moves. $z$ could
+# already say what $e$ says, and a decoder can bend one normal into the shape of eight. But the new latents answer the
+# questions that they were made for. $e$ is highest in dendritic and B cells, which present antigens by HLA class II,
+# though its prior, and not the counts alone, decides how much of that it takes from $z$. The clusters that are used
+# hold myeloid cells (3), T and NK cells (5), B and CD34+ cells (7, and some B cells 2). And $\tau$ is near 1: types lie
+# as far apart as the cells of one type do. Its interval comes from a guide that treats $\tau$ and $m$ as independent,
+# so the posterior may be wider.
 #
 # The third model is not in the table. Its evidence is that of a cell whose type is known, at the medians of $\tau$ and
 # $m$, and a cell whose type is known is easier to tell.
 #
 # ## SVI by hand
 #
-# What `fit` does, in plain Pyro. `fit` adds minibatches on the device, a schedule, the best held-out epoch, and
-# errors for what Pyro lets pass in silence (a latent that the guide lacks, a parameter without gradient). It also
-# starts the library's law at the data's totals, which is done by hand here.
+# What `fit` does, in plain Pyro. `fit` adds minibatches on the device, a schedule, the best held-out epoch, and errors
+# for what Pyro lets pass in silence (a latent that the guide lacks, a parameter without gradient). It also starts the
+# distribution of library sizes at the totals of the data, which is done by hand here.
 
 # %%
 log_totals = np.log(train.totals)
@@ -379,8 +380,8 @@ se = np.hypot(of_first["NUTS, sd"] / np.sqrt(effective), of_first["Importance, s
 of_first.assign(**{"gap of their means in se": gap / se}).round(2)
 
 # %% [markdown]
-# NUTS and `ps.Importance()`, which share nothing but the model, agree within the error of so few draws (last column;
-# beyond 3 would be news); where the encoder stands apart, it is the encoder (notebook 6).
+# NUTS and `ps.Importance()` share nothing but the model. They agree within the error of so few draws (last column:
+# below 3). Where the encoder differs from both, the encoder is wrong (notebook 6).
 #
 # **What to take along.** A likelihood or a dispersion is one small class, a prior on weights is one argument, a latent
 # is one line of `forward`, and whatever Pyro can do with a program it can do with these.

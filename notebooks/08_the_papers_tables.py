@@ -47,8 +47,8 @@ pd.Series({name: experiment.title for name, experiment in EXPERIMENTS.items()}, 
 # %% [markdown]
 # ## Table 1: six things called log likelihood
 #
-# Table 1 of the paper compares "log-likelihoods of held-out cells". What stands in it is, system by system, something
-# else, and most of the work of making it again was to tell these apart:
+# Table 1 of the paper compares "log-likelihoods of held-out cells". Each system reports another quantity there, and
+# most of the work of reproducing it was to tell these quantities apart:
 #
 # | column of the report | what it is | who has it in the paper |
 # |---|---|---|
@@ -84,8 +84,8 @@ scores = {
 }
 
 # %% [markdown]
-# A `Row` is one number of one system, with its error, the number behind it, and the paper's where it has one; the
-# report lays rows out as systems by quantities. The same here:
+# A `Row` is one number of one system, with its standard error, its n, and the paper's number where there is one. The
+# report shows rows as a table of systems by quantities. The same here:
 
 
 # %%
@@ -103,10 +103,10 @@ for (system, key), value in scores.items():
 shown(rows)
 
 # %% [markdown]
-# (Quantities that only one system has stand in the second table.) The numbers of *one* fit differ by as much as the
-# systems differ in log p(x): whoever puts the bound of one beside the density of another can have any order. And the
-# standard errors are large because cells differ; differences between systems are paired over cells, as everywhere in
-# the report ("lead"):
+# (Quantities that only one system has are in the second table.) The numbers of *one* fit differ by as much as the
+# systems differ in log p(x). If you compare the bound of one with the density of another, you can get any order. The
+# standard errors are large because cells differ. Differences between systems are paired over cells, here and in the
+# report ("lead"):
 
 # %%
 lead = scores["scVI, default", "log_p"] - scores["factor analysis", "log_p"]
@@ -134,10 +134,10 @@ print(f"standard error over {len(lead)} cells, paired: {lead.std(ddof=1) / np.sq
 # %% [markdown]
 # ## Two systems as the command computes them
 #
-# The command needs the real counts in the folder that `PYRO_SCVI_DATA` names. Every number is the outcome of a *step*,
-# a function with its settings, which is kept under a hash of both, of the code and of the data: that is why an
-# interrupted run goes on, and why a changed setting is computed anew. Here the steps of two systems on the mouse cortex
-# with the budget of `--quick`: three epochs on 225 cells, four test cells.
+# The command needs the real counts in the folder that `PYRO_SCVI_DATA` names. Every number is the result of a *step*, a
+# function with its settings. Results are stored under a hash of settings, code and data. So an interrupted run
+# continues, and a changed setting is computed again. Here are the steps of two systems on the mouse cortex, with the
+# budget of `--quick`: three epochs on 225 cells, four test cells.
 
 # %%
 if files.folder().joinpath(files.CORTEX).is_file():
@@ -158,10 +158,10 @@ else:
     print(f"{files.CORTEX} is not here: set PYRO_SCVI_DATA to the folder that holds the counts")
 
 # %% [markdown]
-# These numbers mean nothing, and the note says so: they show that every step works. A note in square brackets is how
-# the report says what to know of a number: a share of bad $\hat k$, epochs, why there is none ("NA"). An *empty* cell
-# was not asked for, and has no note. Mostly there is nothing to ask: independent genes have no latents, hence no bound
-# and nothing to refit; a density is only of continuous models; a lead stands in the rows of differences.
+# These numbers mean nothing, and the note says so. They show that every step works. Notes in square brackets say what
+# to know about a number: the share of bad $\hat k$, the epochs, or why there is no number ("NA"). An *empty* cell was
+# not computed and has no note. In most empty cells the quantity does not exist: independent genes have no latents, so
+# no bound and nothing to refit. Only continuous models have a density. A lead is given in the rows of differences.
 #
 # ## What the full run says
 #
@@ -169,7 +169,7 @@ else:
 #
 # * **Table 1** (log likelihood of held-out cells): look at *log p(x)* and at *lead*. So far the default lies above
 #   factor analysis, ZIFA and scvi-tools on the cortex and on the brain.
-# * **Table 2** (imputation of counts that were set to zero): beside every median error stand rows without any model. A
+# * **Table 2** (imputation of counts that were set to zero): beside every median error are rows without any model. A
 #   constant can have a median error of 0, so look at the mean, and at the uniform corruption.
 # * **Table 3** (do latents separate known types?): no choice that does not look at labels reaches the paper's
 #   silhouette. It falls in training while held-out log p(x) rises, so one of the two has to be chosen.
@@ -181,5 +181,5 @@ else:
 # **What to take along.** Ask of every "log likelihood" whether $z$ is integrated out, whether it is of counts or of a
 # density, and whose cells were used. Every row has its command.
 #
-# **What not to conclude.** That systems with another quantity are worse: they are measured here by what they were not
-# made for, too. And that a lead on these data sets is a lead on yours.
+# **What not to conclude.** Systems with another quantity are not worse for that: they are also measured here by what
+# they were not made for. And a lead on these data sets need not be a lead on yours.

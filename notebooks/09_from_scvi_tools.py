@@ -63,8 +63,8 @@ except ImportError:
 # %% [markdown]
 # ## Data and fit
 #
-# scvi-tools writes into the AnnData what the model needs to know of it, and the model keeps the AnnData. Here the
-# counts are copied into `Cells`, which the model does not know: the same fit can be asked about any cells.
+# scvi-tools writes what the model needs into the AnnData, and the model keeps the AnnData. Here the counts are copied
+# into `Cells`. The model does not hold them, so the same fit can be used for any cells.
 
 # %%
 adata = ps.datasets.pbmc68k_reduced()
@@ -126,14 +126,14 @@ if scvi is not None:
     print(f"scvi-tools, one fit: {agreement(peer.get_latent_representation()):.4f}")
 
 # %% [markdown]
-# Two models that differ in all of the above find about the same neighbours: latents themselves do not compare (any
-# rotation would do as well), what is near what does.
+# The two models differ in all of the above and find about the same neighbours. The latents themselves cannot be
+# compared, since any rotation of them is as good. Which cells are near which can be compared.
 #
 # ## Expression
 #
-# `get_normalized_expression` gives the decoder's mean for a cell, as a share or at a library size you choose, and
-# `ps.normalized_expression` is the same quantity, with batches averaged where there are any. `ps.impute` gives
-# $\mathbb{E}[w \mid x]$, in counts of the cell's own depth, which looks at the entry's own count as well.
+# `get_normalized_expression` gives the decoder's mean for a cell, as a share or at a library size that you choose.
+# `ps.normalized_expression` is the same quantity, averaged over batches if there are any. `ps.impute` gives
+# $\mathbb{E}[w \mid x]$, in counts at the cell's own depth. It uses the entry's own count as well.
 
 # %%
 markers = ["CD79A", "NKG7", "LYZ"]
@@ -147,17 +147,17 @@ if scvi is not None:
 
 # %% [markdown]
 # Look at LYZ, a gene of monocytes and dendritic cells, in the rows of other cells: both models give it many times what
-# was observed. These are means *before* dropout, and where nearly every count is zero a model is free to call the
-# zeros dropout and keep the mean; how much it does is weakly determined, and the two differ in it. That is no reason to
-# believe in such expression: notebook 4 puts it to a test, and a negative binomial without dropout cannot do it.
+# was observed. These are means *before* dropout. Where nearly every count is zero, a model can call the zeros dropout
+# and keep a high mean. The data hardly say how far to go, and the two models differ in it. Do not believe such
+# expression: notebook 4 tests it, and a negative binomial without dropout does not show it.
 #
 # ## Differential expression
 #
-# Both give $\log_2$ of the first group over the second. The default here compares the groups' means. What scvi-tools
-# asks is about two random cells, which is `RandomPairs` here. Its default mode, "vanilla", asks the paper's question,
-# `p_a_lt_b` and `log_bayes_factor`; `mode="change"` asks for changes beyond `delta`, in either direction. Its nearest
-# here are `p_lfc` and `expected_false_share` (delta 0.5 by default), for the likelier direction only: two cells of one
-# mixed group differ as well, now one way, now the other.
+# Both give $\log_2$ of the first group over the second. The default here compares the groups' means. scvi-tools
+# compares two random cells, which is `RandomPairs` here. Its default mode, "vanilla", asks the paper's question:
+# `p_a_lt_b` and `log_bayes_factor`. Its `mode="change"` asks for changes beyond `delta`, in either direction. The
+# nearest quantities here are `p_lfc` and `expected_false_share` (delta 0.5 by default). They count only the likelier
+# direction, because two cells of one mixed group also differ, sometimes one way and sometimes the other.
 
 # %%
 groups = {"groupby": "bulk_labels", "group_a": "CD19+ B", "group_b": "Dendritic"}
@@ -185,28 +185,27 @@ else:
     _ = ax.set(xlabel="log2 fold change, pyro-scvi", ylabel="log2 fold change, scvi-tools", aspect="equal")
 
 # %% [markdown]
-# Genes on the line change alike; the large changes are larger in scvi-tools, where the group that hardly has the gene
-# gets a smaller mean, as above. "Called" bounds the expected share of false calls in both, here of "higher by more than
-# 0.5 in that group", there of "different by more than 0.5", which is said more easily. Yet more are called here: what
-# is sure depends on the model, and neither list is the truth (docs/accuracy.md compares such lists with microarrays).
-# Here the probability that $w_a < w_b$ is exact given $z$, pairs are added until its error is small, and the standard
-# error of every gene is in the table.
+# Genes on the line change alike. Large changes are larger in scvi-tools, because it gives a smaller mean to the group
+# that hardly has the gene. "Called" bounds the expected share of false calls in both. Here a call means "higher by more
+# than 0.5 in that group". In scvi-tools it means "different by more than 0.5", which is true more easily. Yet more
+# genes are called here. Neither list is the truth (docs/accuracy.md compares such lists with microarrays). Here the
+# probability that $w_a < w_b$ is exact given $z$, pairs are added until its error is small, and the table has the
+# standard error of every gene.
 #
 # ## How good is it?
 #
-# This is where numbers of the two must *not* be put side by side as they come. scvi-tools takes the library size from
-# the very cell that it scores, so that its `get_elbo` bounds no probability of that cell's counts; `ps.evidence`
-# integrates the library size out. `ps.baselines.SCVITools` integrates it out of a fitted `scvi.model.SCVI` too, by the
-# same sampler, and the README and the paper's tables (notebook 8) compare the two that way:
+# Do *not* compare these numbers of the two packages directly. scvi-tools takes the library size from the cell that it
+# scores, so its `get_elbo` is not a bound on the probability of that cell's counts. `ps.evidence` integrates the
+# library size out. `ps.baselines.SCVITools` also integrates it out of a fitted `scvi.model.SCVI`, by the same sampler.
+# The README and the paper's tables (notebook 8) compare the two in this way:
 #
 # ```python
 # peer = ps.baselines.SCVITools(epochs=400).fit(train.counts)
 # peer.score_samples(test.counts)  # log p(x), nats per cell, beside ps.evidence(fit, test).log_evidence
 # ```
 #
-# **What to take along.** One line there is one line here. What is gained is a program that can be changed, evidence
-# with a diagnostic, and corrected posteriors; what stays with scvi-tools is its family: other modalities and spatial
-# models.
+# **What to take along.** One line there is one line here. You gain a program that can be changed, evidence with a
+# diagnostic, and corrected posteriors. Only scvi-tools has models of other modalities and of spatial data.
 #
-# **What not to conclude.** That either is right where they agree: both are decoders of ten latents with the same kind
-# of encoder. And nothing about speed or quality in general: one data set, one fit of the peer.
+# **What not to conclude.** Agreement does not make either right: both decode ten latents with the same kind of encoder.
+# And one data set with one fit of scvi-tools says nothing about speed or quality in general.

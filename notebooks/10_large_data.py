@@ -9,10 +9,10 @@
 #
 # *Question: a million cells in a dozen files do not fit into memory. What changes?*
 #
-# Little: counts are written once into a *store*, a folder from which any rows are read as fast as training asks for
-# them, and `Cells.from_store` takes the place of `Cells.from_anndata`. Everything after that line is what the other
-# notebooks do. Twenty thousand simulated cells in two files here, to be quick; nothing below depends on their number
-# but the time.
+# Little. The counts are written once into a *store*, a folder from which any rows can be read as fast as training needs
+# them. `Cells.from_store` takes the place of `Cells.from_anndata`. Everything after that line is as in the other
+# notebooks. This notebook uses twenty thousand simulated cells in two files, to be quick. With more cells only the time
+# changes.
 
 # %%
 import json
@@ -38,14 +38,14 @@ folder = Path(tempfile.mkdtemp())
 # ## Two files that do not quite match
 #
 # Four kinds of cells and two donors. The second donor's counts differ gene by gene (another chemistry, say), lack
-# twenty genes, and have the others in another order: what files from two places are like.
+# twenty genes, and have the others in another order, as files from two places often do.
 
 # %%
 n_cells, n_genes, n_types = 10_000, 300, 4
 rng = np.random.default_rng(0)
 profiles = rng.gamma(0.3, 1.0, (n_types, n_genes)) + 0.02  # (types, genes)
 profiles *= 100 / profiles.sum(1, keepdims=True)  # molecules of a cell, on average
-names = np.array([f"gene_{g:03}" for g in range(n_genes)])
+names = np.array([f"GENE{g:03}" for g in range(n_genes)])
 
 
 def donor(chemistry):
@@ -68,10 +68,10 @@ second.write_h5ad(files["donor2"])
 # %% [markdown]
 # ## Build the store, once
 #
-# Every file is read once from beginning to end, its counts are checked as everywhere (a negative or fractional entry
-# is refused with its cell and gene named), and the genes that all files have are kept. `label` becomes a column of
-# `obs`; `index_unique` makes names of cells unique, as in `anndata.concat`. After an interruption the same call goes
-# on with the parts that are whole; if the store is there already, it does nothing.
+# Every file is read once from beginning to end. Its counts are checked: a negative or fractional entry is refused, and
+# the message names its cell and gene. The genes that all files have are kept. `label` becomes a column of `obs`;
+# `index_unique` makes names of cells unique, as in `anndata.concat`. After an interruption the same call goes on with
+# the parts that are whole; if the store is there already, it does nothing.
 
 # %%
 store = ps.stores.build(files, folder / "both.store", label="donor", index_unique="-", progress=False)
@@ -86,8 +86,8 @@ pd.Series(sizes, name="MB").round(2).to_frame()
 #
 # ## Cells from the store
 #
-# `take` and `split` choose rows and read none. The donor is the batch, so that $\gamma$ tells the decoder where a cell
-# came from, and $z$ need not.
+# `take` and `split` choose rows without reading them. The donor is the batch: $\gamma$ tells the decoder where a cell
+# came from, so $z$ does not have to.
 
 # %%
 cells = ps.Cells.from_store(store, batch="donor")
@@ -127,7 +127,8 @@ z = ps.embed(fit, cells)
 print("largest difference of the embeddings:", np.abs(z - ps.embed(same, in_memory)).max())
 
 # %% [markdown]
-# Bit for bit: where counts lie is not part of the model. And the embedding, by kind of cell and by donor:
+# The two are equal bit for bit: the model does not depend on where the counts are stored. Here is the embedding, by
+# kind of cell and by donor:
 
 # %%
 shown = np.random.default_rng(0).permutation(cells.n_cells)[:4000]
@@ -144,8 +145,8 @@ _ = axes[0].set_ylabel("second")
 # %% [markdown]
 # ## Results larger than memory, too
 #
-# Imputed expression is dense, cells by genes. `out=` takes anything that is written by rows, here a dataset of an HDF5
-# file, and each minibatch goes there as it is done. `technical_zero_probability` has the same argument.
+# Imputed expression is dense, cells by genes. `out=` takes anything that can be written by rows, here a dataset of an
+# HDF5 file. Each minibatch is written as soon as it is computed. `technical_zero_probability` has the same argument.
 
 # %%
 asked = cells.take(slice(0, 2000)) if SHORT else cells
@@ -160,8 +161,8 @@ shown
 # %% [markdown]
 # ## A store that was altered is refused
 #
-# It holds SHA-256 checksums of its files, and whoever opens it compares them (`verify=False` compares sizes only, which
-# for a large store saves minutes). One byte:
+# The store holds SHA-256 checksums of its files, which are compared when it is opened (`verify=False` compares sizes
+# only, which saves minutes for a large store). Change one byte:
 
 # %%
 altered = shutil.copytree(store, folder / "altered.store")
@@ -178,8 +179,8 @@ shutil.rmtree(folder)
 # ## Without a store
 #
 # A backed AnnData or an `AnnCollection` can be left where it is, with `Cells.from_anndata(adata, backed=True)`. It
-# needs no second copy, and random cells of it are read some ten times as slowly: right for one pass, wrong for sixty
-# epochs.
+# needs no second copy, but random cells are read about ten times as slowly. That is fine for one pass, but not for
+# sixty epochs.
 #
 # ## On the command line, and on several processes
 #
@@ -205,6 +206,6 @@ shutil.rmtree(folder)
 # **What to take along.** `ps.stores.build` once, `Cells.from_store` after that, `out=` for results as large as the
 # counts. The rest of the library does not know the difference.
 #
-# **What not to conclude.** That more cells need as many epochs: a million cells at sixty epochs is half a million
+# **What not to conclude.** More cells do not need as many epochs: a million cells at sixty epochs is half a million
 # steps, and the held-out loss says when to stop. And the donors mixed well because the simulation gave them the same
-# kinds of cells; where they differ in kind, a batch covariate may take away what was real.
+# kinds of cells. Where donors really differ, a batch covariate may remove that difference.

@@ -19,8 +19,7 @@
 # | labels | a component of the prior for each type; cells without a label come from their mixture | 1 argument |
 # | sparse | $\log\mu$ is linear in $z$, and loadings have a Laplace prior | 2 arguments |
 #
-# In the order in which one would do it: draw from the prior, fit, compare on cells that nobody has seen, and ask what
-# the winner still gets wrong.
+# The steps: draw from the prior, fit, compare on unseen cells, and ask what the winner still gets wrong.
 
 # %%
 import json
@@ -42,7 +41,7 @@ EPOCHS = 30
 # ## Real counts, with donors and half-known labels
 #
 # The data do not say who gave the cells. We make four donors, each with a mix of types of its own, so donors differ in
-# their means of $z$ and we know why. Half of the labels are hidden, and kept to judge the predictions.
+# their means of $z$ and we know why. Half of the labels are hidden. They are used later to judge the predictions.
 
 # %%
 adata = ps.datasets.pbmc68k_reduced()
@@ -66,8 +65,8 @@ pd.crosstab(truth, adata.obs["donor"])
 # %% [markdown]
 # ## Four models
 #
-# A prior that is given `columns` takes them out of the decoder, which could undo what it says. What has a prior on its
-# weights is fitted with a guide of them.
+# A prior with `columns` takes these columns out of the decoder, because the decoder could undo what the prior says.
+# Weights with a prior get a guide of their own.
 
 
 # %%
@@ -102,7 +101,7 @@ models["donors"].sites()
 # ## The prior first
 #
 # What counts does a model expect before it has seen any? `ps.prior_predictive` draws from the priors of everything
-# random. A prior that cannot make cells like ours would have to be overruled by the data.
+# random. If a prior cannot make cells like ours, it works against the data.
 
 # %%
 drawn = {name: ps.prior_predictive(model, 100, gamma=cells.covariates[:100]) for name, model in models.items()}
@@ -117,8 +116,8 @@ pd.DataFrame(
 # %% [markdown]
 # ## Fit
 #
-# Where few cells have a label, these come first: started on all cells, components settle on whatever group chance has
-# for them, before the labels say which is whose.
+# First fit the cells that have a label. If all cells come first, each component settles on some group by chance, before
+# the labels say which group is whose.
 
 
 # %%
@@ -163,8 +162,8 @@ print(json.dumps(headline))
 # %% [markdown]
 # ## Compare the four on unseen cells
 #
-# Evidence of a cell with a label would be $p(x \mid \text{label})$ under one of the models, so labels are taken off
-# first. Donors are told to whoever asks: the evidence is $p(x \mid \text{donor})$ where a model uses them.
+# With labels, the evidence of one of the models would be $p(x \mid \text{label})$. So labels are removed first. Donors
+# stay: the evidence is $p(x \mid \text{donor})$ where a model uses them.
 
 # %%
 unseen = cells.take(test[: 4 if SHORT else 30]).without("type")
@@ -178,8 +177,8 @@ gain = with_donor - table.attrs["pointwise"]["default"]
 print(f"log p(x | donor) of donors minus log p(x) of default: {gain.mean():.2f} nats per cell, se {gain.sem():.2f}")
 
 # %% [markdown]
-# Who wins by the mean need not win for every cell. Stacking asks for the mixture of the models' predictions that
-# predicts new cells best; `pseudo_bma` for the single best model, and how sure that is.
+# The model with the best mean need not be best for every cell. Stacking finds the mixture of the models that predicts
+# new cells best. `pseudo_bma` gives the probability of each model to be the single best.
 
 # %%
 ps.stacking_weights(table).round(2)
@@ -188,9 +187,9 @@ ps.stacking_weights(table).round(2)
 # ## Weights at their medians, or averaged over
 #
 # The loadings of the sparse model are uncertain. By default evidence takes their medians; `global_draws` averages
-# $p(x)$ of each cell over draws of them. The difference is the price of not knowing the loadings, and it belongs to
-# the comparison above. An average over few draws is a little low, so this is an upper limit of it. Six cells are
-# too few to know it: over all 70 unseen cells and 8 draws it is 0.26, 0.32 and 0.29 nats per cell in three fits, each
+# $p(x)$ of each cell over draws of them. The difference is the cost of not knowing the loadings, and it belongs to the
+# comparison above. An average over few draws is a little low, so the true cost is smaller than this. Six cells are too
+# few to measure it: over all 70 unseen cells and 8 draws it is 0.26, 0.32 and 0.29 nats per cell in three fits, each
 # with a standard error of 0.08 to 0.10 (`python -m benchmarks.quality.global_draws`).
 
 # %%
@@ -230,8 +229,9 @@ print(f"{winner}: share of genes inside their interval of 90 %")
 pd.Series(inside).round(2)
 
 # %% [markdown]
-# **What to take along.** A model is a sketch in a few arguments; look at its prior draws, fit, compare on unseen cells
-# with the same things told to every model, stack, and check replicas of the winner.
+# **What to take along.** A model is a few arguments. Look at draws from its prior, fit it, compare on unseen cells with
+# the same information for every model, stack, and check replicas of the winner.
 #
-# **What not to conclude.** That the donors' spread means biology: here it is their mix of types, by construction. That
-# a prior with labels *found* them: it was told half. And that the winner fits: the last picture says where it does not.
+# **What not to conclude.** The spread of donors is not biology here: it is their mix of types, by construction. A prior
+# with labels did not *find* them: it was given half. And the winner does not fit everywhere: the last picture shows
+# where.

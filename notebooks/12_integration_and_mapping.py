@@ -12,7 +12,7 @@
 #
 # Batches are removed by telling the decoder which batch a cell is of, so $z$ does not have to encode it. Here the truth
 # is known: 700 real blood cells are given to three donors at random, and each donor's molecules of a gene are kept with
-# a probability of his own. Whatever differs between donors is this thinning, and none of it is biology.
+# a probability of his own. So donors differ only by this thinning, and not by biology.
 
 # %%
 import json
@@ -49,7 +49,7 @@ reference, query
 # %% [markdown]
 # ## Integrate two donors
 #
-# `batch="donor"` is all it takes. For comparison, the same model that is not told.
+# `batch="donor"` is all it takes. For comparison, the same model without it.
 
 # %%
 cells = ps.Cells.from_anndata(reference, batch="donor")
@@ -59,8 +59,9 @@ without = ps.fit(ps.SCVI(untold.n_genes), untold, epochs=2 if SHORT else None, p
 
 
 # %% [markdown]
-# Neighbours, UMAP and clusters are best taken in the space of expression: principal components of what is decoded from
-# $z$ with batches averaged. Distances there compare cells by what they express; distances in $z$ have no unit.
+# Compute neighbours, UMAP and clusters in the space of expression: principal components of the expression that is
+# decoded from $z$, averaged over batches. Distances there compare cells by what they express. Distances in $z$ have no
+# unit.
 
 
 # %%
@@ -99,12 +100,12 @@ for ax, column in zip(axes, ("donor", "type"), strict=True):
     _ = ps.plots.embedding(placed, reference.obs[column], ax=ax)
 
 # %% [markdown]
-# A mixing of 1 is reached by an embedding that forgets everything, so it is read together with the second column:
-# donors should mix *and* types should stay apart.
+# An embedding that forgets everything also has a mixing of 1. So read it together with the second column: donors should
+# mix *and* types should stay apart.
 #
 # ## Clusters and what marks them
 #
-# Any clustering that takes coordinates will do, such as `sc.tl.leiden` on the neighbours above.
+# Any clustering that takes coordinates works, such as `sc.tl.leiden` on the neighbours above.
 
 # %%
 clusters = KMeans(6, n_init=10, random_state=0).fit_predict(integrated)
@@ -119,8 +120,7 @@ lift = np.log2(of_cluster / shares.mean())
 {name: list(lift.loc[name].nlargest(4).index) for name in names}
 
 # %% [markdown]
-# These lists are for a first look. Whether a gene differs is a question with an error: `ps.differential_expression`
-# (notebook 5).
+# These lists are for a first look. Use `ps.differential_expression` (notebook 5) to test whether a gene differs.
 #
 # ## Map a third donor
 #
@@ -172,13 +172,13 @@ transferred.groupby(pd.cut(transferred.probability, [0, 0.5, 0.8, 1.0]), observe
 
 # %% [markdown]
 # Where neighbours disagree the label is less often right: `probability` can be used to leave cells unlabelled. Most
-# errors are between kinds of T cells, which these genes hardly tell apart.
+# errors are between kinds of T cells, which these genes hardly separate.
 #
 # ## Learn his batch
 #
-# `map_query` adds a column for donor c to the decoder and trains nothing else. The reference does not move by a bit,
-# and c can be asked for like any other batch. The donors' true effects are known here: what was learned of the
-# difference between a and b, which the fit saw, and between c and the mean of these?
+# `map_query` adds a column for donor c to the decoder and trains nothing else. The reference stays the same bit for
+# bit, and c can be used like any other batch. The true effects of the donors are known here. How well was the
+# difference between a and b learned, which the fit saw, and that between c and the mean of a and b?
 
 # %%
 mapped = ps.map_query(fit, new, epochs=2 if SHORT else None, progress=False)
@@ -203,16 +203,16 @@ for one, others in (("b", ["a"]), ("c", ["a", "b"])):
     print(f"{one} beside {others}: correlation with the truth {r:.2f} over {often.sum()} genes")
 
 # %% [markdown]
-# The effect of a new batch is learned in a decoder that stays as it is: genes can only move together in ways that its
-# hidden units know, and two donors have taught it little of how donors differ. So `map_query` is for many reference
-# batches, of which a new one is of the same kind. Where a donor's own effect on each gene matters, fit all cells
-# together; the embedding and the labels above need neither.
+# The rest of the decoder stays as it is. So genes can move only in the ways that its hidden units know, and two donors
+# have taught it little about how donors differ. Use `map_query` where the reference has many batches and the new one is
+# of the same kind. Where the effect of a donor on each gene matters, fit all cells together. The embedding and the
+# labels above need neither.
 #
 # ## Real batches: two laboratories' blood
 #
 # 2,638 cells of one donor, and 2,896 frozen cells of another, which the reference never saw. Their labels in the file
 # were transferred by others, by logistic regression, so agreement is with them and not with a truth. The reference is
-# one batch, so there is no batch to tell. The counts are not shipped; `PYRO_SCVI_DATA` names their folder.
+# one batch, so no batch is passed. The counts do not come with the package; `PYRO_SCVI_DATA` names their folder.
 
 # %%
 path = os.path.join(os.environ.get("PYRO_SCVI_DATA", "../shared/data"), "pbmc_3kA.h5ad")
@@ -236,8 +236,9 @@ else:
 
 # %% [markdown]
 # **What to take along.** `batch=` to integrate, `spaces.Expression` for neighbours, `allow_new_batches=True` for cells
-# that come later, `transfer_labels` to name them, and `map_query` where the law of counts in the new batch is needed.
+# that come later, `transfer_labels` to name them, and `map_query` where you need the distribution of counts in the new
+# batch.
 #
-# **What not to conclude.** That batches can always be taken away: here donors had the same kinds of cells by
-# construction. Where a kind is in one batch only, no model can know whether that is biology or the laboratory, and
-# mixing it with its neighbours would be wrong.
+# **What not to conclude.** Batches cannot always be removed: here donors had the same kinds of cells by construction.
+# Where a kind is in one batch only, no model can know whether that is biology or the laboratory, and mixing it with its
+# neighbours would be wrong.

@@ -72,7 +72,8 @@ class Kind(Enum):
     )
     REPEATED = (
         "a plate that is made twice",
-        "make it once, as plate = cells_plate(gamma, index, n_cells), and enter it by 'with plate:' each time",
+        "make it once, as plate = cells_plate(gamma, index, n_cells), and enter it by 'with plate:' each time; observe "
+        "makes the plate 'genes', so that one of your own needs another name, as pyro.plate('genes of b', n_genes)",
     )
     PARAMETER = (
         "a pyro.param, which fit would never train and verbs would start anew",

@@ -60,14 +60,23 @@ class Program(Component):
         Raises
         ------
         ModelError
-            If two sites have one name.
+            If two sites have one name, or parameters are in different precisions.
         """
+        self._require_one_precision()
         x = like(self).new_full((few, self.n_genes), count)
         gamma = self.varied_gamma(few) if varied else x.new_zeros(few, self.n_covariates)
         batch = {} if n_cells is None else {"index": torch.arange(few, device=x.device), "n_cells": n_cells}
         found = discovered(self, x, gamma, marginal=marginal, seed=seed, at=at, **batch)
         require_distinct(found)
         return found
+
+    def _require_one_precision(self) -> None:
+        """Refuse parts in different precisions, whose products torch does not take."""
+        floats = [(name, one) for name, one in self.named_parameters() if one.is_floating_point()]
+        kinds = {str(one.dtype).removeprefix("torch."): name for name, one in floats}
+        if len(kinds) > 1:
+            named = ", ".join(f"{name} is {kind}" for kind, name in sorted(kinds.items()))
+            raise ModelError(f"parameters of the model are in different precisions ({named}): call model.float()")
 
     def shown(self) -> dict[str, Any]:
         """All arguments, also defaults, so that a printed model shows the sizes of its networks."""

@@ -151,8 +151,8 @@ class WarmUp:
             raise ModelError(f"a KL warm-up takes 1 epoch or more, got {self.epochs}")
         if self.epochs >= epochs:
             raise ModelError(
-                f"a KL warm-up of {self.epochs} epochs does not end inside a run of {epochs}: the evidence bound would "
-                "never be optimised; shorten the warm-up or train longer"
+                f"a KL warm-up of {self.epochs} epochs does not end within {epochs} epochs of training, so the "
+                "evidence bound would never be optimised. Shorten the warm-up, or train longer"
             )
         return min(1.0, (epoch + 1) / self.epochs)
 

@@ -203,7 +203,7 @@ WARNINGS = {
     ),
     "a large count": (
         lambda: ps.Cells.from_counts(plain(entry=1e7)),
-        r"implausibly large count: cell 'cell_1', gene 'gene_0' holds 1e\+07\. It is taken as it is .*drop that cell",
+        r"implausibly large count: cell 'cell_1', gene 'gene_0' holds 1e\+07\. It is used as it is .*drop that cell",
     ),
     "a name twice": (
         lambda: ps.Cells.from_counts(plain(), cell_names=["a", "b", "a"]),

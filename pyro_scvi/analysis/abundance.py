@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from pyro_scvi.analysis.differential.labels import labels_of
-from pyro_scvi.analysis.inputs import minibatches, require_inputs
+from pyro_scvi.analysis.inputs import batches_in_streams, minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.evaluation import evaluating
@@ -139,28 +139,37 @@ class Design(NamedTuple):
 
 def _design(labels: np.ndarray, samples: np.ndarray, group_a: Hashable | None, group_b: Hashable | None) -> Design:
     groups = _groups(labels, group_a, group_b)
-    codes, names = pd.factorize(pd.Series(samples).where(pd.Series(labels).isin(groups)))
+    of_groups = pd.Series(samples).where(pd.Series(labels).isin(groups))
+    names = _by_name(of_groups.dropna())  # exchanges are drawn in this order, whatever that of the cells is
+    places = {name: place for place, name in enumerate(names)}
+    codes = np.array([places.get(name, -1) for name in of_groups])
     if not len(names):
         raise DataError(f"no cell of the groups {groups[0]!r} and {groups[1]!r} has a sample")
     of_b = labels == groups[1]
     shares = np.array([of_b[codes == place].mean() for place in range(len(names))])
     if both := [name for name, share in zip(names, shares, strict=True) if 0 < share < 1]:
         raise DataError(
-            f"the samples {both[:5]} have cells of both groups: exchanging groups takes whole samples. Name samples by "
-            "both columns, as obs['donor'] + '_' + obs['condition'], if these may count as independent"
+            f"the samples {both[:5]} have cells of both groups: the test exchanges whole samples. If the two "
+            "parts of a sample count as independent, name samples by both columns: obs['donor'] + '_' + "
+            "obs['condition']"
         )
-    design = Design(groups, list(names), shares == 1, codes)
+    design = Design(groups, names, shares == 1, codes)
     _require_enough(design)
     return design
 
 
 def _groups(labels: np.ndarray, group_a: Hashable | None, group_b: Hashable | None) -> tuple[Hashable, Hashable]:
-    known = sorted(pd.unique(pd.Series(labels).dropna()), key=lambda label: (str(label), repr(label)))
+    known = _by_name(pd.Series(labels).dropna())
     if group_a is None and group_b is None and len(known) == LEAST_SAMPLES:
         return known[0], known[1]
     if group_a is None or group_b is None or group_a == group_b or not {group_a, group_b} <= set(known):
         raise DataError(f"name two groups as group_a= and group_b=, got {group_a!r} and {group_b!r}; they are {known}")
     return group_a, group_b
+
+
+def _by_name(labels: pd.Series) -> list[Hashable]:
+    """Every label once, in the order of their names."""
+    return sorted(pd.unique(labels), key=lambda label: (str(label), repr(label)))
 
 
 def _require_enough(design: Design) -> None:
@@ -182,7 +191,9 @@ def _require_density(fit: Fit) -> None:
             f"{type(fit.guide).__name__} has no density q(z | x) of new cells: fit with ps.guides.DiagonalNormal"
         )
     if site.place.start:
-        raise ModelError("q(z | x) is known only given other latents: fit with ps.guides.DiagonalNormal")
+        raise ModelError(
+            "this guide gives q(z | x) only together with other latents: fit with ps.guides.DiagonalNormal"
+        )
 
 
 def _aggregated(fit: Fit, cells: Cells, design: Design, batch_size: int, seed: int) -> np.ndarray:
@@ -190,7 +201,7 @@ def _aggregated(fit: Fit, cells: Cells, design: Design, batch_size: int, seed: i
     site, log_q = fit.guide.coordinates.of_z(), np.empty((cells.n_cells, len(design.samples)))
     with evaluating(fit.model, fit.guide, seed):
         data = minibatches(fit, cells)
-        z = torch.cat([fit.guide.mean(site, x, gamma) for x, gamma in data.in_order(batch_size)])
+        z = torch.cat([fit.guide.mean(site, *some) for some in batches_in_streams(fit, cells, batch_size, seed)])
         for place in range(len(design.samples)):
             members = torch.from_numpy(np.flatnonzero(design.codes == place)).to(fit.device)
             total = in_float64(z.new_full((len(z),), -torch.inf))

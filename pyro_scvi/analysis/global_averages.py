@@ -45,5 +45,7 @@ def shares(samples: int, n: int) -> list[int]:
         If there are fewer samples than draws.
     """
     if samples < n:
-        raise ModelError(f"samples must be at least global_draws, which share them; got {samples} and {n}")
+        raise ModelError(
+            f"samples must be at least global_draws, because the draws are divided among them; got {samples} and {n}"
+        )
     return [samples // n + (place < samples % n) for place in range(n)]

@@ -55,6 +55,7 @@ def _with(gamma: Tensor, columns: slice, at: int | None = None) -> Tensor:
 
 
 def _terms(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> dict[str, Tensor]:
-    trace, names = scored(fit.model, x, gamma, sites), list(fit.guide.coordinates.local)
+    coordinates = fit.guide.coordinates
+    trace, names = scored(fit.model, x, gamma, sites, coordinates), list(coordinates.local)
     total = fit.model.library.log_prob_of_total(x, gamma)
     return latent_terms(trace, *names) | {"x": cell_terms(trace, *names)[1] + total}

@@ -16,7 +16,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import cell_terms, log_terms_at, scored
 from pyro_scvi.inference.evaluation import draws_at_once, evaluating, undisturbed
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.checks import brief, switches_checked
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -127,7 +127,7 @@ class LogDensity:
         drawn, local = self._parts(u)
         coordinates = self._guide.coordinates
         values = {name: value[0] for name, value in drawn.items()}
-        trace = scored(self._model, self._x, self._gamma, values | coordinates.sites(local))
+        trace = scored(self._model, self._x, self._gamma, values | coordinates.sites(local), coordinates)
         total = torch.stack(cell_terms(trace, *coordinates.local)).sum() + coordinates.log_abs_det(local).sum()
         nodes: Any = trace.nodes
         for name, part in self._flat(u).items():
@@ -162,6 +162,7 @@ class LogDensity:
         return bijection_to(self._guide.weights.supports[name])
 
 
+@switches_checked
 def log_density(fit: Fit, cells: Cells, free_globals: bool = False) -> LogDensity:
     r"""The log density of all latents of some cells, for a sampler of your own.
 

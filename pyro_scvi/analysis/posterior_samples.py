@@ -18,7 +18,7 @@ from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.cell_streams import per_cell
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import require_at_least, switches_checked
 from pyro_scvi.utils.progress_bars import over_cells
 from pyro_scvi.utils.random_state import seeded
 
@@ -33,6 +33,7 @@ GLOBAL_STREAM = 1
 DIMS = {"z": ("latent",), **{site: ("gene",) for site in EXPLICIT}}
 
 
+@switches_checked
 def sample_posterior(
     fit: Fit,
     cells: Cells,

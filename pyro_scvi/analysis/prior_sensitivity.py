@@ -104,7 +104,7 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
     table = pd.concat([_sensitivity(array_stats, dataarray_stats, part, step) for part in parts])
     if table.prior.isna().all():
         raise ModelError(
-            f"to weigh its draws, a cell needs {FEWEST_DRAWS} or more that differ, and none has; take samples=1000 "
+            f"each cell needs at least {FEWEST_DRAWS} different draws, and no cell has them. Pass samples=1000 "
             "and sampler=ps.Importance() or ps.HMC()"
         )
     return table
@@ -213,8 +213,8 @@ def _warn_of_khat(tree: xr.DataTree) -> None:
     bad = float((diagnostics["khat"] > KHAT_LIMIT).mean()) if "khat" in diagnostics else 0.0
     if bad > 0.1:
         warn(
-            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their draws do not follow the posterior, whose "
-            "sensitivity is asked for; draw with sampler=ps.Importance() or ps.HMC()"
+            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their draws do not follow the posterior. "
+            "Draw with sampler=ps.Importance() or ps.HMC()"
         )
 
 

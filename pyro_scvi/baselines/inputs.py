@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.counts import canonical
-from pyro_scvi.data.names import names_in, positions_of
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_at_least
 
@@ -50,29 +49,6 @@ def dense_counts(
     return x
 
 
-def in_order_of(names: Any, values: Any, what: str) -> Any:
-    """Values, one row for each of ``names``, in their order; matched by name where both sides have names.
-
-    Parameters
-    ----------
-    names
-        Index of the cells or genes, as of a DataFrame of counts; anything else has none.
-    values
-        A Series or DataFrame; anything else is in the right order.
-    what
-        Name of the values in errors.
-
-    Raises
-    ------
-    DataError
-        If the values have other names.
-    """
-    named = isinstance(names, pd.Index) and isinstance(values, pd.Series | pd.DataFrame)
-    if not named or names_in(names) is None or names_in(values.index) is None:
-        return values
-    return values.iloc[positions_of(names, values.index, what)]
-
-
 def remember_genes(method: Any, counts: Any) -> None:
     """Store the names of a DataFrame's columns as ``feature_names_in_``, as scikit-learn does."""
     vars(method).pop("feature_names_in_", None)
@@ -85,7 +61,9 @@ def _in_order_of(fitted: Any, counts: Any) -> Any:
     if names is None or not isinstance(counts, pd.DataFrame) or len(counts.columns) != len(names):
         return counts
     if missing := [name for name in names if name not in counts.columns]:
-        raise DataError(f"{len(missing)} genes of the fit are no columns of counts, the first of them {missing[0]!r}")
+        raise DataError(
+            f"{len(missing)} genes of the fit are missing from the columns of counts, the first of them {missing[0]!r}"
+        )
     return counts[names]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
 
-from pyro_scvi.baselines.inputs import in_order_of
+from pyro_scvi.data.names import in_order_of
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_at_least
 
@@ -142,15 +142,19 @@ def idr(
     fits = [_fit(uniform, start, tol, max_iter) for start in chosen]
     proper = [fit for fit in fits if fit.mixture.mu > 0 and fit.mixture.rho > 0]
     if not proper:
-        warnings.warn("no start led to mu > 0 and rho > 0: these scores do not agree", stacklevel=2)
+        warnings.warn("no start of the optimiser ended at mu > 0 and rho > 0: these scores do not agree", stacklevel=2)
     best = max(proper or fits, key=lambda fit: fit.log_likelihood)
     if best.log_likelihood < LEAST_GAIN:
         best = fits[chosen.index(AUTHORS_START)] if AUTHORS_START in chosen else best
         warnings.warn(
-            f"no start gains {LEAST_GAIN:g} nats over independent scores: the mixture is not determined", stacklevel=2
+            f"no start of the optimiser is {LEAST_GAIN:g} nats better than independent scores: the scores do not "
+            "determine the mixture",
+            stacklevel=2,
         )
     if best.mixture.mixture_weight > HIGHEST_WEIGHT:
-        warnings.warn(f"mixture_weight is above {HIGHEST_WEIGHT}: mu and sigma are not determined", stacklevel=2)
+        warnings.warn(
+            f"mixture_weight is above {HIGHEST_WEIGHT}: the scores do not determine mu and sigma", stacklevel=2
+        )
     return IDRResult(*best.mixture, best.local_idr, _running_mean(best.local_idr), best.log_likelihood)
 
 

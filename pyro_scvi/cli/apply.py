@@ -66,9 +66,9 @@ def embed(
     Genes are matched by name, in any order; genes that the fit does not know are kept but play no part.
     """
     if beside is not None and space is not spaces.Expression:
-        raise typer.BadParameter("latents have no axes; add --space expression", param_hint="'--beside'")
+        raise typer.BadParameter("axes are those of expression: add --space expression", param_hint="'--beside'")
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
-    with new_file(out, force, file) as made:
+    with new_file(out, force, file, *([] if beside is None else [beside])) as made:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
@@ -81,8 +81,9 @@ def embed(
 
 
 def _axes_of(file: Path) -> spaces.FittedSpace:
+    reference = read_h5ad(file)
     try:
-        return spaces.from_record(read_h5ad(file))
+        return spaces.from_record(reference)
     except DataError as error:
         raise DataError(f"{file}: {error}, or a file that embed --space expression wrote") from error
 
@@ -157,7 +158,9 @@ def impute(
 def _quantity(normalized: bool, no_dropout: bool, batch_as: list[str] | None) -> tuple[str, Callable[..., Any]]:
     """Name of the layer, and what computes it."""
     if normalized and no_dropout:
-        raise typer.BadParameter("shares are of the mean given no dropout as they are", param_hint="'--no-dropout'")
+        raise typer.BadParameter(
+            "--normalized gives the mean without dropout already: leave --no-dropout out", param_hint="'--no-dropout'"
+        )
     if normalized:
         name = "pyro_scvi_normalized" + "_batch_swapped" * bool(batch_as)
         return name, partial(_normalized, batches=batch_as or None)

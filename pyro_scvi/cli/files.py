@@ -22,6 +22,7 @@ from pyro_scvi.errors import CheckpointError, DataError, SchemaError
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
+from pyro_scvi.utils.control_characters import spelled_out
 from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.version import __version__
@@ -38,7 +39,7 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
         If it is no valid h5ad file, one of MuData, or parts of it are links to files in other folders.
     """
     if file.exists() and not file.is_file():
-        raise DataError(f"{file}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+        raise DataError(f"{file}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
     with errors_named(f"{file}:", "cannot read it as h5ad"):
         check_links(file)
         with h5py.File(file) as group:
@@ -63,7 +64,10 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table; text that a spreadsheet would calculate gets an apostrophe before it, with a warning."""
+    """Write a table; text that a spreadsheet would calculate gets an apostrophe before it, with a warning.
+
+    Control characters are spelled out: ``head`` would show them to a terminal.
+    """
     plain = table.reset_index() if any(table.index.names) else table
     guarded = plain.map(_not_a_formula).rename(columns=_not_a_formula)
     risky = [text for text in [*plain, *plain.to_numpy(object).flat] if _not_a_formula(text) is not text]
@@ -74,9 +78,12 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _not_a_formula(value: Any) -> Any:
-    if not isinstance(value, str) or not (value.startswith(_FORMULA) or "\r" in value):
+    if not isinstance(value, str):
         return value
-    text = value.replace("\r", " ")  # pandas leaves it unquoted, and readers take what follows as a new row
+    plain = spelled_out(value)
+    if plain == value and not (value.startswith(_FORMULA) or "\r" in value):
+        return value
+    text = plain.replace("\r", " ")  # pandas leaves it unquoted, and readers take what follows as a new row
     return f"'{text}" if value.startswith(_FORMULA) else text
 
 
@@ -125,7 +132,7 @@ def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:
 def add(slot: MutableMapping[str, Any], key: str, value: Any) -> None:
     """Put a result into a copy, with a warning if it replaces an earlier one."""
     if key in slot:
-        warnings.warn(f"{key!r} was there already; the copy holds the new one", UserWarning, stacklevel=2)
+        warnings.warn(f"{key!r} was there already; it is replaced in the copy", UserWarning, stacklevel=2)
     slot[key] = value
 
 

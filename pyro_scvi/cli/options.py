@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from pyro_scvi import guides, likelihoods, priors
 from pyro_scvi.analysis.integration import spaces
+from pyro_scvi.cli.wording import options_of
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.errors import ModelError
@@ -126,7 +127,12 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the results of an 
 
 
 class Recorded(TyperCommand):
-    """A command that records its command line, for the page."""
+    """A command that records its command line, for the page, and whose options messages name."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with options_of(self):
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Record the arguments before they are parsed."""

@@ -113,6 +113,12 @@ def fit(
     """
     if resume and checkpoint is None:
         raise typer.BadParameter("there is no checkpoint to resume from; add --checkpoint DIR", param_hint="'--resume'")
+    if checkpoint is not None and _overlap(checkpoint, out):
+        raise typer.BadParameter(
+            "one of --checkpoint and --out is inside the other, and would be replaced by it; pass two folders that "
+            "lie apart",
+            param_hint="'--checkpoint'",
+        )
     model = ModelOptions(n_latent, prior, likelihood or ZINB, dispersion, library, guide, seed)
     counts = CountOptions(layer, raw, batch, covariates or (), allow_non_integer)
     training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress}
@@ -129,6 +135,12 @@ def fit(
             source = f"the {cells.n_cells:,} cells of {file.name}"
             job = Job(file.name, source, "annotated.h5ad", labels, pair, called(ctx), seed, training)
             fit_and_report(space, adata, cells, model.build_model, job)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether one of two folders is the other, or inside it."""
+    one, other = one.resolve(), other.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def _train_beside(file: Path, counts: CountOptions, model: ModelOptions, training: dict[str, Any]) -> None:

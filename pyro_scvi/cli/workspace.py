@@ -67,15 +67,16 @@ def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | 
 
 
 @contextmanager
-def new_file(out: Path, force: bool, source: Path) -> Iterator[Workspace]:
-    """A file to write, which becomes ``out`` at the end, or not at all."""
+def new_file(out: Path, force: bool, *sources: Path) -> Iterator[Workspace]:
+    """A file to write, which becomes ``out`` at the end, or not at all; ``sources`` are never replaced."""
     with reporting(out) as caught:
-        _check_source(source)
-        _check_file(out, force, source)
+        for source in sources:
+            _check_source(source)
+        _check_file(out, force, sources)
         with _temporary(out) as temporary:
             space = Workspace(temporary / out.name, out, caught)
             yield space
-            _check_file(out, force, source)
+            _check_file(out, force, sources)
             space.path.replace(out)
 
 
@@ -219,10 +220,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_file(out: Path, force: bool, source: Path) -> None:
+def _check_file(out: Path, force: bool, sources: Iterable[Path]) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder; pass a file as --out")
-    if out.exists() and out.samefile(source):
+    if out.exists() and any(out.samefile(source) for source in sources):
         raise FileExistsError(f"{out} is the input, which is never written; pass another --out")
     if os.path.lexists(out) and not force:  # a link that leads nowhere is somebody's too
         raise FileExistsError(f"{out} exists; pass another --out, or --force to replace it")

@@ -15,13 +15,13 @@ from pyro_scvi.data.counts import Counts, Source, cell_totals, dense, n_nonzero
 from pyro_scvi.data.covariates import MEAN, NONE, Covariates, Words
 from pyro_scvi.data.indexing import CellIndex, positions, split_at_random
 from pyro_scvi.data.lazy_counts import rows_of
-from pyro_scvi.data.names import as_series, labelled, names_in, positions_of
+from pyro_scvi.data.names import as_series, in_order_of, labelled, names_in
 from pyro_scvi.data.obs_columns import categories, quoted
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.reading import Annotations, read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
-from pyro_scvi.utils.checks import warn
+from pyro_scvi.utils.checks import switches_checked, warn
 from pyro_scvi.utils.html_repr import table
 
 
@@ -71,6 +71,7 @@ class Cells:
     obs: pd.DataFrame
 
     @classmethod
+    @switches_checked
     def from_anndata(
         cls,
         adata: AnnData,
@@ -149,6 +150,7 @@ class Cells:
         return cls(*parts, table.obs)
 
     @classmethod
+    @switches_checked
     def from_counts(
         cls,
         counts: Any,
@@ -197,6 +199,7 @@ class Cells:
         return cls(*parts, table.obs)
 
     @classmethod
+    @switches_checked
     def from_store(
         cls,
         path: str | Path,
@@ -321,15 +324,13 @@ class Cells:
 
         Raises
         ------
-        DataError
-            If either part would be empty.
         ModelError
-            If the seed is no integer of 0 or more.
+            If either part would be empty, or the seed is no integer of 0 or more.
 
         Warns
         -----
         UserWarning
-            If all cells of a batch are held out: nothing can be learnt of it.
+            If all cells of a batch, category or label are held out: nothing can be learnt of it.
         """
         train, test = self.split_rows(held_out, seed=seed)
         return self.take(train), self.take(test)
@@ -339,22 +340,41 @@ class Cells:
 
         Raises
         ------
-        DataError, ModelError
+        ModelError
             As in :meth:`split`.
         """
         train, test = split_at_random(self.n_cells, held_out, seed)
-        lost = [] if self.schema.batch is None else self._lost(self.gamma.codes(self.schema.batch), train, test)
-        if lost and len(test) <= len(train):  # else the larger part is not there to train on
-            warn(
-                f"all cells of batch {quoted(lost)} (column {self.schema.batch!r}) are held out: nothing can be learnt "
-                "of it. Join or leave out small batches, or take another seed."
-            )
+        if len(test) <= len(train):  # else the larger part is not there to train on
+            for what, name, lost in self._only_in(test, train):
+                warn(
+                    f"all cells of {what} {quoted(lost)} (column {name!r}) are held out, so the model cannot learn it. "
+                    "Join or leave out what has few cells, or take another seed."
+                )
         return train, test
 
-    def _lost(self, codes: np.ndarray, train: np.ndarray, test: np.ndarray) -> list[str]:
-        """Batches that are among the cells ``test``, but not among ``train``."""
-        in_train, in_test = (set(codes[rows].tolist()) for rows in (train, test))
-        return [self.schema.batches[code] for code in sorted(in_test - in_train) if code >= 0]
+    def warn_of_untrained(self, train: np.ndarray) -> None:
+        """Warn of batches, categories and labels of the schema of which no cell is among the rows to train on.
+
+        Warns
+        -----
+        UserWarning
+            For each column of ``obs`` that has some, with their names.
+        """
+        for what, name, lost in self._only_in(None, train):
+            warn(
+                f"{what} {quoted(lost)} (column {name!r}) has no training cell: all are held out, or not among these "
+                "cells. The model cannot learn it. Join what has few cells, or read only the cells to train on."
+            )
+
+    def _only_in(self, rows: np.ndarray | None, others: np.ndarray) -> list[tuple[str, str, list[str]]]:
+        """By column of words: what these are, its name, and those of some rows, or all known, which no others have."""
+        found = []
+        for what, name, levels in self.schema.words():
+            codes = self.gamma.codes(name)
+            here = range(len(levels)) if rows is None else np.unique(codes[rows][codes[rows] >= 0])
+            if lost := [levels[code] for code in sorted({*here} - {*codes[others]})]:
+                found.append((what, name, lost))
+        return found
 
     def _rows(self, index: CellIndex) -> np.ndarray:
         """Positions of the cells that an index selects; a mask with names is matched by name."""
@@ -362,7 +382,7 @@ class Cells:
         if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index):
             if index.isna().any():
                 raise DataError(f"the mask has no value for {index.isna().sum()} cells; fill them with True or False.")
-            index = index.to_numpy(dtype=bool)[positions_of(self.cell_names, index.index, "the mask")]
+            index = in_order_of(self.cell_names, index, "the mask").to_numpy(dtype=bool)
         return positions(index, self.n_cells)
 
     def with_batch(self, name: Hashable) -> "Cells":

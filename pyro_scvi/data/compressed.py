@@ -58,7 +58,7 @@ def _require_arrays(pointer: Any, indices: Any, values: Any, source: str, *, blo
     named = {"index pointer": pointer, "indices": indices} | ({} if blocks else {"values": values})
     for name, array in named.items():
         if len(getattr(array, "shape", None) or ()) != 1:
-            raise DataError(f"{source} is a broken sparse matrix: its {name} are no list of numbers.")
+            raise DataError(f"{source} is a broken sparse matrix: its {name} are not a list of numbers.")
         if name != "values" and array.dtype.kind not in "iu":
             raise DataError(f"{source} is a broken sparse matrix: its {name} are of type {array.dtype}, not integers.")
 
@@ -70,8 +70,8 @@ def _require_pointer(pointer: Any, n_lines: int, n_indices: int, n_values: int, 
     if first != 0 or last != n_values:
         raise DataError(
             f"{source} is a broken sparse matrix: its index pointer runs from {first} to {last}, but it stores "
-            f"{n_values} values, and the others would be lost. Make it again from its source. If the rest is unused "
-            "room behind the last cell, matrix.prune() removes it."
+            f"{n_values} values. The others would be lost. Make the matrix again from its source. If the rest is "
+            "unused space behind the last cell, matrix.prune() removes it."
         )
     if pointer.shape[0] == n_lines + 1:
         whole = pointer[...]

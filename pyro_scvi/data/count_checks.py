@@ -91,9 +91,9 @@ def warn_of_features(var: pd.DataFrame | None) -> None:
     if len(others):
         counted = ", ".join(f"{n} {kind!r}" for kind, n in others.value_counts().items())
         warn(
-            f"{len(others)} of the {len(var)} features are no genes by var[{FEATURE_TYPES!r}]: {counted}. They would "
-            "be fitted as genes are, and make up part of the totals of the cells. To leave them out: adata[:, "
-            f"adata.var[{FEATURE_TYPES!r}] == {GENES!r}]."
+            f"{len(others)} of the {len(var)} features are not genes according to var[{FEATURE_TYPES!r}]: "
+            f"{counted}. They would be fitted like genes and be part of each cell's total. To leave them out: "
+            f"adata[:, adata.var[{FEATURE_TYPES!r}] == {GENES!r}]."
         )
 
 
@@ -136,15 +136,17 @@ class Check:
         """Warn about counts that are implausibly large, or that are not what they were, once for all blocks."""
         if self.doubtful is not None:
             warn(
-                f"{self.source} came in {self.limit.effect} above {self.limit.value:g}: {self.doubtful}, and may have "
-                "been another count before. Take the counts from where they are float32 or integers of 32 bits."
+                f"{self.source} came in {self.limit.effect} above {self.limit.value:g}: {self.doubtful}, and the "
+                "true count may have been another one. Take the counts from a place where they are float32 or "
+                "32-bit integers."
             )
         if self.form is not None:
             self.form.warn(self.source)
         if self.implausible is not None:
             warn(
-                f"{self.source} has an implausibly large count: {self.implausible}. It is taken as it is and weighs on "
-                "the whole fit; if it is a sum or a measurement and not a number of molecules, drop that cell or gene."
+                f"{self.source} has an implausibly large count: {self.implausible}. It is used as it is and "
+                "affects the whole fit. If it is a sum or a measurement and not a number of molecules, drop that "
+                "cell or gene."
             )
 
 
@@ -171,13 +173,14 @@ class _Form:
             return
         if self.largest == 1:
             warn(
-                f"all {self.n_positive} counts above 0 in {source} are 1. Were they turned into 0 and 1? Numbers of "
-                "molecules are larger now and then; take the counts from before."
+                f"all {self.n_positive} counts above 0 in {source} are 1. Were they turned into 0 and 1? Some "
+                "numbers of molecules are larger than 1. Take the counts from before that step."
             )
         elif self.divisor > 1:
             warn(
                 f"all {self.n_positive} counts above 0 in {source} are multiples of {self.divisor}. Were they "
-                "multiplied? Their noise is then not that of counts; divide them, or take the counts from before."
+                "multiplied? Their noise is then not the noise of counts. Divide them, or take the counts from "
+                "before that step."
             )
 
 

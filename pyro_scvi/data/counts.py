@@ -310,7 +310,7 @@ def _computed(array: Any, source: str) -> Any:
 
 def _from_torch(tensor: torch.Tensor, source: str) -> Any:
     if tensor.device.type == "meta":
-        raise DataError(f"{source} is a tensor without data, on the device meta.")
+        raise DataError(f"{source} is a tensor without data (device meta).")
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
     if tensor.layout == torch.strided:
@@ -340,7 +340,7 @@ def _dense(matrix: Any, source: str) -> np.ndarray:
     try:
         return np.asarray(matrix)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{source} is no matrix that NumPy can read: {type(matrix).__name__}.") from error
+        raise DataError(f"{source} is not a matrix that NumPy can read: {type(matrix).__name__}.") from error
 
 
 def _row_major(matrix: Any, source: str) -> Matrix:

@@ -6,7 +6,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_seed
 
 CellIndex = int | slice | Sequence[int] | np.ndarray | torch.Tensor
@@ -40,10 +40,8 @@ def split_at_random(n_cells: int, held_out: float, seed: int) -> tuple[np.ndarra
 
     Raises
     ------
-    DataError
-        If either part would be empty.
     ModelError
-        If the seed is no integer of 0 or more.
+        If either part would be empty, or the seed is no integer of 0 or more.
     """
     require_seed(seed)
     n_test = number_held_out(held_out, n_cells)
@@ -57,7 +55,7 @@ def number_held_out(held_out: float, n_cells: int) -> int:
 
     Raises
     ------
-    DataError
+    ModelError
         If it is no fraction between 0 and 1 and no number between 0 and ``n_cells``.
     """
     if isinstance(held_out, Integral) and not isinstance(held_out, bool):
@@ -65,9 +63,9 @@ def number_held_out(held_out: float, n_cells: int) -> int:
     elif isinstance(held_out, Real) and not isinstance(held_out, bool) and 0 < held_out < 1:
         number = max(1, min(round(held_out * n_cells), n_cells - 1))
     else:
-        raise DataError(f"held_out is a share between 0 and 1 or an int number of cells; got {held_out!r}.")
+        raise ModelError(f"held_out is a share between 0 and 1 or an int number of cells; got {held_out!r}.")
     if not 0 < number < n_cells:
-        raise DataError(
+        raise ModelError(
             f"cannot hold out {number} of {n_cells} cells: both parts need at least one "
             "(in fit, validation=0 holds out none)."
         )

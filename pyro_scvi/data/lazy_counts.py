@@ -72,14 +72,15 @@ class Backed(Source):
     def __init__(self, matrix: Any, name: str) -> None:
         if isinstance(matrix, CSCDataset):
             raise DataError(
-                f"{name} is stored by genes (CSC), so that a cell's counts lie all over the file; write it by cells, "
-                "as in adata.X = adata.X.tocsr(), or read it into memory."
+                f"{name} is stored by genes (CSC), so the counts of one cell are spread over the file. Write it "
+                "by cells (adata.X = adata.X.tocsr()), or read it into memory."
             )
         is_sparse = isinstance(matrix, CSRDataset)
         if not is_sparse and (isinstance(matrix, np.ndarray) or not hasattr(matrix, "chunks")):
             raise DataError(
-                f"{name} is no matrix on disk ({type(matrix).__name__}). Read it without backed=True; or, "
-                "if an early version of anndata wrote the file, write it anew: anndata.read_h5ad(old).write_h5ad(new)."
+                f"{name} is not a matrix on disk ({type(matrix).__name__}). Read it without backed=True; or, if "
+                "an early version of anndata wrote the file, write it anew: "
+                "anndata.read_h5ad(old).write_h5ad(new)."
             )
         with errors_named(name):
             _require_matrix(matrix, name)

@@ -13,7 +13,7 @@ def check_links(file: Path) -> None:
     Raises
     ------
     DataError
-        If there is such a link; names it.
+        If there is such a link, or a name that is not text; names it.
 
     Warns
     -----
@@ -22,7 +22,11 @@ def check_links(file: Path) -> None:
     """
     if not file.is_file():
         return
-    for link in links_out_of(file):
+    try:
+        links = links_out_of(file)
+    except ValueError as error:
+        raise DataError(f"{error}; write the file anew, as anndata does") from error
+    for link in links:
         what = f"{link.name} of {link.file} is in another file, {link.target}"
         if not link.beside:
             raise DataError(f"{what}, which is not read; copy its values into {link.file.name}, or that file beside it")

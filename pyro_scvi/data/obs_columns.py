@@ -40,7 +40,8 @@ def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[
     Returns
     -------
     labels
-        Names of the categories that occur, in the order of the column's categories, else sorted.
+        Names of the categories that occur, each once, in the order of the column's categories, else sorted. 1 and "1"
+        have one name.
     codes
         (cells,): position of each cell's category among the labels.
 
@@ -51,6 +52,14 @@ def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[
     DataError
         If a cell has no value, or the column looks continuous.
     """
+    levels, codes = _levels(obs, name, what)
+    labels = list(dict.fromkeys(levels))
+    places = {label: place for place, label in enumerate(labels)}
+    return labels, np.array([places[level] for level in levels])[codes]
+
+
+def _levels(obs: pd.DataFrame, name: str, what: str) -> tuple[list[str], np.ndarray]:
+    """Names of a column's categories, twice where these are written in two ways, and each cell's position in them."""
     column = _column(obs, name)
     absent = column.isna().to_numpy()
     if absent.any():
@@ -63,7 +72,7 @@ def categories(obs: pd.DataFrame, name: str, what: str = "batch") -> tuple[list[
     if len(labels) > MOST_FLOAT_LEVELS and (column.dtype.kind == "f" or _have_decimals(labels)):
         raise DataError(
             f"{what} column {name!r} holds floats with {len(labels)} levels. If it is continuous, pass "
-            f"covariates=[{name!r}]; if it does name groups of cells, turn it into other words."
+            f"covariates=[{name!r}]. If it names groups of cells, turn the numbers into words."
         )
     return labels, categorical.cat.codes.to_numpy()
 
@@ -113,20 +122,21 @@ def warn_of_batches(obs: pd.DataFrame, name: str, what: str = "batch") -> None:
         Once for each kind of slip; names the column and the batches.
     """
     plural = PLURALS[what]
-    labels, codes = categories(obs, name, what)
+    labels, codes = _levels(obs, name, what)
     sizes = pd.Series(codes).map(dict(enumerate(labels))).value_counts()
     missing = words_for_missing(sizes.index)
     if missing:
         warn(
-            f"{what} column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values are "
-            f"written in text; these cells count as a {what} of their own. Name their {what} or leave them out."
+            f"{what} column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values "
+            f"are written in text. These cells count as a {what} of their own. Name their {what}, or leave them "
+            "out."
         )
     if len(labels) > len(sizes):
         warn(f"{what} column {name!r} holds the same {plural} as numbers and as text, such as 1 and '1': taken as one.")
     if spaced := [label for label in sizes.index if label != label.strip() and label.strip() in sizes.index]:
         warn(
-            f"{what} column {name!r} holds {quoted(spaced)}, which differ from other {plural} by spaces only: they "
-            f"count as others. If they are the same: obs[{name!r}].astype(str).str.strip()."
+            f"{what} column {name!r} holds {quoted(spaced)}, which differ from other {plural} by spaces only. "
+            f"They count as different. If they are the same: obs[{name!r}].astype(str).str.strip()."
         )
     if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
         warn(
@@ -160,10 +170,10 @@ def numbers(obs: pd.DataFrame, name: str) -> np.ndarray:
     column = _column(obs, name)
     if _holds_categories(column):
         raise DataError(
-            f"covariate column {name!r} must be numeric; its type is {column.dtype}, and text and categories are no "
-            "measurements, even if they are digits, as the numbers of clusters are. Pass categories as batch=; two "
-            "columns of them, joined into one: obs['a'].astype(str) + '_' + obs['b'].astype(str). For a measurement "
-            f"that was read as text, obs[{name!r}].astype(float)."
+            f"covariate column {name!r} must be numeric; its type is {column.dtype}, and text and categories are "
+            "not measurements, even if they are digits, like the numbers of clusters. Pass categories as batch=. "
+            "Join two columns of them into one: obs['a'].astype(str) + '_' + obs['b'].astype(str). For a "
+            f"measurement that was read as text, obs[{name!r}].astype(float)."
         )
     try:
         if column.dtype.kind in "cmM":  # NumPy would drop imaginary parts, and turn dates into nanoseconds
@@ -214,6 +224,14 @@ def inferred(column: pd.Series) -> pd.Series:
     """A column of objects in the type of its values; strings and booleans may have missing values."""
     column = column.infer_objects()  # first: floats stay floats, which convert_dtypes would turn into Float64
     return column.convert_dtypes() if pd.api.types.is_object_dtype(column) else column
+
+
+def of_one_kind(column: pd.Series) -> pd.Series:
+    """A column that is text in one file and numbers in another as text throughout: 1 and "1" are the same word."""
+    levels = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.dropna()
+    if not pd.api.types.is_object_dtype(levels) or len({isinstance(level, str | bytes) for level in levels}) < 2:
+        return column
+    return column.astype(object).map(label_of, na_action="ignore")
 
 
 def quoted(names: Sequence[str] | pd.Index, most: int = 10) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyro_scvi.errors import DataError
+from pyro_scvi.errors import DataError, ModelError
+from pyro_scvi.utils.checks import brief
 
 
 class Place(NamedTuple):
@@ -33,13 +34,13 @@ def chosen(layer: str | None, raw: bool, default: Place) -> Place:
 
     Raises
     ------
-    DataError
-        If they name two.
+    ModelError
+        If they name two, or the layer by something else than a word.
     """
-    if not isinstance(raw, bool):
-        raise DataError(f"raw must be True or False, got {raw!r}.")
+    if not isinstance(layer, str | None):
+        raise ModelError(f"layer must be the name of a layer, or None; got {brief(layer)}.")
     if raw and layer is not None:
-        raise DataError("the counts are in a layer or in adata.raw: pass layer= or raw=True, not both.")
+        raise ModelError("the counts are in a layer or in adata.raw: pass layer= or raw=True, not both.")
     return default if layer is None and not raw else Place(layer, raw)
 
 

@@ -23,13 +23,13 @@ from pyro_scvi.data.counts import (
 from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
-from pyro_scvi.data.names import labelled, names_in, positions_of, warn_of_swapped_names
+from pyro_scvi.data.names import in_order_of, labelled, names_in, warn_of_swapped_names
 from pyro_scvi.data.obs_columns import quoted, text_of
 from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
 from pyro_scvi.data.stores.layout import SCHEMA
-from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
 
@@ -81,7 +81,7 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
-    if place.layer is not None and (not isinstance(place.layer, str) or place.layer not in layer_names(adata)):
+    if place.layer is not None and place.layer not in layer_names(adata):
         raise SchemaError(
             f"there is no layer {place.layer!r}; the layers are: {_listed(adata)}. If X holds the raw counts, "
             f"adata.layers[{place.layer!r}] = adata.X.copy() gives them that name."
@@ -195,7 +195,7 @@ def _place_of(store: CountStore) -> Place:
     with errors_named(str(file), kind=StoreError):
         layer, raw = store.schema.plan["layer"], store.schema.plan.get("raw", False)
     if not isinstance(layer, str | None) or not isinstance(raw, bool):
-        raise StoreError(f"{file} names no place of counts: layer {brief(layer)}, raw {brief(raw)}")
+        raise StoreError(f"{file} does not say where the counts are: layer {brief(layer)}, raw {brief(raw)}")
     return Place(layer, raw)
 
 
@@ -206,7 +206,7 @@ def table_of_matrix(
     if isinstance(matrix, AnnData):
         raise DataError("from_counts takes a matrix, got an AnnData, which from_anndata reads.")
     if obs is not None and not isinstance(obs, pd.DataFrame):
-        raise DataError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
+        raise ModelError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
     matrix, rows, columns = labelled(matrix)
     counts = canonical(matrix, "counts")
     n_cells, n_genes = counts.shape
@@ -229,7 +229,7 @@ def _obs_of(
         turned = " Are cells and genes swapped in the counts?" if len(obs) == n_genes else ""
         raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.{turned}")
     known = numbers if cells is None else cells
-    ordered = obs.copy() if known is None else obs.iloc[positions_of(known, obs.index, "obs")].copy()
+    ordered = in_order_of(known, obs, "obs").copy()
     ordered.index = ordered.index if cells is None else cells
     return ordered
 
@@ -270,18 +270,19 @@ def read(
         The one given, or learnt.
     """
     if schema is not None and not isinstance(schema, Schema):
-        raise SchemaError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
+        raise ModelError(f"schema must be that of other cells, as in fit.schema, got {brief(schema)}.")
     if allow_new_batches and schema is None:
-        raise SchemaError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
+        raise ModelError("allow_new_batches is for a query of a fit: pass schema=fit.schema with it.")
     _check_names(table)
-    counts, genes, learning = table.counts, table.genes, schema is None
+    counts, genes, learning, complete = table.counts, table.genes, schema is None, True
     if schema is None:
         warn_of_features(table.var)
         warn_of_swapped_names(genes, table.obs.index)
         schema = Schema.learn(genes, table.obs, table.place, *annotations)
     else:
         schema.check_columns(*annotations)
-        counts = genes_of(counts, schema.gene_positions(genes, fill_missing=fill_missing_genes))
+        places = schema.gene_positions(genes, fill_missing=fill_missing_genes)
+        counts, complete = genes_of(counts, places), bool((places >= 0).all())
         genes = pd.Index(schema.gene_names)
     counts = check_counts(
         counts,
@@ -298,6 +299,9 @@ def read(
         _warn_of_one_total(totals, table)
     if learning:  # a query may lack a gene without harm: the model is already trained
         _warn_of_zeros("gene", genes[~expressed_genes(counts)])
+        schema = schema.with_sizes(table.obs, totals)
+    elif complete:
+        schema.check_sizes(table.obs, totals)
     return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
 
 
@@ -320,8 +324,9 @@ def _warn_of_one_total(totals: np.ndarray, table: Table) -> None:
     spread, by_rounding = np.ptp(totals), len(table.genes)  # half a count per gene up or down
     if len(totals) >= LEAST_CELLS and 0 < spread < min(EQUAL * totals.mean(), by_rounding):
         warn(
-            f"all {len(totals)} cells have a total of {totals.min():.0f} to {totals.max():.0f} in {table.source}, as "
-            f"where values were normalised and then rounded. Rounding does not make counts of them. {table.hint}"
+            f"all {len(totals)} cells have a total of {totals.min():.0f} to {totals.max():.0f} in {table.source}, "
+            "as where values were normalised and then rounded. Rounding does not turn them into counts. "
+            f"{table.hint}"
         )
 
 
@@ -335,7 +340,7 @@ def _checked_names(names: Any, kind: str, n: int) -> pd.Index | None:
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise DataError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
+        raise ModelError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
     names = list(names)
     if len(names) != n:
         raise DataError(f"there are {len(names)} {kind} names for {n} {kind}s.")

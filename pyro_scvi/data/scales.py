@@ -12,10 +12,16 @@ FARTHEST = 50.0
 FAR = 10.0
 """Standard deviations from the mean beyond which a covariate of a query raises a warning."""
 
+OFF = 3.0
+"""Standard deviations from the mean beyond which half of the cells of a query raise a warning: at most a ninth of the
+training cells themselves can lie there."""
+
 NARROWEST = 0.05
 """A query whose covariate spreads less than this, in standard deviations, around a point off the mean may have a
 smaller unit."""
 
+OTHER_UNIT = 2.0
+"""Factor between the counts per size factor of a query and of the training cells that raises a warning."""
 
 SMALLEST = 1e-100
 """A covariate whose values are all below this is refused: its variance may underflow, and its scale be wrong."""
@@ -64,12 +70,43 @@ def warn_of_units(name: str, values: np.ndarray, mean: float, sd: float) -> None
     n_far = int((np.abs(z) > FAR).sum())
     if n_far > len(z) / FAR**2:  # no more of the training cells themselves can lie there, by Chebyshev's inequality
         warn(
-            f"covariate column {name!r} lies more than {FAR:g} standard deviations from the mean of the training cells "
-            f"({mean:.4g} ± {sd:.2g}) in {n_far} of {len(z)} cells; results for them are extrapolated. Is it in "
-            "another unit?"
+            f"covariate column {name!r} lies more than {FAR:g} standard deviations from the mean of the training "
+            f"cells ({mean:.4g} ± {sd:.2g}) in {n_far} of {len(z)} cells; results for them are extrapolated. Is "
+            "the column in another unit?"
         )
-    elif 0 < z.std() < NARROWEST and abs(np.median(z)) > 1:
+    elif z.std() > 0 and abs(np.median(z)) > (1 if z.std() < NARROWEST else OFF):  # cells of one donor have one value
         warn(
             f"covariate column {name!r} is {np.median(values):.4g} ± {values.std():.2g} here and {mean:.4g} ± {sd:.2g} "
-            "in the training cells. Is it in another unit, such as a share for percent?"
+            "in the training cells. Is it in another unit, such as a share for percent, or years for months?"
+        )
+
+
+def unit_of_sizes(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, ...]:
+    """Median and standard deviation, over cells, of the log of counts per size factor; () if no cell has counts.
+
+    Each is (cells,). A query has as many counts per size factor if its size factors are in the same unit, however deep
+    it was sequenced.
+    """
+    logs = np.log(totals[totals > 0] / sizes[totals > 0])
+    return (float(np.median(logs)), float(logs.std())) if len(logs) else ()
+
+
+def warn_of_size_factors(name: str, totals: np.ndarray, sizes: np.ndarray, unit: tuple[float, ...]) -> None:
+    """Warn of size factors of a query that are in another unit than those of the training cells.
+
+    Warns
+    -----
+    UserWarning
+        If counts per size factor are beyond what ``OTHER_UNIT`` and three standard deviations between cells explain.
+    """
+    found = unit_of_sizes(totals, sizes)
+    if not unit or not found:
+        return
+    (ours, spread), theirs = unit, found[0]
+    if abs(theirs - ours) > max(np.log(OTHER_UNIT), OFF * spread):
+        warn(
+            f"size factors in column {name!r} are in another unit than those of the training cells: a cell of size "
+            f"factor 1 has {np.exp(theirs):.3g} counts here, and {np.exp(ours):.3g} there, as with totals for totals "
+            "over their median, or over another median. Make them as those of the training cells were made; "
+            f"obs[{name!r}] * {np.exp(theirs - ours):.3g} has their unit."
         )

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,13 +22,13 @@ from pyro_scvi.data.obs_columns import (
     warn_of_batches,
 )
 from pyro_scvi.data.places import Place
-from pyro_scvi.data.scales import require_near, require_not_tiny, warn_of_units
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.data.scales import require_near, require_not_tiny, unit_of_sizes, warn_of_size_factors, warn_of_units
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 
 _log = logging.getLogger(__name__)
 
-LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered", "size_factor")
+LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered", "size_factor", "size_unit")
 """Fields that saves leave out where they are empty, as those written before there were any do."""
 
 
@@ -72,11 +72,14 @@ class Schema:
         Those of the columns of categories whose categories have an order: numbers, dates and ordered Categoricals.
     size_factor
         Column of ``obs`` with a size factor of each cell; None without one.
+    size_unit
+        Median and standard deviation, over the training cells, of the log of their counts per size factor: by these,
+        size factors of a query in another unit are seen. () without size factors.
 
     Examples
     --------
     >>> cells.schema
-    Schema(genes: 'gene_0', 'gene_1', 'gene_2', ... (20 in all))
+    Schema(genes: 'GENE0', 'GENE1', 'GENE2', ... (20 in all))
     >>> query = ps.Cells.from_anndata(adata[:5, ::-1].copy(), schema=cells.schema)
     >>> query.schema == cells.schema
     True
@@ -96,6 +99,7 @@ class Schema:
     label_names: tuple[str, ...] = ()
     ordered: tuple[str, ...] = ()
     size_factor: str | None = None
+    size_unit: tuple[float, ...] = ()
 
     @classmethod
     def learn(
@@ -141,14 +145,14 @@ class Schema:
             layer=place.layer,
             raw=place.raw,
             batch=batch,
-            batches=() if batch is None else tuple(dict.fromkeys(categories(obs, batch)[0])),
+            batches=() if batch is None else tuple(categories(obs, batch)[0]),
             covariates=names,
             means=tuple(float(value.mean()) for value in values),
             sds=tuple(float(value.std()) for value in values),
             categories=further,
-            levels=tuple(tuple(dict.fromkeys(categories(obs, name, "category")[0])) for name in further),
+            levels=tuple(tuple(categories(obs, name, "category")[0]) for name in further),
             labels=labels,
-            label_names=() if labels is None else tuple(dict.fromkeys(labels_of(obs, labels)[0])),
+            label_names=() if labels is None else tuple(labels_of(obs, labels)[0]),
             ordered=tuple(name for name in (batch, *further) if name is not None and has_order(obs, name)),
             size_factor=size_factor,
         )
@@ -208,6 +212,12 @@ class Schema:
             self.label_names,
             self.size_factor,
         )
+
+    def words(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Columns of ``obs`` that hold words: what these are, the column's name, and the words."""
+        found = [] if self.batch is None else [("batch", self.batch, self.batches)]
+        found += [("category", name, levels) for name, levels in zip(self.categories, self.levels, strict=True)]
+        return found if self.labels is None else [*found, ("label", self.labels, self.label_names)]
 
     def _parts(self) -> list[tuple[str, Sequence[str | None]]]:
         """Columns of ``obs`` and their categories, in the order of gamma; a continuous one has a single None."""
@@ -326,6 +336,17 @@ class Schema:
             _log.info("%d genes of the query are not in the schema and are left out: %s.", len(extra), quoted(extra))
         return positions
 
+    def with_sizes(self, obs: pd.DataFrame, totals: np.ndarray) -> "Schema":
+        """The same, knowing the unit of the size factors by the total counts (cells,) of the training cells."""
+        if self.size_factor is None:
+            return self
+        return replace(self, size_unit=unit_of_sizes(totals, positive(obs, self.size_factor)))
+
+    def check_sizes(self, obs: pd.DataFrame, totals: np.ndarray) -> None:
+        """Warn of size factors of a query in another unit; ``totals`` (cells,) are its counts of the schema's genes."""
+        if self.size_factor is not None:
+            warn_of_size_factors(self.size_factor, totals, positive(obs, self.size_factor), self.size_unit)
+
     def encode(self, obs: pd.DataFrame, *, allow_new_batches: bool = False) -> Covariates:
         """One-hot batches and categories, standardised covariates, one-hot labels, log size factor: gamma.
 
@@ -390,8 +411,9 @@ class Schema:
             return _words(batch, self.batches, found, codes, _NO_BATCH)
         if self.n_batches == 1 and found != list(self.batches):
             raise SchemaError(
-                f"column {batch!r} holds {quoted(found)}, and the schema knows one batch only, {self.batches[0]!r}: "
-                "its cells and those of a new batch would look alike. Fit without batch=, or with several batches."
+                f"column {batch!r} holds {quoted(found)}, and the schema knows only one batch, "
+                f"{self.batches[0]!r}: its cells and those of a new batch would look alike. Fit without batch=, "
+                "or with several batches."
             )
         positions = {word: place for place, word in enumerate(self.batches)}
         return Words.of(np.array([positions.get(word, MEAN) for word in found])[codes], self.n_batches)
@@ -425,15 +447,15 @@ def _require_distinct(
     names = [name for name in (batch, *categorical, *covariates, labels, size_factor) if name is not None]
     for name in names:
         if not isinstance(name, Hashable):
-            raise DataError(f"a column is named by one word, as in batch='donor'; got {name!r}.")
+            raise ModelError(f"a column is given by its name, as in batch='donor'; got {name!r}.")
     if len(set(names)) < len(names):
         shown = ", ".join(f"{what} {value!r}" for what, value in given.items() if value)
-        raise DataError(f"batch and covariates must be different columns, as all that are named; got {shown}.")
+        raise ModelError(f"batch, covariates and all other named columns must be different columns; got {shown}.")
 
 
 def _listed(names: Any, what: str = "covariates") -> tuple[str, ...]:
     if not isinstance(names, Iterable):
-        raise DataError(f"{what} must be names of columns, as in ['age'] or (), got {brief(names)}.")
+        raise ModelError(f"{what} must be names of columns, as in ['age'] or (), got {brief(names)}.")
     return (names,) if isinstance(names, str) else tuple(names)
 
 

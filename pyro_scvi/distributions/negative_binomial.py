@@ -11,6 +11,9 @@ from torch.distributions.utils import broadcast_all
 from pyro_scvi.distributions.nb_log_prob import log_negative_binomial
 from pyro_scvi.distributions.nb_sampling import sample_counts
 
+LARGEST_LOG_R = 60.0
+"""Between this and its negative, r and r / mu are numbers in float32; w of a larger or smaller r is as at these."""
+
 
 class NegativeBinomial(TorchDistribution):
     r"""Poisson counts whose rate is Gamma: :math:`w \sim Gamma(r, r / \mu),\; x \sim Poisson(w)`.
@@ -61,9 +64,8 @@ class NegativeBinomial(TorchDistribution):
     @property
     def rate(self) -> Gamma:
         """The Gamma distribution of w, the rate of the counts."""
-        return Gamma(
-            self.log_inverse_dispersion.exp(), (self.log_inverse_dispersion - self.log_mean).exp(), validate_args=False
-        )
+        log_r = self.log_inverse_dispersion.clamp(-LARGEST_LOG_R, LARGEST_LOG_R)
+        return Gamma(log_r.exp(), (log_r - self.log_mean).exp(), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of ``value`` (counts), nats per entry."""

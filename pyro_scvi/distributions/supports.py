@@ -95,8 +95,8 @@ def constant_support(law: Any, what: str) -> Any:
             support = _of_first(support, -deepest)
     except ValueError as error:
         raise ModelError(
-            f"{what} lives on another set for each cell or draw: take a law whose support is constant, and scale its "
-            "value instead"
+            f"{what} has a support that differs between cells or draws: take a distribution with a constant "
+            "support, and scale its value instead"
         ) from error
     return support
 
@@ -129,11 +129,12 @@ def require_coordinates(law: Any, what: str) -> None:
     """
     name = type(unwrapped(law)).__name__
     if is_point(law):
-        raise ModelError(f"{what} is a point mass (Delta), which has no density: take a narrow continuous law")
+        raise ModelError(f"{what} is a point mass (Delta), which has no density: take a narrow continuous distribution")
     if circular := [type(part).__name__ for part in made_of(law) if isinstance(part, CIRCULAR)]:
         raise ModelError(
-            f"{what} lives on a circle or sphere ({circular[0]}), which no coordinates in R^n cover once: take two "
-            "normal latents, the angle of which is the phase, or a law on an interval"
+            f"{what} has values on a circle or sphere ({circular[0]}), which has no bijection from R^n: take two "
+            "normal latents, whose angle is the phase, or a distribution on an interval. If phases repeat on the "
+            "circle, as in cos(2 * angle), let the angle be of one period"
         )
     if is_discrete(law):
         raise ModelError(f"{what} is discrete ({name}): sum it out, as a dist.MixtureSameFamily does")
@@ -142,9 +143,24 @@ def require_coordinates(law: Any, what: str) -> None:
         biject_to(support_of(law))
     except (NotImplementedError, ValueError) as error:
         raise ModelError(
-            f"{what} ({name}) has a support that no bijection from R^n is known for: {error}; take a law on the real "
-            "line, above a bound, on an interval or on the simplex"
+            f"{what} ({name}) has a support that no bijection from R^n is known for: {error}; take a distribution "
+            "on the real line, above a bound, on an interval or on the simplex"
         ) from error
+
+
+def share_at_bounds(law: Any, draws: int) -> float:
+    """The share of a law's draws so near to a bound that numbers of their precision do not tell them from it.
+
+    Next to 0 there are numbers as small as 1e-38; next to 1 float32 has none between 1 - 6e-8 and 1.
+    """
+    support, value = support_of(law), law.sample((draws,))
+    support, precision = getattr(support, "base_constraint", support), torch.finfo(value.dtype)
+    if isinstance(support, type(constraints.simplex)):
+        return float((value.amax(-1) >= 1 - 2 * precision.eps).double().mean())
+    near = torch.zeros_like(value, dtype=torch.bool)
+    for bound in map(torch.as_tensor, _bounds(support)):
+        near |= (value - bound).abs() <= (2 * precision.eps * bound.abs()).clamp(min=precision.tiny)
+    return float(near.double().mean())
 
 
 def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
@@ -157,6 +173,15 @@ def same_coordinates(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
         return _same_values(one, other, torch.linspace(-1.5, 1.5, size.numel()).reshape(size))
     except (RuntimeError, ValueError):  # bounds of other shapes
         return False
+
+
+def same_set(one: Any, other: Any) -> bool:
+    """Whether two supports are of one kind and have no bounds, or the same numbers for bounds: the cheap question."""
+    first, second = (getattr(support, "base_constraint", support) for support in (one, other))
+    if type(first) is not type(second):
+        return False
+    pairs = list(zip(_bounds(first), _bounds(second), strict=True))
+    return all(isinstance(a, int | float) and isinstance(b, int | float) and a == b for a, b in pairs)
 
 
 def _same_values(one: Any, other: Any, u: torch.Tensor) -> bool:
@@ -192,7 +217,7 @@ def _first(bound: Any, dim: int) -> Any:
         return bound
     first = bound.select(dim, 0)
     if not bool((bound == first.unsqueeze(dim)).all()):
-        raise ValueError("its parts live on different sets")
+        raise ValueError("its parts have different supports")
     return first
 
 
@@ -208,7 +233,7 @@ def _require_filled(law: Any) -> None:
         reached = support_of(part.base_dist)
         for transform in part.transforms:
             if not _equivalent(reached, transform.domain):
-                raise ValueError(f"the law reaches only a part of the codomain of {type(transform).__name__}")
+                raise ValueError(f"the distribution reaches only a part of the codomain of {type(transform).__name__}")
             reached = transform.codomain
 
 

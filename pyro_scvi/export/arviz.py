@@ -38,7 +38,7 @@ from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.cell_streams import cell_streams, narrowed, per_cell
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import require_at_least, switches_checked
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ LOG_Q = "log_q_global"
 FROM_SAMPLER = ("posterior", "log_prior", "sample_stats", "log_likelihood", "posterior_predictive")
 
 
+@switches_checked
 def to_datatree(
     fit: Fit,
     cells: Cells,
@@ -205,7 +206,7 @@ def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], ent
     """Log p of each latent and of latents and x, each (samples, cells), and log p(x | latents), (..., genes)."""
     fixed, terms, of_entries = fit.guide.weights.medians(), [], []
     for part in _split(sites, draws_at_once(x)):
-        trace = scored(fit.model, x, gamma, {**fixed, **part})
+        trace = scored(fit.model, x, gamma, {**fixed, **part}, fit.guide.coordinates)
         terms.append(latent_terms(trace, *sites) | {"x": cell_terms(trace, *sites)[1]})
         of_entries += [entry_terms(trace, *sites)] if entries else []
     log_p = {name: torch.cat([term[name] for term in terms]) for name in terms[0]}
@@ -217,7 +218,7 @@ def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], ent
 def _of_globals(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], samples: int, seed: int) -> Groups:
     """Draws of the global latents from the guide, log p of each and log q of all; ``sites`` are latents of a cell."""
     drawn, log_q = weighed_global_draws(fit, samples, seed)
-    log_p = global_terms(fit.model, x, gamma, sites, drawn)
+    log_p = global_terms(fit.model, x, gamma, sites, drawn, fit.guide.coordinates)
     return {"posterior": drawn, "log_prior": log_p, "sample_stats": {LOG_Q: log_q}}
 
 

@@ -101,8 +101,9 @@ class _Zarr(Format):
         free = shutil.disk_usage(path).free
         if left > free:
             warn(
-                f"the results in {path} may take {left / 1e9:.3g} GB more, less what compression saves, and its disk "
-                f"has {free / 1e9:.3g} GB left. A full disk ends the run at a block; the same call continues."
+                f"the results in {path} may take {left / 1e9:.3g} GB more, before compression, and its disk has "
+                f"{free / 1e9:.3g} GB left. If the disk is full, the run stops after a block; make room and "
+                "repeat the call to continue."
             )
 
 

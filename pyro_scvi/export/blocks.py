@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.block_files import Format, format_of, reached, something_else, temporary_folder
 from pyro_scvi.nn.component import lasting_repr
 from pyro_scvi.persistence.serialization import states_of
-from pyro_scvi.utils.checks import brief, require_at_least, require_seed
+from pyro_scvi.utils.checks import brief, require_at_least, require_seed, switches_checked
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.utils.progress_bars import each
 
@@ -44,7 +45,11 @@ Verb = Callable[..., np.ndarray | pd.DataFrame]
 DONE, RUN = "pyro_scvi_blocks", "pyro_scvi_run"
 _DONE_PLACE = f"uns/{DONE}"
 
+_RESERVED = re.compile(r"\.|__|zarr\.json$")  # zarr keeps its own files under such names, beside the arrays
+_SEPARATORS = re.compile(r"[/\\\0]")  # zarr takes a backslash for a slash
 
+
+@switches_checked
 def write(
     fit: Fit,
     cells: Cells,
@@ -100,7 +105,7 @@ def write(
         ``obs`` holds values of several types.
     ModelError
         If an argument has the wrong type. If a verb does not return one row per cell, or returns different columns for
-        different blocks. If names are empty, contain ``/`` or occur twice.
+        different blocks. If names are empty, begin with ``.`` or ``__``, contain ``/`` or a backslash, or occur twice.
     SchemaError
         If the cells' genes or covariates are not those of the fit; raised by the verbs of this package.
 
@@ -187,16 +192,21 @@ def _columns(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[_C
     if not isinstance(verbs, Mapping) or not verbs or not all(callable(verb) for verb in verbs.values()):
         raise ModelError(f"verbs must be functions by name, as in {{'X_pyro_scvi': ps.embed}}, got {brief(verbs)}")
     for name in verbs:
-        if not isinstance(name, str) or not name.strip("."):
-            raise ModelError(f"names of verbs become names of arrays, such as 'X_pyro_scvi'; got {brief(name)}")
+        if not isinstance(name, str) or not name or _RESERVED.match(name):
+            raise ModelError(
+                f"names of verbs become names of arrays, such as 'X_pyro_scvi', and must not begin with '.' or '__'; "
+                f"got {brief(name)}"
+            )
     first = cells.take(np.arange(1))
     by_verb = {name: _split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
     places = [column.place for some in by_verb.values() for column in some]
-    if within := [place.split("/", 1)[1] for place in places if place.count("/") > 1]:
+    names = [place.split("/", 1)[1] for place in places]
+    if within := [name for name in names if _SEPARATORS.search(name)]:
         raise ModelError(f"names of verbs and of their columns must be without '/', got {within}")
     if doubled := sorted({place for place in places if places.count(place) > 1}):
         raise ModelError(f"verbs give {doubled} more than once; choose another name")
-    if taken := [place for place in places if place.startswith("obs/") and place[4:] in cells.obs]:
+    held = {*map(str, cells.obs), str(cells.obs.index.name or "_index")}  # an index has an array beside the columns
+    if taken := [place for place in places if place.startswith("obs/") and place[4:] in held]:
         raise ModelError(f"the cells have the columns {taken} already; choose another name")
     return by_verb
 
@@ -326,7 +336,7 @@ class _Results:
         except (OSError, RuntimeError, ValueError) as error:  # zarr and HDF5 have no error of their own
             raise self._lost(error) from error
         if not np.array_equal(found, column.values, equal_nan=True):
-            raise self._lost(f"{column.place} reads otherwise than it was written")
+            raise self._lost(f"{column.place} does not read back as it was written")
 
     def mark(self, k: int) -> None:
         """Mark a block as done, once all of it can be read."""
@@ -353,8 +363,8 @@ def _opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[_Results]
         raise DataError(something_else(path, error)) from error
     if differing:
         raise DataError(
-            f"{path} holds results of another run: {', '.join(differing)} differ; pass the same as then, or choose "
-            "another path"
+            f"{path} holds results of another run: {', '.join(differing)} differ; pass what that run had, or "
+            "choose another path"
         )
     _reserve(kind, path)
     with reached(kind, path, "r+") as group:
@@ -366,6 +376,6 @@ def _reserve(kind: Format, path: Path) -> None:
         kind.reserve(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"there is no room for all results in {path}: {_line(error)}. No block was computed; make room, and "
-            "the same call continues"
+            f"there is no room for all results in {path}: {_line(error)}. No block was computed. Make room and "
+            "repeat the call"
         ) from error

@@ -1,8 +1,10 @@
 """A self-contained HTML page of text, tables and pictures; text from data is escaped."""
 
 import base64
+import html
 from collections.abc import Sequence
-from html import escape
+
+from pyro_scvi.utils.control_characters import spelled_out
 
 
 class Html(str):
@@ -84,8 +86,8 @@ def page(title: str, sections: Sequence[Section]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{_escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -104,8 +106,8 @@ def picture(png: bytes, alt: str, caption: str = "", *, width: int | None = None
     """A PNG inside the page, with its description, at most ``width`` CSS pixels wide."""
     data = base64.b64encode(png).decode("ascii")
     size = f' style="width: {width}px"' if width else ""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return Html(f'<figure{size}><img src="data:image/png;base64,{data}" alt="{escape(alt)}">{below}</figure>')
+    below = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
+    return Html(f'<figure{size}><img src="data:image/png;base64,{data}" alt="{_escape(alt)}">{below}</figure>')
 
 
 def beside(*blocks: str) -> Html:
@@ -115,35 +117,39 @@ def beside(*blocks: str) -> Html:
 
 def subheading(text: str) -> Html:
     """A heading within a section."""
-    return Html(f"<h3>{escape(text)}</h3>")
+    return Html(f"<h3>{_escape(text)}</h3>")
 
 
 def footnotes(texts: Sequence[str]) -> Html:
     """Footnotes of a table, one per line."""
-    lines = "".join(f"<p>{escape(text)}</p>" for text in texts)
+    lines = "".join(f"<p>{_escape(text)}</p>" for text in texts)
     return Html(f'<div class="notes">{lines}</div>')
 
 
 def code(text: str) -> Html:
     """Text in a fixed-width font, its lines kept."""
-    return Html(f"<pre>{escape(text)}</pre>")
+    return Html(f"<pre>{_escape(text)}</pre>")
 
 
 def _section(heading: str, blocks: Sequence[str]) -> str:
-    head = f"<h2>{escape(heading)}</h2>\n" if heading else ""
+    head = f"<h2>{_escape(heading)}</h2>\n" if heading else ""
     return f"<section>\n{head}" + "\n".join(map(_block, blocks)) + "\n</section>"
 
 
 def _block(block: str) -> str:
-    return block if isinstance(block, Html) else f"<p>{escape(block)}</p>"
+    return block if isinstance(block, Html) else f"<p>{_escape(block)}</p>"
 
 
 def _heading(text: str) -> str:
-    return f'<th scope="row">{escape(text)}</th>'
+    return f'<th scope="row">{_escape(text)}</th>'
 
 
 def _cells(texts: Sequence[str], tag: str, numbers: Sequence[int], first: int) -> str:
     return "".join(
-        f"<{tag}{' class=number' if column in numbers else ''}>{escape(text)}</{tag}>"
+        f"<{tag}{' class=number' if column in numbers else ''}>{_escape(text)}</{tag}>"
         for column, text in enumerate(texts, first)
     )
+
+
+def _escape(text: str) -> str:
+    return html.escape(spelled_out(text))

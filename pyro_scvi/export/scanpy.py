@@ -22,7 +22,8 @@ from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.records import records_of, unwritable
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_seed, warn
+from pyro_scvi.utils.checks import require_at_least, require_seed, switches_checked, warn
+from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ EMBEDDING, COMPONENTS, EXPRESSION, TECHNICAL, PROVENANCE = (
 )
 
 
+@switches_checked
 def annotate(
     adata: AnnData,
     fit: Fit,
@@ -83,7 +85,8 @@ def annotate(
         Layer with the raw counts; None: the layer that the fit was made from, or ``X``. Needed if ``X`` was normalised
         after the fit and the counts were kept in a layer.
     raw
-        Whether to read the counts of ``adata.raw``, for ``X`` that was normalised after the fit.
+        Whether to read the counts of ``adata.raw``, for ``X`` that was normalised after the fit. Layers have the genes
+        of ``X``; genes that only ``raw`` has are told.
     samples, sampler, batch_size
         Draws of z and l for the layers, as in ``impute``.
     seed
@@ -147,16 +150,16 @@ def annotate(
     results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
     latent = embed(fit, cells, seed=seed)
     components = {} if space is None else _components(fit, cells, space, seed)
-    adata.obsm[EMBEDDING] = latent
-    adata.obsm.pop(COMPONENTS, None)  # of an earlier call, whose z is replaced
-    if components:
-        adata.obsm[COMPONENTS] = components.pop("values")
-    for name, values in results.items():
-        adata.layers[name] = in_genes_of(adata, cells, values)
+    layers = {name: in_genes_of(adata, cells, values) for name, values in results.items()}
     made = _provenance(fit, seed, chosen(layer, raw, fit.schema.place)) | {"seconds": time.perf_counter() - started}
     drawn = made | {"samples": samples, "sampler": repr(sampler)}
+    places = {EMBEDDING: latent} | ({COMPONENTS: components.pop("values")} if components else {})
     placed = {COMPONENTS: made | components} if components else {}
-    adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | placed | dict.fromkeys(results, drawn)
+    with signals_deferred():  # all of them are written, or none
+        adata.obsm.pop(COMPONENTS, None)  # of an earlier call, whose z is replaced
+        adata.obsm.update(places)
+        adata.layers.update(layers)
+        adata.uns[PROVENANCE] = _kept(adata) | {EMBEDDING: made} | placed | dict.fromkeys(results, drawn)
 
 
 def _components(fit: Fit, cells: Cells, space: Any, seed: int) -> dict[str, Any]:
@@ -169,14 +172,27 @@ def _components(fit: Fit, cells: Cells, space: Any, seed: int) -> dict[str, Any]
 
 
 def in_genes_of(adata: AnnData, cells: Cells, values: np.ndarray) -> np.ndarray:
-    """Values (cells, genes of the fit) at the genes of ``adata``: float32, NaN where the fit does not know a gene."""
+    """Values (cells, genes of the fit) at the genes of ``adata``: float32, NaN where the fit does not know a gene.
+
+    Warns
+    -----
+    UserWarning
+        If genes of the fit are in ``adata.raw`` only, where there are no layers.
+    """
     places = adata.var_names.get_indexer(cells.gene_names)
-    known = places >= 0  # the others were filled in
+    known = places >= 0  # the others were filled in, or are in raw only
+    of_raw = pd.Index([]) if adata.raw is None else adata.raw.var_names
+    if len(lost := cells.gene_names[~known & cells.gene_names.isin(of_raw)]):
+        warn(
+            f"{len(lost)} of the {cells.n_genes} genes of the fit are in adata.raw only, and layers have the genes of "
+            f"adata.X: nothing is written for {quoted(lost)}. To have all of them, pass adata.raw.to_adata() instead."
+        )
     layer = np.full(adata.shape, np.nan, dtype=np.float32)
     layer[:, places[known]] = values[:, known]
     return layer
 
 
+@switches_checked
 def add_rank_genes_groups(
     adata: AnnData, table: pd.DataFrame, groupby: str, *, key: str = "rank_genes_groups", overwrite: bool = False
 ) -> None:

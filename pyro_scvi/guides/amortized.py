@@ -13,6 +13,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Encoder, initialise
 from pyro_scvi.nn.normalization import BatchNorm, Norm
 from pyro_scvi.types import Distribution
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.random_state import seeded
 
 
@@ -48,6 +49,7 @@ class AmortizedGuide(Guide):
         As in :class:`Guide`.
     """
 
+    @switches_checked
     def __init__(
         self,
         model: SCVI,
@@ -67,8 +69,8 @@ class AmortizedGuide(Guide):
         shared = encoder is None and hasattr(model.prior, "encoder")
         if shared and (given := self.arguments.keys() - {"model", "encoder", "seed", "global_guide"}):
             raise ModelError(
-                f"the guide shares the encoder of {type(model.prior).__name__}, so {sorted(given)} would say nothing; "
-                "set them there, or pass encoder="
+                f"the guide shares the encoder of {type(model.prior).__name__}, so {sorted(given)} would have no "
+                "effect. Set them there, or pass encoder="
             )
         with seeded(seed):
             if encoder is None and not shared:

@@ -144,7 +144,7 @@ class Guide(Component):
             ``marginal=False``, if the program sums out a discrete latent, which w, y and h would depend on.
         """
         if x is None:
-            raise ModelError("a guide is a law given x: pass the counts (cells, genes)")
+            raise ModelError("a guide is a distribution given x: pass the counts (cells, genes)")
         register(self)
         gamma = check_inputs(self.model, x, gamma)
         drawn, plate = self.weights(), cells_plate(gamma, index, n_cells)
@@ -160,8 +160,8 @@ class Guide(Component):
     def _require_no_enumerated(self) -> None:
         if self.coordinates.enumerated:
             raise ModelError(
-                f"{list(self.coordinates.enumerated)} is summed out, so that w, y and h have no conditional given the "
-                "other latents alone: leave marginal=False out, and draw them by ps.sample_posterior"
+                f"{list(self.coordinates.enumerated)} is summed out, so w, y and h cannot be drawn given the "
+                "other latents alone. Leave marginal=False out, and draw them by ps.sample_posterior"
             )
 
     def encode(self, x: Tensor, gamma: Tensor, index: Tensor | None) -> Any:

@@ -1,6 +1,7 @@
-"""The check that a program's densities are the same for a stack of draws, and for several cells, as for each alone."""
+"""The check that a program's densities are the same in every run, for a stack of draws, and for several cells."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -21,11 +22,12 @@ DRAWS = 3
 
 
 def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: dict[str, Tensor]) -> None:
-    """Refuse a program whose densities differ between single values of its latents and a stack, or with other cells.
+    """Refuse a program whose densities differ between runs, between single draws and a stack, or with other cells.
 
-    Training gives latents of shape (cells, 1), other verbs (samples, cells, 1): code that counts dimensions from the
-    left takes draws for cells there. Cells come in batches of any kind: a density that depends on what is beside a cell
-    is none of the cell.
+    What is random and no site is drawn anew whenever a density is evaluated, and nothing integrates over it. Training
+    gives latents of shape (cells, 1), other verbs (samples, cells, 1): code that counts dimensions from the left takes
+    draws for cells there. Cells come in batches of any kind: a density that depends on what is beside a cell is none of
+    the cell.
 
     Raises
     ------
@@ -41,59 +43,82 @@ def require_broadcasting(model: SCVI, coordinates: Coordinates, global_latents: 
     # Of gamma = 0 nothing would be seen that gamma multiplies; so each cell has each column at 1 in one of the looks.
     x, gamma = like(model).new_tensor([[1.0], [3.0]]).expand(-1, model.n_genes), model.varied_gamma(2)
     for constants in (gamma, gamma.flip(0)):
-        _require_same(model, global_latents, single, x, constants)
+        look = _Look(model, coordinates, global_latents, x, constants)
+        look.require_repeated(single[0])
+        look.require_stackable(single)
 
 
-def _require_same(
-    model: SCVI, global_latents: dict[str, Tensor], single: list[dict[str, Tensor]], x: Tensor, gamma: Tensor
-) -> None:
-    """Compare densities at single values of the latents with those of their stack, and of two cells with each alone."""
-    stacked = {name: torch.stack([sites[name] for sites in single]) for name in single[0]}
-    alone = torch.cat([_log_joint(model, global_latents, sites, x, gamma).reshape(1, -1) for sites in single])
-    if not _gives(alone, lambda: _log_joint(model, global_latents, stacked, x, gamma)):
-        raise ModelError(
-            f"{type(model).__name__}: the log density of a stack of draws of {list(stacked)}, each (samples, "
-            "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
-            "broadcast over leading dimensions"
-        )
-    _require_cells_apart(model, global_latents, single[0], (x, gamma), alone[0])
+@dataclass(frozen=True)
+class _Look:
+    """A program, and two cells for which its densities are compared."""
 
+    model: SCVI
+    coordinates: Coordinates
+    global_latents: dict[str, Tensor]
+    x: Tensor
+    gamma: Tensor
 
-def _require_cells_apart(
-    model: SCVI,
-    global_latents: dict[str, Tensor],
-    sites: dict[str, Tensor],
-    cells: tuple[Tensor, Tensor],
-    together: Tensor,
-) -> None:
-    """Compare the log joint density of two cells ``together``, (cells,), with that of each without the other."""
+    def require_repeated(self, sites: dict[str, Tensor]) -> None:
+        """Compare the densities of all sites between two runs with random numbers of their own."""
+        first, second = (self._scored(sites, slice(None), seed=seed).nodes for seed in (0, 1))
+        for name, node in first.items():
+            if "log_prob" in node and not torch.allclose(node["log_prob"], second[name]["log_prob"], equal_nan=True):
+                raise ModelError(
+                    f"{type(self.model).__name__}: the density of the site {name!r} differs between two runs at "
+                    "the same latents, counts and covariates, so it depends on random numbers outside of sites "
+                    "(torch.randn, dropout in evaluation mode) or on what an earlier run left behind: draw "
+                    "random numbers by pyro.sample"
+                )
 
-    def alone() -> Tensor:
-        parts = [{name: value[[n]] for name, value in sites.items()} for n in range(len(together))]
-        found = (_log_joint(model, global_latents, part, *(of[[n]] for of in cells)) for n, part in enumerate(parts))
-        return torch.cat([one.flatten() for one in found])
+    def require_stackable(self, single: list[dict[str, Tensor]]) -> None:
+        """Compare densities at single draws with those of their stack, and of two cells with each alone."""
+        stacked = {name: torch.stack([sites[name] for sites in single]) for name in single[0]}
+        alone = torch.cat([self._log_joint(sites).reshape(1, -1) for sites in single])
+        if not _gives(alone, lambda: self._log_joint(stacked)):
+            raise ModelError(
+                f"{type(self.model).__name__}: the log density of a stack of draws of {list(stacked)}, each (samples, "
+                "cells, 1), is not that of each draw by itself: index from the right, as in z[..., 0, :1], and let all "
+                "broadcast over leading dimensions"
+            )
+        self._require_cells_apart(single[0], alone[0])
 
-    if not _gives(together, alone):
-        raise ModelError(
-            f"{type(model).__name__}: the log density of a cell depends on the cells that come with it, or on its "
-            "place among them, so that cells have no evidence of their own: let what cells share be a latent outside "
-            "the plate 'cells' or a parameter, and what is known of each be a column of gamma"
-        )
+    def _require_cells_apart(self, sites: dict[str, Tensor], together: Tensor) -> None:
+        """Compare the log joint density of two cells ``together``, (cells,), with that of each without the other."""
+
+        def alone() -> Tensor:
+            parts = [{name: value[[n]] for name, value in sites.items()} for n in range(len(together))]
+            return torch.cat([self._log_joint(part, slice(n, n + 1)).flatten() for n, part in enumerate(parts)])
+
+        if not _gives(together, alone):
+            raise ModelError(
+                f"{type(self.model).__name__}: the log density of a cell depends on the cells that come with it, or on "
+                "its place among them, so that cells have no evidence of their own: let what cells share be a latent "
+                "outside the plate 'cells' or a parameter, and what is known of each be a column of gamma"
+            )
+
+    def _log_joint(self, sites: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
+        """Log p(x, latents) (..., cells) of the cells in ``rows``."""
+        trace = self._scored(sites, rows, seed=0)
+        return torch.stack(cell_terms(trace, *sites)).sum(0)
+
+    def _scored(self, sites: dict[str, Tensor], rows: slice, seed: int) -> pyro.poutine.Trace:
+        given = self.global_latents | sites
+        with (
+            evaluation_mode(self.model),
+            seeded(seed),
+            torch.no_grad(),
+            pyro.poutine.block(),
+            pyro.validation_enabled(False),
+        ):
+            return scored(self.model, self.x[rows], self.gamma[rows], given, self.coordinates)
 
 
 def _gives(expected: Tensor, computed: Callable[[], Tensor]) -> bool:
     """Whether densities can be computed and are those expected, up to rounding."""
     try:
         found = computed()
+    except ModelError:
+        raise
     except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
         return False
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, equal_nan=True)
-
-
-def _log_joint(
-    model: SCVI, global_latents: dict[str, Tensor], sites: dict[str, Tensor], x: Tensor, gamma: Tensor
-) -> Tensor:
-    """Log p(x, latents) (..., cells) of cells with counts x and covariates gamma."""
-    with evaluation_mode(model), seeded(0), torch.no_grad(), pyro.poutine.block(), pyro.validation_enabled(False):
-        trace = scored(model, x, gamma, global_latents | sites)
-        return torch.stack(cell_terms(trace, *sites)).sum(0)

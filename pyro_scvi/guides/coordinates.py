@@ -5,6 +5,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -12,11 +13,21 @@ from torch import Tensor
 from torch.distributions.transforms import ExpTransform, ReshapeTransform
 
 from pyro_scvi.discovery import Kind, TracedSite
-from pyro_scvi.distributions.supports import bijection_to, constant_support, require_coordinates
+from pyro_scvi.distributions.supports import (
+    bijection_to,
+    constant_support,
+    require_coordinates,
+    same_coordinates,
+    same_set,
+    support_of,
+)
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.enumeration import n_values
+from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.guides.supported import Latent
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import Distribution
+from pyro_scvi.utils.execution import tracing
 
 FIRST = ("z", "l")
 """Sites whose coordinates come first, in every save; those of others follow in the program's order."""
@@ -104,7 +115,10 @@ class Coordinates:
         found = model.discovered()
         latents = [site for site in found if site.kind is Kind.LOCAL]
         self.order = tuple(site.name for site in latents)
-        self.enumerated = {s.name: tuple(s.law.event_shape) for s in found if s.kind is Kind.ENUMERATED}
+        discrete = [site for site in found if site.kind is Kind.ENUMERATED]
+        self.enumerated = {site.name: tuple(site.law.event_shape) for site in discrete}
+        self._n_values = {site.name: n_values(site.law, site.name) for site in discrete}
+        self._packaged = is_packaged(model)
         known = [site for name in FIRST for site in latents if site.name == name]
         self.local = _placed([*known, *(site for site in latents if site.name not in FIRST)])
         self.size = sum(site.size for site in self.local.values())
@@ -132,6 +146,25 @@ class Coordinates:
         """What the program's sites must be for these to be their coordinates."""
         local = {s.name: Latent(Kind.LOCAL, s.support, tuple(s.event_shape)) for s in self.local.values()}
         return local | {name: Latent(Kind.ENUMERATED, None, shape) for name, shape in self.enumerated.items()}
+
+    def require_same(self, trace: pyro.poutine.Trace) -> None:
+        """Refuse a run of the program in which latents have other values than they had when it was looked at.
+
+        Raises
+        ------
+        ModelError
+            Naming the latent.
+        """
+        if self._packaged:
+            return
+        nodes: Any = trace.nodes
+        moved = [n for n, site in self.local.items() if not _is_on(nodes[n]["fn"], site)]
+        moved += [n for n, size in self._n_values.items() if len(nodes[n]["value"]) != size]
+        if moved:
+            raise ModelError(
+                f"the program's site {moved[0]!r} has other values for these cells or draws than for others: take "
+                "a distribution whose support is constant, and scale its value instead"
+            )
 
     def sites(self, u: Tensor) -> dict[str, Tensor]:
         """Sites (..., cells, 1) and their events, such as z (..., cells, 1, latents), at u (..., cells, size)."""
@@ -164,10 +197,20 @@ def require_continuous(coordinates: Coordinates) -> None:
         names = list(coordinates.enumerated)
         has = f"no latent of the cells but {names}, which it sums out" if names else "no latent of the cells"
         raise ModelError(
-            f"the program has {has}, and guides and draws are of continuous ones: sample one on which nothing depends, "
-            "as pyro.sample('unused', dist.Normal(0.0, 1.0)) in the plate 'cells'; log p(x) and all posteriors stay "
-            "what they are"
+            f"the program has {has}, and guides and draws need a continuous one: sample one on which nothing "
+            "depends, as pyro.sample('unused', dist.Normal(0.0, 1.0)) in the plate 'cells'; log p(x) and all "
+            "posteriors stay what they are"
         )
+
+
+def _is_on(law: Any, site: LocalSite) -> bool:
+    """Whether the values of a law are those of a site; bounds have no numbers while torch traces."""
+    if torch.Size(law.event_shape) != site.event_shape:
+        return False
+    if tracing() or same_set(support_of(law), site.support):
+        return True
+    support = constant_support(law, f"the law of the site {site.name!r}")
+    return same_coordinates(support, site.support, site.event_shape)
 
 
 def _placed(found: list[TracedSite]) -> dict[str, LocalSite]:

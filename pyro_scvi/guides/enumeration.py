@@ -6,6 +6,8 @@ import pyro
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
+from pyro_scvi.errors import ModelError
+
 LEFT_OF_CELLS = -3
 """First dimension for the values of discrete latents: left of (cells, genes)."""
 
@@ -22,11 +24,36 @@ class Enumerating(EnumMessenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if _asks(msg):
-            super()._pyro_sample(msg)
+            try:
+                super()._pyro_sample(msg)
+            except NotImplementedError as error:
+                raise _unlisted(msg["name"], error) from error
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if _asks(msg):
             super()._pyro_post_sample(msg)
+
+
+def n_values(law: Any, name: str) -> int:
+    """How many values a discrete latent has.
+
+    Raises
+    ------
+    ModelError
+        If the law does not list them.
+    """
+    try:
+        return len(law.enumerate_support(expand=False))
+    except NotImplementedError as error:
+        raise _unlisted(name, error) from error
+
+
+def _unlisted(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the program's site {name!r} cannot be summed out, because its distribution does not list its values "
+        f"({error}): take one dist.Categorical whose logits have an entry for each value or combination of "
+        "values, the same number of them for every cell and draw, and look up by it what each stands for"
+    )
 
 
 def _asks(msg: Any) -> bool:

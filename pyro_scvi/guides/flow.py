@@ -80,7 +80,7 @@ class InverseAutoregressiveFlow(AmortizedGuide):
         if site is self.coordinates.library:
             return super().law(site, code, drawn)
         if len(self.joint) > 1:
-            raise ModelError(f"{[one.name for one in self.joint]} have one joint distribution, use sample or draw")
+            raise ModelError(f"{[one.name for one in self.joint]} have one joint distribution: use sample or draw")
         return site.from_flat(*self._flow(code))
 
     def sample(self, code: Code) -> dict[str, Tensor]:

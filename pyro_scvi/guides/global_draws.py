@@ -44,7 +44,7 @@ class GlobalDraws(GlobalLatents):
         found = found_globals(model)
         super().__init__(found)
         if not found:
-            raise ModelError("the model has no global latents: there is nothing for these draws to be of")
+            raise ModelError("the model has no global latents, so it cannot take draws of them")
         if draws.keys() != found.keys():
             raise ModelError(f"the model's global latents are {list(found)}, got draws of {list(draws)}")
         self.n_draws = len(next(iter(draws.values())))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_scvi.guides.coordinates import Coordinates
 from pyro_scvi.guides.enumeration import LEFT_OF_DRAWS, Enumerating, enumerated_sites, log_sum_over_values
-from pyro_scvi.guides.supported import require_conditioned
+from pyro_scvi.guides.supported import require_same_sites
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.execution import executing
@@ -18,16 +18,24 @@ LogTerms = Callable[[Tensor], tuple[Tensor, Tensor]]
 Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joint, or a compiled form of it
 
 
-def scored(model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> pyro.poutine.Trace:
+def scored(
+    model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], coordinates: Coordinates
+) -> pyro.poutine.Trace:
     """The marginalised program's trace with the latents in ``sites`` and its log densities.
 
     Sites have shape (samples, cells, 1) and their events. Discrete latents that are summed out take all their values,
-    along dimensions left of these.
+    along dimensions left of these. ``coordinates`` tell which sites the program had when they were made.
+
+    Raises
+    ------
+    ModelError
+        Naming a site that it does not have for these cells, or has besides, or on another support.
     """
     given = pyro.poutine.condition(model, data=sites)
     with pyro.get_param_store().scope(), executing(register_parameters=False):
         trace = pyro.poutine.trace(Enumerating(LEFT_OF_DRAWS)(given)).get_trace(x, gamma)
-        require_conditioned(trace, sites)
+        require_same_sites(trace, {*sites, "x"}, coordinates.enumerated)
+        coordinates.require_same(trace)
         trace.compute_log_prob()
     return trace
 
@@ -36,6 +44,7 @@ def cell_terms(trace: pyro.poutine.Trace, *names: str) -> tuple[Tensor, Tensor]:
     """Log p of the latents ``names``, and log p(x) given them, (samples, cells) each; enumerated sites summed out."""
     enumerated = enumerated_sites(trace)
     of_latents, of_x = by_cell(trace, *names, *enumerated), by_cell(trace, "x")
+    of_latents, of_x = torch.broadcast_tensors(of_latents, of_x)  # no latent of the cells may be in the law of x
     if not enumerated:
         return of_latents, of_x
     joint, of_latents = log_sum_over_values(of_latents + of_x), log_sum_over_values(of_latents)
@@ -55,7 +64,12 @@ def latent_terms(trace: pyro.poutine.Trace, *names: str) -> dict[str, Tensor]:
 
 
 def global_terms(
-    model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], drawn: dict[str, Tensor]
+    model: SCVI,
+    x: Tensor,
+    gamma: Tensor,
+    sites: dict[str, Tensor],
+    drawn: dict[str, Tensor],
+    coordinates: Coordinates,
 ) -> dict[str, Tensor]:
     """Log density (samples,) of each global latent, given those before it, at ``drawn`` (samples, ...), nats.
 
@@ -63,7 +77,7 @@ def global_terms(
     """
     terms: dict[str, list[Tensor]] = {name: [] for name in drawn}
     for values in zip(*drawn.values(), strict=True):
-        trace = scored(model, x, gamma, sites | dict(zip(drawn, values, strict=True)))
+        trace = scored(model, x, gamma, sites | dict(zip(drawn, values, strict=True)), coordinates)
         for name, of_draws in terms.items():
             of_draws.append(trace.nodes[name]["log_prob"].sum())
     return {name: torch.stack(of_draws) for name, of_draws in terms.items()}
@@ -74,7 +88,7 @@ def entry_terms(trace: pyro.poutine.Trace, *names: str) -> Tensor:
     of_entries: Tensor = trace.nodes["x"]["log_prob"]
     enumerated = enumerated_sites(trace)
     if not enumerated or of_entries.dim() < 4:
-        return of_entries
+        return of_entries.expand(*by_cell(trace, *names).shape[-2:], -1) if of_entries.dim() < 3 else of_entries
     weights = by_cell(trace, *names, *enumerated)
     weights = weights - log_sum_over_values(weights)
     return log_sum_over_values(of_entries + weights[..., None], kept=3)
@@ -104,14 +118,20 @@ def log_terms_at(
     u: Tensor, coordinates: Coordinates, model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Log p(latents) and log p(x | latents) at u, (samples, cells) each."""
-    trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)})
+    trace = scored(model, x, gamma, {**global_latents, **coordinates.sites(u)}, coordinates)
     of_latents, of_x = cell_terms(trace, *coordinates.local)
     # A program with constants in double precision has such densities, and what samples is in the model's.
     return (of_latents + coordinates.log_abs_det(u)).to(u.dtype), of_x.to(u.dtype)
 
 
 def enumerated_draws(
-    model: SCVI, x: Tensor, gamma: Tensor, global_latents: dict[str, Tensor], sites: dict[str, Tensor], block: int
+    model: SCVI,
+    x: Tensor,
+    gamma: Tensor,
+    global_latents: dict[str, Tensor],
+    sites: dict[str, Tensor],
+    coordinates: Coordinates,
+    block: int,
 ) -> dict[str, Tensor]:
     r"""Draws of the discrete latents (samples, cells, 1) from their exact conditional given x and the other latents.
 
@@ -122,7 +142,7 @@ def enumerated_draws(
     tables, nodes = [], dict[str, Any]()
     for start in range(0, len(next(iter(sites.values()))), block):
         part = {name: value[start : start + block] for name, value in sites.items()}
-        trace = scored(model, x, gamma, {**global_latents, **part})
+        trace = scored(model, x, gamma, {**global_latents, **part}, coordinates)
         nodes = {name: trace.nodes[name] for name in enumerated_sites(trace)}
         tables.append(by_cell(trace, *sites, *nodes, "x"))
     table = torch.cat(tables, -2)  # (values of the last site, ..., of the first, samples, cells)

@@ -1,6 +1,6 @@
 """What a program observes at given latents, and draws of its latents from the prior: by running it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -8,8 +8,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_scvi.discovery import ASIDE, Kind
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.supported import conditional
+from pyro_scvi.guides.supported import conditional, is_aside, require_same_sites
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.execution import executing
@@ -30,9 +31,10 @@ def observed_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, T
     Raises
     ------
     ModelError
-        Naming a latent that is not in ``sites``, or if the program cannot be run without counts.
+        Naming a latent that is not in ``sites`` or that the program does not come to, or if it cannot be run without
+        counts.
     """
-    reached = _Reached()
+    reached = _Reached(sites)
     with pyro.poutine.block(), reached, pyro.poutine.condition(data=sites):
         _run(model, x, gamma)
     return Observed(reached.law, reached.theta)
@@ -48,7 +50,7 @@ def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tens
     """
     theta = observed_at(model, x, gamma, sites).theta
     if theta is None:
-        raise ModelError(f"{type(model).__name__} samples x by itself: let its last line be self.observe(x, theta)")
+        raise ModelError(f"{type(model).__name__} samples x itself: let its last line be self.observe(x, theta)")
     return theta
 
 
@@ -57,18 +59,34 @@ def prior_draws(
 ) -> dict[str, Tensor]:
     """Draws of the latents ``names`` (n, cells, 1) and their events from the prior of each cell.
 
-    The program runs for n copies of the cells and ends when the last of the latents is drawn. Raises
-    NotImplementedError if one has no density to draw from.
+    The program runs for n copies of the cells and ends when the last of the latents is drawn. ``names`` are all that it
+    has in the plate of the cells, ``global_latents`` all others. Raises NotImplementedError if one has no density to
+    draw from.
 
     Raises
     ------
     ModelError
-        If the program cannot be run without counts.
+        Naming a latent that is neither, or that it does not come to, or if it cannot be run without counts.
     """
-    drawn = _Drawn(names, gamma)
+    drawn = _Drawn(names, global_latents, gamma)
     with pyro.poutine.block(), drawn, pyro.poutine.condition(data=global_latents):
         _run(model, None, gamma.repeat(n, 1))
     return {name: drawn.values[name].reshape(n, len(gamma), *drawn.values[name].shape[1:]) for name in names}
+
+
+def drawn_counts(model: SCVI, gamma: Tensor) -> tuple[Tensor, pyro.poutine.Trace]:
+    """What the program returns if it draws everything, and the trace of this run.
+
+    Raises
+    ------
+    ModelError
+        Naming a site that it does not have with counts, or not without them.
+    """
+    with _InPrecision(gamma), pyro.poutine.trace() as run:
+        x = model(None, gamma)
+    found = model.discovered()
+    require_same_sites(run.trace, {s.name for s in found if s.kind not in (*ASIDE, Kind.DETERMINISTIC)}, ())
+    return x, run.trace
 
 
 def _run(model: SCVI, x: Tensor | None, gamma: Tensor) -> None:
@@ -101,34 +119,55 @@ class _Enough(Exception):
 
 
 class _Reached(Messenger):
-    """Keeps what x is sampled from, and ends the run there; refuses latents that would be drawn on the way."""
+    """Keeps what x is sampled from, and ends the run there; refuses other latents on the way than those ``given``."""
 
     law: Any
     theta: Theta | None
 
+    def __init__(self, given: Collection[str]) -> None:
+        super().__init__()
+        self.left = set(given)
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == "x":
+            for name in self.left:
+                raise conditional(name)
             self.law, self.theta = msg["fn"], (msg["infer"] or {}).get("theta")
             raise _Enough
-        aside = isinstance(msg["fn"], _Subsample) or (msg["infer"] or {}).get("_deterministic")
-        if not (aside or msg["is_observed"]):
+        if not (is_aside(msg) or msg["is_observed"]):
             raise conditional(msg["name"])
+        self.left.discard(msg["name"])
 
 
-class _Drawn(Messenger):
-    """Keeps the values of the latents ``names``, in the precision of ``like``, and ends the run when it has all."""
+class _InPrecision(Messenger):
+    """Gives draws the precision of ``like``: a prior may be made of constants in another one."""
 
-    def __init__(self, names: Sequence[str], like: Tensor) -> None:
+    def __init__(self, like: Tensor) -> None:
         super().__init__()
         self.like = like
-        self.wanted, self.values = set(names), dict[str, Tensor]()
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if not isinstance(msg["fn"], _Subsample) and msg["value"].is_floating_point():
+            msg["value"] = msg["value"].to(self.like.dtype)
+
+
+class _Drawn(_InPrecision):
+    """Keeps the values of the latents ``names``, in the precision of ``like``, and ends the run when it has all.
+
+    It refuses latents on the way that are neither these nor ``given``.
+    """
+
+    def __init__(self, names: Sequence[str], given: Collection[str], like: Tensor) -> None:
+        super().__init__(like)
+        self.wanted, self.given, self.values = set(names), given, dict[str, Tensor]()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        super()._pyro_post_sample(msg)
         if msg["name"] in self.wanted:
-            if msg["value"].is_floating_point():  # a prior may be made of constants in another one
-                msg["value"] = msg["value"].to(self.like.dtype)
             self.values[msg["name"]] = msg["value"]
             if self.values.keys() == self.wanted:
                 raise _Enough
-        if msg["name"] == "x":
+        elif msg["name"] == "x":
             raise conditional(sorted(self.wanted - self.values.keys())[0])
+        elif not (is_aside(msg) or msg["name"] in self.given):
+            raise conditional(msg["name"])

@@ -4,8 +4,8 @@ Verbs read densities off the program's trace, at draws of its latents, which the
 drawn from its prior whenever a density is evaluated, in silence.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
@@ -55,10 +55,9 @@ def require_theta(model: SCVI) -> None:
     for site in model.discovered():
         if site.name == "x" and "theta" not in site.infer:
             raise ModelError(
-                f"{type(model).__name__} samples x by itself, so that theta, the likelihood's parameters, cannot be "
-                "read off the program, and w, y, h and all that is computed from them are unknown: let its last line "
-                "be return self.observe(x, theta, marginal=marginal, mask=mask). Latents, evidence and predictions "
-                "are had as it is"
+                f"{type(model).__name__} samples x itself, so the likelihood's parameters theta are not known, "
+                "nor are w, y, h and what is computed from them. Let its last line be return self.observe(x, "
+                "theta, marginal=marginal, mask=mask). Latents, evidence and predictions work as it is"
             )
 
 
@@ -73,12 +72,14 @@ def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
     found = model.discovered()
     _require_known(found, latents)
     _require_names(found)
+    _require_before_x(found)
     _require_plainly_enumerated(found)
     _require_unweighed(found)
     _require_x(found, model.n_genes)
     _require_n_latent(found, model.n_latent)
     _require_proper([site for site in found if site.name != "z"])  # a prior of z is asked itself, by what needs it
     if not is_packaged(model):
+        _require_densities(found)
         _require_constant(found, model.discovered(count=2.0, seed=1, at=0.5, varied=True))
         _require_library(model)
     likelihood = model.likelihood
@@ -99,20 +100,31 @@ def require_drawable(model: SCVI) -> None:
             raise site.refusal()
 
 
-def require_conditioned(trace: pyro.poutine.Trace, given: Mapping[str, Any]) -> None:
-    """Refuse a scored program that came to a site which it did not have when it was looked at.
+def require_same_sites(trace: pyro.poutine.Trace, given: Collection[str], enumerated: Collection[str]) -> None:
+    """Refuse a scored program that has other sites for these cells than it had when it was looked at.
 
     Raises
     ------
     ModelError
         Naming the site.
     """
-    nodes: Mapping[str, Any] = trace.nodes
+    expected, nodes = {*given, *enumerated}, cast(Mapping[str, Any], trace.nodes)
     for name, node in nodes.items():
-        if node["type"] != "sample" or name in given or name == "x" or isinstance(node["fn"], _Subsample):
-            continue
-        if not ((node["infer"] or {}).get("_deterministic") or is_enumerated(node)):
+        if node["type"] == "sample" and name not in expected and not is_aside(node):
             raise conditional(name)
+    for name in expected - nodes.keys():
+        raise conditional(name)
+    for name in enumerated:
+        if not is_enumerated(nodes[name]):
+            raise ModelError(
+                f"the program sums out {name!r} under a condition only: let infer={{'enumerate': 'parallel'}} hold "
+                "for all cells and draws"
+            )
+
+
+def is_aside(site: Any) -> bool:
+    """Whether a site is none that a program must have in every run: a plate's rows, or a function of other sites."""
+    return isinstance(site["fn"], _Subsample) or bool((site["infer"] or {}).get("_deterministic"))
 
 
 def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> None:
@@ -136,9 +148,24 @@ def _require_proper(found: list[TracedSite]) -> None:
             raise ModelError(f"the program's site {site.name!r} has no density (ImproperUniform): take a wide normal")
         if site.kind.latent and is_masked(site.law):
             raise ModelError(
-                f"the law of the program's site {site.name!r} is masked, and where the mask is False its density is "
-                "none: leave the mask out"
+                f"the distribution of the program's site {site.name!r} is masked, and it has no density where the "
+                "mask is False: leave the mask out"
             )
+
+
+def _require_densities(found: list[TracedSite]) -> None:
+    """Refuse laws that can be drawn from but not scored; an improper prior of z is asked itself."""
+    for site in found:
+        if site.kind is Kind.DETERMINISTIC or isinstance(unwrapped(site.law), dist.ImproperUniform):
+            continue
+        try:
+            site.law.log_prob(site.value)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"the distribution of the program's site {site.name!r} ({type(unwrapped(site.law)).__name__}) has "
+                "no density that can be computed: take one that has, as dist.FoldedDistribution(base) for the "
+                "absolute value, or compute the value from a latent that has one"
+            ) from error
 
 
 def _require_names(found: list[TracedSite]) -> None:
@@ -148,9 +175,22 @@ def _require_names(found: list[TracedSite]) -> None:
             raise ModelError(
                 f"the program's site {site.name!r} has a name that results use for something else: rename it"
             )
+        if site.kind.latent and not site.name:
+            raise ModelError("a site of the program has an empty name: give it one")
         if site.kind.latent and "/" in site.name:
             raise ModelError(
                 f"the program's site {site.name!r} has a '/' in its name, which trees and files use: rename it"
+            )
+
+
+def _require_before_x(found: list[TracedSite]) -> None:
+    """Refuse latents that the program samples after x, which no draw of counts would come to."""
+    names = [site.name for site in found]
+    for site in found:
+        if site.kind.latent and "x" in names and names.index(site.name) > names.index("x"):
+            raise ModelError(
+                f"the program samples {site.name!r} after x: sample it before, and let return self.observe(x, theta, "
+                "marginal=marginal, mask=mask) be the last line"
             )
 
 
@@ -180,8 +220,9 @@ def _require_library(model: SCVI) -> None:
         handle.remove()
     if not used:
         raise ModelError(
-            f"the program does not use the model's library, {model.library!r}, whose law of a cell's total would be a "
-            "part of the evidence: call self.library(x, gamma) in forward, or pass library=ps.libraries.NoLibrary()"
+            f"the program does not use the model's library, {model.library!r}, whose distribution of a cell's "
+            "total would be a part of the evidence: call self.library(x, gamma) in forward, or pass "
+            "library=ps.libraries.NoLibrary()"
         )
 
 
@@ -210,8 +251,9 @@ def _require_unweighed(found: list[TracedSite]) -> None:
     for site in found:
         if site.weighed:
             raise ModelError(
-                f"the program's site {site.name!r} is under poutine.scale, or a latent under poutine.mask, so that "
-                "densities and draws of the program disagree: change its law instead, or mask x by observe(mask=)"
+                f"the program's site {site.name!r} is under poutine.scale, or a latent under poutine.mask, so "
+                "densities and draws of the program would disagree: change its distribution instead, or mask x "
+                "by observe(mask=)"
             )
 
 
@@ -220,9 +262,9 @@ def _require_x(found: list[TracedSite], n_genes: int) -> None:
     for site in found:
         if site.name == "x" and tuple(site.law.batch_shape) != (2, n_genes):
             raise ModelError(
-                f"the law of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for two cells and "
-                f"{n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets one of shape "
-                "(cells, 1, latents)?"
+                f"the distribution of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for "
+                f"two cells and {n_genes} genes: is [..., None] missing where a latent of shape (cells, 1) meets "
+                "one of shape (cells, 1, latents)?"
             )
 
 
@@ -269,13 +311,13 @@ def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None
             if not same_coordinates(support_of(site.law), moved, site.law.event_shape):
                 raise ModelError(
                     f"the support of the program's site {site.name!r} depends on other sites, counts or "
-                    "covariates: take a law whose support is constant, and scale its value instead"
+                    "covariates: take a distribution with a constant support, and scale its value instead"
                 )
 
 
 def conditional(name: str) -> ModelError:
-    """The error for a site that was not there when the program was looked at."""
+    """The error for a site that comes and goes between runs of the program."""
     return ModelError(
-        f"the program samples {name!r} under a condition only, and it is then neither given by the guide nor x: "
-        "sample it always, or not at all"
+        f"the program samples {name!r} under a condition only, so that some cells, counts or draws have other sites "
+        "than the guide: sample it always and multiply it by 0 where it is not wanted, or do not sample it at all"
     )

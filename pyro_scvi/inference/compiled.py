@@ -82,7 +82,7 @@ class Recorded:
             raise FitError(f"{hooked} have hooks, which a compiled step does not call: remove them")
         replaced = [name for name, buffer in self.bound.named_buffers() if buffer is not self.buffers.get(name)]
         if replaced:
-            raise FitError(f"a step puts new tensors in the place of {replaced}: change buffers in place, as by copy_")
+            raise FitError(f"a step replaces the tensors {replaced}: change buffers in place, as by copy_")
 
     def _step(self, n_cells: int) -> Step:
         def step(

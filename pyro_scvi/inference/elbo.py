@@ -152,8 +152,8 @@ def _require_one_weight(sites: list[Any]) -> None:
     for name in others:
         if scales[name] is not scales[first] and bool(scales[name] != scales[first]):
             raise ModelError(
-                f"the KL divergence of {first!r} has a weight and that of {name!r}, whose law depends on it, has none: "
-                "leave kl_weight= out, or give them laws that do not depend on each other"
+                f"the KL divergence of {first!r} has a weight and that of {name!r}, whose distribution depends on "
+                "it, has none: leave kl_weight= out, or give them distributions that do not depend on each other"
             )
 
 

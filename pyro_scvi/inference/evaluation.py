@@ -8,6 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_scvi.distributions.supports import share_at_bounds
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import cell_terms, enumerated_draws, scored
 from pyro_scvi.guides.program_runs import observed_at, prior_draws, theta_at
@@ -17,7 +18,11 @@ from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.allocator import keep_freed_memory
 from pyro_scvi.utils.cell_streams import per_cell
+from pyro_scvi.utils.checks import warn
 from pyro_scvi.utils.random_state import seeded
+
+LOST_AT_BOUNDS = 0.01
+"""Share of a latent's mass that may lie next to a bound without a warning."""
 
 USUAL = 64
 """Cells of a batch, unless the caller says otherwise."""
@@ -33,12 +38,38 @@ def evaluating(model: SCVI, guide: Guide, seed: int, *, theta: bool = False) -> 
     ------
     ModelError
         Naming a site, if the program has one that densities and draws would not do right by.
+
+    Warns
+    -----
+    UserWarning
+        If the law of a latent has more than a hundredth of its mass where numbers cannot tell it from a bound.
     """
     guide.require_supported()
+    _warn_of_bounds(guide)
     if theta:
         require_theta(model)
     with undisturbed(seed, model, guide):
         yield
+
+
+def _warn_of_bounds(guide: Guide) -> None:
+    """Warn of latents with mass next to a bound, which coordinates in R^n do not reach, and k-hat does not see."""
+    known = guide.coordinates
+    bounded = {name for name, site in known.local.items() if not site.real and site is not known.library}
+    if not bounded:
+        return
+    with seeded(0):
+        shares = {
+            site.name: share_at_bounds(site.law, 1000) for site in guide.model.discovered() if site.name in bounded
+        }
+    for name, share in shares.items():
+        if share > LOST_AT_BOUNDS:
+            warn(
+                f"{share:.0%} of the distribution of {name!r} lies so near to a bound that numbers of this precision "
+                "cannot represent it. Results leave it out, so evidence is too low, and k-hat and errors do not show "
+                "it. Fit with dtype=torch.float64, or take a distribution with less mass there, such as a Beta or "
+                "Dirichlet with concentrations of 0.5 or more"
+            )
 
 
 @contextmanager
@@ -64,12 +95,25 @@ def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, 
     ModelError
         If the program does not say what its theta is.
     """
-    return theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
+    theta, draws = theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}), _draws_of(guide, sites)
+    if draws and max(value.dim() for value in theta.values()) < 3:  # no latent of the cells is in it
+        return {name: value.expand(draws, *value.shape) if value.dim() == 2 else value for name, value in theta.items()}
+    return theta
 
 
 def law_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
     """The distribution of x (..., cells, genes) at draws of all local latents, global ones at their medians."""
-    return observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
+    law: Any = observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
+    draws = _draws_of(guide, sites)
+    return law.expand((draws, *law.batch_shape)) if draws and len(law.batch_shape) < 3 else law
+
+
+def _draws_of(guide: Guide, sites: dict[str, Tensor]) -> int:
+    """The number of draws in the latents of the cells; 0 for one value of each, without a dimension of draws."""
+    for name, site in guide.coordinates.local.items():
+        if name in sites and sites[name].dim() - len(site.event_shape) > 2:
+            return len(sites[name])
+    return 0
 
 
 def sampled_counts(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
@@ -81,7 +125,7 @@ def sampled_counts(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[st
         part = {name: value[start : start + size] for name, value in sites.items()}
         law: Any = law_given(guide, x, gamma, part)
         with per_cell():
-            drawn.append(law.expand((min(size, samples - start), *shape)).sample())
+            drawn.append(law.expand((min(size, samples - start), *shape)).sample().to(gamma))
     return torch.cat(drawn)
 
 
@@ -94,7 +138,7 @@ def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Ten
         return sites
     fixed = guide.weights.medians()
     with per_cell():
-        return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, draws_at_once(x))
+        return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, guide.coordinates, draws_at_once(x))
 
 
 def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = False) -> dict[str, Tensor]:
@@ -102,9 +146,10 @@ def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = 
 
     ``enumerated`` says whether discrete latents are among them. Raises NotImplementedError for an improper prior.
     """
-    names = [*guide.coordinates.local, *(guide.coordinates.enumerated if enumerated else ())]
+    local, discrete = list(guide.coordinates.local), list(guide.coordinates.enumerated)
     with per_cell():
-        return prior_draws(guide.model, gamma, guide.weights.medians(), n, names)
+        drawn = prior_draws(guide.model, gamma, guide.weights.medians(), n, [*local, *discrete])
+    return {name: drawn[name] for name in (*local, *(discrete if enumerated else ()))}
 
 
 def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
@@ -122,7 +167,7 @@ def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_
     fixed, size, terms = guide.weights.medians(), draws_at_once(x), []
     for start in range(0, len(log_q), size):
         part = {name: value[start : start + size] for name, value in sites.items()}
-        trace = scored(guide.model, x, gamma, {**fixed, **part})
+        trace = scored(guide.model, x, gamma, {**fixed, **part}, guide.coordinates)
         terms.append(torch.stack(cell_terms(trace, *sites)))
     of_latents, of_x = torch.cat(terms, 1)
     return of_x + of_latents - log_q, log_q - of_latents

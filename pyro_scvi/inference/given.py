@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_scvi.data.names import positions_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LocalSite
@@ -38,8 +40,10 @@ class Given:
     Raises
     ------
     ModelError
-        If it is neither. When it draws, if a latent is missing, of another shape or outside its support, there are
-        fewer draws than asked for, or a cell has none.
+        If it is neither. When it draws, if a latent is missing, of another shape or outside its support, or there are
+        fewer draws than asked for.
+    DataError
+        When it draws, if a cell has no draws, or cells cannot be told apart by their names.
 
     Examples
     --------
@@ -78,13 +82,10 @@ class Given:
         own = {name: value for name, value in self.sites.items() if value.dim() > 1 and value.shape[1] == given}
         if not own:
             shapes = {name: tuple(value.shape) for name, value in self.sites.items()}
-            raise ModelError(f"there are no draws (samples, cells, ...) of {given} cells; got {shapes}")
+            raise ModelError(f"draws must have shape (samples, cells, ...) with {given} cells; got {shapes}")
         if self.names is None:
             return own
-        places = {name: place for place, name in enumerate(self.names)}
-        if missing := [name for name in cells.cell_names if name not in places]:
-            raise ModelError(f"there are no draws of {len(missing)} cells, such as {missing[0]!r}")
-        chosen = torch.tensor([places[name] for name in cells.cell_names])
+        chosen = torch.from_numpy(positions_of(cells.cell_names, pd.Index(self.names), "the draws"))
         return {name: value[:, chosen] for name, value in own.items()}
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
@@ -156,8 +157,8 @@ def _require_one_value(sampler: Any, guide: Guide) -> None:
     beside = sampler.differs_by(guide) if isinstance(sampler, Given) else []
     if beside and not (isinstance(guide.weights, GlobalDraws) and guide.weights.n_draws == 1):
         raise ModelError(
-            f"these draws were made beside draws of {beside}, whose medians would be taken for all of them: call "
-            "fit.with_globals(draws) and pass global_draws= where the verb has it, or give it one draw of the former"
+            f"these draws were made beside draws of {beside}, and their medians would be used for all draws. Call "
+            "fit.with_globals(draws) and pass global_draws= to functions that have it, or give them a single draw"
         )
 
 

@@ -162,8 +162,8 @@ class Likelihood(Component):
         """
         if not self.explicit:
             raise ModelError(
-                f"{type(self).__name__} has no w, y and h, only a marginal distribution of x. If it is a "
-                "Poisson law of a fixed or Gamma rate, set explicit = True"
+                f"{type(self).__name__} has no w, y and h, only a marginal distribution of x. If it is a Poisson "
+                "distribution with a fixed or Gamma rate, set explicit = True"
             )
 
 

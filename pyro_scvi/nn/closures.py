@@ -50,9 +50,9 @@ def require_owned(part: Any, what: str, *owners: nn.Module) -> None:
     lost = sorted(set(reached(part, what, is_lost)))
     if lost:
         raise ModelError(
-            f"{', '.join(lost[:3])}: trainable, but only the code of the {what} reaches it, so that it would not be "
-            f"trained, moved or saved. Make the {what} a torch.nn.Module that has it as an attribute, or freeze it by "
-            "requires_grad_(False)"
+            f"{', '.join(lost[:3])}: trainable, but it is reached only through the code of the {what}, so it "
+            f"would not be trained, moved or saved. Make the {what} a torch.nn.Module that has it as an "
+            "attribute, or freeze it by requires_grad_(False)"
         )
 
 
@@ -128,7 +128,16 @@ def _of_object(value: Any, names: Names) -> Iterator[_Step]:
 
 def _attributes(value: Any, names: Names) -> Iterator[_Step]:
     held = getattr(value, "__dict__", {})
-    return (_Step(f".{name}", held[name], names) for name in sorted(names & held.keys()))
+    slotted = {name for name in names & _slots(value) if hasattr(value, name)}
+    return (_Step(f".{name}", getattr(value, name), names) for name in sorted(names & held.keys() | slotted))
+
+
+def _slots(value: Any) -> set[str]:
+    """The attributes that an object has by the ``__slots__`` of its classes, and so not in its ``__dict__``."""
+    kinds = type(value).__mro__
+    return {
+        name for kind in kinds for name, found in vars(kind).items() if isinstance(found, types.MemberDescriptorType)
+    }
 
 
 def _named_in(function: Any) -> Names:

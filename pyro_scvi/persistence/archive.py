@@ -10,7 +10,8 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.utils.checks import warn
 from pyro_scvi.utils.disk.files import regular_bytes
+from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.version import __version__
 
 FORMAT = 2
@@ -34,6 +36,7 @@ _HEAD = {"format", "kind", "versions", "weights", "sha256"}  # keys that every c
 _FORMAT_WITHOUT_DIGEST = 1  # the first format, which had no digests and one name for weights
 _WEIGHTS_WITHOUT_DIGEST = "weights.safetensors"
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+_LOCK = re.compile(r"\..+\.lock")  # inside a folder whose parent cannot be written
 _PARTIAL = re.compile(r"\.(config|previous|weights-[0-9a-f]{16})-[0-9a-f]{16}\.part")
 _SIGNATURE = ',\n "sha256": "{}"\n}}\n'
 _SIGNED = len(_SIGNATURE.format("0" * 64))
@@ -60,8 +63,28 @@ def folder(path: Any) -> Path:
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"expected the path of a directory, got {path!r}: {error}") from error
     if "\0" in str(directory):
-        raise CheckpointError(f"expected the path of a directory, got {path!r}, which no file can be called")
+        raise CheckpointError(f"expected the path of a directory, got {path!r}, which is not a valid file name")
     return directory
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Let no other run and no other process write into a directory while the block runs.
+
+    Raises
+    ------
+    CheckpointError
+        If another one does, or nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(target))
+        except BlockingIOError as error:
+            raise CheckpointError(str(error)) from error
+        except OSError as error:
+            raise CheckpointError(f"could not write {target}: {error}; what was there before is intact") from error
+        yield
 
 
 def write(target: Path, content: Content, *, keep_previous: bool = False) -> None:
@@ -127,7 +150,7 @@ def check_replaceable(target: Path, kind: str) -> None:
     try:
         names = {item.name: item.is_file() for item in target.iterdir()}
     except OSError as error:
-        raise CheckpointError(f"{target} is no directory that can be written: {error}") from error
+        raise CheckpointError(f"{target} is not a directory that can be written: {error}") from error
     ours = {name for name, is_file in names.items() if is_file and _may_be_ours(name, _weights_of(target))}
     unexpected = sorted(names.keys() - ours)
     kinds = {config: _kind(target / config) for config in (CONFIG, PREVIOUS) if config in names}
@@ -138,8 +161,8 @@ def check_replaceable(target: Path, kind: str) -> None:
     ]
     if unexpected:
         raise CheckpointError(
-            f"{target} holds something else than a saved {kind}: {', '.join(unexpected[:3])}; "
-            "nothing was overwritten, choose another path"
+            f"{target} holds files that are not of a saved {kind}: {', '.join(unexpected[:3])}; nothing was "
+            "overwritten, choose another path"
         )
 
 
@@ -220,7 +243,7 @@ def _verified(path: Path, raw: bytes, keys: Mapping[str, set[str]]) -> dict[str,
     if wrong := _mismatches(facts, keys):
         raise CheckpointError(f"{path} has {' and '.join(wrong)}")
     if _weights_named(facts) is None:
-        raise CheckpointError(f"{path} names {facts['weights']!r}, which is no file of weights")
+        raise CheckpointError(f"{path} names {facts['weights']!r}, which is not a file of weights")
     return facts
 
 
@@ -280,7 +303,8 @@ def _lacks_digest(facts: dict[str, Any]) -> bool:
 
 def _may_be_ours(name: str, weights: set[str | None]) -> bool:
     """Whether only this module gives such a name, or a config in the directory names it."""
-    return name in {CONFIG, PREVIOUS} | weights or _is_partial(name) or _WEIGHTS.fullmatch(name) is not None
+    known = name in {CONFIG, PREVIOUS} | weights or _is_partial(name)
+    return known or any(pattern.fullmatch(name) for pattern in (_WEIGHTS, _LOCK))
 
 
 def _is_partial(name: str) -> bool:

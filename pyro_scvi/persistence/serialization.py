@@ -3,7 +3,8 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyro_scvi.errors import CheckpointError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.likelihoods import library_size
 from pyro_scvi.model import SCVI
-from pyro_scvi.nn.component import Component, lasting_repr
+from pyro_scvi.nn.component import Component, constructor_parameters, lasting_repr
 from pyro_scvi.priors import weights
 from pyro_scvi.utils.allocation_limit import AllocationLimit
 
@@ -72,7 +73,9 @@ def build(description: Any, model: SCVI | None) -> Any:
         case {"part": name, "arguments": arguments}:
             return _class_called(name)(**{key: build(item, model) for key, item in arguments.items()})
         case {"foreign": text}:
-            raise CheckpointError(f"it was made with {text}, which is not this package's: pass model= (and guide=)")
+            raise CheckpointError(
+                f"it was made with {text}, which is not part of this package: pass model= (and guide=)"
+            )
     raise CheckpointError(f"unknown description {repr(description)[:100]}")
 
 
@@ -92,22 +95,36 @@ def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]
 
 
 def limited_by(tensors: dict[str, Tensor]) -> AllocationLimit:
-    """A limit that models with these tensors stay far below while they are made."""
+    """A limit that models with these tensors stay far below while they are made.
+
+    Priors of weights cost most. They need up to 35 elements for each element of the tensors, all together, and 40 calls
+    for each tensor.
+    """
     n_elements = sum(tensor.numel() for tensor in tensors.values())
-    return AllocationLimit(16 * n_elements + 4_000_000, 100 * len(tensors) + 1_000)
+    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, 300 * len(tensors) + 3_000)
 
 
 def _sizes(description: Any) -> Iterator[tuple[str, int]]:
-    """Integers among the arguments, by name; a seed is no size."""
+    """Integers among the arguments, by name. A seed is no size, nor is a whole number that may have been a fraction."""
     if isinstance(description, list):
         for item in description:
             yield from _sizes(item)
     elif isinstance(description, dict):
-        for name, value in description.items():
-            if type(value) is int and name != "seed":
+        others = _no_sizes(description["part"]) if "part" in description else set()
+        items = description.get("arguments", description)
+        for name, value in items.items() if isinstance(items, dict) else ():
+            if type(value) is int and name not in others:
                 yield name, value
             elif name != "tensor":
                 yield from _sizes(value)
+
+
+def _no_sizes(part: str) -> set[str]:
+    """Arguments of a part that take fractions, such as a scale."""
+    parameters = constructor_parameters(_class_called(part))
+    return {"seed"} | {
+        name for name, of in parameters.items() if not re.search(r"\bint\b|empty|Any", str(of.annotation))
+    }
 
 
 def with_new_names(description: Any) -> Any:
@@ -176,7 +193,7 @@ def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that hold NaN or infinity: every result of a fit with such weights would be NaN.
+    """Refuse tensors with which results would be NaN: of NaN or infinity, and variances below 0.
 
     Raises
     ------
@@ -186,6 +203,9 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     lost = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if lost:
         raise CheckpointError(f"{len(lost)} of its weights hold NaN or infinity: {', '.join(sorted(lost)[:3])}")
+    below = [name for name, tensor in tensors.items() if name.endswith("running_var") and bool((tensor < 0).any())]
+    if below:
+        raise CheckpointError(f"{len(below)} of its variances are below 0: {', '.join(sorted(below)[:3])}")
 
 
 def check_schema(schema: Schema, model: SCVI) -> None:
@@ -200,9 +220,9 @@ def check_schema(schema: Schema, model: SCVI) -> None:
     names = (*schema.gene_names, *schema.covariates, *schema.categories, *chain.from_iterable(words))
     columns = (schema.batch, schema.layer, schema.labels)
     if not all(isinstance(name, str) for name in (*names, *(column or "" for column in columns))):
-        raise CheckpointError("its schema has names that are no strings")
+        raise CheckpointError("its schema has names that are not strings")
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*schema.means, *schema.sds)):
-        raise CheckpointError("its schema has means or standard deviations that are no numbers")
+        raise CheckpointError("its schema has means or standard deviations that are not numbers")
     if not all(sd > 0 for sd in schema.sds):
         raise CheckpointError("its schema has standard deviations that are not above 0")
     if any(len(set(of)) < len(of) for of in (schema.gene_names, *words)):
@@ -224,7 +244,7 @@ def put_states(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     held = states_of(model, guide)
     for name, tensor in held.items():
         if tensors[name].dtype != tensor.dtype:
-            raise CheckpointError(f"{name} is of type {tensors[name].dtype}, in the model {tensor.dtype}")
+            raise CheckpointError(f"{name} is of type {tensors[name].dtype}, the model has {tensor.dtype}")
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(tensors[name])
@@ -245,7 +265,7 @@ def _is_part(candidate: type) -> bool:
     return packaged and (issubclass(candidate, nn.Module) or dataclasses.is_dataclass(candidate))
 
 
-def _class_called(name: str) -> Callable[..., Any]:
+def _class_called(name: str) -> type[Any]:
     for known, label in _own_classes().items():
         if label == RENAMED.get(name, name):
             return known

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
-from pyro_scvi.data.names import as_series, is_shuffled_numbering, positions_of
+from pyro_scvi.data.names import as_series, in_order_of, require_one_order
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
 from pyro_scvi.utils.checks import require_seed, warn
@@ -166,13 +166,12 @@ def _of_cells(labels: Any, names: pd.Index | None, n_cells: int) -> pd.Series:
     """Labels in the order of the cells: by name if both have names."""
     given = as_series(labels)
     values = given if isinstance(given, pd.Series) else pd.Series(given)
-    if names is None:  # an array has no names; rows that were renumbered are seen nevertheless
-        names = pd.RangeIndex(n_cells) if is_shuffled_numbering(values.index) else values.index
-    elif values is not given:
-        names = values.index
-    if len(names) != n_cells or len(values) < n_cells:
+    by_name = names is not None and values is given
+    if len(values) < n_cells or (not by_name and len(values) > n_cells):
         raise DataError(f"labels must have one value for each of the {n_cells} cells, got {len(values)}")
-    return values.iloc[positions_of(names, values.index, "labels")].reset_index(drop=True)
+    if names is None:  # an array has no names; rows that were renumbered are seen nevertheless
+        require_one_order(pd.RangeIndex(n_cells), values.index, "labels")
+    return (in_order_of(names, values, "labels") if by_name else values).reset_index(drop=True)
 
 
 def _umap(latent: np.ndarray, seed: int) -> np.ndarray | None:

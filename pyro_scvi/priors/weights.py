@@ -398,14 +398,14 @@ def _matching(model: nn.Module, pattern: str, taken: Container[str]) -> list[str
     names = [name for name in known if fnmatchcase(name, pattern)]
     if shared := [name for name in names if name.startswith(SHARED)]:
         raise ModelError(
-            f"{shared} cannot have a prior, because the guide shares them; {pattern!r} must not match them"
+            f"{shared} cannot have a prior, because the guide uses them too: let {pattern!r} not match them"
         )
     if not names:
         raise ModelError(f"no parameter that may have a prior is called {pattern!r}; the model has {known}")
     if held := [name for name in names if HELD in vars(_owner(model, name)[0])]:
         raise ModelError(
-            f"{held} are parameters of an object that is a part of another model, too, which would lose them: make a "
-            "new object for each model"
+            f"{held} belong to an object that is also part of another model, which would lose them: make a new "
+            "object for each model"
         )
     return names
 

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _IDENTITY = ("model", "guide", "schema", "dtype", "run")  # facts that a resumed
 
 @dataclasses.dataclass
 class Checkpoints:
-    """The checkpoint of one run in the directory ``folder``; no other run may write there meanwhile.
+    """The checkpoint of one run in the directory ``folder``; from ``begin`` to ``end`` no other run writes there.
 
     ``facts`` turns a history into everything about the fit except its weights. ``run`` holds the cells and options that
     identify the run. ``epoch`` and ``written`` are the epoch and the time, by the monotonic clock, of the last
@@ -46,6 +47,7 @@ class Checkpoints:
     run: dict[str, Any]
     epoch: int = dataclasses.field(default=0, init=False)
     written: float = dataclasses.field(default=-math.inf, init=False)
+    _held: ExitStack = dataclasses.field(default_factory=ExitStack, init=False)
 
     def begin(self, state: TrainingState) -> None:
         """Resume from the checkpoint that is there, or write the first one.
@@ -53,9 +55,10 @@ class Checkpoints:
         Raises
         ------
         CheckpointError
-            If the directory holds something else, or a checkpoint that is corrupt, of another run, or not to be
-            resumed. Nothing is overwritten then.
+            If another run writes there. If the directory holds something else, or a checkpoint that is corrupt, of
+            another run, or not to be resumed. Nothing is overwritten then.
         """
+        self._held.enter_context(archive.alone(self.folder))  # two runs would both end, and one be lost
         archive.check_replaceable(self.folder, "checkpoint")
         config = next((c for c in (archive.CONFIG, archive.PREVIOUS) if (self.folder / c).exists()), None)
         if config is None:
@@ -65,6 +68,10 @@ class Checkpoints:
         else:
             self._go_on(state, config)
         archive.remove_orphans(self.folder)
+
+    def end(self) -> None:
+        """Let other runs write there."""
+        self._held.close()
 
     def note(self, state: TrainingState, *, last: bool = False) -> None:
         """Write a checkpoint if one is due after the epoch that ended, or if it is the ``last``."""
@@ -93,7 +100,7 @@ class Checkpoints:
             state.restore(Snapshot(content.facts["progress"], rows, content.tensors))
         except Exception as error:  # what pandas and torch raise for a state that this version does not write
             state.restore(start)
-            raise CheckpointError(f"{self.folder / config} does not fit together: {error}") from error
+            raise CheckpointError(f"{self.folder / config} is inconsistent: {error}") from error
         self.epoch, self.written = len(rows), time.monotonic()
         _log.info("going on from %s, after epoch %d", self.folder / config, self.epoch)
 
@@ -128,7 +135,7 @@ def _epochs(content: archive.Content) -> int:
     try:
         return len(content.facts["history"]["epoch"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError("it holds no history of epochs") from error
+        raise CheckpointError("it has no history of epochs") from error
 
 
 def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checks of the arguments of fit, and of the first training step for mistakes that Pyro accepts silently."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable
 from numbers import Integral
 from typing import Any
@@ -18,7 +19,7 @@ from pyro_scvi.distributions.supports import is_learned, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
-from pyro_scvi.guides.supported import require_scaled
+from pyro_scvi.guides.supported import conditional, is_aside, require_same_sites, require_scaled
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
@@ -75,6 +76,47 @@ class TemperedLatents(Messenger):
         return sum(changes) / len(changes) if changes else 0.0
 
 
+class OtherSite(Exception):
+    """A site that the guide does not know; no ValueError, to which Pyro's traces add their shapes."""
+
+
+class SameSites(Messenger):
+    """Refuses a training step in which the program has other sites than the guide was made for.
+
+    Pyro counts what the guide alone samples as it counts the guide's auxiliary sites, and what the model alone samples
+    as it counts a discrete latent: the bound is then wrong without an error. ``latents`` are sampled by guide and
+    model, ``enumerated`` by the model alone. A step from a recording runs no program, and is not counted.
+    """
+
+    def __init__(self, latents: Collection[str], enumerated: Collection[str]) -> None:
+        super().__init__()
+        self.times = Counter[str]()
+        self.enumerated = enumerated
+        self.expected = dict.fromkeys(latents, 2) | dict.fromkeys([*enumerated, "x"], 1)
+
+    def __enter__(self) -> Any:
+        self.times.clear()
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.expected:
+            self.times[msg["name"]] += msg["name"] not in self.enumerated or is_enumerated(msg)
+        elif not (is_aside(msg) or (msg["infer"] or {}).get("is_auxiliary")):
+            raise OtherSite(msg["name"])
+
+    def require(self) -> None:
+        """After a step: each site was sampled as often as there were particles, in guide and model.
+
+        Raises
+        ------
+        ModelError
+            Naming the site.
+        """
+        for name, times in self.expected.items():
+            if self.times[name] != times * self.times["x"]:
+                raise conditional(name)
+
+
 def check_kinds(model: Any, cells: Any, guide: Any) -> None:
     """Refuse arguments that are no model, cells or guide; most often an AnnData or a class is passed.
 
@@ -85,6 +127,12 @@ def check_kinds(model: Any, cells: Any, guide: Any) -> None:
     """
     require_kind(model, SCVI, "model", "ps.SCVI(cells.n_genes)")
     require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
+    if guide is not None and callable(guide) and not isinstance(guide, Guide | type):
+        raise ModelError(
+            f"guide must be a ps.guides.Guide, got {brief(guide)}: of a function, fit knows neither parameters nor "
+            "densities of draws; write a subclass with encode, law and start, as CONTRIBUTING shows, or train the "
+            "function by pyro.infer.SVI"
+        )
     if guide is not None:
         require_kind(guide, Guide, "guide", "ps.guides.DiagonalNormal(model)")
 
@@ -122,20 +170,20 @@ def check_sites(model: SCVI, guide: Guide, *args: Any, **kwargs: Any) -> None:
         require_scaled(model)
         summed = Enumerating(LEFT_OF_CELLS)(pyro.poutine.replay(model, trace=guided))
         modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
-    _require_same(_latents(modelled), _latents(guided))
+    require_same_sites(modelled, {*_latents(guided), "x"}, guide.coordinates.enumerated)
     for name in _latents(modelled):
         if is_learned(support_of(modelled.nodes[name]["fn"])):
             raise ModelError(
-                f"a bound of the program's site {name!r} depends on parameters, and coordinates know fixed supports "
-                "only: take a law whose support is constant, and scale its value instead"
+                f"a bound of the program's site {name!r} depends on parameters, and only constant supports can be "
+                "fitted: take a distribution with a constant support, and scale its value instead"
             )
     own = (model.pyro_name + "$$$", guide.pyro_name + "$$$")  # Pyro's prefix of a registered module's parameters
     for trace in (guided, modelled):
         for name in trace.param_nodes:
             if not name.startswith(own):
                 raise ModelError(
-                    f"pyro.param {name!r} would never be trained: make it an nn.Parameter of a module that is part of "
-                    "the model or guide"
+                    f"pyro.param {name!r} would not be trained: make it an nn.Parameter of a module that is part "
+                    "of the model or guide"
                 )
     for part, what in ((model, "model"), (guide, "guide")):
         require_owned(part, what, model, guide)
@@ -178,7 +226,10 @@ def check_gradients(*parts: torch.nn.Module) -> None:
     named = [(name, parameter) for part in parts for name, parameter in part.named_parameters()]
     lost = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
     if lost:
-        raise ModelError(f"no gradient reached {lost}: they take no part in the loss and would never be trained")
+        raise ModelError(
+            f"no gradient reached {lost}: the loss does not depend on them, so they would not be trained; use them in "
+            "the program, or freeze them by requires_grad_(False)"
+        )
 
 
 def unique_parameters(parts: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:

@@ -126,8 +126,8 @@ def _require_separate(given: dict[str, Any], made: dict[str, Any]) -> None:
     if found:
         shortest = sorted(found, key=lambda path: (len(path), path))
         raise ModelError(
-            f"{', '.join(shortest[:3])}: still of the model that was given, because functions are not copied, and "
-            "training takes a copy of model and guide. Let the code reach it as an attribute of its own object "
+            f"{', '.join(shortest[:3])}: still refers to the model that was given. Training copies model and "
+            "guide, but functions are not copied. Let the code reach it as an attribute of its own object "
             "(self.model in a guide), as an argument, or by functools.partial"
         )
     if "guide" in made and made["guide"].model is not made["model"]:
@@ -158,8 +158,8 @@ def _require_own_memory(given: dict[str, Any]) -> None:
         if furthest and span.device == furthest[0].device and span.start < furthest[0].end:
             if any(isinstance(one, nn.Parameter) for one in (tensor, furthest[2])):
                 raise ModelError(
-                    f"{furthest[1]} and {name} share memory, which copies do not, and training takes a copy of model "
-                    "and guide: let both be one nn.Parameter, or compute one from the other where it is used"
+                    f"{furthest[1]} and {name} share memory, and the copy that training takes would not. Let both "
+                    "be one nn.Parameter, or compute one from the other where it is used"
                 )
             if span.end <= furthest[0].end:
                 continue

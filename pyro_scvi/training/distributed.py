@@ -379,9 +379,9 @@ class ProcessGroup(Processes):
             if not isinstance(error, distributed.DistError) and not _CONNECTION_ERROR.search(str(error)):
                 raise
             raise FitError(
-                f"rank {self.rank} of {self.size} could not go on with the others ({_reason(error)}): one of them was "
-                "lost, and says itself why if it could. With a checkpoint, start again with resume=True and any number "
-                "of ranks"
+                f"rank {self.rank} of {self.size} lost contact with the others ({_reason(error)}): one of them "
+                "failed; see its own message. With a checkpoint, start again with resume=True and any number of "
+                "ranks"
             ) from error
 
 

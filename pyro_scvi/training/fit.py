@@ -12,6 +12,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.indexing import split_at_random
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import CheckpointError, FitError, ModelError
 from pyro_scvi.guides.amortized import DiagonalNormal
@@ -29,11 +30,13 @@ from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import noted_interrupts
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.random_state import seeded
 
 WATCHED = 2048  # held-out cells at most that are evaluated after every epoch
 
 
+@switches_checked
 def fit(
     model: SCVI,
     cells: Cells,
@@ -168,6 +171,7 @@ def fit(
     UserWarning
         If the learning rate was halved because the loss was not finite (``settings["halvings"]``), or if SIGINT or
         SIGTERM ended the run early (``settings["interrupted"]``); the Fit is then that of the epochs that had ended.
+        If a batch, category or label of the cells' schema has no training cell.
 
     Notes
     -----
@@ -212,6 +216,8 @@ def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOption
     options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     options.ranks.require_own_gpus(options.device)
     train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
+    if not model.trained:  # a model that was may know them
+        cells.warn_of_untrained(train_rows)
     options = options.for_cells(len(train_rows))
     check_elbo(guide, options.elbo, options.kl_weight, options.epochs)
     data = _on_device(cells, train_rows, held_out, options)
@@ -230,7 +236,7 @@ def _held_out(
         return np.arange(cells.n_cells), (validation, evenly_spaced(WATCHED, validation.n_cells).numpy())
     if not validation:
         return np.arange(cells.n_cells), None
-    train, held_out = cells.split_rows(held_out=validation, seed=seed)
+    train, held_out = split_at_random(cells.n_cells, validation, seed)
     return train, (cells, held_out[evenly_spaced(WATCHED, len(held_out)).numpy()])
 
 

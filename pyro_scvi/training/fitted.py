@@ -113,16 +113,20 @@ class Fit:
         Raises
         ------
         CheckpointError
-            If the directory holds something else than a saved fit, or cannot be written. What was there is intact then.
+            If the directory holds something else than a saved fit, cannot be written, or another process writes there.
+            What was there is intact then.
             Also if the global latents are at draws of your own: save the fit that they were made for, and the draws.
         """
         if isinstance(self.guide.weights, GlobalDraws):
             raise CheckpointError(
-                "the global latents of this fit are at draws of your own, which a save has no place for: save the fit "
-                "that with_globals was called on, and the draws by themselves"
+                "the global latents of this fit are set to draws of your own, which a save does not hold. Save "
+                "the fit that with_globals was called on, and save the draws separately"
             )
         facts = facts_of(self.model, self.guide, self.history, self.schema, self.settings)
-        archive.write(archive.folder(path), archive.Content("fit", facts, states_of(self.model, self.guide)))
+        target = archive.folder(path)
+        archive.check_replaceable(target, "fit")
+        with archive.alone(target):
+            archive.write(target, archive.Content("fit", facts, states_of(self.model, self.guide)))
 
     def __repr__(self) -> str:
         return "Fit\n" + "\n".join(f"  {name}: {fact}" for name, fact in self._facts().items())

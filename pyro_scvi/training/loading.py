@@ -25,6 +25,9 @@ from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit
 
+NUMBERS = {"epochs", "batch_size", "seed", "n_cells", "held_out_loss"}
+"""Settings that are numbers, in whatever version wrote them."""
+
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -68,7 +71,7 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # what constructors raise for arguments that this version does not write
-        raise CheckpointError(f"the save {source} does not fit together: {error}") from error
+        raise CheckpointError(f"the save {source} is inconsistent: {error}") from error
 
 
 def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) -> Fit:
@@ -77,10 +80,11 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     with limited_by(content.tensors):
         model = build_sized(facts["model"], None, content.tensors) if model is None else model
         guide = build_sized(facts["guide"], model, content.tensors) if guide is None else guide
-    if not isinstance(facts["settings"], dict):
-        raise CheckpointError("its settings are no mapping of names to values")
+    _check_settings(facts["settings"])
     if not (isinstance(model, SCVI) and isinstance(guide, Guide)):
-        raise CheckpointError(f"it holds a {type(model).__name__} and a {type(guide).__name__}, no model and guide")
+        raise CheckpointError(
+            f"it holds a {type(model).__name__} and a {type(guide).__name__}, not a model and a guide"
+        )
     if guide.model is not model:
         raise CheckpointError(
             "the guide was made for another model; make it with this one, as in DiagonalNormal(model)"
@@ -96,3 +100,12 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     put_states(own_model, own_guide, tensors)
     own_model.trained = True
     return made
+
+
+def _check_settings(settings: Any) -> None:
+    """Refuse settings that are no mapping, or in which a number that this package reads is none."""
+    if not isinstance(settings, dict):
+        raise CheckpointError("its settings are not a mapping of names to values")
+    for name in NUMBERS & settings.keys():
+        if type(settings[name]) not in (int, float):
+            raise CheckpointError(f"its settings have {repr(settings[name])[:60]} as {name}, which is not a number")

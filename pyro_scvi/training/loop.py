@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,13 +17,22 @@ from torch import Tensor
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guides.base import Guide
+from pyro_scvi.guides.packaged import is_packaged
+from pyro_scvi.guides.supported import conditional
 from pyro_scvi.inference.compiled import NotCompiled, Recorded
 from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
 from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.training.checkpoint import Checkpoints
-from pyro_scvi.training.checks import TemperedLatents, check_gradients, check_sites, unique_parameters
+from pyro_scvi.training.checks import (
+    OtherSite,
+    SameSites,
+    TemperedLatents,
+    check_gradients,
+    check_sites,
+    unique_parameters,
+)
 from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
 from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
@@ -123,6 +133,13 @@ class Trainer:
         KeyboardInterrupt
             If a signal comes before the first epoch has ended, or comes twice.
         """
+        try:
+            self._train()
+        finally:
+            if self.checkpoints:
+                self.checkpoints.end()
+
+    def _train(self) -> None:
         state, epochs = self.state, self.options.epochs
         try:
             self._begin()
@@ -202,7 +219,7 @@ class Trainer:
             raise self._cannot_score(error) from error
         row["held_out_loss"], row["kl"] = self.evaluate(self.data.held_out or self.data.train, epoch)
         if not state.finite or (self.guide.amortized and _implausible(row["held_out_loss"], row["kl"])):
-            raise Diverged(f"parameters or held-out bound were no numbers after epoch {epoch + 1}", trained=True)
+            raise Diverged(f"parameters or the held-out bound were NaN after epoch {epoch + 1}", trained=True)
         if self.data.held_out is None:
             row["held_out_loss"] = math.nan
         (seconds,) = ranks.sum(time.perf_counter() - started)
@@ -216,7 +233,7 @@ class Trainer:
     def _roll_back(self, failure: Diverged) -> None:
         """Go back to the last good state and halve the learning rate, if that can help."""
         state, rate, epoch = self.state, self.state.learning_rate, len(self.state.rows)
-        _log.info("%s, at learning rate %.2g: back to the end of epoch %d", failure, rate, epoch)
+        _log.info("%s, at learning rate %.2g: training goes back to the end of epoch %d", failure, rate, epoch)
         if failure.trained and state.halvings < HALVINGS:
             state.halve()
             return
@@ -239,9 +256,9 @@ class Trainer:
         state.finish()
         if after > before or _implausible(after, kl):
             raise FitError(
-                f"the loss was NaN or infinite {state.halvings} times, and what was learned at half the learning rate "
-                f"each time explains cells worse than the untrained model, {after:.1f} against {before:.1f} nats per "
-                "cell: try a smaller learning_rate"
+                f"the loss was NaN or infinite {state.halvings} times, the learning rate was halved each time, "
+                f"and the fitted model still explains cells worse than the untrained one ({after:.1f} against "
+                f"{before:.1f} nats per cell). Try a smaller learning_rate"
             )
 
     def epoch(self, tempered: TemperedLatents, epoch: int) -> float:
@@ -277,11 +294,32 @@ class Trainer:
         tempers = tempered.weight != 1
         by_programs = checked or tempers or self.data.is_rest(step)
         take = self.gradients.of_programs if by_programs else self.gradients.recorded
-        with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext():
+        same = self._same_sites()
+        with self._validation(checked, x), self._execution(checked), tempered if tempers else nullcontext(), same:
             loss = take(x, gamma, len_all=self.data.sizes[step], **given)
         if checked:
             check_gradients(self.model, self.guide)
         return loss
+
+    @cached_property
+    def _sites(self) -> SameSites | None:
+        """What every step must have sampled; None if the program is one whose sites never change."""
+        known = self.guide.coordinates
+        latents = {*known.local, *self.guide.weights.supports}
+        return None if is_packaged(self.model) else SameSites(latents, known.enumerated)
+
+    @contextmanager
+    def _same_sites(self) -> Iterator[None]:
+        """Refuse a step with other sites than the guide's."""
+        if self._sites is None:
+            yield
+            return
+        try:
+            with self._sites:
+                yield
+        except OtherSite as error:
+            raise conditional(str(error)) from error
+        self._sites.require()
 
     @staticmethod
     @contextmanager

@@ -19,6 +19,7 @@ from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.likelihoods.library_size import SizeFactor
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
+from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
@@ -75,6 +76,7 @@ class TrainingOptions:
         options = replace(self, device=resolve_device(self.device))
         _check_validation(self.validation)
         _check_cells(model, cells, self.validation)
+        _check_head_sd(model, self.head_sd)
         _check_precision(self.dtype, self.autocast)
         require_precision(options.device, self.dtype)
         if not isinstance(self.ranks, Processes):
@@ -156,8 +158,8 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
         for name, place in cells.columns.items():
             if place == columns and name not in cells.schema.ordered:
                 raise SchemaError(
-                    f"a prior takes the categories of {name!r} for steps in time, and they are words without an order: "
-                    f"make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
+                    f"a prior uses the categories of {name!r} as steps in time, and they are words without an "
+                    f"order: make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
                 )
     if isinstance(held_out, Cells) and held_out.schema != cells.schema:
         raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
@@ -170,6 +172,14 @@ def _check_validation(validation: Any) -> None:
     if not isinstance(validation, Cells) and not (is_number and validation >= 0 and (whole or validation < 1)):
         raise ModelError(
             f"validation must be a share from 0 to below 1, an int number of cells, or Cells; got {brief(validation)}"
+        )
+
+
+def _check_head_sd(model: SCVI, head_sd: float | None) -> None:
+    if head_sd is not None and not (isinstance(model.decoder, Decoder) and model.decoder.head_weights()):
+        raise ModelError(
+            f"head_sd is a prior of the heads of the default decoder, which {type(model.decoder).__name__} does not "
+            "have, or has as latents: leave head_sd out, and give weights a prior by weight_priors"
         )
 
 
@@ -192,12 +202,13 @@ def _check_precision(dtype: Any, autocast: Any) -> None:
     if autocast is not None and dtype != torch.float32:
         raise ModelError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
     if autocast not in (None, torch.bfloat16):
-        raise ModelError(f"autocast must be None or torch.bfloat16, got {autocast!r}: other types lose the gradients")
+        raise ModelError(
+            f"autocast must be None or torch.bfloat16, got {autocast!r}: gradients are not accurate "
+            "enough in other types"
+        )
 
 
 def _check_compiled(compiled: Any, elbo: Any) -> None:
-    if not isinstance(compiled, bool):
-        raise ModelError(f"compiled must be True or False, got {brief(compiled)}")
     if compiled and elbo is not None:
         raise ModelError(f"compiled=True is for elbo=None, got elbo={elbo!r}")
 

@@ -30,7 +30,7 @@ class Interrupts:
         if self.received:
             raise KeyboardInterrupt(f"{name} after {self.received}: training stopped at once")
         self.received = name
-        _log.warning("%s: training ends after the running step; once more ends it at once", name)
+        _log.warning("%s: training ends after the running step; send the signal again to stop at once", name)
 
     def note_another_rank(self) -> None:
         """Note a signal to another of the processes that train together: all end after the same step."""

@@ -1,13 +1,22 @@
 """Checks of simple arguments, and warnings that name the caller's line."""
 
+import contextlib
+import inspect
 import math
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from numbers import Integral, Real
 from types import FrameType, UnionType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pyro_scvi.errors import FitError, ModelError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SWITCH = (bool, "bool")  # annotations, which some modules keep as text
 
 
 def require_at_least(least: int, /, **named: int) -> None:
@@ -66,6 +75,33 @@ def require_seed(seed: Any) -> None:
         raise ModelError(f"seed must be an integer from 0 to 2**63 - 1, got {brief(seed)}")
 
 
+def require_switches(**named: Any) -> None:
+    """Refuse arguments that are neither True nor False: "no" would count as True.
+
+    Raises
+    ------
+    ModelError
+        If one is refused; names the argument.
+    """
+    for name, value in named.items():
+        if not isinstance(value, bool):
+            raise ModelError(f"{name} must be True or False, got {brief(value)}")
+
+
+def switches_checked(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, which first refuses what is neither True nor False for its arguments that are ``bool``."""
+    signature = inspect.signature(function)
+    places = {name: i for i, (name, each) in enumerate(signature.parameters.items()) if each.annotation in _SWITCH}
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = {name: args[i] for name, i in places.items() if i < len(args)}
+        require_switches(**given, **{name: kwargs[name] for name in places if name in kwargs})
+        return function(*args, **kwargs)
+
+    return checked
+
+
 def require_kind(value: Any, kind: type | UnionType, name: str, example: str) -> None:
     """Refuse a value that is no object of this kind, such as a class or a string.
 
@@ -99,6 +135,9 @@ def warn(text: str) -> None:
 
 
 def _is_ours(frame: FrameType) -> bool:
+    """Whether a call is inside the package, or in the library that enters its ``with`` blocks."""
+    if frame.f_globals.get("__name__") == contextlib.__name__:
+        return True
     return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
 
 

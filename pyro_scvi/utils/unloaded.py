@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pyro_scvi.utils.disk.publishing import signals_deferred
+
 
 def names_to_check(file: str) -> dict[str, tuple[str, str]]:
     """Module and name of all that a file imports under ``if TYPE_CHECKING``, by the name that it gets there."""
@@ -28,7 +30,9 @@ def docstring(module: str, function: str) -> str:
 
 
 def _tree(file: str) -> ast.Module:
-    return ast.parse(Path(file).read_text(encoding="utf-8"))
+    text = Path(file).read_text(encoding="utf-8")
+    with signals_deferred():  # in Python 3.11 Ctrl-C in the midst of this is a SystemError
+        return ast.parse(text)
 
 
 def _is_type_checking(test: ast.expr) -> bool:

@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import gammaln
 
 import pyro_scvi as ps
-from pyro_scvi.errors import CheckpointError, ModelError
+from pyro_scvi.errors import CheckpointError, DataError, ModelError
 from pyro_scvi.program import cells_plate, check_inputs, register
 from tests.support.toys import N_GENES, Cluster, cells_of, fit_of, grid_of, on_line, toy
 
@@ -270,15 +270,32 @@ def test_given_draws_that_do_not_fit_are_refused():
 
     z = np.zeros((3, 4, 1))
     refused("3 draws of each cell, and 5 are asked for", {"z": z}, samples=5)
-    refused("no draws .* of 2 cells", {"z": z}, cells=cells.take([0, 1]))
+    refused(r"draws must have shape .* with 2 cells", {"z": z}, cells=cells.take([0, 1]))
     refused(r"\['z'\] are missing", {"y": z})
     refused("must be .samples, cells. and an event", {"z": np.zeros((3, 4, 2))})
     named = xr.Dataset({"z": (("sample", "cell", "latent"), z)}, {"cell": ["a", "b", "c", "d"]})
-    refused("no draws of 4 cells, such as 'cell_0'", named)
+    others = ps.Cells.from_counts(cells.counts, cell_names=["e", "f", "g", "h"])
+    with pytest.raises(DataError, match="the draws has no row for 4 of the 4 cells, such as 'e'"):
+        ps.sample_posterior(fit, others, samples=3, sampler=ps.Given(named), progress=False)
     with pytest.raises(ModelError, match="dimensions"):
         ps.Given(xr.Dataset({"z": (("a", "b"), np.zeros((2, 2)))}))
     with pytest.raises(ModelError, match="draws of the cells that it was made for"):
         ps.calibrate(fit, 4, sampler=ps.Given({"z": z}), draws=19, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:cell names occur more than once")
+def test_draws_of_cells_that_share_a_name_are_told_apart_by_their_order_or_refused():
+    counts = np.arange(4 * N_GENES).reshape(4, N_GENES) + 1
+    cells = ps.Cells.from_counts(counts, cell_names=["same", "same", "c", "d"])
+    fit = fit_of(toy())
+    z = np.random.default_rng(0).normal(size=(3, 4, 1))
+    named = xr.Dataset({"z": (("sample", "cell", "latent"), z)}, {"cell": list(cells.cell_names)})
+    options = {"samples": 3, "sampler": ps.Given(named), "progress": False}
+    np.testing.assert_array_equal(ps.sample_posterior(fit, cells, **options).z, z)
+    np.testing.assert_array_equal(ps.sample_posterior(fit, cells.take([3, 2]), **options).z, z[:, [3, 2]])
+    for rows in ([0, 1, 3, 2], [1, 2]):
+        with pytest.raises(DataError, match="the draws names rows more than once, such as 'same'"):
+            ps.sample_posterior(fit, cells.take(rows), **options)
 
 
 def test_cells_with_the_same_counts_are_told_by_their_covariates():

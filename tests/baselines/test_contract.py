@@ -195,7 +195,9 @@ def test_columns_of_a_data_frame_are_matched_by_name(case):
     expected = case.answers(frame, method)
     for name, found in case.answers(frame[names[::-1]], method).items():
         np.testing.assert_array_equal(found, expected[name], name)
-    with pytest.raises(DataError, match="1 genes of the fit are no columns of counts, the first of them 'gene 3'"):
+    with pytest.raises(
+        DataError, match="1 genes of the fit are missing from the columns of counts, the first of them 'gene 3'"
+    ):
         case.answers(frame.rename(columns={"gene 3": "other"}), method)
     method.fit(COUNTS)  # a fit without names asks for none
     assert not hasattr(method, "feature_names_in_")

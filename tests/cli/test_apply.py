@@ -386,7 +386,7 @@ def test_de_errors_name_what_exists(folder, query, tmp_path, monkeypatch):
     line = one_line(run("de", folder, query, *column, "--group-a", "1", "--group-b", "nope", *out))
     assert "the groups are ['1', '2']" in line
     assert "name two of" in one_line(run("de", folder, query, *column, "--group-a", "1", "--group-b", "1", *out))
-    assert "group_b without group_a" in one_line(run("de", folder, query, *column, "--group-b", "1", *out))
+    assert "--group-b without --group-a" in one_line(run("de", folder, query, *column, "--group-b", "1", *out))
     monkeypatch.setattr(de, "MOST_GROUPS", 20)
     assert "30 groups" in one_line(run("de", folder, query, "--groupby", "age", *out))
     assert not (tmp_path / "out").exists()

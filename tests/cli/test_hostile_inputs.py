@@ -66,6 +66,18 @@ def raw(file, target):
 LINKS = (external, hidden, virtual, raw)
 
 
+def test_a_link_behind_a_name_that_is_no_text_is_refused(fit_folder, place):
+    path = place / "in" / "in.h5ad"
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        obs = file["obs"]
+        obs.id.links.create_external(b"\xff", str(place / "secret.h5").encode(), b"/")
+        file.id.links.create_soft(b"X", b"/obs/\xff/x")
+    assert "is not text in UTF-8" in one_line(run("embed", fit_folder, path, "--out", place / "out.h5ad"))
+    with pytest.raises(ps.errors.DataError, match="is not text in UTF-8"):
+        ps.stores.build(path, place / "store", progress=False)
+
+
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("absolute", [True, False])
 def test_links_to_other_folders_are_refused(fit_folder, place, link, absolute):
@@ -191,3 +203,39 @@ def test_infer_says_notes_as_the_other_commands(fit_folder, place):
     result = succeed("infer", fit_folder, path, "--out", place / "o.zarr", "--no-progress")
     assert result.stderr.startswith("note: uns/more of")
     assert all(line.isprintable() for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("out", ["de", "de.csv"])
+def test_names_do_not_reach_a_terminal_by_tables_and_pages(fit_folder, tmp_path, out):
+    adata = make_adata()
+    adata.obs["kind"] = np.where(np.arange(60) % 2, "\x1b[31mred", "\x9b2J\x00")
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    succeed("de", fit_folder, tmp_path / "in.h5ad", "--groupby", "kind", "--out", tmp_path / out)
+    written = [path for path in (tmp_path / out).glob("*.[ch]*")] or [tmp_path / out]
+    for path in written:
+        text = path.read_text()
+        assert r"\x1b[31mred" in text
+        assert not {"\x1b", "\x9b", "\0"} & set(text)
+
+
+@pytest.mark.parametrize("out", ["reference.h5ad", "link.h5ad", "sub/../reference.h5ad"])
+def test_a_reference_is_an_input_and_stays(fit_folder, tmp_path, out):
+    reference = make_adata()
+    (tmp_path / "sub").mkdir()
+    reference.write_h5ad(tmp_path / "reference.h5ad")
+    (tmp_path / "link.h5ad").symlink_to(tmp_path / "reference.h5ad")
+    make_adata().write_h5ad(tmp_path / "in.h5ad")
+    before = (tmp_path / "reference.h5ad").read_bytes()
+    command = ("embed", fit_folder, tmp_path / "in.h5ad", "--space", "expression", "--force", "--out", tmp_path / out)
+    assert "is the input" in one_line(run(*command, "--beside", tmp_path / "reference.h5ad"))
+    assert (tmp_path / "reference.h5ad").read_bytes() == before
+
+
+@pytest.mark.parametrize("state", ["out", "out/state", "out/fit", ".", "link/state"])
+def test_a_checkpoint_that_results_would_replace_is_refused(tmp_path, state):
+    make_adata().write_h5ad(tmp_path / "in.h5ad")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    refused = run("fit", tmp_path / "in.h5ad", "--out", tmp_path / "out", "--checkpoint", tmp_path / state)
+    assert refused.exit_code == 2
+    assert "--checkpoint" in refused.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "link"]

@@ -277,7 +277,7 @@ def test_errors_are_one_line(source, tmp_path):
     assert "for --labels" in one_line(run("fit", source, *out, "--labels", "nope"))
     assert "no column 'nope'" in one_line(run("fit", source, *out, "--batch", "nope"))
     assert "pass --batch" in one_line(run("fit", source, *out, "--dispersion", "gene-batch"))
-    assert "n_latent >= 2" in one_line(run("fit", source, *out, "--prior", "flow", "--n-latent", 1))
+    assert "--n-latent >= 2" in one_line(run("fit", source, *out, "--prior", "flow", "--n-latent", 1))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ import pytest
 from anndata import AnnData
 
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.model import SCVI
+from pyro_scvi.training.fit import fit
 
 N = 120
 COUNTS = np.random.default_rng(0).poisson(3.0, (N, 4)) + 1
@@ -65,7 +68,7 @@ def test_numbers_of_any_type_are(values):
 
 
 def test_a_second_column_of_categories_is_told_where_it_belongs():
-    with pytest.raises(DataError, match=r"joined into one: obs\['a'\]\.astype\(str\)"):
+    with pytest.raises(DataError, match=r"into one: obs\['a'\]\.astype\(str\)"):
         read(batch="donor", donor=["x", "y"] * 60, chemistry=pd.Categorical(["v2", "v3", "v3"] * 40))
 
 
@@ -160,6 +163,31 @@ def test_a_batch_that_is_held_out_as_a_whole_is_told():
     cells.take(train).split(0.1, seed=3)  # batches that were not there before are not lost here
 
 
+@pytest.mark.parametrize("role", ["categories", "labels"])
+def test_a_category_or_label_that_is_held_out_as_a_whole_is_told(role):
+    rows = read(x=SHARE).split_rows(0.1, seed=3)[1]
+    adata = make_adata(donor=["x", "y"] * 60, kind=np.where(np.isin(np.arange(N), rows), "rare", "usual"))
+    cells = Cells.from_anndata(adata, batch="donor", **{role: ["kind"] if role == "categories" else "kind"})
+    what = "category" if role == "categories" else "label"
+    told(lambda: cells.split(0.1, seed=3), f"all cells of {what} 'rare' .*'kind'.* are held out")
+    told(lambda: short_fit(cells, validation=0.1, seed=3), f"{what} 'rare' .*'kind'.* has no training cell")
+
+
+@pytest.mark.parametrize("validation", [0, 0.2, "the others"])
+def test_what_no_training_cell_has_is_told_by_fit(validation):
+    """Cells of one donor, with the schema of both, whatever watches them."""
+    cells = read(batch="donor", donor=["x", "y"] * 60)
+    ours, theirs = (cells.take(cells.obs["donor"] == name) for name in "xy")
+    watching = theirs if validation == "the others" else validation
+    told(lambda: short_fit(ours, validation=watching), "batch 'y' .*'donor'.* has no training cell")
+    short_fit(cells, validation=theirs)  # a warning is an error here
+
+
+def short_fit(cells, **options):
+    model = SCVI(cells.n_genes, 2, cells.n_covariates, n_hidden=4, n_layers=1)
+    return fit(model, cells, epochs=1, progress=False, device="cpu", **options)
+
+
 def test_more_cells_held_out_than_kept_are_no_split_for_training():
     cells = read(batch="donor", donor=["x"] * 110 + ["y"] * 10)
     cells.split(0.999)
@@ -217,6 +245,70 @@ def test_the_same_unit_is_not(values):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Cells.from_anndata(of_share(values), schema=SCHEMA)
+
+
+AGE = np.random.default_rng(2).normal(50, 9, N)
+
+
+@pytest.mark.parametrize("change", [lambda age: age / 12, lambda age: age + 40, lambda age: -age / 10])
+def test_a_query_of_which_half_lies_outside_is_told(change):
+    """Years for months: every cell lies 5 standard deviations from the mean."""
+    schema = read(age=AGE).schema
+    query = make_adata(60, age=change(AGE[:60]))
+    told(lambda: Cells.from_anndata(query, schema=schema), "in another unit, .* or years for months")
+
+
+def test_a_unit_whose_values_lie_among_those_of_the_fit_cannot_be_seen():
+    schema = read(age=np.random.default_rng(2).gamma(2, 10, N)).schema
+    Cells.from_anndata(make_adata(60, age=np.linspace(10, 70, 60) / 2), schema=schema)
+
+
+# --- size factors ---
+
+TOTALS = COUNTS.sum(1)
+
+
+def sized(sizes, counts=COUNTS, schema=None):
+    obs = pd.DataFrame({"size": sizes}, index=[f"c{i}" for i in range(len(counts))])
+    adata = AnnData(counts.astype(np.float32), obs, pd.DataFrame(index=list("abcd")))
+    options = {"size_factor": "size"} if schema is None else {"schema": schema}
+    return Cells.from_anndata(adata, **options)
+
+
+SIZED = sized(TOTALS / np.median(TOTALS))
+
+OTHER_UNITS = {
+    "totals for totals over their median": (TOTALS, COUNTS),
+    "shares of 10,000": (TOTALS / 1e4, COUNTS),
+    "over the median of a deeper query": (TOTALS / np.median(TOTALS), COUNTS * 5),
+    "of one cell": (TOTALS[:1], COUNTS[:1]),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_UNITS.values(), ids=OTHER_UNITS)
+def test_size_factors_in_another_unit_are_told(change):
+    told(lambda: sized(*change, schema=SIZED.schema), r"'size' are in another unit .*: a cell of size factor 1 has")
+
+
+def test_size_factors_in_the_same_unit_are_not():
+    for counts in (COUNTS, COUNTS * 7, COUNTS[:1], COUNTS[:, ::-1]):
+        sized(counts.sum(1) / np.median(TOTALS), counts, schema=SIZED.schema)
+    factor = 2.0 ** np.random.default_rng(4).normal(size=N)  # sizes that are not the totals
+    rough = sized(TOTALS * factor)
+    sized(TOTALS / factor, schema=rough.schema)
+
+
+def test_the_unit_of_size_factors_is_kept_in_a_schema():
+    kept = Schema.from_dict(SIZED.schema.to_dict())
+    assert kept == SIZED.schema
+    told(lambda: sized(TOTALS, schema=kept), r"obs\['size'\] \* 0\.0\d+ has their unit")
+    earlier = {name: value for name, value in SIZED.schema.to_dict().items() if name != "size_unit"}
+    sized(TOTALS, schema=Schema.from_dict(earlier))  # nothing is known of its unit
+    few = AnnData(COUNTS[:, :1].astype(np.float32), make_obs(N, 1.0).assign(size=TOTALS / np.median(TOTALS)))
+    few.var_names = ["a"]
+    told(
+        lambda: Cells.from_anndata(few, schema=SIZED.schema, fill_missing_genes=True), "3 are filled with zeros"
+    )  # counts of missing genes say nothing of the unit
 
 
 def test_a_covariate_that_one_cell_makes_constant_is_refused():

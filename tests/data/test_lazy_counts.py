@@ -224,7 +224,7 @@ def test_what_cannot_stay_in_place(tmp_path):
     with pytest.raises(DataError, match="Use Cells.take"):
         Cells.from_anndata(file[:5], backed=True)
     file.file.close()
-    with pytest.raises(DataError, match=r"no matrix on disk .*without backed=True"):
+    with pytest.raises(DataError, match=r"not a matrix on disk .*without backed=True"):
         Cells.from_anndata(adata, backed=True)
     with pytest.raises(DataError, match="a backed AnnData or an AnnCollection, got ndarray"):
         Cells.from_anndata(np.ones((3, 3)), backed=True)

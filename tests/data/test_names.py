@@ -13,7 +13,7 @@ from anndata.experimental import AnnCollection
 import pyro_scvi as ps
 from pyro_scvi.analysis.differential.labels import labels_of
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.names import is_numbering, is_shuffled_numbering, positions_of
+from pyro_scvi.data.names import is_numbering, positions_of
 from pyro_scvi.errors import DataError, SchemaError
 
 N, G = 12, 4
@@ -40,7 +40,6 @@ def test_numbers_of_rows_are_no_names(names):
 @pytest.mark.parametrize("names", [[1, 2, 3], [1, 0, 2], ["a"], ["0", "2"]])
 def test_other_numbers_and_words_are(names):
     assert not is_numbering(names)
-    assert is_shuffled_numbering(pd.Index(names)) == (names == [1, 0, 2])
 
 
 # --- counts and their annotations ---
@@ -55,7 +54,7 @@ def test_names_of_a_data_frame_are_kept():
     assert list(plain.cell_names[:2]) == ["cell_0", "cell_1"]
 
 
-@pytest.mark.parametrize("index", [CELLS, range(100, 100 + N), [str(i) for i in range(N)]])
+@pytest.mark.parametrize("index", [CELLS, range(100, 100 + N), [f"cell_{i}" for i in range(N)]])
 def test_annotations_in_another_order_are_matched_by_name(index):
     obs = OBS.set_axis(list(index))
     for counts, names in ((FRAME.set_axis(list(index)), None), (COUNTS, list(index))):
@@ -83,6 +82,57 @@ def test_a_frame_that_was_shuffled_and_annotations_that_were_not_are_refused():
     unnamed = pd.DataFrame(COUNTS, columns=GENES).iloc[ORDER]
     with pytest.raises(DataError, match="obs has no row for 12"):
         Cells.from_counts(unnamed, obs=OBS)
+
+
+# --- numbers in two orders: of the cell of that number, or in that place ---
+
+NUMBERED = pd.DataFrame(COUNTS, columns=GENES)  # 0, 1, 2, ... where names were lost
+NUMBERED_OBS = OBS.reset_index(drop=True)
+
+
+def shuffled_cells():
+    """Cells that carry their numbers of before, and a table that is numbered anew."""
+    return Cells.from_counts(NUMBERED.iloc[ORDER], obs=NUMBERED_OBS.iloc[ORDER])
+
+
+IN_TWO_ORDERS = {
+    "groupby": lambda: labels_of(shuffled_cells(), NUMBERED_OBS["kind"]),
+    "groupby, sorted": lambda: labels_of(Cells.from_counts(NUMBERED), NUMBERED_OBS["kind"].iloc[ORDER]),
+    "groupby, after take": lambda: labels_of(Cells.from_counts(NUMBERED).take(ORDER), NUMBERED_OBS["kind"]),
+    "groupby, from 1": lambda: labels_of(
+        Cells.from_counts(NUMBERED.set_axis(range(1, N + 1)).iloc[ORDER]),
+        NUMBERED_OBS["kind"].set_axis(range(1, N + 1)),
+    ),
+    "obs": lambda: Cells.from_counts(NUMBERED.iloc[ORDER], obs=NUMBERED_OBS),
+    "obs, sorted": lambda: Cells.from_counts(NUMBERED, obs=NUMBERED_OBS.iloc[ORDER]),
+    "a mask": lambda: shuffled_cells().take(NUMBERED_OBS["kind"] == "T"),
+    "labels of a picture": lambda: ps.plots.embedding(PLACES, NUMBERED_OBS["kind"].iloc[ORDER]),
+    "labels of a named picture": lambda: ps.plots.embedding(pd.DataFrame(PLACES).iloc[ORDER], NUMBERED_OBS["kind"]),
+    "a baseline": lambda: ps.baselines.Wilcoxon().test(NUMBERED.iloc[ORDER], NUMBERED_OBS["kind"]),
+}
+
+
+@pytest.mark.parametrize("call", IN_TWO_ORDERS.values(), ids=IN_TWO_ORDERS)
+def test_numbers_in_two_orders_are_refused(call):
+    with pytest.raises(DataError, match=r"numbers instead of names, in two orders.*as \.to_numpy\(\)"):
+        call()
+
+
+def test_numbers_in_one_order_are_positions_and_further_rows_are_found_by_number():
+    cells = shuffled_cells()
+    assert list(labels_of(cells, NUMBERED_OBS["kind"].iloc[ORDER])) == list(KIND[ORDER])
+    assert list(labels_of(cells, KIND[ORDER])) == list(KIND[ORDER])
+    assert list(labels_of(cells.take([4, 1]), NUMBERED_OBS["kind"])) == list(KIND[ORDER][[4, 1]])
+
+
+def test_a_name_that_two_cells_share_is_matched_with_no_row():
+    """Two lanes with the same barcodes, and the labels of one of them."""
+    with pytest.warns(UserWarning, match="cell names occur more than once"):
+        cells = Cells.from_counts(COUNTS, cell_names=["x", "x", *CELLS[2:]])
+    with pytest.raises(DataError, match="the list of cells names rows more than once, such as 'x'"):
+        labels_of(cells, pd.Series(KIND[1:], index=["x", *CELLS[2:]]))
+    extra = pd.Series(["T", "T", *KIND], index=["y", "y", *CELLS])  # a name that no cell has may occur twice
+    assert list(labels_of(make_cells(), extra)) == list(KIND)
 
 
 def test_names_that_are_given_twice_must_agree():
@@ -165,7 +215,21 @@ def test_genes_that_match_by_number_are_told(fitted, query):
     assert {each.filename for each in caught if "numbers" in str(each.message)} == {__file__}
 
 
-@pytest.mark.parametrize("names", [["7157", "672", "675", "1017"], ["g0", "g1", "g2", "g3"], [1, 2, 3, 4]])
+@pytest.mark.parametrize("form", ["{}", "V{}", "X{}", "gene_{}"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("order", [range(G), [3, 1, 0, 2]])
+def test_genes_that_tools_number_are_told(form, first, order):
+    names = [form.format(i + first) for i in range(G)]
+    schema = Cells.from_anndata(of_genes(names)).schema
+    query = of_genes([names[i] for i in order])
+    if form == "gene_{}" and order == range(G):  # of simulated data, mostly
+        Cells.from_anndata(query, schema=schema)  # a warning is an error here
+        return
+    with pytest.warns(UserWarning, match=f"genes are named by numbers .'{names[0]}'"):
+        Cells.from_anndata(query, schema=schema)
+
+
+@pytest.mark.parametrize("names", [["7157", "672", "675", "1017"], ["g0", "g1", "g2", "g3"], ["V1", "X2", "V3", "X4"]])
 def test_genes_with_names_of_digits_are_not(names):
     schema = Cells.from_anndata(of_genes(names)).schema
     Cells.from_anndata(of_genes(names[::-1]), schema=schema)  # a warning is an error here
@@ -224,7 +288,7 @@ def test_labels_of_part_of_the_cells():
 
 def test_labels_of_other_cells_are_refused():
     other = shuffled().set_axis([f"{name}x" for name in shuffled().index])
-    with pytest.raises(DataError, match=r"groupby has no row for 12 .*as \.to_numpy\(\)"):
+    with pytest.raises(DataError, match=r"groupby has no row for 12 .*without names: \.to_numpy\(\)"):
         labels_of(make_cells(), other)
     assert list(labels_of(make_cells(), other.to_numpy())) == list(KIND[ORDER])
     with pytest.raises(DataError, match="12 cells, got 3"):
@@ -236,7 +300,7 @@ def test_labels_of_other_cells_are_refused():
 def test_labels_for_cells_without_names():
     cells = Cells.from_counts(COUNTS)
     assert list(labels_of(cells, shuffled().sort_index())) == list(shuffled().sort_index())
-    with pytest.raises(DataError, match="groupby has no row"):
+    with pytest.raises(DataError, match="groupby and the cells have numbers"):
         labels_of(cells, pd.Series(KIND).iloc[ORDER])  # numbered in another order
     assert list(labels_of(cells.take([3, 7]), pd.Series(KIND, index=[f"cell_{i}" for i in range(N)]))) == ["T", "B"]
 
@@ -314,7 +378,7 @@ def test_labels_in_pictures_are_matched_by_name(latent):
 
 def test_labels_for_an_array_are_taken_in_order_unless_they_are_seen_to_be_in_another():
     assert drawn(PLACES, pd.Series(KIND, index=CELLS)) == EXPECTED
-    assert drawn(PLACES, pd.Series(KIND).iloc[ORDER]) == EXPECTED  # the numbers of rows, in another order
+    assert drawn(PLACES, pd.Series(KIND).iloc[ORDER].sort_index()) == EXPECTED
     with pytest.raises(DataError, match="one value for each of the 12 cells, got 3"):
         drawn(PLACES, shuffled()[:3])
 

@@ -1,6 +1,7 @@
 """Every usual place of counts has a door: raw, layers, files, lazily read data; and what is none says where it is."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import anndata
@@ -14,7 +15,7 @@ import pyro_scvi as ps
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.count_checks import FEATURE_TYPES
 from pyro_scvi.data.stores import build
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 
 COUNTS = np.random.default_rng(0).poisson(3.0, (20, 6)) + 1
 ALL_GENES, SOME = list("abcdef"), [4, 0, 2]
@@ -80,9 +81,9 @@ def test_a_schema_remembers_raw_and_older_ones_have_none():
 def test_places_that_exclude_each_other():
     adata = make_adata()
     adata.layers["counts"] = adata.X.copy()
-    with pytest.raises(DataError, match="layer= or raw=True, not both"):
+    with pytest.raises(ModelError, match="layer= or raw=True, not both"):
         Cells.from_anndata(adata, layer="counts", raw=True)
-    with pytest.raises(DataError, match="raw must be True or False, got 'X'"):
+    with pytest.raises(ModelError, match="raw must be True or False, got 'X'"):
         Cells.from_anndata(adata, raw="X")
     with pytest.raises(DataError, match=r"its raw; pass the AnnData itself with raw=True"):
         Cells.from_anndata(adata.raw)
@@ -123,7 +124,10 @@ def test_a_store_of_a_file_without_raw(tmp_path):
 
 
 class Chunks:
-    """What a dask array of chunks is to this package, for where dask is not installed."""
+    """Stands in for a dask array of chunks: what this package asks of one, for where dask is not installed.
+
+    ``test_arrays_of_dask_itself`` and ``test_lazily_read_files`` read dask's own arrays, and skip without it.
+    """
 
     def __init__(self, rows):
         self.rows = rows
@@ -164,8 +168,16 @@ def test_a_chunk_that_is_broken_is_refused():
         Cells.from_counts(Chunks([[chunk]]))
 
 
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix])
+def test_arrays_of_dask_itself(form):
+    da = pytest.importorskip("dask.array", reason="dask, an optional package, is not installed")
+    rows = [da.from_array(COUNTS[a:b].astype(np.float32), chunks=(b - a, 6)) for a, b in ((0, 7), (7, 20))]
+    cells = Cells.from_counts(da.concatenate(rows).map_blocks(form))
+    np.testing.assert_array_equal(dense(cells), COUNTS)
+
+
 def test_lazily_read_files(tmp_path):
-    pytest.importorskip("dask")
+    pytest.importorskip("dask", reason="dask, an optional package, is not installed")
     from anndata.experimental import read_lazy
 
     adata = make_adata()
@@ -181,7 +193,20 @@ def test_lazily_read_files(tmp_path):
 # --- what is several data sets, or more than genes ---
 
 
+def test_the_one_to_take_of_real_mudata_is_named(tmp_path):
+    mudata = pytest.importorskip("mudata", reason="mudata, an optional package, is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mudata's own, on what its next version does
+        several = mudata.MuData({"prot": make_adata(), "rna": make_adata()})
+        several.write_h5mu(tmp_path / "cells.h5mu")
+    with pytest.raises(DataError, match=r"got MuData with 'prot', 'rna'; pass .* such as mdata\['rna'\]"):
+        Cells.from_anndata(several)
+    with pytest.raises(DataError, match=r"holds MuData .*mdata\['rna'\]\.write_h5ad"):
+        build(tmp_path / "cells.h5mu", tmp_path / "store", progress=False)
+
+
 def test_the_one_to_take_of_several_is_named(tmp_path):
+    """By stand-ins for MuData and its file, for where mudata is not installed."""
     several = SimpleNamespace(mod={"prot": make_adata(), "rna": make_adata()})
     with pytest.raises(DataError, match=r"with 'prot', 'rna'; pass .* such as mdata\['rna'\]"):
         Cells.from_anndata(several)
@@ -206,7 +231,7 @@ TYPES = ["Gene Expression"] * 4 + ["Antibody Capture", "CRISPR Guide Capture"]
 def test_features_that_are_no_genes_are_told(tmp_path, values):
     adata = make_adata(**{FEATURE_TYPES: values}).raw.to_adata()
     n = 2 if None not in list(values) else 1
-    text = rf"{n} of the 6 features are no genes by var\['feature_types'\]: 1 '.*adata\[:, adata"
+    text = rf"{n} of the 6 features are not genes according to var\['feature_types'\]: 1 '.*adata\[:, adata"
     with pytest.warns(UserWarning, match=text):
         cells = Cells.from_anndata(adata)
     Cells.from_anndata(adata, schema=cells.schema)  # said once, when a model is made for them

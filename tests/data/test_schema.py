@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from pyro_scvi.data.cells import Cells, Schema
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 
 COUNTS = np.random.default_rng(2).poisson(2.0, size=(24, 5)) + 1
 GENES = ["CD3E", "CD19", "NKG7", "LYZ", "PPBP"]
@@ -153,7 +153,7 @@ def test_unseen_batches_are_named_with_the_way_out():
 
 
 def test_new_batches_are_for_queries_and_of_a_column_that_is_there():
-    with pytest.raises(SchemaError, match="pass schema=fit.schema"):
+    with pytest.raises(ModelError, match="pass schema=fit.schema"):
         Cells.from_anndata(make_adata(), batch="run", allow_new_batches=True)
     adata = make_adata(run="d")
     del adata.obs["run"]
@@ -254,7 +254,7 @@ def test_covariates_beyond_numbers_are_refused(values):
 
 def test_one_column_cannot_serve_twice():
     for kwargs in ({"covariates": ["mito", "mito"]}, {"batch": "mito", "covariates": ["mito"]}):
-        with pytest.raises(DataError, match="different columns"):
+        with pytest.raises(ModelError, match="different columns"):
             Cells.from_anndata(make_adata(), **kwargs)
 
 
@@ -334,9 +334,9 @@ def test_slips_in_categories_and_labels_are_named():
     with pytest.warns(UserWarning, match="2 of the 3 categories in column 'assay' have 1 or 2 cells"):
         Cells.from_anndata(labelled(assay=["v2"] + ["v3"] * 22 + ["v1"]), **ALL)
     for doubled in ({"labels": "run"}, {"categories": ["run"]}, {"categories": ["assay", "assay"]}):
-        with pytest.raises(DataError, match="must be different columns"):
+        with pytest.raises(ModelError, match="must be different columns"):
             Cells.from_anndata(labelled(), **ALL | doubled)
-    with pytest.raises(DataError, match="categories must be names of columns"):
+    with pytest.raises(ModelError, match="categories must be names of columns"):
         Cells.from_anndata(labelled(), categories=3)
 
 

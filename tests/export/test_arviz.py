@@ -663,7 +663,7 @@ def test_models_without_library_names_that_repeat_and_equal_draws(azs, named_cel
 
 
 def test_too_few_draws_are_refused(azs):
-    with pytest.raises(ModelError, match="needs 25 or more that differ"):
+    with pytest.raises(ModelError, match="needs at least 25 different draws"):
         prior_sensitivity(conjugate_tree(np.ones(2), 1.0, 24))
     assert prior_sensitivity(conjugate_tree(np.ones(2), 1.0, 26)).notna().all(axis=None)
 

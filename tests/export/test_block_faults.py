@@ -139,7 +139,7 @@ def test_a_disk_that_lies_is_found_out(fit, cells, expected, tmp_path, monkeypat
     path = tmp_path / "out.h5ad"
     with monkeypatch.context() as patch:
         patch.setattr(block_files.os, "pwrite", lambda file, content, at: -(-len(content) // share))
-        with pytest.raises(DataError, match="reads otherwise than it was written"):
+        with pytest.raises(DataError, match="does not read back as it was written"):
             ps.shards.write(fit, cells, path, VERBS, **OPTIONS)
     assert check_partial(path, expected) == 0
     check_goes_on(fit, cells, path, expected)

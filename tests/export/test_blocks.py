@@ -293,6 +293,12 @@ def test_a_file_that_is_locked_or_not_ours_says_which(fit, cells, tmp_path):
         ("out.zarr", {"donor": lambda fit, cells, seed: np.ones(len(cells))}, {}, "the columns .*donor"),
         ("out.zarr", {"": ps.embed}, {}, "names of verbs become names of arrays"),
         ("out.zarr", {"..": ps.embed}, {}, "names of verbs become names of arrays"),
+        ("out.zarr", {".zarray": ps.embed}, {}, "not begin with"),  # zarr's own file about a folder
+        ("out.h5ad", {"__z": ps.embed}, {}, "not begin with"),
+        ("out.zarr", {"zarr.json": ps.embed}, {}, "not begin with"),
+        ("out.zarr", {"a\\b": ps.embed}, {}, "without '/', got .*a"),
+        ("out.h5ad", {"z\0": ps.embed}, {}, "without '/', got .*z"),
+        ("out.h5ad", {"_index": lambda fit, cells, seed: np.ones(len(cells))}, {}, "the columns .*_index"),
         ("out.zarr", {1: ps.embed}, {}, "names of verbs become names of arrays, .*got 1"),
         ("out.zarr", {"a/b": ps.embed}, {}, "without '/', got .*a/b"),
         ("out.zarr", {"p": lambda fit, cells, seed: table(cells, ["a/b"])}, {}, "without '/', got .*p_a/b"),

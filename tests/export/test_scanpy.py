@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import signal
 import warnings
 
 import anndata
@@ -14,8 +15,9 @@ import pytest
 import pyro_scvi as ps
 from pyro_scvi.data.reading import layer_names
 from pyro_scvi.errors import DataError, ModelError, SchemaError
-from pyro_scvi.export import records
+from pyro_scvi.export import records, scanpy
 from tests.support.cli_runs import make_adata
+from tests.support.faults import failing, interrupts_raise
 
 EXPRESSION, TECHNICAL = "pyro_scvi_expression", "pyro_scvi_technical_zero"
 REFINED = ps.Refined(steps=3)
@@ -141,7 +143,7 @@ def test_counts_that_raw_kept_are_annotated_with_raw():
     later = adata.copy()
     later.raw = later.copy()
     later.X = np.log1p(later.X.toarray())
-    with pytest.raises(DataError, match="not both"):
+    with pytest.raises(ModelError, match="not both"):
         ps.annotate(later, fit, layer="raw", raw=True)
     ps.annotate(later, fit, raw=True)
     np.testing.assert_array_equal(later.obsm["X_pyro_scvi"], ps.embed(fit, cells))
@@ -187,7 +189,7 @@ WRONG = {
     "no batch": (lambda adata, fit: ps.annotate(adata, fit, batch_size=0), ModelError, "batch_size must"),
     "a seed": (lambda adata, fit: ps.annotate(adata, fit, seed=-1), ModelError, "seed must"),
     "a sampler": (lambda adata, fit: ps.annotate(adata, fit, sampler=ps.HMC), ModelError, "sampler must .*class HMC"),
-    "a layer": (lambda adata, fit: ps.annotate(adata, fit, layer=["raw"]), SchemaError, "no layer"),
+    "a layer": (lambda adata, fit: ps.annotate(adata, fit, layer=["raw"]), ModelError, "name of a layer"),
 }
 
 
@@ -408,3 +410,33 @@ def test_scanpy_reads_marked_groups():
     found = scanpy.get.rank_genes_groups_df(with_groups(names).copy(), group=list(names))
     assert list(found.group.unique()) == list(names)
     assert set(found.names) == {*"01"}
+
+
+@pytest.mark.parametrize("verb", ["expression", "technical_zeros"])
+def test_genes_that_only_raw_has_are_told(verb):
+    """Counts of all genes in raw, and X of the variable ones."""
+    whole = make_adata()
+    whole.X = whole.layers["raw"].copy()
+    cells = ps.Cells.from_anndata(whole, batch="donor")
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2, 2), cells, epochs=1, progress=False)
+    adata = whole[:, 3:].copy()
+    adata.raw = whole
+    with pytest.warns(UserWarning, match=rf"3 of the {cells.n_genes} genes of the fit are in adata.raw only.*to_adata"):
+        ps.annotate(adata, fit, raw=True, samples=1, **{verb: True})
+    ps.annotate(adata, fit, raw=True, overwrite=True)  # an embedding loses none
+
+
+@pytest.mark.faults
+def test_an_interrupt_while_results_are_written_waits_until_all_are(fit, adata, monkeypatch):
+    monkeypatch.setattr(scanpy, "_kept", lambda adata: signal.raise_signal(signal.SIGINT) or {})
+    with interrupts_raise(), pytest.raises(KeyboardInterrupt):
+        ps.annotate(adata, fit, expression=True, samples=1)
+    assert set(adata.uns["pyro_scvi"]) == {*adata.obsm, *adata.layers} - {"raw"}
+    assert set(adata.obsm) == {"X_pyro_scvi", "X_pyro_scvi_expression_pca"}
+
+
+@pytest.mark.faults
+def test_without_memory_for_a_layer_nothing_is_written(fit, adata):
+    with failing(scanpy, "in_genes_of", MemoryError()), pytest.raises(MemoryError):
+        ps.annotate(adata, fit, expression=True, samples=1)
+    assert (list(adata.obsm), list(adata.layers), list(adata.uns)) == ([], ["raw"], [])

@@ -267,7 +267,7 @@ def test_a_buffer_is_changed_in_place_or_refused(cells, uncompiled):
     assert fits[0].model.prior.sd[0] > 1.05
     torch.testing.assert_close(models[1].prior.sd, models[0].prior.sd)
     np.testing.assert_allclose(*(fit.history.train_loss for fit in fits), rtol=1e-4)
-    with pytest.raises(FitError, match=r"new tensors in the place of \['model.prior.sd'.*in place"):
+    with pytest.raises(FitError, match=r"replaces the tensors \['model.prior.sd'.*in place"):
         ps.fit(ps.SCVI(cells.n_genes, 2, prior=Replacing(2, False), n_hidden=8), cells, **options, compiled=True)
 
 

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 
 import pyro_scvi as ps
+from pyro_scvi.analysis.differential.moments import rate_moments
 from pyro_scvi.distributions.negative_binomial import NegativeBinomial
 from pyro_scvi.errors import ModelError
 from pyro_scvi.likelihoods.base import Likelihood
@@ -112,6 +113,24 @@ def test_conditional_means_by_formula(float64):
     for name, expected in {"h": rho, "y": rho * MEAN, "w": rho * MEAN + (1 - rho) * R * MEAN / (R + MEAN)}.items():
         values = nodes[name]["value"]
         assert abs(values.mean() - expected) < 4.5 * values.std() / N**0.5, name
+
+
+@pytest.mark.parametrize("log_r", [-200.0, -95.0, 95.0, 241.0])
+@pytest.mark.parametrize("log_mean", [-146.0, -3.0, 6.0])
+def test_conditionals_are_numbers_where_a_dispersion_overflows(log_r, log_mean):
+    """As a decoder gives for a draw far out; with r without bound, w is its mean."""
+    theta = {
+        name: torch.tensor([[[value]]]) for name, value in (("log_mean", log_mean), ("log_inverse_dispersion", log_r))
+    }
+    zinb = ps.likelihoods.ZINB()
+    for x in (0.0, 3.0):
+        for gate in (-300.0, 0.0):
+            full = theta | {"gate_logits": torch.tensor([[[gate]]])}
+            mean = zinb.expected_rate(torch.tensor([[x]]), full)
+            moments = rate_moments(zinb, torch.tensor([[x]]), full)
+            assert all(bool(value.isfinite().all()) for value in (mean, *moments))
+            if log_r > 0 and log_mean > -100:
+                assert mean.item() == pytest.approx(math.exp(log_mean), rel=1e-5)
 
 
 @named(LIKELIHOODS)

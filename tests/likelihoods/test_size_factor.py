@@ -86,7 +86,8 @@ def test_size_factors_explain_depth(fit, cells, adata):
     assert np.corrcoef(np.log(means), depth)[0, 1] > 0.9
     swapped = adata.copy()
     swapped.obs["sf"] = adata.obs["sf"].to_numpy() * 10
-    ten = ps.Cells.from_anndata(swapped, schema=cells.schema)
+    with pytest.warns(UserWarning, match="size factors in column 'sf' are in another unit"):
+        ten = ps.Cells.from_anndata(swapped, schema=cells.schema)
     np.testing.assert_array_equal(ps.embed(fit, ten), ps.embed(fit, cells))
     again = ps.impute(fit, ten, quantity=ps.imputation.mean_given_no_dropout, samples=5).sum(1)
     np.testing.assert_allclose(again, 10 * means, rtol=1e-4)
@@ -120,7 +121,7 @@ def test_what_does_not_fit_together_is_refused(adata, cells):
         ps.libraries.SizeFactor(slice(0, 2))
     with pytest.raises(SchemaError, match="size factors None, got 'sf'"):
         ps.Cells.from_anndata(adata, schema=without.schema, size_factor="sf")
-    with pytest.raises(DataError, match="different columns"):
+    with pytest.raises(ModelError, match="different columns"):
         ps.Cells.from_anndata(adata, covariates=["sf"], size_factor="sf")
     for value, says in ((0.0, "above 0; 1 cells, such as 'cell_0', have 0"), (-1.0, "have -1"), (np.nan, "finite")):
         wrong = adata.copy()

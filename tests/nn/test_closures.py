@@ -68,6 +68,19 @@ class Called:
         return law(self.loc)
 
 
+class Slotted:
+    __slots__ = ("__hidden", "loc")
+
+    def __init__(self):
+        self.loc, self.__hidden = nn.Parameter(torch.zeros(2)), [nn.Linear(1, 2)]
+
+    def __call__(self):
+        return law(self.loc)
+
+    def hidden(self):
+        return law(self.__hidden[0](ONE))
+
+
 class Config:
     network = nn.Linear(1, 2)
 
@@ -99,8 +112,11 @@ class Outer(nn.Module):
         return self.inner()
 
 
-HOLDER, OWNED = Holder(), Owned()
+HOLDER, OWNED, SLOTTED = Holder(), Owned(), Slotted()
 LOST = {
+    "a slot": Slotted(),
+    "a slot behind a closure": lambda: SLOTTED(),
+    "a slot of a private name": SLOTTED.hidden,
     "a global parameter": lambda: law(PARAMETER),
     "a global tensor": lambda: law(LEAF),
     "a global network": lambda: law(NETWORK(ONE)),
@@ -136,7 +152,7 @@ OWN = {
 
 @pytest.mark.parametrize("case", LOST)
 def test_what_no_module_owns_is_refused(case):
-    with pytest.raises(ModelError, match="only the code of the prior reaches it"):
+    with pytest.raises(ModelError, match="only through the code of the prior"):
         ps.SCVI(20, 2, prior=LOST[case], n_hidden=8)
 
 

@@ -14,6 +14,7 @@ import torch
 import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError, PyroScviError
 from pyro_scvi.persistence import archive
+from pyro_scvi.training.loading import NUMBERS
 from pyro_scvi.training.state import HISTORY
 from pyro_scvi.utils.allocation_limit import AllocationLimit
 from tests.support.hostile_saves import content, forge, paths, put
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.faults
 
 SECONDS, MEGABYTES = 5, 200  # that any one save may cost
 EVERY = 3  # one of so many pairs of a place and a value is tried: each place and each value come up all the same
+NO_SIZES = ("seed", "initial_sd")  # which may be as large as they like
 VALUES = (0, -1, 20_000, 10**9, 2**63, 10**30, 1.5, float("nan"), "3", None, True, [3], {"tensor": [[1.0]]})
 
 
@@ -66,7 +68,7 @@ def test_any_value_at_any_place_of_model_and_guide(saved, cells, tmp_path):
     assert len(places) >= 8
     for number, (path, value) in enumerate(list(product(places, VALUES))[::EVERY]):
         said = check(forge(tmp_path / str(number), put(facts, path, value), tensors), cells)
-        if isinstance(value, int) and value >= 20_000 and path[-1] != "seed":
+        if isinstance(value, int) and value >= 20_000 and path[-1] not in NO_SIZES:
             assert said != "usable", (path, value)
 
 
@@ -96,6 +98,14 @@ def test_weights_that_are_no_numbers(saved, cells, tmp_path, value):
             lost.view(-1)[-1] = value
             said = check(forge(tmp_path / str(number), facts, tensors | {name: lost}), cells)
             assert f"1 of its weights hold NaN or infinity: {name}" in said
+
+
+def test_variances_below_zero(saved, cells, tmp_path):
+    """Of a norm: its root would be NaN in every result."""
+    facts, tensors = saved
+    name = next(name for name in sorted(tensors) if name.endswith("running_var"))
+    said = check(forge(tmp_path / "fit", facts, tensors | {name: -tensors[name]}), cells)
+    assert f"1 of its variances are below 0: {name}" in said
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,7 @@ def test_what_is_no_file_is_not_read(saved, cells, tmp_path, make, which):
     path.unlink()
     make(path)
     assert "there is no saved fit or checkpoint, or a part of it is missing" in check(folder, cells)
-    with pytest.raises(CheckpointError, match="holds something else"):
+    with pytest.raises(CheckpointError, match="holds files that are not of"):
         archive.check_replaceable(folder, "fit")
 
 
@@ -184,9 +194,9 @@ def test_the_limit_counts_what_is_asked_for_before_it_is_made():
         lambda: [torch.zeros(10) for _ in range(2_000)],
         lambda: torch.nn.Linear(10**5, 10**5),
     ):
-        with pytest.raises(CheckpointError, match="far more memory or time"), AllocationLimit(10**6, 1_000):
+        with pytest.raises(CheckpointError, match="far more memory or time"), AllocationLimit(10**6, 10**6, 1_000):
             ask()
-    with AllocationLimit(10**6, 1_000):
+    with AllocationLimit(10**6, 10**6, 1_000):
         assert torch.nn.Linear(100, 100)(torch.ones(5, 100)).shape == (5, 100)
 
 
@@ -209,3 +219,12 @@ def test_checkpoints_whose_tensors_are_no_numbers(cells, tmp_path, value):
         with pytest.raises(CheckpointError, match=f"1 of its weights hold NaN or infinity: {name}"):
             trained(folder, resume=True)
     assert len(trained(tmp_path / "run", resume=True).history) == 2
+
+
+@pytest.mark.parametrize("value", ["3", None, True, [3], {"tensor": [[1.0]]}])
+def test_settings_that_are_no_numbers(saved, cells, tmp_path, value):
+    facts, tensors = saved
+    for name in NUMBERS:
+        changed = facts | {"settings": facts["settings"] | {name: value}}
+        said = check(forge(tmp_path / name, changed, tensors), cells)
+        assert f"as {name}, which is not a number" in said

@@ -163,7 +163,7 @@ def test_words_without_an_order_are_no_time_points():
         return ps.Cells.from_counts(cells.counts, obs=pd.DataFrame({"group": column}), categories=["group"])
 
     for column in (days, pd.Categorical(days)):
-        with pytest.raises(SchemaError, match="'group' for steps in time, and they are words without an order"):
+        with pytest.raises(SchemaError, match="'group' as steps in time, and they are words without an order"):
             fitted(read(column), walk, epochs=1)
     in_order = read(pd.Categorical(days, ["day 1", "day 2", "day 10"], ordered=True))
     assert in_order.schema.levels == (("day 1", "day 2", "day 10"),)
@@ -219,7 +219,7 @@ def test_what_is_no_prior_of_weights_is_refused():
     with pytest.raises(ModelError, match=r"must return a tensor of shape \(6,\)"):
         made(lambda name, like: pyro.sample(name, dist.Normal(0.0, 1.0)))
     scale = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(ModelError, match="scale.*trainable, but only the code of the prior of"):
+    with pytest.raises(ModelError, match="scale.*trainable, but it is reached only through the code of the prior of"):
         made(lambda name, like: pyro.sample(name, dist.Normal(torch.zeros_like(like), scale).to_event(1)))
 
 
@@ -256,7 +256,7 @@ def test_an_object_is_a_part_of_one_model_if_its_parameters_are_latent(part, mak
             ps.SCVI(GENES, 2, 3, **{part: used}, weight_priors=again)
     shared = make()
     second = ps.SCVI(GENES, 2, 3, **{part: shared})
-    with pytest.raises(ModelError, match=f"'{part}.*{leaf}'.*part of another model, too.*new object for each model"):
+    with pytest.raises(ModelError, match=f"'{part}.*{leaf}'.*also part of another model.*new object for each model"):
         ps.SCVI(GENES, 2, 3, **{part: shared}, weight_priors=weight_priors)
     assert second.sites()
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -40,3 +41,13 @@ def failing(owner, name, error, after=0, again=True):
 
 def disk_error(number):
     return OSError(number, os.strerror(number))
+
+
+@contextmanager
+def interrupts_raise():
+    """SIGINT raises KeyboardInterrupt, also where tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -84,9 +84,20 @@ def _page(path):
 
 
 def _rows(path):
-    if litter := [found.name for found in path.rglob("*") if found.name.startswith(".") or "unfinished" in found.name]:
-        raise ValueError(f"left: {litter}")
     return _table(path / "rows.csv")
+
+
+def _shares(path):
+    return anndata.read_h5ad(path).layers["pyro_scvi_normalized"]
+
+
+def _components(path):
+    return anndata.read_h5ad(path).obsm["X_pyro_scvi_expression_pca"]
+
+
+def _of_all(path):
+    found = zarr.open_group(str(path), mode="r")
+    return np.column_stack([found["obs/pyro_scvi_log_evidence"][...], found["layers/pyro_scvi_expression"][...]])
 
 
 def _powers(base):
@@ -116,10 +127,21 @@ VERBS = {
     "paper": Verb(("paper", "timing", "--quick", "--no-progress", "--out", "@paper"), "paper", _rows, ("paper",)),
     "embed": Verb(("embed", "@fit", "@in.h5ad", "--out", "@o.h5ad", "--device", "cpu"), "o.h5ad", _embedding),
     "impute": Verb(("impute", "@fit", "@in.h5ad", "--out", "@i.h5ad", "--device", "cpu"), "i.h5ad", _layer),
+    "shares": Verb(
+        ("impute", "@fit", "@in.h5ad", "--normalized", "--out", "@n.h5ad", "--device", "cpu"), "n.h5ad", _shares
+    ),
+    "components": Verb(
+        ("embed", "@fit", "@in.h5ad", "--space", "expression", "--out", "@c.h5ad", "--device", "cpu"),
+        "c.h5ad",
+        _components,
+    ),
     "de": Verb((*_DE, "--out", "@de", "--group-a", "a", "--group-b", "b"), "de", _page),
     "de to a table": Verb((*_DE, "--out", "@t.csv"), "t.csv", _table),
     "infer to .h5ad": Verb(_infer("b.h5ad"), "b.h5ad", _embedding, ("b.h5ad", ".b.h5ad.blocks")),
     "infer to .zarr": Verb(_infer("z.zarr"), "z.zarr", _zarr, ("z.zarr",)),
+    "infer all": Verb(
+        (*_infer("a.zarr"), "--expression", "--evidence", "--samples", "2"), "a.zarr", _of_all, ("a.zarr",)
+    ),
     "store": Verb(("store", "@in.h5ad", "--out", "@s", "--no-progress"), "s", _counts, ("s.partial",)),
 }
 
@@ -221,6 +243,11 @@ def large_adata(n_cells=2_000, n_genes=500):
     return anndata.AnnData(rng.poisson(2.0, (n_cells, n_genes)).astype(np.float32), donors, genes)
 
 
+def _is_temporary(name):
+    """Whether a name is of a file or folder that is not finished; zarr has hidden files of its own."""
+    return name.endswith((".partial", ".part", ".lock", ".new")) or "unfinished" in name
+
+
 class Bench:
     """A folder with a fit and counts, what each command gives undisturbed, and how long it takes."""
 
@@ -260,7 +287,9 @@ class Bench:
     def left(self, verb):
         """What is there beside the inputs, and what the command is known to go on with or to give."""
         known = {"in.h5ad", "fit", *VERBS[verb].resumed, VERBS[verb].out}
-        return sorted(path.name for path in self.work.iterdir() if path.name not in known)
+        beside = [path.name for path in self.work.iterdir() if path.name not in known]
+        within = [path.name for path in (self.work / VERBS[verb].out).glob("**/*") if _is_temporary(path.name)]
+        return sorted(beside + within)
 
     def is_whole_or_absent(self, verb):
         """Whether the result is there and as it should be, or is not there; what is to be resumed may be half done."""

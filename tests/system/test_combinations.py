@@ -124,7 +124,7 @@ DISPERSIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:with an ObservedLibrary this evidence")
+@pytest.mark.filterwarnings("ignore:with an ObservedLibrary this is")
 @pytest.mark.parametrize(("dispersion", "library", "likelihood"), pairs_first(DISPERSIONS, LIBRARIES, ["ZINB", "NB"]))
 def test_dispersions_and_libraries(dispersion, library, likelihood, batched_cells):
     cells = batched_cells

@@ -1,18 +1,22 @@
 """Programs with latents of their own: every verb against quadrature and enumeration, which share no code with it."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO
 from scipy import stats
-from scipy.special import logsumexp
+from scipy.special import betaln, logsumexp
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import log_joint
 from pyro_scvi.inference.elbo import MeanFieldELBO
+from pyro_scvi.program import cells_plate, check_inputs, register
 from tests.support import toys
 from tests.support.toys import AFTER, SHIFTS, WEIGHTS, cells_of, fit_of, grid_of, of_values, on_line, toy
 
@@ -113,7 +117,9 @@ def test_leaving_an_entry_out_is_that_of_quadrature(case):
         rate = rates(fit.model, kind, grid)[:, 0]
         without = grid.log_joint[cell] - stats.poisson.logpmf(cells.counts[cell, 0], rate)
         one[cell] = grid.log_evidence[cell] - logsumexp(without)
-    np.testing.assert_allclose(found.elpd.values[:, 0], one, atol=0.1)
+    vouched = found.khat.values[:, 0] < 0.7  # beyond it the weights have no mean: seeds differ by .1 and more
+    assert vouched.sum() >= cells.n_cells / 2
+    np.testing.assert_allclose(found.elpd.values[vouched, 0], one[vouched], atol=0.1)
 
 
 def rates(model, kind, grid):
@@ -272,6 +278,85 @@ def test_fit_hand_written_svi_and_nuts_agree():
         kernel = pyro.infer.NUTS(lambda: fitted.model(x, gamma), jit_compile=False)
         chain = pyro.infer.MCMC(kernel, num_samples=200, warmup_steps=80, disable_progbar=True)
         chain.run()
-    mean, sd = GRIDS[toys.Effect](fitted.model, few).moments("e")
-    drawn = chain.get_samples()["e"].squeeze(-1).numpy()
-    assert (abs(drawn.mean(0) - mean) < 5 * sd / np.sqrt(30)).all()
+    exact = GRIDS[toys.Effect](fitted.model, few)
+    mean, sd = exact.moments("e")
+    drawn = {name: value.reshape(200, 4).numpy() for name, value in chain.get_samples().items()}
+    assert (abs(drawn["e"].mean(0) - mean) < 5 * sd / np.sqrt(30)).all()
+    table = ps.evidence(fitted, few, samples=2000, progress=False)
+    for n in range(4):
+        log_evidence, se = evidence_of_draws(fitted.model, few.counts[n], drawn["z"][:, n], drawn["e"][:, n])
+        assert abs(log_evidence - exact.log_evidence[n]) < 5 * se + 0.01
+        assert abs(log_evidence - table.log_evidence.iloc[n]) < 5 * np.hypot(se, table.se.iloc[n]) + 0.01
+        assert se < 0.1
+
+
+def evidence_of_draws(model, counts, z, e):
+    """Log p(x) of one cell by importance sampling from a t law fitted to draws of a chain, and its standard error."""
+    law = stats.multivariate_t([z.mean(), e.mean()], np.cov(z, e), df=5, seed=0)
+    points = law.rvs(4000)
+    with torch.no_grad():
+        eta = model.decoder(torch.as_tensor(points[:, :1]), torch.zeros(4000, 0).double())["log_mean"].numpy()
+    log_x = stats.poisson.logpmf(counts, np.exp(eta + points[:, 1:])).sum(1)
+    log_weights = log_x + stats.norm.logpdf(points).sum(1) - law.logpdf(points)
+    weights = np.exp(log_weights - log_weights.max())
+    se = weights.std() / weights.mean() / np.sqrt(len(weights))
+    return log_weights.max() + np.log(weights.mean()), se
+
+
+# --- a Dirichlet process mixture against enumeration ---
+
+RATES = np.array([[1.0, 6.0, 1.0, 2.0], [5.0, 1.0, 2.0, 2.0], [2.0, 2.0, 7.0, 1.0]])
+
+
+class Sticks(ps.SCVI):
+    """A Dirichlet process mixture of known rates, cut off at three components, with a learned concentration."""
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        alpha = pyro.sample("alpha", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+        with pyro.plate("sticks", 2, dim=-1):
+            broken = pyro.sample("broken", dist.Beta(torch.tensor(1.0).double(), alpha))
+        one = torch.ones(1).double()
+        weights = torch.cat([broken, one]) * torch.cat([one, (1 - broken).cumprod(-1)])
+        with cells_plate(gamma, index, n_cells):
+            pyro.sample("unused", dist.Normal(0.0, 1.0))
+            c = pyro.sample("c", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            log_mean = torch.as_tensor(RATES).log()[c.squeeze(-1)]
+            return self.observe(x, {"log_mean": log_mean}, marginal=marginal, mask=mask)
+
+
+def sticks_by_enumeration(counts):
+    """Log p(x) of all cells and E[alpha | x]: all assignments, sticks in closed form, alpha by quadrature.
+
+    For n_k cells in component k the mean of the product of their weights is that of v_k^n_k (1 - v_k)^(n_l, l > k).
+    """
+    log_x = stats.poisson.logpmf(counts[:, None], RATES).sum(-1)
+    alpha, mass = on_line(stats.gamma(2), 1e-4, 30, 3000)
+    joint = np.zeros_like(alpha)
+    for choice in itertools.product(range(3), repeat=len(counts)):
+        n = np.bincount(choice, minlength=3)
+        broken = [betaln(1 + n[k], alpha + n[k + 1 :].sum()) - betaln(1, alpha) for k in range(2)]
+        joint += np.exp(sum(broken) + log_x[range(len(counts)), choice].sum())
+    weights = joint * np.exp(mass)
+    return np.log(weights.sum()), (weights @ alpha) / weights.sum()
+
+
+def test_a_dirichlet_process_mixture_is_that_of_enumeration():
+    """The joint density of concentration, sticks and cells, integrated by importance sampling around its mode."""
+    sample = ps.Cells.from_counts(np.array([[1, 7, 0, 2], [6, 0, 2, 1], [0, 5, 2, 2], [1, 2, 8, 0]]))
+    model = toy(Sticks)
+    fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), sample.schema)
+    density = ps.log_density(fit, sample, free_globals=True)
+    assert density.size == 1 + 2 + 4
+    law = stats.multivariate_t(np.zeros(7), np.diag([0.8, 1.5, 1.5, 1, 1, 1, 1]), df=7, seed=0)
+    u = law.rvs(800)
+    log_weights = density(torch.as_tensor(u)).numpy() - law.logpdf(u)
+    weights = np.exp(log_weights - log_weights.max())
+    log_evidence, mean = sticks_by_enumeration(sample.counts)
+    se = weights.std() / weights.mean() / np.sqrt(len(weights))
+    assert se < 0.08
+    assert abs(log_weights.max() + np.log(weights.mean()) - log_evidence) < 4 * se
+    alpha = density.constrain(torch.as_tensor(u))["alpha"].numpy().reshape(-1)
+    weights /= weights.sum()
+    assert abs(weights @ alpha - mean) < 5 * np.sqrt(weights**2 @ (alpha - mean) ** 2)

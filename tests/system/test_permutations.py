@@ -1,7 +1,7 @@
 """For a fixed fit, the answer of every verb to permuted rows and genes of named inputs is the permuted answer.
 
 Cells have random streams by their names, so this holds to rounding where latents are drawn. Replicated counts and what
-is made of them are compared within their Monte Carlo error, and so is what compares groups of cells.
+is made of them are compared within their Monte Carlo error, and so are random pairs of cells.
 """
 
 from functools import partial
@@ -355,6 +355,52 @@ def test_genes_of_two_groups_within_their_error(shuffled, point):
     assert ((ours.p_a_lt_b - expected.p_a_lt_b).abs() < 0.06).all()
     with pytest.raises(DataError, match="no row for"):
         labels_of(cells, kind.rename(lambda name: f"other-{name}"))
+
+
+def means_of_groups(fit, cells):
+    means = ps.differential.GroupMeans(min_molecules=1)
+    return ps.differential_expression(fit, cells, groupby="kind", estimand=means).drop(columns="tested")
+
+
+def means_of_donors(fit, cells):
+    means = ps.differential.GroupMeans(replicates=donors_of(cells), min_molecules=1, samples=1)
+    return ps.differential_expression(fit, cells, groupby="kind", group_a="a", estimand=means).drop(columns="tested")
+
+
+def abundance(fit, cells):
+    return ps.differential_abundance(fit, cells, "kind", donors_of(cells), permutations=30, batch_size=7)
+
+
+def donors_of(cells):
+    return cells.obs["kind"] + pd.Series([str(int(name[6:]) // 2 % 7) for name in cells.cell_names], cells.cell_names)
+
+
+OF_GROUPS = {
+    "GroupMeans": means_of_groups,
+    "GroupMeans by donor": means_of_donors,
+    "differential_abundance": abundance,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # so few cells and draws are told
+@pytest.mark.parametrize("verb", OF_GROUPS.values(), ids=OF_GROUPS)
+def test_what_is_said_of_groups_does_not_depend_on_the_order_of_cells(verb, shuffled_once, normal):
+    expected, found = verb(normal, CELLS), verb(normal, read(shuffled_once, normal))
+    assert np.isfinite(expected.to_numpy(float)).any(axis=0).all()
+    found = found.loc[expected.index]
+    assert list(found.columns) == list(expected.columns)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_stacked_models_do_not_depend_on_the_order_of_cells():
+    rng = np.random.default_rng(3)
+    by_cell = pd.DataFrame(rng.normal(size=(N_CELLS, 3)), index=ADATA.obs_names, columns=["a", "b", "c"])
+    by_cell.index = ["twice", *by_cell.index[1:-1], "twice"]
+    tables = [pd.DataFrame(index=by_cell.columns) for _ in range(2)]
+    for table, rows in zip(tables, (by_cell, by_cell.sample(frac=1, random_state=1)), strict=True):
+        table.attrs["pointwise"] = rows
+    found, expected = (ps.stacking_weights(table, draws=10) for table in tables)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
 def test_annotated_data_keep_their_own_order(shuffled, point):

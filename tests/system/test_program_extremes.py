@@ -121,6 +121,77 @@ def test_a_program_without_a_continuous_latent_is_told_what_to_do():
     np.testing.assert_allclose(found, np.exp(joint - expected[:, None]), atol=0.09)
 
 
+class GlobalsAlone(ps.SCVI):
+    """One rate for each gene, and a latent of the cells on which nothing depends."""
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        level = pyro.sample("level", dist.Normal(torch.zeros(self.n_genes), 1.0).to_event(1))
+        with cells_plate(gamma, index, n_cells):
+            pyro.sample("unused", dist.Normal(0.0, 1.0))
+            return self.observe(x, {"log_mean": level.expand(len(gamma), -1)}, marginal=marginal, mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_programs_of_global_latents_alone_run_with_the_latent_that_is_advised():
+    model, cells = GlobalsAlone(N_GENES, 1, likelihood=ps.likelihoods.Poisson()), cells_of(20)
+    model.decoder.requires_grad_(False)
+    fit, few = ps.fit(model, cells, epochs=2, progress=False), cells.take(range(3))
+    rate = fit.guide.weights.medians()["level"].detach().exp().numpy()
+    log_p = stats.poisson.logpmf(few.counts, rate)
+    table = ps.evidence(fit, few, samples=500, progress=False)
+    np.testing.assert_allclose(table.log_evidence, log_p.sum(1), atol=0.02)
+    np.testing.assert_allclose(ps.impute(fit, few, samples=5), np.broadcast_to(rate, log_p.shape), rtol=1e-5)
+    np.testing.assert_allclose(ps.leave_one_out(fit, few, samples=20, progress=False).elpd, log_p, rtol=1e-5)
+    tree = ps.to_datatree(fit, few, samples=4, log_likelihood=True)
+    np.testing.assert_allclose(tree["log_likelihood"].x, np.broadcast_to(log_p, (1, 4, *log_p.shape)), rtol=1e-5)
+
+
+# --- mass at a bound ---
+
+
+class Sparse(Toy):
+    law = staticmethod(lambda: dist.Beta(0.1, 0.1))
+
+    def more(self):
+        return 2 * pyro.sample("e", self.law())
+
+
+class SparseShares(Sparse):
+    law = staticmethod(lambda: dist.Dirichlet(0.1 * torch.ones(2)))
+
+    def more(self):
+        return super().more()[..., 0]
+
+
+class SmallShapes(Sparse):
+    law = staticmethod(lambda: dist.Gamma(0.02, 1.0))
+
+
+class Even(Sparse):
+    law = staticmethod(lambda: dist.Beta(2.0, 2.0))
+
+
+def drawn(fit):
+    return ps.sample_posterior(fit, cells_of(2), samples=2, progress=False)
+
+
+@pytest.mark.parametrize("kind", [Sparse, SparseShares, SmallShapes])
+def test_mass_that_single_precision_cannot_hold_is_warned_of(kind):
+    fit = fit_of(toy(kind))
+    fit.model.float(), fit.guide.float()
+    with pytest.warns(UserWarning, match="% of the distribution of 'e' lies so near"):
+        drawn(fit)
+
+
+@pytest.mark.filterwarnings("error:.*lies so near to a bound")
+def test_other_laws_are_not_warned_of():
+    fit = fit_of(toy(Even))
+    fit.model.float(), fit.guide.float()
+    drawn(fit)
+
+
 @pytest.mark.parametrize(
     "guide", [ps.guides.DiagonalNormal, ps.guides.FullRankNormal, ps.guides.Point, lambda m: ps.guides.PerCell(m, 60)]
 )

@@ -1,5 +1,6 @@
 """Every kind of site x every verb: it runs, it moves as it must, or it refuses by name."""
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pyro
@@ -119,7 +120,7 @@ def test_every_verb_follows_the_program(kind, tmp_path):
         assert verb(fit), name
     for name, verb in FROM_THETA.items():
         if isinstance(fit.model, Own):
-            with pytest.raises(ModelError, match="samples x by itself"):
+            with pytest.raises(ModelError, match="samples x itself"):
                 verb(fit)
         else:
             assert verb(fit), name
@@ -159,14 +160,14 @@ GATE = 1 / (1 + np.e)
 class Tilted(ps.SCVI):
     """E is twice the covariate, up to a twentieth."""
 
-    centre = 2.0
+    centre, sd = 2.0, SD
 
     def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
         register(self)
         gamma = check_inputs(self, x, gamma)
         with cells_plate(gamma, index, n_cells):
             z = pyro.sample("z", self.prior())
-            e = pyro.sample("e", dist.Normal(self.centre * gamma[:, :1], SD))
+            e = pyro.sample("e", dist.Normal(self.centre * gamma[:, :1], self.sd))
             theta = self.decode(z, self.library(x, gamma), gamma)
             theta["log_mean"] = theta["log_mean"] + e
             return self.observe(x, theta, marginal=marginal, mask=mask)
@@ -179,19 +180,12 @@ def tilted():
     rng = np.random.default_rng(0)
     counts = rng.poisson(RATE * np.exp(2 * (2 * treated - 1))[:, None], (20, 4)) * (rng.random((20, 4)) > GATE)
     sample = ps.Cells.from_counts(counts, obs=pd.DataFrame({"treated": treated}), covariates=["treated"])
-    model = Tilted(4, 1, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.ZIP())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.decoder.heads["log_mean"].bias.fill_(np.log(RATE))
-        model.decoder.heads["gate_logits"].bias.fill_(-1.0)
-    guide = ps.guides.DiagonalNormal(model.double()).double()
-    return ps.Fit(model.eval(), guide.eval(), pd.DataFrame(), sample.schema), sample
+    return by_hand(Tilted, sample), sample
 
 
-def log_means(sample):
+def log_means(sample, centre=Tilted.centre):
     """Mean of log mu, (cells,): covariates are centred and scaled by the schema."""
-    return np.log(RATE) + Tilted.centre * np.asarray(sample.covariates)[:, 0]
+    return np.log(RATE) + centre * np.asarray(sample.covariates)[:, 0]
 
 
 def log_zip(x, rate):
@@ -199,10 +193,10 @@ def log_zip(x, rate):
     return np.where(x == 0, np.log(GATE + (1 - GATE) * np.exp(-rate)), np.log1p(-GATE) + stats.poisson.logpmf(x, rate))
 
 
-def grid(sample):
+def grid(sample, centre=Tilted.centre):
     """Log p(x_n, e) (cells, points) with the points' mass in it, and the rates there."""
-    e = np.linspace(-6, 6, 241) * SD
-    rate = np.exp(log_means(sample)[:, None] + e)
+    e = np.linspace(-30, 30, 1201) * SD
+    rate = np.exp(log_means(sample, centre)[:, None] + e)
     mass = stats.norm.logpdf(e, 0, SD) + np.log(e[1] - e[0])
     return log_zip(np.asarray(sample.counts)[:, None, :], rate[..., None]).sum(-1) + mass, rate
 
@@ -278,6 +272,86 @@ def test_calibration_and_checks_see_the_effect(tilted):
     assert ps.calibrate(fit, 200, **options).summary.rank_p["e"] > 1e-4
     checks = ps.check_predictions(fit, sample, samples=40, sampler=EXACT)
     assert 0.1 < checks.cells["total"].p[10:].mean() < 0.9  # 0 or 1 without the effect
+
+
+class Untilted(Tilted):
+    centre = 0.0
+
+
+class Loose(Tilted):
+    sd = 3.0
+
+
+def by_hand(kind, sample):
+    """A fit as in ``tilted``, of another program."""
+    model = kind(4, 1, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.ZIP())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.decoder.heads["log_mean"].bias.fill_(np.log(RATE))
+        model.decoder.heads["gate_logits"].bias.fill_(-1.0)
+    guide = ps.guides.DiagonalNormal(model.double()).double()
+    return ps.Fit(model.eval(), guide.eval(), pd.DataFrame(), sample.schema)
+
+
+def test_compare_moves_with_the_effect(tilted):
+    fit, sample = tilted
+    table = ps.compare({"with": fit, "without": by_hand(Untilted, sample)}, sample, samples=500, progress=False)
+    exact = [logsumexp(grid(sample, centre)[0], 1) for centre in (Tilted.centre, 0.0)]
+    assert table.index[0] == "with"
+    assert table.difference["without"] == pytest.approx((exact[1] - exact[0]).mean(), abs=0.05)
+    assert (exact[1] - exact[0]).mean() < -5
+
+
+def test_prior_sensitivity_moves_with_the_effect(tilted):
+    """The prior of e matters where it is narrow, and not where it is wide; z is known from its prior alone."""
+    _, sample = tilted
+    means = []
+    for kind in (Tilted, Loose):
+        sampler = ps.Importance(proposals=4000)
+        tree = ps.to_datatree(by_hand(kind, sample), sample.take([10, 11]), samples=1000, sampler=sampler)
+        means.append(ps.prior_sensitivity(tree).groupby("variable").mean())
+    narrow, wide = means
+    assert narrow.prior["e"] > 3 * wide.prior["e"]
+    assert wide.likelihood["e"] > 0.06
+    for table in means:
+        assert table.prior["z[0]"] > 3 * table.likelihood["z[0]"]
+
+
+class Explained(Tilted):
+    """Log mu is z and what e adds to it: the more e explains, the less is left for z."""
+
+    def decode(self, z, log_library, gamma):
+        theta = super().decode(z, log_library, gamma)
+        return theta | {"log_mean": np.log(RATE) + z[..., 0].expand_as(theta["log_mean"])}
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_embeddings_move_with_the_effect():
+    """Two groups of cells: what e explains of the gap between them is not left for z."""
+    treated = np.repeat([0.0, 1.0], 20)
+    counts = np.random.default_rng(0).poisson(RATE * np.exp(treated - 0.5)[:, None], (40, 4))
+    sample = ps.Cells.from_counts(counts, obs=pd.DataFrame({"treated": treated}), covariates=["treated"])
+    obs = pd.DataFrame({"treated": treated}, index=[f"c{i}" for i in range(40)])
+    adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=list(sample.gene_names)))
+    gaps = []
+    for centre in (0.5, 0.0):
+        model = Explained(4, 1, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.Poisson())
+        model.decoder.requires_grad_(False)
+        model.centre = centre
+        fit = ps.fit(model, sample, epochs=100, batch_size=40, validation=0, progress=False)
+        z, rate = np.linspace(-4, 4, 401), RATE * np.exp(centre * np.asarray(sample.covariates)[:, :1])
+        log_x = stats.poisson.logpmf(counts[:, None], (rate * np.exp(z))[..., None]).sum(-1)
+        log_p = log_x + stats.norm.logpdf(z)
+        exact = np.exp(log_p - logsumexp(log_p, 1)[:, None]) @ z
+        found = ps.embed(fit, sample)[:, 0]
+        gaps.append([np.subtract(*of.reshape(2, 20).mean(1)) for of in (found, exact)])
+        ps.annotate(adata, fit, space=None, overwrite=True)
+        np.testing.assert_allclose(adata.obsm["X_pyro_scvi"][:, 0], found, atol=1e-5)
+    (found, exact), (found_without, exact_without) = gaps
+    assert found == pytest.approx(exact, abs=0.15)
+    assert found_without == pytest.approx(exact_without, abs=0.15)
+    assert exact > exact_without + 0.8
 
 
 # --- the bound takes a closed form only where it is one ---
@@ -424,9 +498,9 @@ def test_poisson_lognormal_counts_by_brute_force():
     table = ps.evidence(fit, sample, samples=2000, progress=False)
     assert (abs(table.log_evidence - expected) / table.se.clip(1e-3)).max() < 5
     assert finite(ps.posterior_predictive(fit, sample, samples=3))
-    with pytest.raises(ModelError, match="PoissonLogNormal samples x by itself"):
+    with pytest.raises(ModelError, match="PoissonLogNormal samples x itself"):
         ps.impute(fit, sample)
-    with pytest.raises(ModelError, match="PoissonLogNormal samples x by itself"):
+    with pytest.raises(ModelError, match="PoissonLogNormal samples x itself"):
         ps.differential_expression(fit, sample, groupby=[0, 1, 1], group_a=0, group_b=1)
 
 

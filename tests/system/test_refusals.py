@@ -140,7 +140,7 @@ def test_a_model_without_such_sites_passes(verb, tmp_path):
 def test_a_program_that_does_not_tell_its_theta_is_not_bypassed(verb, tmp_path):
     FROM_THETA[verb](fit_of(made()), cells_of(), tmp_path)
     FROM_THETA[verb](fit_of(made(Observing)), cells_of(), tmp_path)
-    with pytest.raises(ModelError, match="Own samples x by itself"):
+    with pytest.raises(ModelError, match="Own samples x itself"):
         FROM_THETA[verb](fit_of(made(Own)), cells_of(), tmp_path)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:sampler_khat is above",
     "ignore:.*implausibly large count",
     "ignore:.*ha(s|ve) no counts",
-    "ignore:no start led",
+    "ignore:no start of the optimiser",
 )
 
 N, GENES = 24, 10

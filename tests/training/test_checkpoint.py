@@ -18,6 +18,7 @@ from pyro_scvi.errors import CheckpointError, ModelError, PyroScviError
 from pyro_scvi.persistence import archive
 from pyro_scvi.schedules import CheckpointInterval
 from pyro_scvi.training.loop import Trainer
+from pyro_scvi.utils.disk.locks import only_writer
 from tests.support.mutations import mutate
 from tests.support.paths import TESTS
 
@@ -187,12 +188,38 @@ def test_what_is_no_checkpoint_is_never_overwritten(cells, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, says in (("fit", "a fit"), ("mine", "thesis.txt"), ("file", "no directory")):
+    for name, says in (("fit", "a fit"), ("mine", "thesis.txt"), ("file", "not a directory")):
         for resume in (False, True):
             with pytest.raises(CheckpointError, match=says):
                 run(cells, checkpoint=tmp_path / name, resume=resume)
     check_equal(ps.load(tmp_path / "fit"), fit)
     assert (tmp_path / "file").read_text() == (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_second_of_two_runs_with_one_checkpoint_is_refused(cells, tmp_path, resume):
+    alone, refused = run(cells, epochs=2), []
+
+    def meanwhile(*_):
+        with pytest.raises(CheckpointError, match="another process is writing"):
+            run(cells, checkpoint=tmp_path / "run", resume=resume)
+        refused.append(True)
+
+    check_equal(run(cells, epochs=2, checkpoint=tmp_path / "run", callbacks=[meanwhile]), alone)
+    assert len(refused) == 2
+    check_equal(run(cells, epochs=2, checkpoint=tmp_path / "run", resume=True), alone)  # the first one has ended
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.faults
+def test_a_fit_is_not_saved_where_another_process_writes(cells, tmp_path):
+    fit = run(cells, epochs=1)
+    with only_writer(tmp_path / "fit"), pytest.raises(CheckpointError, match="another process is writing"):
+        fit.save(tmp_path / "fit")
+    assert list(tmp_path.iterdir()) == []
+    fit.save(tmp_path / "fit")
+    check_equal(ps.load(tmp_path / "fit"), fit)
 
 
 @pytest.mark.parametrize(

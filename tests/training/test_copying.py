@@ -270,7 +270,7 @@ REACHING = [closure, weak, a_default, frozen_closure, a_hook, gradient_hook, its
 def test_code_that_reaches_the_given_model_is_refused(change):
     model, guide = pair()
     change(model)
-    with pytest.raises(ModelError, match=r"still of the model that was given.*self\.model"):
+    with pytest.raises(ModelError, match=r"still refers to the model that was given.*self\.model"):
         trained(model, guide)
 
 
@@ -281,7 +281,7 @@ def test_a_guide_whose_code_knows_the_given_model_is_refused():
         def law(self, site, code, drawn):
             return site.normal(code.loc[site.name] * model.n_genes, code.scale[site.name])
 
-    with pytest.raises(ModelError, match=r"guide -> model: still of the model that was given"):
+    with pytest.raises(ModelError, match=r"guide -> model: still refers to the model that was given"):
         trained(model, Knowing(model, n_hidden=8))
 
 

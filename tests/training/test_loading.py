@@ -53,7 +53,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:with an ObservedLibrary this evidence")
+@pytest.mark.filterwarnings("ignore:with an ObservedLibrary this is")
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_loaded_fit_is_the_saved_one(cells, tmp_path, options):
     fit = fitted(cells, **options())
@@ -119,7 +119,7 @@ def test_what_looks_like_a_save_is_not_deleted(cells, tmp_path):
 def test_files_that_only_bear_our_names_are_not_deleted(cells, tmp_path, name):
     (tmp_path / name).write_text("mine")
     for write in (fitted(cells).save, lambda path: checkpointed(cells, path)):
-        with pytest.raises(CheckpointError, match=f"something else.*{name}"):
+        with pytest.raises(CheckpointError, match=f"not of a saved.*{name}"):
             write(tmp_path)
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
@@ -313,7 +313,7 @@ def sign_place(path):
         (sign_names, "stranger"),
         (sign_shape, r"model.library.loc has shape \(2,\)"),
         (sign_type, "float64"),
-        (sign_place, "no file of weights"),
+        (sign_place, "not a file of weights"),
     ],
 )
 def test_broken_saves_are_refused(saved, tmp_path, damage, says):

@@ -1,5 +1,7 @@
 """Names and documentation that are there before their modules are imported."""
 
+import ast
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -9,6 +11,7 @@ import pytest
 import pyro_scvi as ps
 from pyro_scvi import cli
 from pyro_scvi.utils.unloaded import docstring, imported, names_to_check
+from tests.support.faults import interrupts_raise
 from tests.support.paths import ROOT
 
 HEAVY = ("torch", "pyro", "anndata", "pandas", "numpy", "matplotlib", "sklearn")
@@ -53,3 +56,20 @@ def test_a_name_that_is_not_there():
 def test_the_list_of_commands_has_their_first_lines(name):
     function = imported(f"pyro_scvi.cli.{cli.COMMANDS[name]}", name)
     assert docstring(f"pyro_scvi.cli.{cli.COMMANDS[name]}", name).splitlines()[0] == function.__doc__.splitlines()[0]
+
+
+@pytest.mark.faults
+def test_an_interrupt_while_source_is_parsed_waits(monkeypatch):
+    """Python 3.11 may raise SystemError otherwise, and the command would end by that."""
+    parsed, parse = [], ast.parse
+
+    def interrupted(text):
+        signal.raise_signal(signal.SIGINT)
+        parsed.append(parse(text))
+        return parsed[-1]
+
+    with interrupts_raise(), monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            docstring("pyro_scvi.cli.training", "fit")
+    assert len(parsed) == 1

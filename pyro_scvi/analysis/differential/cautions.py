@@ -48,8 +48,8 @@ class Cautions:
         """One warning of each kind."""
         if self.single:
             warn(
-                f"a single cell is in {_some(self.single)}: nothing is known of how such cells vary, and no gene is "
-                "tested. Join it with another group, or leave it out."
+                f"a single cell is in {_some(self.single)}: one cell does not show how such cells vary, so no "
+                "gene is tested. Join the group with another one, or leave it out."
             )
         if self.confounded:
             warn(
@@ -59,15 +59,15 @@ class Cautions:
             )
         if self.one_batch:
             warn(
-                f"all cells are from one batch in {_some(self.one_batch)}: if batches are donors, p values are of "
-                "these donors' cells and say nothing of other donors. Of several donors for each group, name them by "
-                "GroupMeans(replicates=)."
+                f"all cells are from one batch in {_some(self.one_batch)}: if batches are donors, the p-values "
+                "hold for the cells of these donors and say nothing about other donors. If a group has several "
+                "donors, name them by GroupMeans(replicates=)."
             )
         if self.unequal:
             warn(
-                f"depths differ more than {MOST_DEPTHS:g}-fold: {_some(self.unequal)}. Means are per depth: a group "
-                "whose cells hold more RNA of every gene shows no change, and a few genes that are much higher make "
-                "all others look lower. Tests on log counts are not valid here."
+                f"depths differ more than {MOST_DEPTHS:g}-fold: {_some(self.unequal)}. Means are divided by "
+                "depth. So a group with more RNA of every gene shows no change, and a few genes that are much "
+                "higher make all others look lower. Tests on log counts are not valid here."
             )
 
 

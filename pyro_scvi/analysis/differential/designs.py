@@ -127,8 +127,8 @@ class Donors:
         for group in (a, b):
             if len(np.unique(self.donor[group.rows])) < 2:
                 raise DataError(
-                    f"all cells of {group.name!r} are from one replicate: what varies between replicates cannot be "
-                    "told from what the groups differ in; leave replicates out for a statement on these cells alone"
+                    f"all cells of {group.name!r} are from one replicate, so the variation between replicates is "
+                    "unknown. Leave replicates out to compare these cells alone"
                 )
 
     def pair(self, a: Strata, b: Strata) -> Pair:

@@ -23,7 +23,7 @@ from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_number
+from pyro_scvi.utils.checks import require_at_least, require_number, require_switches
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -90,14 +90,15 @@ class GroupMeans:
     has_direction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_switches(within_batches=self.within_batches)
         require_sampler(self.sampler)
         require_at_least(1, samples=self.samples)
         require_number(self.min_detected, "min_detected", below=1)
         require_number(self.min_molecules, "min_molecules")
         if self.replicates is not None and self.within_batches:
             raise ModelError(
-                "replicates and within_batches exclude each other: the one takes errors between donors, the other "
-                "between the cells of a batch; leave one out"
+                "replicates and within_batches exclude each other: replicates takes errors between donors, "
+                "within_batches between the cells of a batch. Leave one of them out"
             )
 
     def comparison(self, fit: Fit, cells: Cells, part: np.ndarray, seed: int) -> ComparisonOfMeans:
@@ -105,7 +106,7 @@ class GroupMeans:
         batches, design = minibatches(fit, cells), self._design(cells)
         sampler = sampler_for(self.sampler, cells, fit.guide)
         with evaluating(fit.model, fit.guide, seed, theta=True):
-            moments = posterior_moments(fit, batches, part, sampler, self.samples)
+            moments = posterior_moments(fit, batches, part, sampler, self.samples, seed)
         return ComparisonOfMeans(self, cells, design, moments)
 
     def _design(self, cells: Cells) -> Design:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.names import as_series, positions_of
+from pyro_scvi.data.names import as_series, in_order_of
 from pyro_scvi.data.obs_columns import quoted, words_for_missing
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
@@ -45,8 +45,8 @@ def labels_of(
         raise DataError(f"{what} must hold words, numbers or other labels that can be compared; some are lists")
     if missing := words_for_missing(list(pd.unique(labels))):
         warn(
-            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a group of "
-            "their own; replace the word by None to leave them out."
+            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a group "
+            "of their own. Replace the word by None to leave them out."
         )
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA cannot be compared: it has no truth value
 
@@ -54,8 +54,7 @@ def labels_of(
 def _as_objects(cells: Cells, groupby: Sequence[Hashable] | np.ndarray | pd.Series, what: str) -> np.ndarray:
     values = as_series(groupby)
     if isinstance(values, pd.Series):
-        rows = positions_of(cells.cell_names, values.index, what)
-        return values.iloc[rows].to_numpy(dtype=object)
+        return in_order_of(cells.cell_names, values, what).to_numpy(dtype=object)
     if not isinstance(groupby, list | tuple):
         return np.asarray(groupby, dtype=object)
     return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix
@@ -91,7 +90,7 @@ def members(labels: np.ndarray, group_a: Hashable, group_b: Hashable | None) -> 
     in_a = _in(labels, group_a)
     in_b = ~in_a if group_b is None else _in(labels, group_b)
     if not in_b.any():
-        raise DataError(f"every cell is in group {group_a!r}: there is no rest to compare it with")
+        raise DataError(f"every cell is in group {group_a!r}: there is no other cell to compare with")
     return np.flatnonzero(in_a), np.flatnonzero(in_b)
 
 

@@ -15,11 +15,12 @@ from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.inference.samplers import Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.types import Theta
+from pyro_scvi.utils.cell_streams import cell_streams
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-AT_ONCE = 128  # cells; fixed, because the random numbers that a cell gets depend on it
+AT_ONCE = 128  # cells
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,21 @@ class Moments:
         return mean, np.maximum(self.second[parts].sum(0) / n - mean**2, 0)
 
 
-def posterior_moments(fit: Fit, batches: Minibatches, part: np.ndarray, sampler: Sampler, samples: int) -> Moments:
-    """Moments of every part of the cells, (cells,) codes from 0; -1: not used."""
+def posterior_moments(
+    fit: Fit, batches: Minibatches, part: np.ndarray, sampler: Sampler, samples: int, seed: int
+) -> Moments:
+    """Moments of every part of the cells, (cells,) codes from 0; -1: not used. Draws are of streams of the cells."""
     n_parts, n_genes = int(part.max()) + 1, batches.cells.n_genes
     depth = np.full(len(part), np.nan)
     first, second = np.zeros((n_parts, n_genes)), np.zeros((n_parts, n_genes))
     totals = batches.cells.totals
     for k, rows in _blocks(part, n_parts):
         x, gamma = batches.rows(torch.as_tensor(rows, device=fit.device))
-        draws = sampler.draw(fit.guide, x, gamma, samples)
+        with cell_streams(seed, batches.cells.cell_names[rows]):
+            theta = decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
         # The library that the guide infers may be off by a factor that differs between groups: totals cannot be.
         size = fit.model.library.depth(x.new_tensor(totals[rows], dtype=x.dtype)[:, None], gamma)
-        mean, square = rate_moments(fit.model.likelihood, x, decoded(fit, x, gamma, draws))
+        mean, square = rate_moments(fit.model.likelihood, x, theta)
         depth[rows] = size[:, 0].cpu().numpy()
         first[k] += (mean / size).mean(0).sum(0).cpu().numpy()
         second[k] += (square / size.square()).mean(0).sum(0).cpu().numpy()

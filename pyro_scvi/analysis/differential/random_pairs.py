@@ -23,7 +23,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_number
+from pyro_scvi.utils.checks import require_at_least, require_number, require_switches
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -110,6 +110,7 @@ class RandomPairs:
     has_direction: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_switches(within_batch=self.within_batch)
         if not isinstance(self.contrast, DepthCorrected | Uncorrected):
             raise ModelError(f"contrast must be DepthCorrected() or Uncorrected(), got {self.contrast!r}")
         require_number(self.delta, "delta")
@@ -131,7 +132,7 @@ class RandomPairs:
         if not isinstance(self.pairing, AllPairs):
             raise ModelError(f"pairing must be AllPairs(...), or None for matched pairs, got {self.pairing!r}")
         if self.within_batch:
-            raise ModelError("AllPairs pairs cells of all batches; leave pairing out, or within_batch")
+            raise ModelError("AllPairs pairs cells of all batches: leave out pairing, or leave out within_batch")
         return self.pairing
 
     def _check_global_draws(self) -> None:
@@ -139,7 +140,9 @@ class RandomPairs:
             return
         require_at_least(1, global_draws=self.global_draws)
         if self.pairing is not None:
-            raise ModelError("AllPairs takes one law for all draws; leave pairing out, or global_draws")
+            raise ModelError(
+                "AllPairs needs one distribution for all draws: leave out pairing, or leave out global_draws"
+            )
         if self.global_draws > self.most_pairs // 2:
             raise ModelError(
                 f"most_pairs must be at least twice global_draws, got {self.most_pairs} and {self.global_draws}"

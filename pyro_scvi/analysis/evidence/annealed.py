@@ -21,7 +21,7 @@ from pyro_scvi.inference.importance import Proposal, evidence_of
 from pyro_scvi.inference.proposals import normals
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.types import LogJoint
-from pyro_scvi.utils.checks import require_at_least
+from pyro_scvi.utils.checks import require_at_least, switches_checked
 from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.progress_bars import over_cells
 
@@ -33,6 +33,7 @@ STEPS = 8  # of Newton, of the normal whose covariance shapes the moves
 TARGET, GAIN = 0.8, 0.2  # acceptance aimed at, and how fast the log step size follows
 
 
+@switches_checked
 def annealed_evidence(
     fit: Fit,
     cells: Cells,

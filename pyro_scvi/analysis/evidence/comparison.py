@@ -16,8 +16,10 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.utils.checks import switches_checked
 
 
+@switches_checked
 def compare(
     fits: Mapping[str, Fit | Sequence[Fit]],
     cells: Cells,
@@ -154,8 +156,9 @@ def _require_one_kind(listed: dict[str, list[Fit]]) -> None:
     kinds = {is_conditional(fit.model) for of in listed.values() for fit in of}
     if len(kinds) > 1:
         raise ModelError(
-            f"{[name for name, told in conditional.items() if told]} have an ObservedLibrary: their evidence is of "
-            "counts given the total, no match for that of whole cells. Take LatentLibrary, or compare them alone"
+            f"{[name for name, told in conditional.items() if told]} have an ObservedLibrary: their evidence is "
+            "that of the counts given the total, which cannot be compared with the evidence of whole cells. Take "
+            "LatentLibrary, or compare them with each other only"
         )
 
 

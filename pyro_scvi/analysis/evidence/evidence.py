@@ -21,7 +21,7 @@ from pyro_scvi.inference.evaluation import bound_terms, evaluating
 from pyro_scvi.inference.importance import KHAT_LIMIT, SamplingBudget, evidence_of
 from pyro_scvi.inference.proposals import weighted
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.precision import in_float64
 from pyro_scvi.utils.progress_bars import over_cells
 
@@ -34,6 +34,7 @@ CHAINS, TEMPERATURES = 64, 60  # of that: a few per cent of the time
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 
 
+@switches_checked
 def evidence(
     fit: Fit,
     cells: Cells,
@@ -188,7 +189,7 @@ def _check_some(fit: Fit, cells: Cells, table: pd.DataFrame, seed: int) -> None:
     if len(missed):
         warn(
             f"annealing finds {missed.max():.1f} nats more for {list(missed.index)}: the proposals miss modes, "
-            "which k-hat cannot tell; check others by ps.annealed_evidence"
+            "which k-hat does not show. Check other cells by ps.annealed_evidence"
         )
 
 
@@ -196,6 +197,6 @@ def _warn_of(table: pd.DataFrame) -> None:
     bad = (~(table.khat <= KHAT_LIMIT)).mean()
     if bad > 0.1:
         warn(
-            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: their evidence cannot be trusted; "
-            "raise samples=, or rounds= of ps.evidence"
+            f"k-hat is above {KHAT_LIMIT} for {bad:.0%} of the cells: do not trust their evidence. Raise "
+            "samples=, or rounds= of ps.evidence"
         )

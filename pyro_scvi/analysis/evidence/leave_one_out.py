@@ -19,7 +19,7 @@ from pyro_scvi.inference.pareto_khat import pareto_smoothed
 from pyro_scvi.inference.samplers import Importance, Sampler
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
 from pyro_scvi.utils.cell_streams import per_cell
-from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ WHY_NOT_CELLS = (
 )
 
 
+@switches_checked
 def leave_one_out(
     fit: Fit,
     cells: Cells,
@@ -134,8 +135,8 @@ def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
         bad = float((~(of_cells[name] <= limit)).mean()) if name in of_cells else 0.0
         if bad > 0.1:
             warn(
-                f"{name} is above {limit} for {bad:.0%} of the cells: their draws do not follow the posterior, and "
-                "neither elpd nor khat nor pit can be trusted; take sampler=ps.Importance() or ps.HMC(), or more draws"
+                f"{name} is above {limit} for {bad:.0%} of the cells: their draws do not follow the posterior, so "
+                "do not trust elpd, khat and pit. Take sampler=ps.Importance() or ps.HMC(), or more draws"
             )
 
 

@@ -78,14 +78,16 @@ def stacking_weights(table: pd.DataFrame, *, draws: int = 200, seed: int = 0) ->
 
 
 def _pointwise(table: Any) -> pd.DataFrame:
-    """Values by cell and model, in the order of the table."""
+    """Values by cell, in the order of their names, and by model, in the order of the table."""
     by_cell = table.attrs.get("pointwise") if isinstance(table, pd.DataFrame) else None
     if not isinstance(by_cell, pd.DataFrame) or not set(table.index) <= set(by_cell.columns):
         raise ModelError("stacking needs log p(x) of every cell: pass ps.compare(fits, cells, pointwise=True)")
     by_cell = by_cell[list(table.index)]
     if not np.isfinite(by_cell.to_numpy(dtype=float)).all():
-        raise ModelError("log p(x) is NaN or infinite for some cells, so there are no weights for them")
-    return by_cell
+        raise ModelError("log p(x) is NaN or infinite for some cells: leave these cells out")
+    # The bootstrap's weightings go by the names of cells, and cells of one name by their values.
+    order = np.lexsort((*by_cell.to_numpy(dtype=float).T, by_cell.index.to_numpy(dtype=str)))
+    return by_cell.iloc[order]
 
 
 def _stacked(log_p: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -103,7 +105,7 @@ def _stacked(log_p: np.ndarray, share: np.ndarray) -> np.ndarray:
     weights = weights / weights.sum()
     # No weights score better by more than this: the score is concave in them.
     if not (share / (p @ weights) @ p).max() - 1 < CERTAIN:
-        raise ModelError("the stacking weights cannot be found to the accuracy needed: take out models one by one")
+        raise ModelError("the stacking weights did not converge: leave models out one by one")
     return weights
 
 

@@ -46,7 +46,8 @@ def warn_if_conditional(model: SCVI) -> bool:
     conditional = is_conditional(model)
     if conditional:
         warn(
-            "with an ObservedLibrary this evidence is that of the counts given their total (only for ps.SCVI with "
-            "Poisson counts is more known): compare it with that of models of the same kind, or fit with LatentLibrary"
+            "with an ObservedLibrary this is the evidence of the counts given their total (only ps.SCVI with "
+            "Poisson counts gives the whole). Compare it with models of the same kind only, or fit with "
+            "LatentLibrary"
         )
     return conditional

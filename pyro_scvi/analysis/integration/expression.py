@@ -85,9 +85,9 @@ def normalized_expression(
 
     Examples
     --------
-    >>> table = ps.normalized_expression(fit, test, genes=["gene_3", "gene_0"])
+    >>> table = ps.normalized_expression(fit, test, genes=["GENE3", "GENE0"])
     >>> table.shape, table.columns.tolist()
-    ((12, 2), ['gene_3', 'gene_0'])
+    ((12, 2), ['GENE3', 'GENE0'])
     >>> bool(np.allclose(ps.normalized_expression(fit, test).sum(axis=1), 1e4))
     True
     """

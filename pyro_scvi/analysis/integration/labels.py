@@ -17,7 +17,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler
-from pyro_scvi.utils.checks import require_at_least, warn
+from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ LEAST_KNOWN = 20  # labels, from which their predictions are judged
 LEAST_RIGHT = 0.75  # of them, below which components are not those of their labels
 
 
+@switches_checked
 def predict_labels(
     fit: Fit,
     cells: Cells,
@@ -90,8 +91,8 @@ def predict_labels(
     words = _labels(fit, prior)
     if beside := [site for site in dependence(fit, cells, prior.columns).sites if site != "z"]:
         raise ModelError(
-            f"P(label | x) is computed from z alone, and {beside} of this model depend on the labels, too: leave "
-            "decoder_columns= out, or leave the labels' columns out of it"
+            f"P(label | x) is computed from z alone, but {beside} of this model depend on the labels too. Leave "
+            "decoder_columns= out, or leave the columns of labels out of it"
         )
     parts = []
     with evaluating(fit.model, fit.guide, seed):
@@ -113,8 +114,8 @@ def _warn_of_strangers(found: np.ndarray, given: np.ndarray) -> None:
     right = float((found[known].argmax(1) == given[known].argmax(1)).mean())
     if right <= LEAST_RIGHT:
         warn(
-            f"of {known.sum()} labels that these cells have, {right:.0%} are predicted: components of the prior are "
-            "not those of their labels; fit more epochs, or with a larger label_weight of ps.priors.ByLabel"
+            f"of {known.sum()} labels that these cells have, {right:.0%} are predicted: the components of the "
+            "prior do not match the labels. Fit more epochs, or with a larger label_weight of ps.priors.ByLabel"
         )
 
 

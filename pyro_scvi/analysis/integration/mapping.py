@@ -32,7 +32,7 @@ from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.priors.base import ConditionalPrior, takes_gamma
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit as MadeFit
-from pyro_scvi.utils.checks import require_at_least, require_positive
+from pyro_scvi.utils.checks import require_at_least, require_positive, switches_checked
 from pyro_scvi.utils.progress_bars import progress_bar
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class _Widened:
             self.parameter[:, self.stop :] = kept[:, self.stop :]
 
 
+@switches_checked
 def map_query(
     fit: Fit,
     cells: Cells,
@@ -137,7 +138,7 @@ def map_query(
         )
     if takes_gamma(fit.model.prior) and not isinstance(fit.model.prior, ConditionalPrior):
         raise ModelError(
-            "new batches would move the columns of gamma that the prior of this model was made for: fit the query "
+            "new batches would shift the columns of gamma that the prior of this model reads. Fit the query "
             "together with the other cells"
         )
     with torch.inference_mode(False):  # gradients, also inside a caller's torch.no_grad() or inference_mode()
@@ -182,8 +183,8 @@ def _widened(fit: Fit, cells: Cells, n_new: int) -> tuple[Fit, list[_Widened]]:
     n_known = fit.schema.n_batches
     if reads_gamma(fit.guide):
         raise ModelError(
-            f"q(z | x) of {type(fit.guide).__name__} depends on the batch, so that new batches cannot be added without "
-            "training it: fit with a guide whose encoder does not read gamma, which is the default"
+            f"q(z | x) of {type(fit.guide).__name__} depends on the batch, so new batches cannot be added without "
+            "training the guide. Fit with a guide whose encoder does not read gamma, which is the default"
         )
     _require_batch_in_decoder_alone(fit, cells)
     model, guide = copied(fit.model, fit.guide)
@@ -199,7 +200,10 @@ def _places(model: SCVI, n_known: int) -> list[tuple[nn.Module, str, int]]:
     seen = list(range(model.n_covariates)) if model.decoder_columns is None else model.decoder_columns.tolist()
     at = seen.index(0) if 0 in seen else None
     if at is None or seen[at : at + n_known] != list(range(n_known)):
-        raise ModelError("the decoder does not see the batches, so there is nothing to learn of new ones: embed as is")
+        raise ModelError(
+            "the decoder does not see the batches, so there is nothing to learn about new ones. "
+            "Embed the query as it is"
+        )
     decoder: Any = model.decoder
     if isinstance(decoder, Decoder):
         linear: Any = decoder.layers.linear
@@ -208,11 +212,14 @@ def _places(model: SCVI, n_known: int) -> list[tuple[nn.Module, str, int]]:
         places = [(head, "covariates", at) for head in decoder.heads.values()]
     else:
         raise ModelError(
-            f"the decoder {type(decoder).__name__} is of your own, and how it reads gamma is not known: map_query "
-            "takes the default and the linear one"
+            f"map_query does not know how your decoder {type(decoder).__name__} reads gamma. It works with the "
+            "default and the linear decoder"
         )
     if any(module._parameters.get(name) is None for module, name, _ in places):
-        raise ModelError("the decoder's weights on the batches have a prior of weight_priors: new ones have none")
+        raise ModelError(
+            "the weights of the batches have a prior from weight_priors, and weights of new batches "
+            "would have none. Fit reference and query together"
+        )
     return places
 
 
@@ -266,9 +273,9 @@ def _require_batch_in_decoder_alone(fit: Fit, cells: Cells) -> None:
     known = cells.with_batch(fit.schema.batches[0])
     if sites := dependence(blind, known, slice(0, n_known)).sites:
         raise ModelError(
-            f"the batch acts on {list(sites)} of this model by more than the decoder's weights, as a dispersion, a "
-            "library size or a prior for each batch does, and of new batches these are not known: fit the reference "
-            "without them, or fit reference and query together"
+            f"the batch acts on {list(sites)} of this model not only through the decoder, but also through a "
+            "dispersion, a library size or a prior of each batch. These are unknown for new batches. Fit the "
+            "reference without them, or fit reference and query together"
         )
 
 
@@ -283,13 +290,14 @@ def _require_same_law(fit: Fit, made: Fit, cells: Cells, n_new: int) -> None:
         before, after = _log_p(fit, x, gamma, sites), _log_p(made, x, wide, sites)
     if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(before, after, strict=True)):
         raise ModelError(
-            f"{type(fit.model).__name__} reads columns of gamma by their number, which new batches change: let it read "
-            "gamma through the decoder, the prior or the library alone"
+            f"{type(fit.model).__name__} reads columns of gamma by their number, and new batches change the "
+            "numbers. Let only the decoder, the prior or the library read gamma"
         )
 
 
 def _log_p(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return cell_terms(scored(fit.model, x, gamma, sites), *fit.guide.coordinates.local)
+    coordinates = fit.guide.coordinates
+    return cell_terms(scored(fit.model, x, gamma, sites, coordinates), *coordinates.local)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import batches_in_streams
 from pyro_scvi.analysis.new_batches import in_known_batches, z_means
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.guides.base import Guide
@@ -40,6 +41,11 @@ MOST_FEATURES = 25_000_000
 
 DENSE = 500
 """Cells or features up to which all singular vectors are computed; beyond, only the leading ones."""
+
+LARGEST = 1e12
+"""Numbers of a space that is read from a file are smaller: with others coordinates would not be finite in float32."""
+
+LENGTH_ERROR = 1e-3  # of an axis of length 1 that was rounded to float32 on the way, many times over
 
 DECODED_AT_ONCE = 4_000_000  # cells x genes
 
@@ -128,8 +134,8 @@ class Decoded(Space):
         found = torch.cat(list(_decoded(self, fit, some, batches, batch_size, seed))).double().numpy()
         if self.components >= min(found.shape):
             raise ModelError(
-                f"components={self.components} need more cells and features than that, and there are {found.shape[0]} "
-                f"and {found.shape[1]}: pass fewer, or a space that was fitted to more cells, as in "
+                f"components={self.components} must be smaller than the numbers of cells and features, "
+                f"{found.shape[0]} and {found.shape[1]}. Pass fewer, or a space that was fitted to more cells: "
                 f"{self!r}.fitted(fit, reference)"
             )
         mean = found.mean(0)
@@ -212,8 +218,8 @@ class Hidden(Decoded):
         """Refuse decoders without hidden layers, and of one's own, whose layers are not known."""
         if not isinstance(fit.model.decoder, Decoder):
             raise ModelError(
-                f"the decoder {type(fit.model.decoder).__name__} has no hidden layers that are known: take "
-                "ps.spaces.Expression() or ps.spaces.Latent()"
+                f"the decoder {type(fit.model.decoder).__name__} has no hidden layer that this space can read: "
+                "take ps.spaces.Expression() or ps.spaces.Latent()"
             )
 
     def features(self, guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
@@ -227,8 +233,8 @@ class Hidden(Decoded):
             hook.remove()
         if len(passed) != 1:
             raise ModelError(
-                f"{type(guide.model).__name__} calls its decoder {len(passed)} times, so that its hidden layer is not "
-                "one: take ps.spaces.Expression()"
+                f"{type(guide.model).__name__} calls its decoder {len(passed)} times, so there is no single "
+                "hidden layer: take ps.spaces.Expression()"
             )
         return passed[0].to(x.dtype)
 
@@ -289,14 +295,24 @@ class FittedSpace(Space):
         ------
         ModelError
             If the space was fitted with another fit: its axes would say nothing.
+        DataError
+            If it was read from a file, and its batches or sizes are not those of the fit.
         """
         if self.of != fingerprint(fit):
-            raise ModelError(
-                f"{self!r} was fitted with another fit: fit it anew, as in {self.space!r}.fitted(fit, reference)"
+            raise ModelError(f"{self!r} belongs to another fit: make it again by {self.space!r}.fitted(fit, reference)")
+        if not set(self.batches) <= set(fit.schema.batches) or bool(self.batches) != bool(fit.schema.batches):
+            raise DataError(
+                f"{self!r} is of the batches {quoted(self.batches)}; the fit has {quoted(fit.schema.batches)}"
             )
-        mean, axes = torch.from_numpy(self.mean), torch.from_numpy(self.factor * self.axes).T
         parts = _decoded(self.space, fit, cells, self.batches, batch_size, seed)
-        return torch.cat([((part.double() - mean) @ axes).to(fit.dtype) for part in parts]).numpy()
+        return torch.cat([self._projected(part).to(fit.dtype) for part in parts]).numpy()
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """Coordinates (cells, components) of features (cells, features)."""
+        if features.shape[1] != len(self.mean):
+            raise DataError(f"{self!r} is not of this fit, whose decoder gives {features.shape[1]}")
+        axes = torch.from_numpy(self.factor * self.axes).T
+        return (features.double() - torch.from_numpy(self.mean)) @ axes
 
     def record(self) -> dict[str, Any]:
         """Arrays, numbers and strings, as AnnData writes them to a file."""
@@ -321,7 +337,7 @@ def from_record(adata: Any) -> FittedSpace:
     Raises
     ------
     DataError
-        If it holds no such space, or a part of it is missing.
+        If it holds no such space, or a part of it is missing, is not finite or does not fit the others.
 
     Examples
     --------
@@ -332,19 +348,32 @@ def from_record(adata: Any) -> FittedSpace:
     (20, 10)
     """
     known = getattr(adata, "uns", {}).get("pyro_scvi", {})
-    kept = known.get("X_pyro_scvi_expression_pca", {}).get("pca") if isinstance(known, Mapping) else None
+    placed = known.get("X_pyro_scvi_expression_pca") if isinstance(known, Mapping) else None
+    kept = placed.get("pca") if isinstance(placed, Mapping) else None
     if not isinstance(kept, Mapping):
         raise DataError(
             'uns["pyro_scvi"] holds no axes of expression: pass the AnnData of the reference, after '
             "ps.annotate(reference, fit)"
         )
     try:
-        mean, axes = np.asarray(kept["mean"], dtype=np.float64), np.asarray(kept["axes"], dtype=np.float64)
+        mean, axes, factor = (
+            _finite(kept[name], name, ndim) for name, ndim in (("mean", 1), ("axes", 2), ("factor", 0))
+        )
         space = {kind.__name__: kind for kind in (Expression, Hidden)}[str(kept["space"])](len(axes))
-        batches = tuple(map(str, np.atleast_1d(kept["batches"])))
-        return FittedSpace(space, mean, axes, float(kept["factor"]), batches, str(kept["of"]))
+        batches = tuple(dict.fromkeys(map(str, np.atleast_1d(kept["batches"]))))
+        if axes.shape[1] != len(mean) or (np.linalg.norm(axes, axis=1) > 1 + LENGTH_ERROR).any():
+            raise ValueError(f"axes of shape {axes.shape} are longer than 1, or not of {len(mean)} features")
+        return FittedSpace(space, mean, axes, float(factor), batches, str(kept["of"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f'the axes in uns["pyro_scvi"] are not as ps.annotate writes them: {error!r}') from error
+
+
+def _finite(value: Any, name: str, ndim: int) -> np.ndarray:
+    """A value of a file as an array of real numbers, which a file that was changed may lack."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or array.ndim != ndim or not (np.abs(array) <= LARGEST).all():
+        raise ValueError(f"{name} must be finite numbers of {ndim} dimensions, got {brief(value)}")
+    return array.astype(np.float64)
 
 
 def require_space(space: Any) -> None:

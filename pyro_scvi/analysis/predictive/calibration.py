@@ -20,7 +20,7 @@ from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_giv
 from pyro_scvi.inference.samplers import HMC, Refined, Sampler, require_sampler
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.cell_streams import alone, cell_streams, narrowed
-from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.checks import brief, require_at_least, switches_checked
 from pyro_scvi.utils.html_repr import table
 from pyro_scvi.utils.progress_bars import progress_bar
 
@@ -171,6 +171,7 @@ class Calibration(NamedTuple):
         return facts
 
 
+@switches_checked
 def calibrate(
     fit: Fit,
     n_cells: int = 200,
@@ -290,7 +291,7 @@ def _simulated(fit: Fit, truth: Sites, gamma: Tensor, one: int) -> Tensor:
     rows = slice(one, one + 1)
     own = {name: value[rows] for name, value in truth.items()}
     with alone(one):
-        return _distribution_of_x(fit, None, gamma[rows])(own).sample()
+        return _distribution_of_x(fit, None, gamma[rows])(own).sample().to(gamma)
 
 
 def _thinned(value: Tensor, chains: int, draws: int) -> Tensor:

@@ -21,7 +21,7 @@ from pyro_scvi.analysis.predictive.check_statistics import Statistics, banded, m
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.program_runs import needs_counts
+from pyro_scvi.guides.program_runs import drawn_counts, needs_counts
 from pyro_scvi.guides.supported import require_drawable
 from pyro_scvi.inference.evaluation import drawn_from_prior, evaluating, law_given, sampled_counts, with_enumerated
 from pyro_scvi.inference.given import Given, sampler_for
@@ -89,7 +89,7 @@ def prior_predictive(
     require_drawable(model)
     try:
         with evaluation_mode(model), seeded(seed), pyro.get_param_store().scope(), torch.no_grad():
-            return model(None, constants).cpu().numpy()
+            return drawn_counts(model, constants)[0].cpu().numpy()
     except NotImplementedError as error:
         raise ModelError(f"the prior {model.prior!r} cannot be drawn from: {error}") from error
     except (AttributeError, TypeError) as error:
@@ -328,7 +328,7 @@ def _with_simulated(
     """One cell and ``samples`` simulations of it (1 + samples, genes), replicas of each, and mean and variance of x."""
     own = sampler.draw(fit.guide, x, gamma, samples + REPLICAS).sites
     constants = gamma.expand(samples, -1)
-    counts = _law(fit, x, gamma, {name: value[:samples] for name, value in own.items()}, samples).sample()[:, 0]
+    counts = _law(fit, x, gamma, {name: value[:samples] for name, value in own.items()}, samples).sample()[:, 0].to(x)
     again = simulated.draw(fit.guide, counts, constants, REPLICAS).sites
     sets = torch.cat([x, counts])
     sites = {name: torch.cat([value[samples:], again[name]], 1) for name, value in own.items()}

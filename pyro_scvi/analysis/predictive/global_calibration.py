@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from torch import Tensor
 
@@ -16,9 +15,10 @@ from pyro_scvi.analysis.inputs import minibatches, require_inputs
 from pyro_scvi.analysis.predictive.calibration import Calibration, require_ranks, summary_of
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.program_runs import drawn_counts
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.checks import brief, require_at_least, switches_checked
 from pyro_scvi.utils.progress_bars import progress_bar
 from pyro_scvi.utils.random_state import seeded
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate_globals"]
 
 
+@switches_checked
 def calibrate_globals(
     fit: Fit,
     cells: Cells,
@@ -125,7 +126,7 @@ def _simulated(fit: Fit, cells: Cells, seed: int) -> tuple[dict[str, Tensor], Ce
     """Global latents from their prior, and cells that the program draws at them."""
     _, gamma = minibatches(fit, cells).rows(torch.arange(cells.n_cells, device=fit.device))
     with evaluating(fit.model, fit.guide, seed):
-        trace = pyro.poutine.trace(fit.model).get_trace(None, gamma)
+        _, trace = drawn_counts(fit.model, gamma)
     nodes: dict[str, Any] = trace.nodes
     truth = {name: nodes[name]["value"] for name in fit.guide.weights.supports}
     return truth, replace(cells, counts=nodes["x"]["value"].cpu().numpy())

@@ -81,7 +81,7 @@ class DESeq2(BaseEstimator):
         try:
             tested = fitted("parametric")
         except NotImplementedError:  # the local regression that DESeq2 falls back on is not in inmoose
-            warnings.warn("no parametric trend fits the dispersions; their mean is taken instead", stacklevel=2)
+            warnings.warn("no parametric trend fits the dispersions; their mean is used instead", stacklevel=2)
             tested = fitted("mean")
         columns = (np.asarray(tested[name], dtype=float) for name in ("pvalue", "log2FoldChange"))
         return data.table(*columns)

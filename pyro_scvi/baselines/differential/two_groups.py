@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from pyro_scvi.baselines.inputs import dense_counts, in_order_of
+from pyro_scvi.baselines.inputs import dense_counts
+from pyro_scvi.data.names import in_order_of
 from pyro_scvi.errors import DataError
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.special import entr
 from sklearn.base import BaseEstimator
 
-from pyro_scvi.baselines.inputs import dense_counts, in_order_of, require_fitted
+from pyro_scvi.baselines.inputs import dense_counts, require_fitted
 from pyro_scvi.baselines.normalization.scalings import (
     RLE,
     TMM,
@@ -20,6 +20,7 @@ from pyro_scvi.baselines.normalization.scalings import (
     UpperQuartile,
 )
 from pyro_scvi.baselines.normalization.scone_scores import PAM_CELLS, Known, components, scores
+from pyro_scvi.data.names import in_order_of
 from pyro_scvi.errors import DataError, ModelError
 
 SCALINGS: tuple[Scaling, ...] = (NoScaling(), TotalScaling(), TMM(), RLE(), UpperQuartile(), FullQuantile())

@@ -113,7 +113,7 @@ class ZIFA(TransformerMixin, BaseEstimator):
         require_varying_genes(logs)
         require_latents(self.n_latent, logs)
         if logs.all():
-            raise DataError("no count is zero, so that nothing tells which are lost; take FactorAnalysis instead")
+            raise DataError("no count is zero, so nothing shows which counts are lost. Take FactorAnalysis instead")
         self._keep(self._maximise(torch.as_tensor(logs, device=self.device), self._start(logs)))
         remember_genes(self, counts)
         return self

@@ -57,7 +57,9 @@ from pyro_scvi.data.stores.layout import (
     work_of,
 )
 from pyro_scvi.errors import StoreError
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk import hdf5
+from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.utils.progress_bars import progress_bar
 
@@ -66,6 +68,7 @@ PLAN, COMPLETE = "plan.json", "store"
 _log = logging.getLogger(__name__)
 
 
+@switches_checked
 def build(
     files: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     path: str | Path,
@@ -119,7 +122,8 @@ def build(
     SchemaError
         If a layer, ``raw`` or a gene does not exist.
     StoreError
-        If ``path`` holds something else or a broken store, or parts of another build lie beside it.
+        If ``path`` holds something else or a broken store, parts of another build lie beside it, or another process
+        is building it.
 
     Warns
     -----
@@ -157,21 +161,44 @@ def build(
         if target.exists():
             _require_built_by(plan, target)
         else:
-            work = work_of(target)
-            _begin(work, plan)
-            with _removed_if_empty(work):
-                _write_annotations(work / ANNOTATIONS, obs, shared)  # before hours of reading: it may be refused
-                parts = _parts(inputs, obs.index, shared, allow_non_integer, work, progress)
-            _assemble(parts, len(obs), shared, plan, work / COMPLETE)
-            (work / COMPLETE).rename(target)
-            sync_folder(target.parent)
+            with _alone(target):
+                if target.exists():  # another process has built it just now
+                    _require_built_by(plan, target)
+                else:
+                    _build(inputs, obs, shared, plan, target, progress)
     shutil.rmtree(work_of(target), ignore_errors=True)
     return target
 
 
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let no other process write parts of this store, nor delete ours, while the block runs."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(target))
+        except BlockingIOError as error:
+            raise StoreError(f"{target} is being built: {error}") from error
+        yield
+
+
+def _build(
+    inputs: Sequence[Input], obs: pd.DataFrame, genes: pd.Index, plan: dict[str, Any], target: Path, progress: bool
+) -> None:
+    """Write the parts that are missing, and make the store of them."""
+    work = work_of(target)
+    _begin(work, plan)
+    with _removed_if_empty(work):
+        _write_annotations(work / ANNOTATIONS, obs, genes)  # before hours of reading: it may be refused
+        parts = _parts(inputs, obs.index, genes, plan["allow_non_integer"], work, progress)
+    _assemble(parts, len(obs), genes, plan, work / COMPLETE)
+    (work / COMPLETE).rename(target)
+    sync_folder(target.parent)
+
+
 def _require_built_by(plan: dict[str, Any], target: Path) -> None:
     if not (target / SCHEMA).is_file():
-        raise StoreError(f"{target} is there already and is no store; choose another path")
+        raise StoreError(f"{target} is there already and is not a store; choose another path")
     schema = StoreSchema.read(target)
     if schema.plan != plan:
         raise StoreError(
@@ -188,7 +215,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
         earlier = json.loads((work / PLAN).read_bytes())
     except FileNotFoundError:
         if work.is_dir() and any(item.name != f"{PLAN}.new" for item in work.iterdir()):
-            raise StoreError(f"{work} holds something else than parts of a store; move it away") from None
+            raise StoreError(f"{work} holds files that are not parts of a store; move it away") from None
         work.mkdir(parents=True, exist_ok=True)
         durably(work / PLAN, lambda file: file.write(json.dumps(plan).encode()))
         return
@@ -298,7 +325,7 @@ def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.
             with np.load(part.path, allow_pickle=False) as arrays:
                 values = arrays[name]
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{part.path} was damaged meanwhile ({error}); call build again") from error
+            raise StoreError(f"{part.path} was damaged during the build ({error}); call build again") from error
         file.write(values.astype(dtype, copy=False).data)
 
 

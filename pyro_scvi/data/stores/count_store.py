@@ -25,6 +25,7 @@ from pyro_scvi.data.stores.layout import (
     rebuild,
 )
 from pyro_scvi.errors import StoreError
+from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk.unreadable import errors_named
 
 _LONGEST_READ = 2**28  # entries; Linux reads at most 2 GB at once
@@ -58,6 +59,7 @@ class CountStore(Source):
     ((60, 20), (2, 20))
     """
 
+    @switches_checked
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path).expanduser().absolute()
         with errors_named(str(self.path), kind=StoreError):

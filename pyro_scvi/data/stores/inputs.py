@@ -16,10 +16,10 @@ from anndata.io import read_elem, sparse_dataset
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import other_forms
-from pyro_scvi.data.obs_columns import inferred, object_columns, quoted
+from pyro_scvi.data.obs_columns import inferred, object_columns, of_one_kind, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
-from pyro_scvi.errors import DataError, SchemaError
+from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
 
@@ -47,7 +47,7 @@ def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Pa
 
     Raises
     ------
-    DataError
+    ModelError
         If there is no file, or two have the same name.
     """
     if isinstance(files, Mapping) and files:
@@ -55,7 +55,7 @@ def named_files(files: str | Path | Sequence[str | Path] | Mapping[str, str | Pa
     listed = [Path(file).expanduser().absolute() for file in ([files] if isinstance(files, str | Path) else files)]
     named = {file.stem: file for file in listed}
     if not listed or len(named) < len(listed):
-        raise DataError("pass one file or several of different names, or a dict that names them: {name: file}.")
+        raise ModelError("pass one file or several of different names, or a dict that names them: {name: file}.")
     return named
 
 
@@ -64,14 +64,14 @@ def check_names(genes: Any, label: Any, index_unique: Any) -> None:
 
     Raises
     ------
-    DataError
+    ModelError
         If there is one; names the argument.
     """
     if isinstance(genes, str) or (genes is not None and not isinstance(genes, Iterable)):
-        raise DataError(f"genes must be a list of names, such as [{genes!r}]; got {brief(genes)}.")
+        raise ModelError(f"genes must be a list of names, such as [{genes!r}]; got {brief(genes)}.")
     for name, word in {"label": label, "index_unique": index_unique}.items():
         if word is not None and not isinstance(word, str):
-            raise DataError(f"{name} must be a string, got {brief(word)}.")
+            raise ModelError(f"{name} must be a string, got {brief(word)}.")
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def _table(group: Any, name: str, path: Path) -> pd.DataFrame:
     with errors_named(f"{name} of {path}"):
         table = read_elem(group[name])
         if not isinstance(table, pd.DataFrame):
-            raise DataError(f"{name} of {path} is no table, but {brief(table)}.")
+            raise DataError(f"{name} of {path} is not a table, but {brief(table)}.")
         return table
 
 
@@ -141,7 +141,7 @@ def _group(path: Path) -> Iterator[Any]:
         yield group
         return
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: cannot read it as h5ad: it is no regular file")  # a pipe would be waited for
+        raise DataError(f"{path}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
     check_links(path)
     try:
         file = h5py.File(path, "r")
@@ -183,7 +183,7 @@ def _shared_genes(inputs: Sequence[Input]) -> pd.Index:
         if forms := other_forms(first, other):
             warn(f"genes of {inputs[0].path} are not in {each.path}, and are left out.{forms}")
     if not len(shared):
-        raise DataError(f"no gene is in all of the {len(inputs)} files; are their names of one kind?")
+        raise DataError(f"no gene is in all of the {len(inputs)} files. Do all files use the same kind of gene names?")
     for each in inputs:
         if len(shared) < len(each.genes):
             _log.info("%d genes of %s are not in all files: left out", len(each.genes) - len(shared), each.path)
@@ -208,6 +208,8 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
     with doubled_names_allowed(), errors_named("obs of these files", "cannot be joined"):
         annotations = {each.name: AnnData(obs=each.obs) for each in inputs}
         joined = anndata.concat(annotations, label=label, index_unique=index_unique, join="outer").obs
+    for name in joined.columns:
+        joined[name] = of_one_kind(joined[name])
     for name in object_columns(joined):
         if joined[name].isna().any():  # strings or booleans: as plain objects they cannot be written to a file
             joined[name] = inferred(joined[name])

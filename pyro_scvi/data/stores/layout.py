@@ -60,7 +60,7 @@ class StoreSchema:
         except OSError as error:
             hint = f"its build was interrupted, call build again: {work_of(folder)}"
             reason = hint if work_of(folder).is_dir() else str(error)
-            raise StoreError(f"{folder} is no store of counts: {reason}") from error
+            raise StoreError(f"{folder} is not a store of counts: {reason}") from error
         except (ValueError, RecursionError) as error:
             raise StoreError(f"{folder / SCHEMA} is corrupt: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:

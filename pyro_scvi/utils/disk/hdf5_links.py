@@ -21,7 +21,13 @@ class Link(NamedTuple):
 
 
 def links_out_of(path: Path) -> list[Link]:
-    """Links to other files, also those in files beside that this one links to; [] if it is no HDF5 file."""
+    """Links to other files, also those in files beside that this one links to; [] if it is no HDF5 file.
+
+    Raises
+    ------
+    ValueError
+        If a name is not text: what lies behind it cannot be looked at.
+    """
     found: list[Link] = []
     seen, waiting = set(), [path.absolute()]
     while waiting:
@@ -39,12 +45,19 @@ def _links(path: Path) -> Iterator[Link]:
     except OSError:
         return
     with file:
-        names: list[str] = []
+        names: list[Any] = []
         file.id.links.visit(names.append)  # names only: opening an object would follow its link
-        for name in (raw.decode(errors="replace") if isinstance(raw, bytes) else raw for raw in names):
+        for name in (_text(raw, path) for raw in names):
             for target in _targets(file, name):
                 if target != ".":  # a virtual array of this file's own
                     yield Link(path, name, (path.parent / target).resolve())
+
+
+def _text(name: str | bytes, path: Path) -> str:
+    try:
+        return name.decode() if isinstance(name, bytes) else name
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the name {name!r} in {path} is not text in UTF-8") from error
 
 
 def _targets(file: h5py.File, name: str) -> list[str]:

@@ -302,14 +302,16 @@ def test_what_would_not_know_a_new_batch_is_refused(fit):
     weights = {"decoder.layers.linear.0.weight": ps.weights.NormalWeights()}
     refused = {
         "depends on the batch": lambda: fit_of(cells, encoding),
-        r"\['x'\] of this model by more": lambda: fit_of(cells, likelihood=per_batch),
-        r"\['l'\] of this model by more": lambda: fit_of(
+        r"\['x'\] of this model not only": lambda: fit_of(cells, likelihood=per_batch),
+        r"\['l'\] of this model not only": lambda: fit_of(
             cells, library=ps.libraries.LatentLibrary([4.0, 5.0], [0.2, 0.3])
         ),
         "does not see the batches": lambda: fit_of(cells, prior=ps.priors.Conditional(3, first)),
-        "a prior of weight_priors": lambda: fit_of(cells, weight_priors=weights),
+        "a prior from weight_priors": lambda: fit_of(cells, weight_priors=weights),
         "by their number": lambda: ps.fit(ByNumber(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False),
-        "by more than the decoder": lambda: ps.fit(ByBatch(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False),
+        "not only through the decoder": lambda: ps.fit(
+            ByBatch(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False
+        ),
     }
     for says, made in refused.items():
         other = made()
@@ -323,7 +325,7 @@ def test_what_would_not_know_a_new_batch_is_refused(fit):
 
 def test_one_known_batch_cannot_be_told_from_a_new_one():
     cells = ps.Cells.from_anndata(REFERENCE[:40].copy(), batch="donor")
-    with pytest.raises(SchemaError, match="one batch only, 'a'"):
+    with pytest.raises(SchemaError, match="only one batch, 'a'"):
         ps.Cells.from_anndata(QUERY, schema=cells.schema, allow_new_batches=True)
     same = ps.Cells.from_anndata(REFERENCE[:40].copy(), schema=cells.schema, allow_new_batches=True)
     assert same.new_batches == ()
@@ -372,3 +374,18 @@ def test_too_few_labels_are_refused(fit, query):
         ps.transfer_labels(fit, reference_of().take(range(10)), query, "kind", neighbors=10)
     with pytest.raises(SchemaError, match="no column 'type'"):
         ps.transfer_labels(fit, reference_of(), query, "type")
+
+
+def test_a_new_batch_that_is_written_in_two_ways_is_one(fit):
+    """As a number in some cells and as text in others: cells would be read into a column that was never trained."""
+    mapped = []
+    for values in (["9"], [9, "9"]):
+        adata = QUERY.copy()
+        adata.obs["donor"] = pd.Series([values[i % len(values)] for i in range(adata.n_obs)], adata.obs_names, object)
+        new = ps.Cells.from_anndata(adata, schema=fit.schema, allow_new_batches=True)
+        assert new.new_batches == ("9",)
+        made = ps.map_query(fit, new, epochs=1, progress=False)
+        again = ps.Cells.from_anndata(adata, schema=made.schema)
+        mapped.append((made.schema.batches, ps.impute(made, again, samples=2, seed=1)))
+    assert mapped[0][0] == mapped[1][0]
+    np.testing.assert_array_equal(mapped[0][1], mapped[1][1])

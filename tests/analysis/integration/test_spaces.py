@@ -184,8 +184,8 @@ def test_what_is_no_space_of_this_fit_is_refused(fit, cells):
         "the class Latent": lambda: ps.embed(fit, cells, space=ps.spaces.Latent),
         "'expression'": lambda: ps.embed(fit, cells, space="expression"),
         "components must": lambda: ps.spaces.Expression(0),
-        "there are 5": lambda: ps.embed(fit, cells.take(range(5)), space=ps.spaces.Expression(5)),
-        "no hidden layers": lambda: ps.embed(linear, cells, space=ps.spaces.Hidden(2)),
+        "numbers of cells and features, 5": lambda: ps.embed(fit, cells.take(range(5)), space=ps.spaces.Expression(5)),
+        "no hidden layer that": lambda: ps.embed(linear, cells, space=ps.spaces.Hidden(2)),
         "another fit": lambda: ps.embed(linear, cells, space=ps.spaces.Expression(2).fitted(fit, cells)),
     }
     for says, call in refused.items():
@@ -208,3 +208,60 @@ def test_annotating_few_cells_says_what_to_pass(fit, adata):
 def test_cells_of_other_genes_are_refused(fit):
     with pytest.raises(SchemaError, match="genes"):
         ps.embed(fit, cells_of(8), space=ps.spaces.Expression(2))
+
+
+BROKEN = {
+    "mean of NaN": {"mean": np.full(20, np.nan)},
+    "mean of infinity": {"mean": np.full(20, np.inf)},
+    "mean of one gene": {"mean": np.ones(1)},
+    "mean that is a number": {"mean": np.float64(1.0)},
+    "mean that is none": {"mean": None},
+    "axes of NaN": {"axes": np.full((3, 20), np.nan)},
+    "axes of 1e308": {"axes": np.full((3, 20), 1e308)},
+    "axes too long": {"axes": np.ones((3, 20))},
+    "axes of other genes": {"axes": np.eye(3, 19)},
+    "one axis without its dimension": {"axes": np.eye(20)[0]},
+    "axes of three dimensions": {"axes": np.eye(20)[None]},
+    "no axes": {"axes": np.ones((0, 20))},
+    "complex axes": {"axes": np.eye(3, 20) + 1j},
+    "axes of text": {"axes": np.eye(3, 20).astype(str)},
+    "a factor of NaN": {"factor": np.nan},
+    "a factor of 1e308": {"factor": 1e308},
+    "a factor of text": {"factor": "x"},
+    "factors": {"factor": np.ones(3)},
+    "another space": {"space": "Hidden"},
+    "no space": {"space": "Latents"},
+    "an unknown batch": {"batches": np.array(["a", "z"], dtype=object)},
+    "no batch": {"batches": np.array([], dtype=object)},
+}
+
+
+@pytest.fixture(scope="module")
+def annotated(fit, adata):
+    annotated = adata.copy()
+    ps.annotate(annotated, fit, space=ps.spaces.Expression(3))
+    return annotated
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_broken_axes_of_a_file_place_no_cell(fit, cells, annotated, change):
+    record = annotated.uns["pyro_scvi"]["X_pyro_scvi_expression_pca"]["pca"] | change
+    broken = AnnData(uns={"pyro_scvi": {"X_pyro_scvi_expression_pca": {"pca": record}}})
+    with pytest.raises(DataError, match=r"as ps.annotate|of the batches|not of this fit"):
+        ps.embed(fit, cells, space=ps.spaces.from_record(broken))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("known", ["text", [1], {"X_pyro_scvi_expression_pca": "text"}])
+def test_other_records_than_axes_hold_no_axes(fit, known):
+    with pytest.raises(DataError, match="no axes"):
+        ps.spaces.from_record(AnnData(uns={"pyro_scvi": known}))
+
+
+@pytest.mark.faults
+def test_batches_that_a_file_names_often_count_once(fit, cells, annotated):
+    record = annotated.uns["pyro_scvi"]["X_pyro_scvi_expression_pca"]["pca"]
+    often = record | {"batches": np.tile(record["batches"], 100_000)}  # each would be decoded
+    space = ps.spaces.from_record(AnnData(uns={"pyro_scvi": {"X_pyro_scvi_expression_pca": {"pca": often}}}))
+    np.testing.assert_array_equal(ps.embed(fit, cells, space=space), annotated.obsm["X_pyro_scvi_expression_pca"])

@@ -188,7 +188,7 @@ def test_imputation_and_probability_of_loss():
 
 
 def test_needs_zeros_and_sensible_settings():
-    with pytest.raises(DataError, match="no count is zero, .* take FactorAnalysis instead"):
+    with pytest.raises(DataError, match="no count is zero, .* Take FactorAnalysis instead"):
         ZIFA(2).fit(COUNTS + 1)
     with pytest.raises(ModelError, match="max_iter must be an integer of 1 or more, got 0"):
         ZIFA(2, max_iter=0).fit(COUNTS)

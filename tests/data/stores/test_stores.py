@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
@@ -23,8 +24,9 @@ from scipy import sparse
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.lazy_counts import Backed
 from pyro_scvi.data.minibatches import Minibatches, resolve_device
-from pyro_scvi.data.stores import CountStore, build
-from pyro_scvi.errors import DataError, SchemaError, StoreError
+from pyro_scvi.data.stores import CountStore, build, building
+from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
+from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.random_state import seeded
 from tests.support.cli_runs import run
 from tests.support.paths import ROOT
@@ -246,11 +248,11 @@ def test_names_that_clash(tmp_path, files):
         quietly(files, tmp_path / "store", label="donor", index_unique="-")
     (tmp_path / "sub").mkdir()
     shutil.copy(files["A"], tmp_path / "sub" / "one.h5ad")
-    with pytest.raises(DataError, match="dict that names them"):
+    with pytest.raises(ModelError, match="dict that names them"):
         quietly([files["A"], tmp_path / "sub" / "one.h5ad"], tmp_path / "store")
     with pytest.raises(DataError, match="no gene is in all of the 2 files"):
         quietly([files["A"], stored(tmp_path, make_adata(genes="tuv"), "others")], tmp_path / "store")
-    with pytest.raises(DataError, match="pass one file"):
+    with pytest.raises(ModelError, match="pass one file"):
         quietly([], tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
@@ -318,7 +320,7 @@ def test_what_is_there_already_is_not_touched(tmp_path, file, store):
         quietly(file, store, genes=["a"])
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "notes").write_text("kept")
-    with pytest.raises(StoreError, match="something else than parts"):
+    with pytest.raises(StoreError, match="files that are not parts"):
         quietly(file, tmp_path / "new")
 
 
@@ -357,7 +359,7 @@ def test_a_schema_that_does_not_belong(store, tmp_path):
         (store / "schema.json").write_text(broken)
         with pytest.raises(StoreError, match=what):
             CountStore(store)
-    with pytest.raises(StoreError, match="is no store of counts"):
+    with pytest.raises(StoreError, match="is not a store of counts"):
         CountStore(tmp_path / "absent")
 
 
@@ -407,18 +409,42 @@ def test_a_refused_build_does_not_block_the_next(tmp_path):
         ({"genes": "a"}, r"genes must be a list of names, such as \['a'\]; got 'a'"),
         ({"genes": 3}, "genes must be a list of names.*got 3"),
         ({"label": 3}, "label must be a string, got 3"),
+        ({"layer": 3}, "layer must be the name of a layer, or None; got 3"),
         ({"index_unique": True}, "index_unique must be a string, got True"),
     ],
 )
 def test_names_that_are_none(tmp_path, file, options, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ModelError, match=message):
         quietly(file, tmp_path / "new", **options)
     assert not (tmp_path / "new.partial").exists()
 
 
+MIXED = {
+    "numbers and text": ([1, 2, 1, 1], ["1", "2", "2", "1"]),
+    "numbers and categories": ([1, 2, 1, 1], pd.Categorical(["1", "2", "2", "1"])),
+    "categories of numbers and text": (pd.Categorical([1, 2, 1, 1]), ["1", "2", "2", "1"]),
+    "whole floats and text": ([1.0, 2.0, 1.0, 1.0], ["1", "2", "2", "1"]),
+}
+
+
+@pytest.mark.parametrize("columns", MIXED.values(), ids=MIXED)
+def test_a_batch_that_is_a_number_in_one_file_and_text_in_another_is_one_batch(columns, tmp_path):
+    files = []
+    for place, column in enumerate(columns):
+        obs = pd.DataFrame({"run": column, "lane": ["a", None, "b", "b"]}, index=[f"c{place}{i}" for i in range(4)])
+        adata = AnnData(np.ones((4, 2), dtype=np.float32), obs, pd.DataFrame(index=["g", "h"]))
+        files.append(tmp_path / f"{place}.h5ad")
+        adata.write_h5ad(files[-1])
+    cells = Cells.from_store(build(files, tmp_path / "store", progress=False), batch="run")
+    assert cells.schema.batches == ("1", "2")
+    np.testing.assert_array_equal(cells.gamma[:, :1][:, 0], [1, 0, 1, 1, 1, 0, 0, 1])
+    np.testing.assert_array_equal(cells.with_batch(1).gamma[:], cells.with_batch("1").gamma[:])
+    assert cells.obs["lane"].isna().sum() == 2
+
+
 def test_no_files_and_no_annotations(tmp_path):
     for files in ({}, []):
-        with pytest.raises(DataError, match="pass one file or several"):
+        with pytest.raises(ModelError, match="pass one file or several"):
             quietly(files, tmp_path / "new")
     with h5py.File(tmp_path / "bare.h5ad", "w") as bare:
         bare["X"] = np.ones((3, 2))
@@ -626,6 +652,31 @@ def test_parts_of_another_build_are_not_mixed_in(tmp_path, file, unfinished):
     with pytest.raises(StoreError, match="from other files or with other options"):
         quietly(file, tmp_path / "store")
     assert sorted((tmp_path / "store.partial").iterdir()) == parts
+
+
+@pytest.mark.faults
+def test_the_second_of_two_builds_of_one_store_is_refused(tmp_path, file, unfinished):
+    parts = sorted((tmp_path / "store.partial").iterdir())
+    with only_writer(tmp_path / "store"), pytest.raises(StoreError, match="another process is writing"):
+        quietly(file, tmp_path / "store")
+    assert sorted((tmp_path / "store.partial").iterdir()) == parts
+    quietly(file, tmp_path / "store")
+    with only_writer(tmp_path / "store"):
+        check_complete(file, tmp_path / "store")  # it is there, so nothing is written
+
+
+@pytest.mark.faults
+def test_a_store_that_another_process_has_just_built_is_taken(tmp_path, file, monkeypatch):
+    quietly(file, tmp_path / "other")
+
+    @contextmanager
+    def waited_for(target):
+        (tmp_path / "other").rename(target)
+        yield
+
+    monkeypatch.setattr(building, "_alone", waited_for)
+    check_complete(file, tmp_path / "store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad"]  # no parts, and no lock
 
 
 # --- minibatches ---
