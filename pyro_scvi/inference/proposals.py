@@ -38,7 +38,6 @@ MARGIN = 10.0  # nats by which they must win; smaller differences in density say
 EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
 LEAST_ROUNDS = 2  # of the adaptation of a mixture
 ENTRIES = 256  # of counts that climbs of one cell start with: many starts cost little where there are few genes
-GRADIENT_STEPS = 13  # for which one Newton step is taken, at a third of their cost
 NO_MASS = -1e4  # nats; of a mode where the density is no number
 
 
@@ -151,9 +150,8 @@ class Posteriors:
     def _at_only_mode(self, rows: Tensor, loc: Tensor, scale: Tensor, steps: int) -> Fitted:
         """The cells with one mode, each with a normal fitted to it."""
         part = self if len(rows) == len(self.x) else self.of(rows)
-        newton_steps = -(-steps // GRADIENT_STEPS)
         with narrowed(rows):
-            proposal = fitted_normal(part.density_of, loc, scale, steps=newton_steps, block=part.block)
+            proposal = fitted_normal(part.density_of, loc, scale, steps=steps, block=part.block)
         return Fitted(rows, part.density_of, part.block, proposal)
 
     def _modes(self, points: Tensor, values: Tensor, unit: Tensor) -> Modes:

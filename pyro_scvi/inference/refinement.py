@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_scvi.inference.importance import Proposal
+from pyro_scvi.inference.importance import Proposal, corrected_proposal
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import narrowed, per_cell
 from pyro_scvi.utils.precision import in_float64, put_back
@@ -16,9 +16,15 @@ DensityOf = Callable[[Tensor], LogJoint]  # the log joint density of the cells i
 UNDAMPED, DAMPED = 2, 0.6  # steps that take the whole new curvature, and the share of it that later ones take
 LEAST_CURVATURE, MOST_CURVATURE = 0.1, 10.0  # relative to the curvature before the step
 LONGEST = 6.0  # of a step, in standard deviations
-LENGTHS = (1.0, 0.5, 0.25, 0.05)  # shares of a step, of which the one with the highest density is taken
-TRUSTED = 1.0  # standard deviations; of a step that is taken as it is: the mean need not be where the density is high
-FEWEST, CONVERGED = 4, 0.2  # steps of every cell, and the length of a step after which a cell takes no more
+LENGTHS = (1.0, 0.5, 0.25, 0.05)  # shares of a step, weighed by the density that they lead to
+# Standard deviations. Up to the first, a step is taken as it is: the mean need not be where the density is high. From
+# the second on, it is shortened as far as the densities say.
+TRUSTED = (1.0, 2.0)
+FEWEST = 4  # steps of every cell
+STEADY = 0.75  # standard deviations; from the last of these on, no Newton step of a cell may be longer
+GRADIENT_STEPS = 13  # for which one Newton step is taken, at a third of their cost
+CONVERGED = (0.2, 0.4)  # lengths of a step: below the first a cell takes no more, above the second the whole next one
+LOWEST = -1e30  # nats; where the density is no number
 
 
 class _Newton(NamedTuple):
@@ -47,30 +53,55 @@ class _Newton(NamedTuple):
 
 
 def fitted_normal(density_of: DensityOf, loc: Tensor, scale: Tensor, *, steps: int, block: int) -> Proposal:
-    r"""Mean and covariance of the normal q that raises E_q log joint + H(q), from a diagonal one at (loc, scale).
+    """A normal for each cell by Newton steps, from a diagonal one at (loc, scale).
+
+    Where these stay long, the posterior is far from normal, and Newton steps would carry the rounding of densities,
+    which depends on the cells in a batch, far into the answer. Such a cell is refined by ``steps`` gradient steps and
+    a Laplace step instead. At most ``block`` points of a cell are evaluated at once.
+    """
+    newton_steps = max(FEWEST, -(-steps // GRADIENT_STEPS))
+    fitted, unsteady = newton_normal(density_of, loc, scale, steps=newton_steps, block=block)
+    if len(unsteady):
+        with narrowed(unsteady):
+            slow = corrected_proposal(density_of(unsteady), loc[unsteady], scale[unsteady], steps=steps, rounds=0)
+        fitted.loc[unsteady], fitted.scale_tril[unsteady] = slow.loc, slow.scale_tril
+    return fitted
+
+
+def newton_normal(
+    density_of: DensityOf, loc: Tensor, scale: Tensor, *, steps: int, block: int
+) -> tuple[Proposal, Tensor]:
+    r"""Mean and covariance of the normal q that raises E_q log joint + H(q), and rows of cells whose steps stay long.
 
     .. math:: precision = -E_q[\nabla^2 \log p(x, u)], \qquad loc \leftarrow loc + precision^{-1} E_q[\nabla \log p]
 
     Both means are taken over 2 x size points, at a normal's typical distance from loc along randomly rotated axes (the
-    cubature rule of degree 3, Genz and Monahan 1998), the second by Stein's identity from gradients. A cell whose steps
-    have become short takes no more. At most ``block`` points of a cell are evaluated at once.
+    cubature rule of degree 3, Genz and Monahan 1998), the second by Stein's identity from gradients.
+
+    A cell whose steps have become short takes less and less of the next ones, and then no more. How much changes
+    without a jump, so that rounding does not decide it.
     """
     loc, tril = loc.clone(), torch.diag_embed(scale)
-    rows = torch.arange(len(loc), device=loc.device)
-    density = density_of(rows)
+    rows, taken = torch.arange(len(loc), device=loc.device), torch.ones_like(loc[:, 0])
+    density, unsteady = density_of(rows), rows[:0]
     for step in range(steps):
         with narrowed(rows):
             newton = _newton(density, loc[rows], tril[rows], 1.0 if step < UNDAMPED else DAMPED, block)
-        move, length = newton.move()
-        loc[rows] += _shortened(density, loc[rows], put_back(move, loc), put_back(length, loc))
-        tril[rows] = put_back(newton.scale_tril(), tril)
-        left = length.to(rows.device) > CONVERGED
-        if step + 1 >= FEWEST and not bool(left.all()):
-            rows = rows[left]
+        move, length = (put_back(of, loc) for of in newton.move())
+        loc[rows] += taken[:, None] * _shortened(density, loc[rows], move, length)
+        tril[rows] = torch.lerp(tril[rows], put_back(newton.scale_tril(), tril), taken[:, None, None])
+        if step + 1 < FEWEST:
+            continue
+        long = length > STEADY
+        unsteady = torch.cat([unsteady, rows[long]])
+        taken = taken * _ramp(length, *CONVERGED)
+        left = (taken > 0) & ~long
+        if not bool(left.all()):
+            rows, taken = rows[left], taken[left]
             if not len(rows):
                 break
             density = density_of(rows)
-    return Proposal(loc, tril)
+    return Proposal(loc, tril), unsteady.sort().values
 
 
 def _newton(density: LogJoint, loc: Tensor, tril: Tensor, share: float, block: int) -> _Newton:
@@ -101,9 +132,16 @@ def _gradient(density: LogJoint, u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _shortened(density: LogJoint, loc: Tensor, move: Tensor, length: Tensor) -> Tensor:
-    """The move, or for long ones the share of it that leads to the highest density."""
-    if bool((length < TRUSTED).all()):
+    """The move, or for long ones the shares of it that lead to a high density."""
+    doubted = _ramp(length, *TRUSTED)
+    if not bool(doubted.any()):
         return move
     shares = torch.tensor(LENGTHS, dtype=loc.dtype, device=loc.device)
-    best = density(loc + shares[:, None, None] * move).nan_to_num(-torch.inf).argmax(0)
-    return torch.where(length < TRUSTED, 1.0, shares[best])[:, None] * move
+    densities = density(loc + shares[:, None, None] * move).nan_to_num(LOWEST, LOWEST, LOWEST)
+    share = (densities.softmax(0) * shares[:, None]).sum(0)
+    return torch.lerp(torch.ones_like(share), share, doubted)[:, None] * move
+
+
+def _ramp(length: Tensor, low: float, high: float) -> Tensor:
+    """0 up to ``low``, 1 from ``high`` on, and a straight line between."""
+    return ((length - low) / (high - low)).clamp(0.0, 1.0)

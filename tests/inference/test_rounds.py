@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_scvi.inference.importance import DEGREES_OF_FREEDOM, Proposal, SamplingBudget, evidence_of
-from pyro_scvi.inference.refinement import fitted_normal
+from pyro_scvi.inference.refinement import fitted_normal, newton_normal
 from pyro_scvi.inference.rounds import drawn_in_rounds
 from pyro_scvi.utils.cell_streams import cell_streams, narrowed
 from pyro_scvi.utils.random_state import seeded
@@ -148,7 +148,7 @@ def test_a_cell_does_not_depend_on_those_beside_it(row):
 
         with cell_streams(1, "ab"), narrowed(rows), seeded(0):
             start = standard(len(rows))
-            fitted = fitted_normal(own, start.loc + 0.5, torch.ones_like(start.loc), steps=8, block=50)
+            fitted = fitted_normal(own, start.loc + 0.5, torch.ones_like(start.loc), steps=100, block=50)
             return drawn_in_rounds(own, fitted, budget, 50)
 
     beside, alone = found(torch.arange(2)), found(torch.tensor([row]))
@@ -168,7 +168,8 @@ def test_the_normal_fitted_to_a_normal_is_itself(size):
     def density_of(rows):
         return lambda u: -0.5 * torch.einsum("sci,cij,scj->sc", u - mean[rows], precision[rows], u - mean[rows])
 
-    found = fitted_normal(density_of, torch.zeros_like(mean), torch.ones_like(mean), steps=20, block=5)
+    found, unsteady = newton_normal(density_of, torch.zeros_like(mean), torch.ones_like(mean), steps=20, block=5)
+    assert not len(unsteady)
     # A cell leaves after a step of less than a fifth of a standard deviation.
     white = torch.linalg.solve_triangular(found.scale_tril, (mean - found.loc)[..., None], upper=False)
     assert white.abs().max() < 0.1
@@ -184,7 +185,8 @@ def test_the_normal_fitted_to_a_skewed_density_is_where_its_bound_is_highest():
         return lambda u: (3 * u - u.exp()).sum(-1)
 
     loc = torch.full((200, 2), -1.0, dtype=torch.float64)
-    found = fitted_normal(density_of, loc, 0.3 * torch.ones_like(loc), steps=20, block=50)
+    found, unsteady = newton_normal(density_of, loc, 0.3 * torch.ones_like(loc), steps=20, block=50)
+    assert not len(unsteady)
     # The mode is at log 3, and the cubature's error is of the fourth order.
     torch.testing.assert_close(found.loc.mean(0), torch.full((2,), math.log(3) - 1 / 6).double(), atol=0.05, rtol=0)
     variance = (found.scale_tril @ found.scale_tril.mT).diagonal(dim1=-2, dim2=-1)
@@ -196,3 +198,32 @@ def test_gradients_that_are_no_number_leave_a_cell_where_it_is():
     found = fitted_normal(lambda rows: lambda u: torch.nan * normal(u), ones, ones, steps=4, block=9)
     assert torch.equal(found.loc, ones)
     assert torch.isfinite(found.scale_tril).all()
+
+
+def ridge(u):
+    """Narrow along a parabola and wide along it: Newton steps stay long."""
+    return -0.02 * u.square().sum(-1) - 8 * (u[..., 0] - u[..., 1].square()).square()
+
+
+def test_where_newton_steps_stay_long_rounding_is_not_carried_into_the_answer():
+    cells = 50
+    start, scale = 0.3 * torch.randn(cells, SIZE), torch.ones(cells, SIZE)
+
+    def rounded(noise):
+        """The density with rounding of its own, a millionth of its value."""
+
+        def density(u):
+            return ridge(u) * (1 + noise * torch.sin(1e4 * u.detach().sum(-1)))
+
+        return lambda rows: density
+
+    def fitted(noise):
+        with seeded(0):
+            return fitted_normal(rounded(noise), start, scale, steps=100, block=50)
+
+    with seeded(0):
+        unsteady = newton_normal(rounded(0.0), start, scale, steps=8, block=50)[1]
+    assert len(unsteady) > cells / 4  # or the test would show nothing
+    one, other = fitted(0.0), fitted(1e-6)
+    assert ((one.loc - other.loc).abs() < 1e-2).all()
+    torch.testing.assert_close(one.scale_tril, other.scale_tril, atol=2e-2, rtol=0)

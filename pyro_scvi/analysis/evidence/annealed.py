@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
 PILOTS = 8  # chains that set the step size for the others and are then dropped: those stay independent of it
-STEPS = 8  # of Newton, of the normal whose covariance shapes the moves
+STEPS = 100  # of the normal whose covariance shapes the moves
 TARGET, GAIN = 0.8, 0.2  # acceptance aimed at, and how fast the log step size follows
 
 
