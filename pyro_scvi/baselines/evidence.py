@@ -1,4 +1,4 @@
-"""Log p(x) of a baseline, by importance sampling as for this package's models."""
+"""Log p(x) of a baseline, by the importance sampler that also scores this package's models."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from pyro_scvi.inference.importance import Importance, SamplingBudget, adaptive_
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.random_state import seeded
 
-STEPS, ROUNDS = 100, 3  # the defaults of evidence(), whose k-hat and errors mean the same
+STEPS, ROUNDS = 100, 3  # of evidence(): whatever error the sampler has left is on every side of a comparison
 AT_ONCE = 32  # cells that are integrated together
 _BLOCK = 50  # draws that are evaluated together
 
@@ -37,7 +37,7 @@ def integrate(
     samples: int = 1000,
     seed: int = 0,
 ) -> Evidence:
-    """Integrate out the latents of every cell by importance sampling, with the repeated attempts of ``ps.evidence``.
+    """Integrate out the latents of every cell, with the refinement and repeated attempts of ``ps.evidence``.
 
     Parameters
     ----------
@@ -51,8 +51,9 @@ def integrate(
 
     def run(rows: Tensor, budget: SamplingBudget) -> Importance:
         draw = int(torch.randint(2**31, ()))
-        effort = {"samples": budget.samples, "steps": budget.steps, "rounds": budget.rounds}
-        return adaptive_importance(log_joint_of(rows), loc[rows], scale[rows], **effort, seed=draw, block=_BLOCK)
+        return adaptive_importance(
+            log_joint_of(rows), loc[rows], scale[rows], **budget._asdict(), seed=draw, block=_BLOCK
+        )
 
     with seeded(seed):
         budget = SamplingBudget(samples, STEPS, ROUNDS)

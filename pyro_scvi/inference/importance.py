@@ -92,19 +92,15 @@ class Mixture(NamedTuple):
 
 
 class SamplingBudget(NamedTuple):
-    """Effort for a cell's proposal: weighted draws, gradient steps, rounds of adaptation.
-
-    ``enough`` is a standard error of the log evidence for which fewer draws do.
-    """
+    """Effort for a cell's proposal: weighted draws, gradient steps, rounds of adaptation."""
 
     samples: int
     steps: int
     rounds: int
-    enough: float = 0.0
 
     def doubled(self) -> "SamplingBudget":
         """Twice the steps and rounds, for cells whose proposal did not fit."""
-        return self._replace(steps=2 * self.steps, rounds=2 * self.rounds)
+        return SamplingBudget(self.samples, 2 * self.steps, 2 * self.rounds)
 
 
 class Importance(NamedTuple):

@@ -1,8 +1,8 @@
-"""Weighted draws in rounds: each cell's proposal takes up what its draws show, and a cell gets as many as it needs.
+"""Weighted draws in rounds, between which each cell's proposal takes up what its draws show.
 
-A draw's weight is by the proposal that it came from, which rests on earlier rounds alone. How many draws count rests
-on rounds that do not: so the mean weight of those that count is an unbiased estimate of the evidence. To stop once
-they look good would make it too low: weights without a large one among them have a small mean and a small error.
+A draw's weight is by the proposal that it came from, which rests on earlier rounds alone: so the mean weight of the
+draws that count is an unbiased estimate of the evidence. How many count does not depend on how they look. To stop once
+they look good would make the estimate too low, and would call certain what rests on draws without a large weight.
 """
 
 import math
@@ -26,7 +26,7 @@ from pyro_scvi.utils.precision import in_float64, put_back
 MOST_PARTS, FEWEST_DRAWS = 4, 100  # of all draws of a cell: rounds these come in, and draws of a round
 GOOD_SHARE = 0.5  # of effective draws in a round; a better proposal than that gains nothing by adaptation
 CLIPPED = 5  # largest weights of each round, but half of the latents, that count as the next when moments are taken
-SURE_KHAT = 0.5  # below it the weights have a variance, and a standard error means what it says
+SURE_KHAT = 0.5  # below it the weights have a variance
 
 
 class _Round(NamedTuple):
@@ -49,78 +49,54 @@ class _Counted:
         self.samples, self.parts = samples, min(max(samples // FEWEST_DRAWS, 1), MOST_PARTS)
         self.length = math.ceil(samples / self.parts)
         self.draws = like.repeat(self.parts, self.length, 1, 1)
-        self.log_weights = torch.full_like(in_float64(self.draws[..., 0]), -math.inf)
+        self.log_weights = in_float64(self.draws[..., 0]).clone()  # what is in float64 already is not copied
         self.held = torch.zeros(cells, dtype=torch.long, device=like.device)
 
     def add(self, cells: Tensor, draws: Tensor, log_weights: Tensor) -> None:
-        """Put a round of some cells, if there are any, behind what they have."""
-        if not len(cells):
-            return
+        """Put a round of some cells behind what they have."""
         part = self.held[cells]
         self.draws[part, :, cells] = draws.transpose(0, 1)
-        weights_at = part.to(self.log_weights.device), slice(None), cells.to(self.log_weights.device)
-        self.log_weights[weights_at] = log_weights.T
+        at = self.log_weights.device
+        self.log_weights[part.to(at), :, cells.to(at)] = log_weights.T
         self.held[cells] += 1
 
+    def lack(self, cells: Tensor) -> Tensor:
+        """Whether some cells have too few."""
+        return self.held[cells] < self.parts
+
     def found(self) -> Importance:
-        """The result; log weights of draws that were not made are -inf."""
-        draws = self.draws.flatten(0, 1)[: self.samples]
-        log_weights = self.log_weights.flatten(0, 1)[: self.samples]
-        columns = torch.full((4, log_weights.shape[1]), torch.nan, dtype=log_weights.dtype, device=log_weights.device)
-        for parts in range(1, self.parts + 1):
-            cells = (self.held == parts).nonzero().squeeze(-1).to(log_weights.device)
-            if len(cells):
-                columns[:, cells] = torch.stack(evidence_of(log_weights[: parts * self.length, cells]))
-        log_evidence, se, ess, khat = columns
-        return Importance(log_evidence, se, ess, khat, draws, log_weights)
-
-
-class _Looks(NamedTuple):
-    """What a round of ``draws`` shows of each cell's proposal, (cells,)."""
-
-    draws: int
-    se: Tensor
-    ess: Tensor
-    khat: Tensor
-
-    def parts_needed(self, enough: float, counted: _Counted, *, last: bool) -> Tensor:
-        """Parts for a standard error of ``enough``; 0 where the proposal has to be adapted once more."""
-        needed = self.se.square() * self.draws / counted.length / enough**2
-        needed = needed.where(self.khat <= SURE_KHAT, counted.parts).nan_to_num(counted.parts)
-        return needed.ceil().clamp(1, counted.parts).where((self.khat <= KHAT_LIMIT) | last, 0).long()
-
-    def good(self) -> Tensor:
-        """Whether the proposal is kept."""
-        return (self.ess >= GOOD_SHARE * self.draws) & (self.khat <= SURE_KHAT)
+        """The result, when no cell lacks any."""
+        draws, log_weights = (of.flatten(0, 1)[: self.samples] for of in (self.draws, self.log_weights))
+        return Importance(*evidence_of(log_weights), draws, log_weights)
 
 
 def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int) -> Importance:
-    """Weighted draws of every cell in rounds, at most ``budget.samples`` that count.
+    """Weighted draws of every cell in rounds, ``budget.samples`` that count.
 
     A cell's first round, half as long, and those after a round with a k-hat above 0.7 only adapt the proposal, but no
-    more than ``budget.rounds`` rounds do. The last of these tells how many draws are needed for a standard error of
-    ``budget.enough``. Where its k-hat is above 0.5, all are made.
+    more than ``budget.rounds`` rounds do.
     """
     counted = _Counted(proposal.loc, budget.samples)
     rows = torch.arange(len(proposal.loc), device=proposal.loc.device)
     density, history = density_of(rows), list[_Round]()
-    parts = torch.full_like(rows, 0 if budget.rounds else counted.parts)  # 0 while draws only adapt
+    counts = torch.full_like(rows, budget.rounds == 0, dtype=torch.bool)
     for number in range(budget.rounds + counted.parts):
-        counts, length = parts > 0, counted.length if number or not budget.rounds else math.ceil(counted.length / 2)
+        length = counted.length if number or not budget.rounds else math.ceil(counted.length / 2)
         with narrowed(rows):
             draws, log_weights = weighted_draws(density, proposal, length, block)
         history.append(_Round(draws, log_weights + in_float64(proposal.log_prob(draws)), proposal))
-        counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
-        looks = _Looks(length, *(of.to(rows.device) for of in evidence_of(log_weights)[1:]))
-        last = number + 1 >= budget.rounds
-        parts = torch.where(counts, parts, looks.parts_needed(budget.enough, counted, last=last))
-        left = ((parts == 0) | (counted.held[rows] < parts)).nonzero().squeeze(-1)
+        if bool(counts.any()):
+            counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
+        _, _, ess, khat = (of.to(rows.device) for of in evidence_of(log_weights))
+        counts |= (khat <= KHAT_LIMIT) | (number + 1 >= budget.rounds)
+        good = (ess >= GOOD_SHARE * length) & (khat <= SURE_KHAT)
+        left = counted.lack(rows).nonzero().squeeze(-1)
         if not len(left):
             break
         if len(left) < len(rows):
-            rows, parts, history = rows[left], parts[left], [one.of(left) for one in history]
+            rows, counts, history = rows[left], counts[left], [one.of(left) for one in history]
             density = density_of(rows)
-        proposal = _where(looks.good()[left], history[-1].proposal, adapted_to_all(history))
+        proposal = _where(good[left], history[-1].proposal, adapted_to_all(history))
     return counted.found()
 
 

@@ -28,7 +28,6 @@ from pyro_scvi.utils.progress_bars import over_cells
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-ENOUGH = 2.0  # variance of a cell's log evidence for which it gets as many draws as it needs, times ``samples``
 CELLS_FOR_A_CHECK, MOST_CHECKED = 200, 2  # one of so many cells is annealed, and at most two of a call
 CHAINS, TEMPERATURES = 64, 60  # of that: a few per cent of the time
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
@@ -54,24 +53,23 @@ def evidence(
 
     .. math:: \log p(x_n) = \log \int p(x_n | z, l)\, p(z)\, p(l)\, dz\, dl
 
-    The guide only starts the proposal. For each cell a normal with a full covariance is fitted to the posterior, by
-    Newton steps on its bound, and a Student-t is put in its place. Its weighted draws come in rounds, between which it
-    takes up the mean and covariance that all draws show. The first only adapt it, and tell how many draws a cell needs
-    for a standard error of about the root of 2 / ``samples``. It gets all ``samples`` where their k-hat is above 0.5,
-    or where the posterior has several modes. Each of these has a component, refined by gradient steps, with the
-    covariance of a Laplace step. A cell whose k-hat stays above 0.7 gets twice the steps and rounds, then four times
-    as many. The amortized q itself is not good enough a proposal to compare models: on real cells its k-hat (Vehtari,
-    Simpson, Gelman, Yao and Gabry 2024) is above 0.7 nearly everywhere. With an observed library size and Poisson
-    counts, it is log p(total) under the LogNormal distribution of the size, and the counts given the total. With one
-    and other counts it is conditional on the total (``attrs["conditional_on_total"]``). Global latents (weights,
-    dispersions with a prior) are held at the guide's medians, unless ``global_draws`` averages over them.
+    The guide only starts the proposal. For each cell a normal with a full covariance is fitted to the posterior by
+    Newton steps on its bound, or by gradient steps where these stay long, and a Student-t is put in its place. Its
+    weighted draws come in rounds, between which it takes up the mean and covariance that all draws show; the first
+    round only adapts it. Where a posterior has several modes, each has a component. A cell whose k-hat stays above 0.7
+    gets twice the steps and rounds, then four times as many. The amortized q itself is not good enough a proposal to
+    compare models: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above 0.7 nearly
+    everywhere. With an observed library size and Poisson counts, it is log p(total) under the LogNormal distribution of
+    the size, and the counts given the total. With one and other counts it is conditional on the total
+    (``attrs["conditional_on_total"]``). Global latents (weights, dispersions with a prior) are held at the guide's
+    medians, unless ``global_draws`` averages over them.
 
     Parameters
     ----------
     fit, cells
         The fit and cells with its schema, best held out from training.
     samples
-        Most draws of a cell that count.
+        Draws of the adapted proposal for every cell.
     global_draws
         None: global latents are held at the guide's medians. A number n: log p(x_n) is averaged over n of their draws
         from the guide, log mean_s p(x_n | theta_s), at n times the cost. This is what is predicted of a new cell, for
@@ -92,7 +90,7 @@ def evidence(
     Returns
     -------
     DataFrame by cell
-        ``log_evidence`` (nats per cell), its standard error ``se``, ``ess`` (of the draws made), ``khat``, and
+        ``log_evidence`` (nats per cell), its standard error ``se``, ``ess`` (of ``samples`` draws), ``khat``, and
         ``amortized_bound``, the guide's ELBO by 100 draws (NaN where the guide has no density for the cell). With
         ``global_draws``, ``se`` has their spread in it, ``ess`` and the bound are means over them, and ``khat`` is the
         largest.
@@ -131,7 +129,7 @@ def evidence(
         fits, own = at_draws(fit, global_draws, seed), seeds_of(seed, global_draws)
         options |= {"compiled": compiled, "progress": progress}
         return _averaged([evidence(one, cells, seed=s, **options) for one, s in zip(fits, own, strict=True)])
-    budget = SamplingBudget(samples, steps, rounds, enough=(ENOUGH / samples) ** 0.5)
+    budget = SamplingBudget(samples, steps, rounds)
     joint = RecordedJoint(min(batch_size, cells.n_cells)) if compiled else log_joint
     with evaluating(fit.model, fit.guide, seed):
         batches = over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress)

@@ -63,7 +63,7 @@ def test_a_cell_is_encoded_once_and_drawn_as_often_as_it_comes(sampler):
     assert len(many.log_mean.unique(dim=0)) > 400  # Refined takes draws of large weight several times
     one, other = many.log_mean[:600], many.log_mean[600:]
     apart = (one.mean(0) - other.mean(0)).abs() / ((one.var(0) + other.var(0)) / 600).sqrt()
-    assert apart.max() > 6  # two cells, not one
+    assert apart.max() > 5  # two cells, not one
 
 
 def test_more_pairs_use_the_table_of_the_first(monkeypatch):
