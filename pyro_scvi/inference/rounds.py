@@ -87,9 +87,9 @@ def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingB
         history.append(_Round(draws, log_weights + in_float64(proposal.log_prob(draws)), proposal))
         if bool(counts.any()):
             counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
-        _, _, ess, khat = (of.to(rows.device) for of in evidence_of(log_weights))
-        counts |= (khat <= KHAT_LIMIT) | (number + 1 >= budget.rounds)
-        good = (ess >= GOOD_SHARE * length) & (khat <= SURE_KHAT)
+        _, _, ess, khat = evidence_of(log_weights)
+        counts |= (khat <= KHAT_LIMIT).to(rows.device) | (number + 1 >= budget.rounds)
+        good = ((ess >= GOOD_SHARE * length) & (khat <= SURE_KHAT)).to(rows.device)
         left = counted.lack(rows).nonzero().squeeze(-1)
         if not len(left):
             break
