@@ -8,10 +8,10 @@ import torch
 from torch import BoolTensor, Tensor
 
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.broadcasting import require_broadcasting
 from pyro_scvi.guides.coordinates import Coordinates, LocalSite, require_continuous
-from pyro_scvi.guides.counts_as_data import require_counts_as_data
 from pyro_scvi.guides.global_latents import GlobalGuide, global_latents
+from pyro_scvi.guides.looks.broadcasting import require_broadcasting
+from pyro_scvi.guides.looks.counts_as_data import require_counts_as_data
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import require_supported
 from pyro_scvi.model import SCVI

@@ -6,7 +6,7 @@ from torch import Tensor
 from pyro_scvi.discovery import like
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates
-from pyro_scvi.guides.looks import Look, gives
+from pyro_scvi.guides.looks.look import Look, gives
 from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.guides.supported import require_met
 from pyro_scvi.model import SCVI
