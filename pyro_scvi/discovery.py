@@ -62,6 +62,11 @@ class Kind(Enum):
         "an observation",
         "x must be the only one: take the others into the law of x",
     )
+    COMPUTED = (
+        "a value that is computed from other sites and observed as a Delta, as poutine.reparam does",
+        "sample what it is computed from and compute it in plain Python, as e0 = pyro.sample('e0', dist.Normal(0.0, "
+        "1.0)) and e = loc + scale * e0",
+    )
     FACTOR = (
         "a pyro.factor, which the training loss counts and neither draws nor evidence can",
         "make it a part of the law of z or of x",
@@ -85,13 +90,19 @@ class Kind(Enum):
         self.what, self.remedy = what, remedy
 
     @property
+    def random(self) -> bool:
+        """Whether it is a random variable, or a function of such."""
+        return self not in (Kind.SUBSAMPLED, Kind.REPEATED, Kind.PARAMETER)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether every run must have it: functions of other sites may come and go."""
+        return self.random and self is not Kind.DETERMINISTIC
+
+    @property
     def latent(self) -> bool:
         """Whether it is drawn, neither given nor computed."""
-        return self not in (*ASIDE, Kind.OBSERVED, Kind.FACTOR, Kind.DETERMINISTIC)
-
-
-ASIDE = (Kind.SUBSAMPLED, Kind.REPEATED, Kind.PARAMETER)
-"""Kinds of what is no random variable."""
+        return self.sampled and self not in (Kind.OBSERVED, Kind.COMPUTED, Kind.FACTOR)
 
 
 class TracedSite(NamedTuple):
@@ -161,7 +172,7 @@ def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     A dimension that belongs to a plate goes by the plate's name, any other by its size: "cells x genes", "cells x 10".
     """
     found = discovered(program, *args, **kwargs)
-    return [Site(one.name, _distribution_name(one.law), _shape(one)) for one in found if one.kind not in ASIDE]
+    return [Site(one.name, _distribution_name(one.law), _shape(one)) for one in found if one.kind.random]
 
 
 def like(program: nn.Module) -> Tensor:
@@ -209,7 +220,7 @@ def _kind(msg: dict[str, Any]) -> Kind | None:
     if (msg["infer"] or {}).get("_deterministic"):
         return Kind.DETERMINISTIC
     if msg["is_observed"]:
-        return Kind.OBSERVED
+        return Kind.COMPUTED if is_point(law) else Kind.OBSERVED
     plates = {frame.name for frame in msg["cond_indep_stack"]}
     if {"cells", "genes"} <= plates:
         return Kind.PER_GENE

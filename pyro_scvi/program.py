@@ -1,5 +1,6 @@
 """What model and guide share: the plate over cells, checked arguments, and the list of a program's sites."""
 
+import inspect
 from typing import Any
 
 import pyro
@@ -11,6 +12,9 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component, constructor_parameters
 from pyro_scvi.utils.execution import execution
 from pyro_scvi.utils.html_repr import grid
+
+SIGNATURE = "def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None)"
+"""What a program of one's own begins with."""
 
 
 class Program(Component):
@@ -35,6 +39,7 @@ class Program(Component):
 
     def sites(self, *, marginal: bool = False) -> list[Site]:
         """List the random variables of the explicit program, or of the one with w, y and h integrated out."""
+        self.require_arguments("marginal")
         return sites_of(self, None, like(self).new_zeros(2, self.n_covariates), marginal=marginal)
 
     def varied_gamma(self, n_cells: int) -> Tensor:
@@ -60,15 +65,31 @@ class Program(Component):
         Raises
         ------
         ModelError
-            If two sites have one name, or parameters are in different precisions.
+            If two sites have one name, parameters are in different precisions, or ``forward`` lacks an argument.
         """
         self._require_one_precision()
+        self.require_arguments("marginal")
         x = like(self).new_full((few, self.n_genes), count)
         gamma = self.varied_gamma(few) if varied else x.new_zeros(few, self.n_covariates)
         batch = {} if n_cells is None else {"index": torch.arange(few, device=x.device), "n_cells": n_cells}
         found = discovered(self, x, gamma, marginal=marginal, seed=seed, at=at, **batch)
         require_distinct(found)
         return found
+
+    def require_arguments(self, *names: str) -> None:
+        """Refuse a ``forward`` that does not take these arguments, by which programs are run.
+
+        Raises
+        ------
+        ModelError
+            Naming one that it lacks.
+        """
+        taken = inspect.signature(self.forward).parameters.values()
+        if any(one.kind is one.VAR_KEYWORD for one in taken):
+            return
+        for name in names:
+            if name not in {one.name for one in taken}:
+                raise ModelError(f"{type(self).__name__}.forward does not take {name}=: begin it with {SIGNATURE}")
 
     def _require_one_precision(self) -> None:
         """Refuse parts in different precisions, whose products torch does not take."""

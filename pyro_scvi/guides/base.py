@@ -8,9 +8,10 @@ import torch
 from torch import BoolTensor, Tensor
 
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.broadcasting import require_broadcasting
 from pyro_scvi.guides.coordinates import Coordinates, LocalSite, require_continuous
 from pyro_scvi.guides.global_latents import GlobalGuide, global_latents
+from pyro_scvi.guides.looks.broadcasting import require_broadcasting
+from pyro_scvi.guides.looks.counts_as_data import require_counts_as_data
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import require_supported
 from pyro_scvi.model import SCVI
@@ -95,8 +96,9 @@ class Guide(Component):
     def require_supported(self) -> None:
         """Refuse what the model has become if it samples other latents than this guide does, or anything beside x.
 
-        Also if densities of draws in a stack, or of cells beside others, are not those of each alone. Every verb asks
-        anew: training may move a slope from 0, behind which nothing was seen.
+        Also if densities of draws in a stack, or of cells beside others, are not those of each alone, or depend on the
+        counts otherwise than by conditioning. Every verb asks anew: training may move a slope from 0, behind which
+        nothing was seen.
 
         Raises
         ------
@@ -105,7 +107,9 @@ class Guide(Component):
         """
         require_supported(self.model, self.coordinates.latents() | self.weights.latents())
         require_continuous(self.coordinates)
-        require_broadcasting(self.model, self.coordinates, self.weights.medians())
+        known = (self.model, self.coordinates, self.weights.medians())
+        require_broadcasting(*known)
+        require_counts_as_data(*known)
 
     def require_prior(self) -> None:
         """Refuse a prior with which this guide cannot be fitted."""

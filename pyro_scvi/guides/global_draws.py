@@ -111,7 +111,7 @@ def parsed_draws(draws: Any, what: str) -> tuple[dict[str, Tensor], int, Any]:
     Raises
     ------
     ModelError
-        If it is neither; ``what`` names it.
+        If it is neither, or a site has one number in place of draws; ``what`` names it.
     """
     if hasattr(draws, "data_vars"):
         return _of_dataset(draws, what)
@@ -121,6 +121,12 @@ def parsed_draws(draws: Any, what: str) -> tuple[dict[str, Tensor], int, Any]:
         tensors = {str(name): torch.as_tensor(np.asarray(value)) for name, value in _on_cpu(draws).items()}
     except (TypeError, ValueError) as error:
         raise ModelError(f"{what} must be arrays of numbers by site: {error}") from error
+    for name, value in tensors.items():
+        if not value.dim():
+            raise ModelError(
+                f"{what} of {name!r} must be an array whose first dimension is that of the draws, got the number "
+                f"{value.item()}: write [{value.item()}] for one draw"
+            )
     return tensors, 1, None
 
 

@@ -1,7 +1,8 @@
 """The program's log joint density by cell, with discrete latents summed out, and draws of these."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -124,6 +125,17 @@ def log_terms_at(
     return (of_latents + coordinates.log_abs_det(u)).to(u.dtype), of_x.to(u.dtype)
 
 
+class Values(NamedTuple):
+    """Log densities (values of the last discrete latent, ..., of the first, samples, cells), and their traced sites."""
+
+    table: Tensor
+    nodes: dict[str, Any]
+
+    def sites(self, places: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The discrete latents (samples, cells, 1) at places (samples, cells) in the list of values of each."""
+        return {name: _taken(node, places[node["infer"]["_enumerate_dim"] + 3]) for name, node in self.nodes.items()}
+
+
 def enumerated_draws(
     model: SCVI,
     x: Tensor,
@@ -139,16 +151,50 @@ def enumerated_draws(
 
     ``sites`` have shape (samples, cells, 1) and their events; ``block`` samples are scored at a time.
     """
+    values = _scored_values(model, x, gamma, global_latents, sites, coordinates, block, "x")
+    table = values.table
+    chosen = torch.distributions.Categorical(logits=table.flatten(0, -3).movedim(0, -1)).sample()
+    return values.sites(torch.unravel_index(chosen, table.shape[:-2]))
+
+
+def each_enumerated(
+    model: SCVI,
+    x: Tensor,
+    gamma: Tensor,
+    global_latents: dict[str, Tensor],
+    sites: dict[str, Tensor],
+    coordinates: Coordinates,
+    block: int,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Each combination of values of the discrete latents, and log p of it and ``sites`` without x, (samples, cells).
+
+    Arguments are those of :func:`enumerated_draws`.
+    """
+    values = _scored_values(model, x, gamma, global_latents, sites, coordinates, block)
+    *counts, samples, cells = values.table.shape
+    for place, log_p in zip(range(prod(counts)), values.table.flatten(0, -3), strict=True):
+        everywhere = torch.full((samples, cells), place, device=x.device)
+        yield values.sites(torch.unravel_index(everywhere, counts)), log_p
+
+
+def _scored_values(
+    model: SCVI,
+    x: Tensor,
+    gamma: Tensor,
+    global_latents: dict[str, Tensor],
+    sites: dict[str, Tensor],
+    coordinates: Coordinates,
+    block: int,
+    *names: str,
+) -> Values:
+    """Log densities of ``sites``, the discrete latents and ``names``, at all values of the discrete latents."""
     tables, nodes = [], dict[str, Any]()
     for start in range(0, len(next(iter(sites.values()))), block):
         part = {name: value[start : start + block] for name, value in sites.items()}
         trace = scored(model, x, gamma, {**global_latents, **part}, coordinates)
         nodes = {name: trace.nodes[name] for name in enumerated_sites(trace)}
-        tables.append(by_cell(trace, *sites, *nodes, "x"))
-    table = torch.cat(tables, -2)  # (values of the last site, ..., of the first, samples, cells)
-    chosen = torch.distributions.Categorical(logits=table.flatten(0, -3).movedim(0, -1)).sample()
-    places = torch.unravel_index(chosen, table.shape[:-2])
-    return {name: _taken(node, places[node["infer"]["_enumerate_dim"] + 3]) for name, node in nodes.items()}
+        tables.append(by_cell(trace, *sites, *nodes, *names))
+    return Values(torch.cat(tables, -2), nodes)
 
 
 def _taken(node: Any, places: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a program observes at given latents, and draws of its latents from the prior: by running it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -8,23 +8,22 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_scvi.discovery import ASIDE, Kind
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.supported import conditional, is_aside, require_same_sites
+from pyro_scvi.guides.supported import require_expected, require_met, require_same_sites, theta_of
 from pyro_scvi.model import SCVI
 from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.execution import executing
 
 
 class Observed(NamedTuple):
-    """The distribution of x that a program observed, and theta, the likelihood's parameters, if it said what it was."""
+    """The distribution of x that a program observed, and what it told of it, theta among it if by ``observe``."""
 
     law: Distribution
-    theta: Theta | None
+    told: Mapping[str, Any]
 
 
 def observed_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Observed:
-    """Distribution of x, and theta (..., cells, genes), at the local and global latents in ``sites``.
+    """Distribution of x, and theta (..., cells, genes) if it is told, at the local and global latents in ``sites``.
 
     ``x`` is what an observed library size is taken from; None: the program draws what it needs.
 
@@ -37,7 +36,7 @@ def observed_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, T
     reached = _Reached(sites)
     with pyro.poutine.block(), reached, pyro.poutine.condition(data=sites):
         _run(model, x, gamma)
-    return Observed(reached.law, reached.theta)
+    return Observed(reached.law, reached.told)
 
 
 def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
@@ -48,10 +47,7 @@ def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tens
     ModelError
         As :func:`observed_at`, and if the program does not observe x by ``observe``.
     """
-    theta = observed_at(model, x, gamma, sites).theta
-    if theta is None:
-        raise ModelError(f"{type(model).__name__} samples x itself: let its last line be self.observe(x, theta)")
-    return theta
+    return theta_of(model, observed_at(model, x, gamma, sites).told)
 
 
 def prior_draws(
@@ -84,8 +80,7 @@ def drawn_counts(model: SCVI, gamma: Tensor) -> tuple[Tensor, pyro.poutine.Trace
     """
     with _InPrecision(gamma), pyro.poutine.trace() as run:
         x = model(None, gamma)
-    found = model.discovered()
-    require_same_sites(run.trace, {s.name for s in found if s.kind not in (*ASIDE, Kind.DETERMINISTIC)}, ())
+    require_same_sites(run.trace, {site.name for site in model.discovered() if site.kind.sampled}, ())
     return x, run.trace
 
 
@@ -122,20 +117,18 @@ class _Reached(Messenger):
     """Keeps what x is sampled from, and ends the run there; refuses other latents on the way than those ``given``."""
 
     law: Any
-    theta: Theta | None
+    told: Mapping[str, Any]
 
     def __init__(self, given: Collection[str]) -> None:
         super().__init__()
-        self.left = set(given)
+        self.given, self.left = given, set(given)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == "x":
-            for name in self.left:
-                raise conditional(name)
-            self.law, self.theta = msg["fn"], (msg["infer"] or {}).get("theta")
+            require_met(self.left)
+            self.law, self.told = msg["fn"], msg["infer"] or {}
             raise _Enough
-        if not (is_aside(msg) or msg["is_observed"]):
-            raise conditional(msg["name"])
+        require_expected(msg, self.given)
         self.left.discard(msg["name"])
 
 
@@ -168,6 +161,6 @@ class _Drawn(_InPrecision):
             if self.values.keys() == self.wanted:
                 raise _Enough
         elif msg["name"] == "x":
-            raise conditional(sorted(self.wanted - self.values.keys())[0])
-        elif not (is_aside(msg) or msg["name"] in self.given):
-            raise conditional(msg["name"])
+            require_met(self.wanted - self.values.keys())
+        else:
+            require_expected(msg, self.given)

@@ -26,6 +26,7 @@ from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.model import SCVI
+from pyro_scvi.types import Theta
 
 DIMENSIONS = ("sample", "chain", "draw", "cell", "gene", "latent", "covariate")
 
@@ -53,12 +54,26 @@ def require_theta(model: SCVI) -> None:
         Naming the class.
     """
     for site in model.discovered():
-        if site.name == "x" and "theta" not in site.infer:
-            raise ModelError(
-                f"{type(model).__name__} samples x itself, so the likelihood's parameters theta are not known, "
-                "nor are w, y, h and what is computed from them. Let its last line be return self.observe(x, "
-                "theta, marginal=marginal, mask=mask). Latents, evidence and predictions work as it is"
-            )
+        if site.name == "x":
+            theta_of(model, site.infer)
+
+
+def theta_of(model: SCVI, infer: Mapping[str, Any] | None) -> Theta:
+    """What the program told of theta where it sampled x.
+
+    Raises
+    ------
+    ModelError
+        If it samples x itself, without ``observe``; names the class.
+    """
+    if "theta" not in (infer or {}):
+        raise ModelError(
+            f"{type(model).__name__} samples x itself, so the likelihood's parameters theta are not known, nor are w, "
+            "y, h and what is computed from them. Let its last line be return self.observe(x, theta, "
+            "marginal=marginal, mask=mask). Latents, evidence and predictions work as it is"
+        )
+    theta: Theta = cast(Mapping[str, Any], infer)["theta"]
+    return theta
 
 
 def require_supported(model: SCVI, latents: Mapping[str, Latent]) -> None:
@@ -109,11 +124,10 @@ def require_same_sites(trace: pyro.poutine.Trace, given: Collection[str], enumer
         Naming the site.
     """
     expected, nodes = {*given, *enumerated}, cast(Mapping[str, Any], trace.nodes)
-    for name, node in nodes.items():
-        if node["type"] == "sample" and name not in expected and not is_aside(node):
-            raise conditional(name)
-    for name in expected - nodes.keys():
-        raise conditional(name)
+    for node in nodes.values():
+        if node["type"] == "sample":
+            require_expected(node, expected)
+    require_met(expected - nodes.keys())
     for name in enumerated:
         if not is_enumerated(nodes[name]):
             raise ModelError(
@@ -122,9 +136,34 @@ def require_same_sites(trace: pyro.poutine.Trace, given: Collection[str], enumer
             )
 
 
-def is_aside(site: Any) -> bool:
-    """Whether a site is none that a program must have in every run: a plate's rows, or a function of other sites."""
-    return isinstance(site["fn"], _Subsample) or bool((site["infer"] or {}).get("_deterministic"))
+def is_expected(site: Any, expected: Collection[str]) -> bool:
+    """Whether a site of one run is among those expected, or may come and go: a plate's rows, functions of others."""
+    aside = isinstance(site["fn"], _Subsample) or bool((site["infer"] or {}).get("_deterministic"))
+    return aside or site["name"] in expected
+
+
+def require_expected(site: Any, expected: Collection[str]) -> None:
+    """Refuse a site of one run that the program did not have when it was looked at.
+
+    Raises
+    ------
+    ModelError
+        Naming it.
+    """
+    if not is_expected(site, expected):
+        raise conditional(site["name"])
+
+
+def require_met(left: Collection[str]) -> None:
+    """Refuse a run that did not come to these sites.
+
+    Raises
+    ------
+    ModelError
+        Naming the first of them.
+    """
+    for name in sorted(left):
+        raise conditional(name)
 
 
 def _require_known(found: list[TracedSite], latents: Mapping[str, Latent]) -> None:
@@ -232,10 +271,11 @@ def require_scaled(model: SCVI) -> None:
     Raises
     ------
     ModelError
-        Naming a site.
+        Naming a site, or an argument that ``forward`` lacks.
     """
     if is_packaged(model):
         return
+    model.require_arguments("mask", "index", "n_cells")
     for site in model.discovered(n_cells=8):
         of_cell = site.kind in (Kind.LOCAL, Kind.ENUMERATED) or site.name == "x"
         if site.weighed is not of_cell and site.kind is not Kind.DETERMINISTIC:
@@ -258,8 +298,15 @@ def _require_unweighed(found: list[TracedSite]) -> None:
 
 
 def _require_x(found: list[TracedSite], n_genes: int) -> None:
-    """Refuse a law of x with more dimensions than cells and genes: a latent was added to another of another shape."""
+    """Refuse a law of x of whole cells, or with more dimensions than cells and genes: latents of two shapes met."""
     for site in found:
+        if site.name == "x" and site.law.event_shape:
+            raise ModelError(
+                f"the distribution of the program's site 'x' ({type(unwrapped(site.law)).__name__}) is of events of "
+                f"shape {tuple(site.law.event_shape)}, and results need a density of each entry, batch shape (cells, "
+                "genes): leave to_event out. Instead of a Multinomial given the total, take likelihood="
+                "ps.likelihoods.Poisson() and library=ps.libraries.ObservedLibrary(), which are that and the total"
+            )
         if site.name == "x" and tuple(site.law.batch_shape) != (2, n_genes):
             raise ModelError(
                 f"the distribution of the program's site 'x' has batch shape {tuple(site.law.batch_shape)} for "
@@ -303,8 +350,7 @@ def _require_place(site: TracedSite, latent: Latent) -> None:
 def _require_constant(first: list[TracedSite], second: list[TracedSite]) -> None:
     """Refuse sites that come and go, or whose support moves, with what else is drawn, with counts or covariates."""
     others = {site.name: site for site in second}
-    for name in {site.name for site in first} ^ others.keys():
-        raise conditional(name)
+    require_met({site.name for site in first} ^ others.keys())
     for site in first:
         if site.kind in (Kind.LOCAL, Kind.GLOBAL):
             moved = support_of(others[site.name].law)

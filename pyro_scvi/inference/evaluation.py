@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_scvi.distributions.supports import share_at_bounds
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.log_joint import cell_terms, enumerated_draws, scored
+from pyro_scvi.guides.log_joint import cell_terms, each_enumerated, enumerated_draws, scored
 from pyro_scvi.guides.program_runs import observed_at, prior_draws, theta_at
 from pyro_scvi.guides.supported import require_theta
 from pyro_scvi.model import SCVI
@@ -139,6 +139,48 @@ def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Ten
     fixed = guide.weights.medians()
     with per_cell():
         return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, guide.coordinates, draws_at_once(x))
+
+
+def entries_given_others(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Log p(x_ng | latents, the cell's other counts), and whether a count drawn from it is smaller than x_ng.
+
+    Each (samples, cells, genes). Discrete latents are summed out, and the second is then the probability of it, for one
+    count drawn at each value:
+
+    .. math:: \log p(x_{ng} | z_n, x_{n,-g}) = \log \sum_c p(z_n, c)\, p(x_n | z_n, c)
+        - \log \sum_c p(z_n, c)\, p(x_{n,-g} | z_n, c)
+    """
+    known = guide.coordinates
+    if not known.enumerated:
+        return _scored_entries(guide, x, gamma, sites)
+    local = {name: sites[name] for name in known.local}
+    whole, others, smaller = [], [], []
+    for values, log_latents in each_enumerated(
+        guide.model, x, gamma, guide.weights.medians(), local, known, draws_at_once(x)
+    ):
+        log_p, below = _scored_entries(guide, x, gamma, local | values)
+        whole.append(log_latents + log_p.sum(-1))
+        others.append(log_latents[..., None] + _sum_of_others(log_p))
+        smaller.append(below)
+    without = torch.stack(others)
+    log_p = torch.stack(whole).logsumexp(0)[..., None] - without.logsumexp(0)
+    return log_p, (without.softmax(0) * torch.stack(smaller)).sum(0)
+
+
+def _scored_entries(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log p of the counts at draws of all latents, and whether one replica for each draw is smaller."""
+    law: Any = law_given(guide, x, gamma, sites)
+    log_p: Tensor = law.log_prob(x)
+    with per_cell():
+        return log_p, law.expand(log_p.shape).sample() < x
+
+
+def _sum_of_others(log_p: Tensor) -> Tensor:
+    """For each gene the sum over the other genes of log p (..., genes), of which some may be -inf."""
+    impossible = log_p == -torch.inf
+    finite = log_p.masked_fill(impossible, 0.0)
+    left = impossible.sum(-1, keepdim=True) - impossible.int()
+    return (finite.sum(-1, keepdim=True) - finite).masked_fill(left > 0, -torch.inf)
 
 
 def drawn_from_prior(guide: Guide, gamma: Tensor, n: int, *, enumerated: bool = False) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pyro_scvi.distributions.supports import is_learned, support_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
-from pyro_scvi.guides.supported import conditional, is_aside, require_same_sites, require_scaled
+from pyro_scvi.guides.supported import is_expected, require_met, require_same_sites, require_scaled
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
@@ -101,7 +101,7 @@ class SameSites(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.expected:
             self.times[msg["name"]] += msg["name"] not in self.enumerated or is_enumerated(msg)
-        elif not (is_aside(msg) or (msg["infer"] or {}).get("is_auxiliary")):
+        elif not (is_expected(msg, ()) or (msg["infer"] or {}).get("is_auxiliary")):
             raise OtherSite(msg["name"])
 
     def require(self) -> None:
@@ -112,9 +112,7 @@ class SameSites(Messenger):
         ModelError
             Naming the site.
         """
-        for name, times in self.expected.items():
-            if self.times[name] != times * self.times["x"]:
-                raise conditional(name)
+        require_met([name for name, times in self.expected.items() if self.times[name] != times * self.times["x"]])
 
 
 def check_kinds(model: Any, cells: Any, guide: Any) -> None:

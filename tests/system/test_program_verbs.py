@@ -137,6 +137,43 @@ def test_every_verb_follows_the_program(kind, tmp_path):
     )
 
 
+OF_Z = {
+    "transfer_labels": lambda fit: ps.transfer_labels(fit, labelled(), labelled(), "label", neighbors=3).probability,
+    "differential_abundance": lambda fit: (
+        ps.differential_abundance(fit, labelled(), "label", "donor", permutations=4).log_ratio
+    ),
+}
+
+
+def labelled():
+    """The cells, in two groups of three donors."""
+    obs = pd.DataFrame({"label": LABELS.astype(str), "donor": [f"d{n % 6}" for n in range(N_CELLS)]})
+    return ps.Cells.from_counts(simulated_counts(N_CELLS, N_GENES), obs=obs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["two enumerated, without a library", "population", "z under another name", "effect of a cell"]
+)
+def test_so_do_those_that_are_computed_from_z_or_theta(kind):
+    fit = trained(kind)
+    density = ps.log_density(fit, cells().take([0, 1]), free_globals=bool(fit.guide.weights.supports))
+    u = torch.zeros((1, density.size) if density.free_globals else (1, 2, density.size))
+    assert bool(density(u).isfinite().all())
+    assert bool(density.grad(u).isfinite().all())
+    assert not set(fit.guide.coordinates.enumerated) & set(density.names)
+    if isinstance(fit.model, Own):
+        with pytest.raises(ModelError, match="samples x itself"):
+            ps.normalized_expression(fit, cells(), samples=2)
+    else:
+        assert finite(ps.normalized_expression(fit, cells(), samples=2))
+    for verb in OF_Z.values():
+        if "z" in fit.guide.coordinates.local:
+            assert finite(verb(fit))
+        else:
+            with pytest.raises(ModelError, match="no latent called 'z'"):
+                verb(fit)
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("kind", ["positive and shares", "two enumerated, without a library", "population"])
 def test_every_guide_is_derived_from_the_sites(kind, guide):
@@ -161,6 +198,8 @@ class Tilted(ps.SCVI):
     """E is twice the covariate, up to a twentieth."""
 
     centre, sd = 2.0, SD
+    genes = torch.ones(4)
+    """How much e moves each gene."""
 
     def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
         register(self)
@@ -169,7 +208,7 @@ class Tilted(ps.SCVI):
             z = pyro.sample("z", self.prior())
             e = pyro.sample("e", dist.Normal(self.centre * gamma[:, :1], self.sd))
             theta = self.decode(z, self.library(x, gamma), gamma)
-            theta["log_mean"] = theta["log_mean"] + e
+            theta["log_mean"] = theta["log_mean"] + e * self.genes
             return self.observe(x, theta, marginal=marginal, mask=mask)
 
 
@@ -282,6 +321,10 @@ class Loose(Tilted):
     sd = 3.0
 
 
+class OfOneGene(Tilted):
+    genes = torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+
 def by_hand(kind, sample):
     """A fit as in ``tilted``, of another program."""
     model = kind(4, 1, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.ZIP())
@@ -292,6 +335,65 @@ def by_hand(kind, sample):
         model.decoder.heads["gate_logits"].bias.fill_(-1.0)
     guide = ps.guides.DiagonalNormal(model.double()).double()
     return ps.Fit(model.eval(), guide.eval(), pd.DataFrame(), sample.schema)
+
+
+def test_normalized_expression_moves_with_the_effect(tilted):
+    """Where e moves one gene its share moves, and where it moves all alike none does."""
+    fit, sample = tilted
+    few, options = sample.take(range(8, 12)), {"samples": 400, "sampler": EXACT, "per": 1.0}
+    np.testing.assert_allclose(ps.normalized_expression(fit, few, **options), 0.25, rtol=1e-6)
+    one = ps.normalized_expression(by_hand(OfOneGene, sample), few, **options).iloc[:, 0]
+    apart = np.linspace(-6, 6, 241)
+    e = Tilted.centre * np.asarray(sample.covariates)[8:12, :1] + apart * SD
+    log_p = log_zip(np.asarray(few.counts)[:, [0]], RATE * np.exp(e)) + stats.norm.logpdf(apart)
+    weights = np.exp(log_p - logsumexp(log_p, 1)[:, None])
+    np.testing.assert_allclose(one, (weights * np.exp(e) / (np.exp(e) + 3)).sum(1), rtol=0.03)
+
+
+def test_the_log_density_has_the_effect(tilted):
+    fit, sample = tilted
+    density, u = ps.log_density(fit, sample), np.random.default_rng(0).normal(size=(3, 20, 2))
+    rate = RATE * np.exp(u[..., 1:])
+    of_e = stats.norm.logpdf(u[..., 1], Tilted.centre * np.asarray(sample.covariates)[:, 0], SD)
+    expected = stats.norm.logpdf(u[..., 0]) + of_e + log_zip(np.asarray(sample.counts), rate).sum(-1)
+    np.testing.assert_allclose(density(u), expected, rtol=1e-6)
+
+
+class Labelled(ps.SCVI):
+    """Z from a prior with labels, and a further latent that may depend on the labels."""
+
+    slope, from_prior = 0.0, True
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        with cells_plate(gamma, index, n_cells):
+            law = self.prior_of(gamma) if self.from_prior else dist.Normal(gamma[..., None, :1], 1.0).to_event(1)
+            z = pyro.sample("z", law)
+            e = pyro.sample("e", dist.Normal(self.slope * gamma[..., :1], 1.0))
+            theta = self.decode(z, self.library(x, gamma), gamma)
+            return self.observe(x, theta | {"log_mean": theta["log_mean"] + e}, marginal=marginal, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"slope": 1.0}, r"\['e'\] of this model depend on the labels too"),
+        ({"from_prior": False}, "Labelled does not sample z from its prior ByLabel"),
+    ],
+)
+def test_labels_are_predicted_from_z_where_it_alone_depends_on_them(changed, message):
+    obs = pd.DataFrame({"type": np.array(["b", "t"])[np.arange(12) % 2]})
+    sample = ps.Cells.from_counts(np.random.default_rng(0).poisson(3.0, (12, 4)), obs=obs, labels="type")
+    prior, options = ps.priors.ByLabel(1, sample.columns["type"]), {"library": ps.libraries.NoLibrary()}
+    model = type("Labelled", (Labelled,), changed)(4, 1, 2, prior=prior, n_hidden=4, **options).double()
+    fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), sample.schema)
+    if message:
+        with pytest.raises(ModelError, match=message):
+            ps.predict_labels(fit, sample, progress=False)
+    else:
+        np.testing.assert_allclose(ps.predict_labels(fit, sample, progress=False).sum(1), 1.0)
 
 
 def test_compare_moves_with_the_effect(tilted):
@@ -328,13 +430,15 @@ class Explained(Tilted):
 
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 def test_embeddings_move_with_the_effect():
-    """Two groups of cells: what e explains of the gap between them is not left for z."""
+    """Two groups of cells: what e explains of the gap between them is not left for z, nor for what z tells."""
     treated = np.repeat([0.0, 1.0], 20)
     counts = np.random.default_rng(0).poisson(RATE * np.exp(treated - 0.5)[:, None], (40, 4))
-    sample = ps.Cells.from_counts(counts, obs=pd.DataFrame({"treated": treated}), covariates=["treated"])
+    of_cells = pd.DataFrame({"treated": treated, "group": treated.astype(str)})
+    of_cells["donor"] = of_cells.group + (np.arange(40) % 4).astype(str)
+    sample = ps.Cells.from_counts(counts, obs=of_cells, covariates=["treated"])
     obs = pd.DataFrame({"treated": treated}, index=[f"c{i}" for i in range(40)])
     adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=list(sample.gene_names)))
-    gaps = []
+    gaps, ratios, known = [], [], []
     for centre in (0.5, 0.0):
         model = Explained(4, 1, 1, library=ps.libraries.NoLibrary(), likelihood=ps.likelihoods.Poisson())
         model.decoder.requires_grad_(False)
@@ -346,12 +450,18 @@ def test_embeddings_move_with_the_effect():
         exact = np.exp(log_p - logsumexp(log_p, 1)[:, None]) @ z
         found = ps.embed(fit, sample)[:, 0]
         gaps.append([np.subtract(*of.reshape(2, 20).mean(1)) for of in (found, exact)])
+        table = ps.differential_abundance(fit, sample, "group", "donor", permutations=4)
+        ratios.append(np.subtract(*table.log_ratio.to_numpy().reshape(2, 20)[::-1].mean(1)))
+        given = ps.transfer_labels(fit, sample, sample, "group", neighbors=9)
+        known.append(given.probability[given.label == of_cells.group.to_numpy()].sum() / 40)
         ps.annotate(adata, fit, space=None, overwrite=True)
         np.testing.assert_allclose(adata.obsm["X_pyro_scvi"][:, 0], found, atol=1e-5)
     (found, exact), (found_without, exact_without) = gaps
     assert found == pytest.approx(exact, abs=0.15)
     assert found_without == pytest.approx(exact_without, abs=0.15)
     assert exact > exact_without + 0.8
+    assert abs(ratios[0]) < 1 < ratios[1] - 2
+    assert known[0] < 0.75 < 0.9 < known[1]
 
 
 # --- the bound takes a closed form only where it is one ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.inference.evaluation import evaluating, law_given, with_enumerated
+from pyro_scvi.inference.evaluation import entries_given_others, evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.inference.pareto_khat import pareto_smoothed
@@ -53,7 +53,8 @@ def leave_one_out(
     .. math:: \log p(x_{ng} | x_{n,-g}) = -\log E_{z, l | x_n} [1 / p(x_{ng} | z, l)]
 
     A single entry changes a cell's posterior little, so the weights 1 / p(x_ng | z, l) are mostly well behaved. k-hat
-    shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024).
+    shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024). Discrete latents
+    that the program sums out are summed out here too: p(x_ng | z, l) is then p(x_ng | z, l, x_n,-g).
 
     Parameters
     ----------
@@ -111,12 +112,9 @@ def leave_one_out(
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
             drawn = sampler.draw(fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
-            sites = with_enumerated(fit.guide, x, gamma, drawn.sites)
-            law: Any = law_given(fit.guide, x, gamma, sites)
-            log_p = law.log_prob(x)
             # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
+            log_p, below = entries_given_others(fit.guide, x, gamma, drawn.sites)
             with per_cell():
-                below = law.expand(log_p.shape).sample() < x
                 uniform = torch.rand(1, *x.shape, dtype=log_p.dtype, device=log_p.device)
             rows = slice(done, done := done + len(x))
             results[:, rows] = (

@@ -10,10 +10,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
-from pyro_scvi.analysis.label_effects import dependence
+from pyro_scvi.analysis.inputs import batches_in_streams, minibatches, require_inputs
+from pyro_scvi.analysis.label_effects import LOOKED_AT, dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
+from pyro_scvi.guides.log_joint import scored
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler
@@ -64,8 +65,8 @@ def predict_labels(
     Raises
     ------
     ModelError
-        If the prior has no labels, its columns are not those of one column of ``obs``, or labels act on anything else
-        than z: the formula would be wrong.
+        If the prior has no labels, its columns are not those of one column of ``obs``, labels act on anything else than
+        z, or the program does not sample z from the prior: the formula would be wrong.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -94,6 +95,7 @@ def predict_labels(
             f"P(label | x) is computed from z alone, but {beside} of this model depend on the labels too. Leave "
             "decoder_columns= out, or leave the columns of labels out of it"
         )
+    _require_z_of_prior(fit, cells)
     parts = []
     with evaluating(fit.model, fit.guide, seed):
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
@@ -132,6 +134,28 @@ def _labels(fit: Fit, prior: Any) -> list[str]:
             f"column of obs; these are {fit.schema.columns}"
         )
     return [name.removeprefix(f"{places[0]}=") for name in fit.schema.column_names[prior.columns]]
+
+
+def _require_z_of_prior(fit: Fit, cells: Cells) -> None:
+    """Refuse a program of one's own that has a prior with labels, and samples z from something else."""
+    model, known, medians = fit.model, fit.guide.coordinates, fit.guide.weights.medians()
+    prior: Any = model.prior
+    few = cells.take(range(min(LOOKED_AT, cells.n_cells)))
+    with evaluating(model, fit.guide, 0):
+        x, gamma = next(iter(minibatches(fit, few).in_order(LOOKED_AT)))
+        gamma, n_labels = gamma.clone(), prior.columns.stop - prior.columns.start
+        gamma[:, prior.columns] = torch.eye(n_labels).to(gamma)[torch.arange(len(gamma)) % n_labels]
+        sites = known.sites(fit.guide.start(x, gamma)[0][None])
+        nodes: Any = scored(model, x, gamma, medians | sites, known).nodes
+        found = nodes["z"]["log_prob"]
+        with pyro.poutine.block(), pyro.poutine.condition(data=medians), model.weights.drawn_into(model):
+            law: Any = model.prior_of(gamma)
+            of_prior = law.log_prob(sites["z"])
+    if not torch.allclose(found, of_prior.expand_as(found), rtol=1e-4, atol=1e-4):
+        raise ModelError(
+            f"{type(model).__name__} does not sample z from its prior {type(prior).__name__}, of which P(label | "
+            "x) is computed: let it be z = pyro.sample('z', self.prior_of(gamma))"
+        )
 
 
 def _probabilities(fit: Fit, prior: Any, z: Tensor) -> Tensor:
