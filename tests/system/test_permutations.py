@@ -14,7 +14,7 @@ import xarray as xr
 
 import pyro_scvi as ps
 from pyro_scvi import baselines
-from pyro_scvi.analysis.differential.labels import labels_of
+from pyro_scvi.analysis.differential.labels import groups_of
 from pyro_scvi.analysis.predictive.imputation import mean_given_no_dropout
 from pyro_scvi.errors import DataError, SchemaError
 from tests.support.simulate import simulated_counts
@@ -354,7 +354,7 @@ def test_genes_of_two_groups_within_their_error(shuffled, point):
     np.testing.assert_allclose(ours.mean_a, expected.mean_a, rtol=1e-5)
     assert ((ours.p_a_lt_b - expected.p_a_lt_b).abs() < 0.06).all()
     with pytest.raises(DataError, match="no row for"):
-        labels_of(cells, kind.rename(lambda name: f"other-{name}"))
+        groups_of(cells, kind.rename(lambda name: f"other-{name}"))
 
 
 def means_of_groups(fit, cells):
