@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData, Raw
 
 from pyro_scvi.data.compressed import require_whole
-from pyro_scvi.data.count_checks import check_counts, warn_of_features
+from pyro_scvi.data.count_checks import FEATURE_TYPES, check_counts, warn_of_features
 from pyro_scvi.data.counts import (
     NO_LIMIT,
     Counts,
@@ -157,7 +157,20 @@ def table_in_place(adata: Any, place: Place) -> Table:
     if place.raw:
         raise DataError("an AnnCollection has no raw; pass one of adata.raw.to_adata() for each of its parts.")
     collection = Collection(adata, place.layer, place.name)
-    return Table(collection, texts(adata.var_names), adata.obs.copy(), place.name, "Pass raw counts.", place)
+    genes = texts(adata.var_names)
+    # Of parts of several types, the narrowest is that which may have changed counts.
+    limit = min(map(limit_of, collection.types), key=lambda each: each.value)
+    var = _features_of([part.var for part in adata.adatas], genes)
+    return Table(collection, genes, adata.obs.copy(), place.name, "Pass raw counts.", place, limit, var)
+
+
+def _features_of(parts: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame | None:
+    """What kinds of features the genes of a collection are, by the first part that says so."""
+    told = next((var for var in parts if FEATURE_TYPES in var), None)
+    if told is None:
+        return None
+    kinds = pd.Series(told[FEATURE_TYPES].to_numpy(dtype=object), texts(told.index))
+    return pd.DataFrame({FEATURE_TYPES: kinds[~kinds.index.duplicated()].reindex(genes)})
 
 
 def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
