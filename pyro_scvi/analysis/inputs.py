@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,6 +137,6 @@ def listed_names(names: Any, what: str) -> list[Any]:
     if isinstance(names, str):
         raise ModelError(f"{what} must be names in a list or tuple, as in [{names!r}], got {names!r}")
     listed = items_of(names)
-    if listed is None:
+    if listed is None or not all(isinstance(name, Hashable) for name in listed):
         raise ModelError(f"{what} must be names in a list or tuple, got {brief(names)}")
     return listed

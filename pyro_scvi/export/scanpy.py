@@ -22,7 +22,7 @@ from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.records import records_of, unwritable
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_seed, switches_checked, warn
+from pyro_scvi.utils.checks import brief, require_at_least, require_seed, switches_checked, warn
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.version import __version__
 
@@ -227,6 +227,8 @@ def add_rank_genes_groups(
         If ``adata`` is no AnnData or a view. If ``table`` is no such table, compares one pair only, or lacks columns or
         genes of a group. If its genes are not in ``adata``, its groups are not those of the column, or there is no such
         column. If ``uns[key]`` is taken. Nothing is then written.
+    ModelError
+        If ``key`` is no word.
 
     Notes
     -----
@@ -242,6 +244,8 @@ def add_rank_genes_groups(
     ('a', 'b')
     """
     _require_own(adata, "add_rank_genes_groups(adata, table, groupby)")
+    if not isinstance(key, str):
+        raise ModelError(f"key must be a word, such as 'rank_genes_groups'; got {brief(key)}")
     written = _require_table(table)
     _require_match(adata, table, groupby)
     if key in adata.uns and not overwrite:

@@ -17,7 +17,7 @@ from pyro_scvi.data.names import as_series, in_order_of, require_one_order
 from pyro_scvi.data.obs_columns import of_one_kind
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
-from pyro_scvi.utils.checks import require_seed, warn
+from pyro_scvi.utils.checks import brief, require_seed, warn
 from pyro_scvi.utils.random_state import global_state_kept
 
 if TYPE_CHECKING:
@@ -76,8 +76,15 @@ def project(latent: np.ndarray | pd.DataFrame | xr.DataArray, *, seed: int = 0) 
     """
     require_seed(seed)
     names = _names_of(latent)
-    method, coordinates = _projected(np.asarray(latent), seed)
+    method, coordinates = _projected(_array(latent), seed)
     return Projection(coordinates if names is None else pd.DataFrame(coordinates, index=names), method)
+
+
+def _array(latent: Any) -> np.ndarray:
+    try:
+        return np.asarray(latent)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"an embedding must be a finite matrix (cells, latents), got {brief(latent)}") from error
 
 
 def _projected(latent: np.ndarray, seed: int) -> tuple[str, np.ndarray]:
@@ -166,7 +173,10 @@ def embedding(
 def _of_cells(labels: Any, names: pd.Index | None, n_cells: int) -> pd.Series:
     """Labels in the order of the cells: by name if both have names."""
     given = as_series(in_order_of(names, labels, "labels") if isinstance(labels, Mapping) else labels)
-    values = given if isinstance(given, pd.Series) else pd.Series(given)
+    try:
+        values = given if isinstance(given, pd.Series) else pd.Series(given)
+    except (TypeError, ValueError) as error:  # a set, which has no order, or a table
+        raise DataError(f"labels must have one value for each of the {n_cells} cells, got {brief(given)}") from error
     by_name = names is not None and values is given
     if len(values) < n_cells or (not by_name and len(values) > n_cells):
         raise DataError(f"labels must have one value for each of the {n_cells} cells, got {len(values)}")

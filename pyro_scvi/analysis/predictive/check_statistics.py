@@ -53,10 +53,10 @@ class Statistics:
         own, others = _described(of_sets), _described(of_replicas)
         compared = {name: Values(own[name].numpy(), _mean(others[name])) for name in own}
         # Rounded, because sums in another order of the cells differ in their last digits, and ties would be none.
-        alone = [value.cpu().numpy().round(DIGITS) for value in alone]
+        rounded = [value.cpu().numpy().round(DIGITS) for value in alone]
         names = ("pit", "variance_given_mean")
         return compared | {
-            name: Values(value, np.zeros(value.shape)) for name, value in zip(names, alone, strict=False)
+            name: Values(value, np.zeros(value.shape)) for name, value in zip(names, rounded, strict=False)
         }
 
     def of_cells(self) -> dict[str, Values]:
