@@ -13,9 +13,10 @@ import torch
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from pyro_scvi.analysis.differential.labels import labels_of
+from pyro_scvi.analysis.differential.labels import groups_of
 from pyro_scvi.analysis.inputs import batches_in_streams, minibatches, require_inputs
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.obs_columns import as_written
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.utils.checks import require_at_least
@@ -103,7 +104,7 @@ def differential_abundance(
     require_inputs(fit, cells)
     require_at_least(1, permutations=permutations, batch_size=batch_size)
     _require_density(fit)
-    design = _design(labels_of(cells, groupby), labels_of(cells, sample), group_a, group_b)
+    design = _design(groups_of(cells, groupby), groups_of(cells, sample, "sample"), group_a, group_b)
     log_q = _aggregated(fit, cells, design, batch_size, seed)
     exchanged = _exchanges(design, permutations, np.random.default_rng(seed))
     table = pd.DataFrame({"log_ratio": _log_ratio(log_q, *design.weights)}, pd.Index(cells.cell_names, name="cell"))
@@ -160,9 +161,11 @@ def _design(labels: np.ndarray, samples: np.ndarray, group_a: Hashable | None, g
 
 def _groups(labels: np.ndarray, group_a: Hashable | None, group_b: Hashable | None) -> tuple[Hashable, Hashable]:
     known = _by_name(pd.Series(labels).dropna())
+    group_a, group_b = (as_written(labels, group) for group in (group_a, group_b))
     if group_a is None and group_b is None and len(known) == LEAST_SAMPLES:
         return known[0], known[1]
-    if group_a is None or group_b is None or group_a == group_b or not {group_a, group_b} <= set(known):
+    named = all(isinstance(group, Hashable) and group in known for group in (group_a, group_b))
+    if not named or group_a is None or group_b is None or group_a == group_b:
         raise DataError(f"name two groups as group_a= and group_b=, got {group_a!r} and {group_b!r}; they are {known}")
     return group_a, group_b
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.utils.cell_streams import cell_streams
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.checks import brief, items_of
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -33,8 +33,10 @@ def require_fit(fit: Any) -> None:
         raise ModelError(f"expected the Fit that ps.fit or ps.load returns, got {type(fit).__name__}")
 
 
-def require_inputs(fit: Any, cells: Any) -> None:
+def require_inputs(fit: Any, cells: Any, name: str = "cells") -> None:
     """Raise unless ``fit`` is a Fit and ``cells`` are Cells; users often pass an AnnData.
+
+    ``name`` is that of the argument, for the message.
 
     Raises
     ------
@@ -43,8 +45,10 @@ def require_inputs(fit: Any, cells: Any) -> None:
     """
     require_fit(fit)
     if not isinstance(cells, Cells):
+        as_what = "" if name == "cells" else f" as {name}="
         raise ModelError(
-            f"expected Cells, got {type(cells).__name__}; make them with Cells.from_anndata(adata, schema=fit.schema)"
+            f"expected Cells{as_what}, got {type(cells).__name__}; make them with "
+            "Cells.from_anndata(adata, schema=fit.schema)"
         )
 
 
@@ -106,22 +110,24 @@ def result_array(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
     return out
 
 
-def require_quantiles(quantiles: Any) -> None:
-    """Refuse what is no list of numbers from 0 to 1.
+def listed_quantiles(quantiles: Any) -> list[float]:
+    """Numbers from 0 to 1 as a list, of any container; refuses others.
 
     Raises
     ------
     ModelError
         If it is refused.
     """
-    if not isinstance(quantiles, Iterable) or isinstance(quantiles, str):
+    listed = items_of(quantiles)
+    if listed is None:
         raise ModelError(f"quantiles must be numbers in a list or tuple, got {brief(quantiles)}")
-    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in quantiles):
-        raise ModelError(f"quantiles must be between 0 and 1, got {list(quantiles)}")
+    if not all(isinstance(quantile, int | float | np.number) and 0 <= quantile <= 1 for quantile in listed):
+        raise ModelError(f"quantiles must be between 0 and 1, got {listed}")
+    return [float(quantile) for quantile in listed]
 
 
-def require_names(names: Any, what: str) -> None:
-    """Refuse one name, or what is no list, in the place of several names.
+def listed_names(names: Any, what: str) -> list[Any]:
+    """Names as a list, of any container, such as an array; refuses one name, or what holds none.
 
     Raises
     ------
@@ -130,5 +136,7 @@ def require_names(names: Any, what: str) -> None:
     """
     if isinstance(names, str):
         raise ModelError(f"{what} must be names in a list or tuple, as in [{names!r}], got {names!r}")
-    if not isinstance(names, Iterable):
+    listed = items_of(names)
+    if listed is None or not all(isinstance(name, Hashable) for name in listed):
         raise ModelError(f"{what} must be names in a list or tuple, got {brief(names)}")
+    return listed

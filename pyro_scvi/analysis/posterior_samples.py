@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -18,7 +18,7 @@ from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.types import Theta
 from pyro_scvi.utils.cell_streams import per_cell
-from pyro_scvi.utils.checks import require_at_least, switches_checked
+from pyro_scvi.utils.checks import brief, items_of, require_at_least, switches_checked
 from pyro_scvi.utils.progress_bars import over_cells
 from pyro_scvi.utils.random_state import seeded
 
@@ -109,7 +109,9 @@ def sample_posterior(
     """
     require_inputs(fit, cells)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    check_sites(fit, sites)
+    sites = check_sites(fit, sites)
+    if not (reduce is None or callable(reduce)):
+        raise ModelError(f"reduce must be a function of the draws, or None; got {brief(reduce)}")
     # What is no latent, or summed out, is drawn at the medians of global latents.
     at_medians = set(sites) - {*fit.guide.coordinates.local, *fit.guide.weights.supports}
     sampler = sampler_for(sampler, cells, fit.guide if at_medians else None)
@@ -164,13 +166,16 @@ def latent_sites(fit: Fit) -> tuple[str, ...]:
     return (*known.local, *known.enumerated, *fit.guide.weights.supports)
 
 
-def check_sites(fit: Fit, sites: Sequence[str]) -> None:
-    """Raise if the model does not have one of the sites."""
+def check_sites(fit: Fit, sites: Any) -> tuple[str, ...]:
+    """Names of sites of any container; raises if the model does not have one of them."""
     if isinstance(sites, str):
         raise ModelError(f"sites must be names in a list or tuple, as in ({sites!r},), got {sites!r}")
+    if (listed := items_of(sites)) is None:
+        raise ModelError(f"sites must be names in a list or tuple, as in ('z',), got {brief(sites)}")
     known = (*latent_sites(fit), *EXPLICIT)
-    if unknown := [site for site in sites if site not in known]:
+    if unknown := [site for site in listed if not isinstance(site, str) or site not in known]:
         raise ModelError(f"the model has no site {unknown}; its sites are {known}")
+    return tuple(listed)
 
 
 def global_draws(fit: Fit, sites: Sequence[str], samples: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Cells: validated counts with covariates and annotations, and the boundary to AnnData."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -378,6 +378,8 @@ class Cells:
 
     def _rows(self, index: CellIndex) -> np.ndarray:
         """Positions of the cells that an index selects; a mask with names is matched by name."""
+        if isinstance(index, Mapping):
+            index = _mask(in_order_of(self.cell_names, index, "the mask"))
         index = as_series(index)
         if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index):
             if index.isna().any():
@@ -481,6 +483,12 @@ class Cells:
 
     def _repr_html_(self) -> str:
         return table("Cells", self._facts())
+
+
+def _mask(values: pd.Series) -> Any:
+    if not pd.api.types.is_bool_dtype(values):
+        raise DataError("the mask must be True or False for each name; for some of the cells pass integers.")
+    return values
 
 
 def _kind(counts: Counts) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pyro_scvi.errors import DataError, ModelError
-from pyro_scvi.utils.checks import require_seed
+from pyro_scvi.utils.checks import brief, require_seed
 
 CellIndex = int | slice | Sequence[int] | np.ndarray | torch.Tensor
 
@@ -23,8 +23,11 @@ def positions(index: CellIndex, n_cells: int) -> np.ndarray:
         If a position is out of range.
     """
     if isinstance(index, slice):
-        return np.arange(*index.indices(n_cells))
-    rows = np.atleast_1d(index.cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index))
+        return np.arange(*_bounds(index, n_cells))
+    try:
+        rows = np.atleast_1d(index.cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"index cells by integers or by a mask; got {brief(index)}.") from error
     if rows.dtype == bool and rows.shape == (n_cells,):
         return np.flatnonzero(rows)
     if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
@@ -33,6 +36,16 @@ def positions(index: CellIndex, n_cells: int) -> np.ndarray:
         )
     within(rows, n_cells)
     return rows.astype(np.int64, copy=False)
+
+
+def _bounds(index: slice, n_cells: int) -> tuple[int, int, int]:
+    try:
+        return index.indices(n_cells)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"a slice of cells takes integers, as in cells.take(slice(0, 10)); got {index}. For names, pass "
+            "cells.cell_names.get_indexer(names)."
+        ) from error
 
 
 def split_at_random(n_cells: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -134,10 +134,13 @@ class Collection(Source):
 
     def __init__(self, collection: Any, layer: str | None, name: str) -> None:
         self.collection, self.layer, self.name = collection, layer, name
+        self.types = []  # of the parts, which the collection brings into a common one
         for adata in collection.adatas:
             if layer is not None and layer not in adata.layers:
                 raise SchemaError(f"a part of the collection has no layer {layer!r}; it has {list(adata.layers)}.")
-            require_whole(adata.X if layer is None else adata.layers[layer], name)
+            matrix = adata.X if layer is None else adata.layers[layer]
+            require_whole(matrix, name)
+            self.types.append(matrix.dtype)
         if len(collection.adatas) > 1:
             warn_of_numbered_genes(*(adata.var_names for adata in collection.adatas))
         first = self._read(slice(0, 1))

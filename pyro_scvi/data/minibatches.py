@@ -12,6 +12,7 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Matrix, dense, smallest_type
 from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.errors import ModelError
+from pyro_scvi.utils.checks import brief
 
 RESIDENT_BYTES = 2**28  # largest dense copy of counts or covariates in main memory, beside those of the cells
 LONGEST_REASON = 120  # characters of torch's own words
@@ -20,6 +21,8 @@ _BLOCK = 2**22  # entries moved at a time
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of this name; "auto" is CUDA, else MPS, else the CPU."""
+    if not isinstance(device, str | int | torch.device):
+        raise ModelError(f"device must be a name, such as 'cpu' or 'auto', or a torch.device; got {brief(device)}")
     accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=accelerator if device == "auto" else device).device

@@ -1,14 +1,14 @@
 """Names of rows and columns: what is a name, the rows of a table in the order of its names, and names like a slip."""
 
 import re
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.obs_columns import quoted, text_of
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 
@@ -69,7 +69,7 @@ def _count_up(numbers: Sequence[int]) -> bool:
 
 def names_in(index: pd.Index | None) -> pd.Index | None:
     """An index as strings; None if there is none, or it only numbers the rows."""
-    return None if index is None or is_numbering(index) else _texts(index)
+    return None if index is None or is_numbering(index) else texts(index)
 
 
 def as_series(values: Any) -> Any:
@@ -94,18 +94,35 @@ def in_order_of(names: Any, values: Any, what: str) -> Any:
     names
         Index of cells or genes, as of a DataFrame of counts; anything else has none.
     values
-        A Series or DataFrame; anything else is in the right order.
+        A Series or DataFrame, or a dict by name; anything else is in the right order.
     what
         Name of the values in errors.
 
     Raises
     ------
     DataError
-        As :func:`positions_of`.
+        As :func:`positions_of`; for a dict also where there are no names, because its order means nothing.
     """
+    if isinstance(values, Mapping):
+        return _looked_up(names, values, what)
     if not isinstance(names, pd.Index) or not isinstance(values, pd.Series | pd.DataFrame):
         return values
     return values.iloc[positions_of(names, values.index, what)]
+
+
+def _looked_up(names: Any, values: Mapping[Any, Any], what: str) -> pd.Series:
+    """The value of each name in a dict."""
+    if not isinstance(names, pd.Index):
+        raise DataError(
+            f"{what} is a dict by name, and there are no names to match it with. Pass an embedding or counts with "
+            "names, as a DataFrame has them, or the values in the order of the rows."
+        )
+    wanted, found = texts(names), texts(values)
+    rows = _only_rows(wanted, found)
+    if not wanted.is_unique or rows.min(initial=0) < 0:
+        _refuse_rows(wanted, found, what)
+    series = pd.Series(list(values.values()), dtype=None if values else object)
+    return series.iloc[rows].set_axis(names)
 
 
 def positions_of(names: pd.Index, index: pd.Index, what: str) -> np.ndarray:
@@ -131,7 +148,7 @@ def positions_of(names: pd.Index, index: pd.Index, what: str) -> np.ndarray:
         If names have no row or several, a table without names has another length, or both sides have numbers instead
         of names, in two orders.
     """
-    wanted, found = _texts(names), _texts(index)
+    wanted, found = texts(names), texts(index)
     if wanted.equals(found):
         return np.arange(len(wanted))
     require_one_order(wanted, found, what)
@@ -141,13 +158,7 @@ def positions_of(names: pd.Index, index: pd.Index, what: str) -> np.ndarray:
         if len(found) != len(wanted):
             raise DataError(f"{what} must have one row for each of the {len(wanted)} cells, got {len(found)}.")
         return np.arange(len(wanted))
-    _require_one_row_each(wanted, found, what)
-    missing = wanted[~wanted.isin(found)]
-    raise DataError(
-        f"{what} has no row for {len(missing)} of the {len(wanted)} cells, such as {quoted(missing, 3)}; its rows are "
-        f"named {quoted(found, 3)}. Rows are matched by name. If they are already in the order of the cells, pass them "
-        "without names: .to_numpy() or .reset_index(drop=True)."
-    )
+    _refuse_rows(wanted, found, what)
 
 
 def _only_rows(wanted: pd.Index, found: pd.Index) -> np.ndarray:
@@ -166,7 +177,7 @@ def require_one_order(names: pd.Index, index: pd.Index, what: str) -> None:
     DataError
         If cells and rows have them; ``what`` names the table.
     """
-    wanted, found = _texts(names), _texts(index)
+    wanted, found = texts(names), texts(index)
     if not (_are_numbers(wanted) and _are_numbers(found)) or len(wanted) != len(found):
         return
     bare = all(map(str.isdecimal, wanted)) or all(map(str.isdecimal, found))
@@ -180,12 +191,18 @@ def require_one_order(names: pd.Index, index: pd.Index, what: str) -> None:
         )
 
 
-def _require_one_row_each(wanted: pd.Index, found: pd.Index, what: str) -> None:
-    """Refuse names that are there, but twice on one of both sides."""
+def _refuse_rows(wanted: pd.Index, found: pd.Index, what: str) -> NoReturn:
+    """Refuse names that are there, but twice on one of both sides, or that are not there."""
     if wanted.isin(found).all():
         side, twice = (what, found) if found[found.isin(wanted)].has_duplicates else ("the list of cells", wanted)
         doubled = quoted(twice[twice.duplicated()].unique(), 3)
         raise DataError(f"{side} names rows more than once, such as {doubled}: cells cannot be matched by name.")
+    missing = wanted[~wanted.isin(found)]
+    raise DataError(
+        f"{what} has no row for {len(missing)} of the {len(wanted)} cells, such as {quoted(missing, 3)}; its rows are "
+        f"named {quoted(found, 3)}. Rows are matched by name. If they are already in the order of the cells, pass them "
+        "without names: .to_numpy() or .reset_index(drop=True)."
+    )
 
 
 def labelled(matrix: Any) -> Labelled:
@@ -231,8 +248,9 @@ def _numbers(names: pd.Index) -> list[int]:
     return [int(name.removeprefix("cell_")) for name in names]
 
 
-def _texts(names: pd.Index) -> pd.Index:
-    return pd.Index([str(name) for name in names])
+def texts(names: Iterable[Any]) -> pd.Index:
+    """Names as text."""
+    return pd.Index([text_of(name) for name in names])
 
 
 def warn_of_swapped_names(genes: pd.Index, cells: pd.Index) -> None:

@@ -24,6 +24,12 @@ LARGEST_NUMBER = 1e100
 PLURALS = {"batch": "batches", "category": "categories"}
 """What columns of categories are called in messages."""
 
+MOST_PAIRS = 5
+"""So many pairs of names that look alike are listed in a message."""
+
+LARGEST_EXACT = 2.0**53
+"""Below this, float64 holds every integer: two numbers are not taken for one."""
+
 _TOO_LARGE = "holds values too large to be standardised; rescale it."
 
 WORDS_FOR_MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "nat", "<na>"})
@@ -121,35 +127,77 @@ def warn_of_batches(obs: pd.DataFrame, name: str, what: str = "batch") -> None:
     UserWarning
         Once for each kind of slip; names the column and the batches.
     """
-    plural = PLURALS[what]
-    labels, codes = _levels(obs, name, what)
-    sizes = pd.Series(codes).map(dict(enumerate(labels))).value_counts()
-    missing = words_for_missing(sizes.index)
-    if missing:
-        warn(
-            f"{what} column {name!r} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values "
-            f"are written in text. These cells count as a {what} of their own. Name their {what}, or leave them "
-            "out."
-        )
-    if len(labels) > len(sizes):
-        warn(f"{what} column {name!r} holds the same {plural} as numbers and as text, such as 1 and '1': taken as one.")
-    if spaced := [label for label in sizes.index if label != label.strip() and label.strip() in sizes.index]:
-        warn(
-            f"{what} column {name!r} holds {quoted(spaced)}, which differ from other {plural} by spaces only. "
-            f"They count as different. If they are the same: obs[{name!r}].astype(str).str.strip()."
-        )
-    if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
-        warn(
-            f"{what} column {name!r} holds integers with {len(sizes)} levels, each a {what}. If it is a measurement, "
-            f"pass covariates=[{name!r}]."
-        )
+    sizes = _warned_sizes(obs, name, what)
     few = sizes[sizes <= FEW_CELLS]
     if len(few):
+        plural = PLURALS[what]
         warn(
             f"{len(few)} of the {len(sizes)} {plural} in column {name!r} have 1 or 2 cells, too few to learn from: "
             f"{quoted(list(few.index))}. If this is no column of {plural}, choose another; otherwise join or leave out "
             f"such {plural}."
         )
+
+
+def warn_of_new_batches(obs: pd.DataFrame, name: str, known: Sequence[str]) -> None:
+    """Warn of new batches of a query that are mostly a slip, among them those that look like a ``known`` one.
+
+    Few cells are no slip here: they are enough to embed them.
+
+    Warns
+    -----
+    UserWarning
+        As :func:`warn_of_batches`.
+    """
+    _warned_sizes(obs, name, "batch", known)
+
+
+def _warned_sizes(obs: pd.DataFrame, name: str, what: str, known: Sequence[str] = ()) -> pd.Series:
+    """Number of cells of each category, most first; warns of names that are mostly a slip."""
+    plural, column = PLURALS[what], f"{what} column {name!r}"
+    labels, codes = _levels(obs, name, what)
+    sizes = pd.Series(codes).map(dict(enumerate(labels))).value_counts()
+    missing = words_for_missing(sizes.index)
+    if missing:
+        warn(
+            f"{column} holds {quoted(missing)} ({sizes[missing].sum()} cells), as missing values are written in text. "
+            f"These cells count as a {what} of their own. Name their {what}, or leave them out."
+        )
+    if len(labels) > len(sizes):
+        warn(f"{column} holds the same {plural} as numbers and as text, such as 1 and '1': taken as one.")
+    warn_of_lookalikes(column, plural, list(sizes.index), known)
+    if len(sizes) > MOST_INTEGER_LEVELS and all(map(_is_integer, sizes.index)):
+        warn(
+            f"{what} column {name!r} holds integers with {len(sizes)} levels, each a {what}. If it is a measurement, "
+            f"pass covariates=[{name!r}]."
+        )
+    return sizes
+
+
+def warn_of_lookalikes(source: str, plural: str, names: Sequence[str], known: Sequence[str] = ()) -> None:
+    """Warn of names that differ from each other, or from ``known`` ones, in form only: "a" and "a ", "1" and "1.0".
+
+    Warns
+    -----
+    UserWarning
+        If there are any; ``source`` says where, ``plural`` what they name.
+    """
+    forms: dict[str, str] = {}
+    pairs = []
+    for word in [*known, *sorted(names)]:
+        other = forms.setdefault(_form(word), word)
+        pairs += [f"{word!r} beside {other!r}"] if other != word else []
+    if pairs:
+        more = f" ({len(pairs)} in all)" if len(pairs) > MOST_PAIRS else ""
+        warn(
+            f"{source} holds {', '.join(pairs[:MOST_PAIRS])}{more}. Such {plural} differ by spaces, capitals or the "
+            "form of a number only, and they count as different. If they are the same, give them one name first."
+        )
+
+
+def _form(word: str) -> str:
+    """What names share that are probably the same: without spaces at the ends, capitals, and zeros of a number."""
+    bare = " ".join(word.split()).casefold()
+    return label_of(float(bare)) if _is_number(bare) and abs(float(bare)) < LARGEST_EXACT else bare
 
 
 def words_for_missing(labels: Sequence[Any] | pd.Index) -> list[Any]:
@@ -227,7 +275,7 @@ def inferred(column: pd.Series) -> pd.Series:
 
 
 def of_one_kind(column: pd.Series) -> pd.Series:
-    """A column that is text in one file and numbers in another as text throughout: 1 and "1" are the same word."""
+    """A column that is text in some cells and numbers in others as text throughout: 1 and "1" are the same word."""
     levels = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.dropna()
     if not pd.api.types.is_object_dtype(levels) or len({isinstance(level, str | bytes) for level in levels}) < 2:
         return column
@@ -263,6 +311,12 @@ def label_of(level: Any) -> str:
 def text_of(name: Any) -> str:
     """A name as text; HDF5 files read by other programs give names as bytes."""
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+
+def as_written(labels: np.ndarray, label: Any) -> Any:
+    """A label as the ``labels`` (cells,) have it, which may hold 1 for "1"; itself if none has its name."""
+    names = {label_of(known): known for known in pd.unique(labels[~pd.isna(labels)])}
+    return names.get(label_of(label), label)
 
 
 def _holds_categories(column: pd.Series) -> bool:

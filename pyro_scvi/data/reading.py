@@ -1,6 +1,6 @@
 """Reading an AnnData or a bare matrix: validated counts, covariates and schema."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData, Raw
 
 from pyro_scvi.data.compressed import require_whole
-from pyro_scvi.data.count_checks import check_counts, warn_of_features
+from pyro_scvi.data.count_checks import FEATURE_TYPES, check_counts, warn_of_features
 from pyro_scvi.data.counts import (
     NO_LIMIT,
     Counts,
@@ -23,14 +23,14 @@ from pyro_scvi.data.counts import (
 from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
-from pyro_scvi.data.names import in_order_of, labelled, names_in, warn_of_swapped_names
-from pyro_scvi.data.obs_columns import quoted, text_of
+from pyro_scvi.data.names import in_order_of, labelled, names_in, texts, warn_of_swapped_names
+from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.places import Place, first_of, hint_of
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
 from pyro_scvi.data.stores.layout import SCHEMA
 from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
-from pyro_scvi.utils.checks import brief, warn
+from pyro_scvi.utils.checks import brief, items_of, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
 
 LEAST_CELLS, EQUAL = 20, 1e-3
@@ -77,7 +77,7 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
         raise DataError(f"{place.name} is None: there are no counts to read. {hint}")
     counts = canonical(matrix, place.name)
     var = _var(adata, place)
-    return Table(counts, _texts(var.index), _obs(adata), place.name, hint, place, limit_of(matrix.dtype), var)
+    return Table(counts, texts(var.index), _obs(adata), place.name, hint, place, limit_of(matrix.dtype), var)
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
@@ -146,10 +146,6 @@ def _var(adata: AnnData, place: Place) -> pd.DataFrame:
     return var if isinstance(var, pd.DataFrame) else var.to_memory()
 
 
-def _texts(names: Iterable[Any]) -> pd.Index:
-    return pd.Index([text_of(name) for name in names])
-
-
 def table_in_place(adata: Any, place: Place) -> Table:
     """Leave the counts of a backed or lazily read AnnData, or of an AnnCollection, where they are."""
     if isinstance(adata, AnnData):
@@ -161,7 +157,20 @@ def table_in_place(adata: Any, place: Place) -> Table:
     if place.raw:
         raise DataError("an AnnCollection has no raw; pass one of adata.raw.to_adata() for each of its parts.")
     collection = Collection(adata, place.layer, place.name)
-    return Table(collection, _texts(adata.var_names), adata.obs.copy(), place.name, "Pass raw counts.", place)
+    genes = texts(adata.var_names)
+    # Of parts of several types, the narrowest is that which may have changed counts.
+    limit = min(map(limit_of, collection.types), key=lambda each: each.value)
+    var = _features_of([part.var for part in adata.adatas], genes)
+    return Table(collection, genes, adata.obs.copy(), place.name, "Pass raw counts.", place, limit, var)
+
+
+def _features_of(parts: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame | None:
+    """What kinds of features the genes of a collection are, by the first part that says so."""
+    told = next((var for var in parts if FEATURE_TYPES in var), None)
+    if told is None:
+        return None
+    kinds = pd.Series(told[FEATURE_TYPES].to_numpy(dtype=object), texts(told.index))
+    return pd.DataFrame({FEATURE_TYPES: kinds[~kinds.index.duplicated()].reindex(genes)})
 
 
 def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
@@ -180,7 +189,7 @@ def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
     if counts.shape != (len(obs), len(var)):  # anndata does not compare them with a file
         raise DataError(f"{source} has the shape {counts.shape}, but there are {len(obs)} cells and {len(var)} genes.")
     limit, hint = limit_of(counts.dtype), _hint(adata, place)
-    return Table(counts, _texts(var.index), obs, source, hint, place, limit, var)
+    return Table(counts, texts(var.index), obs, source, hint, place, limit, var)
 
 
 def table_of_store(path: str | Path, verify: bool) -> Table:
@@ -339,9 +348,9 @@ def _warn_of_zeros(kind: str, names: pd.Index) -> None:
 def _checked_names(names: Any, kind: str, n: int) -> pd.Index | None:
     if names is None:
         return None
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    listed = items_of(names)
+    if listed is None:
         raise ModelError(f"{kind}_names must be {n} names in a list, got {brief(names)}.")
-    names = list(names)
-    if len(names) != n:
-        raise DataError(f"there are {len(names)} {kind} names for {n} {kind}s.")
-    return _texts(names)
+    if len(listed) != n:
+        raise DataError(f"there are {len(listed)} {kind} names for {n} {kind}s.")
+    return texts(listed)

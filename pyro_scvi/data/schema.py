@@ -1,7 +1,7 @@
 """Schema: genes, batches and covariate scales on which a model was fitted, and which a query must match."""
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -20,11 +20,13 @@ from pyro_scvi.data.obs_columns import (
     positive,
     quoted,
     warn_of_batches,
+    warn_of_lookalikes,
+    warn_of_new_batches,
 )
 from pyro_scvi.data.places import Place
 from pyro_scvi.data.scales import require_near, require_not_tiny, unit_of_sizes, warn_of_size_factors, warn_of_units
 from pyro_scvi.errors import DataError, ModelError, SchemaError
-from pyro_scvi.utils.checks import brief, warn
+from pyro_scvi.utils.checks import brief, items_of, warn
 
 _log = logging.getLogger(__name__)
 
@@ -140,6 +142,8 @@ class Schema:
             warn_of_batches(obs, batch)
         for name in further:
             warn_of_batches(obs, name, "category")
+        label_names = () if labels is None else tuple(labels_of(obs, labels)[0])
+        warn_of_lookalikes(f"label column {labels!r}", "labels", label_names)
         return cls(
             gene_names=tuple(map(str, gene_names)),
             layer=place.layer,
@@ -152,7 +156,7 @@ class Schema:
             categories=further,
             levels=tuple(tuple(categories(obs, name, "category")[0]) for name in further),
             labels=labels,
-            label_names=() if labels is None else tuple(labels_of(obs, labels)[0]),
+            label_names=label_names,
             ordered=tuple(name for name in (batch, *further) if name is not None and has_order(obs, name)),
             size_factor=size_factor,
         )
@@ -416,6 +420,8 @@ class Schema:
                 "or with several batches."
             )
         positions = {word: place for place, word in enumerate(self.batches)}
+        if (new := ~np.isin(found, self.batches)[codes]).any():
+            warn_of_new_batches(obs[new], batch, self.batches)
         return Words.of(np.array([positions.get(word, MEAN) for word in found])[codes], self.n_batches)
 
     def _labels(self, obs: pd.DataFrame, name: str) -> Words:
@@ -454,9 +460,10 @@ def _require_distinct(
 
 
 def _listed(names: Any, what: str = "covariates") -> tuple[str, ...]:
-    if not isinstance(names, Iterable):
+    listed = [names] if isinstance(names, str) else items_of(names)
+    if listed is None:
         raise ModelError(f"{what} must be names of columns, as in ['age'] or (), got {brief(names)}.")
-    return (names,) if isinstance(names, str) else tuple(names)
+    return tuple(listed)
 
 
 def _plain(value: Any) -> Any:

@@ -152,7 +152,7 @@ def to_datatree(
     if sites is None:
         sites = _of_moderate_size(fit)
     require_at_least(1, samples=samples, batch_size=batch_size)
-    check_sites(fit, sites)
+    sites = check_sites(fit, sites)
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
     gathered, start = _Gathered(cells.n_cells), 0
     # Draws other than the sampler's have a seed of their own, so that the sampler's do not depend on them.

@@ -17,12 +17,12 @@ from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.integration.spaces import Expression, FittedSpace, require_space
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.obs_columns import label_of, quoted
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.records import records_of, unwritable
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
-from pyro_scvi.utils.checks import require_at_least, require_seed, switches_checked, warn
+from pyro_scvi.utils.checks import brief, require_at_least, require_seed, switches_checked, warn
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.version import __version__
 
@@ -227,6 +227,8 @@ def add_rank_genes_groups(
         If ``adata`` is no AnnData or a view. If ``table`` is no such table, compares one pair only, or lacks columns or
         genes of a group. If its genes are not in ``adata``, its groups are not those of the column, or there is no such
         column. If ``uns[key]`` is taken. Nothing is then written.
+    ModelError
+        If ``key`` is no word.
 
     Notes
     -----
@@ -242,12 +244,14 @@ def add_rank_genes_groups(
     ('a', 'b')
     """
     _require_own(adata, "add_rank_genes_groups(adata, table, groupby)")
+    if not isinstance(key, str):
+        raise ModelError(f"key must be a word, such as 'rank_genes_groups'; got {brief(key)}")
     written = _require_table(table)
     _require_match(adata, table, groupby)
     if key in adata.uns and not overwrite:
         raise DataError(f"adata.uns has {key!r} already; pass another key=, or overwrite=True to replace it")
     ranked = {
-        str(group): written(part.droplevel("group")).sort_values("scores", ascending=False, kind="stable")
+        label_of(group): written(part.droplevel("group")).sort_values("scores", ascending=False, kind="stable")
         for group, part in table.groupby(level="group", sort=False)
     }
     columns: dict[str, dict[str, Any]] = {
@@ -312,7 +316,8 @@ def _require_table(table: Any) -> Callable[[pd.DataFrame], pd.DataFrame]:
             f"the columns {lacking[written]} are missing: pass the table of differential_expression as it came"
         )
     genes = table.index.get_level_values("gene")
-    if not len(table) or table.index.has_duplicates or len(table) != genes.nunique() * len(table.index.unique("group")):
+    n_groups = len({label_of(group) for group in table.index.unique("group")})  # 1 and "1" would be one
+    if not len(table) or table.index.has_duplicates or len(table) != genes.nunique() * n_groups:
         raise DataError(
             "the table must hold every gene once for each group, as it comes from differential_expression; scanpy "
             "leaves genes out by its own options"
@@ -324,8 +329,8 @@ def _require_match(adata: AnnData, table: pd.DataFrame, groupby: str) -> None:
     """Raise if ``adata`` lacks some of the genes, or the groups are not those of its column."""
     if not isinstance(groupby, str) or groupby not in adata.obs:
         raise DataError(f"adata.obs has no column {groupby!r}; it has {', '.join(map(str, adata.obs)) or 'none'}")
-    compared = set(map(str, table.index.unique("group")))
-    there = set(map(str, adata.obs[groupby].dropna().unique()))
+    compared = {label_of(group) for group in table.index.unique("group")}
+    there = {label_of(group) for group in adata.obs[groupby].dropna().unique()}
     if compared != there:
         raise DataError(
             f"the groups of the table, {quoted(sorted(compared))}, are not those of adata.obs[{groupby!r}], "

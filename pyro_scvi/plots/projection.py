@@ -14,9 +14,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 from pyro_scvi.data.names import as_series, in_order_of, require_one_order
+from pyro_scvi.data.obs_columns import of_one_kind
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
-from pyro_scvi.utils.checks import require_seed, warn
+from pyro_scvi.utils.checks import brief, require_seed, warn
 from pyro_scvi.utils.random_state import global_state_kept
 
 if TYPE_CHECKING:
@@ -75,8 +76,15 @@ def project(latent: np.ndarray | pd.DataFrame | xr.DataArray, *, seed: int = 0) 
     """
     require_seed(seed)
     names = _names_of(latent)
-    method, coordinates = _projected(np.asarray(latent), seed)
+    method, coordinates = _projected(_array(latent), seed)
     return Projection(coordinates if names is None else pd.DataFrame(coordinates, index=names), method)
+
+
+def _array(latent: Any) -> np.ndarray:
+    try:
+        return np.asarray(latent)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"an embedding must be a finite matrix (cells, latents), got {brief(latent)}") from error
 
 
 def _projected(latent: np.ndarray, seed: int) -> tuple[str, np.ndarray]:
@@ -100,7 +108,7 @@ def _names_of(values: Any) -> pd.Index | None:
 
 def embedding(
     latent: np.ndarray | pd.DataFrame | xr.DataArray | Projection,
-    labels: Sequence[Any] | np.ndarray | pd.Series | None = None,
+    labels: Sequence[Any] | np.ndarray | pd.Series | Mapping[str, Any] | None = None,
     ax: Axes | None = None,
     *,
     seed: int = 0,
@@ -113,7 +121,7 @@ def embedding(
         (cells, latents), or the result of :func:`project`.
     labels
         (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey. Where both
-        have names of cells, as a Series and a DataFrame or DataArray have, they are matched by name.
+        have names of cells, as a Series and a DataFrame or DataArray have, they are matched by name. A dict is by name.
     ax
         Axes to draw into; None: axes of a new pyplot figure.
     seed
@@ -164,8 +172,11 @@ def embedding(
 
 def _of_cells(labels: Any, names: pd.Index | None, n_cells: int) -> pd.Series:
     """Labels in the order of the cells: by name if both have names."""
-    given = as_series(labels)
-    values = given if isinstance(given, pd.Series) else pd.Series(given)
+    given = as_series(in_order_of(names, labels, "labels") if isinstance(labels, Mapping) else labels)
+    try:
+        values = given if isinstance(given, pd.Series) else pd.Series(given)
+    except (TypeError, ValueError) as error:  # a set, which has no order, or a table
+        raise DataError(f"labels must have one value for each of the {n_cells} cells, got {brief(given)}") from error
     by_name = names is not None and values is given
     if len(values) < n_cells or (not by_name and len(values) > n_cells):
         raise DataError(f"labels must have one value for each of the {n_cells} cells, got {len(values)}")
@@ -207,7 +218,7 @@ def _categories(values: pd.Series | None, n: int) -> tuple[np.ndarray, dict[str,
     """Colours (cells, 4), and the colour of every category for the legend."""
     if values is None:
         return np.tile(to_rgba(TRAIN), (n, 1)), {}
-    codes, names = pd.factorize(values.astype("category").cat.remove_unused_categories(), sort=True)
+    codes, names = pd.factorize(of_one_kind(values).astype("category").cat.remove_unused_categories(), sort=True)
     if len(names) <= 20:
         palette = colormaps["tab10" if len(names) <= 10 else "tab20"](np.arange(len(names)))
     else:

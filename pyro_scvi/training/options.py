@@ -195,15 +195,15 @@ def _check_size_factors(model: SCVI, cells: Cells) -> None:
 
 
 def _check_precision(dtype: Any, autocast: Any) -> None:
-    if dtype not in (torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ModelError(
-            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; autocast=torch.bfloat16 is faster"
+            f"dtype must be torch.float32 or torch.float64, got {_shown(dtype)}; autocast=torch.bfloat16 is faster"
         )
     if autocast is not None and dtype != torch.float32:
         raise ModelError(f"autocast is for parameters in torch.float32, got dtype={dtype!r}")
-    if autocast not in (None, torch.bfloat16):
+    if autocast is not None and autocast is not torch.bfloat16:
         raise ModelError(
-            f"autocast must be None or torch.bfloat16, got {autocast!r}: gradients are not accurate "
+            f"autocast must be None or torch.bfloat16, got {_shown(autocast)}: gradients are not accurate "
             "enough in other types"
         )
 
@@ -247,3 +247,7 @@ def _brief(cells: Any) -> str:
     for block in cells.gamma.blocks():
         digest.update(block)
     return f"{cells.n_cells} x {cells.n_genes} with digest {digest.hexdigest()[:8]} of totals and covariates"
+
+
+def _shown(dtype: Any) -> str:
+    return str(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)

@@ -102,6 +102,16 @@ def switches_checked(function: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
+def items_of(values: Any) -> list[Any] | None:
+    """The items of any container, as a list; None of what is none: one word, a number, an array without dimensions."""
+    if isinstance(values, str | bytes):
+        return None
+    try:
+        return list(values)
+    except TypeError:
+        return None
+
+
 def require_kind(value: Any, kind: type | UnionType, name: str, example: str) -> None:
     """Refuse a value that is no object of this kind, such as a class or a string.
 

@@ -56,7 +56,7 @@ NOT_BY_A_COMMAND = {  # beginnings of single messages
     "an AnnCollection has no raw": "no command reads one",
     "allow_new_batches is for a query": "commands pass the schema",
     "expected the Fit that ps.fit": "commands pass one",
-    "expected Cells, got": "commands pass them",
+    "expected Cells{}, got": "commands pass them",
     "the cells have {} genes, ": "commands read a query by the schema of the fit",
     "the fit has covariates ": "commands read a query by the schema of the fit",
     "in another batch nothing was observed": "impute passes the quantity",

@@ -28,6 +28,11 @@ def read(batch=None, **columns):
     return Cells.from_anndata(make_adata(**columns), batch=batch, covariates=covariates)
 
 
+def query_of(schema, values):
+    """Cells of new batches, too."""
+    return Cells.from_anndata(make_adata(x=values), schema=schema, allow_new_batches=True)
+
+
 def told(call, text):
     """The call warns once in these words, at this file's line."""
     with pytest.warns(UserWarning, match=text) as caught:
@@ -124,7 +129,9 @@ def test_words_for_missing_are_told(word):
 
 
 def test_batches_that_differ_by_spaces_are_told():
-    cells = told(lambda: read(batch="x", x=["a", "b", "a ", "c"] * 30), "'a ', which differ from other .* by spaces")
+    cells = told(
+        lambda: read(batch="x", x=["a", "b", "a ", "c"] * 30), r"'a ' beside 'a'. Such batches differ by spaces"
+    )
     assert cells.schema.batches == ("a", "a ", "b", "c")
 
 
@@ -133,6 +140,40 @@ def test_numbers_and_text_of_one_name_are_one_batch_and_told():
     cells = told(lambda: read(batch="x", x=values), "the same batches as numbers and as text")
     assert cells.schema.batches == ("1", "b")
     np.testing.assert_array_equal(cells.covariates[:, 0], [1] * 90 + [0] * 30)
+
+
+LOOKALIKES = {
+    "a blank": ("1", "1 "),
+    "the form of a number": ("1", "1.0"),
+    "capitals": ("Lane", "lane"),
+    "blanks inside": ("lane one", "lane  one"),
+}
+
+
+@pytest.mark.parametrize("pair", LOOKALIKES.values(), ids=LOOKALIKES)
+def test_names_that_look_alike_are_told(pair):
+    """Among batches and categories of a fit, among labels, and in new batches of a query beside those of the fit."""
+    known, new = pair
+    said = f"'{new}' beside '{known}'|'{known}' beside '{new}'"
+    for how in ({"batch": "x"}, {"categories": ["x"]}, {"labels": "x"}):
+        told(lambda how=how: Cells.from_anndata(make_adata(x=[*pair, "z"] * 40), **how), said)
+    schema = read(batch="x", x=[known, "z"] * 60).schema
+    found = told(lambda: query_of(schema, [new, "z"] * 60), f"'{new}' beside '{known}'")
+    assert found.new_batches == (new,)
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "<NA>"])
+def test_words_for_missing_in_new_batches_of_a_query_are_told(word):
+    schema = read(batch="x", x=["a", "b"] * 60).schema
+    told(lambda: query_of(schema, ["a", word] * 60), f"{word!r} .60 cells., as missing values")
+
+
+@pytest.mark.parametrize("names", [("1", "2", "10"), ("s1", "s10", "S2"), ("9007199254740993", "9007199254740992")])
+def test_other_names_do_not_look_alike(names):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schema = read(batch="x", x=[*names] * (120 // len(names))).schema
+        query_of(schema, [names[0], "new"] * 60)
 
 
 @pytest.mark.parametrize("fitted", [[1, 2], [1.0, 2.0], ["1", "2"], pd.Categorical([1, 2])])

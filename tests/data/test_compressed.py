@@ -58,6 +58,45 @@ def of_torch_by_rows(make):
         return make(pointer, places, torch.tensor(np.append(MOLECULES, 3)), (2, 2), check_invariants=False)
 
 
+def of_torch_by_blocks():
+    pointer, places = torch.tensor([0, 25, 26]), torch.tensor(np.append(EVERY_OTHER, 1))
+    values = torch.tensor(np.append(MOLECULES, 3)).reshape(-1, 1, 1)
+    return torch.sparse_bsr_tensor(pointer, places, values, (2, 2), check_invariants=False)
+
+
+def in_unsorted_rows():
+    """Zeros stand between entries of one place."""
+    places = np.append(np.tile([0, 1], 25), [1, 0])
+    values = np.append(np.stack([MOLECULES, np.zeros_like(MOLECULES)], 1).ravel(), [3, 0]).astype(np.uint8)
+    return sparse.csr_matrix((values, places, [0, 50, 52]), shape=(2, 2))
+
+
+def negative_on_the_way():
+    places = (np.append(np.zeros(50, int), 1), np.append(np.zeros(50, int), 1))
+    return sparse.coo_matrix((np.append(np.full(50, 100), 3).astype(np.int8), places), shape=(2, 2))
+
+
+def in_another_way(matrix, way, folder):
+    """The matrix as part of an AnnData that is read in one of several ways."""
+    adata = AnnData(matrix, **names_of((2, 2)))
+    if way == "view":
+        return Cells.from_anndata(adata[:, [0, 1]])
+    if way == "layer":
+        return Cells.from_anndata(AnnData(layers={"x": matrix}, **names_of((2, 2))), layer="x")
+    adata.write_h5ad(folder / "cells.h5ad")
+    if way == "store":
+        return Cells.from_store(build(folder / "cells.h5ad", folder / "store", progress=False))
+    file = anndata.read_h5ad(folder / "cells.h5ad", backed="r")
+    parts = AnnCollection([file, AnnData(matrix, **names_of((2, 2)))], index_unique="-")
+    return Cells.from_anndata(file if way == "backed" else parts, backed=True)
+
+
+@pytest.mark.parametrize("way", ["view", "layer", "backed", "store", "collection"])
+def test_molecules_at_one_place_are_added_up_wherever_they_lie(way, tmp_path):
+    cells = in_another_way(in_unsorted_rows(), way, tmp_path)
+    np.testing.assert_array_equal(cells[[0, 1]][0], [[5000, 0], [0, 3]])
+
+
 @pytest.mark.parametrize(
     "matrix",
     [
@@ -72,6 +111,9 @@ def of_torch_by_rows(make):
         pytest.param(of_torch(is_coalesced=True), id="torch coo that claims to be coalesced"),
         pytest.param(of_torch_by_rows(torch.sparse_csr_tensor), id="torch csr"),
         pytest.param(of_torch_by_rows(torch.sparse_csc_tensor), id="torch csc"),
+        pytest.param(of_torch_by_blocks(), id="torch bsr"),
+        pytest.param(in_unsorted_rows(), id="csr with unsorted indices"),
+        pytest.param(negative_on_the_way(), id="int8, whose sums would be negative"),
     ],
 )
 def test_molecules_at_one_place_are_added_up_in_a_wide_type(matrix):
@@ -99,6 +141,35 @@ def test_tensors_that_are_no_matrix(tensor, says):
 def test_a_type_that_holds_the_sums_is_kept():
     assert Cells.from_counts(of_scipy(np.uint16)).counts.dtype == np.uint16
     assert Cells.from_counts(of_scipy()).counts.dtype == np.float32
+
+
+# --- what an AnnCollection says ---
+
+
+def collected(matrix, other, layer=None, **var):
+    parts = [AnnData(x, **names_of(x.shape)) for x in (matrix, other)]
+    for part in parts:
+        part.var = part.var.assign(**var)
+        if layer is not None:
+            part.layers[layer] = part.X
+    parts[1].obs_names = [f"{name}b" for name in parts[1].obs_names]
+    return Cells.from_anndata(AnnCollection(parts, join_vars="inner"), layer=layer, backed=True)
+
+
+@pytest.mark.parametrize("layer", [None, "counts"])
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.float16])
+def test_counts_near_the_end_of_their_type_are_told_in_a_collection(kind, layer):
+    counts = COUNTS.astype(kind)
+    counts[2, 3] = 4096 if kind is np.float16 else np.iinfo(kind).max
+    for other in (counts, COUNTS.astype(np.float32)):
+        with pytest.warns(UserWarning, match="came in .* type of .*bits.*cell 'c2', gene 'g3'"):
+            collected(sparse.csr_matrix(counts) if kind is not np.float16 else counts, other, layer)
+
+
+def test_features_that_are_no_genes_are_told_in_a_collection():
+    kinds = ["Gene Expression"] * 4 + ["Antibody Capture"] * 2
+    with pytest.warns(UserWarning, match="2 of the 6 features are not genes.*2 'Antibody Capture'"):
+        collected(COUNTS, COUNTS, feature_types=kinds)
 
 
 # --- values outside the index pointer ---
@@ -186,6 +257,26 @@ def test_a_file_whose_pointer_leaves_values_out_is_refused_everywhere(broken_fil
             way()
     file.file.close()
     assert not (tmp_path / "store").exists()
+
+
+def test_a_broken_matrix_in_unusual_places_is_refused(tmp_path):
+    """A layer, raw, one part of a collection."""
+    wrong, names = broken("start"), names_of((8, 6))
+    whole = AnnData(sparse.csr_matrix(COUNTS), **names)
+    whole.layers["x"] = wrong
+    with_raw = AnnData(sparse.csr_matrix(COUNTS), **names)
+    with_raw.raw = AnnData(broken("end"), **names)
+    other = AnnData(broken("end"), **names_of((8, 6)))
+    other.obs_names = [f"{name}b" for name in other.obs_names]
+    ways = (
+        lambda: Cells.from_anndata(whole, layer="x"),
+        lambda: Cells.from_anndata(whole[2:5], layer="x"),
+        lambda: Cells.from_anndata(with_raw, raw=True),
+        lambda: Cells.from_anndata(AnnCollection([whole, other]), backed=True),
+    )
+    for way in ways:
+        with pytest.raises(DataError, match="broken sparse matrix: its index pointer"):
+            way()
 
 
 def test_a_store_whose_pointer_leaves_values_out_is_refused(tmp_path):

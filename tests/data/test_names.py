@@ -11,7 +11,7 @@ from anndata import AnnData
 from anndata.experimental import AnnCollection
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.differential.labels import labels_of
+from pyro_scvi.analysis.differential.labels import groups_of
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.names import is_numbering, positions_of
 from pyro_scvi.errors import DataError, SchemaError
@@ -96,10 +96,10 @@ def shuffled_cells():
 
 
 IN_TWO_ORDERS = {
-    "groupby": lambda: labels_of(shuffled_cells(), NUMBERED_OBS["kind"]),
-    "groupby, sorted": lambda: labels_of(Cells.from_counts(NUMBERED), NUMBERED_OBS["kind"].iloc[ORDER]),
-    "groupby, after take": lambda: labels_of(Cells.from_counts(NUMBERED).take(ORDER), NUMBERED_OBS["kind"]),
-    "groupby, from 1": lambda: labels_of(
+    "groupby": lambda: groups_of(shuffled_cells(), NUMBERED_OBS["kind"]),
+    "groupby, sorted": lambda: groups_of(Cells.from_counts(NUMBERED), NUMBERED_OBS["kind"].iloc[ORDER]),
+    "groupby, after take": lambda: groups_of(Cells.from_counts(NUMBERED).take(ORDER), NUMBERED_OBS["kind"]),
+    "groupby, from 1": lambda: groups_of(
         Cells.from_counts(NUMBERED.set_axis(range(1, N + 1)).iloc[ORDER]),
         NUMBERED_OBS["kind"].set_axis(range(1, N + 1)),
     ),
@@ -120,9 +120,9 @@ def test_numbers_in_two_orders_are_refused(call):
 
 def test_numbers_in_one_order_are_positions_and_further_rows_are_found_by_number():
     cells = shuffled_cells()
-    assert list(labels_of(cells, NUMBERED_OBS["kind"].iloc[ORDER])) == list(KIND[ORDER])
-    assert list(labels_of(cells, KIND[ORDER])) == list(KIND[ORDER])
-    assert list(labels_of(cells.take([4, 1]), NUMBERED_OBS["kind"])) == list(KIND[ORDER][[4, 1]])
+    assert list(groups_of(cells, NUMBERED_OBS["kind"].iloc[ORDER])) == list(KIND[ORDER])
+    assert list(groups_of(cells, KIND[ORDER])) == list(KIND[ORDER])
+    assert list(groups_of(cells.take([4, 1]), NUMBERED_OBS["kind"])) == list(KIND[ORDER][[4, 1]])
 
 
 def test_a_name_that_two_cells_share_is_matched_with_no_row():
@@ -130,9 +130,9 @@ def test_a_name_that_two_cells_share_is_matched_with_no_row():
     with pytest.warns(UserWarning, match="cell names occur more than once"):
         cells = Cells.from_counts(COUNTS, cell_names=["x", "x", *CELLS[2:]])
     with pytest.raises(DataError, match="the list of cells names rows more than once, such as 'x'"):
-        labels_of(cells, pd.Series(KIND[1:], index=["x", *CELLS[2:]]))
+        groups_of(cells, pd.Series(KIND[1:], index=["x", *CELLS[2:]]))
     extra = pd.Series(["T", "T", *KIND], index=["y", "y", *CELLS])  # a name that no cell has may occur twice
-    assert list(labels_of(make_cells(), extra)) == list(KIND)
+    assert list(groups_of(make_cells(), extra)) == list(KIND)
 
 
 def test_names_that_are_given_twice_must_agree():
@@ -278,42 +278,42 @@ def shuffled(values=KIND, index=CELLS):
     ],
 )
 def test_labels_are_matched_by_name(groupby):
-    assert list(labels_of(make_cells(), groupby)) == list(KIND)
+    assert list(groups_of(make_cells(), groupby)) == list(KIND)
 
 
 def test_labels_of_part_of_the_cells():
     some = make_cells().take([9, 2, 5])
-    assert list(labels_of(some, shuffled())) == list(KIND[[9, 2, 5]])
+    assert list(groups_of(some, shuffled())) == list(KIND[[9, 2, 5]])
 
 
 def test_labels_of_other_cells_are_refused():
     other = shuffled().set_axis([f"{name}x" for name in shuffled().index])
     with pytest.raises(DataError, match=r"groupby has no row for 12 .*without names: \.to_numpy\(\)"):
-        labels_of(make_cells(), other)
-    assert list(labels_of(make_cells(), other.to_numpy())) == list(KIND[ORDER])
+        groups_of(make_cells(), other)
+    assert list(groups_of(make_cells(), other.to_numpy())) == list(KIND[ORDER])
     with pytest.raises(DataError, match="12 cells, got 3"):
-        labels_of(make_cells(), pd.Series(KIND[:3]))
+        groups_of(make_cells(), pd.Series(KIND[:3]))
     with pytest.raises(DataError, match="such as 'AAC0-1'"):
-        labels_of(make_cells(), pd.Series(KIND).iloc[ORDER])
+        groups_of(make_cells(), pd.Series(KIND).iloc[ORDER])
 
 
 def test_labels_for_cells_without_names():
     cells = Cells.from_counts(COUNTS)
-    assert list(labels_of(cells, shuffled().sort_index())) == list(shuffled().sort_index())
+    assert list(groups_of(cells, shuffled().sort_index())) == list(shuffled().sort_index())
     with pytest.raises(DataError, match="groupby and the cells have numbers"):
-        labels_of(cells, pd.Series(KIND).iloc[ORDER])  # numbered in another order
-    assert list(labels_of(cells.take([3, 7]), pd.Series(KIND, index=[f"cell_{i}" for i in range(N)]))) == ["T", "B"]
+        groups_of(cells, pd.Series(KIND).iloc[ORDER])  # numbered in another order
+    assert list(groups_of(cells.take([3, 7]), pd.Series(KIND, index=[f"cell_{i}" for i in range(N)]))) == ["T", "B"]
 
 
 def test_a_column_that_is_newer_than_the_cells_is_pointed_to():
-    with pytest.raises(DataError, match=r"pass one value per cell, such as adata\.obs\['leiden'\]"):
-        labels_of(make_cells(), "leiden")
+    with pytest.raises(DataError, match=r"pass one value per cell, such as groupby=adata\.obs\['leiden'\]"):
+        groups_of(make_cells(), "leiden")
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "<NA>", ""])
 def test_groups_named_by_words_for_missing_are_told(word):
     with pytest.warns(UserWarning, match="as missing values are written in text"):
-        labels_of(make_cells(), [word, *KIND[1:]])
+        groups_of(make_cells(), [word, *KIND[1:]])
 
 
 # --- masks ---

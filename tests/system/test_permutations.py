@@ -1,7 +1,7 @@
 """For a fixed fit, the answer of every verb to permuted rows and genes of named inputs is the permuted answer.
 
-Cells have random streams by their names, so this holds to rounding where latents are drawn. Replicated counts and what
-is made of them are compared within their Monte Carlo error, and so are random pairs of cells.
+Cells have random streams by their names, and random pairs of cells are drawn in the order of their names, so this holds
+to rounding.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import xarray as xr
 
 import pyro_scvi as ps
 from pyro_scvi import baselines
-from pyro_scvi.analysis.differential.labels import labels_of
+from pyro_scvi.analysis.differential.labels import groups_of
 from pyro_scvi.analysis.predictive.imputation import mean_given_no_dropout
 from pyro_scvi.errors import DataError, SchemaError
 from tests.support.simulate import simulated_counts
@@ -119,14 +119,12 @@ def test_embeddings_and_deterministic_results(shuffled, normal, point):
 def test_samples_keep_the_names_of_their_cells_and_genes(shuffled, point):
     cells = read(shuffled, point)
     for verb in (
-        lambda of: ps.sample_posterior(point, of, samples=200, sites=["w"], seed=1, progress=False).w,
-        lambda of: ps.posterior_predictive(point, of, samples=200, seed=1),
+        lambda of: ps.sample_posterior(point, of, samples=20, sites=["w"], seed=1, progress=False).w,
+        lambda of: ps.posterior_predictive(point, of, samples=20, seed=1),
     ):
         found, expected = verb(cells), verb(CELLS)
-        ours = found.mean("sample").sel(cell=list(CELLS.cell_names), gene=list(CELLS.gene_names))
-        error = np.sqrt((found.var("sample").sel(cell=ours.cell, gene=ours.gene) + expected.var("sample")) / 200)
-        distance = np.abs(ours - expected.mean("sample")) / (error + 0.02)
-        assert float(distance.max()) < 6
+        ours = found.sel(cell=list(CELLS.cell_names), gene=list(CELLS.gene_names)).transpose(*expected.dims)
+        assert float(np.isclose(ours, expected, rtol=1e-3).mean()) > 0.999  # rounding may turn a count to the next
 
 
 SAMPLERS = {
@@ -325,20 +323,18 @@ def test_blocks_of_permuted_cells(block, shuffled_once, normal, point, tmp_path)
         np.testing.assert_allclose(theirs[ours.obs_names].layers["w"], ours.layers["w"], **CLOSE)
 
 
-def test_checks_of_permuted_cells_within_their_error(shuffled_once, point):
-    cells = read(shuffled_once, point)
-    found, expected = (ps.check_predictions(point, of, samples=200) for of in (cells, CELLS))
+@pytest.mark.parametrize("guide", ["point", "normal"])
+def test_checks_do_not_depend_on_the_order_of_cells(guide, shuffled_once, request):
+    fit = request.getfixturevalue(guide)
+    found, expected = (ps.check_predictions(fit, of, samples=19) for of in (read(shuffled_once, fit), CELLS))
     for ours, theirs in ((found.genes.loc[expected.genes.index], expected.genes), (found.cells, expected.cells)):
-        ours = ours.loc[theirs.index]
-        for name in theirs.columns.unique(0):
-            p, expected_p = ours[name].p, theirs[name].p
-            assert ((p - expected_p).abs() < 6 * np.sqrt(0.5 / 200) / 2 + 0.02).all()
+        np.testing.assert_allclose(ours.loc[theirs.index], theirs, rtol=1e-3, atol=1e-4)
     known = [(name, "observed") for name in ("mean", "zero_fraction", "variance")]
     assert set(found.genes.index) == set(expected.genes.index)
     assert all(name in found.genes for name in known)
 
 
-def test_genes_of_two_groups_within_their_error(shuffled, point):
+def test_random_pairs_do_not_depend_on_the_order_of_cells(shuffled, point):
     """Groups are given in every way that has names, and in the order of the cells without names."""
     cells = read(shuffled, point)
     kind = ADATA.obs["kind"]
@@ -346,15 +342,14 @@ def test_genes_of_two_groups_within_their_error(shuffled, point):
     options = {"group_a": "a", "group_b": "b", "estimand": pairs, "seed": 3}
     expected = ps.differential_expression(point, CELLS, groupby="kind", **options)
     first = None
-    for groupby in ("kind", kind, kind.iloc[::-1], shuffled.obs["kind"].to_numpy(), kind.to_frame()):
+    as_they_are = ("kind", kind, kind.iloc[::-1], shuffled.obs["kind"].to_numpy(), kind.to_frame(), kind.to_dict())
+    for groupby in as_they_are:
         found = ps.differential_expression(point, cells, groupby=groupby, **options)
         first = found if first is None else first
         pd.testing.assert_frame_equal(found, first)
-    ours = first.loc[expected.index]
-    np.testing.assert_allclose(ours.mean_a, expected.mean_a, rtol=1e-5)
-    assert ((ours.p_a_lt_b - expected.p_a_lt_b).abs() < 0.06).all()
+    np.testing.assert_allclose(first.loc[expected.index], expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(DataError, match="no row for"):
-        labels_of(cells, kind.rename(lambda name: f"other-{name}"))
+        groups_of(cells, kind.rename(lambda name: f"other-{name}"))
 
 
 def means_of_groups(fit, cells):

@@ -10,10 +10,11 @@ import pandas as pd
 
 from pyro_scvi.analysis.differential.group_means import GroupMeans
 from pyro_scvi.analysis.differential.groups import EveryOther, Group, TheRest
-from pyro_scvi.analysis.differential.labels import labels_of, members
+from pyro_scvi.analysis.differential.labels import groups_of, members
 from pyro_scvi.analysis.differential.random_pairs import RandomPairs
 from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.obs_columns import as_written
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import require_kind, require_seed
 
@@ -104,7 +105,8 @@ def differential_expression(
     require_seed(seed)
     _require_question(against, estimand)
     fit.model.likelihood.require_explicit()  # w is a site of such laws only
-    labels = labels_of(cells, groupby)
+    labels = groups_of(cells, groupby)
+    group_a, group_b = (as_written(labels, group) for group in (group_a, group_b))
     if group_b is not None:
         return _of_two(fit, cells, labels, (group_a, group_b), estimand, seed)
     names = [group_a] if group_a is not None else list(pd.unique(labels[~pd.isna(labels)]))

@@ -13,7 +13,7 @@ from scipy.stats import false_discovery_control
 from pyro_scvi.analysis.differential.cautions import Cautions
 from pyro_scvi.analysis.differential.designs import Design, Donors, InsideBatches, Pooled
 from pyro_scvi.analysis.differential.groups import Group
-from pyro_scvi.analysis.differential.labels import batch_of, labels_of
+from pyro_scvi.analysis.differential.labels import batch_of, groups_of
 from pyro_scvi.analysis.differential.moments import Moments, posterior_moments
 from pyro_scvi.analysis.differential.weighted_means import Strata, strata_of
 from pyro_scvi.analysis.differential.welch import scattered, sides, tested, welch
@@ -111,7 +111,7 @@ class GroupMeans:
 
     def _design(self, cells: Cells) -> Design:
         if self.replicates is not None:
-            donors = labels_of(cells, self.replicates, "replicates")
+            donors = groups_of(cells, self.replicates, "replicates")
             if pd.isna(donors).any():
                 raise DataError(
                     f"replicates has no value for {pd.isna(donors).sum()} of the {len(donors)} cells; leave these out"

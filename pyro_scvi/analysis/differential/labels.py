@@ -1,41 +1,65 @@
 """Labels of cells, and the rows of the two groups that they name."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.names import as_series, in_order_of
-from pyro_scvi.data.obs_columns import quoted, words_for_missing
+from pyro_scvi.data.obs_columns import label_of, of_one_kind, quoted, warn_of_lookalikes, words_for_missing
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 
+Groupby = str | Sequence[Hashable] | np.ndarray | pd.Series | Mapping[str, Hashable]
+"""Labels of cells: a column of ``cells.obs``, or a value for each cell."""
 
-def labels_of(
-    cells: Cells, groupby: str | Sequence[Hashable] | np.ndarray | pd.Series, what: str = "groupby"
-) -> np.ndarray:
+KINDS = {"groupby": "group", "sample": "sample", "replicates": "replicate", "labels": "label"}
+"""What the labels of an argument are called in messages."""
+
+
+def groups_of(cells: Cells, groupby: Groupby, what: str = "groupby") -> np.ndarray:
+    """One label per cell, as :func:`values_of` gives them; 1 and "1" are one label.
+
+    Raises
+    ------
+    DataError
+        As :func:`values_of`.
+
+    Warns
+    -----
+    UserWarning
+        If a label is a word for a missing value, such as "nan", or looks like another one.
+    """
+    labels = values_of(cells, groupby, what)
+    named = of_one_kind(pd.Series(labels, dtype=object)).to_numpy(dtype=object)
+    found, kind = list(pd.unique(named[~pd.isna(named)])), KINDS[what]
+    if len(found) < len(pd.unique(labels[~pd.isna(labels)])):
+        warn(f"{what} holds the same {kind}s as numbers and as text, such as 1 and '1': taken as one.")
+    if missing := words_for_missing(found):
+        warn(
+            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a {kind} "
+            "of their own. Replace the word by None to leave them out."
+        )
+    warn_of_lookalikes(what, f"{kind}s", [label_of(label) for label in found])
+    return named
+
+
+def values_of(cells: Cells, groupby: Groupby, what: str) -> np.ndarray:
     """One label per cell, (cells,) of objects; NaN where a label is missing.
 
-    A Series is matched by the names of the cells, whatever its order, and may have further rows. ``what`` is the name
-    of the argument, for messages.
+    A Series or a dict is matched by the names of the cells, whatever its order, and may have further rows. ``what`` is
+    the name of the argument, for messages.
 
     Raises
     ------
     DataError
         For an unknown column, labels that are not one per cell or of other cells, or labels that cannot be compared.
-
-    Warns
-    -----
-    UserWarning
-        If a label is a word for a missing value, such as "nan".
     """
     if isinstance(groupby, str):
         if groupby not in cells.obs:
-            raise DataError(
-                f"cells.obs has no column {groupby!r}; its columns are {list(cells.obs.columns)}; name one of them, or "
-                f"pass one value per cell, such as adata.obs[{groupby!r}] for a column that is newer than the cells"
-            )
+            raise DataError(unknown_column(cells, groupby, what))
         labels = cells.obs[groupby].to_numpy(dtype=object)
     else:
         labels = _as_objects(cells, groupby, what)
@@ -43,18 +67,21 @@ def labels_of(
         raise DataError(f"{what} must hold one value for each of the {cells.n_cells} cells, got {labels.shape}")
     if not all(isinstance(label, Hashable) for label in labels):
         raise DataError(f"{what} must hold words, numbers or other labels that can be compared; some are lists")
-    if missing := words_for_missing(list(pd.unique(labels))):
-        warn(
-            f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a group "
-            "of their own. Replace the word by None to leave them out."
-        )
     return np.where(pd.isna(labels), np.nan, labels)  # pandas' own NA cannot be compared: it has no truth value
 
 
-def _as_objects(cells: Cells, groupby: Sequence[Hashable] | np.ndarray | pd.Series, what: str) -> np.ndarray:
-    values = as_series(groupby)
+def unknown_column(cells: Cells, name: str, what: str) -> str:
+    """What to say where ``cells.obs`` has no such column, which the argument ``what`` names."""
+    return (
+        f"cells.obs has no column {name!r}; its columns are {list(cells.obs.columns)}; name one of them, or pass one "
+        f"value per cell, such as {what}=adata.obs[{name!r}] for a column that is newer than the cells"
+    )
+
+
+def _as_objects(cells: Cells, groupby: Any, what: str) -> np.ndarray:
+    values = in_order_of(cells.cell_names, as_series(groupby), what)
     if isinstance(values, pd.Series):
-        return in_order_of(cells.cell_names, values, what).to_numpy(dtype=object)
+        return values.to_numpy(dtype=object)
     if not isinstance(groupby, list | tuple):
         return np.asarray(groupby, dtype=object)
     return pd.Series(list(groupby), dtype=object).to_numpy()  # NumPy would take tuples for the rows of a matrix

@@ -78,7 +78,9 @@ class Groups:
 
     def side(self, rows: np.ndarray) -> Side:
         """One draw of the latents for every row of ``rows``; a cell that comes often is encoded once."""
-        order = torch.as_tensor(np.argsort(rows, kind="stable"))
+        names = self.cells.cell_names[rows].to_numpy(dtype=str)
+        # By name, so that each cell has the same random numbers in whatever order the cells came; then by row.
+        order = torch.as_tensor(np.lexsort((rows, names)))
         wanted = torch.as_tensor(rows)[order].to(self.fit.device)
         parts = [self._drawn(part) for part in wanted.split(AT_ONCE)]
         # The inverse permutation puts the draws back into the order of ``rows``.

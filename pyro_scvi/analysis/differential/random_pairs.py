@@ -19,6 +19,7 @@ from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.minibatches import Minibatches
+from pyro_scvi.data.names import rows_by_name
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.given import sampler_for
@@ -166,7 +167,9 @@ class ComparisonOfPairs:
         """One row per gene, (genes, columns)."""
         fit, cells, options = self.fit, self.cells, self.estimand
         how = (options.contrast, options.sampler, self.decoding, self.turns)
-        groups = Groups(fit, cells, self.batches, a.rows, b.rows, *how)
+        # Draws go by the order of the rows: by name, so that they are the same in whatever order the cells came.
+        rows_a, rows_b = (rows[rows_by_name(cells.cell_names[rows])] for rows in (a.rows, b.rows))
+        groups = Groups(fit, cells, self.batches, rows_a, rows_b, *how)
         with evaluating(fit.model, fit.guide, self.seed, theta=True):
             estimate = self.plan.estimate(groups, np.random.default_rng(self.seed), options.delta)
         table = summary(estimate) | raw_counts(cells, a.rows, "a") | raw_counts(cells, b.rows, "b")

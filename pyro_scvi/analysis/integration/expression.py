@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.inputs import batches_in_streams, listed_names, listed_quantiles, require_inputs, result_array
 from pyro_scvi.analysis.integration.means import means_alone
 from pyro_scvi.analysis.integration.spaces import shares
 from pyro_scvi.analysis.new_batches import draw_latents, in_batches
@@ -95,10 +95,9 @@ def normalized_expression(
     sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     require_positive(per, "per")
-    require_names(() if batches is None else batches, "batches")
-    require_quantiles(() if quantiles is None else quantiles)
+    batches = None if batches is None else listed_names(batches, "batches")
     names, places = _positions(fit, genes)
-    levels = [] if quantiles is None else [float(quantile) for quantile in quantiles]
+    levels = [] if quantiles is None else listed_quantiles(quantiles)
     lead = (len(levels),) if levels else ()
     found, done = result_array(fit, (*lead, cells.n_cells, len(names)), out), 0
     with evaluating(fit.model, fit.guide, seed, theta=True), means_alone(fit.model):
@@ -112,8 +111,7 @@ def normalized_expression(
 
 def _positions(fit: Fit, genes: Sequence[str] | None) -> tuple[list[str], Tensor]:
     known = fit.schema.gene_names
-    require_names(() if genes is None else genes, "genes")
-    names = list(known) if genes is None else list(genes)
+    names = list(known) if genes is None else listed_names(genes, "genes")
     places = pd.Index(known).get_indexer(pd.Index(names))
     if (unknown := [name for name, place in zip(names, places, strict=True) if place < 0]) or not names:
         raise SchemaError(f"the fit does not know the genes {quoted(unknown)}; it has {quoted(known, 3)}")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from pyro_scvi.analysis.differential.labels import Groupby, unknown_column, values_of
 from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.analysis.integration.spaces import Latent, Space, require_space
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.obs_columns import labels_of
-from pyro_scvi.errors import DataError
+from pyro_scvi.data.obs_columns import labels_of, warn_of_lookalikes
+from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import require_at_least
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def transfer_labels(
     fit: Fit,
     reference: Cells,
     query: Cells,
-    labels: str,
+    labels: Groupby,
     *,
     neighbors: int = 15,
     space: Space = Latent(),
@@ -40,7 +41,8 @@ def transfer_labels(
         Cells of its schema. The query may be of batches that the fit does not know, if it was read with
         ``allow_new_batches=True``.
     labels
-        Column of ``reference.obs``. Cells without a value there are left out.
+        Column of ``reference.obs``, a Series or dict matched by the names of its cells, or one value per cell. Cells
+        without a value are left out.
     neighbors
         Number of neighbours, k.
     space
@@ -59,7 +61,7 @@ def transfer_labels(
     Raises
     ------
     DataError
-        If there are no more labelled cells than neighbours.
+        If there are no more labelled cells than neighbours, or labels are of other cells.
     SchemaError
         If there is no such column, or the cells' genes or covariates are not those of the fit.
     ModelError
@@ -71,14 +73,15 @@ def transfer_labels(
     >>> labelled.columns.tolist(), float((labelled.label == test.obs["kind"]).mean())
     (['label', 'probability', 'distance_quantile'], 1.0)
     """
-    require_inputs(fit, reference)
-    require_inputs(fit, query)
+    require_inputs(fit, reference, "reference")
+    require_inputs(fit, query, "query")
     require_space(space)
     require_at_least(1, neighbors=neighbors)
-    words, codes = labels_of(reference.obs, labels)
+    words, codes = _labels(reference, labels)
+    warn_of_lookalikes("labels", "labels", words)
     known = np.flatnonzero(codes >= 0)
     if len(known) <= neighbors:
-        raise DataError(f"{len(known)} cells of the reference have a label in {labels!r}, too few for {neighbors=}")
+        raise DataError(f"{len(known)} cells of the reference have a label, too few for {neighbors=}")
     space = space.fitted(fit, reference, seed=seed)
     beside = space.place(fit, reference.take(known), seed=seed)
     distances, nearest = _neighbors(beside, space.place(fit, query, seed=seed), neighbors)
@@ -86,6 +89,16 @@ def transfer_labels(
     table = _votes(codes[known][nearest], distances, words)
     table["distance_quantile"] = np.searchsorted(own, distances.mean(1)) / len(own)
     return table.set_axis(pd.Index(query.cell_names, name="cell"))
+
+
+def _labels(reference: Cells, labels: Groupby) -> tuple[list[str], np.ndarray]:
+    """The labels, and the position of each reference cell's among them; -1 without one."""
+    if not isinstance(labels, str):
+        obs = pd.DataFrame({"labels": values_of(reference, labels, "labels")}, reference.cell_names)
+        return labels_of(obs, "labels")
+    if labels not in reference.obs:
+        raise SchemaError(unknown_column(reference, labels, "labels"))
+    return labels_of(reference.obs, labels)
 
 
 def _neighbors(among: np.ndarray, of: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

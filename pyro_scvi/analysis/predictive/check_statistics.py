@@ -18,6 +18,7 @@ from pyro_scvi.utils.precision import in_float64
 
 PARTS = ("observed", "low", "median", "high", "p")
 LEAST_VARIANCE = 1e-12
+DIGITS = 10
 
 
 class Values(NamedTuple):
@@ -51,9 +52,11 @@ class Statistics:
         of_sets, of_replicas, *alone = (value / self.n_cells for value in self.sums)
         own, others = _described(of_sets), _described(of_replicas)
         compared = {name: Values(own[name].numpy(), _mean(others[name])) for name in own}
+        # Rounded, because sums in another order of the cells differ in their last digits, and ties would be none.
+        rounded = [value.cpu().numpy().round(DIGITS) for value in alone]
         names = ("pit", "variance_given_mean")
         return compared | {
-            name: Values(value.cpu().numpy(), np.zeros(value.shape)) for name, value in zip(names, alone, strict=False)
+            name: Values(value, np.zeros(value.shape)) for name, value in zip(names, rounded, strict=False)
         }
 
     def of_cells(self) -> dict[str, Values]:
@@ -79,8 +82,8 @@ def _mean(of_replicas: Tensor) -> np.ndarray:
 def _pit(x: Tensor, replicas: Tensor) -> Tensor:
     """12 E (u - 1/2)^2, where u is uniform between the share of replicas below x and that of those not above it."""
     n = len(replicas) + 1
-    low = (replicas < x).sum(0) / n
-    high = ((replicas <= x).sum(0) + 1) / n
+    low = in_float64((replicas < x).sum(0)) / n
+    high = in_float64((replicas <= x).sum(0) + 1) / n
     return 4 * ((high - 0.5).pow(3) - (low - 0.5).pow(3)) / (high - low)
 
 

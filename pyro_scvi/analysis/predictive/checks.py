@@ -30,7 +30,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.priors.base import require_proper
 from pyro_scvi.utils.cell_streams import alone, per_cell
-from pyro_scvi.utils.checks import require_at_least, require_kind
+from pyro_scvi.utils.checks import brief, require_at_least, require_kind
 from pyro_scvi.utils.html_repr import table
 from pyro_scvi.utils.random_state import seeded
 
@@ -101,10 +101,17 @@ def _gamma(model: SCVI, n_cells: int, given: ArrayLike | Tensor | None) -> Tenso
     if given is None and model.n_covariates:
         raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
     like = next(chain(model.decoder.parameters(), model.buffers()))  # all weights may be latent
-    gamma = torch.zeros(n_cells, 0) if given is None else torch.as_tensor(given)
+    try:
+        gamma = torch.zeros(n_cells, 0) if given is None else _tensor(given)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"gamma must be numbers of shape (cells, covariates), got {brief(given)}") from error
     if tuple(gamma.shape) != (n_cells, model.n_covariates):
         raise ModelError(f"gamma must have shape ({n_cells}, {model.n_covariates}), got {tuple(gamma.shape)}")
     return gamma.to(like)
+
+
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 def posterior_predictive(

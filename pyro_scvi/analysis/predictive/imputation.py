@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.global_averages import at_draws, shares
-from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs, require_names, require_quantiles, result_array
+from pyro_scvi.analysis.inputs import batches_in_streams, listed_names, listed_quantiles, require_inputs, result_array
 from pyro_scvi.analysis.new_batches import in_known_batches
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.analysis.predictive.rate_quantiles import AtDraws, rate_quantiles
@@ -170,7 +170,8 @@ def impute(
     True
     """
     require_inputs(fit, cells)
-    _check_arguments(quantity, quantiles, batches)
+    _check_quantity(quantity)
+    quantiles, batches = listed_quantiles(quantiles), listed_names(batches, "batches")
     refines = len(quantiles) and has_density(fit.model)  # under Flat there is no posterior to refine towards
     default = Refined() if refines else Amortized()
     at_medians = fit.guide if global_draws is None else None
@@ -260,13 +261,11 @@ def technical_zero_probability(
     return probability
 
 
-def _check_arguments(quantity: Any, quantiles: Any, batches: Any) -> None:
+def _check_quantity(quantity: Any) -> None:
     if not callable(quantity):
         raise ModelError(
             f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
         )
-    require_quantiles(quantiles)
-    require_names(batches, "batches")
 
 
 def _with_discrete(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Draws:

@@ -37,7 +37,6 @@ from pyro_scvi.data.stores.inputs import (
     named_files,
     opened,
     origin,
-    positions_of,
 )
 from pyro_scvi.data.stores.layout import (
     ANNOTATIONS,
@@ -263,7 +262,7 @@ def _parts(
                 path = work / f"part-{len(parts):06d}.npz"
                 block = _reread(path, rows.stop - rows.start, len(genes))
                 if block is None:
-                    read = select_genes(each.counts[np.arange(rows.start, rows.stop)], positions_of(genes, each))
+                    read = select_genes(each.counts[np.arange(rows.start, rows.stop)], each.genes.get_indexer(genes))
                     check(read, cells[first + rows.start : first + rows.stop])
                     block = _written(read, path)
                 parts.append(_Part(path, np.diff(block.indptr), cell_totals(block), cells_by_gene(block), block.dtype))

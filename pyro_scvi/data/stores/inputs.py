@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import anndata
 import h5py
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
@@ -227,8 +226,3 @@ def origin(path: Path) -> dict[str, Any]:
     states = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
     newest = max((state.st_mtime_ns for state in states), default=0)
     return {"path": str(path), "bytes": sum(state.st_size for state in states), "modified": newest}
-
-
-def positions_of(genes: pd.Index, each: Input) -> np.ndarray:
-    """Positions of the genes in a file."""
-    return each.genes.get_indexer(genes)

@@ -1,5 +1,7 @@
 """Queries with batches that a fit does not know: expression, mapping, labels."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -382,7 +384,9 @@ def test_a_new_batch_that_is_written_in_two_ways_is_one(fit):
     for values in (["9"], [9, "9"]):
         adata = QUERY.copy()
         adata.obs["donor"] = pd.Series([values[i % len(values)] for i in range(adata.n_obs)], adata.obs_names, object)
-        new = ps.Cells.from_anndata(adata, schema=fit.schema, allow_new_batches=True)
+        told = pytest.warns(UserWarning, match="as numbers and as text") if len(values) > 1 else nullcontext()
+        with told:
+            new = ps.Cells.from_anndata(adata, schema=fit.schema, allow_new_batches=True)
         assert new.new_batches == ("9",)
         made = ps.map_query(fit, new, epochs=1, progress=False)
         again = ps.Cells.from_anndata(adata, schema=made.schema)
