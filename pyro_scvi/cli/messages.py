@@ -6,20 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 import typer
 
 from pyro_scvi.cli.wording import on_the_command_line
 from pyro_scvi.errors import PyroScviError
 from pyro_scvi.training.signals import sigterm_raises
+from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
-_NO_MEMORY = (  # of torch on CPUs, on macOS, on GPUs and in their libraries, and of Python's threads
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "ALLOC_FAILED",
-    "can't start new thread",
-)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _MEMORY = "there is not enough memory; lower --batch-size, --block or --samples, or pass fewer cells or genes"
 
@@ -83,7 +76,7 @@ def errors_in_one_line() -> Iterator[None]:
     except (PyroScviError, OSError, ImportError, MemoryError) as error:
         raise _told(str(error) or type(error).__name__) from error
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _told(f"{_MEMORY} ({str(error).splitlines()[0]})") from error
 
@@ -97,8 +90,3 @@ def _print(text: str, *, err: bool) -> None:
     """Print a line, unless nobody can read it: a terminal that is gone or a full log must not cost the results."""
     with suppress(OSError):
         typer.echo(printable(text), err=err)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch or a new thread had no memory: torch has an exception for some, a text for others."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)

@@ -24,6 +24,7 @@ from pyro_scvi.persistence.serialization import (
 from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
 NUMBERS = {"epochs", "batch_size", "seed", "n_cells", "held_out_loss"}
 """Settings that are numbers, in whatever version wrote them."""
@@ -71,6 +72,8 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # what constructors raise for arguments that this version does not write
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"the save {source} is inconsistent: {error}") from error
 
 
