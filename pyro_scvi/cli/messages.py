@@ -40,10 +40,17 @@ def notes_of(caught: list[warnings.WarningMessage]) -> list[str]:
 
 @contextmanager
 def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
+    """As :func:`told_of`, and at the end a line that says what was written."""
+    with told_of(result) as caught:
+        yield caught
+    say(f"wrote {result}")
+
+
+@contextmanager
+def told_of(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
     with errors_in_one_line(), warnings_as_notes() as caught, _place_told(result):
         yield caught
-    say(f"wrote {result}")
 
 
 @contextmanager

@@ -8,6 +8,18 @@ from pyro_scvi.utils.disk.hdf5_links import Link, NameNotText, links_out_of
 from pyro_scvi.utils.disk.unreadable import errors_named
 
 
+def require_regular_file(path: Path) -> None:
+    """Refuse pipes, devices and folders in the place of an .h5ad file.
+
+    Raises
+    ------
+    DataError
+        If there is one.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
+
+
 def check_links(file: Path) -> None:
     """Refuse an HDF5 file whose parts are in other folders.
 

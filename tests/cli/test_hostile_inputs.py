@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi import cli
 from pyro_scvi.cli.files import read_h5ad, write_csv
 from pyro_scvi.cli.messages import printable
 from tests.support.cli_runs import make_adata, one_line, run, succeed
@@ -371,3 +372,88 @@ def test_a_checkpoint_that_results_would_replace_is_refused(tmp_path, state):
     assert refused.exit_code == 2
     assert "--checkpoint" in refused.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "link"]
+
+
+@pytest.fixture
+def inputs(fit_folder, folder, place):
+    """A fit, a file, a zarr folder and a store in one place."""
+    shutil.copytree(fit_folder, place / "fit")
+    shutil.copy(place / "in" / "in.h5ad", place / "in.h5ad")
+    shutil.move(folder, place / "in.zarr")
+    ps.stores.build(place / "in.h5ad", place / "store", progress=False)
+    (place / "fit.link").symlink_to(place / "fit")
+    (place / "link.h5ad").symlink_to(place / "in.h5ad")
+    os.link(place / "in.h5ad", place / "hard.h5ad")
+    (place / "out").mkdir()
+    shutil.copytree(fit_folder, place / "out" / "fit")
+    for name in ("annotated.h5ad", "table.csv/in.h5ad", "fit/in.h5ad"):
+        (place / "out" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(place / "in.h5ad", place / "out" / name)
+    return place
+
+
+INSIDE = {  # each with an output in or over an input, by its name, a link, or another path
+    "embed": [
+        "fit in.h5ad --out in.h5ad --force",
+        "fit in.h5ad --out link.h5ad --force",
+        "fit in.h5ad --out hard.h5ad --force",
+        "fit in.h5ad --out fit/o.h5ad",
+        "fit in.h5ad --out fit.link/o.h5ad",
+        "fit in.h5ad --out fit/../fit/o.h5ad",
+        "out in.h5ad --out out/fit/o.h5ad",
+        "fit out/annotated.h5ad --out hard.h5ad --force --space expression --beside link.h5ad",
+    ],
+    "impute": ["fit in.h5ad --out in.h5ad --force", "fit.link in.h5ad --out fit/o.h5ad"],
+    "de": [
+        "fit in.h5ad --groupby donor --out fit/o",
+        "fit in.h5ad --groupby donor --out fit --force",
+        "fit in.h5ad --groupby donor --out fit/o.csv",
+        "fit out/table.csv/in.h5ad --groupby donor --out out --force",
+    ],
+    "infer": [
+        "fit in.h5ad --out in.h5ad",
+        "fit in.h5ad --out hard.h5ad",
+        "fit in.h5ad --out fit/o.zarr",
+        "fit store --out store/o.h5ad",
+        "fit.link store --out store",
+    ],
+    "store": [
+        "in.zarr --out in.zarr",
+        "in.zarr --out in.zarr/store",
+        "in.h5ad in.zarr --out in.zarr/X/store --label file --index-unique -",
+        "in.h5ad --out in.h5ad",
+    ],
+    "fit": [
+        "in.h5ad --out in.h5ad --epochs 1",
+        "out/annotated.h5ad --out out --epochs 1 --force",
+        "out/fit/in.h5ad --out out --epochs 1 --force",
+    ],
+    "paper": ["timing --quick --out data"],
+}
+WITHOUT_INPUTS = {"demo"}
+
+
+def test_outputs_of_every_command_are_tried():
+    assert INSIDE.keys() | WITHOUT_INPUTS == cli.COMMANDS.keys()
+
+
+def contents(place):
+    return {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2", "ignore:.*Consolidated metadata")
+@pytest.mark.parametrize("command", INSIDE)
+def test_outputs_in_or_over_an_input_are_refused_before_work(inputs, monkeypatch, command):
+    monkeypatch.chdir(inputs)
+    (inputs / "data").mkdir()
+    monkeypatch.setenv("PYRO_SCVI_DATA", str(inputs / "data"))
+    before = contents(inputs)
+    for arguments in INSIDE[command]:
+        assert "never written" in one_line(run(command, *arguments.split())), arguments
+        assert contents(inputs) == before, arguments
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2", "ignore:.*Consolidated metadata")
+def test_a_store_is_not_built_in_its_input_from_python(inputs):
+    with pytest.raises(ps.errors.StoreError, match="is in .*in.zarr, which is only read"):
+        ps.stores.build(inputs / "in.zarr", inputs / "in.zarr" / "store", progress=False)

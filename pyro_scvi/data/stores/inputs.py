@@ -14,7 +14,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
-from pyro_scvi.data.links import check_links
+from pyro_scvi.data.links import check_links, require_regular_file
 from pyro_scvi.data.names import other_forms
 from pyro_scvi.data.obs_columns import inferred, object_columns, of_one_kind, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
@@ -142,8 +142,7 @@ def _group(path: Path) -> Iterator[Any]:
             raise DataError(f"{path}: cannot read it as zarr: {error}") from error
         yield group
         return
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
+    require_regular_file(path)
     check_links(path)
     try:
         file = h5py.File(path, "r")

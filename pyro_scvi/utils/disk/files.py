@@ -23,6 +23,28 @@ def regular_bytes(path: Path) -> bytes:
         return file.read()
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder to the disk, on systems that can."""
+    if os.name == "posix":
+        sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lies_in(path: Path, given: Path) -> bool:
+    """Whether a path leads to a file or folder that is ``given``, or inside of it, by whatever links."""
+    place, home = Path(os.path.realpath(path)), Path(os.path.realpath(given))
+    same = os.path.exists(place) and os.path.exists(home) and os.path.samefile(place, home)
+    return same or place.is_relative_to(home)
+
+
 def files_under(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Every file under a folder; with each what it is, if it would be read from elsewhere or never end.
 
