@@ -1,6 +1,7 @@
 """Messages of the commands: notes, errors in one line, and no byte that a terminal would obey."""
 
 import errno
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,11 +82,21 @@ def errors_in_one_line() -> Iterator[None]:
         with sigterm_raises():
             yield
     except (PyroScviError, OSError, ImportError, MemoryError) as error:
-        raise _told(str(error) or type(error).__name__) from error
+        raise _told((str(error) or type(error).__name__) + _of_no_folder(error)) from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise _told(f"{_MEMORY} ({str(error).splitlines()[0]})") from error
+
+
+def _of_no_folder(error: BaseException) -> str:
+    """What to say beside an error of relative paths, if the working directory was deleted."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except OSError:
+            return "; the working directory is gone: change to one that exists"
+    return ""
 
 
 def _told(text: str) -> typer.Exit:
