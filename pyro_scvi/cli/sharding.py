@@ -58,7 +58,7 @@ def infer(
     write into one OUT.zarr. The same command goes on with the blocks that are missing.
     """
     with told_of(out), joined() as ranks:
-        require_apart(out, source, fit_folder)
+        require_apart(out, source, fit=fit_folder)
         fit = load_fit(fit_folder, device)
         cells = _opened(fit, source, QueryOptions(layer, raw, fill_missing_genes, allow_non_integer))
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)()}

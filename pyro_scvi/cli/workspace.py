@@ -54,18 +54,18 @@ def saved_in(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / FIT) if (place / CONFIG).is_file()), None)
 
 
-def require_apart(out: Path, *inputs: Path) -> None:
-    """Refuse to write an input, or into one.
+def require_apart(out: Path, *inputs: Path, fit: Path | None = None) -> None:
+    """Refuse to write an input, or into one; ``fit`` is where a saved fit may be.
 
     Raises
     ------
     FileExistsError
         If ``out`` is one of the inputs or in it: a file, a store, a zarr folder or a saved fit; names it.
     """
-    for given in inputs:
-        place = saved_in(given) or given
-        if lies_in(out, place):
-            what = "is the input" if lies_in(place, out) else f"is inside the input {given}"
+    saved = None if fit is None else saved_in(fit)
+    for given in (*inputs, *([] if saved is None else [saved])):
+        if lies_in(out, given):
+            what = "is the input" if lies_in(given, out) else f"is inside the input {given}"
             raise FileExistsError(f"{out} {what}, which is never written; pass another --out")
 
 
@@ -79,7 +79,7 @@ def new_folder(
     """
     with reporting(out / PAGE) as caught:
         _check_source(source)
-        require_apart(out, *(given for given in (source, fit) if given is not None))
+        require_apart(out, *([] if source is None else [source]), fit=fit)
         _check_folder(out, results, force, source)
         with _temporary(out) as temporary:
             space = Workspace(temporary / _NEW, out, caught)
@@ -96,7 +96,7 @@ def new_file(out: Path, force: bool, *sources: Path, fit: Path) -> Iterator[Work
     with reporting(out) as caught:
         for source in sources:
             _check_source(source)
-        require_apart(out, *sources, fit)
+        require_apart(out, *sources, fit=fit)
         _check_file(out, force, sources)
         with _temporary(out) as temporary:
             space = Workspace(temporary / out.name, out, caught)
