@@ -13,7 +13,7 @@ from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import EXPLICIT
-from pyro_scvi.inference.evaluation import evaluating, theta_given, with_enumerated
+from pyro_scvi.inference.evaluation import evaluating, theta_given, watched, with_enumerated
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.types import Theta
@@ -141,7 +141,7 @@ def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence
     """The ``sites`` of the cells: (samples, cells), and an event or genes behind."""
     discrete, explicit = set(fit.guide.coordinates.enumerated), set(sites) & set(EXPLICIT)
     latents = with_enumerated(fit.guide, x, gamma, draws.sites) if explicit or discrete & set(sites) else draws.sites
-    values = {name: value.squeeze(value.dim() - 1 - n_event(fit, name)) for name, value in latents.items()}
+    values = {name: watched(v).squeeze(v.dim() - 1 - n_event(fit, name)) for name, v in latents.items()}
     if explicit:
         theta = theta_given(fit.guide, x, gamma, latents)
         with per_cell():

@@ -1,5 +1,7 @@
 """The command line: fit a model to a data set, then embed, impute and compare cells, with files as results."""
 
+import os
+import sys
 from typing import Any
 
 import typer
@@ -37,6 +39,16 @@ class Commands(TyperGroup):
             for name, module in COMMANDS.items()
         }
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run a command, where it has the streams and the working directory that all of them need."""
+        _open_streams()
+        try:
+            os.getcwd()
+        except OSError:
+            typer.echo("error: the working directory is gone; change to one that exists", err=True)
+            sys.exit(1)
+        return super().main(*args, **settings)
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the commands, in the order in which one meets them."""
         return list(COMMANDS)
@@ -45,6 +57,20 @@ class Commands(TyperGroup):
         """The command that is called, with its options."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, None if command is None else loaded(str(command.name)), rest
+
+
+def _open_streams() -> None:
+    """Open what a daemon has closed: else files would get these numbers, and messages be written into results."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def loaded(name: str) -> Any:

@@ -68,7 +68,7 @@ def embed(
     if beside is not None and space is not spaces.Expression:
         raise typer.BadParameter("axes are those of expression: add --space expression", param_hint="'--beside'")
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
-    with new_file(out, force, file, *([] if beside is None else [beside])) as made:
+    with new_file(out, force, file, *([] if beside is None else [beside]), fit=fit_folder) as made:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
@@ -139,7 +139,7 @@ def impute(
     """
     name, verb = _quantity(normalized, no_dropout, batch_as)
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
-    with new_file(out, force, file) as space:
+    with new_file(out, force, file, fit=fit_folder) as space:
         fit = load_fit(fit_folder, device)
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)

@@ -108,10 +108,10 @@ def de(
         return _compare(load_fit(fit_folder, device), read_h5ad(file), request, reading)
 
     if out.suffix == ".csv":
-        with new_file(out, force, file) as space:
+        with new_file(out, force, file, fit=fit_folder) as space:
             write_csv(compute().table, space.path)
         return
-    with new_folder(out, ("table.csv",), force, file) as space:
+    with new_folder(out, ("table.csv",), force, file, fit_folder) as space:
         result = compute()
         write_csv(result.table, space.path / "table.csv")
         source = f"{file.name} by the fit {fit_folder}"

@@ -12,13 +12,13 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import sparse_dataset
 
-from pyro_scvi.cli.workspace import FIT
+from pyro_scvi.cli.workspace import FIT, saved_in
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.compressed import require_whole
-from pyro_scvi.data.links import check_links
+from pyro_scvi.data.links import check_links, require_regular_file
 from pyro_scvi.data.minibatches import resolve_device
 from pyro_scvi.data.places import require_no_mudata
-from pyro_scvi.errors import CheckpointError, DataError, SchemaError
+from pyro_scvi.errors import CheckpointError, SchemaError
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.loading import load
@@ -38,8 +38,7 @@ def read_h5ad(file: Path, *, in_place: bool = False) -> AnnData:
     DataError
         If it is no valid h5ad file, one of MuData, or parts of it are links to files in other folders.
     """
-    if file.exists() and not file.is_file():
-        raise DataError(f"{file}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
+    require_regular_file(file)
     with errors_named(f"{file}:", "cannot read it as h5ad"):
         check_links(file)
         with h5py.File(file) as group:
@@ -95,10 +94,10 @@ def load_fit(folder: Path, device: str) -> Fit:
     CheckpointError
         If there is none, or it is broken.
     """
-    folders = [place for place in (folder, folder / FIT) if (place / CONFIG).is_file()]
-    if not folders:
+    saved = saved_in(folder)
+    if saved is None:
         raise CheckpointError(f"{folder} is no saved fit: neither it nor {folder / FIT} holds {CONFIG}")
-    return load(folders[0]).to(resolve_device(device))
+    return load(saved).to(resolve_device(device))
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,19 @@
 """Messages of the commands: notes, errors in one line, and no byte that a terminal would obey."""
 
 import errno
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 import typer
 
 from pyro_scvi.cli.wording import on_the_command_line
 from pyro_scvi.errors import PyroScviError
 from pyro_scvi.training.signals import sigterm_raises
+from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
-_NO_MEMORY = (  # of torch on CPUs, on macOS, on GPUs and in their libraries, and of Python's threads
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "ALLOC_FAILED",
-    "can't start new thread",
-)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _MEMORY = "there is not enough memory; lower --batch-size, --block or --samples, or pass fewer cells or genes"
 
@@ -47,10 +41,17 @@ def notes_of(caught: list[warnings.WarningMessage]) -> list[str]:
 
 @contextmanager
 def reporting(result: Path) -> Iterator[list[warnings.WarningMessage]]:
+    """As :func:`told_of`, and at the end a line that says what was written."""
+    with told_of(result) as caught:
+        yield caught
+    say(f"wrote {result}")
+
+
+@contextmanager
+def told_of(result: Path) -> Iterator[list[warnings.WarningMessage]]:
     """Errors that a user can mend end as one line and exit code 1; warnings become notes."""
     with errors_in_one_line(), warnings_as_notes() as caught, _place_told(result):
         yield caught
-    say(f"wrote {result}")
 
 
 @contextmanager
@@ -81,11 +82,21 @@ def errors_in_one_line() -> Iterator[None]:
         with sigterm_raises():
             yield
     except (PyroScviError, OSError, ImportError, MemoryError) as error:
-        raise _told(str(error) or type(error).__name__) from error
+        raise _told((str(error) or type(error).__name__) + _of_no_folder(error)) from error
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _told(f"{_MEMORY} ({str(error).splitlines()[0]})") from error
+
+
+def _of_no_folder(error: BaseException) -> str:
+    """What to say beside an error of relative paths, if the working directory was deleted."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except OSError:
+            return "; the working directory is gone: change to one that exists"
+    return ""
 
 
 def _told(text: str) -> typer.Exit:
@@ -97,8 +108,3 @@ def _print(text: str, *, err: bool) -> None:
     """Print a line, unless nobody can read it: a terminal that is gone or a full log must not cost the results."""
     with suppress(OSError):
         typer.echo(printable(text), err=err)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch or a new thread had no memory: torch has an exception for some, a text for others."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)

@@ -10,6 +10,7 @@ from pyro_scvi.cli.page import versions
 from pyro_scvi.cli.workspace import STEPS, resumable_folder
 from pyro_scvi.paper import report
 from pyro_scvi.paper.budget import FULL, QUICK
+from pyro_scvi.paper.data import files
 from pyro_scvi.paper.experiments import EXPERIMENTS
 from pyro_scvi.paper.steps import Results
 
@@ -39,7 +40,7 @@ def paper(
     """
     budget = QUICK if quick else FULL
     chosen = list(EXPERIMENTS.values()) if name == ALL else [EXPERIMENTS[name]]
-    with resumable_folder(out, report.FILES) as space:
+    with resumable_folder(out, report.FILES, files.folder()) as space:
         results = Results(out / STEPS, isolated=budget.isolated, limit=budget.limit, jobs=jobs, progress=progress)
         results.compute(step for experiment in chosen for step in experiment.steps(budget))
         report.write(chosen, results, budget, space.path, versions())

@@ -10,8 +10,9 @@ from pyro_scvi.analysis.evidence.evidence import evidence as log_evidence
 from pyro_scvi.analysis.integration.embedding import embed
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.cli.files import QueryOptions, load_fit, read_h5ad
-from pyro_scvi.cli.messages import errors_in_one_line, say, warnings_as_notes
+from pyro_scvi.cli.messages import say, told_of
 from pyro_scvi.cli.options import AllowNonInteger, Device, Fill, FitFolder, Progress, QueryLayer, Raw, Sampling, Seed
+from pyro_scvi.cli.workspace import require_apart
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
 from pyro_scvi.export import blocks
@@ -56,7 +57,8 @@ def infer(
     Cells are read block by block, so that memory does not grow with them. Several jobs, or the ranks of torchrun, may
     write into one OUT.zarr. The same command goes on with the blocks that are missing.
     """
-    with errors_in_one_line(), warnings_as_notes(), joined() as ranks:
+    with told_of(out), joined() as ranks:
+        require_apart(out, source, fit=fit_folder)
         fit = load_fit(fit_folder, device)
         cells = _opened(fit, source, QueryOptions(layer, raw, fill_missing_genes, allow_non_integer))
         drawing: dict[str, Any] = {"samples": samples, "sampler": (sampler or Amortized)()}

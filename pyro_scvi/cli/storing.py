@@ -7,6 +7,7 @@ import typer
 
 from pyro_scvi.cli.messages import reporting, say
 from pyro_scvi.cli.options import AllowNonInteger, Layer, Progress, Raw
+from pyro_scvi.cli.workspace import require_apart
 from pyro_scvi.data import stores
 from pyro_scvi.data.stores import CountStore
 
@@ -28,6 +29,7 @@ def store(
     Genes are matched by name: those that all files have are kept. After an interruption the same command goes on.
     """
     with reporting(out):
+        require_apart(out, *files)
         path = stores.build(
             files,
             out,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyro_scvi.cli.messages import note, notes_of, reporting
 from pyro_scvi.persistence.archive import CONFIG
+from pyro_scvi.utils.disk.files import lies_in
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.publishing import NotRolledBack, publish, rescue
 from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
@@ -48,14 +49,37 @@ class Workspace:
             (self.path / name).rename(self.out / name)
 
 
+def saved_in(folder: Path) -> Path | None:
+    """The saved fit at a path, or in the folder ``fit`` there; None if there is none."""
+    return next((place for place in (folder, folder / FIT) if (place / CONFIG).is_file()), None)
+
+
+def require_apart(out: Path, *inputs: Path, fit: Path | None = None) -> None:
+    """Refuse to write an input, or into one; ``fit`` is where a saved fit may be.
+
+    Raises
+    ------
+    FileExistsError
+        If ``out`` is one of the inputs or in it: a file, a store, a zarr folder or a saved fit; names it.
+    """
+    saved = None if fit is None else saved_in(fit)
+    for given in (*inputs, *([] if saved is None else [saved])):
+        if lies_in(out, given):
+            what = "is the input" if lies_in(given, out) else f"is inside the input {given}"
+            raise FileExistsError(f"{out} {what}, which is never written; pass another --out")
+
+
 @contextmanager
-def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | None = None) -> Iterator[Workspace]:
+def new_folder(
+    out: Path, results: tuple[str, ...], force: bool, source: Path | None = None, fit: Path | None = None
+) -> Iterator[Workspace]:
     """A folder to fill, whose content moves into ``out`` at the end, or not at all.
 
-    ``results`` are files in it that must not be ``source`` and must not replace other things.
+    ``results`` are files in it that must not be ``source`` and must not replace other things; ``fit`` is read, too.
     """
     with reporting(out / PAGE) as caught:
         _check_source(source)
+        require_apart(out, *([] if source is None else [source]), fit=fit)
         _check_folder(out, results, force, source)
         with _temporary(out) as temporary:
             space = Workspace(temporary / _NEW, out, caught)
@@ -67,11 +91,12 @@ def new_folder(out: Path, results: tuple[str, ...], force: bool, source: Path | 
 
 
 @contextmanager
-def new_file(out: Path, force: bool, *sources: Path) -> Iterator[Workspace]:
-    """A file to write, which becomes ``out`` at the end, or not at all; ``sources`` are never replaced."""
+def new_file(out: Path, force: bool, *sources: Path, fit: Path) -> Iterator[Workspace]:
+    """A file to write, which becomes ``out`` at the end, or not at all; ``sources`` and ``fit`` are never replaced."""
     with reporting(out) as caught:
         for source in sources:
             _check_source(source)
+        require_apart(out, *sources, fit=fit)
         _check_file(out, force, sources)
         with _temporary(out) as temporary:
             space = Workspace(temporary / out.name, out, caught)
@@ -81,13 +106,15 @@ def new_file(out: Path, force: bool, *sources: Path) -> Iterator[Workspace]:
 
 
 @contextmanager
-def resumable_folder(out: Path, results: Iterable[str]) -> Iterator[Workspace]:
+def resumable_folder(out: Path, results: Iterable[str], source: Path) -> Iterator[Workspace]:
     """A folder to fill, whose content moves into ``out`` at the end; finished steps survive an interruption.
 
-    ``results`` are files that will be written. Those of an earlier run are replaced, unless somebody changed them: a
-    file is ours if its hash is among those in ``out / STEPS / WRITTEN``.
+    ``results`` are files that will be written; ``source`` is the folder of the data. Those of an earlier run are
+    replaced, unless somebody changed them: a file is ours if its hash is among those in ``out / STEPS / WRITTEN``.
     """
     with reporting(out / PAGE) as caught:
+        if lies_in(out, source) and lies_in(source, out):
+            raise FileExistsError(f"{out} is the folder of the data, which is never written; pass another --out")
         _check_resumable(out)
         _check_ours(out, results)
         (out / STEPS).mkdir(parents=True, exist_ok=True)
@@ -167,8 +194,8 @@ def _check_folder(
     if not force and _holds_others(out, kept):
         raise FileExistsError(f"{out} is not empty; pass another --out, or --force to replace earlier results in it")
     for result in results:
-        if source is not None and (out / result).exists() and (out / result).samefile(source):
-            raise FileExistsError(f"{out / result} is the input, which is never written; pass another --out")
+        if source is not None and lies_in(source, out / result):
+            raise FileExistsError(f"{out / result} holds the input, which is never written; pass another --out")
     if (out / CONFIG).exists() or ((out / FIT).exists() and FIT not in results):
         raise FileExistsError(f"{out} holds a fit, whose page would be overwritten; pass another --out")
     if (out / FIT).exists() and not (out / FIT / CONFIG).is_file():

@@ -15,6 +15,7 @@ import numpy as np
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk import hdf5
+from pyro_scvi.utils.disk.files import sync
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
 
@@ -82,7 +83,9 @@ class _Zarr(Format):
         array[rows] = values
         number = rows.start // array.chunks[0]
         chunk = array.store_path.store.root / array.path / ".".join(["0"] * array.ndim)
-        _sync(chunk.with_name(".".join([str(number), *["0"] * (array.ndim - 1)])))
+        written = chunk.with_name(".".join([str(number), *["0"] * (array.ndim - 1)]))
+        if written.exists():  # zarr makes no file for a block of nothing but NaN
+            sync(written)
 
     def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
         return np.asarray(group[place][rows])
@@ -190,17 +193,6 @@ def _allocate(path: Path, more: int) -> None:
         return
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size + more)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file is on the disk; zarr makes none for a block of nothing but NaN."""
-    if not path.exists():
-        return
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scvi.distributions.supports import share_at_bounds
+from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import cell_terms, each_enumerated, enumerated_draws, scored
 from pyro_scvi.guides.program_runs import observed_at, prior_draws, theta_at
@@ -27,6 +29,54 @@ LOST_AT_BOUNDS = 0.01
 USUAL = 64
 """Cells of a batch, unless the caller says otherwise."""
 
+NONFINITE = (
+    "the weights of this fit give values that are NaN or infinite for some of these cells. Do not use their results; "
+    "fit again with a smaller learning rate, or load another save"
+)
+
+
+class _Watch:
+    """The sum of everything computed: NaN or infinite if a part of it is. One number, which stays on its device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        of_values = values.detach().sum()
+        self.total = of_values if self.total is None else self.total + of_values.to(self.total)
+
+    @property
+    def lost(self) -> bool:
+        return self.total is not None and not bool(self.total < torch.inf)  # log 0 may be meant
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("pyro_scvi_watch", default=None)
+
+
+def watched(values: Tensor) -> Tensor:
+    """The values themselves; a verb that computes them says at its end whether some were NaN or infinite."""
+    watch = _watch.get()
+    if watch is not None:
+        watch.add(values)
+    return values
+
+
+@contextmanager
+def _nonfinite_told() -> Iterator[None]:
+    """Warn after the block of values that were NaN or infinite; an error that they led to says so."""
+    before, watch = _watch.get(), _Watch()
+    _watch.set(watch)
+    try:
+        yield
+    except Exception as error:
+        if watch.lost and not isinstance(error, PyroScviError):
+            raise FitError(NONFINITE) from error
+        raise
+    finally:
+        _watch.set(before)
+    if watch.lost:
+        warn(NONFINITE)
+
 
 @contextmanager
 def evaluating(model: SCVI, guide: Guide, seed: int, *, theta: bool = False) -> Iterator[None]:
@@ -42,13 +92,14 @@ def evaluating(model: SCVI, guide: Guide, seed: int, *, theta: bool = False) -> 
     Warns
     -----
     UserWarning
-        If the law of a latent has more than a hundredth of its mass where numbers cannot tell it from a bound.
+        If the law of a latent has more than a hundredth of its mass where numbers cannot tell it from a bound, or after
+        the block, if what was :func:`watched` was NaN or infinite.
     """
     guide.require_supported()
     _warn_of_bounds(guide)
     if theta:
         require_theta(model)
-    with undisturbed(seed, model, guide):
+    with undisturbed(seed, model, guide), _nonfinite_told():
         yield
 
 
@@ -96,6 +147,8 @@ def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, 
         If the program does not say what its theta is.
     """
     theta, draws = theta_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}), _draws_of(guide, sites)
+    for value in theta.values():
+        watched(value)
     if draws and max(value.dim() for value in theta.values()) < 3:  # no latent of the cells is in it
         return {name: value.expand(draws, *value.shape) if value.dim() == 2 else value for name, value in theta.items()}
     return theta
@@ -103,7 +156,10 @@ def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, 
 
 def law_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
     """The distribution of x (..., cells, genes) at draws of all local latents, global ones at their medians."""
-    law: Any = observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites}).law
+    law: Any
+    law, theta = observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
+    for value in (theta or {}).values():
+        watched(value)
     draws = _draws_of(guide, sites)
     return law.expand((draws, *law.batch_shape)) if draws and len(law.batch_shape) < 3 else law
 

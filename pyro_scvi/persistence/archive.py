@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_scvi.errors import CheckpointError
 from pyro_scvi.utils.checks import warn
-from pyro_scvi.utils.disk.files import regular_bytes
+from pyro_scvi.utils.disk.files import regular_bytes, sync_folder
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.version import __version__
 
@@ -193,7 +193,7 @@ def _write(target: Path, content: Content, keep_previous: bool) -> None:
         if is_new:
             (target / weights["file"]).unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    sync_folder(target.parent)
     for name in before - _weights_of(target) - {None}:
         (target / str(name)).unlink(missing_ok=True)
     if not keep_previous:  # of checkpoints they are removed when a run begins
@@ -212,17 +212,7 @@ def _replace(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Flush the entries of a directory to the disk, on systems that can."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+    sync_folder(path.parent)
 
 
 def signed(facts: dict[str, Any]) -> bytes:

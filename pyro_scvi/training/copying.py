@@ -13,6 +13,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import reached
 from pyro_scvi.nn.component import Component, named_anew
+from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
 OfGuide = TypeVar("OfGuide", bound=Guide | None)
 
@@ -47,9 +48,9 @@ def copied(model: SCVI, guide: OfGuide) -> tuple[SCVI, OfGuide]:
         with _ResultsDetached():
             made = copy.deepcopy(given, memo)
             _keep_hooks(given, made, memo)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # Python and torch raise many kinds for what has no copy
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{_uncopied(given)} cannot be copied, and training takes a copy of model and guide "
             f"({type(error).__name__}: {error}): keep it outside of them, or give its class a __deepcopy__"

@@ -31,9 +31,11 @@ from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.checks import switches_checked
+from pyro_scvi.utils.out_of_memory import memory_errors_told
 from pyro_scvi.utils.random_state import seeded
 
 WATCHED = 2048  # held-out cells at most that are evaluated after every epoch
+_LESS_MEMORY = "lower batch_size=, make a model of fewer or narrower layers, or pass fewer cells or genes"
 
 
 @switches_checked
@@ -163,6 +165,8 @@ def fit(
     CheckpointError
         If the checkpoint cannot be written, is corrupt or of another run, or exists although ``resume`` is False;
         ``fit`` as in FitError. Files that were there are kept.
+    MemoryError
+        If there is not enough memory; says what to lower.
     KeyboardInterrupt
         If SIGINT or SIGTERM comes a second time, or before the first epoch has ended; ``fit`` as in FitError.
 
@@ -202,7 +206,8 @@ def fit(
     check_kinds(model, cells, guide)
     if guide is not None and guide.model is not model:
         raise ModelError("the guide was made for another model; make it with this one, as in DiagonalNormal(model)")
-    with torch.inference_mode(False):  # gradients, also inside a caller's torch.no_grad() or inference_mode()
+    # With gradients, also inside a caller's torch.no_grad() or inference_mode().
+    with torch.inference_mode(False), memory_errors_told(_LESS_MEMORY):
         own_model, own_guide = copied(model, guide)
         own_guide = DiagonalNormal(own_model, seed=seed) if own_guide is None else own_guide
         made = _trained_on(cells, own_model, own_guide, options)

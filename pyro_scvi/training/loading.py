@@ -24,6 +24,8 @@ from pyro_scvi.persistence.serialization import (
 from pyro_scvi.training.checkpoint import CHECKPOINT_FACTS, best_states
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.fitted import Fit
+from pyro_scvi.training.trial import require_finite_results
+from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
 NUMBERS = {"epochs", "batch_size", "seed", "n_cells", "held_out_loss"}
 """Settings that are numbers, in whatever version wrote them."""
@@ -71,6 +73,8 @@ def load(path: str | Path, *, model: SCVI | None = None, guide: Guide | None = N
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     except Exception as error:  # what constructors raise for arguments that this version does not write
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"the save {source} is inconsistent: {error}") from error
 
 
@@ -99,6 +103,8 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     made = Fit(own_model.to(dtype).eval(), own_guide.to(dtype).eval(), history, schema, facts["settings"])
     put_states(own_model, own_guide, tensors)
     own_model.trained = True
+    if not given:  # a model of one's own may ask more of cells than a trial knows
+        require_finite_results(own_model, own_guide, schema)
     return made
 
 

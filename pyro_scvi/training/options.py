@@ -1,8 +1,9 @@
 """Options of training: one record of all of them, and their checks."""
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,7 +24,11 @@ from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
+from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.utils.checks import brief, require_positive
+
+COMPARED = 64
+"""Cells whose counts ranks compare gene by gene."""
 
 # Where a run is written and shown. These may differ between ranks, and between a run and its continuation.
 _OUTSIDE_THE_RUN = ("checkpoint", "checkpoint_every", "resume", "ranks", "progress", "callbacks")
@@ -243,10 +248,21 @@ def _brief(cells: Any) -> str:
     """Summary of cells that is cheap to compare; anything else, such as a share of cells, by its repr."""
     if not isinstance(cells, Cells):
         return repr(cells)
-    digest = hashlib.sha256(cells.totals.tobytes())
-    for block in cells.gamma.blocks():
-        digest.update(block)
-    return f"{cells.n_cells} x {cells.n_genes} with digest {digest.hexdigest()[:8]} of totals and covariates"
+    names = _digest([json.dumps(cells.schema.to_dict()).encode()])
+    # Whole rows: the totals of cells do not tell the order of the genes.
+    some, _ = cells[evenly_spaced(COMPARED, cells.n_cells).numpy()]
+    values = _digest([cells.totals.tobytes(), some.numpy().tobytes(), *cells.gamma.blocks()])
+    return (
+        f"{cells.n_cells} x {cells.n_genes} with digest {names} of names of genes and covariates, and {values} of "
+        "counts and covariates"
+    )
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:8]
 
 
 def _shown(dtype: Any) -> str:

@@ -1,5 +1,10 @@
 """Inputs that were made to harm: links out of a file, formulas in tables, and bytes that a terminal obeys."""
 
+import json
+import os
+import shutil
+from contextlib import suppress
+
 import anndata
 import h5py
 import numpy as np
@@ -8,7 +13,8 @@ import pytest
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.cli.files import write_csv
+from pyro_scvi import cli
+from pyro_scvi.cli.files import read_h5ad, write_csv
 from pyro_scvi.cli.messages import printable
 from tests.support.cli_runs import make_adata, one_line, run, succeed
 
@@ -94,6 +100,133 @@ def test_links_to_other_folders_are_refused(fit_folder, place, link, absolute):
         assert "is in another file" in line
         assert str(place / "secret") in line
     assert sorted(item.name for item in place.iterdir()) == ["in", "secret.h5", "secret.raw"]
+
+
+def values_outside(group, target):
+    return group.create_dataset("c", (2,), "S16", external=[(target.replace(".h5", ".raw"), 0, 32)])
+
+
+def virtual_values(group, target):
+    layout = h5py.VirtualLayout((2,), "S16")
+    layout[:] = h5py.VirtualSource(target, "words", (2,))
+    return group.create_virtual_dataset("c", layout)
+
+
+def group_with_a_link(group, target):
+    inner = group.create_group("c")
+    inner["values"] = h5py.ExternalLink(target, "words")
+    return inner
+
+
+def old_categories(path, make, target):
+    """Columns of categories as anndata wrote them before 0.8: codes with a reference to the categories."""
+    with h5py.File(path, "r+") as file:
+        group = file.create_group("uns/old")
+        group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        made = make(group, target)
+        made.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+        obs, n = file["obs"], len(file["obs"][file["obs"].attrs["_index"]])
+        obs.create_dataset("old", data=np.arange(n, dtype=np.int8) % 2).attrs["categories"] = made.ref
+        obs.attrs.update({"column-order": [*obs.attrs["column-order"], "old"], "encoding-version": "0.1.0"})
+
+
+def without_its_name(path, group, name):
+    """Take the name of an object from the table of its group: only references lead to it then."""
+    raw, at = path.read_bytes(), -1
+    while (at := raw.find(b"SNOD", at + 1)) >= 0:
+        path.write_bytes(raw[: at + 6] + b"\0\0" + raw[at + 8 :])  # a table of no entries
+        with suppress(KeyError, RuntimeError, OSError), h5py.File(path) as file:
+            if name not in file[group]:
+                return
+    raise ValueError("the name is in no such table")
+
+
+@pytest.mark.parametrize("make", [values_outside, virtual_values, group_with_a_link])
+def test_what_only_a_reference_reaches_is_looked_at(fit_folder, place, make):
+    path = place / "in" / "in.h5ad"
+    old_categories(path, make, str(place / "secret.h5"))
+    without_its_name(path, "uns/old", "c")
+    line = one_line(run("embed", fit_folder, path, "--out", place / "out.h5ad"))
+    assert "obs/old by its attribute 'categories'" in line
+    assert str(place / "secret") in line
+    with pytest.raises(ps.errors.DataError, match="is in another file"):
+        ps.stores.build(path, place / "store", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*ncoding")
+def test_categories_that_an_old_file_refers_to_are_read(place):
+    path = place / "in" / "in.h5ad"
+    old_categories(path, lambda group, _: group.create_dataset("c", data=["one", "two"], dtype=h5py.string_dtype()), "")
+    assert list(read_h5ad(path).obs["old"].unique()) == ["one", "two"]
+
+
+@pytest.fixture
+def folder(place):
+    """Counts as a zarr folder, in the second format, where each array has a file of its own for each chunk."""
+    path = place / "in" / "in.zarr"
+    adata = make_adata()
+    adata.X = adata.X.toarray()
+    with anndata.settings.override(zarr_write_format=2):
+        adata.write_zarr(path)
+    return path
+
+
+def linked_chunk(folder, secret):
+    (folder / "X" / "0.0").unlink()
+    (folder / "X" / "0.0").symlink_to(secret)
+
+
+def linked_array(folder, secret):
+    shutil.move(folder / "obs", secret.parent / "obs")
+    (folder / "obs").symlink_to(secret.parent / "obs")
+
+
+def linked_metadata(folder, secret):
+    (folder / "var" / ".zattrs").unlink()
+    (folder / "var" / ".zattrs").symlink_to("../../../secret.h5")
+
+
+def link_to_nowhere(folder, secret):
+    (folder / "X" / "0.1").symlink_to("nowhere")
+
+
+def device(folder, secret):
+    (folder / "X" / "0.0").unlink()
+    (folder / "X" / "0.0").symlink_to("/dev/zero")
+
+
+def pipe(folder, secret):
+    (folder / "X" / "0.0").unlink()
+    os.mkfifo(folder / "X" / "0.0")
+
+
+def pickled(folder, secret):
+    facts = json.loads((folder / "X" / ".zarray").read_bytes())
+    (folder / "X" / ".zarray").write_text(json.dumps(facts | {"filters": [{"id": "pickle", "protocol": 5}]}))
+
+
+FOREIGN = (linked_chunk, linked_array, linked_metadata, link_to_nowhere, device, pipe, pickled)
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2", "ignore:.*Consolidated metadata")
+@pytest.mark.parametrize("change", FOREIGN)
+def test_a_zarr_folder_with_files_elsewhere_is_refused(folder, place, change):
+    change(folder, place / "secret.raw")
+    line = one_line(run("store", folder, "--out", place / "store", "--no-progress"))
+    assert "not read" in line
+    assert str(folder) in line
+    assert not (place / "store").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2", "ignore:.*Consolidated metadata")
+def test_links_inside_a_zarr_folder_and_to_it_are_followed(folder, place):
+    (folder / "X" / "moved").mkdir()
+    (folder / "X" / "0.0").rename(folder / "X" / "moved" / "0")
+    (folder / "X" / "0.0").symlink_to("moved/0")
+    (place / "link.zarr").symlink_to(folder)
+    succeed("store", place / "link.zarr", "--out", place / "store", "--no-progress")
+    counts, _ = ps.Cells.from_store(place / "store")[:]
+    assert np.array_equal(counts.numpy(), make_adata().X.toarray())
 
 
 def test_links_to_the_same_folder_are_read_and_told(fit_folder, place):
@@ -239,3 +372,88 @@ def test_a_checkpoint_that_results_would_replace_is_refused(tmp_path, state):
     assert refused.exit_code == 2
     assert "--checkpoint" in refused.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "link"]
+
+
+@pytest.fixture
+def inputs(fit_folder, folder, place):
+    """A fit, a file, a zarr folder and a store in one place."""
+    shutil.copytree(fit_folder, place / "fit")
+    shutil.copy(place / "in" / "in.h5ad", place / "in.h5ad")
+    shutil.move(folder, place / "in.zarr")
+    ps.stores.build(place / "in.h5ad", place / "store", progress=False)
+    (place / "fit.link").symlink_to(place / "fit")
+    (place / "link.h5ad").symlink_to(place / "in.h5ad")
+    os.link(place / "in.h5ad", place / "hard.h5ad")
+    (place / "out").mkdir()
+    shutil.copytree(fit_folder, place / "out" / "fit")
+    for name in ("annotated.h5ad", "table.csv/in.h5ad", "fit/in.h5ad"):
+        (place / "out" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(place / "in.h5ad", place / "out" / name)
+    return place
+
+
+INSIDE = {  # each with an output in or over an input, by its name, a link, or another path
+    "embed": [
+        "fit in.h5ad --out in.h5ad --force",
+        "fit in.h5ad --out link.h5ad --force",
+        "fit in.h5ad --out hard.h5ad --force",
+        "fit in.h5ad --out fit/o.h5ad",
+        "fit in.h5ad --out fit.link/o.h5ad",
+        "fit in.h5ad --out fit/../fit/o.h5ad",
+        "out in.h5ad --out out/fit/o.h5ad",
+        "fit out/annotated.h5ad --out hard.h5ad --force --space expression --beside link.h5ad",
+    ],
+    "impute": ["fit in.h5ad --out in.h5ad --force", "fit.link in.h5ad --out fit/o.h5ad"],
+    "de": [
+        "fit in.h5ad --groupby donor --out fit/o",
+        "fit in.h5ad --groupby donor --out fit --force",
+        "fit in.h5ad --groupby donor --out fit/o.csv",
+        "fit out/table.csv/in.h5ad --groupby donor --out out --force",
+    ],
+    "infer": [
+        "fit in.h5ad --out in.h5ad",
+        "fit in.h5ad --out hard.h5ad",
+        "fit in.h5ad --out fit/o.zarr",
+        "fit store --out store/o.h5ad",
+        "fit.link store --out store",
+    ],
+    "store": [
+        "in.zarr --out in.zarr",
+        "in.zarr --out in.zarr/store",
+        "in.h5ad in.zarr --out in.zarr/X/store --label file --index-unique -",
+        "in.h5ad --out in.h5ad",
+    ],
+    "fit": [
+        "in.h5ad --out in.h5ad --epochs 1",
+        "out/annotated.h5ad --out out --epochs 1 --force",
+        "out/fit/in.h5ad --out out --epochs 1 --force",
+    ],
+    "paper": ["timing --quick --out data"],
+}
+WITHOUT_INPUTS = {"demo"}
+
+
+def test_outputs_of_every_command_are_tried():
+    assert INSIDE.keys() | WITHOUT_INPUTS == cli.COMMANDS.keys()
+
+
+def contents(place):
+    return {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2", "ignore:.*Consolidated metadata")
+@pytest.mark.parametrize("command", INSIDE)
+def test_outputs_in_or_over_an_input_are_refused_before_work(inputs, monkeypatch, command):
+    monkeypatch.chdir(inputs)
+    (inputs / "data").mkdir()
+    monkeypatch.setenv("PYRO_SCVI_DATA", str(inputs / "data"))
+    before = contents(inputs)
+    for arguments in INSIDE[command]:
+        assert "never written" in one_line(run(command, *arguments.split())), arguments
+        assert contents(inputs) == before, arguments
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2", "ignore:.*Consolidated metadata")
+def test_a_store_is_not_built_in_its_input_from_python(inputs):
+    with pytest.raises(ps.errors.StoreError, match="is in .*in.zarr, which is only read"):
+        ps.stores.build(inputs / "in.zarr", inputs / "in.zarr" / "store", progress=False)

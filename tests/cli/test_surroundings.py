@@ -2,6 +2,8 @@
 
 import os
 import stat
+import sys
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 import pyro_scvi as ps
+from pyro_scvi import cli
+from pyro_scvi.cli import messages
 from tests.support.cli_runs import make_adata, run, succeed
 
 pytestmark = pytest.mark.faults
@@ -79,3 +83,56 @@ def test_relative_paths_and_another_working_directory(source, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "there")
     assert ps.embed(fit, cells).shape == (60, 2)
     assert sorted(os.listdir(tmp_path)) == ["o.h5ad", "s", "there"]
+
+
+def in_child(act):
+    """The exit code of a command in a forked child."""
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            code = int(act() or 0)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 71
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("closed", [(0, 1, 2), (1,), (2,), (0,)])
+def test_closed_streams_cost_no_result(tmp_path, closed):
+    make_adata().write_h5ad(tmp_path / "in.h5ad")
+
+    def act():
+        for number in closed:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+        cli.app(["store", str(tmp_path / "in.h5ad"), "--out", str(tmp_path / "store"), "--no-progress"])
+
+    assert in_child(act) == 0
+    counts, _ = ps.Cells.from_store(tmp_path / "store")[:]
+    assert np.array_equal(counts.numpy(), make_adata().X.toarray())
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path, command):
+    (tmp_path / "gone").mkdir()
+    with (tmp_path / "said").open("wb") as said:
+
+        def act():
+            os.chdir(tmp_path / "gone")
+            (tmp_path / "gone").rmdir()
+            sys.stderr = open(said.fileno(), "w", closefd=False)  # noqa: SIM115
+            cli.app([command, "--help"])
+
+        assert in_child(act) == 1
+    assert (tmp_path / "said").read_text() == "error: the working directory is gone; change to one that exists\n"
+
+
+def test_a_working_directory_that_goes_meanwhile_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(messages.typer.Exit), messages.errors_in_one_line():
+        Path("x").absolute()
+    assert "the working directory is gone" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import resource
+import tempfile
 import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import pyro_scvi as ps
-from pyro_scvi.errors import CheckpointError, PyroScviError
+from pyro_scvi.errors import CheckpointError, FitError, PyroScviError
 from pyro_scvi.persistence import archive
 from pyro_scvi.training.loading import NUMBERS
 from pyro_scvi.training.state import HISTORY
@@ -228,3 +230,67 @@ def test_settings_that_are_no_numbers(saved, cells, tmp_path, value):
         changed = facts | {"settings": facts["settings"] | {name: value}}
         said = check(forge(tmp_path / name, changed, tensors), cells)
         assert f"as {name}, which is not a number" in said
+
+
+ONE = "decoder.layers.linear.0.weight"
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Facts and tensors of a fit with the default parts, and its cells."""
+    made = ps.Cells.from_counts(simulated_counts(40))
+    fit = ps.fit(ps.SCVI(20, 3, n_hidden=8), made, epochs=1, progress=False, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        fit.save(f"{folder}/fit")
+        return *content(Path(folder) / "fit"), made
+
+
+@pytest.mark.parametrize("value", [1e38, -1e38, 1e20, 1e5])
+def test_weights_that_no_training_leaves(plain, tmp_path, value):
+    facts, tensors, _ = plain
+    huge = {name: torch.full_like(tensor, value) for name, tensor in tensors.items() if name.endswith("weight")}
+    with pytest.raises(CheckpointError, match="none that training leaves: .* would be NaN or infinite"):
+        ps.load(forge(tmp_path / "fit", facts, tensors | huge))
+
+
+HUGE = ("guide.library.bias", "guide.own_encoder.loc.bias", "guide.own_encoder.log_scale.bias", "model.library.loc")
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_one_array_of_weights_that_no_training_leaves(plain, tmp_path, name):
+    facts, tensors, _ = plain
+    with pytest.raises(CheckpointError, match="would be NaN or infinite"):
+        ps.load(forge(tmp_path / "fit", facts, tensors | {name: torch.full_like(tensors[name], 1e38)}))
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0])
+def test_scales_of_library_sizes_that_are_none(plain, tmp_path, value):
+    facts, tensors, _ = plain
+    scale = {"model.library.scale": torch.full_like(tensors["model.library.scale"], value)}
+    with pytest.raises(CheckpointError, match="scale of its library sizes is not above 0"):
+        ps.load(forge(tmp_path / "fit", facts, tensors | scale))
+
+
+def test_no_verb_gives_nan_without_a_word(plain, tmp_path):
+    facts, tensors, made = plain
+    name = f"model.{ONE}"  # finite at the mean of z, and not at its draws
+    fit = ps.load(forge(tmp_path / "fit", facts, tensors | {name: torch.full_like(tensors[name], 1e38)}))
+    groups = list("ab") * 20
+    for verb in (ps.impute, ps.technical_zero_probability, ps.normalized_expression):
+        with pytest.warns(UserWarning, match="NaN or infinite for some of these cells"):
+            assert np.isnan(np.asarray(verb(fit, made))).any()
+    with pytest.raises(FitError, match="NaN or infinite"):
+        ps.differential_expression(fit, made, groupby=groups, group_a="a", group_b="b")
+    with pytest.raises(FitError, match="NaN or infinite"):
+        ps.sample_posterior(fit, made, samples=3, sites=("z", "w", "h"))
+
+
+def test_a_place_that_is_no_number_is_told(plain, tmp_path):
+    facts, tensors, made = plain
+    fit = ps.load(forge(tmp_path / "fit", facts, tensors))
+    with torch.no_grad():
+        fit.guide.own_encoder.loc.bias[0] = torch.nan
+    with pytest.warns(UserWarning, match="NaN or infinite for some of these cells"):
+        ps.embed(fit, made)
+    with pytest.warns(UserWarning, match="NaN or infinite for some of these cells"):
+        ps.sample_posterior(fit, made, samples=2, sites=("z",))

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError, ModelError
 from pyro_scvi.training.copying import copied
+from pyro_scvi.training.loop import Trainer
 from tests.support.fits_alone import (
     CELLS,
     DONORS,
@@ -321,3 +322,51 @@ def test_a_parameter_in_two_places_is_one_in_the_copy():
     copy, guide_of_copy = copied(model, guide)
     assert copy.decoder.heads["gate_logits"].weight is copy.decoder.heads["log_mean"].weight
     assert guide_of_copy.model is copy
+
+
+class Heavy(nn.Module):
+    """A part whose copy takes more memory than there is."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def __deepcopy__(self, memo):
+        raise self.error
+
+
+WITHOUT_MEMORY = (
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("CUDA error: out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", WITHOUT_MEMORY)
+def test_a_copy_for_which_there_is_no_memory_says_what_to_lower(error):
+    model = ps.SCVI(20, 2)
+    model.decoder.more = Heavy(error)
+    with pytest.raises(MemoryError, match=r"not enough memory; lower batch_size=, .* fewer cells") as raised:
+        ps.fit(model, CELLS, epochs=1, progress=False)
+    assert "copied" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", WITHOUT_MEMORY)
+def test_training_for_which_there_is_no_memory_says_what_to_lower(error, monkeypatch):
+    def train(self):
+        raise error
+
+    monkeypatch.setattr(Trainer, "train", train)
+    with pytest.raises(MemoryError, match=r"not enough memory; lower batch_size="):
+        ps.fit(ps.SCVI(20, 2), CELLS, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("error", WITHOUT_MEMORY)
+def test_a_save_for_which_there_is_no_memory_is_not_called_inconsistent(error, tmp_path):
+    model = ps.SCVI(20, 2)
+    ps.fit(model, CELLS, epochs=1, progress=False).save(tmp_path / "fit")
+    model.prior.more = Heavy(error)
+    with pytest.raises(type(error)):
+        ps.load(tmp_path / "fit", model=model, guide=ps.guides.DiagonalNormal(model))

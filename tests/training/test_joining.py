@@ -121,6 +121,45 @@ def test_other_cells_on_a_rank(tmp_path, monkeypatch):
     assert "all ranks must call fit with the same model, cells and options" in first
 
 
+def on_each_rank(make):
+    """What a run is told whose second rank has cells that ``make(True)`` gives, and the first ``make(False)``."""
+
+    def task():
+        with ps.distributed.joined(timeout=20) as joined:
+            cells, options = make(joined.rank == 1)
+            return len(ps.fit(ps.SCVI(20, 2), cells, epochs=3, progress=False, device="cpu", ranks=joined, **options))
+
+    return task
+
+
+def mirrored(other):
+    counts = simulated_counts()
+    return ps.Cells.from_counts(counts[:, ::-1].copy() if other else counts), {}
+
+
+def two_genes_swapped(other):
+    counts = simulated_counts()
+    return ps.Cells.from_counts(counts[:, [1, 0, *range(2, 20)]] if other else counts), {}
+
+
+def names_in_another_order(other):
+    names = [f"g{number}" for number in range(20)]
+    return ps.Cells.from_counts(simulated_counts(), gene_names=names[::-1] if other else names), {}
+
+
+def validation_mirrored(other):
+    counts = simulated_counts()
+    held_out = ps.Cells.from_counts(counts[:40, ::-1].copy() if other else counts[:40])
+    return ps.Cells.from_counts(counts), {"validation": held_out}
+
+
+@pytest.mark.parametrize("make", [mirrored, two_genes_swapped, names_in_another_order, validation_mirrored])
+def test_cells_of_the_same_totals_in_another_order_of_genes(make, tmp_path, monkeypatch):
+    first, second = ranks(on_each_rank(make), tmp_path, monkeypatch)
+    assert first == second
+    assert "all ranks must call fit with the same model, cells and options" in first
+
+
 def test_a_rank_that_never_comes(tmp_path, monkeypatch):
     def task():
         if os.environ["RANK"] == "1":

@@ -19,8 +19,8 @@ from pyro_scvi.analysis.differential.weighted_means import Strata, strata_of
 from pyro_scvi.analysis.differential.welch import scattered, sides, tested, welch
 from pyro_scvi.analysis.inputs import minibatches
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.errors import DataError, ModelError
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.errors import DataError, FitError, ModelError
+from pyro_scvi.inference.evaluation import NONFINITE, evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
 from pyro_scvi.utils.checks import require_at_least, require_number, require_switches
@@ -107,6 +107,8 @@ class GroupMeans:
         sampler = sampler_for(self.sampler, cells, fit.guide)
         with evaluating(fit.model, fit.guide, seed, theta=True):
             moments = posterior_moments(fit, batches, part, sampler, self.samples, seed)
+            if not np.isfinite(moments.first).all():
+                raise FitError(NONFINITE)
         return ComparisonOfMeans(self, cells, design, moments)
 
     def _design(self, cells: Cells) -> Design:

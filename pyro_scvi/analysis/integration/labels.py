@@ -15,7 +15,7 @@ from pyro_scvi.analysis.label_effects import LOOKED_AT, dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import scored
-from pyro_scvi.inference.evaluation import evaluating
+from pyro_scvi.inference.evaluation import evaluating, watched
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Sampler
 from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
@@ -102,7 +102,7 @@ def predict_labels(
             unlabelled = gamma.clone()
             unlabelled[:, prior.columns] = 0.0
             z = sampler.draw(fit.guide, x, unlabelled, samples).sites["z"]
-            parts.append(_probabilities(fit, prior, z).cpu().numpy())
+            parts.append(watched(_probabilities(fit, prior, z)).cpu().numpy())
     found = np.concatenate(parts)
     _warn_of_strangers(found, cells.gamma[:, prior.columns])
     return pd.DataFrame(found, columns=pd.Index(words), index=pd.Index(cells.cell_names, name="cell"))

@@ -21,7 +21,7 @@ from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, with_enumerated
+from pyro_scvi.inference.evaluation import evaluating, law_given, theta_given, watched, with_enumerated
 from pyro_scvi.inference.proposals import refined
 from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.utils.checks import brief, require_at_least
@@ -87,7 +87,7 @@ class Latent(Space):
         """E_q[z | x], (cells, latents)."""
         with evaluating(fit.model, fit.guide, seed):
             batches = batches_in_streams(fit, cells, batch_size, seed, new_batches=True)
-            means = [z_means(fit, x, gamma) for x, gamma in batches]
+            means = [watched(z_means(fit, x, gamma)) for x, gamma in batches]
             return torch.cat(means).squeeze(-2).cpu().numpy()
 
 

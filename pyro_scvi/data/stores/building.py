@@ -52,12 +52,12 @@ from pyro_scvi.data.stores.layout import (
     doubled_names_allowed,
     durably,
     fingerprint,
-    sync_folder,
     work_of,
 )
 from pyro_scvi.errors import StoreError
 from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk import hdf5
+from pyro_scvi.utils.disk.files import lies_in, sync_folder
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.utils.progress_bars import progress_bar
@@ -121,8 +121,8 @@ def build(
     SchemaError
         If a layer, ``raw`` or a gene does not exist.
     StoreError
-        If ``path`` holds something else or a broken store, parts of another build lie beside it, or another process
-        is building it.
+        If ``path`` is in one of the files, or holds something else or a broken store, parts of another build lie beside
+        it, or another process is building it.
 
     Warns
     -----
@@ -139,6 +139,9 @@ def build(
     """
     target = Path(path).expanduser().absolute()
     named = named_files(files)
+    for file in named.values():
+        if lies_in(target, file):
+            raise StoreError(f"{target} is in {file}, which is only read; choose another path")
     check_names(genes=genes, label=label, index_unique=index_unique)
     place = chosen(layer, raw, Place())
     with ExitStack() as stack:

@@ -13,11 +13,12 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from pyro_scvi.data.lazy_counts import Backed
-from pyro_scvi.data.links import check_links
+from pyro_scvi.data.links import check_links, require_regular_file
 from pyro_scvi.data.names import other_forms
 from pyro_scvi.data.obs_columns import inferred, object_columns, of_one_kind, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
+from pyro_scvi.data.zarr_folders import check_zarr_folder
 from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
@@ -133,14 +134,14 @@ def _group(path: Path) -> Iterator[Any]:
     if path.is_dir():
         import zarr  # anndata before 0.12 does not need it
 
+        check_zarr_folder(path)
         try:
             group = zarr.open_group(str(path), mode="r")
         except Exception as error:  # what zarr raises for a folder that it did not write
             raise DataError(f"{path}: cannot read it as zarr: {error}") from error
         yield group
         return
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: cannot read it as h5ad: it is not a regular file")  # a pipe would be waited for
+    require_regular_file(path)
     check_links(path)
     try:
         file = h5py.File(path, "r")
