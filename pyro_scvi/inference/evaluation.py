@@ -156,10 +156,10 @@ def theta_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, 
 
 def law_given(guide: Guide, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Distribution:
     """The distribution of x (..., cells, genes) at draws of all local latents, global ones at their medians."""
-    law: Any
-    law, theta = observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
-    for value in (theta or {}).values():
+    observed = observed_at(guide.model, x, gamma, {**guide.weights.medians(), **sites})
+    for value in observed.told.get("theta", {}).values():
         watched(value)
+    law: Any = observed.law
     draws = _draws_of(guide, sites)
     return law.expand((draws, *law.batch_shape)) if draws and len(law.batch_shape) < 3 else law
 
