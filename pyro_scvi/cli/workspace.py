@@ -195,7 +195,8 @@ def _check_folder(
         raise FileExistsError(f"{out} is not empty; pass another --out, or --force to replace earlier results in it")
     for result in results:
         if source is not None and lies_in(source, out / result):
-            raise FileExistsError(f"{out / result} holds the input, which is never written; pass another --out")
+            verb = "is" if lies_in(out / result, source) else "holds"
+            raise FileExistsError(f"{out / result} {verb} the input, which is never written; pass another --out")
     if (out / CONFIG).exists() or ((out / FIT).exists() and FIT not in results):
         raise FileExistsError(f"{out} holds a fit, whose page would be overwritten; pass another --out")
     if (out / FIT).exists() and not (out / FIT / CONFIG).is_file():

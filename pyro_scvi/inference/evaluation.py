@@ -30,8 +30,9 @@ USUAL = 64
 """Cells of a batch, unless the caller says otherwise."""
 
 NONFINITE = (
-    "the weights of this fit give values that are NaN or infinite for some of these cells. Do not use their results; "
-    "fit again with a smaller learning rate, or load another save"
+    "this fit gives values that are NaN or infinite for some of these cells, by its weights or by counts far beyond "
+    "those of its training. Do not use their results; leave out such cells, fit again with a smaller learning rate, "
+    "or load another save"
 )
 
 

@@ -322,7 +322,8 @@ def check_differential_expression(example):
     assert np.isfinite(table.to_numpy()).all()
     in_a = np.array([not pd.isna(label) and label == groups["group_a"] for label in labels])
     np.testing.assert_allclose(table.mean_a, x[in_a].mean(0), rtol=1e-5)
-    twin = ps.Cells.from_counts(x.astype(np.float32), gene_names=FITTED_GENES)
+    names = list(cells.cell_names)  # pairs are drawn by these
+    twin = ps.Cells.from_counts(x.astype(np.float32), gene_names=FITTED_GENES, cell_names=names)
     other = differential_expression(twin, groupby=labels, **groups, **options)
     np.testing.assert_allclose(table, other, rtol=1e-4, atol=1e-5)
 

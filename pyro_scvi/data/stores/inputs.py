@@ -18,7 +18,7 @@ from pyro_scvi.data.names import other_forms
 from pyro_scvi.data.obs_columns import inferred, object_columns, of_one_kind, quoted
 from pyro_scvi.data.places import Place, hint_of, require_no_mudata
 from pyro_scvi.data.stores.layout import doubled_names_allowed
-from pyro_scvi.data.zarr_folders import check_zarr_folder
+from pyro_scvi.data.stores.zarr_folders import check_zarr_folder
 from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
