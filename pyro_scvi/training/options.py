@@ -252,10 +252,7 @@ def _brief(cells: Any) -> str:
     # Whole rows: the totals of cells do not tell the order of the genes.
     some, _ = cells[evenly_spaced(COMPARED, cells.n_cells).numpy()]
     values = _digest([cells.totals.tobytes(), some.numpy().tobytes(), *cells.gamma.blocks()])
-    return (
-        f"{cells.n_cells} x {cells.n_genes} with digest {names} of names of genes and covariates, and {values} of "
-        "counts and covariates"
-    )
+    return f"{cells.n_cells} x {cells.n_genes} with digest {names} of names, {values} of values"
 
 
 def _digest(parts: Iterable[Any]) -> str:

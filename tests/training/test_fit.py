@@ -304,7 +304,7 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
         ({"kl_weight": ps.schedules.WarmUp(float("nan"))}, "1 epoch or more"),
         ({"elbo": pyro.infer.Trace_ELBO}, "Trace_ELBO"),
         ({"device": "gpu"}, r"cannot be used: .{,120}; 'auto' takes"),
-        ({"device": 3.5}, "cannot be used"),
+        ({"device": 3.5}, "must be a name, such as 'cpu'"),
         ({"validation": 2.0}, "validation must be a share from 0 to below 1, .*got 2.0"),
         ({"validation": -1}, "validation must be"),
         ({"validation": True}, "validation must be"),
