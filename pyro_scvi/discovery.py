@@ -220,7 +220,7 @@ def _kind(msg: dict[str, Any]) -> Kind | None:
     if (msg["infer"] or {}).get("_deterministic"):
         return Kind.DETERMINISTIC
     if msg["is_observed"]:
-        return Kind.COMPUTED if is_point(law) else Kind.OBSERVED
+        return Kind.COMPUTED if is_point(law) and msg["name"] != "x" else Kind.OBSERVED
     plates = {frame.name for frame in msg["cond_indep_stack"]}
     if {"cells", "genes"} <= plates:
         return Kind.PER_GENE

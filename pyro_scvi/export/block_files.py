@@ -42,6 +42,10 @@ class Format(ABC):
         """An array for blocks of so many rows, empty: NaN or False."""
 
     @abstractmethod
+    def as_made(self, array: Any, rows: int) -> bool:
+        """Whether values of an array lie as :meth:`make` lays them; a file written anew may have another layout."""
+
+    @abstractmethod
     def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
         """Write rows of an array, and wait until they are on the disk."""
 
@@ -77,6 +81,9 @@ class _Zarr(Format):
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         chunks = (rows, *shape[1:])
         return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=_empty(dtype))
+
+    def as_made(self, array: Any, rows: int) -> bool:
+        return bool(tuple(array.chunks) == (rows, *array.shape[1:]))
 
     def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
         array = group[place]
@@ -124,6 +131,9 @@ class _HDF5(Format):
 
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         return group.create_dataset(name, shape, dtype, fillvalue=_empty(dtype))
+
+    def as_made(self, array: Any, rows: int) -> bool:
+        return array.chunks is None and not array.external and not array.is_virtual
 
     def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
         path, offset, dtype = _bytes_of(group[place], rows)

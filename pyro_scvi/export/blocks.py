@@ -218,11 +218,16 @@ def _require_alike(name: str, columns: list[_Column], first: list[_Column]) -> N
 
 
 def _described(cells: Cells, columns: dict[str, list[_Column]]) -> dict[str, Any]:
-    names = "\n".join(map(str, cells.cell_names)).encode()
-    told: dict[str, Iterable[bytes]] = {"cell names": [names], "totals": [cells.totals.tobytes()]}
-    told["covariates"] = cells.gamma.blocks()
-    arrays = {"arrays": [column.shape for some in columns.values() for column in some]}
-    return {name: _digest_of(content)[:16] for name, content in told.items()} | arrays
+    return {
+        "cell names": _digest_of_names(cells.cell_names),
+        "totals": _digest_of([cells.totals.tobytes()])[:16],
+        "covariates": _digest_of(cells.gamma.blocks())[:16],
+        "arrays": [column.shape for some in columns.values() for column in some],
+    }
+
+
+def _digest_of_names(names: Iterable[Any]) -> str:
+    return _digest_of(["\n".join(map(str, names)).encode()])[:16]
 
 
 def _digest_of(content: Iterable[bytes]) -> str:
@@ -357,6 +362,8 @@ def _opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[_Results]
             text = group["uns"][RUN][()]
             recorded = json.loads(text.decode() if isinstance(text, bytes) else str(text))
             differing = [name for name in run if recorded.get(name) != run[name]]
+            if not differing:
+                _require_as_made(kind, path, group, run)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -369,6 +376,21 @@ def _opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[_Results]
     _reserve(kind, path)
     with reached(kind, path, "r+") as group:
         yield _Results(kind, path, group, -(-run["n_cells"] // run["block"]))
+
+
+def _require_as_made(kind: Format, path: Path, group: Any, run: dict[str, Any]) -> None:
+    """Refuse a file of this run whose cells or arrays somebody changed: rows would come beside other cells' names."""
+    obs, n_cells, block = group["obs"], run["n_cells"], run["block"]
+    changed = [] if _digest_of_names(ad.io.read_elem(obs[obs.attrs["_index"]])) == run["cell names"] else ["obs_names"]
+    arrays = [(place, (n_cells, *rest), min(block, n_cells)) for place, _, *rest in run["arrays"]]
+    for place, shape, rows in [*arrays, (_DONE_PLACE, (-(-n_cells // block),), 1)]:
+        if tuple(group[place].shape) != shape or not kind.as_made(group[place], rows):
+            changed.append(place)
+    if changed:
+        raise DataError(
+            f"{path} was changed after its run began: {', '.join(changed)} are not as they were, so it cannot be "
+            "continued; choose another path"
+        )
 
 
 def _reserve(kind: Format, path: Path) -> None:

@@ -35,6 +35,7 @@ CANDIDATES = 64  # prior draws that compete with the guide as a start
 NARROWEST, WIDEST = 1e-3, 3.0  # standard deviations of the prior, between which a cell's scale starts
 LEAST_UNIT = 1e-6  # of a climb's steps, where all candidates are one
 MARGIN = 10.0  # nats by which they must win; smaller differences in density say little about where the mass is
+APART = 30.0  # parts of the way to the next mode, one of which a mode is refined from as its scale, lest it reach that
 EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
 LEAST_ROUNDS = 2  # of the adaptation of a mixture
 ENTRIES = 256  # of counts that climbs of one cell start with: many starts cost little where there are few genes
@@ -186,7 +187,7 @@ class Posteriors:
         cell = rows[cell]
         pairs = self.of(cell)
         # From a scale that does not reach the next mode.
-        scale = torch.minimum(scale[cell], modes.nearest()[mode, cell][:, None] / 4)
+        scale = torch.minimum(scale[cell], modes.nearest()[mode, cell][:, None] / APART)
         with narrowed(cell):
             by_pair = corrected_proposal(pairs.density, modes.places[mode, cell], scale, steps=steps, rounds=0)
         trils = torch.eye(by_pair.loc.shape[-1]).to(by_pair.loc).repeat(*modes.present.shape, 1, 1)

@@ -31,12 +31,14 @@ class _Newton(NamedTuple):
     """A step by an eigenbasis in whitened coordinates: root (cells, size, size) times these is u - loc.
 
     ``slope`` (cells, size) is along ``vectors`` (cells, size, size), with ``curvature`` (cells, size), in float64.
+    ``bounded`` (cells,): whether the curvature of the density lies outside of what a step may change it to.
     """
 
     root: Tensor
     vectors: Tensor
     slope: Tensor
     curvature: Tensor
+    bounded: Tensor
 
     def move(self) -> tuple[Tensor, Tensor]:
         """The move of the mean, (cells, size), and its length in standard deviations, (cells,)."""
@@ -55,9 +57,10 @@ class _Newton(NamedTuple):
 def fitted_normal(density_of: DensityOf, loc: Tensor, scale: Tensor, *, steps: int, block: int) -> Proposal:
     """A normal for each cell by Newton steps, from a diagonal one at (loc, scale).
 
-    Where these stay long, the posterior is far from normal, and Newton steps would carry the rounding of densities,
-    which depends on the cells in a batch, far into the answer. Such a cell is refined by ``steps`` gradient steps and
-    a Laplace step instead. At most ``block`` points of a cell are evaluated at once.
+    Where these stay long, or the scale is still far off, the posterior is far from normal or the start from it. Newton
+    steps would carry the rounding of densities, which depends on the cells in a batch, far into the answer. Such a cell
+    is refined by ``steps`` gradient steps and a Laplace step instead. At most ``block`` points of a cell are evaluated
+    at once.
     """
     newton_steps = -(-steps // GRADIENT_STEPS)
     fitted, unsteady = newton_normal(density_of, loc, scale, steps=newton_steps, block=block)
@@ -92,7 +95,7 @@ def newton_normal(
         tril[rows] = torch.lerp(tril[rows], put_back(newton.scale_tril(), tril), taken[:, None, None])
         if step + 1 < FEWEST:
             continue
-        long = length > STEADY
+        long = (length > STEADY) | newton.bounded.to(rows.device)
         unsteady = torch.cat([unsteady, rows[long]])
         taken = taken * _ramp(length, *CONVERGED)
         left = (taken > 0) & ~long
@@ -120,7 +123,9 @@ def _newton(density: LogJoint, loc: Tensor, tril: Tensor, share: float, block: i
     eye = torch.eye(size, dtype=change.dtype, device=change.device)
     curvature, vectors = torch.linalg.eigh((1 - share) * eye + share * change)
     along = torch.einsum("cij,ci->cj", vectors, in_float64(slope))
-    return _Newton(in_float64(root), vectors, along, curvature.clamp(LEAST_CURVATURE, MOST_CURVATURE))
+    least, most = (1 - share + share * bound for bound in (LEAST_CURVATURE, MOST_CURVATURE))
+    bounded = ((curvature <= least) | (curvature >= most)).any(-1)
+    return _Newton(in_float64(root), vectors, along, curvature.clamp(LEAST_CURVATURE, MOST_CURVATURE), bounded)
 
 
 def _gradient(density: LogJoint, u: Tensor) -> Tensor:

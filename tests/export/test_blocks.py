@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -101,6 +102,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped(alone, fit, cells, tmp_path
     assert ps.shards.write(fit, cells, tmp_path / "out.zarr", {"z": failing}, **OPTIONS) == 0
     assert asked == ["c0", "c0", "c16", "c32", "c0", "c32", "c48", "c64", "c80", "c96"]
     np.testing.assert_array_equal(ad.read_zarr(tmp_path / "out.zarr").obsm["z"], alone.obsm["z"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda adata: adata[::-1].copy(), "obs_names"),
+        (lambda adata: adata[:50].copy(), "obs_names, obsm/z"),
+        (lambda adata: adata.obsm.update(z=adata.obsm["z"][:, :2]), "began: obsm/z"),
+        (lambda adata: adata.obsm.pop("z"), "something else"),
+        (lambda adata: adata.uns.pop("pyro_scvi_blocks"), "something else"),
+    ],
+)
+@pytest.mark.parametrize("name", ["out.h5ad", "out.zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_a_half_done_file_that_somebody_changed_is_not_continued(name, change, named, fit, cells, tmp_path):
+    path, write = tmp_path / name, {".h5ad": "write_h5ad", ".zarr": "write_zarr"}[Path(name).suffix]
+    ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
+    adata = ad.read_h5ad(path) if name == "out.h5ad" else ad.read_zarr(path)
+    changed = change(adata)
+    getattr(changed if isinstance(changed, ad.AnnData) else adata, write)(path)
+    with pytest.raises(DataError, match=named):
+        ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
+
+
+def test_a_half_done_file_in_pieces_is_not_continued(fit, cells, tmp_path):
+    path = tmp_path / "out.h5ad"
+    ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
+    ad.read_h5ad(path).write_h5ad(path, compression="gzip")
+    with pytest.raises(DataError, match="was changed after its run began: obsm/z"):
+        ps.shards.write(fit, cells, path, {"z": ps.embed}, **OPTIONS)
 
 
 def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):

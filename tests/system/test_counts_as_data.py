@@ -78,6 +78,8 @@ READING = {
         adding("Large", lambda x, gamma: 1.0 * (x > 50).any(-1, keepdim=True)),
         adding("Deep", lambda x, gamma: 1.0 * (x.sum(-1, keepdim=True) > 2000)),
         adding("LargeInBatch", lambda x, gamma: 1.0 * (x.max() > 8)),
+        adding("OfTwoGenes", lambda x, gamma: x[..., :1].log1p() - x[..., 2:3].log1p()),
+        adding("MarkerGate", lambda x, gamma: 1.0 * ((x[..., :1] > 0) & (x[..., 2:3] == 0))),
         adding("Sorted", lambda x, gamma: 0.1 * x.sort(0).values),
         WithoutZeros,
     ],

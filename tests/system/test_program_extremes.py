@@ -1,11 +1,13 @@
 """Programs at the edges: scales far apart, latents that are all summed out, against quadrature and enumeration."""
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
+from scipy.special import logsumexp
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
@@ -61,6 +63,36 @@ def test_chains_and_refined_draws_know_these_scales():
         for name, scale in zip("ab", Scales.scales, strict=True):
             sd = draws[name].std("sample") / scale
             assert ((sd > 0.05) & (sd < 2)).all()
+
+
+# --- two modes far apart, each narrow ---
+
+
+class Square(ps.SCVI):
+    """A latent whose sign the counts do not tell."""
+
+    def forward(self, x, gamma=None, *, marginal=True, mask=True, index=None, n_cells=None):
+        register(self)
+        gamma = check_inputs(self, x, gamma)
+        with cells_plate(gamma, index, n_cells):
+            e = pyro.sample("e", dist.Normal(torch.zeros(()).double(), 1.0))
+            return self.observe(x, {"log_mean": LEVELS + e.square()}, marginal=marginal, mask=mask)
+
+
+LEVELS = torch.tensor([0.0, 0.5, 1.0, 0.2]).double()
+
+
+def test_modes_that_are_narrow_and_far_apart_are_both_counted():
+    counts = np.array([[20, 23, 52, 27], [60, 70, 155, 80], [200, 230, 520, 270]])
+    model = Square(4, 1, likelihood=ps.likelihoods.Poisson(), library=ps.libraries.NoLibrary())
+    cells = ps.Cells.from_counts(counts)
+    fit = ps.Fit(model.double().eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), cells.schema)
+    points, mass = on_line(stats.norm(), -9, 9, 40_001)
+    rate = np.exp(LEVELS.numpy() + np.square(points)[:, None])
+    expected = logsumexp(stats.poisson.logpmf(counts[:, None], rate).sum(-1) + mass, 1)
+    for seed in (0, 1):
+        table = ps.evidence(fit, cells, seed=seed, progress=False)
+        assert ((table.log_evidence - expected).abs() < 5 * table.se + 1e-3).all()
 
 
 # --- what is summed out alone ---

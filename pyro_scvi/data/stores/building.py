@@ -277,6 +277,8 @@ def _parts(
 
 def _written(block: Matrix, path: Path) -> sparse.csr_array:
     """Write a block of validated counts in the smallest types, without zeros."""
+    if isinstance(block, np.ndarray):  # SciPy takes no other byte order, and no float16
+        block = block.astype(np.float32 if block.dtype == np.float16 else block.dtype.newbyteorder("="), copy=False)
     rows = sparse.csr_array(block)
     rows.eliminate_zeros()
     rows.sort_indices()

@@ -20,6 +20,9 @@ from pyro_scvi.model import SCVI
 COUNTS = (1, 0, 3, 9, 30, 100, 1000)
 """Counts of the cells of a look. A condition on counts holds for some of them, and not for others."""
 
+LOOKED_AT = 2 * len(COUNTS)
+"""How many cells are given other counts."""
+
 FEW, FEWEST = 30, 3
 """The largest count of a large batch, as some programs sum up to the largest; and of programs that take no more."""
 
@@ -39,7 +42,7 @@ def require_counts_as_data(model: SCVI, coordinates: Coordinates, global_latents
     """
     if is_packaged(model):
         return
-    n_cells = max(len(COUNTS) + 2, min(CELLS, ENTRIES // model.n_genes))
+    n_cells = max(LOOKED_AT + 2, min(CELLS, ENTRIES // model.n_genes))
     drawn = {site.name: site.value for site in model.discovered(few=n_cells)}
     sites = {name: drawn[name] for name in coordinates.local}
     look = Look(model, coordinates, global_latents, _counts(model, n_cells), model.varied_gamma(n_cells))
@@ -50,15 +53,20 @@ def require_counts_as_data(model: SCVI, coordinates: Coordinates, global_latents
 
 
 def _counts(model: SCVI, n_cells: int) -> Tensor:
-    """Counts (cells, genes), other ones in each cell than in the next, and nearly the same ones in its genes."""
-    levels = like(model).new_tensor(COUNTS).repeat(n_cells // len(COUNTS) + 1)[:n_cells, None]
-    return levels + torch.arange(model.n_genes, device=levels.device) % 2
+    """Counts (cells, genes): first cells whose genes have nearly the same, then an order of each gene's own.
+
+    Of the first, some are deep; of the others, no function of two genes is the same in all cells.
+    """
+    levels, of = like(model).new_tensor(COUNTS), torch.Generator().manual_seed(0)
+    alike = levels[:, None] + torch.arange(model.n_genes, device=levels.device) % 2
+    orders = [torch.rand(len(COUNTS), model.n_genes, generator=of).argsort(0) for _ in range(n_cells // len(COUNTS))]
+    return torch.cat([alike, *(levels[order.to(levels.device)] for order in orders)])[:n_cells]
 
 
 def _can_be_run(look: Look, sites: dict[str, Tensor]) -> bool:
     """Whether the program takes all these counts; some look them up in tables that end."""
     try:
-        look.log_joint_of(sites, list(range(len(COUNTS))))
+        look.log_joint_of(sites, list(range(LOOKED_AT)))
     except ModelError:
         raise
     except (RuntimeError, IndexError, ValueError):
@@ -68,9 +76,8 @@ def _can_be_run(look: Look, sites: dict[str, Tensor]) -> bool:
 
 def _require_conditioning(look: Look, sites: dict[str, Tensor]) -> None:
     """Compare the densities of all sites at one value of each, where the program is given other counts."""
-    n = len(COUNTS)
-    look = replace(look, x=look.x[:n], gamma=look.gamma[:n])
-    sites, x = {name: value[:n] for name, value in sites.items()}, look.x
+    look = replace(look, x=look.x[:LOOKED_AT], gamma=look.gamma[:LOOKED_AT])
+    sites, x = {name: value[:LOOKED_AT] for name, value in sites.items()}, look.x
     # Other counts in each cell; and few in all of them, below what a condition on the largest asks for.
     with _held_library(look.model):
         given, *others = (replace(look, x=one).scored(sites).nodes for one in (x, x.roll(1, 0), x.clamp(max=1)))

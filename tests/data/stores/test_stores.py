@@ -158,6 +158,19 @@ def test_explicit_zeros_and_duplicate_entries_are_not_stored(tmp_path):
     np.testing.assert_array_equal(store[np.arange(2)].toarray(), [[3, 0, 0], [0, 0, 4]])
 
 
+@pytest.mark.parametrize("dtype", [">i4", ">f8", "f2"])
+def test_dense_counts_of_another_byte_order_or_half_precision(tmp_path, dtype):
+    adata = make_adata(form=np.asarray)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        values, attributes = file["X"][()], dict(file["X"].attrs)
+        del file["X"]
+        file.create_dataset("X", data=values.astype(dtype)).attrs.update(attributes)
+    build(tmp_path / "a.h5ad", tmp_path / "a.store", progress=False)
+    store = CountStore(tmp_path / "a.store")
+    np.testing.assert_array_equal(store[np.arange(50)].toarray(), adata.X)
+
+
 @pytest.mark.parametrize("rows", [[3, 1, 1, 49], [-1, 0], [7, 8, 9], [5], [], np.arange(50)[::-1]])
 def test_rows_in_any_order(store, rows):
     expected = make_adata().X.toarray()[np.array(rows, dtype=int)]
