@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.inference.importance import (
-    KHAT_LIMIT,
     Importance,
     Proposal,
     SamplingBudget,
@@ -73,7 +72,7 @@ class _Counted:
 def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int) -> Importance:
     """Weighted draws of every cell in rounds, ``budget.samples`` that count.
 
-    A cell's first round, half as long, and those after a round with a k-hat above 0.7 only adapt the proposal, but no
+    A cell's first round, half as long, and those after a round with a k-hat above 0.5 only adapt the proposal, but no
     more than ``budget.rounds`` rounds do.
     """
     counted = _Counted(proposal.loc, budget.samples)
@@ -88,7 +87,7 @@ def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingB
         if bool(counts.any()):
             counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
         _, _, ess, khat = evidence_of(log_weights)
-        counts |= (khat <= KHAT_LIMIT).to(rows.device) | (number + 1 >= budget.rounds)
+        counts |= (khat <= SURE_KHAT).to(rows.device) | (number + 1 >= budget.rounds)
         good = ((ess >= GOOD_SHARE * length) & (khat <= SURE_KHAT)).to(rows.device)
         left = counted.lack(rows).nonzero().squeeze(-1)
         if not len(left):

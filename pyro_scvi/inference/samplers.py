@@ -150,7 +150,7 @@ class Importance:
     ----------
     steps, rounds
         Gradient steps of the refinement, where each Newton step counts as 13; and the most rounds of draws that only
-        adapt the proposal, as they do while their k-hat is above 0.7.
+        adapt the proposal, as they do while their k-hat is above 0.5.
     proposals
         Weighted draws of a cell; at least as many as the draws asked for are made.
 

@@ -80,7 +80,7 @@ def evidence(
         Cells at a time.
     steps, rounds
         Gradient steps of the refinement, where each Newton step counts as 13; and the most rounds of draws that only
-        adapt the proposal, as they do while their k-hat is above 0.7.
+        adapt the proposal, as they do while their k-hat is above 0.5.
     compiled
         Whether to compile the density, as ``fit`` does with its steps. This takes up to a minute at the start, then
         about three quarters of the time: worth it for thousands of cells. Results differ by rounding only.
