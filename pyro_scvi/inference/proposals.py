@@ -121,14 +121,17 @@ class Posteriors:
         made = self.started(steps=steps, rounds=rounds, samples=samples)
         return [part.adapted(rounds, samples) for part in made]
 
-    def started(self, *, steps: int, rounds: int, samples: int = 500) -> list[Fitted]:
-        """The same, before the proposals of cells with one mode are adapted to draws."""
+    def started(self, *, steps: int, rounds: int, samples: int = 500, again: bool = False) -> list[Fitted]:
+        """The same, before the proposals of cells with one mode are adapted to draws.
+
+        ``again``: by gradient steps, as proposals by Newton steps have failed for these cells.
+        """
         points, values = self.candidates()
         unit = torch.minimum(points.std(0), WIDEST * self._prior_scale(points)).clamp(min=LEAST_UNIT)
         modes, scale = self._modes(points, values, unit), self.scale_near(points)
         made, alone = list[Fitted](), modes.alone
         if len(alone):
-            made.append(self._at_only_mode(alone, modes.places[0, alone], scale[alone], steps))
+            made.append(self._at_only_mode(alone, modes.places[0, alone], scale[alone], steps, again))
         if len(alone) < len(self.x):
             mixture = self._mixture(modes, scale, steps)
             made.append(self._adapted(mixture, modes.several, rounds, samples))
@@ -148,11 +151,14 @@ class Posteriors:
         from_prior = points[1 + len(self.guide.landmarks_for(points[0])) :]
         return from_prior.std(0) if len(from_prior) else torch.full_like(points[0], torch.inf)
 
-    def _at_only_mode(self, rows: Tensor, loc: Tensor, scale: Tensor, steps: int) -> Fitted:
+    def _at_only_mode(self, rows: Tensor, loc: Tensor, scale: Tensor, steps: int, again: bool) -> Fitted:
         """The cells with one mode, each with a normal fitted to it."""
         part = self if len(rows) == len(self.x) else self.of(rows)
         with narrowed(rows):
-            proposal = fitted_normal(part.density_of, loc, scale, steps=steps, block=part.block)
+            if again:
+                proposal = corrected_proposal(part.density, loc, scale, steps=steps, rounds=0)
+            else:
+                proposal = fitted_normal(part.density_of, loc, scale, steps=steps, block=part.block)
         return Fitted(rows, part.density_of, part.block, proposal)
 
     def _modes(self, points: Tensor, values: Tensor, unit: Tensor) -> Modes:
@@ -250,14 +256,14 @@ def weighted(
 
     def run(rows: Tensor, budget: SamplingBudget) -> Importance:
         with narrowed(rows):
-            return _importance(cells if rows is everyone else cells.of(rows), budget)
+            return _importance(cells if rows is everyone else cells.of(rows), budget, again=rows is not everyone)
 
     return persistent_importance(run, everyone, budget, attempts=attempts)
 
 
-def _importance(cells: Posteriors, budget: SamplingBudget) -> Importance:
+def _importance(cells: Posteriors, budget: SamplingBudget, *, again: bool) -> Importance:
     options = {"steps": budget.steps, "rounds": budget.rounds, "samples": max(budget.samples // 2, 2)}
-    made = cells.started(**options)
+    made = cells.started(**options, again=again)
     results = [part.importance(budget) for part in made]
     return Importance(*(in_order(made, of, int(of[0].dim() > 1)) for of in zip(*results, strict=True)))
 

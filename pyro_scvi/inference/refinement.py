@@ -62,7 +62,7 @@ def fitted_normal(density_of: DensityOf, loc: Tensor, scale: Tensor, *, steps: i
     is refined by ``steps`` gradient steps and a Laplace step instead. At most ``block`` points of a cell are evaluated
     at once.
     """
-    newton_steps = -(-steps // GRADIENT_STEPS)
+    newton_steps = max(FEWEST, -(-steps // GRADIENT_STEPS)) if steps else 0
     fitted, unsteady = newton_normal(density_of, loc, scale, steps=newton_steps, block=block)
     if len(unsteady):
         with narrowed(unsteady):
