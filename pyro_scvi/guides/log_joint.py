@@ -125,18 +125,30 @@ def log_terms_at(
     return (of_latents + coordinates.log_abs_det(u)).to(u.dtype), of_x.to(u.dtype)
 
 
-class Values(NamedTuple):
+class EnumeratedValues(NamedTuple):
     """Log densities (values of the last discrete latent, ..., of the first, samples, cells), and their traced sites."""
 
     table: Tensor
     nodes: dict[str, Any]
 
-    def sites(self, places: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The discrete latents (samples, cells, 1) at places (samples, cells) in the list of values of each."""
+    def drawn(self) -> dict[str, Tensor]:
+        """Draws of the discrete latents (samples, cells, 1), each value in proportion to its density."""
+        chosen = torch.distributions.Categorical(logits=self.table.flatten(0, -3).movedim(0, -1)).sample()
+        return self._sites(torch.unravel_index(chosen, self.table.shape[:-2]))
+
+    def each(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Each combination of values (samples, cells, 1), and its log density (samples, cells)."""
+        *counts, samples, cells = self.table.shape
+        for place, log_p in zip(range(prod(counts)), self.table.flatten(0, -3), strict=True):
+            everywhere = torch.full((samples, cells), place, device=self.table.device)
+            yield self._sites(torch.unravel_index(everywhere, counts)), log_p
+
+    def _sites(self, places: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The discrete latents at places (samples, cells) in the list of values of each."""
         return {name: _taken(node, places[node["infer"]["_enumerate_dim"] + 3]) for name, node in self.nodes.items()}
 
 
-def enumerated_draws(
+def enumerated_values(
     model: SCVI,
     x: Tensor,
     gamma: Tensor,
@@ -144,57 +156,24 @@ def enumerated_draws(
     sites: dict[str, Tensor],
     coordinates: Coordinates,
     block: int,
-) -> dict[str, Tensor]:
-    r"""Draws of the discrete latents (samples, cells, 1) from their exact conditional given x and the other latents.
+    *,
+    with_x: bool,
+) -> EnumeratedValues:
+    r"""Log densities of ``sites`` and discrete latents, ``with_x`` also of x, at all values of the discrete latents.
+
+    With x, these are their exact conditional given x and the other latents, up to a constant:
 
     .. math:: P(c_n = k | x_n, z_n) \propto p(c_n = k)\, p(z_n | c_n = k)\, p(x_n | z_n, c_n = k)
 
     ``sites`` have shape (samples, cells, 1) and their events; ``block`` samples are scored at a time.
     """
-    values = _scored_values(model, x, gamma, global_latents, sites, coordinates, block, "x")
-    table = values.table
-    chosen = torch.distributions.Categorical(logits=table.flatten(0, -3).movedim(0, -1)).sample()
-    return values.sites(torch.unravel_index(chosen, table.shape[:-2]))
-
-
-def each_enumerated(
-    model: SCVI,
-    x: Tensor,
-    gamma: Tensor,
-    global_latents: dict[str, Tensor],
-    sites: dict[str, Tensor],
-    coordinates: Coordinates,
-    block: int,
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Each combination of values of the discrete latents, and log p of it and ``sites`` without x, (samples, cells).
-
-    Arguments are those of :func:`enumerated_draws`.
-    """
-    values = _scored_values(model, x, gamma, global_latents, sites, coordinates, block)
-    *counts, samples, cells = values.table.shape
-    for place, log_p in zip(range(prod(counts)), values.table.flatten(0, -3), strict=True):
-        everywhere = torch.full((samples, cells), place, device=x.device)
-        yield values.sites(torch.unravel_index(everywhere, counts)), log_p
-
-
-def _scored_values(
-    model: SCVI,
-    x: Tensor,
-    gamma: Tensor,
-    global_latents: dict[str, Tensor],
-    sites: dict[str, Tensor],
-    coordinates: Coordinates,
-    block: int,
-    *names: str,
-) -> Values:
-    """Log densities of ``sites``, the discrete latents and ``names``, at all values of the discrete latents."""
     tables, nodes = [], dict[str, Any]()
     for start in range(0, len(next(iter(sites.values()))), block):
         part = {name: value[start : start + block] for name, value in sites.items()}
         trace = scored(model, x, gamma, {**global_latents, **part}, coordinates)
         nodes = {name: trace.nodes[name] for name in enumerated_sites(trace)}
-        tables.append(by_cell(trace, *sites, *nodes, *names))
-    return Values(torch.cat(tables, -2), nodes)
+        tables.append(by_cell(trace, *sites, *nodes, *(["x"] if with_x else [])))
+    return EnumeratedValues(torch.cat(tables, -2), nodes)
 
 
 def _taken(node: Any, places: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_scvi.distributions.supports import share_at_bounds
 from pyro_scvi.errors import FitError, PyroScviError
 from pyro_scvi.guides.base import Guide
-from pyro_scvi.guides.log_joint import cell_terms, each_enumerated, enumerated_draws, scored
+from pyro_scvi.guides.log_joint import EnumeratedValues, cell_terms, enumerated_values, scored
 from pyro_scvi.guides.program_runs import observed_at, prior_draws, theta_at
 from pyro_scvi.guides.supported import require_theta
 from pyro_scvi.model import SCVI
@@ -193,9 +193,13 @@ def with_enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Ten
     """
     if all(name in sites for name in guide.coordinates.enumerated):
         return sites
-    fixed = guide.weights.medians()
     with per_cell():
-        return sites | enumerated_draws(guide.model, x, gamma, fixed, sites, guide.coordinates, draws_at_once(x))
+        return sites | _enumerated(guide, x, gamma, sites, with_x=True).drawn()
+
+
+def _enumerated(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], *, with_x: bool) -> EnumeratedValues:
+    fixed, known = guide.weights.medians(), guide.coordinates
+    return enumerated_values(guide.model, x, gamma, fixed, sites, known, draws_at_once(x), with_x=with_x)
 
 
 def entries_given_others(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -212,9 +216,7 @@ def entries_given_others(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str
         return _scored_entries(guide, x, gamma, sites)
     local = {name: sites[name] for name in known.local}
     whole, others, smaller = [], [], []
-    for values, log_latents in each_enumerated(
-        guide.model, x, gamma, guide.weights.medians(), local, known, draws_at_once(x)
-    ):
+    for values, log_latents in _enumerated(guide, x, gamma, local, with_x=False).each():
         log_p, below = _scored_entries(guide, x, gamma, local | values)
         whole.append(log_latents + log_p.sum(-1))
         others.append(log_latents[..., None] + _sum_of_others(log_p))

@@ -103,7 +103,7 @@ class Refined:
     Parameters
     ----------
     steps
-        Gradient steps; where a cell has one mode, each Newton step counts as 13.
+        Gradient steps; where a cell has one mode, each Newton step counts as 13, and four are the fewest.
 
     Raises
     ------

@@ -16,7 +16,7 @@ MOST_LOG_TOTAL = 20.0  # 5e8 molecules, more than a cell has
 
 
 def require_finite_results(model: SCVI, guide: Guide, schema: Schema) -> None:
-    """Refuse weights that no training leaves: scales not above 0, and results that are NaN or infinite.
+    """Refuse weights that cannot come from training: scales not above 0, and results that are NaN or infinite.
 
     The results are those of a cell without counts, and of one with the usual total and all genes alike.
 
@@ -33,7 +33,7 @@ def require_finite_results(model: SCVI, guide: Guide, schema: Schema) -> None:
         lost = [name for name, values in _results(model, guide, x, gamma).items() if not values.isfinite().all()]
     if lost:
         raise CheckpointError(
-            f"its weights are none that training leaves: {' and '.join(lost[:2])} would be NaN or infinite"
+            f"its weights cannot come from training: {' and '.join(lost[:2])} would be NaN or infinite"
         )
 
 

@@ -9,9 +9,10 @@ import torch
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
+from pyro_scvi.inference import proposals
 from pyro_scvi.inference.evaluation import evaluating, weigh
 from pyro_scvi.inference.hmc import bulk_ess
-from pyro_scvi.inference.importance import SamplingBudget
+from pyro_scvi.inference.importance import Proposal, SamplingBudget
 from pyro_scvi.inference.pareto_khat import pareto_khat
 from pyro_scvi.inference.proposals import weighted
 from tests.support.simulate import simulated_counts
@@ -227,6 +228,22 @@ def test_cells_whose_proposal_fails_are_tried_again():
         assert torch.equal(changed, better)
     torch.testing.assert_close(twice.khat, pareto_khat(twice.log_weights))
     torch.testing.assert_close(twice.ess, 1 / twice.log_weights.softmax(0).square().sum(0))
+
+
+def test_cells_that_are_tried_again_have_gradient_steps(monkeypatch):
+    """Newton steps that led far away would lead there again."""
+
+    def astray(density_of, loc, scale, **options):
+        return Proposal(loc + 50 * scale, torch.diag_embed(scale))
+
+    monkeypatch.setattr(proposals, "fitted_normal", astray)
+    toy, budget, runs = TOYS["normal"](), SamplingBudget(samples=1000, steps=100, rounds=0), []
+    for attempts in (1, 2):
+        with evaluating(toy.fit.model, toy.fit.guide, 3):
+            runs.append(weighted(toy.fit.guide, toy.x, toy.gamma, budget, attempts=attempts))
+    once, twice = runs
+    assert not (once.khat <= 0.7).any()
+    assert (twice.khat < 0.7).all()
 
 
 # --- every sampler, prior and likelihood ---

@@ -40,7 +40,8 @@ def groups_of(cells: Cells, groupby: Groupby, what: str = "groupby") -> np.ndarr
     if missing := words_for_missing(found):
         warn(
             f"{what} holds {quoted(missing)}, as missing values are written in text: these cells count as a {kind} "
-            "of their own. Replace the word by None to leave them out."
+            f"of their own. Write None in place of the word, and they have no {kind}; a comparison with the rest of "
+            "the cells still counts them in the rest."
         )
     warn_of_lookalikes(what, f"{kind}s", [label_of(label) for label in found])
     return named
