@@ -24,7 +24,7 @@ from pyro_scvi.types import Distribution, Theta
 from pyro_scvi.utils.checks import brief, require_at_least, require_kind
 from pyro_scvi.utils.random_state import seeded
 
-OF_MLP = ("n_hidden", "n_layers", "dropout", "norm", "initial_sd")
+OF_MLP = ("n_hidden", "n_layers", "dropout", "norm", "initial_sd", "head_sd")
 """Arguments that are for the default decoder."""
 
 
@@ -59,8 +59,9 @@ class SCVI(Program):
     decoder_columns
         Which columns of gamma enter the decoder, slices such as ``cells.columns["donor"]``; None: all but those that
         the prior (Conditional, ByLabel) or the library (SizeFactor) is given.
-    n_hidden, n_layers, dropout, norm, initial_sd, seed
-        The decoder's hidden layers, and the seed of the initial weights.
+    n_hidden, n_layers, dropout, norm, initial_sd, head_sd, seed
+        The decoder's hidden layers, the prior of its heads' weights that ``ps.fit`` uses, as in
+        :class:`pyro_scvi.networks.MLPDecoder`, and the seed of the initial weights.
     weight_priors
         Parameter name pattern -> prior on it, see :mod:`pyro_scvi.priors.weights`: of the decoder, the likelihood, the
         library or the prior. Any callable will do that takes the parameter's name and a tensor like it, samples at
@@ -114,6 +115,7 @@ class SCVI(Program):
         dropout: float = 0.0,
         norm: Norm | None = BatchNorm(),
         initial_sd: float | None = None,
+        head_sd: float | None = 1.0,
         weight_priors: dict[str, WeightPrior] | None = None,
         seed: int = 0,
     ) -> None:
@@ -130,7 +132,7 @@ class SCVI(Program):
         if isinstance(prior, type) or not callable(self.prior):
             raise ModelError(f"prior must be an object such as ps.priors.StudentT({n_latent}), got {brief(prior)}")
         self._take_columns(decoder_columns)
-        decoder = self._decoder_part(decoder, MLPDecoder(n_hidden, n_layers, dropout, norm, initial_sd))
+        decoder = self._decoder_part(decoder, MLPDecoder(n_hidden, n_layers, dropout, norm, initial_sd, head_sd))
         with seeded(seed):
             self.decoder = self._built(decoder)
         self.require_genes()

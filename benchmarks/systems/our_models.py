@@ -53,6 +53,7 @@ def matched(cells: ps.Cells, seed: int) -> Configured:
         likelihood=ps.likelihoods.ZINB(ps.likelihoods.PerGene(cells.n_genes)),
         library=ps.libraries.ObservedLibrary(),
         n_layers=1,
+        head_sd=None,
         seed=seed,
     )
     encoder = matched_encoder(cells.n_genes, seed)

@@ -28,6 +28,12 @@ class MLPDecoder:
     ----------
     n_hidden, n_layers, dropout, norm, initial_sd
         The hidden layers, and the sd of their initial weights, as in ``ps.SCVI``, whose default this is.
+    head_sd
+        Prior of the weights W of the heads, of which ``ps.fit`` finds the mode, each Normal(0, head_sd^2 / n_hidden),
+        so that about this is the standard deviation over cells of a log mean, or of another head. It counts as much for
+        few cells as for many, and so keeps a fit to few cells from overfitting. Losses and evidence are without it.
+        Biases have none, nor have frozen weights or those in ``weight_priors``. None: no prior. In SVI of one's own,
+        add ``-model.decoder.log_prior_of_weights()`` to the loss, which is of all cells.
 
     Examples
     --------
@@ -40,6 +46,7 @@ class MLPDecoder:
     dropout: float = 0.0
     norm: Norm | None = BatchNorm()
     initial_sd: float | None = None
+    head_sd: float | None = 1.0
 
     def __call__(self, n_latent: int, n_genes: int, heads: Sequence[str], n_covariates: int) -> nn.Module:
         """Build the network."""
@@ -53,6 +60,7 @@ class MLPDecoder:
             dropout=self.dropout,
             norm=self.norm,
             initial_sd=self.initial_sd,
+            head_sd=self.head_sd,
         )
 
 

@@ -11,7 +11,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component
 from pyro_scvi.nn.dropout import Dropout
 from pyro_scvi.nn.normalization import BatchNorm, Norm
-from pyro_scvi.utils.checks import brief, require_at_least, require_number
+from pyro_scvi.utils.checks import brief, require_at_least, require_number, require_positive
 from pyro_scvi.utils.execution import execution
 
 
@@ -64,8 +64,12 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
         norm: Norm | None = BatchNorm(),
         initial_sd: float | None = None,
+        head_sd: float | None = None,
     ) -> None:
         super().__init__()
+        if head_sd is not None:
+            require_positive(head_sd, "head_sd")
+        self.n_hidden, self.head_sd = n_hidden, head_sd
         self.layers = Layers(n_latent, n_covariates, n_hidden, n_layers, dropout, norm)
         self.heads = nn.ModuleDict({name: nn.Linear(n_hidden, n_genes) for name in heads})
         initialise(self, initial_sd)
@@ -74,6 +78,13 @@ class Decoder(nn.Module):
         """Weights of the heads that are trained, (genes, n_hidden) each: those with a prior are no parameters."""
         weights = (head._parameters.get("weight") for head in self.heads.modules())
         return [weight for weight in weights if weight is not None and weight.requires_grad]
+
+    def log_prior_of_weights(self) -> Tensor:
+        """Log Normal(W; 0, head_sd^2 / n_hidden) of the heads' weights W, nats of all cells; 0 without a prior."""
+        weights = [] if self.head_sd is None else self.head_weights()
+        sd = (self.head_sd or 1.0) / math.sqrt(self.n_hidden)
+        constant = math.log(sd * math.sqrt(2 * math.pi))
+        return sum((-w.square().sum() / (2 * sd**2) - constant * w.numel() for w in weights), start=torch.zeros(()))
 
     def forward(self, z: Tensor, gamma: Tensor) -> dict[str, Tensor]:
         """Heads by name, each (..., cells, genes), on the log or logit scale."""

@@ -55,7 +55,6 @@ def fit(
     patience: int | None = None,
     learning_rate: LearningRate = OneCycle(),
     eps: float = 1e-8,
-    head_sd: float | None = None,
     kl_weight: KLWeight = ConstantKL(),
     elbo: ELBO | None = None,
     data_start: bool = True,
@@ -112,11 +111,6 @@ def fit(
         Number of epochs without improvement of the held-out bound after which training stops; None: never.
     learning_rate, eps
         Schedule and epsilon of the Adam optimiser.
-    head_sd
-        Prior of the weights of the default decoder's heads, of which training finds the mode: each is Normal(0,
-        head_sd^2 / n_hidden), so that about this is the standard deviation over cells of a log mean, or of another
-        head. It counts as much for few cells as for many, and so keeps a fit to few cells from overfitting. The losses
-        of the history are without it. Biases have none, nor have weights in ``weight_priors``. None: no prior.
     kl_weight
         Weight of the KL divergence of the latents of the cells but the library size. The history always reports the
         untempered bound.

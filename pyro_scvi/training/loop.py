@@ -276,7 +276,7 @@ class Trainer:
             )
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
-            add_prior_of_heads(self.model.decoder, self.options.head_sd)
+            add_prior_of_weights(self.model.decoder)
             self.state.step()
             total += value
             if ends:  # all ranks have summed the same flags, so all end after the same step
@@ -368,14 +368,11 @@ class Trainer:
         return loss / seen, kl / seen
 
 
-def add_prior_of_heads(decoder: torch.nn.Module, sd: float | None) -> None:
-    """Add the gradient of -log Normal(W; 0, sd^2 / n_hidden), W the weights of the default decoder's heads.
-
-    In nats of all cells, as that of the loss. Through autograd, so that hooks which keep a part of W as it is see it.
-    """
-    weights = decoder.head_weights() if sd is not None and isinstance(decoder, Decoder) else []
-    if sd is not None and weights:
-        torch.autograd.backward(weights, [weight.detach() * (weight.shape[1] / sd**2) for weight in weights])
+def add_prior_of_weights(decoder: torch.nn.Module) -> None:
+    """Add the gradient of minus the log prior of the default decoder's weights, in nats of all cells as the loss is."""
+    log_prior = decoder.log_prior_of_weights() if isinstance(decoder, Decoder) else torch.zeros(())
+    if log_prior.requires_grad:
+        (-log_prior).backward()
 
 
 def _losses(row: dict[str, float]) -> str:

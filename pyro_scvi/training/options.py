@@ -20,12 +20,11 @@ from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.likelihoods.library_size import SizeFactor
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
-from pyro_scvi.nn.networks import Decoder
 from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.landmarks import evenly_spaced
-from pyro_scvi.utils.checks import brief, require_positive
+from pyro_scvi.utils.checks import brief
 
 COMPARED = 64
 """Cells whose counts ranks compare gene by gene."""
@@ -53,7 +52,6 @@ class TrainingOptions:
     patience: int | None
     learning_rate: LearningRate
     eps: float
-    head_sd: float | None
     kl_weight: KLWeight
     elbo: ELBO
     data_start: bool
@@ -81,7 +79,6 @@ class TrainingOptions:
         options = replace(self, device=resolve_device(self.device))
         _check_validation(self.validation)
         _check_cells(model, cells, self.validation)
-        _check_head_sd(model, self.head_sd)
         _check_precision(self.dtype, self.autocast)
         require_precision(options.device, self.dtype)
         if not isinstance(self.ranks, Processes):
@@ -100,8 +97,6 @@ class TrainingOptions:
         """
         epochs = default_epochs(n_cells) if self.epochs is None else self.epochs
         check_run(epochs, self.batch_size, self.patience, self.eps)
-        if self.head_sd is not None:
-            require_positive(self.head_sd, "head_sd")
         _check_options(self.learning_rate, self.kl_weight, self.elbo, int(epochs))
         _check_checkpoint(self.checkpoint, self.checkpoint_every, self.resume)
         return replace(
@@ -142,8 +137,6 @@ class TrainingOptions:
         options.pop("dtype")  # is among the facts of the fit
         if not self.compiled:
             options.pop("compiled")  # earlier checkpoints do not have it, nor the next
-        if self.head_sd is None:
-            options.pop("head_sd")
         return options
 
 
@@ -177,14 +170,6 @@ def _check_validation(validation: Any) -> None:
     if not isinstance(validation, Cells) and not (is_number and validation >= 0 and (whole or validation < 1)):
         raise ModelError(
             f"validation must be a share from 0 to below 1, an int number of cells, or Cells; got {brief(validation)}"
-        )
-
-
-def _check_head_sd(model: SCVI, head_sd: float | None) -> None:
-    if head_sd is not None and not (isinstance(model.decoder, Decoder) and model.decoder.head_weights()):
-        raise ModelError(
-            f"head_sd is a prior of the heads of the default decoder, which {type(model.decoder).__name__} does not "
-            "have, or has as latents: leave head_sd out, and give weights a prior by weight_priors"
         )
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.faults
 
 SECONDS, MEGABYTES = 5, 200  # that any one save may cost
 EVERY = 3  # one of so many pairs of a place and a value is tried: each place and each value come up all the same
-NO_SIZES = ("seed", "initial_sd")  # which may be as large as they like
+NO_SIZES = ("seed", "initial_sd", "head_sd")  # which may be as large as they like
 VALUES = (0, -1, 20_000, 10**9, 2**63, 10**30, 1.5, float("nan"), "3", None, True, [3], {"tensor": [[1.0]]})
 
 

@@ -234,7 +234,6 @@ def test_a_fit_is_not_saved_where_another_process_writes(cells, tmp_path):
         ({"patience": 4}, "patience was null, is 4"),
         ({"validation": 0.2}, "validation was 0.1, is 0.2"),
         ({"eps": 1e-6}, "eps was 1e-08, is 1e-06"),
-        ({"head_sd": 2.0}, "head_sd"),
     ],
 )
 def test_another_run_is_refused_by_what_differs(cells, tmp_path, monkeypatch, options, says):

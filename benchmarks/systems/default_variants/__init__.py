@@ -15,14 +15,22 @@ DROPOUT = 0.1
 
 
 def _made(
-    cells: ps.Cells, seed: int, *, layers: int = 1, in_encoder: int = 0, in_decoder: float = 0.0, **of_model: Any
+    cells: ps.Cells,
+    seed: int,
+    *,
+    layers: int = 1,
+    in_encoder: int = 0,
+    in_decoder: float = 0.0,
+    dropout: float = DROPOUT,
+    head_sd: float | None = None,
+    **of_model: Any,
 ) -> Configured:
     """A model and a guide with so many layers each, or so many ``in_encoder``, and dropout in the encoder."""
     if "decoder" not in of_model:
-        of_model |= {"n_layers": layers, "dropout": in_decoder}
+        of_model |= {"n_layers": layers, "dropout": in_decoder, "head_sd": head_sd}
     model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, seed=seed, **of_model)
-    guide = ps.guides.DiagonalNormal(model, n_layers=in_encoder or layers, dropout=DROPOUT, seed=seed)
-    return model, {"guide": guide, "head_sd": None, "seed": seed}
+    guide = ps.guides.DiagonalNormal(model, n_layers=in_encoder or layers, dropout=dropout, seed=seed)
+    return model, {"guide": guide, "seed": seed}
 
 
 def _per_gene(cells: ps.Cells) -> ps.likelihoods.ZINB:
@@ -36,9 +44,7 @@ def _deviating(cells: ps.Cells, seed: int, head: OwnHead, scale: float = 1.0, **
 
 def default(cells: ps.Cells, seed: int) -> Configured:
     """Two layers in both, no dropout, r per cell and gene: the default until then."""
-    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=2, seed=seed)
-    guide = ps.guides.DiagonalNormal(model, n_layers=2, dropout=0.0, seed=seed)
-    return model, {"guide": guide, "head_sd": None, "seed": seed}
+    return _made(cells, seed, layers=2, dropout=0.0)
 
 
 def recipe(cells: ps.Cells, seed: int) -> Configured:
@@ -154,70 +160,61 @@ def two_layers_both_dropout(cells: ps.Cells, seed: int) -> Configured:
     return _made(cells, seed, layers=2, in_decoder=DROPOUT)
 
 
-def _shrunk(configured: Configured, sd: float = 1.0) -> Configured:
-    """The same with a prior of the heads' weights."""
-    model, options = configured
-    return model, options | {"head_sd": sd}
-
-
 def shrunk_default(cells: ps.Cells, seed: int) -> Configured:
-    """The default until then, and a prior of the heads' weights."""
-    return _shrunk(default(cells, seed))
+    """Two layers in both, no dropout, a prior of the heads' weights: the default now."""
+    return _made(cells, seed, layers=2, dropout=0.0, head_sd=1.0)
 
 
 def shrunk_shallow_decoder_alone(cells: ps.Cells, seed: int) -> Configured:
     """Two layers in the encoder, no dropout, a prior of the heads' weights."""
-    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, seed=seed)
-    return _shrunk(
-        (model, {"guide": ps.guides.DiagonalNormal(model, n_layers=2, dropout=0.0, seed=seed), "seed": seed})
-    )
+    return _made(cells, seed, in_encoder=2, dropout=0.0, head_sd=1.0)
 
 
 def shrunk_two_layers(cells: ps.Cells, seed: int) -> Configured:
     """Two layers in both, a prior of the heads' weights."""
-    return _shrunk(encoder_dropout(cells, seed))
+    return _made(cells, seed, layers=2, head_sd=1.0)
 
 
 def shrunk_shallow_decoder(cells: ps.Cells, seed: int) -> Configured:
     """Two layers in the encoder, a prior of the heads' weights."""
-    return _shrunk(shallow_decoder(cells, seed))
+    return _made(cells, seed, in_encoder=2, head_sd=1.0)
 
 
 def shrunk_shallow_encoder(cells: ps.Cells, seed: int) -> Configured:
     """Two layers in the decoder, a prior of the heads' weights."""
-    return _shrunk(shallow_encoder(cells, seed))
+    return _made(cells, seed, layers=2, in_encoder=1, head_sd=1.0)
 
 
 def shrunk_one_layer_of_256(cells: ps.Cells, seed: int) -> Configured:
     """One layer of 256 in both, a prior of the heads' weights."""
-    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, n_hidden=256, seed=seed)
+    model = ps.SCVI(cells.n_genes, n_covariates=cells.n_covariates, n_layers=1, n_hidden=256, head_sd=1.0, seed=seed)
     guide = ps.guides.DiagonalNormal(model, n_layers=1, n_hidden=256, dropout=DROPOUT, seed=seed)
-    return _shrunk((model, {"guide": guide, "seed": seed}))
+    return model, {"guide": guide, "seed": seed}
 
 
 def shrunk_one_layer(cells: ps.Cells, seed: int) -> Configured:
     """One layer in both, a prior of the heads' weights."""
-    return _shrunk(one_layer(cells, seed))
+    return _made(cells, seed, head_sd=1.0)
 
 
 def shrunk_one_layer_wide(cells: ps.Cells, seed: int) -> Configured:
     """One layer in both, a prior three times as wide."""
-    return _shrunk(one_layer(cells, seed), 3.0)
+    return _made(cells, seed, head_sd=3.0)
 
 
 def shrunk_one_layer_narrow(cells: ps.Cells, seed: int) -> Configured:
     """One layer in both, a prior half as wide."""
-    return _shrunk(one_layer(cells, seed), 0.5)
+    return _made(cells, seed, head_sd=0.5)
 
 
 def shrunk_one_layer_per_gene(cells: ps.Cells, seed: int) -> Configured:
     """One layer in both, r per gene, a prior of the heads' weights."""
-    return _shrunk(one_layer_per_gene(cells, seed))
+    return _made(cells, seed, likelihood=_per_gene(cells), head_sd=1.0)
 
 
 def shrunk_recipe(cells: ps.Cells, seed: int) -> Configured:
     """The recipe, and a prior of the heads' weights."""
-    return _shrunk(recipe(cells, seed))
+    return _made(cells, seed, layers=2, in_decoder=DROPOUT, likelihood=_per_gene(cells), head_sd=1.0)
 
 
 VARIANTS: dict[str, Callable[[ps.Cells, int], Configured]] = {

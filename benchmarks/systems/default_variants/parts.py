@@ -71,7 +71,7 @@ class OwnHead:
 
     def __call__(self, n_latent: int, n_genes: int, heads: Sequence[str], n_covariates: int) -> nn.Module:
         """Build the network."""
-        network = ps.networks.MLPDecoder(n_layers=self.layers, dropout=self.within)(
+        network = ps.networks.MLPDecoder(n_layers=self.layers, dropout=self.within, head_sd=None)(
             n_latent, n_genes, heads, n_covariates
         )
         n_hidden = network.heads[LOG_R].in_features
