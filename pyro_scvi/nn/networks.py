@@ -81,10 +81,23 @@ class Decoder(nn.Module):
 
     def log_prior_of_weights(self) -> Tensor:
         """Log Normal(W; 0, head_sd^2 / n_hidden) of the heads' weights W, nats of all cells; 0 without a prior."""
-        weights = [] if self.head_sd is None else self.head_weights()
-        sd = (self.head_sd or 1.0) / math.sqrt(self.n_hidden)
-        constant = math.log(sd * math.sqrt(2 * math.pi))
-        return sum((-w.square().sum() / (2 * sd**2) - constant * w.numel() for w in weights), start=torch.zeros(()))
+        precision = self._precision_of_weights()
+        constant = 0.5 * math.log(precision / (2 * math.pi)) if precision else 0.0
+        terms = (constant * w.numel() - 0.5 * precision * w.square().sum() for w in self.head_weights())
+        return sum(terms, start=torch.zeros(()))
+
+    def add_gradient_of_prior(self) -> None:
+        """Add the gradient of minus :meth:`log_prior_of_weights` to that of the heads' weights, in few operations.
+
+        Through autograd, so that hooks which keep a part of W as it is see it.
+        """
+        precision, weights = self._precision_of_weights(), self.head_weights()
+        if precision and weights:
+            gradients = precision * torch.cat([weight.detach() for weight in weights])
+            torch.autograd.backward(weights, gradients.split([len(weight) for weight in weights]))
+
+    def _precision_of_weights(self) -> float:
+        return 0.0 if self.head_sd is None else self.n_hidden / self.head_sd**2
 
     def forward(self, z: Tensor, gamma: Tensor) -> dict[str, Tensor]:
         """Heads by name, each (..., cells, genes), on the log or logit scale."""

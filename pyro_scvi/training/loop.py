@@ -276,7 +276,8 @@ class Trainer:
             )
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} in step {step + 1} of an epoch", trained=step > 0)
-            add_prior_of_weights(self.model.decoder)
+            if isinstance(self.model.decoder, Decoder):
+                self.model.decoder.add_gradient_of_prior()
             self.state.step()
             total += value
             if ends:  # all ranks have summed the same flags, so all end after the same step
@@ -366,13 +367,6 @@ class Trainer:
                 n += len(some)
         loss, kl, seen = ranks.sum(*sums, n)
         return loss / seen, kl / seen
-
-
-def add_prior_of_weights(decoder: torch.nn.Module) -> None:
-    """Add the gradient of minus the log prior of the default decoder's weights, in nats of all cells as the loss is."""
-    log_prior = decoder.log_prior_of_weights() if isinstance(decoder, Decoder) else torch.zeros(())
-    if log_prior.requires_grad:
-        (-log_prior).backward()
 
 
 def _losses(row: dict[str, float]) -> str:

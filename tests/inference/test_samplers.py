@@ -60,7 +60,8 @@ class Toy:
     def __init__(self, prior, n_latent, grid, library=None, sd=0.8):
         torch.manual_seed(1)
         library = library or ps.libraries.NoLibrary()
-        model = ps.SCVI(12, n_latent, prior=prior, library=library, n_hidden=8, norm=None, initial_sd=sd, seed=3)
+        decoder = ps.networks.MLPDecoder(n_hidden=8, norm=None, initial_sd=sd, head_sd=None)
+        model = ps.SCVI(12, n_latent, prior=prior, library=library, decoder=decoder, seed=3)
         with torch.no_grad():
             if not library.latent:
                 model.decoder.heads["log_mean"].bias += 0.5

@@ -14,7 +14,6 @@ import pyro_scvi as ps
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.errors import FitError, ModelError, SchemaError
 from pyro_scvi.inference.evaluation import bound_terms
-from pyro_scvi.training.loop import add_prior_of_weights
 from pyro_scvi.training.options import TrainingOptions, default_epochs
 
 
@@ -479,11 +478,12 @@ def test_the_prior_of_heads_is_normal_in_the_gradient_of_all_cells():
     decoder.heads["log_mean"].weight.register_hook(lambda gradient: gradient * (torch.arange(6) > 2)[:, None])
     log_prior = sum(torch.distributions.Normal(0.0, 0.8 / 16**0.5).log_prob(weight).sum() for weight in weights)
     torch.testing.assert_close(decoder.log_prior_of_weights(), log_prior)
+    assert ps.networks.MLPDecoder(head_sd=None)(2, 6, ("log_mean",), 0).log_prior_of_weights() == 0
     expected = torch.autograd.grad(-log_prior, weights)
     expected[0][:3] = 0.0  # what a user's hook keeps as it is
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    add_prior_of_weights(decoder)
+    decoder.add_gradient_of_prior()
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, 1.0 + gradient)
     others = [p for p in decoder.parameters() if not any(p is weight for weight in weights)]
@@ -510,7 +510,6 @@ def test_a_narrow_prior_of_heads_leaves_the_means_of_the_genes(cells):
 def test_other_decoders_and_weights_with_a_prior_have_no_prior_of_heads(cells):
     with pytest.raises(ModelError, match=r"\['head_sd'\] are for the default decoder"):
         ps.SCVI(cells.n_genes, 3, decoder=ps.networks.LinearDecoder(), head_sd=0.01)
-    add_prior_of_weights(ps.SCVI(cells.n_genes, 3, decoder=ps.networks.LinearDecoder()).decoder)
     latent = small_model(cells, weight_priors={"decoder.heads.log_mean.weight": ps.weights.NormalWeights()})
     (weights,) = [latent.decoder.head_weights()]
     assert {id(w) for w in weights} == {
