@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
-from pyro_scvi.errors import ModelError, SchemaError
+from pyro_scvi.data.same_columns import require_same_columns
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.utils.cell_streams import cell_streams
@@ -79,18 +80,7 @@ def minibatches(fit: Fit, cells: Cells, *, new_batches: bool = False) -> Minibat
     SchemaError
         If they do not match, or there are such cells and the caller does not know.
     """
-    fitted, given = fit.schema, cells.schema
-    if fitted.gene_names != given.gene_names:
-        same = len(set(fitted.gene_names) & set(given.gene_names))
-        raise SchemaError(
-            f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
-            "fit, or in another order; make them with Cells.from_anndata(adata, schema=fit.schema)"
-        )
-    if fitted.encoding != given.encoding:
-        raise SchemaError(
-            f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; make "
-            "them with Cells.from_anndata(adata, schema=fit.schema)"
-        )
+    require_same_columns(fit.schema, cells.schema)
     return Minibatches(cells, fit.device, fit.dtype, new_batches=new_batches)
 
 

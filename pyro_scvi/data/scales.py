@@ -99,7 +99,17 @@ def warn_of_size_factors(name: str, totals: np.ndarray, sizes: np.ndarray, unit:
     UserWarning
         If counts per size factor are beyond what ``OTHER_UNIT`` and three standard deviations between cells explain.
     """
-    found = unit_of_sizes(totals, sizes)
+    warn_of_size_units(name, unit_of_sizes(totals, sizes), unit)
+
+
+def warn_of_size_units(name: str, found: tuple[float, ...], unit: tuple[float, ...]) -> None:
+    """Warn of size factors of a query whose unit is ``found``, where that of the training cells is ``unit``.
+
+    Warns
+    -----
+    UserWarning
+        As :func:`warn_of_size_factors`.
+    """
     if not unit or not found:
         return
     (ours, spread), theirs = unit, found[0]

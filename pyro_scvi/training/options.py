@@ -14,6 +14,7 @@ from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import require_precision, resolve_device
+from pyro_scvi.data.same_columns import require_same_columns
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
@@ -153,6 +154,8 @@ def default_epochs(n_cells: int) -> int:
 
 
 def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
+    if model.trained_on is not None:
+        require_same_columns(model.trained_on, cells.schema)
     if (cells.n_genes, cells.n_covariates) != (model.n_genes, model.n_covariates):
         raise ModelError(
             f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "
