@@ -53,6 +53,7 @@ class Table(NamedTuple):
     place: Place = Place()
     limit: TypeLimit = NO_LIMIT  # of the type in which the counts came
     var: pd.DataFrame | None = None  # annotations of the genes, if there are any
+    given: Any = None  # the matrix of the caller that the counts may share memory with
 
 
 class Annotations(NamedTuple):
@@ -70,14 +71,15 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
     _require_anndata(adata)
     _require_place(adata, place)
     hint = _hint(adata, place)
+    matrix = given = _matrix(adata, place)
     if adata.is_view:  # what is broken in the whole matrix does not show in some of its rows
-        require_whole(_matrix(adata._adata_ref, place), place.name)
-    matrix = _matrix(adata, place)
+        given = _matrix(adata._adata_ref, place)
+        require_whole(given, place.name)
     if matrix is None:
         raise DataError(f"{place.name} is None: there are no counts to read. {hint}")
     counts = canonical(matrix, place.name)
     var = _var(adata, place)
-    return Table(counts, texts(var.index), _obs(adata), place.name, hint, place, limit_of(matrix.dtype), var)
+    return Table(counts, texts(var.index), _obs(adata), place.name, hint, place, limit_of(matrix.dtype), var, given)
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
@@ -223,8 +225,8 @@ def table_of_matrix(
     cells = _agreed(_checked_names(cell_names, "cell", n_cells), names_in(rows), "cell")
     if genes is None:
         genes = pd.Index([f"gene_{i}" for i in range(n_genes)])
-    limit = limit_of(getattr(matrix, "dtype", None))
-    return Table(counts, genes, _obs_of(obs, cells, rows, counts.shape), "counts", "Pass the raw counts.", limit=limit)
+    limit, annotations = limit_of(getattr(matrix, "dtype", None)), _obs_of(obs, cells, rows, counts.shape)
+    return Table(counts, genes, annotations, "counts", "Pass the raw counts.", limit=limit, given=matrix)
 
 
 def _obs_of(

@@ -145,6 +145,7 @@ def annotate(
         fill_missing_genes=fill_missing_genes,
         allow_non_integer=allow_non_integer,
         allow_new_batches=allow_new_batches,
+        copy=False,
     )
     drawing: dict[str, Any] = {"samples": samples, "sampler": sampler, "seed": seed, "batch_size": batch_size}
     results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
