@@ -124,6 +124,7 @@ def fit(
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
         Start the genes' means and the library size's distribution at those of the data, unless the model is of a fit.
+        A bias that is frozen by ``requires_grad_(False)`` stays as it is.
     checkpoint, checkpoint_every
         Directory for the state of training at the end of an epoch, and how often it is written. An earlier checkpoint
         stays readable until the next is complete. :func:`load` returns the fit up to the checkpoint.
@@ -265,7 +266,7 @@ def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SinglePr
     heads = getattr(model.decoder, "heads", None)  # a decoder of one's own may have others
     head = heads["log_mean"] if isinstance(heads, torch.nn.ModuleDict) and "log_mean" in heads else None
     bias = None if head is None else head._parameters.get("bias")  # None if it is latent
-    if bias is not None:
+    if bias is not None and bias.requires_grad:  # one that is frozen has the values that its owner gave it
         with torch.no_grad():
             bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none
 
