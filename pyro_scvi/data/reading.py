@@ -24,11 +24,12 @@ from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import in_order_of, labelled, names_in, texts, warn_of_swapped_names
-from pyro_scvi.data.obs_columns import quoted
+from pyro_scvi.data.obs_columns import categories, numbers, quoted
 from pyro_scvi.data.places import Place, first_of, hint_of
+from pyro_scvi.data.scales import warn_of_mixed_units
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
-from pyro_scvi.data.stores.layout import SCHEMA
+from pyro_scvi.data.stores.layout import SCHEMA, files_of
 from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, items_of, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
@@ -54,6 +55,7 @@ class Table(NamedTuple):
     limit: TypeLimit = NO_LIMIT  # of the type in which the counts came
     var: pd.DataFrame | None = None  # annotations of the genes, if there are any
     given: Any = None  # the matrix of the caller that the counts may share memory with
+    files: np.ndarray | None = None  # (cells,): which file or part each cell is of, if there are several
 
 
 class Annotations(NamedTuple):
@@ -163,7 +165,9 @@ def table_in_place(adata: Any, place: Place) -> Table:
     # Of parts of several types, the narrowest is that which may have changed counts.
     limit = min(map(limit_of, collection.types), key=lambda each: each.value)
     var = _features_of([part.var for part in adata.adatas], genes)
-    return Table(collection, genes, adata.obs.copy(), place.name, "Pass raw counts.", place, limit, var)
+    files = np.repeat(np.arange(len(adata.adatas)), [part.n_obs for part in adata.adatas])
+    obs, hint = adata.obs.copy(), "Pass raw counts."
+    return Table(collection, genes, obs, place.name, hint, place, limit, var, files=files)
 
 
 def _features_of(parts: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame | None:
@@ -198,7 +202,8 @@ def table_of_store(path: str | Path, verify: bool) -> Table:
     """Take the counts of a store, which were validated when it was built."""
     store = CountStore(path, verify=verify)
     annotations = store.annotations()
-    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", _place_of(store))
+    source, files = f"the store {path}", files_of(annotations)
+    return Table(store, annotations.var_names, annotations.obs, source, "", _place_of(store), files=files)
 
 
 def _place_of(store: CountStore) -> Place:
@@ -313,7 +318,9 @@ def read(
         schema = schema.with_sizes(table.obs, totals)
     elif complete:
         schema.check_sizes(table.obs, totals)
-    return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
+    gamma = schema.encode(table.obs, allow_new_batches=allow_new_batches)
+    _warn_of_mixed_units(table, schema)
+    return counts, gamma, schema
 
 
 def _check_names(table: Table) -> None:
@@ -328,6 +335,16 @@ def _check_names(table: Table) -> None:
             f"cell names occur more than once: {quoted(doubled)}. Tables and messages cannot tell these cells apart; "
             "adata.obs_names_make_unique() gives each its own name."
         )
+
+
+def _warn_of_mixed_units(table: Table, schema: Schema) -> None:
+    """Warn of covariates in another unit in some of the files or, where these are not known, batches."""
+    files, what = table.files, "file"
+    if files is None and schema.batch in table.obs:
+        labels, codes = categories(table.obs, str(schema.batch))
+        files, what = np.array(labels, dtype=object)[codes], "batch"
+    for name in schema.covariates if files is not None else ():
+        warn_of_mixed_units(name, numbers(table.obs, name), files, what)
 
 
 def _warn_of_one_total(totals: np.ndarray, table: Table) -> None:

@@ -23,6 +23,12 @@ smaller unit."""
 OTHER_UNIT = 2.0
 """Factor between the counts per size factor of a query and of the training cells that raises a warning."""
 
+MIXED = 10.0
+"""Factor by which both size and spread of a covariate must differ between parts of the data to raise a warning."""
+
+FEW = 10
+"""Cells of a part that say nothing of its scale."""
+
 SMALLEST = 1e-100
 """A covariate whose values are all below this is refused: its variance may underflow, and its scale be wrong."""
 
@@ -78,6 +84,36 @@ def warn_of_units(name: str, values: np.ndarray, mean: float, sd: float) -> None
         warn(
             f"covariate column {name!r} is {np.median(values):.4g} ± {values.std():.2g} here and {mean:.4g} ± {sd:.2g} "
             "in the training cells. Is it in another unit, such as a share for percent, or years for months?"
+        )
+
+
+def warn_of_mixed_units(name: str, values: np.ndarray, parts: np.ndarray, what: str) -> None:
+    """Warn of a covariate (cells,) that is in another unit in one of the ``parts`` (cells,) than in the largest.
+
+    Another factor changes size and spread alike. What differs between parts, such as a fraction of dying cells, mostly
+    does not by as much.
+
+    Warns
+    -----
+    UserWarning
+        If there is one; names the column, the part, and both scales; ``what`` says what parts are.
+    """
+    of_part = pd.Series(values).groupby(parts)
+    scales = pd.DataFrame({"mean": pd.Series(np.abs(values)).groupby(parts).mean(), "sd": of_part.std(ddof=0)})
+    sizes = of_part.size()
+    scales = scales[(sizes >= FEW) & (scales.sd > NARROWEST * scales["mean"])]  # one value for all cells has no scale
+    if len(scales) < 2:
+        return
+    largest = sizes[scales.index].idxmax()
+    factors = scales / scales.loc[largest]
+    off = factors.index[(factors.min(axis=1) > MIXED) | (factors.max(axis=1) < 1 / MIXED)]
+    if len(off):
+        mean, sd = ([scales.loc[part, of] for part in (off[0], largest)] for of in ("mean", "sd"))
+        more = f" ({len(off)} such in all)" if len(off) > 1 else ""
+        warn(
+            f"covariate column {name!r} is {mean[0]:.4g} ± {sd[0]:.2g} in {what} {str(off[0])!r}{more}, and "
+            f"{mean[1]:.4g} ± {sd[1]:.2g} in {what} {str(largest)!r}. Is it in another unit there, such as percent for "
+            "a share? Convert it first, so that all cells have it in one unit."
         )
 
 
