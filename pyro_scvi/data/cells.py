@@ -152,8 +152,9 @@ class Cells:
         place = chosen(layer, raw, schema.place if isinstance(schema, Schema) else Place())
         table = table_in_place(adata, place) if backed else table_of_anndata(adata, place)
         annotations = Annotations(batch, covariates, categories, labels, size_factor)
-        counts, *parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
-        return cls(owned(counts, table.given) if copy else counts, *parts, table.obs)
+        options = (annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
+        counts, gamma, known = read(table, *options)
+        return cls(owned(counts, table.given) if copy else counts, gamma, known, table.obs)
 
     @classmethod
     @switches_checked
@@ -202,8 +203,9 @@ class Cells:
             raise SchemaError("a schema matches genes by name: pass gene_names, or a DataFrame with columns of genes.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
         annotations = Annotations(batch, covariates, categories, labels, size_factor)
-        counts, *parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
-        return cls(owned(counts, table.given) if copy else counts, *parts, table.obs)
+        options = (annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
+        counts, gamma, known = read(table, *options)
+        return cls(owned(counts, table.given) if copy else counts, gamma, known, table.obs)
 
     @classmethod
     @switches_checked

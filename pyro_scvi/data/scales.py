@@ -98,22 +98,21 @@ def warn_of_mixed_units(name: str, values: np.ndarray, parts: np.ndarray, what: 
     UserWarning
         If there is one; names the column, the part, and both scales; ``what`` says what parts are.
     """
-    of_part = pd.Series(values).groupby(parts)
-    scales = pd.DataFrame({"mean": pd.Series(np.abs(values)).groupby(parts).mean(), "sd": of_part.std(ddof=0)})
-    sizes = of_part.size()
-    scales = scales[(sizes >= FEW) & (scales.sd > NARROWEST * scales["mean"])]  # one value for all cells has no scale
-    if len(scales) < 2:
+    names, codes, sizes = np.unique(parts.astype(str), return_inverse=True, return_counts=True)
+    centres, means = (np.bincount(codes, of) / sizes for of in (values, np.abs(values)))
+    sds = np.sqrt(np.bincount(codes, (values - centres[codes]) ** 2) / sizes)
+    scaled = np.flatnonzero((sizes >= FEW) & (sds > NARROWEST * means))  # one value for all cells has no scale
+    if len(scaled) < 2:
         return
-    largest = sizes[scales.index].idxmax()
-    factors = scales / scales.loc[largest]
-    off = factors.index[(factors.min(axis=1) > MIXED) | (factors.max(axis=1) < 1 / MIXED)]
+    largest = scaled[sizes[scaled].argmax()]
+    factors = np.stack([means[scaled] / means[largest], sds[scaled] / sds[largest]])
+    off = scaled[(factors.min(0) > MIXED) | (factors.max(0) < 1 / MIXED)]
     if len(off):
-        mean, sd = ([scales.loc[part, of] for part in (off[0], largest)] for of in ("mean", "sd"))
+        shown = [f"{means[part]:.4g} ± {sds[part]:.2g} in {what} {str(names[part])!r}" for part in (off[0], largest)]
         more = f" ({len(off)} such in all)" if len(off) > 1 else ""
         warn(
-            f"covariate column {name!r} is {mean[0]:.4g} ± {sd[0]:.2g} in {what} {str(off[0])!r}{more}, and "
-            f"{mean[1]:.4g} ± {sd[1]:.2g} in {what} {str(largest)!r}. Is it in another unit there, such as percent for "
-            "a share? Convert it first, so that all cells have it in one unit."
+            f"covariate column {name!r} is {shown[0]}{more}, and {shown[1]}. Is it in another unit there, such as "
+            "percent for a share? Convert it first, so that all cells have it in one unit."
         )
 
 
