@@ -12,10 +12,10 @@ from torch import Tensor
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.data.obs_columns import label_of, quoted
-from pyro_scvi.data.same_columns import require_same_columns
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.training.same_columns import require_same_columns
 from pyro_scvi.utils.cell_streams import cell_streams
 from pyro_scvi.utils.checks import brief, items_of
 

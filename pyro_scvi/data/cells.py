@@ -17,13 +17,13 @@ from pyro_scvi.data.indexing import CellIndex, positions, split_at_random
 from pyro_scvi.data.lazy_counts import rows_of
 from pyro_scvi.data.names import as_series, in_order_of, labelled, names_in
 from pyro_scvi.data.obs_columns import categories, quoted
-from pyro_scvi.data.own_memory import owned
 from pyro_scvi.data.places import Place, chosen
 from pyro_scvi.data.reading import Annotations, read, table_in_place, table_of_anndata, table_of_matrix, table_of_store
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import switches_checked, warn
 from pyro_scvi.utils.html_repr import table
+from pyro_scvi.utils.own_memory import owned
 
 
 @dataclass(frozen=True, eq=False, repr=False)

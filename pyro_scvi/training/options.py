@@ -14,7 +14,6 @@ from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import require_precision, resolve_device
-from pyro_scvi.data.same_columns import require_same_columns
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
@@ -26,6 +25,7 @@ from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.landmarks import evenly_spaced
+from pyro_scvi.training.same_columns import require_same_columns
 from pyro_scvi.utils.checks import brief, require_positive
 
 COMPARED = 64

@@ -10,7 +10,7 @@ import xarray as xr
 from scipy import sparse
 
 import pyro_scvi as ps
-from pyro_scvi.data.own_memory import owned
+from pyro_scvi.utils.own_memory import owned
 
 COUNTS = np.random.default_rng(0).poisson(2.0, (30, 12))
 TYPES = (np.float32, np.int32, np.int16, np.float64)

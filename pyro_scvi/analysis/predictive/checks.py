@@ -19,7 +19,6 @@ from pyro_scvi.analysis.global_averages import at_draws, shares
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.analysis.predictive.check_statistics import Statistics, banded, moments
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.same_columns import in_order_of_columns
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.program_runs import drawn_counts, needs_counts
@@ -30,6 +29,7 @@ from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.priors.base import require_proper
+from pyro_scvi.training.same_columns import in_order_of_columns
 from pyro_scvi.utils.cell_streams import alone, per_cell
 from pyro_scvi.utils.checks import brief, require_at_least, require_kind
 from pyro_scvi.utils.html_repr import table

@@ -6,12 +6,10 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from pyro_scvi.data.counts import Counts, Source
-
 _PARTS = ("data", "indices", "indptr")
 
 
-def owned(counts: Counts, given: Any) -> Counts:
+def owned(counts: Any, given: Any) -> Any:
     """Counts (cells, genes) that nobody changes: what shares memory with the ``given`` matrix is copied.
 
     Sources, and arrays that are mapped from a file for reading only, stay where they are.
@@ -21,12 +19,11 @@ def owned(counts: Counts, given: Any) -> Counts:
     def own(array: np.ndarray) -> np.ndarray:
         return array.copy() if any(np.may_share_memory(array, part) for part in lent) else array
 
-    if isinstance(counts, Source):
-        return counts
     if isinstance(counts, np.ndarray):
         return own(counts)
-    for name in _PARTS:
-        setattr(counts, name, own(getattr(counts, name)))
+    if sparse.issparse(counts):
+        for name in _PARTS:
+            setattr(counts, name, own(getattr(counts, name)))
     return counts
 
 
