@@ -98,6 +98,8 @@ class SCVI(Program):
     """
 
     decoder_columns: Tensor | None
+    trained_on: Any = None
+    """Schema of the cells of the fit that this model is of: genes and covariates have its order. None: of no fit."""
 
     def __init__(
         self,
@@ -123,7 +125,6 @@ class SCVI(Program):
         require_at_least(1, n_genes=n_genes, n_latent=n_latent)
         require_at_least(0, n_covariates=n_covariates)
         self.n_genes, self.n_latent, self.n_covariates = n_genes, n_latent, n_covariates
-        self.trained = False  # set by the first fit
         self.prior = StandardNormal(n_latent) if prior is None else prior
         self.likelihood = ZINB() if likelihood is None else likelihood
         self.library = LatentLibrary() if library is None else library
@@ -183,6 +184,11 @@ class SCVI(Program):
             z = pyro.sample("z", self.prior_of(gamma))  # (cells, 1, latents)
             theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
             return self.observe(x, theta, marginal=marginal, mask=mask)
+
+    @property
+    def trained(self) -> bool:
+        """Whether this model is that of a fit."""
+        return self.trained_on is not None
 
     def prior_of(self, gamma: Tensor) -> Distribution:
         """p(z) of cells with covariates gamma (cells, covariates): what ``prior`` returns, given gamma or not."""

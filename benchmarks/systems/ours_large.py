@@ -51,7 +51,7 @@ def load_and_train(path: str, steps: int, batch_size: int) -> Callable[[], Sampl
         before = peak_megabytes()
         schedule = Until(steps=steps, watch=Stopwatch())
         with Stopwatch() as watch:
-            cells = ps.Cells.from_anndata(anndata.read_h5ad(path))
+            cells = ps.Cells.from_anndata(anndata.read_h5ad(path), copy=False)
             loaded = peak_megabytes()
             model, options = matched(cells, 0)
             options |= {"learning_rate": schedule, "batch_size": batch_size, "validation": 0}
@@ -72,7 +72,7 @@ def epochs(path: str, n_epochs: int, batch_size: int, device: str) -> Callable[[
 
     def measure() -> Sample:
         with Stopwatch() as watch:
-            cells = ps.Cells.from_anndata(anndata.read_h5ad(path))
+            cells = ps.Cells.from_anndata(anndata.read_h5ad(path), copy=False)
             model, options = matched(cells, 0)
             options |= {"batch_size": batch_size, "validation": 0, "progress": False, "device": device}
             fit = ps.fit(model, cells, epochs=n_epochs, **options)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import Minibatches
-from pyro_scvi.errors import ModelError, SchemaError
+from pyro_scvi.data.obs_columns import label_of, quoted
+from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
+from pyro_scvi.training.same_columns import require_same_columns
 from pyro_scvi.utils.cell_streams import cell_streams
 from pyro_scvi.utils.checks import brief, items_of
 
@@ -79,35 +81,8 @@ def minibatches(fit: Fit, cells: Cells, *, new_batches: bool = False) -> Minibat
     SchemaError
         If they do not match, or there are such cells and the caller does not know.
     """
-    fitted, given = fit.schema, cells.schema
-    if fitted.gene_names != given.gene_names:
-        same = len(set(fitted.gene_names) & set(given.gene_names))
-        raise SchemaError(
-            f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
-            "fit, or in another order; make them with Cells.from_anndata(adata, schema=fit.schema)"
-        )
-    if fitted.encoding != given.encoding:
-        raise SchemaError(
-            f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; make "
-            "them with Cells.from_anndata(adata, schema=fit.schema)"
-        )
+    require_same_columns(fit.schema, cells.schema)
     return Minibatches(cells, fit.device, fit.dtype, new_batches=new_batches)
-
-
-def result_array(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
-    """Array that takes the results: ``out``, or a new one.
-
-    Raises
-    ------
-    ModelError
-        If ``out`` has another shape.
-    """
-    if out is None:  # by torch: thousands of small ones among large temporaries would fragment memory
-        return torch.empty(shape, dtype=fit.dtype).numpy()
-    if getattr(out, "shape", None) != shape:
-        given = f"one of shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ModelError(f"out must be an array of shape {shape}, got {given}")
-    return out
 
 
 def listed_quantiles(quantiles: Any) -> list[float]:
@@ -139,4 +114,19 @@ def listed_names(names: Any, what: str) -> list[Any]:
     listed = items_of(names)
     if listed is None or not all(isinstance(name, Hashable) for name in listed):
         raise ModelError(f"{what} must be names in a list or tuple, got {brief(names)}")
+    return listed
+
+
+def listed_batches(batches: Any) -> list[Any]:
+    """Names of batches as a list, of any container; refuses one that is there twice, in whatever form.
+
+    Raises
+    ------
+    ModelError
+        If it is refused.
+    """
+    listed = listed_names(batches, "batches")
+    times = Counter(map(label_of, listed))
+    if twice := [name for name, n in times.items() if n > 1]:
+        raise ModelError(f"batches name {quoted(twice)} more than once, and it would count as often: name each once")
     return listed

@@ -162,6 +162,7 @@ class Result:
 
 def _compare(fit: Fit, adata: AnnData, request: Request, reading: QueryOptions) -> Result:
     labels = genes.named(column(adata.obs, request.groupby, "--groupby"))
+    a, b = (genes.typed(labels, group) for group in (request.group_a, request.group_b))
     n_groups = pd.Series(labels).nunique()
     if request.group_a is None and n_groups > MOST_GROUPS:
         raise DataError(
@@ -174,18 +175,17 @@ def _compare(fit: Fit, adata: AnnData, request: Request, reading: QueryOptions) 
         fit,
         cells,
         groupby=labels,
-        group_a=request.group_a,
-        group_b=request.group_b,
+        group_a=a,
+        group_b=b,
         against=request.against,
         estimand=request.estimand,
         seed=request.seed,
     )
-    b, question = request.group_b, request.question
-    if request.group_a is None:
+    if a is None:
         tables = {str(group): part.droplevel("group") for group, part in table.groupby(level="group", sort=False)}
     else:
-        tables = {request.group_a: table}
-    return Result(table, [genes.compared(part, labels, a, b, question) for a, part in tables.items()])
+        tables = {a: table}
+    return Result(table, [genes.compared(part, labels, of, b, request.question) for of, part in tables.items()])
 
 
 def _sections(space: Workspace, request: Request, result: Result, source: str, command: str) -> list[html_page.Section]:

@@ -112,7 +112,7 @@ class QueryOptions:
 
     def cells_of(self, fit: Fit, adata: AnnData, *, in_place: bool = False) -> Cells:
         """The cells of a file in the fit's schema, with genes matched by name."""
-        return Cells.from_anndata(adata, schema=fit.schema, backed=in_place, **asdict(self))
+        return Cells.from_anndata(adata, schema=fit.schema, backed=in_place, copy=False, **asdict(self))
 
 
 def column(obs: pd.DataFrame, name: str, option: str) -> pd.Series:

@@ -56,7 +56,7 @@ class CountOptions:
 
     def cells_of(self, adata: AnnData) -> Cells:
         """The cells of a file that was read."""
-        return Cells.from_anndata(adata, **asdict(self))
+        return Cells.from_anndata(adata, copy=False, **asdict(self))
 
 
 @dataclass(frozen=True)

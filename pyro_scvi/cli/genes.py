@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scvi import plots
+from pyro_scvi.data.obs_columns import number_named
 from pyro_scvi.export import html_page
 from pyro_scvi.export.pictures import new_axes, save
 
@@ -142,6 +143,14 @@ def named(labels: pd.Series) -> list[Hashable]:
     """Labels as text, as a user can type them; NaN if missing."""
     texts = labels.astype(object).map(str, na_action="ignore")
     return list(texts.where(texts.notna(), np.nan))
+
+
+def typed(labels: list[Hashable], group: str | None) -> str | None:
+    """The group that a user typed as the labels have it: 1 for "1.0" is enough, if no other label is that number."""
+    if group is None or group in labels:
+        return group
+    same = [label for label in set(labels) if isinstance(label, str) and number_named(label) == number_named(group)]
+    return same[0] if len(same) == 1 else group
 
 
 def compared(table: pd.DataFrame, labels: list[Hashable], a: str, b: str | None, question: Question) -> Comparison:

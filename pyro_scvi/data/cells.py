@@ -23,6 +23,7 @@ from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import DataError, SchemaError
 from pyro_scvi.utils.checks import switches_checked, warn
 from pyro_scvi.utils.html_repr import table
+from pyro_scvi.utils.own_memory import owned
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +89,7 @@ class Cells:
         allow_non_integer: bool = False,
         allow_new_batches: bool = False,
         backed: bool = False,
+        copy: bool = True,
     ) -> "Cells":
         """Read an AnnData, which is not changed; errors in its counts and columns are raised here.
 
@@ -126,6 +128,10 @@ class Cells:
             Leave the counts of a backed or lazily read AnnData, or of an ``AnnCollection``, where they are. They
             are scanned once; then every minibatch is read from the file, which must stay open. A store
             (``ps.stores.build``) gives random cells about ten times as fast.
+        copy
+            Whether counts are copied that would share memory with ``adata``, as those in float32 do, dense or CSR.
+            False takes no memory for them, and ``adata`` must then stay as it is: what ``sc.pp.log1p(adata)`` does, it
+            does to these cells.
 
         Raises
         ------
@@ -146,8 +152,9 @@ class Cells:
         place = chosen(layer, raw, schema.place if isinstance(schema, Schema) else Place())
         table = table_in_place(adata, place) if backed else table_of_anndata(adata, place)
         annotations = Annotations(batch, covariates, categories, labels, size_factor)
-        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
-        return cls(*parts, table.obs)
+        options = (annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
+        counts, gamma, known = read(table, *options)
+        return cls(owned(counts, table.given) if copy else counts, gamma, known, table.obs)
 
     @classmethod
     @switches_checked
@@ -167,6 +174,7 @@ class Cells:
         fill_missing_genes: bool = False,
         allow_non_integer: bool = False,
         allow_new_batches: bool = False,
+        copy: bool = True,
     ) -> "Cells":
         """Take a matrix without an AnnData, validated in the same way as by :meth:`from_anndata`.
 
@@ -183,8 +191,8 @@ class Cells:
             rows of ``counts``. An index 0, 1, 2, ... is no name.
         batch, categories, covariates, labels, size_factor, schema
             As in :meth:`from_anndata`.
-        fill_missing_genes, allow_non_integer, allow_new_batches
-            As in :meth:`from_anndata`.
+        fill_missing_genes, allow_non_integer, allow_new_batches, copy
+            As in :meth:`from_anndata`. An array that is mapped from a file for reading only stays there.
 
         Raises
         ------
@@ -195,8 +203,9 @@ class Cells:
             raise SchemaError("a schema matches genes by name: pass gene_names, or a DataFrame with columns of genes.")
         table = table_of_matrix(counts, gene_names, cell_names, obs)
         annotations = Annotations(batch, covariates, categories, labels, size_factor)
-        parts = read(table, annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
-        return cls(*parts, table.obs)
+        options = (annotations, schema, fill_missing_genes, allow_non_integer, allow_new_batches)
+        counts, gamma, known = read(table, *options)
+        return cls(owned(counts, table.given) if copy else counts, gamma, known, table.obs)
 
     @classmethod
     @switches_checked

@@ -154,7 +154,7 @@ def canonical(matrix: Any, source: str) -> Matrix:
             f"{source} must be (cells, genes) with at least 1 cell and 1 gene; its shape is {matrix.shape}."
         )
     if matrix.dtype.kind not in "iuf":
-        raise DataError(f"{source} must hold counts; its values are of type {matrix.dtype}. Pass integer counts.")
+        raise _no_counts(source, matrix.dtype)
     if matrix.dtype == np.float16:  # it overflows in comparisons, and SciPy converts no sparse matrix of it
         matrix = matrix.astype(np.float32)
     return _row_major(matrix, source)
@@ -283,6 +283,10 @@ def blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, values[start : start + _SCAN_SIZE]
 
 
+def _no_counts(source: str, dtype: Any) -> DataError:
+    return DataError(f"{source} must hold counts; its values are of type {dtype}. Pass integer counts.")
+
+
 def _in_memory(matrix: Any, source: str) -> Any:
     if isinstance(matrix, torch.Tensor):
         return _from_torch(matrix, source)
@@ -311,6 +315,8 @@ def _computed(array: Any, source: str) -> Any:
 def _from_torch(tensor: torch.Tensor, source: str) -> Any:
     if tensor.device.type == "meta":
         raise DataError(f"{source} is a tensor without data (device meta).")
+    if tensor.dtype == torch.bool or tensor.is_complex():  # below, sparse ones would become float64
+        raise _no_counts(source, tensor.dtype)
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
     if tensor.layout == torch.strided:

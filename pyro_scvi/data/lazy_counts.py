@@ -72,8 +72,9 @@ class Backed(Source):
     def __init__(self, matrix: Any, name: str) -> None:
         if isinstance(matrix, CSCDataset):
             raise DataError(
-                f"{name} is stored by genes (CSC), so the counts of one cell are spread over the file. Write it "
-                "by cells (adata.X = adata.X.tocsr()), or read it into memory."
+                f"{name} is stored by genes (CSC), so the counts of one cell are spread over the file. Read it into "
+                "memory, or write it anew by cells: adata = anndata.read_h5ad(old); adata.X = adata.X.tocsr(), or the "
+                "same for a layer or raw; adata.write_h5ad(new)."
             )
         is_sparse = isinstance(matrix, CSRDataset)
         if not is_sparse and (isinstance(matrix, np.ndarray) or not hasattr(matrix, "chunks")):

@@ -197,7 +197,12 @@ def warn_of_lookalikes(source: str, plural: str, names: Sequence[str], known: Se
 def _form(word: str) -> str:
     """What names share that are probably the same: without spaces at the ends, capitals, and zeros of a number."""
     bare = " ".join(word.split()).casefold()
-    return label_of(float(bare)) if _is_number(bare) and abs(float(bare)) < LARGEST_EXACT else bare
+    return number_named(bare)
+
+
+def number_named(text: str) -> str:
+    """A number in text in the form that :func:`label_of` gives it, such as "1" for "1.0"; other text as it is."""
+    return label_of(float(text)) if _is_number(text) and abs(float(text)) < LARGEST_EXACT else text
 
 
 def words_for_missing(labels: Sequence[Any] | pd.Index) -> list[Any]:

@@ -1,9 +1,10 @@
 """Places of counts in an AnnData: X, a layer, or raw."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.utils.checks import brief
 
@@ -57,6 +58,17 @@ def require_no_mudata(group: Any, path: Path) -> None:
             f"{path} holds MuData ({', '.join(group['mod'])}): write the AnnData with the counts of genes into a file "
             f"of its own, as in mdata[{first_of(list(group['mod']))!r}].write_h5ad(...)."
         )
+
+
+def parts_of_mudata(given: Any) -> str:
+    """What a message adds to the type of MuData, which was passed in place of an AnnData; nothing for other types."""
+    parts = getattr(given, "mod", None)  # MuData holds an AnnData for each modality
+    if not isinstance(parts, Mapping) or not parts:
+        return ""
+    return (
+        f" with {quoted(list(parts))}; pass the one that holds the counts of genes, such as "
+        f"mdata[{first_of(list(parts))!r}]"
+    )
 
 
 def first_of(modalities: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Reading an AnnData or a bare matrix: validated counts, covariates and schema."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,12 @@ from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import in_order_of, labelled, names_in, texts, warn_of_swapped_names
-from pyro_scvi.data.obs_columns import quoted
-from pyro_scvi.data.places import Place, first_of, hint_of
+from pyro_scvi.data.obs_columns import categories, numbers, quoted
+from pyro_scvi.data.places import Place, hint_of, parts_of_mudata
+from pyro_scvi.data.scales import warn_of_mixed_units
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.data.stores import CountStore
-from pyro_scvi.data.stores.layout import SCHEMA
+from pyro_scvi.data.stores.layout import SCHEMA, files_of
 from pyro_scvi.errors import DataError, ModelError, SchemaError, StoreError
 from pyro_scvi.utils.checks import brief, items_of, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
@@ -53,6 +54,9 @@ class Table(NamedTuple):
     place: Place = Place()
     limit: TypeLimit = NO_LIMIT  # of the type in which the counts came
     var: pd.DataFrame | None = None  # annotations of the genes, if there are any
+    given: Any = None  # the matrix of the caller that the counts may share memory with
+    raw: Any = None  # that of the AnnData, if there is one and the counts are not its own
+    files: np.ndarray | None = None  # (cells,): which file or part each cell is of, if there are several
 
 
 class Annotations(NamedTuple):
@@ -70,14 +74,16 @@ def table_of_anndata(adata: AnnData, place: Place) -> Table:
     _require_anndata(adata)
     _require_place(adata, place)
     hint = _hint(adata, place)
+    matrix = given = _matrix(adata, place)
     if adata.is_view:  # what is broken in the whole matrix does not show in some of its rows
-        require_whole(_matrix(adata._adata_ref, place), place.name)
-    matrix = _matrix(adata, place)
+        given = _matrix(adata._adata_ref, place)
+        require_whole(given, place.name)
     if matrix is None:
         raise DataError(f"{place.name} is None: there are no counts to read. {hint}")
     counts = canonical(matrix, place.name)
     var = _var(adata, place)
-    return Table(counts, texts(var.index), _obs(adata), place.name, hint, place, limit_of(matrix.dtype), var)
+    limit, genes, raw = limit_of(matrix.dtype), texts(var.index), _raw(adata, place)
+    return Table(counts, genes, _obs(adata), place.name, hint, place, limit, var, given, raw)
 
 
 def _require_place(adata: AnnData, place: Place) -> None:
@@ -114,15 +120,28 @@ def layer_names(adata: AnnData) -> list[str]:
 def _require_anndata(adata: Any) -> None:
     if isinstance(adata, AnnData):
         return
-    parts = getattr(adata, "mod", None)  # MuData holds an AnnData for each modality
-    if isinstance(parts, Mapping) and parts:
-        raise DataError(
-            f"from_anndata takes an AnnData, got {type(adata).__name__} with {quoted(list(parts))}; pass the one that "
-            f"holds the counts of genes, such as mdata[{first_of(list(parts))!r}]."
-        )
+    if told := parts_of_mudata(adata):
+        raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}{told}.")
     if isinstance(adata, Raw):
         raise DataError("from_anndata takes an AnnData, got its raw; pass the AnnData itself with raw=True.")
+    if _is_collection(adata):
+        raise DataError("from_anndata reads an AnnCollection where it is: pass backed=True.")
+    _require_no_part(adata)
     raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
+
+
+def _is_collection(adata: Any) -> bool:
+    from anndata.experimental import AnnCollection  # only few need it
+
+    return isinstance(adata, AnnCollection)
+
+
+def _require_no_part(adata: Any) -> None:
+    if _is_collection(getattr(adata, "reference", None)):
+        raise DataError(
+            f"from_anndata takes an AnnCollection, got a part of one ({type(adata).__name__}). Read the whole with "
+            "backed=True, and take these cells of the result: Cells.from_anndata(collection, backed=True).take(rows)."
+        )
 
 
 def _matrix(adata: AnnData, place: Place) -> Any:
@@ -137,23 +156,32 @@ def _matrix(adata: AnnData, place: Place) -> Any:
 
 
 def _obs(adata: Any) -> pd.DataFrame:
-    """Annotations of the cells; those of a lazily read AnnData are read now."""
-    return adata.obs.copy() if isinstance(adata.obs, pd.DataFrame) else adata.obs.to_memory()
+    """Annotations of the cells, a copy."""
+    obs = _table_of(adata.obs)
+    return obs.copy() if obs is adata.obs else obs
+
+
+def _table_of(annotations: Any) -> pd.DataFrame:
+    """Annotations of cells or genes; those of a lazily read AnnData are read now."""
+    return annotations if isinstance(annotations, pd.DataFrame) else annotations.to_memory()
 
 
 def _var(adata: AnnData, place: Place) -> pd.DataFrame:
-    var = adata.raw.var if place.raw else adata.var
-    return var if isinstance(var, pd.DataFrame) else var.to_memory()
+    return _table_of(adata.raw.var if place.raw else adata.var)
+
+
+def _raw(adata: AnnData, place: Place) -> Any:
+    return None if place.raw else adata.raw
 
 
 def table_in_place(adata: Any, place: Place) -> Table:
     """Leave the counts of a backed or lazily read AnnData, or of an AnnCollection, where they are."""
     if isinstance(adata, AnnData):
         return _table_of_anndata_in_place(adata, place)
-    from anndata.experimental import AnnCollection
-
-    if not isinstance(adata, AnnCollection):
-        raise DataError(f"backed=True takes a backed AnnData or an AnnCollection, got {type(adata).__name__}.")
+    if not _is_collection(adata):
+        _require_no_part(adata)
+        told = f"{type(adata).__name__}{parts_of_mudata(adata)}"
+        raise DataError(f"backed=True takes a backed AnnData or an AnnCollection, got {told}.")
     if place.raw:
         raise DataError("an AnnCollection has no raw; pass one of adata.raw.to_adata() for each of its parts.")
     collection = Collection(adata, place.layer, place.name)
@@ -161,7 +189,9 @@ def table_in_place(adata: Any, place: Place) -> Table:
     # Of parts of several types, the narrowest is that which may have changed counts.
     limit = min(map(limit_of, collection.types), key=lambda each: each.value)
     var = _features_of([part.var for part in adata.adatas], genes)
-    return Table(collection, genes, adata.obs.copy(), place.name, "Pass raw counts.", place, limit, var)
+    files = np.repeat(np.arange(len(adata.adatas)), [part.n_obs for part in adata.adatas])
+    obs, hint = adata.obs.copy(), "Pass raw counts."
+    return Table(collection, genes, obs, place.name, hint, place, limit, var, files=files)
 
 
 def _features_of(parts: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame | None:
@@ -189,14 +219,15 @@ def _table_of_anndata_in_place(adata: AnnData, place: Place) -> Table:
     if counts.shape != (len(obs), len(var)):  # anndata does not compare them with a file
         raise DataError(f"{source} has the shape {counts.shape}, but there are {len(obs)} cells and {len(var)} genes.")
     limit, hint = limit_of(counts.dtype), _hint(adata, place)
-    return Table(counts, texts(var.index), obs, source, hint, place, limit, var)
+    return Table(counts, texts(var.index), obs, source, hint, place, limit, var, raw=_raw(adata, place))
 
 
 def table_of_store(path: str | Path, verify: bool) -> Table:
     """Take the counts of a store, which were validated when it was built."""
     store = CountStore(path, verify=verify)
     annotations = store.annotations()
-    return Table(store, annotations.var_names, annotations.obs, f"the store {path}", "", _place_of(store))
+    source, files = f"the store {path}", files_of(annotations)
+    return Table(store, annotations.var_names, annotations.obs, source, "", _place_of(store), files=files)
 
 
 def _place_of(store: CountStore) -> Place:
@@ -214,6 +245,8 @@ def table_of_matrix(
     """Take a matrix; names that are neither given nor those of a DataFrame are numbered."""
     if isinstance(matrix, AnnData):
         raise DataError("from_counts takes a matrix, got an AnnData, which from_anndata reads.")
+    if told := parts_of_mudata(matrix):
+        raise DataError(f"from_counts takes a matrix, got {type(matrix).__name__}{told}, to from_anndata.")
     if obs is not None and not isinstance(obs, pd.DataFrame):
         raise ModelError(f"obs must be a DataFrame with a row for each cell, got {brief(obs)}.")
     matrix, rows, columns = labelled(matrix)
@@ -223,8 +256,8 @@ def table_of_matrix(
     cells = _agreed(_checked_names(cell_names, "cell", n_cells), names_in(rows), "cell")
     if genes is None:
         genes = pd.Index([f"gene_{i}" for i in range(n_genes)])
-    limit = limit_of(getattr(matrix, "dtype", None))
-    return Table(counts, genes, _obs_of(obs, cells, rows, counts.shape), "counts", "Pass the raw counts.", limit=limit)
+    limit, annotations = limit_of(getattr(matrix, "dtype", None)), _obs_of(obs, cells, rows, counts.shape)
+    return Table(counts, genes, annotations, "counts", "Pass the raw counts.", limit=limit, given=matrix)
 
 
 def _obs_of(
@@ -290,7 +323,7 @@ def read(
         schema = Schema.learn(genes, table.obs, table.place, *annotations)
     else:
         schema.check_columns(*annotations)
-        places = schema.gene_positions(genes, fill_missing=fill_missing_genes)
+        places = _gene_positions(table, schema, fill_missing_genes)
         counts, complete = genes_of(counts, places), bool((places >= 0).all())
         genes = pd.Index(schema.gene_names)
     counts = check_counts(
@@ -311,7 +344,22 @@ def read(
         schema = schema.with_sizes(table.obs, totals)
     elif complete:
         schema.check_sizes(table.obs, totals)
-    return counts, schema.encode(table.obs, allow_new_batches=allow_new_batches), schema
+    gamma = schema.encode(table.obs, allow_new_batches=allow_new_batches)
+    _warn_of_mixed_units(table, schema)
+    return counts, gamma, schema
+
+
+def _gene_positions(table: Table, schema: Schema, fill_missing: bool) -> np.ndarray:
+    """As the schema gives them; where genes are missing, says if ``raw`` has them, which X may be a selection of."""
+    try:
+        return schema.gene_positions(table.genes, fill_missing=fill_missing)
+    except SchemaError as error:
+        if table.raw is None or len(pd.Index(schema.gene_names).difference(texts(_table_of(table.raw.var).index))):
+            raise
+        raise SchemaError(
+            f"{error} adata.raw has all of them: if it holds the raw counts, pass raw=True, or pass "
+            "adata.raw.to_adata()."
+        ) from error
 
 
 def _check_names(table: Table) -> None:
@@ -326,6 +374,17 @@ def _check_names(table: Table) -> None:
             f"cell names occur more than once: {quoted(doubled)}. Tables and messages cannot tell these cells apart; "
             "adata.obs_names_make_unique() gives each its own name."
         )
+
+
+def _warn_of_mixed_units(table: Table, schema: Schema) -> None:
+    """Warn of covariates in another unit in some of the files or, where these are not known, batches."""
+    parts, what = table.files, "file"
+    if parts is None and schema.batch in table.obs:
+        labels, codes = categories(table.obs, str(schema.batch))
+        parts, what = np.array(labels, dtype=object)[codes], "batch"
+    if parts is not None:
+        for name in schema.covariates:
+            warn_of_mixed_units(name, numbers(table.obs, name), parts, what)
 
 
 def _warn_of_one_total(totals: np.ndarray, table: Table) -> None:

@@ -23,6 +23,12 @@ smaller unit."""
 OTHER_UNIT = 2.0
 """Factor between the counts per size factor of a query and of the training cells that raises a warning."""
 
+MIXED = 10.0
+"""Factor by which both size and spread of a covariate must differ between parts of the data to raise a warning."""
+
+FEW = 10
+"""Cells of a part that say nothing of its scale."""
+
 SMALLEST = 1e-100
 """A covariate whose values are all below this is refused: its variance may underflow, and its scale be wrong."""
 
@@ -81,6 +87,35 @@ def warn_of_units(name: str, values: np.ndarray, mean: float, sd: float) -> None
         )
 
 
+def warn_of_mixed_units(name: str, values: np.ndarray, parts: np.ndarray, what: str) -> None:
+    """Warn of a covariate (cells,) that is in another unit in one of the ``parts`` (cells,) than in the largest.
+
+    Another factor changes size and spread alike. What differs between parts, such as a fraction of dying cells, mostly
+    does not by as much.
+
+    Warns
+    -----
+    UserWarning
+        If there is one; names the column, the part, and both scales; ``what`` says what parts are.
+    """
+    names, codes, sizes = np.unique(parts.astype(str), return_inverse=True, return_counts=True)
+    centres, means = (np.bincount(codes, of) / sizes for of in (values, np.abs(values)))
+    sds = np.sqrt(np.bincount(codes, (values - centres[codes]) ** 2) / sizes)
+    scaled = np.flatnonzero((sizes >= FEW) & (sds > NARROWEST * means))  # one value for all cells has no scale
+    if len(scaled) < 2:
+        return
+    largest = scaled[sizes[scaled].argmax()]
+    factors = np.stack([means[scaled] / means[largest], sds[scaled] / sds[largest]])
+    off = scaled[(factors.min(0) > MIXED) | (factors.max(0) < 1 / MIXED)]
+    if len(off):
+        shown = [f"{means[part]:.4g} ± {sds[part]:.2g} in {what} {str(names[part])!r}" for part in (off[0], largest)]
+        more = f" ({len(off)} such in all)" if len(off) > 1 else ""
+        warn(
+            f"covariate column {name!r} is {shown[0]}{more}, and {shown[1]}. Is it in another unit there, such as "
+            "percent for a share? Convert it first, so that all cells have it in one unit."
+        )
+
+
 def unit_of_sizes(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, ...]:
     """Median and standard deviation, over cells, of the log of counts per size factor; () if no cell has counts.
 
@@ -99,7 +134,17 @@ def warn_of_size_factors(name: str, totals: np.ndarray, sizes: np.ndarray, unit:
     UserWarning
         If counts per size factor are beyond what ``OTHER_UNIT`` and three standard deviations between cells explain.
     """
-    found = unit_of_sizes(totals, sizes)
+    warn_of_size_units(name, unit_of_sizes(totals, sizes), unit)
+
+
+def warn_of_size_units(name: str, found: tuple[float, ...], unit: tuple[float, ...]) -> None:
+    """Warn of size factors of a query whose unit is ``found``, where that of the training cells is ``unit``.
+
+    Warns
+    -----
+    UserWarning
+        As :func:`warn_of_size_factors`.
+    """
     if not unit or not found:
         return
     (ours, spread), theirs = unit, found[0]

@@ -18,7 +18,7 @@ from pyro_scvi.analysis.integration.spaces import Expression, FittedSpace, requi
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import label_of, quoted
-from pyro_scvi.data.places import Place, chosen
+from pyro_scvi.data.places import Place, chosen, parts_of_mudata
 from pyro_scvi.errors import DataError, ModelError
 from pyro_scvi.export.records import records_of, unwritable
 from pyro_scvi.inference.samplers import Amortized, Sampler, require_sampler
@@ -145,6 +145,7 @@ def annotate(
         fill_missing_genes=fill_missing_genes,
         allow_non_integer=allow_non_integer,
         allow_new_batches=allow_new_batches,
+        copy=False,
     )
     drawing: dict[str, Any] = {"samples": samples, "sampler": sampler, "seed": seed, "batch_size": batch_size}
     results = {name: verb(fit, cells, **drawing) for name, verb in wanted.items()}
@@ -271,7 +272,7 @@ def add_rank_genes_groups(
 def _require_own(adata: Any, call: str) -> None:
     """Raise unless ``adata`` is an AnnData and no view: writing into a view makes a copy unseen by the caller."""
     if not isinstance(adata, AnnData):
-        raise DataError(f"{call} takes an AnnData first, got {type(adata).__name__}")
+        raise DataError(f"{call} takes an AnnData first, got {type(adata).__name__}{parts_of_mudata(adata)}")
     if adata.is_view:
         raise DataError("adata is a view of another AnnData; annotate a copy: adata = adata.copy()")
 

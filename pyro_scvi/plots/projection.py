@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 from pyro_scvi.data.names import as_series, in_order_of, require_one_order
-from pyro_scvi.data.obs_columns import of_one_kind
+from pyro_scvi.data.obs_columns import inferred, of_one_kind
 from pyro_scvi.errors import DataError
 from pyro_scvi.plots.canvas import MISSING, TRAIN, given_or_new, legend_beside
 from pyro_scvi.utils.checks import brief, require_seed, warn
@@ -120,8 +120,9 @@ def embedding(
     latent
         (cells, latents), or the result of :func:`project`.
     labels
-        (cells,): numbers are shown as a colour scale, anything else as categories, missing ones in grey. Where both
-        have names of cells, as a Series and a DataFrame or DataArray have, they are matched by name. A dict is by name.
+        (cells,): numbers, also in a column of objects, are shown as a colour scale, all else as categories, missing
+        ones in grey. Where both have names of cells, as a Series and a DataFrame or DataArray have, they are matched by
+        name. A dict is by name.
     ax
         Axes to draw into; None: axes of a new pyplot figure.
     seed
@@ -147,7 +148,7 @@ def embedding(
     """
     require_seed(seed)
     placed, method = latent if isinstance(latent, Projection) else project(latent, seed=seed)
-    values = None if labels is None else _of_cells(labels, _names_of(placed), len(placed))
+    values = None if labels is None else inferred(_of_cells(labels, _names_of(placed), len(placed)))
     points = np.asarray(placed)
     ax = given_or_new(ax, (6.4, 4.4))
     # A fixed random order: no category lies on top of another because it comes later.
@@ -155,7 +156,8 @@ def embedding(
     size = float(np.clip(12000 / len(points), 2, 40))
     style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85, "rasterized": True}
     if values is not None and pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        drawn = ax.scatter(points[order, 0], points[order, 1], c=values.to_numpy(float)[order], cmap="viridis", **style)
+        numbers = values.to_numpy(float, na_value=np.nan)
+        drawn = ax.scatter(points[order, 0], points[order, 1], c=numbers[order], cmap="viridis", **style)
         bar = ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
         bar.set_label(str(values.name or ""), parse_math=False)
     else:

@@ -73,7 +73,7 @@ def fit(
 
     ``fit.model`` and ``fit.guide`` are the trained copies, made together, so that ``fit.guide.model is fit.model``.
     What was given stays as it is, so every fit of one model object has the same start. To go on from a fit, pass its
-    copies: ``ps.fit(fit.model, cells, guide=fit.guide)``.
+    copies: ``ps.fit(fit.model, cells, guide=fit.guide)``, with cells that were read with ``schema=fit.schema``.
 
     Parameters
     ----------
@@ -118,6 +118,7 @@ def fit(
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
         Start the genes' means and the library size's distribution at those of the data, unless the model is of a fit.
+        A bias that is frozen by ``requires_grad_(False)`` stays as it is.
     checkpoint, checkpoint_every
         Directory for the state of training at the end of an epoch, and how often it is written. An earlier checkpoint
         stays readable until the next is complete. :func:`load` returns the fit up to the checkpoint.
@@ -149,7 +150,8 @@ def fit(
         naming it, if a part of model or guide has no copy: a parameter that shares memory with another tensor, an
         object that Python cannot copy, or a function that reaches a part of the given model.
     SchemaError
-        If validation cells have another schema.
+        If validation cells have another schema, or the model is of a fit to other genes or covariates, or to these in
+        another order or scale.
     DataError
         If no cell would be left to train on, or none held out.
     FitError
@@ -258,7 +260,7 @@ def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SinglePr
     heads = getattr(model.decoder, "heads", None)  # a decoder of one's own may have others
     head = heads["log_mean"] if isinstance(heads, torch.nn.ModuleDict) and "log_mean" in heads else None
     bias = None if head is None else head._parameters.get("bias")  # None if it is latent
-    if bias is not None:
+    if bias is not None and bias.requires_grad:  # one that is frozen has the values that its owner gave it
         with torch.no_grad():
             bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none
 
@@ -307,7 +309,7 @@ def _made(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> Fit:
     notes: dict[str, Any] = {"halvings": state.halvings} if state.halvings else {}
     if received and len(state.rows) < settings["epochs"] and not state.best.waited_out:
         notes["interrupted"] = f"{received} after epoch {len(state.rows)} of {settings['epochs']}"
-    trainer.model.trained = True
+    trainer.model.trained_on = cells.schema
     return Fit(trainer.model.eval(), trainer.guide.eval(), state.history, cells.schema, settings | notes)
 
 
@@ -316,7 +318,7 @@ def _tell(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> None:
     rows = trainer.state.rows
     for callback in trainer.options.callbacks:
         model, guide = copied(trainer.model, trainer.guide)
-        model.trained = True
+        model.trained_on = cells.schema
         so_far = Fit(model.eval(), guide.eval(), trainer.state.history, cells.schema, dict(settings))
         with seeded(trainer.options.seed), pyro.get_param_store().scope():
             callback(len(rows), dict(rows[-1]), so_far)

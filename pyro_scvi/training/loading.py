@@ -102,7 +102,7 @@ def _rebuilt(content: archive.Content, model: SCVI | None, guide: Guide | None) 
     own_model, own_guide = copied(model, guide) if given else (model, guide)
     made = Fit(own_model.to(dtype).eval(), own_guide.to(dtype).eval(), history, schema, facts["settings"])
     put_states(own_model, own_guide, tensors)
-    own_model.trained = True
+    own_model.trained_on = schema
     if not given:  # a model of one's own may ask more of cells than a trial knows
         require_finite_results(own_model, own_guide, schema)
     return made

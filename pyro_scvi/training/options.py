@@ -24,6 +24,7 @@ from pyro_scvi.schedules import CheckpointInterval, KLWeight, LearningRate
 from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.landmarks import evenly_spaced
+from pyro_scvi.training.same_columns import require_same_columns
 from pyro_scvi.utils.checks import brief
 
 COMPARED = 64
@@ -146,6 +147,8 @@ def default_epochs(n_cells: int) -> int:
 
 
 def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
+    if model.trained_on is not None:
+        require_same_columns(model.trained_on, cells.schema)
     if (cells.n_genes, cells.n_covariates) != (model.n_genes, model.n_covariates):
         raise ModelError(
             f"the model is for {model.n_genes} genes and {model.n_covariates} covariates, the cells have "

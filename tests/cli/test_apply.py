@@ -344,6 +344,35 @@ def test_groups_have_names_that_can_be_typed(labels, expected):
     assert not any(name is pd.NA for name in genes.named(labels))  # which numpy can compare with nothing
 
 
+@pytest.mark.parametrize(
+    ("labels", "group", "expected"),
+    [
+        ([1.0, 2.5, np.nan], "1", "1.0"),
+        ([1.0, 2.5], "1.0", "1.0"),
+        ([1.0, 2.5], "2.50", "2.5"),
+        ([1, 2], "1.0", "1"),
+        (["1", "1.0"], "1", "1"),  # two groups
+        (["1.0", "01"], "1", "1"),  # no saying which
+        (["a", "b"], "A", "A"),
+        ([1.0, 2.0], None, None),
+    ],
+)
+def test_a_number_may_be_typed_in_any_form(labels, group, expected):
+    assert genes.typed(genes.named(pd.Series(labels)), group) == expected
+
+
+def test_de_finds_groups_of_a_column_of_floats(folder, query, cells, tmp_path):
+    """As a missing value makes it of a column of integers."""
+    adata = anndata.read_h5ad(query)
+    adata.obs["cluster"] = adata.obs["cluster"].astype(str).astype(float)
+    adata.write_h5ad(tmp_path / "floats.h5ad")
+    column = ("--groupby", "cluster", "--group-a", "1")
+    succeed("de", folder, tmp_path / "floats.h5ad", *column, "--out", tmp_path / "t.csv")
+    check_table(
+        tmp_path / "t.csv", ps.differential_expression(ps.load(folder / "fit"), cells, groupby="cluster", group_a=1)
+    )
+
+
 def test_de_hands_its_options_on(folder, query, cells, tmp_path):
     asked = ("--pairs", "--depth-laden", "--delta", 1.5, "--within-batch", "--seed", 6)
     group = ("--groupby", "cluster", "--group-a", "2")

@@ -24,6 +24,7 @@ NO_COMMAND_CALLS = {  # folders and modules, and why their messages reach no com
     "analysis/evidence/comparison": "no command compares models",
     "analysis/evidence/leave_one_out": "no command leaves entries out",
     "analysis/evidence/stacking": "no command stacks models",
+    "analysis/outputs": "commands pass no array to write into",
     "analysis/integration/labels": "no command predicts labels",
     "analysis/integration/mapping": "no command learns batches",
     "analysis/integration/transfer": "no command transfers labels",
@@ -52,6 +53,9 @@ NO_COMMAND_CALLS = {  # folders and modules, and why their messages reach no com
 NOT_BY_A_COMMAND = {  # beginnings of single messages
     "counts must hold numbers; ": "of from_counts",
     "from_anndata takes an AnnData": "commands pass one",
+    "from_anndata takes an AnnCollection": "no command reads one",
+    "from_anndata reads an AnnCollection": "no command reads one",
+    "make them with Cells.from_anndata(adata": "commands read a query by the schema of the fit",
     "backed=True takes a backed AnnData or": "commands pass one",
     "an AnnCollection has no raw": "no command reads one",
     "allow_new_batches is for a query": "commands pass the schema",

@@ -128,13 +128,33 @@ def test_torch_matrix(tensor):
     check_same(Cells.from_counts(tensor), tensor.layout != torch.strided)
 
 
+TORCH_FORMS = {
+    "dense": lambda dense: dense,
+    "COO": lambda dense: dense.to_sparse_coo(),
+    "COO with entries twice": lambda dense: torch.sparse_coo_tensor(
+        torch.tensor([[0, 0, 1], [1, 1, 2]]), torch.ones(3, dtype=dense.dtype), tuple(dense.shape)
+    ),
+    "CSR": lambda dense: dense.to_sparse_csr(),
+    "CSC": lambda dense: dense.to_sparse_csc(),
+    "BSR": lambda dense: dense[:10, :10].to_sparse_bsr((5, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch's own
+@pytest.mark.parametrize("form", TORCH_FORMS.values(), ids=TORCH_FORMS.keys())
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64], ids=str)
+def test_tensors_of_no_numbers_are_refused_in_every_format(form, dtype):
+    with pytest.raises(DataError, match=f"counts must hold counts; its values are of type {dtype}"):
+        Cells.from_counts(form(torch.tensor(COUNTS).to(dtype)))
+
+
 def test_input_is_neither_changed_nor_copied_needlessly():
     matrix = with_duplicates(COUNTS)
     data = matrix.data.copy()
     Cells.from_anndata(make_adata(matrix))
     np.testing.assert_array_equal(matrix.data, data)
     matrix = sparse.csr_matrix(COUNTS, dtype=np.float32)
-    assert np.shares_memory(Cells.from_counts(matrix).counts.data, matrix.data)
+    assert np.shares_memory(Cells.from_counts(matrix, copy=False).counts.data, matrix.data)
 
 
 def poisoned(form, value, dtype=np.float64):
@@ -306,4 +326,4 @@ def test_large_sparse_counts_are_read_in_time_and_stay_sparse():
     cells = Cells.from_counts(matrix)
     assert time.process_time() - start < 1.0  # 0.15 s when written; a dense copy alone takes longer
     assert cells.counts.nnz == matrix.nnz
-    assert np.shares_memory(cells.counts.data, matrix.data)
+    assert np.shares_memory(Cells.from_counts(matrix, copy=False).counts.data, matrix.data)

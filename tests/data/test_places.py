@@ -193,6 +193,42 @@ def test_lazily_read_files(tmp_path):
 # --- what is several data sets, or more than genes ---
 
 
+def test_a_collection_is_read_in_place_and_as_a_whole():
+    from anndata.experimental import AnnCollection
+
+    collection = AnnCollection([make_adata(), make_adata()], index_unique="-")
+    with pytest.raises(DataError, match="reads an AnnCollection where it is: pass backed=True"):
+        Cells.from_anndata(collection)
+    for options in ({}, {"backed": True}):
+        with pytest.raises(DataError, match=r"part of one \(AnnCollectionView\).*backed=True\)\.take\(rows\)"):
+            Cells.from_anndata(collection[:5], **options)
+
+
+@pytest.mark.filterwarnings("ignore:3 of the 6 genes")
+@pytest.mark.parametrize("fill", [False, True])
+def test_raw_is_named_where_it_has_the_genes_that_are_missing(fill, tmp_path):
+    """X is a selection of variable genes, which were normalised."""
+    few = make_adata()
+    whole = Cells.from_anndata(few, raw=True)
+    schema = Cells.from_anndata(few.raw.to_adata()).schema
+    few.write_h5ad(tmp_path / "few.h5ad")
+    on_disk = anndata.read_h5ad(tmp_path / "few.h5ad", backed="r")
+    for query, options in ((few, {}), (on_disk, {}), (on_disk, {"backed": True})):
+        with pytest.raises((DataError, SchemaError), match=r"adata\.raw.*pass raw=True"):
+            Cells.from_anndata(query, schema=schema, fill_missing_genes=fill, **options)
+        np.testing.assert_array_equal(
+            dense(Cells.from_anndata(query, schema=schema, raw=True, **options)), dense(whole)
+        )
+
+
+def test_raw_is_not_named_where_it_lacks_genes_too():
+    few = make_adata()
+    schema, few.raw = Cells.from_anndata(few.raw.to_adata()).schema, few[:, :2].copy()
+    with pytest.raises(SchemaError, match="are missing") as refused:
+        Cells.from_anndata(few, schema=schema)
+    assert "raw" not in str(refused.value)
+
+
 def test_the_one_to_take_of_real_mudata_is_named(tmp_path):
     mudata = pytest.importorskip("mudata", reason="mudata, an optional package, is not installed")
     with warnings.catch_warnings():
@@ -212,6 +248,12 @@ def test_the_one_to_take_of_several_is_named(tmp_path):
         Cells.from_anndata(several)
     with pytest.raises(DataError, match=r"such as mdata\['atac'\]"):
         Cells.from_anndata(SimpleNamespace(mod={"atac": make_adata()}))
+    with pytest.raises(DataError, match=r"backed=True takes .* with 'prot', 'rna'; pass .* such as mdata\['rna'\]"):
+        Cells.from_anndata(several, backed=True)
+    with pytest.raises(DataError, match=r"from_counts takes a matrix, .* such as mdata\['rna'\], to from_anndata"):
+        Cells.from_counts(several)
+    with pytest.raises(DataError, match=r"annotate\(adata, fit\) takes an AnnData first, .* such as mdata\['rna'\]"):
+        ps.annotate(several, None)
     import h5py
 
     with h5py.File(tmp_path / "cells.h5mu", "w") as file:

@@ -272,6 +272,22 @@ def test_embedding_continuous_labels_get_a_scale():
     assert ax.get_legend() is None
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pd.Series(np.linspace(0, 1, 40), dtype=object),
+        pd.Series([None, *np.linspace(0, 1, 39)], dtype=object),
+        pd.Series([pd.NA, *range(39)], dtype="Int64"),
+        pd.Series([*range(40)], dtype=object),
+    ],
+)
+def test_numbers_in_a_column_of_objects_get_a_scale(labels):
+    ax = plots.embedding(np.random.default_rng(0).normal(size=(40, 2)), labels)
+    assert ax.get_legend() is None
+    shown = np.sort(np.ma.filled(ax.collections[0].get_array().astype(float), np.nan))
+    np.testing.assert_allclose(shown, np.sort(pd.to_numeric(labels).to_numpy(float, na_value=np.nan)))
+
+
 def test_embedding_needs_a_label_for_each_cell():
     with pytest.raises(DataError, match="each of the 8 cells, got 3"):
         plots.embedding(np.random.default_rng(0).normal(size=(8, 2)), ["a", "b", "c"])

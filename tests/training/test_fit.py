@@ -269,6 +269,17 @@ def test_fitting_again_goes_on_from_where_the_model_is(cells):
     assert torch.equal(fit.model.decoder.heads["log_mean"].bias, bias)
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")  # Pyro's own
+def test_a_frozen_bias_stays_as_it_is(cells):
+    model = small_model(cells)
+    head = model.decoder.heads["log_mean"]
+    head.bias.requires_grad_(False).fill_(0.25)
+    fit = small_fit(cells, model, epochs=2)
+    assert torch.equal(fit.model.decoder.heads["log_mean"].bias, torch.full((cells.n_genes,), 0.25))
+    head.bias.requires_grad_(True)
+    assert not torch.equal(small_fit(cells, model, epochs=2).model.decoder.heads["log_mean"].bias, head.bias)
+
+
 def test_the_untempered_loss_does_not_depend_on_how_particles_are_laid_out(cells):
     losses = []
     for vectorised in (False, True):

@@ -11,10 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_scvi.analysis.inputs import batches_in_streams, listed_names, listed_quantiles, require_inputs, result_array
+from pyro_scvi.analysis.inputs import (
+    batches_in_streams,
+    listed_batches,
+    listed_names,
+    listed_quantiles,
+    require_inputs,
+)
 from pyro_scvi.analysis.integration.means import means_alone
 from pyro_scvi.analysis.integration.spaces import shares
 from pyro_scvi.analysis.new_batches import draw_latents, in_batches
+from pyro_scvi.analysis.outputs import result_array
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import SchemaError
@@ -78,8 +85,8 @@ def normalized_expression(
     Raises
     ------
     ModelError
-        If the program does not say what its theta is, a number is out of range, an argument has the wrong type, or
-        ``out`` has another shape.
+        If the program does not say what its theta is, a number is out of range, an argument has the wrong type, a
+        batch is named twice, or ``out`` has another shape or type.
     SchemaError
         If the cells' genes or covariates are not those of the fit, or there is no such gene or batch.
 
@@ -95,7 +102,7 @@ def normalized_expression(
     sampler = sampler_for(sampler, cells, fit.guide)
     require_at_least(1, samples=samples, batch_size=batch_size)
     require_positive(per, "per")
-    batches = None if batches is None else listed_names(batches, "batches")
+    batches = None if batches is None else listed_batches(batches)
     names, places = _positions(fit, genes)
     levels = [] if quantiles is None else listed_quantiles(quantiles)
     lead = (len(levels),) if levels else ()

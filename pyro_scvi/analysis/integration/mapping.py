@@ -163,6 +163,7 @@ def _mapped(
     epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps)) if epochs is None else int(epochs)
     with undisturbed(seed, made.model, made.guide), torch.enable_grad(), _only(made, widened):
         history = _train(made, data, widened, epochs, batch_size, learning_rate, progress)
+    made.model.trained_on = schema
     settings = {"epochs": epochs, "batch_size": int(batch_size), "seed": int(seed), "n_cells": data.n_cells}
     return MadeFit(made.model, made.guide, history, schema, fit.settings | settings | {"mapped_batches": list(new)})
 

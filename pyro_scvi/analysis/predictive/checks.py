@@ -29,6 +29,7 @@ from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.priors.base import require_proper
+from pyro_scvi.training.same_columns import in_order_of_columns
 from pyro_scvi.utils.cell_streams import alone, per_cell
 from pyro_scvi.utils.checks import brief, require_at_least, require_kind
 from pyro_scvi.utils.html_repr import table
@@ -62,7 +63,8 @@ def prior_predictive(
     n_cells
         Number of cells.
     gamma
-        (cells, covariates), needed where the model has covariates.
+        (cells, covariates), needed where the model has covariates: in the order of ``cells.covariates``, or a DataFrame
+        with columns named as ``cells.schema.column_names``, in any order, if the model is of a fit.
     seed
         Of the draws.
 
@@ -73,6 +75,8 @@ def prior_predictive(
 
     Raises
     ------
+    SchemaError
+        If ``gamma`` names other columns than the fit has, or the model is of no fit, which would know their names.
     ModelError
         If covariates are missing or of another shape, ``model`` is no SCVI, ``n_cells`` is below 1, or the prior (Flat)
         cannot be drawn from.
@@ -102,7 +106,7 @@ def _gamma(model: SCVI, n_cells: int, given: ArrayLike | Tensor | None) -> Tenso
         raise ModelError(f"the model has {model.n_covariates} covariates: pass gamma of shape (cells, covariates)")
     like = next(chain(model.decoder.parameters(), model.buffers()))  # all weights may be latent
     try:
-        gamma = torch.zeros(n_cells, 0) if given is None else _tensor(given)
+        gamma = torch.zeros(n_cells, 0) if given is None else _tensor(in_order_of_columns(model.trained_on, given))
     except (TypeError, ValueError) as error:
         raise ModelError(f"gamma must be numbers of shape (cells, covariates), got {brief(given)}") from error
     if tuple(gamma.shape) != (n_cells, model.n_covariates):

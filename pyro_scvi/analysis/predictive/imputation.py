@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.global_averages import at_draws, shares
-from pyro_scvi.analysis.inputs import batches_in_streams, listed_names, listed_quantiles, require_inputs, result_array
+from pyro_scvi.analysis.inputs import batches_in_streams, listed_batches, listed_quantiles, require_inputs
 from pyro_scvi.analysis.new_batches import in_known_batches
+from pyro_scvi.analysis.outputs import result_array
 from pyro_scvi.analysis.posterior_samples import decoded
 from pyro_scvi.analysis.predictive.rate_quantiles import AtDraws, rate_quantiles
 from pyro_scvi.data.cells import Cells
@@ -145,8 +146,9 @@ def impute(
         As there. None: ``ps.Amortized()`` for means, ``ps.Refined()`` for quantiles, because intervals from the guide
         itself are too narrow; it draws them where the prior has no density.
     out
-        Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, or a NumPy array,
-        memory-mapped or not, of the result's shape. Memory then does not grow with the number of cells.
+        Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, a NumPy array,
+        memory-mapped or not, or a tensor, of the result's shape and float32 or float64. Memory then does not grow with
+        the number of cells.
 
     Returns
     -------
@@ -157,7 +159,7 @@ def impute(
     ------
     ModelError
         If batches are given with another quantity or with quantiles, the likelihood does not define w, a number is out
-        of range, an argument has the wrong type, or ``out`` has another shape.
+        of range, an argument has the wrong type, a batch is named twice, or ``out`` has another shape or type.
     SchemaError
         If the cells' genes or covariates are not those of the fit, or there is no such batch.
 
@@ -171,7 +173,7 @@ def impute(
     """
     require_inputs(fit, cells)
     _check_quantity(quantity)
-    quantiles, batches = listed_quantiles(quantiles), listed_names(batches, "batches")
+    quantiles, batches = listed_quantiles(quantiles), listed_batches(batches)
     refines = len(quantiles) and has_density(fit.model)  # under Flat there is no posterior to refine towards
     default = Refined() if refines else Amortized()
     at_medians = fit.guide if global_draws is None else None
@@ -197,7 +199,7 @@ def impute(
                     means += [_mean(drawn, x, constant, quantity) for constant in constants]
             if means:
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
-    return imputed
+    return imputed if out is None else out
 
 
 def technical_zero_probability(
@@ -233,7 +235,7 @@ def technical_zero_probability(
     ------
     ModelError
         If the likelihood has no technical zeros, a number is below 1, an argument has the wrong type, or ``out`` has
-        another shape.
+        another shape or type.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -258,7 +260,7 @@ def technical_zero_probability(
                 raise ModelError(f"under {fit.model.likelihood!r} no zero is technical; take ZINB or ZIP")
             # A count above zero was not lost, so its probability is 0.
             probability[rows] = (torch.sigmoid(logits).mean(0) * (x == 0)).cpu().numpy()
-    return probability
+    return probability if out is None else out
 
 
 def _check_quantity(quantity: Any) -> None:

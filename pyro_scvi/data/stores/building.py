@@ -43,6 +43,7 @@ from pyro_scvi.data.stores.layout import (
     ARRAYS,
     DATA,
     DETECTED,
+    FILES,
     FORMAT,
     INDICES,
     INDPTR,
@@ -191,7 +192,7 @@ def _build(
     work = work_of(target)
     _begin(work, plan)
     with _removed_if_empty(work):
-        _write_annotations(work / ANNOTATIONS, obs, genes)  # before hours of reading: it may be refused
+        _write_annotations(work / ANNOTATIONS, obs, genes, inputs)  # before hours of reading: it may be refused
         parts = _parts(inputs, obs.index, genes, plan["allow_non_integer"], work, progress)
     _assemble(parts, len(obs), genes, plan, work / COMPLETE)
     (work / COMPLETE).rename(target)
@@ -333,10 +334,12 @@ def _stack(file: BinaryIO, parts: Sequence[_Part], name: str, n: int, dtype: np.
         file.write(values.astype(dtype, copy=False).data)
 
 
-def _write_annotations(path: Path, obs: pd.DataFrame, genes: pd.Index) -> None:
-    """Write obs and the names of the genes as an .h5ad without counts; strings stay strings."""
+def _write_annotations(path: Path, obs: pd.DataFrame, genes: pd.Index, inputs: Sequence[Input]) -> None:
+    """Write obs, the names of the genes and which cells are of which file; strings stay strings."""
+    names, cells = np.array([each.name for each in inputs], dtype=object), [len(each.obs) for each in inputs]
+    files = {FILES: {"names": names, "cells": np.array(cells)}} if len(inputs) > 1 else {}
     with doubled_names_allowed():
-        annotations = AnnData(obs=obs, var=pd.DataFrame(index=genes))
+        annotations = AnnData(obs=obs, var=pd.DataFrame(index=genes), uns=files)
     with (
         anndata.settings.override(allow_write_nullable_strings=True),
         hdf5.written(path, "w") as group,

@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
+from anndata import AnnData
 
 from pyro_scvi.errors import StoreError
 from pyro_scvi.utils.disk.files import regular_bytes
@@ -17,6 +20,10 @@ FORMAT = 1
 SCHEMA, ANNOTATIONS = "schema.json", "annotations.h5ad"
 INDPTR, INDICES, DATA, TOTALS, DETECTED = "indptr.npy", "indices.npy", "data.npy", "totals.npy", "detected.npy"
 ARRAYS = (INDPTR, INDICES, DATA, TOTALS, DETECTED)
+
+
+FILES = "files"
+"""In ``uns`` of the annotations: names of the files, and number of cells of each; stores of one file have none."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,16 @@ class StoreSchema:
 def rebuild(folder: Path) -> str:
     """Advice for a broken store."""
     return f"delete {folder} and build it again"
+
+
+def files_of(annotations: AnnData) -> np.ndarray | None:
+    """Name of the file that each cell is of, (cells,); None if the store does not say."""
+    told = annotations.uns.get(FILES)
+    if not isinstance(told, Mapping) or set(told) != {"names", "cells"}:
+        return None
+    names, cells = np.asarray(told["names"]), np.asarray(told["cells"])
+    known = names.shape == cells.shape and cells.dtype.kind in "iu" and bool((cells >= 0).all())
+    return np.repeat(names, cells) if known and cells.sum() == annotations.n_obs else None
 
 
 def work_of(target: Path) -> Path:

@@ -38,7 +38,7 @@ Run = Callable[[sparse.csr_array, int | None, int], Any]
 
 def _ours(name: str) -> Run:
     def run(counts: sparse.csr_array, epochs: int | None, seed: int) -> None:
-        systems.fitted(name, Cells.from_counts(counts), seed=seed, epochs=epochs)
+        systems.fitted(name, Cells.from_counts(counts, copy=False), seed=seed, epochs=epochs)
 
     return run
 

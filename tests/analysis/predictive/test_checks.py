@@ -7,10 +7,11 @@ import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 
 import pyro_scvi as ps
 from pyro_scvi.analysis.predictive.check_statistics import Statistics, moments
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, SchemaError
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,28 @@ def test_prior_draws_need_covariates_and_a_density(batched_cells):
     assert ps.prior_predictive(model, 60, gamma=batched_cells[:][1]).shape == (60, 20)
     with pytest.raises(ModelError, match="Flat"):
         ps.prior_predictive(ps.SCVI(20, 2, prior=ps.priors.Flat(2)), 5)
+
+
+def test_named_covariates_of_prior_draws_are_matched_by_name(batched_cells):
+    model = ps.SCVI(20, 2, batched_cells.n_covariates, n_hidden=8)
+    fit = ps.fit(model, batched_cells, epochs=2, progress=False, device="cpu")
+    names = batched_cells.schema.column_names
+    frame = pd.DataFrame(batched_cells.covariates, columns=list(names))
+    expected = ps.prior_predictive(fit.model, 60, gamma=batched_cells.covariates)
+    for given in (
+        frame,
+        frame[list(names[::-1])],
+        frame.set_axis(range(len(names)), axis=1),
+        frame.to_xarray().to_array(),
+    ):
+        given = given.T if isinstance(given, xr.DataArray) else given
+        np.testing.assert_array_equal(ps.prior_predictive(fit.model, 60, gamma=given), expected)
+    for wrong in (frame.rename(columns={names[0]: "other"}), frame[[names[0], *names]].iloc[:, : len(names)]):
+        with pytest.raises(SchemaError, match="gamma has the columns .*the fit has"):
+            ps.prior_predictive(fit.model, 60, gamma=wrong)
+    with pytest.raises(SchemaError, match=r"the model is of no fit.*gamma\.to_numpy\(\)"):
+        ps.prior_predictive(model, 60, gamma=frame)
+    assert ps.prior_predictive(model, 60, gamma=frame.to_numpy()).shape == (60, 20)
 
 
 def test_posterior_draws_resemble_their_cells(fitted):

@@ -147,7 +147,7 @@ def test_batches_swap_the_covariates_of_the_decoder_alone(batched_cells):
     fit = fitted(cells, epochs=20)
     found = {
         names: ps.impute(fit, cells, quantity=mean_given_no_dropout, batches=names, batch_size=5)
-        for names in (("a",), ("b",), ("a", "b"), ("b", "b", "a"))
+        for names in (("a",), ("b",), ("a", "b"))
     }
     for name in "ab":
         swapped = cells.with_batch(name)
@@ -158,7 +158,6 @@ def test_batches_swap_the_covariates_of_the_decoder_alone(batched_cells):
         np.testing.assert_allclose(found[(name,)], mean, rtol=1e-4)
     assert not np.allclose(found[("a",)], found[("b",)], rtol=0.05)
     np.testing.assert_allclose(found[("a", "b")], (found[("a",)] + found[("b",)]) / 2, rtol=1e-5)
-    np.testing.assert_allclose(found[("b", "b", "a")], (found[("a",)] + 2 * found[("b",)]) / 3, rtol=1e-5)
     own = ps.impute(fit, cells, quantity=mean_given_no_dropout, batch_size=5)
     in_a = cells.covariates[:, cells.schema.batch_position("a")] == 1
     np.testing.assert_allclose(own[in_a], found[("a",)][in_a], rtol=1e-5)
