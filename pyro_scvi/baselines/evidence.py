@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scvi.inference.importance import Importance, SamplingBudget, adaptive_importance, persistent_importance
+from pyro_scvi.inference.importance import ImportanceResult, SamplingBudget, adaptive_importance, persistent_importance
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.random_state import seeded
 
@@ -49,7 +49,7 @@ def integrate(
         Draws of the sampler, and its seed.
     """
 
-    def run(rows: Tensor, budget: SamplingBudget) -> Importance:
+    def run(rows: Tensor, budget: SamplingBudget) -> ImportanceResult:
         draw = int(torch.randint(2**31, ()))
         return adaptive_importance(
             log_joint_of(rows), loc[rows], scale[rows], **budget._asdict(), seed=draw, block=_BLOCK

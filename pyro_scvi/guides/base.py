@@ -14,6 +14,7 @@ from pyro_scvi.guides.looks.broadcasting import require_broadcasting
 from pyro_scvi.guides.looks.counts_as_data import require_counts_as_data
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import require_supported
+from pyro_scvi.guides.tails import heavy_tailed
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import Component
 from pyro_scvi.priors.flat import Flat
@@ -36,7 +37,8 @@ class Guide(Component):
     every global one. It defines how it encodes cells, the distribution :meth:`law` of each latent, and :meth:`start`, a
     normal from which a cell's posterior can be refined. ``amortized``: it can encode cells that it has not seen.
     ``stochastic``: q has a density. ``factorised``: no latent of a cell depends on another. Discrete latents
-    that the program sums out have no q. ``landmarks`` (64, size) are coordinates of training cells, zero before a fit:
+    that the program sums out have no q. ``heavy_tailed`` (size,): whether the prior
+    of each coordinate is. ``landmarks`` (64, size) are coordinates of training cells, zero before a fit:
     modes of other cells are sought there, too.
 
     Parameters
@@ -82,6 +84,7 @@ class Guide(Component):
         self.weights = global_latents(model, global_guide, points=not self.stochastic, seed=seed)
         self.require_prior()
         self.require_supported()
+        self.heavy_tailed = heavy_tailed(self.coordinates, model.discovered())
 
     @property
     def auxiliary(self) -> bool:

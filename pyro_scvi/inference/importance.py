@@ -6,7 +6,7 @@ unconstrained coordinates, the value has shape (samples, cells), and cells do no
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.precision import in_float64, put_back
 from pyro_scvi.utils.random_state import seeded
 
-Run = Callable[[Tensor, "SamplingBudget"], "Importance"]  # weighted draws of the cells in given rows
+Run = Callable[[Tensor, "SamplingBudget"], "ImportanceResult"]  # weighted draws of the cells in given rows
 
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is unreliable (Vehtari et al. 2024)
 LEAST_SHARE = 0.1  # of a mixture proposal's draws, spread evenly over its components
@@ -103,7 +103,7 @@ class SamplingBudget(NamedTuple):
         return SamplingBudget(self.samples, 2 * self.steps, 2 * self.rounds)
 
 
-class Importance(NamedTuple):
+class ImportanceResult(NamedTuple):
     """Result of :func:`adaptive_importance`: per cell (cells,), with the weighted draws it rests on.
 
     ``log_evidence`` in nats per cell, ``se`` its standard error (delta method), ``ess`` the effective number of
@@ -118,12 +118,14 @@ class Importance(NamedTuple):
     draws: Tensor
     log_weights: Tensor
 
-    def of(self, cells: Tensor) -> "Importance":
+    def of(self, cells: Tensor) -> "ImportanceResult":
         """The result for some of the cells."""
         # The dimension of cells is the second where draws come first. Draws may be on another device than weights.
-        return Importance(*(of_all.index_select(int(of_all.dim() > 1), cells.to(of_all.device)) for of_all in self))
+        return ImportanceResult(
+            *(of_all.index_select(int(of_all.dim() > 1), cells.to(of_all.device)) for of_all in self)
+        )
 
-    def replace(self, cells: Tensor, others: "Importance") -> None:
+    def replace(self, cells: Tensor, others: "ImportanceResult") -> None:
         """Put the result of ``others`` in the place of these cells'."""
         for kept, new in zip(self, others, strict=True):
             kept.index_copy_(int(kept.dim() > 1), cells.to(kept.device), new)
@@ -139,17 +141,17 @@ def adaptive_importance(
     steps: int = 100,
     rounds: int = 2,
     block: int = 50,
-) -> Importance:
+) -> ImportanceResult:
     """Estimate log integral exp(log_joint(u)) du for every cell, by ``samples`` draws of :func:`corrected_proposal`."""
     with seeded(seed):
         proposal = corrected_proposal(
             log_joint, loc, scale, steps=steps, rounds=rounds, samples=max(samples // 2, 2), block=block
         )
         draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
-    return Importance(*evidence_of(log_weights), draws, log_weights)
+    return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
 
 
-def persistent_importance(run: Run, rows: Tensor, budget: SamplingBudget, *, attempts: int = 3) -> Importance:
+def persistent_importance(run: Run, rows: Tensor, budget: SamplingBudget, *, attempts: int = 3) -> ImportanceResult:
     """``run`` for the cells in ``rows``, again for cells whose k-hat is above 0.7.
 
     These get twice the budget, then four times; the best attempt counts.
@@ -227,10 +229,20 @@ def laplace_scale_tril(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Tenso
     return scale[:, :, None] * put_back(torch.linalg.cholesky(covariance), loc)
 
 
+class Source(Protocol):
+    """What draws come from: their density is known."""
+
+    def sample(self, samples: int) -> Tensor:
+        """Draws of shape (samples, cells, latents)."""
+        ...
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log density of u (samples, cells, latents), shape (samples, cells)."""
+        ...
+
+
 @torch.no_grad()
-def weighted_draws(
-    log_joint: LogJoint, proposal: Proposal | Mixture, samples: int, block: int
-) -> tuple[Tensor, Tensor]:
+def weighted_draws(log_joint: LogJoint, proposal: Source, samples: int, block: int) -> tuple[Tensor, Tensor]:
     """Draws (samples, cells, latents) from the proposal and their float64 log weights (samples, cells)."""
     draws = proposal.sample(samples)
     log_density = torch.cat([log_joint(part) for part in draws.split(block)])
@@ -243,19 +255,29 @@ def adapted(proposal: Proposal, draws: Tensor, log_weights: Tensor) -> Proposal:
     weights = log_weights.softmax(0).nan_to_num(1 / len(log_weights))  # (samples, cells); NaN if none has weight
     ess = 1 / weights.square().sum(0)
     kept = (draws.shape[-1] / (draws.shape[-1] + ess))[:, None]  # share of the old proposal
-    u, old = in_float64(draws), in_float64(proposal.loc)
+    # Of each latent by itself: their scales may differ by many orders of magnitude.
+    return with_moments(proposal, draws, weights, kept, kept, jitter=1e-8)
+
+
+def with_moments(
+    old: Proposal, draws: Tensor, weights: Tensor, of_loc: Tensor, of_tril: Tensor, *, jitter: float = 0.0
+) -> Proposal:
+    """Mean and covariance of draws (draws, cells, size) by normalised weights (draws, cells), in float64.
+
+    ``of_loc`` and ``of_tril`` (cells, 1) are the shares of the old proposal in them. It is kept as it is where draws
+    are so far apart that their covariance has no factor. ``jitter`` is relative to each variance.
+    """
+    u, loc, tril = in_float64(draws), in_float64(old.loc), in_float64(old.scale_tril)
     mean = torch.einsum("sc,sci->ci", weights, u)
     centred = u - mean
     covariance = torch.einsum("sc,sci,scj->cij", weights, centred, centred)
-    tril = in_float64(proposal.scale_tril)
-    covariance = (1 - kept[..., None]) * covariance + kept[..., None] * (tril @ tril.mT)
-    loc = (1 - kept) * mean + kept * old
-    # Of each latent by itself: their scales may differ by many orders of magnitude.
-    jitter = 1e-8 * covariance.diagonal(dim1=-2, dim2=-1)
-    new_tril, failed = torch.linalg.cholesky_ex(covariance + jitter.diag_embed())
-    lost = (failed > 0)[:, None]  # where draws were so far apart that there is no factor, the old proposal is kept
-    loc, tril = loc.where(~lost, old), new_tril.where(~lost[..., None], tril)
-    return Proposal(put_back(loc, proposal.loc), put_back(tril, proposal.loc))
+    covariance = (1 - of_tril[..., None]) * covariance + of_tril[..., None] * (tril @ tril.mT)
+    jittered = covariance + (jitter * covariance.diagonal(dim1=-2, dim2=-1)).diag_embed()
+    new_tril, failed = torch.linalg.cholesky_ex(jittered)
+    lost = (failed > 0) | ~torch.isfinite(new_tril).flatten(1).all(1)
+    new_loc = torch.where(lost[:, None], loc, (1 - of_loc) * mean + of_loc * loc)
+    new_tril = torch.where(lost[:, None, None], tril, new_tril)
+    return Proposal(put_back(new_loc, old.loc), put_back(new_tril, old.loc))
 
 
 def adapted_mixture(mixture: Mixture, draws: Tensor, log_weights: Tensor) -> Mixture:

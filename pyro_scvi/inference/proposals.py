@@ -13,7 +13,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.log_joint import Joint, log_joint
 from pyro_scvi.inference.evaluation import drawn_from_prior, draws_at_once
 from pyro_scvi.inference.importance import (
-    Importance,
+    ImportanceResult,
     Mixture,
     Proposal,
     SamplingBudget,
@@ -28,6 +28,7 @@ from pyro_scvi.inference.importance import (
 from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, SEVERAL, Modes, separate_modes
 from pyro_scvi.inference.refinement import DensityOf, fitted_normal
 from pyro_scvi.inference.rounds import drawn_in_rounds
+from pyro_scvi.inference.tailed import reaching
 from pyro_scvi.types import LogJoint
 from pyro_scvi.utils.cell_streams import narrowed
 
@@ -43,12 +44,16 @@ NO_MASS = -1e4  # nats; of a mode where the density is no number
 
 
 class Fitted(NamedTuple):
-    """Some of the cells, by row, with the log joint density of any of these, draws to evaluate at once, a proposal."""
+    """Some of the cells, by row, with the log joint density of any of these, draws to evaluate at once, a proposal.
+
+    ``heavy`` (size,) says for which coordinates draws of the proposal reach out, as their priors have heavy tails.
+    """
 
     rows: Tensor
     density_of: DensityOf
     block: int
     proposal: Proposal | Mixture
+    heavy: Tensor
 
     @property
     def density(self) -> LogJoint:
@@ -58,7 +63,7 @@ class Fitted(NamedTuple):
     def weighted(self, samples: int) -> tuple[Tensor, Tensor]:
         """Draws (samples, cells, size) of the proposal, and their log weights (samples, cells)."""
         with narrowed(self.rows):
-            return weighted_draws(self.density, self.proposal, samples, self.block)
+            return weighted_draws(self.density, reaching(self.proposal, self.heavy), samples, self.block)
 
     def adapted(self, rounds: int, samples: int) -> "Fitted":
         """With the proposal adapted to weighted draws; a mixture has been already."""
@@ -70,13 +75,13 @@ class Fitted(NamedTuple):
                 proposal = adapted(proposal, *weighted_draws(self.density, proposal, samples, self.block))
         return self._replace(proposal=proposal)
 
-    def importance(self, budget: SamplingBudget) -> Importance:
+    def importance(self, budget: SamplingBudget) -> ImportanceResult:
         """Weighted draws and what they say of the evidence."""
         if not isinstance(self.proposal, Mixture):
             with narrowed(self.rows):
-                return drawn_in_rounds(self.density_of, self.proposal, budget, self.block)
+                return drawn_in_rounds(self.density_of, self.proposal, budget, self.block, self.heavy)
         draws, log_weights = self.weighted(budget.samples)
-        return Importance(*evidence_of(log_weights), draws, log_weights)
+        return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
 
 
 class Posteriors:
@@ -159,7 +164,7 @@ class Posteriors:
                 proposal = corrected_proposal(part.density, loc, scale, steps=steps, rounds=0)
             else:
                 proposal = fitted_normal(part.density_of, loc, scale, steps=steps, block=part.block)
-        return Fitted(rows, part.density_of, part.block, proposal)
+        return Fitted(rows, part.density_of, part.block, proposal, self.guide.heavy_tailed)
 
     def _modes(self, points: Tensor, values: Tensor, unit: Tensor) -> Modes:
         """The modes that climbs find; a cell's only one is at the best candidate, unless this leads to no mass."""
@@ -212,7 +217,7 @@ class Posteriors:
             for _ in range(max(rounds, LEAST_ROUNDS)):  # without any, shares would be those of Laplace
                 drawn = weighted_draws(part.density, mixture, samples, part.block)
                 mixture = adapted_mixture(mixture, *drawn)
-        return Fitted(rows, part.density_of, part.block, mixture)
+        return Fitted(rows, part.density_of, part.block, mixture, self.guide.heavy_tailed)
 
 
 def start(guide: Guide, x: Tensor, gamma: Tensor, joint: Joint = log_joint) -> tuple[LogJoint, Tensor, Tensor]:
@@ -246,7 +251,7 @@ def refined(guide: Guide, x: Tensor, gamma: Tensor, *, steps: int = 100) -> tupl
 
 def weighted(
     guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, *, joint: Joint = log_joint, attempts: int = 3
-) -> Importance:
+) -> ImportanceResult:
     """Weighted draws of every cell's latents, from a proposal fitted to that cell.
 
     Cells whose k-hat is above 0.7 are tried again with twice the budget, then four times; the best attempt counts.
@@ -254,18 +259,18 @@ def weighted(
     cells = Posteriors(guide, x, gamma, joint)
     everyone = torch.arange(len(x), device=x.device)
 
-    def run(rows: Tensor, budget: SamplingBudget) -> Importance:
+    def run(rows: Tensor, budget: SamplingBudget) -> ImportanceResult:
         with narrowed(rows):
             return _importance(cells if rows is everyone else cells.of(rows), budget, again=rows is not everyone)
 
     return persistent_importance(run, everyone, budget, attempts=attempts)
 
 
-def _importance(cells: Posteriors, budget: SamplingBudget, *, again: bool) -> Importance:
+def _importance(cells: Posteriors, budget: SamplingBudget, *, again: bool) -> ImportanceResult:
     options = {"steps": budget.steps, "rounds": budget.rounds, "samples": max(budget.samples // 2, 2)}
     made = cells.started(**options, again=again)
     results = [part.importance(budget) for part in made]
-    return Importance(*(in_order(made, of, int(of[0].dim() > 1)) for of in zip(*results, strict=True)))
+    return ImportanceResult(*(in_order(made, of, int(of[0].dim() > 1)) for of in zip(*results, strict=True)))
 
 
 def in_order(made: list[Fitted], values: Sequence[Tensor], dim: int) -> Tensor:

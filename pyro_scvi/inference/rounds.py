@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.inference.importance import (
-    Importance,
+    ImportanceResult,
     Proposal,
     SamplingBudget,
     evidence_of,
     weighted_draws,
+    with_moments,
 )
 from pyro_scvi.inference.refinement import DensityOf
+from pyro_scvi.inference.tailed import Tailed, reaching
 from pyro_scvi.utils.cell_streams import narrowed
-from pyro_scvi.utils.precision import in_float64, put_back
+from pyro_scvi.utils.precision import in_float64
 
 MOST_PARTS, FEWEST_DRAWS = 4, 100  # of all draws of a cell: rounds these come in, and draws of a round
 GOOD_SHARE = 0.5  # of effective draws in a round; a better proposal than that gains nothing by adaptation
@@ -29,15 +31,31 @@ SURE_KHAT = 0.5  # below it the weights have a variance
 
 
 class _Round(NamedTuple):
-    """Draws (draws, cells, size) of a round, their log joint density (draws, cells), and the proposal they are from."""
+    """Draws (draws, cells, size) of a round, their log joint density (draws, cells), and the proposal they are from.
+
+    Draws reach out along the coordinates that are ``heavy``, (size,).
+    """
 
     draws: Tensor
     log_density: Tensor
     proposal: Proposal
+    heavy: Tensor
 
     def of(self, cells: Tensor) -> "_Round":
         """The round of some of the cells."""
-        return _Round(self.draws[:, cells], self.log_density[:, cells], Proposal(*(of[cells] for of in self.proposal)))
+        proposal = Proposal(*(of[cells] for of in self.proposal))
+        return self._replace(draws=self.draws[:, cells], log_density=self.log_density[:, cells], proposal=proposal)
+
+    @property
+    def source(self) -> Proposal | Tailed:
+        """What the draws are from."""
+        return reaching(self.proposal, self.heavy)
+
+    def log_share(self, u: Tensor) -> Tensor:
+        """Log of the share of draws at u (draws, cells, size) that are from the proposal itself."""
+        source = self.source
+        of_core = source.log_prob_of_core(u) - source.log_prob(u) if isinstance(source, Tailed) else u.new_zeros(())
+        return in_float64(of_core)
 
 
 class _Counted:
@@ -63,18 +81,21 @@ class _Counted:
         """Whether some cells have too few."""
         return self.held[cells] < self.parts
 
-    def found(self) -> Importance:
+    def found(self) -> ImportanceResult:
         """The result, when no cell lacks any."""
         draws, log_weights = (of.flatten(0, 1)[: self.samples] for of in (self.draws, self.log_weights))
-        return Importance(*evidence_of(log_weights), draws, log_weights)
+        return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
 
 
-def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int) -> Importance:
+def drawn_in_rounds(
+    density_of: DensityOf, proposal: Proposal, budget: SamplingBudget, block: int, heavy: Tensor | None = None
+) -> ImportanceResult:
     """Weighted draws of every cell in rounds, ``budget.samples`` that count.
 
     A cell's first round, half as long, and those after a round with a k-hat above 0.5 only adapt the proposal, but no
-    more than ``budget.rounds`` rounds do.
+    more than ``budget.rounds`` rounds do. Draws reach out along the coordinates that are ``heavy``, (size,).
     """
+    heavy = torch.zeros_like(proposal.loc[0], dtype=torch.bool) if heavy is None else heavy
     counted = _Counted(proposal.loc, budget.samples)
     rows = torch.arange(len(proposal.loc), device=proposal.loc.device)
     density, history = density_of(rows), list[_Round]()
@@ -82,8 +103,9 @@ def drawn_in_rounds(density_of: DensityOf, proposal: Proposal, budget: SamplingB
     for number in range(budget.rounds + counted.parts):
         length = counted.length if number or not budget.rounds else math.ceil(counted.length / 2)
         with narrowed(rows):
-            draws, log_weights = weighted_draws(density, proposal, length, block)
-        history.append(_Round(draws, log_weights + in_float64(proposal.log_prob(draws)), proposal))
+            source = reaching(proposal, heavy)
+            draws, log_weights = weighted_draws(density, source, length, block)
+        history.append(_Round(draws, log_weights + in_float64(source.log_prob(draws)), proposal, heavy))
         if bool(counts.any()):
             counted.add(rows[counts], draws[:, counts], log_weights[:, counts.to(log_weights.device)])
         _, _, ess, khat = evidence_of(log_weights)
@@ -115,23 +137,16 @@ def adapted_to_all(history: list[_Round]) -> Proposal:
     weights, held = _clipped_weights(history, draws)
     size, ess = draws.shape[-1], (held / weights.square().sum(0))[:, None]
     of_loc, of_tril = size / (size + ess), size * (size + 3) / (size * (size + 3) + 2 * ess)
-    u, loc, tril = in_float64(draws), in_float64(last.loc), in_float64(last.scale_tril)
-    mean = torch.einsum("sc,sci->ci", weights, u)
-    covariance = torch.einsum("sc,sci,scj->cij", weights, u - mean, u - mean)
-    covariance = (1 - of_tril[..., None]) * covariance + of_tril[..., None] * (tril @ tril.mT)
-    new_tril, failed = torch.linalg.cholesky_ex(covariance)
-    kept = (failed > 0) | ~torch.isfinite(new_tril).flatten(1).all(1)
-    new_loc = torch.where(kept[:, None], loc, (1 - of_loc) * mean + of_loc * loc)
-    new_tril = torch.where(kept[:, None, None], tril, new_tril)
-    return Proposal(put_back(new_loc, last.loc), put_back(new_tril, last.loc))
+    return with_moments(last, draws, weights, of_loc, of_tril)
 
 
 def _clipped_weights(history: list[_Round], draws: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised weights (draws, cells) of all draws, the largest clipped, and which cells have any weight, 0 or 1."""
-    of_rounds = [in_float64(one.proposal.log_prob(draws)) + math.log(len(one.draws)) for one in history]
+    of_rounds = [in_float64(one.source.log_prob(draws)) + math.log(len(one.draws)) for one in history]
     log_mixture = torch.stack(of_rounds).logsumexp(0) - math.log(len(draws))
     log_density = torch.cat([one.log_density for one in history])
-    log_weights = (log_density - log_mixture).nan_to_num(nan=-math.inf, posinf=-math.inf)
+    log_weights = log_density - log_mixture + history[-1].log_share(draws)
+    log_weights = log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)
     # A few draws with most of the weight say little of a covariance (Koblents and Miguez 2015).
     top = min(min(CLIPPED, draws.shape[-1] // 2) * len(history), len(draws) - 1)
     log_weights = torch.minimum(log_weights, log_weights.topk(top + 1, dim=0).values[-1])

@@ -1,8 +1,10 @@
 """Posterior samplers for a cell's latents, from fast to exact, with diagnostics for every cell."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,12 +27,14 @@ class Draws(NamedTuple):
     """The latents of the cells, such as z (samples, cells, 1, latents) and l (samples, cells, 1), and their diagnosis.
 
     ``diagnose()`` gives diagnostics by name, each (cells,). Some cost as much as the draws, so they are computed on
-    request. With several ``chains``, sample = draw * chains + chain.
+    request. With several ``chains``, sample = draw * chains + chain. ``log_weights`` (samples, cells) say how much each
+    draw counts; None where all count alike.
     """
 
     sites: dict[str, Tensor]
     diagnose: Callable[[], dict[str, Tensor]]
     chains: int = 1
+    log_weights: Tensor | None = None
 
 
 class Sampler(Protocol):
@@ -39,6 +43,21 @@ class Sampler(Protocol):
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """``samples`` draws for counts x (cells, genes) with covariates gamma (cells, covariates)."""
         ...
+
+
+@runtime_checkable
+class Weighting(Protocol):
+    """A sampler whose draws come from a proposal with tails heavier than the posterior's, each with its weight."""
+
+    def weigh(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """At least ``samples`` draws of the proposal, before they are resampled."""
+        ...
+
+
+def weighted_by(sampler: Sampler, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+    """At least ``samples`` draws: weighted ones of the sampler's proposal if it has one, else of the posterior."""
+    make = sampler.weigh if isinstance(sampler, Weighting) else sampler.draw
+    return make(guide, x, gamma, samples)
 
 
 def require_sampler(sampler: Any) -> None:
@@ -51,6 +70,22 @@ def require_sampler(sampler: Any) -> None:
     """
     if isinstance(sampler, type) or not callable(getattr(sampler, "draw", None)):
         raise ModelError(f"sampler must be an object such as ps.Importance() or ps.HMC(), got {brief(sampler)}")
+
+
+class _Pool(NamedTuple):
+    """Draws u (draws, cells, size) of a proposal, their log weights (draws, cells), and what diagnoses them."""
+
+    u: Tensor
+    log_weights: Tensor
+    diagnose: Callable[[], dict[str, Tensor]]
+
+    def weighted(self, guide: Guide) -> Draws:
+        """All of them, with their weights."""
+        return Draws(guide.coordinates.sites(self.u), self.diagnose, log_weights=self.log_weights)
+
+    def resampled(self, guide: Guide, samples: int) -> Draws:
+        """``samples`` of them that follow the posterior."""
+        return Draws(guide.coordinates.sites(resampled(self.u, self.log_weights, samples)), self.diagnose)
 
 
 @dataclass(frozen=True)
@@ -124,13 +159,18 @@ class Refined:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Draw from the refined proposal."""
+        return self._pool(guide, x, gamma, samples).resampled(guide, samples)
+
+    def weigh(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """At least 500 weighted draws of the refined proposal."""
+        return self._pool(guide, x, gamma, samples).weighted(guide)
+
+    def _pool(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> _Pool:
         require_proper(guide.model, "there is no posterior to sample")
         made = Posteriors(guide, x, gamma).fitted(steps=self.steps, rounds=0)
-        pool = max(samples, POOL)
-        drawn = [part.weighted(pool) for part in made]
+        drawn = [part.weighted(max(samples, POOL)) for part in made]
         u, log_weights = (in_order(made, of, 1) for of in zip(*drawn, strict=True))
-        u = resampled(u, log_weights, samples)
-        return Draws(guide.coordinates.sites(u), lambda: _weight_diagnostics(log_weights))
+        return _Pool(u, log_weights, lambda: _weight_diagnostics(log_weights))
 
 
 @dataclass(frozen=True)
@@ -177,10 +217,16 @@ class Importance:
 
     def draw(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
         """Resample ``samples`` of ``proposals`` weighted draws for each cell."""
+        return self._pool(guide, x, gamma, samples).resampled(guide, samples)
+
+    def weigh(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> Draws:
+        """``proposals`` weighted draws, or ``samples`` if these are more."""
+        return self._pool(guide, x, gamma, samples).weighted(guide)
+
+    def _pool(self, guide: Guide, x: Tensor, gamma: Tensor, samples: int) -> _Pool:
         require_proper(guide.model, "there is no posterior to sample")
-        result = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
-        u = resampled(result.draws, result.log_weights, samples)
-        return Draws(guide.coordinates.sites(u), lambda: {"khat": result.khat, "ess": result.ess})
+        made = weighted(guide, x, gamma, SamplingBudget(max(self.proposals, samples), self.steps, self.rounds))
+        return _Pool(made.draws, made.log_weights, lambda: {"khat": made.khat, "ess": made.ess})
 
 
 @dataclass(frozen=True)

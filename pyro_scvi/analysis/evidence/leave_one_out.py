@@ -16,7 +16,7 @@ from pyro_scvi.inference.evaluation import entries_given_others, evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.inference.pareto_khat import pareto_smoothed
-from pyro_scvi.inference.samplers import Importance, Sampler
+from pyro_scvi.inference.samplers import Importance, Sampler, weighted_by
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
 from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
@@ -53,7 +53,9 @@ def leave_one_out(
     .. math:: \log p(x_{ng} | x_{n,-g}) = -\log E_{z, l | x_n} [1 / p(x_{ng} | z, l)]
 
     A single entry changes a cell's posterior little, so the weights 1 / p(x_ng | z, l) are mostly well behaved. k-hat
-    shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024). Discrete latents
+    shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024). Draws of a
+    sampler that weighs draws of a proposal, as ``ps.Importance()`` and ``ps.Refined()`` do, enter with these weights:
+    the proposal reaches farther than the posterior, as what is left without an entry does. Discrete latents
     that the program sums out are summed out here too: p(x_ng | z, l) is then p(x_ng | z, l, x_n,-g).
 
     Parameters
@@ -63,16 +65,18 @@ def leave_one_out(
     over
         What is left out together. Only ``("cell", "gene")``, single entries, is valid.
     samples, sampler, seed, batch_size
-        As in ``sample_posterior``; draws must follow the posterior, so ``ps.Importance()`` or ``ps.HMC()``.
+        As in ``sample_posterior``; draws must follow the posterior, so ``ps.Importance()`` or ``ps.HMC()``. Of a
+        sampler that makes more weighted draws than ``samples``, all are taken.
     progress
         Whether to show how many cells are done, once it has taken 5 seconds.
 
     Returns
     -------
     Dataset
-        With dimensions (cell, gene): ``elpd``, log predictive probability, nats per entry; ``khat``, above 0.7 where
-        the result is unreliable, 0 where all draws agree; ``pit``, the randomised probability integral transform P(x' <
-        x) + u P(x' = x) with u uniform, uniform over entries under the model (Czado, Gneiting and Held 2009, Sec. 2).
+        With dimensions (cell, gene): ``elpd``, log predictive probability, nats per entry; ``se``, its standard error
+        if draws are independent (those of chains are worth fewer); ``khat``, above 0.7 where the result is unreliable,
+        0 where all draws agree; ``pit``, the randomised probability integral transform P(x' < x) + u P(x' = x) with u
+        uniform, uniform over entries under the model (Czado, Gneiting and Held 2009, Sec. 2).
         With dimension (cell), as ``sampler_khat``, ``sampler_rhat`` ...: the sampler's diagnostics; the other columns
         are only as good as its draws.
 
@@ -108,23 +112,23 @@ def leave_one_out(
         )
     judged, done = list[dict[str, Tensor]](), 0
     with evaluating(fit.model, fit.guide, seed):
-        results = torch.empty(3, cells.n_cells, cells.n_genes, dtype=fit.dtype)
+        results = torch.empty(4, cells.n_cells, cells.n_genes, dtype=fit.dtype)
         for x, gamma in over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress):
-            drawn = sampler.draw(fit.guide, x, gamma, samples)
+            drawn = weighted_by(sampler, fit.guide, x, gamma, samples)
             judged.append(drawn.diagnose())
             # One replica per draw: averaged by the weights below, it gives P(x' < x) without the distribution function.
             log_p, below = entries_given_others(fit.guide, x, gamma, drawn.sites)
             with per_cell():
                 uniform = torch.rand(1, *x.shape, dtype=log_p.dtype, device=log_p.device)
             rows = slice(done, done := done + len(x))
-            results[:, rows] = (
-                left_out(log_p.flatten(1), below.flatten(1), uniform.flatten()).unflatten(1, x.shape).cpu()
-            )
-    elpd, khat, pit = results.numpy()
+            weights = _of_entries(drawn.log_weights, log_p)
+            found = left_out(weights, log_p.flatten(1), below.flatten(1), uniform.flatten())
+            results[:, rows] = found.unflatten(1, x.shape).cpu()
+    elpd, se, khat, pit = results.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
     of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
     _warn_of(of_cells)
-    of_entries = {"elpd": (dims, elpd), "khat": (dims, khat), "pit": (dims, pit)}
+    of_entries = {"elpd": (dims, elpd), "se": (dims, se), "khat": (dims, khat), "pit": (dims, pit)}
     return xr.Dataset(of_entries | {name: (dims[:1], value) for name, value in of_cells.items()}, coords=coordinates)
 
 
@@ -138,12 +142,26 @@ def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
             )
 
 
-def left_out(log_p: Tensor, below: Tensor, uniform: Tensor) -> Tensor:
-    """Elpd, k-hat and PIT (3, entries) from log p(x | z) and x' < x, each (draws, entries), and random parts of PIT."""
-    log_weights, khat = pareto_smoothed(-log_p)
+def _of_entries(log_weights: Tensor | None, log_p: Tensor) -> Tensor:
+    """Log weights (draws, entries) of the cells' draws, for the entries of log p (draws, cells, genes)."""
+    if log_weights is None:
+        return torch.zeros_like(log_p).flatten(1)
+    return log_weights.to(log_p.device)[..., None].expand(log_p.shape).flatten(1)
+
+
+def left_out(log_weights: Tensor, log_p: Tensor, below: Tensor, uniform: Tensor) -> Tensor:
+    """Elpd, its standard error, k-hat and PIT (4, entries).
+
+    From log p(x | z) and x' < x at weighted draws, each (draws, entries), and random parts of PIT (entries,).
+    """
+    # A draw under which the entry is impossible has no weight, and nothing is known of it without the entry.
+    without = (log_weights - log_p).masked_fill(log_p == -torch.inf, -torch.inf)
+    smoothed, khat = pareto_smoothed(without)
     spread = log_p.amax(0) - log_p.amin(0)
-    elpd = (log_weights + log_p).logsumexp(0)
-    smaller = (log_weights.exp() * below).sum(0).clamp(max=1)
+    elpd = (smoothed + log_p).masked_fill(log_p == -torch.inf, -torch.inf).logsumexp(0)
+    weights, samples = smoothed.exp(), len(log_p)
+    se = ((weights * ((log_p - elpd).exp() - 1)).square().sum(0) * samples / max(samples - 1, 1)).sqrt()
+    smaller = (weights * below).sum(0).clamp(max=1)
     # Counts are discrete: the random part makes PIT values uniform (Czado et al. 2009, Sec. 2).
     pit = smaller + uniform * torch.minimum(elpd.exp(), 1 - smaller)
-    return torch.stack([elpd, torch.where(spread < 1e-6, 0.0, khat), pit])
+    return torch.stack([elpd, se, torch.where(spread < 1e-6, 0.0, khat), pit])

@@ -3,13 +3,18 @@
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from scipy import stats
+from scipy.special import logsumexp
 from scipy.stats import kstest
 
 import pyro_scvi as ps
 from pyro_scvi.analysis.evidence.leave_one_out import left_out
 from pyro_scvi.errors import ModelError
+from tests.support import toys
 
 
 def by_quadrature(fit, cells, points=401, width=6.0):
@@ -79,10 +84,79 @@ def test_transforms_are_uniform_under_the_model_and_not_under_another(toy):
 
 def test_entries_on_which_all_draws_agree_have_no_tail():
     log_p = torch.full((100, 1), -0.7, dtype=torch.float64)
-    elpd, khat, pit = left_out(log_p, torch.zeros(100, 1, dtype=torch.bool), torch.zeros(1))
+    elpd, se, khat, pit = left_out(torch.zeros_like(log_p), log_p, torch.zeros_like(log_p).bool(), torch.zeros(1))
     assert float(elpd) == pytest.approx(-0.7)
+    assert float(se) == pytest.approx(0, abs=1e-6)
     assert float(khat) == 0
     assert 0 <= float(pit) <= math.exp(-0.7)
+
+
+def test_draws_under_which_an_entry_is_impossible_have_no_weight():
+    log_p = torch.full((100, 1), -0.7, dtype=torch.float64)
+    log_p[::2] = -torch.inf
+    log_weights = torch.where(log_p.isinf(), -torch.inf, 0.0)
+    found = left_out(log_weights, log_p, torch.zeros_like(log_p).bool(), torch.zeros(1))
+    assert float(found[0]) == pytest.approx(-0.7)
+    assert found.isfinite().all()
+
+
+class Heavy(toys.Toy):
+    def more(self):
+        return pyro.sample("e", dist.StudentT(1.5, 0.0, 1.0))
+
+
+class Skewed(toys.Toy):
+    def more(self):
+        return pyro.sample("e", dist.Gamma(1.0, 1.0))
+
+
+class Wide(toys.Toy):
+    def more(self):
+        return pyro.sample("e", dist.LogNormal(0.0, 1.0))
+
+
+def on_curve(law, points):
+    """Points in ascending order, and the log of a law's mass around each."""
+    return points, law.logpdf(points) + np.log(np.gradient(points))
+
+
+AXES = {
+    Heavy: on_curve(stats.t(1.5), np.sinh(np.linspace(-13, 13, 801))),
+    Skewed: on_curve(stats.gamma(1.0), np.exp(np.linspace(-14, 3.5, 601))),
+    Wide: on_curve(stats.lognorm(1.0), np.exp(np.linspace(-7, 5, 601))),
+}
+SPIKES = np.array([[0, 0, 0, 1], [0, 0, 0, 15], [12, 0, 1, 0], [30, 25, 40, 28], [1, 9, 0, 3], [0, 1, 0, 0]])
+
+
+def entries_on_grid(fit, cells, axis):
+    """Log p(x_ng | x_n,-g) of every entry, by a grid over z and e."""
+    axes = {"z": toys.on_line(stats.norm(), -8, 8, 181), "e": axis}
+    grid = toys.grid_of(fit.model, cells, axes, lambda at: at["e"].clip(max=50))
+    with torch.no_grad():
+        z = torch.as_tensor(grid.latents["z"])[:, None]
+        eta = fit.model.decoder(z, torch.zeros(len(z), 0).double())["log_mean"].numpy()
+    rate = np.exp(eta + grid.latents["e"].clip(max=50)[:, None])
+    log_p = stats.poisson.logpmf(cells.counts[:, None], rate)  # (cells, points, genes)
+    with np.errstate(invalid="ignore"):  # far out no count is possible, and no other one either
+        prior = np.nan_to_num(grid.log_joint - log_p.sum(-1), nan=-np.inf)
+    without = np.stack([prior + np.delete(log_p, g, -1).sum(-1) for g in range(toys.N_GENES)], -1)
+    return logsumexp(grid.log_joint, 1)[:, None] - logsumexp(without, 1)
+
+
+@pytest.mark.parametrize("kind", AXES)
+def test_few_genes_and_heavy_or_skewed_latents_have_the_errors_that_are_stated(kind):
+    """Each entry has a say in the posterior: resampled draws are up to .5 nats off there, with k-hat below .5."""
+    fit = toys.fit_of(toys.toy(kind))
+    for counts, seeds in ((toys.cells_of().counts, (0, 2)), (SPIKES, (1,))):
+        cells = ps.Cells.from_counts(counts)
+        expected = entries_on_grid(fit, cells, AXES[kind])
+        for seed in seeds:
+            found = ps.leave_one_out(fit, cells, seed=seed, progress=False)
+            vouched = (found.khat.values < 0.7) & (found.sampler_khat.values < 0.7)[:, None]
+            assert vouched.mean() > 0.5
+            error = abs(found.elpd.values - expected)[vouched]
+            assert error.max() < 0.3
+            assert (error < 5 * found.se.values[vouched] + 0.01).all()
 
 
 def test_leaving_cells_out_is_refused_with_the_reason(toy):
