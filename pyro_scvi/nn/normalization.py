@@ -34,7 +34,7 @@ class BatchNorm:
     Examples
     --------
     >>> ps.SCVI(20, 2, norm=ps.networks.BatchNorm(momentum=0.01))
-    SCVI(n_genes=20, n_latent=2, ..., norm=BatchNorm(momentum=0.01, eps=0.001), seed=0)
+    SCVI(n_genes=20, n_latent=2, ..., norm=BatchNorm(momentum=0.01, eps=0.001), head_sd=1.0, seed=0)
     """
 
     momentum: float = 0.1
@@ -72,7 +72,7 @@ class LayerNorm:
     Examples
     --------
     >>> ps.SCVI(20, 2, norm=ps.networks.LayerNorm())
-    SCVI(n_genes=20, n_latent=2, ..., norm=LayerNorm(eps=1e-05), seed=0)
+    SCVI(n_genes=20, n_latent=2, ..., norm=LayerNorm(eps=1e-05), head_sd=1.0, seed=0)
     """
 
     eps: float = 1e-5

@@ -20,6 +20,7 @@ from pyro_scvi.inference.samplers import Importance, Sampler, weighted_by
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
 from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
+from pyro_scvi.utils.precision import put_back
 from pyro_scvi.utils.progress_bars import over_cells
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _of_entries(log_weights: Tensor | None, log_p: Tensor) -> Tensor:
     """Log weights (draws, entries) of the cells' draws, for the entries of log p (draws, cells, genes)."""
     if log_weights is None:
         return torch.zeros_like(log_p).flatten(1)
-    return log_weights.to(log_p.device)[..., None].expand(log_p.shape).flatten(1)
+    return put_back(log_weights, log_p)[..., None].expand(log_p.shape).flatten(1)
 
 
 def left_out(log_weights: Tensor, log_p: Tensor, below: Tensor, uniform: Tensor) -> Tensor:
