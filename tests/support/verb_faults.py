@@ -1,5 +1,6 @@
 """The commands, each in a forked child that is stopped, short of memory or of disk, and what they leave behind."""
 
+import functools
 import io
 import os
 import resource
@@ -21,7 +22,7 @@ import zarr
 
 import pyro_scvi as ps
 from pyro_scvi import cli
-from pyro_scvi.cli import fit_report, pipeline
+from pyro_scvi.cli import fit_report, pipeline, sharding
 from pyro_scvi.cli import paper as paper_command
 from pyro_scvi.cli import training as training_commands
 from pyro_scvi.paper.experiment import Experiment
@@ -32,6 +33,7 @@ from tests.support.cli_runs import run as cli_run
 
 SECONDS = 60  # after which a child counts as hanging
 MEGABYTE = 2**20
+BLOCK, AS_BLOCK = 20, "cells of a block"
 _SHORT = ("--no-progress", "--device", "cpu")
 
 
@@ -48,9 +50,10 @@ class Verb:
     resumed: tuple[str, ...] = ()
     ends_early: bool = False  # a signal ends training, and the results are those of the epochs before
 
-    def command(self, folder):
-        """The command, on the files in a folder."""
-        return [str(folder / text[1:]) if text.startswith("@") else text for text in self.arguments]
+    def command(self, folder, block=BLOCK):
+        """The command, on the files in a folder, in blocks of so many cells."""
+        texts = [str(block) if text is AS_BLOCK else text for text in self.arguments]
+        return [str(folder / text[1:]) if text.startswith("@") else text for text in texts]
 
 
 def _layer(path):
@@ -115,7 +118,7 @@ def _experiment():
 
 
 def _infer(out):
-    return ("infer", "@fit", "@in.h5ad", "--out", f"@{out}", "--block", "20", *_SHORT)
+    return ("infer", "@fit", "@in.h5ad", "--out", f"@{out}", "--block", AS_BLOCK, *_SHORT)
 
 
 _DE = ("de", "@fit", "@in.h5ad", "--groupby", "donor", "--device", "cpu")
@@ -216,6 +219,8 @@ def _make_quick():
     for name in ("predictions", "zeros", "differing_genes"):
         setattr(fit_report, name, lambda *_: ["nothing"])
     fit_report.embedded = lambda *_: "nothing"
+    quick = {"samples": 50, "steps": 2, "rounds": 1}
+    sharding.log_evidence = functools.partial(ps.evidence, **quick)
     pipeline.plots.project = lambda latent, seed: ps.plots.Projection(latent[:, :2], "PCA")
 
 
@@ -251,8 +256,8 @@ def _is_temporary(name):
 class Bench:
     """A folder with a fit and counts, what each command gives undisturbed, and how long it takes."""
 
-    def __init__(self, folder, adata):
-        self.inputs, self.work = folder / "inputs", folder / "work"
+    def __init__(self, folder, adata, block=BLOCK):
+        self.inputs, self.work, self.block = folder / "inputs", folder / "work", block
         self.inputs.mkdir(parents=True)
         adata.write_h5ad(self.inputs / "in.h5ad")
         cli_run("infer", folder / "nothing", folder, "--out", folder / "a.zarr")  # typer imports what it needs
@@ -282,7 +287,7 @@ class Bench:
 
     def run(self, verb, **options):
         """Run a command there."""
-        return run(VERBS[verb].command(self.work), **options)
+        return run(VERBS[verb].command(self.work, self.block), **options)
 
     def left(self, verb):
         """What is there beside the inputs, and what the command is known to go on with or to give."""

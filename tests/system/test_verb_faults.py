@@ -25,7 +25,7 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     torch.set_num_threads(1)
-    return Bench(tmp_path_factory.mktemp("large") / "bench", large_adata())
+    return Bench(tmp_path_factory.mktemp("large") / "bench", large_adata(), block=500)
 
 
 def killed(bench, verb, share):
