@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,9 @@ FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
 
 RENAMED = {"Weight": "ConstantKL"}
 """Old name -> new name of classes that saves or checkpoints hold by name: written as the old one, read as the new."""
+
+_MOST_PARTS = 500  # of a model or a guide; ours have less than 20
+_MOST_CALLS = 100_000  # two seconds of torch: as much as 2,500 tensors of ours need, which no model of ours has
 
 
 def describe(value: Any, model: SCVI) -> Any:
@@ -85,8 +89,11 @@ def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]
     Raises
     ------
     CheckpointError
-        If one is larger: it would take memory and time that the tensors do not account for.
+        If one is larger, or there are very many parts: they would take memory and time that the tensors do not account
+        for.
     """
+    if sum(1 for _ in _parts(description)) > _MOST_PARTS:
+        raise CheckpointError(f"it is made of more than {_MOST_PARTS} parts")
     largest = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
     for name, size in _sizes(description):
         if size > largest:
@@ -98,10 +105,22 @@ def limited_by(tensors: dict[str, Tensor]) -> AllocationLimit:
     """A limit that models with these tensors stay far below while they are made.
 
     Priors of weights cost most. They need up to 35 elements for each element of the tensors, all together, and 40 calls
-    for each tensor.
+    for each tensor. Tensors without elements cost a file nothing, so there is a limit to calls whatever their number.
     """
     n_elements = sum(tensor.numel() for tensor in tensors.values())
-    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, 300 * len(tensors) + 3_000)
+    calls = min(300 * len(tensors) + 3_000, _MOST_CALLS)
+    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, calls)
+
+
+def _parts(description: Any) -> Iterator[Any]:
+    """All parts of a description."""
+    if isinstance(description, dict):
+        if "part" in description:
+            yield description
+        description = list(description.values())
+    if isinstance(description, list):
+        for item in description:
+            yield from _parts(item)
 
 
 def _sizes(description: Any) -> Iterator[tuple[str, int]]:
@@ -254,6 +273,7 @@ def _foreign(value: Any) -> dict[str, str]:
     return {"foreign": lasting_repr(value)}
 
 
+@cache
 def _own_classes() -> dict[type, str]:
     packages = (guides, library_size, likelihoods, networks, priors, schedules, weights)
     classes = [c for package in packages for _, c in inspect.getmembers(package, inspect.isclass) if _is_part(c)]
