@@ -94,7 +94,8 @@ def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]
     """
     if sum(1 for _ in _parts(description)) > _MOST_PARTS:
         raise CheckpointError(f"it is made of more than {_MOST_PARTS} parts")
-    largest = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
+    stored = [tensor for tensor in tensors.values() if tensor.numel()]  # others have sizes that cost a file nothing
+    largest = max([len(tensors), *(size for tensor in stored for size in tensor.shape)])
     for name, size in _sizes(description):
         if size > largest:
             raise CheckpointError(f"{name} is {size}, more than any size of its weights")
@@ -204,7 +205,8 @@ def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     held = states_of(model, guide)
     if other := sorted(held.keys() ^ tensors.keys()):
         more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-        raise CheckpointError(f"its weights differ from the model's: {', '.join(other[:5])}{more}")
+        names = ", ".join(repr(name)[1:-1][:100] for name in other[:5])  # a file may hold any name
+        raise CheckpointError(f"its weights differ from the model's: {names}{more}")
     for name, tensor in held.items():
         if tensors[name].shape != tensor.shape:
             shapes = f"{tuple(tensors[name].shape)}, in the model {tuple(tensor.shape)}"

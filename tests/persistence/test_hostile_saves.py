@@ -172,6 +172,21 @@ def test_many_small_tensors_allow_no_more_layers(saved, cells, tmp_path, n_eleme
     assert "it asks for far more memory or time than its weights need" in said
 
 
+@pytest.mark.parametrize("place", [("model", "arguments", "n_layers"), ("model", "arguments", "n_covariates")])
+def test_sizes_of_tensors_without_elements_are_none(saved, cells, tmp_path, place):
+    """A tensor of shape (10**9, 0) costs a file nothing, and a list of 10**9 layers 8 GB."""
+    facts, tensors = saved
+    said = check(forge(tmp_path / "fit", put(facts, place, 10**9), tensors | {"more": torch.zeros(10**9, 0)}), cells)
+    assert f"{place[-1]} is 1000000000, more than any size of its weights" in said
+
+
+def test_names_of_tensors_are_told_in_short(saved, cells, tmp_path):
+    facts, tensors = saved
+    said = check(forge(tmp_path / "fit", facts, tensors | {"n\n\x1b[31m" * 1_000: torch.zeros(1)}), cells)
+    assert r"its weights differ from the model's: n\n\x1b[31mn" in said
+    assert len(said) < 400
+
+
 def test_many_parts_that_are_no_tensors(saved, cells, tmp_path):
     facts, tensors = saved
     parts = [{"part": "ConstantKL", "arguments": {}}] * 20_000
