@@ -61,3 +61,18 @@ def test_want_of_memory_is_no_fault_of_the_file():
         raise RuntimeError("can't start new thread")
     with pytest.raises(ps.errors.DataError, match="lost: another"), _errors_told(lambda reason: f"lost: {reason}"):
         raise RuntimeError("another")
+
+
+def test_an_event_loop_needs_open_files(monkeypatch, tmp_path):
+    """Without them asyncio leaves a traceback behind."""
+
+    def none():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(zarr, "open_group", lambda *_, **__: pytest.fail("a loop was started"))
+    zarr_groups._require_room.cache_clear()
+    with monkeypatch.context() as short:
+        short.setattr(zarr_groups.os, "pipe", none)
+        with pytest.raises(OSError, match="Too many open files"):
+            zarr_groups.zarr_group(tmp_path, "r")
+    zarr_groups._require_room.cache_clear()

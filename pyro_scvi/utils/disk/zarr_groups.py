@@ -1,4 +1,4 @@
-"""Zarr folders, opened where there is memory for the threads that read and write them."""
+"""Zarr folders, opened where there is room for the threads that read and write them."""
 
 import mmap
 import os
@@ -17,6 +17,8 @@ def zarr_group(path: Path, mode: Literal["r", "r+", "w"], **options: Any) -> Any
     ------
     MemoryError
         If there is too little memory for the threads of zarr.
+    OSError
+        If too many files are open.
     """
     import zarr
 
@@ -33,6 +35,18 @@ def _require_room(_: int) -> None:
     except OSError as error:
         needed = f"zarr needs {threads * _stack() / 1e6:.0f} MB for {threads} threads"
         raise MemoryError(f"there is not enough memory: {needed}; raise the limit, or take .h5ad files") from error
+    _require_files(4)  # of an event loop
+
+
+def _require_files(count: int) -> None:
+    """Refuse to start an event loop without files to open: asyncio would leave a traceback behind."""
+    opened: list[int] = []
+    try:
+        while len(opened) < count:
+            opened += os.pipe()
+    finally:
+        for file in opened:
+            os.close(file)
 
 
 def _stack() -> int:
