@@ -241,6 +241,16 @@ def disk_limit(n_bytes):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes,) * 2)
 
 
+def files_limit(more):
+    """At most so many more open files than the process has now."""
+
+    def limit():
+        has = len(os.listdir("/proc/self/fd")) - 1  # the listing opens one itself
+        resource.setrlimit(resource.RLIMIT_NOFILE, (has + more,) * 2)
+
+    return limit
+
+
 def large_adata(n_cells=2_000, n_genes=500):
     """Cells that take more memory than a process has free that has just begun."""
     rng = np.random.default_rng(0)
