@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.integration]
 KILLS, SIGNALS = 25, 6  # of each command, and of each of two signals
 MEGABYTES = (1, 4, 10, 25, 60)
 BYTES = (1, 4_000, 14_000, 30_000)
-FILES = (2, 3, 5, 8)
+FILES = (3, 5, 8)
 
 
 @pytest.fixture(scope="module")
