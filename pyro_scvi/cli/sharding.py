@@ -16,7 +16,7 @@ from pyro_scvi.cli.workspace import require_apart
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
 from pyro_scvi.export import blocks
-from pyro_scvi.export.blocks import Verb
+from pyro_scvi.export.block_columns import Verb
 from pyro_scvi.inference.samplers import Amortized
 from pyro_scvi.training.distributed import joined
 from pyro_scvi.training.fitted import Fit

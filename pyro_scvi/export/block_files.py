@@ -18,6 +18,7 @@ from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.files import sync
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
+from pyro_scvi.utils.disk.zarr_groups import zarr_group
 
 Mode = Literal["r", "r+", "w"]
 _TABLES = 2**16  # bytes that HDF5 may add to its tables beside the arrays
@@ -74,9 +75,7 @@ class _Zarr(Format):
 
     @contextmanager
     def opened(self, path: Path, mode: Mode) -> Iterator[Any]:
-        import zarr
-
-        yield zarr.open_group(path, mode=mode, zarr_format=2)
+        yield zarr_group(path, mode, zarr_format=2)
 
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         chunks = (rows, *shape[1:])
@@ -210,7 +209,7 @@ def _only_writer(path: Path) -> Iterator[None]:
     try:
         with only_writer(path):
             for folder in leftovers(path, path.parent):  # of a process that was killed; it holds no results
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             yield
     except BlockingIOError as error:
         raise DataError(f"{path} is locked: {error}") from error

@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,9 @@ FIT_FACTS = {"model", "guide", "schema", "settings", "dtype", "history"}
 
 RENAMED = {"Weight": "ConstantKL"}
 """Old name -> new name of classes that saves or checkpoints hold by name: written as the old one, read as the new."""
+
+_MOST_PARTS = 500  # of a model or a guide; ours have less than 20
+_MOST_CALLS = 100_000  # two seconds of torch: as much as 2,500 tensors of ours need, which no model of ours has
 
 
 def describe(value: Any, model: SCVI) -> Any:
@@ -85,9 +89,13 @@ def build_sized(description: Any, model: SCVI | None, tensors: dict[str, Tensor]
     Raises
     ------
     CheckpointError
-        If one is larger: it would take memory and time that the tensors do not account for.
+        If one is larger, or there are very many parts: they would take memory and time that the tensors do not account
+        for.
     """
-    largest = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
+    if sum(1 for _ in _parts(description)) > _MOST_PARTS:
+        raise CheckpointError(f"it is made of more than {_MOST_PARTS} parts")
+    stored = [tensor for tensor in tensors.values() if tensor.numel()]  # others have sizes that cost a file nothing
+    largest = max([len(tensors), *(size for tensor in stored for size in tensor.shape)])
     for name, size in _sizes(description):
         if size > largest:
             raise CheckpointError(f"{name} is {size}, more than any size of its weights")
@@ -98,10 +106,22 @@ def limited_by(tensors: dict[str, Tensor]) -> AllocationLimit:
     """A limit that models with these tensors stay far below while they are made.
 
     Priors of weights cost most. They need up to 35 elements for each element of the tensors, all together, and 40 calls
-    for each tensor.
+    for each tensor. Tensors without elements cost a file nothing, so there is a limit to calls whatever their number.
     """
     n_elements = sum(tensor.numel() for tensor in tensors.values())
-    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, 300 * len(tensors) + 3_000)
+    calls = min(300 * len(tensors) + 3_000, _MOST_CALLS)
+    return AllocationLimit(8 * n_elements + 1_000_000, 200 * n_elements + 4_000_000, calls)
+
+
+def _parts(description: Any) -> Iterator[Any]:
+    """All parts of a description."""
+    if isinstance(description, dict):
+        if "part" in description:
+            yield description
+        description = list(description.values())
+    if isinstance(description, list):
+        for item in description:
+            yield from _parts(item)
 
 
 def _sizes(description: Any) -> Iterator[tuple[str, int]]:
@@ -185,7 +205,8 @@ def check_shapes(model: SCVI, guide: Guide, tensors: dict[str, Tensor]) -> None:
     held = states_of(model, guide)
     if other := sorted(held.keys() ^ tensors.keys()):
         more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-        raise CheckpointError(f"its weights differ from the model's: {', '.join(other[:5])}{more}")
+        names = ", ".join(repr(name)[1:-1][:100] for name in other[:5])  # a file may hold any name
+        raise CheckpointError(f"its weights differ from the model's: {names}{more}")
     for name, tensor in held.items():
         if tensors[name].shape != tensor.shape:
             shapes = f"{tuple(tensors[name].shape)}, in the model {tuple(tensor.shape)}"
@@ -254,6 +275,7 @@ def _foreign(value: Any) -> dict[str, str]:
     return {"foreign": lasting_repr(value)}
 
 
+@cache
 def _own_classes() -> dict[type, str]:
     packages = (guides, library_size, likelihoods, networks, priors, schedules, weights)
     classes = [c for package in packages for _, c in inspect.getmembers(package, inspect.isclass) if _is_part(c)]

@@ -205,3 +205,21 @@ def test_a_disk_that_may_be_too_small_for_a_folder_is_told(fit, cells, tmp_path,
         assert [str(one.message)[:14] for one in caught if one.category is UserWarning] == ["the results in"] * told
     monkeypatch.setattr(block_files.shutil, "disk_usage", lambda path: usage._replace(free=100))
     assert ps.shards.write(fit, cells, path, VERBS, **OPTIONS) == 0  # finished: nothing more is needed
+
+
+NAMES = ("..", "..\\x", ".zattrs", ".zgroup", "a/b", "c" * 300)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("as_index", [False, True], ids=["column", "index"])
+def test_names_that_are_none_of_a_folder(fit, cells, tmp_path, name, as_index):
+    """Of a column or of the index of obs: none leads out of the folder, or to the files of zarr itself."""
+    obs = pd.DataFrame(index=cells.cell_names)
+    if as_index:
+        obs.index.name = name
+    else:
+        obs[name] = np.arange(float(N))
+    named = ps.Cells.from_counts(simulated_counts(N), obs=obs)
+    with pytest.raises(DataError, match="cannot be made"):
+        ps.shards.write(fit, named, tmp_path / "in" / "out.zarr", VERBS, **OPTIONS)
+    assert [path.name for path in tmp_path.rglob("*")] == ["in"]

@@ -32,6 +32,7 @@ from tests.support.cli_runs import run as cli_run
 
 SECONDS = 60  # after which a child counts as hanging
 MEGABYTE = 2**20
+BLOCK, AS_BLOCK = 20, "cells of a block"
 _SHORT = ("--no-progress", "--device", "cpu")
 
 
@@ -47,10 +48,12 @@ class Verb:
     read: object
     resumed: tuple[str, ...] = ()
     ends_early: bool = False  # a signal ends training, and the results are those of the epochs before
+    takes_long: bool = False  # for a million counts
 
-    def command(self, folder):
-        """The command, on the files in a folder."""
-        return [str(folder / text[1:]) if text.startswith("@") else text for text in self.arguments]
+    def command(self, folder, block=BLOCK):
+        """The command, on the files in a folder, in blocks of so many cells."""
+        texts = [str(block) if text is AS_BLOCK else text for text in self.arguments]
+        return [str(folder / text[1:]) if text.startswith("@") else text for text in texts]
 
 
 def _layer(path):
@@ -115,7 +118,7 @@ def _experiment():
 
 
 def _infer(out):
-    return ("infer", "@fit", "@in.h5ad", "--out", f"@{out}", "--block", "20", *_SHORT)
+    return ("infer", "@fit", "@in.h5ad", "--out", f"@{out}", "--block", AS_BLOCK, *_SHORT)
 
 
 _DE = ("de", "@fit", "@in.h5ad", "--groupby", "donor", "--device", "cpu")
@@ -140,7 +143,11 @@ VERBS = {
     "infer to .h5ad": Verb(_infer("b.h5ad"), "b.h5ad", _embedding, ("b.h5ad", ".b.h5ad.blocks")),
     "infer to .zarr": Verb(_infer("z.zarr"), "z.zarr", _zarr, ("z.zarr",)),
     "infer all": Verb(
-        (*_infer("a.zarr"), "--expression", "--evidence", "--samples", "2"), "a.zarr", _of_all, ("a.zarr",)
+        (*_infer("a.zarr"), "--expression", "--evidence", "--samples", "2"),
+        "a.zarr",
+        _of_all,
+        ("a.zarr",),
+        takes_long=True,
     ),
     "store": Verb(("store", "@in.h5ad", "--out", "@s", "--no-progress"), "s", _counts, ("s.partial",)),
 }
@@ -234,6 +241,16 @@ def disk_limit(n_bytes):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes,) * 2)
 
 
+def files_limit(more):
+    """At most so many more open files than the process has now."""
+
+    def limit():
+        has = len(os.listdir("/proc/self/fd")) - 1  # the listing opens one itself
+        resource.setrlimit(resource.RLIMIT_NOFILE, (has + more,) * 2)
+
+    return limit
+
+
 def large_adata(n_cells=2_000, n_genes=500):
     """Cells that take more memory than a process has free that has just begun."""
     rng = np.random.default_rng(0)
@@ -251,8 +268,8 @@ def _is_temporary(name):
 class Bench:
     """A folder with a fit and counts, what each command gives undisturbed, and how long it takes."""
 
-    def __init__(self, folder, adata):
-        self.inputs, self.work = folder / "inputs", folder / "work"
+    def __init__(self, folder, adata, block=BLOCK):
+        self.inputs, self.work, self.block = folder / "inputs", folder / "work", block
         self.inputs.mkdir(parents=True)
         adata.write_h5ad(self.inputs / "in.h5ad")
         cli_run("infer", folder / "nothing", folder, "--out", folder / "a.zarr")  # typer imports what it needs
@@ -282,7 +299,7 @@ class Bench:
 
     def run(self, verb, **options):
         """Run a command there."""
-        return run(VERBS[verb].command(self.work), **options)
+        return run(VERBS[verb].command(self.work, self.block), **options)
 
     def left(self, verb):
         """What is there beside the inputs, and what the command is known to go on with or to give."""

@@ -4,6 +4,8 @@ import ast
 import inspect
 import operator
 import re
+import shlex
+import subprocess
 import sys
 
 import matplotlib as mpl
@@ -134,3 +136,19 @@ def test_messages_that_are_quoted_are_those_of_the_code():
     texts = list(messages())
     assert len(quotes) > 15
     assert [quote for quote in quotes if not any(quote in text for text in texts)] == []
+
+
+ROWS = re.findall(r"`pytest (.+)` \|$", (DOCS / "reliability.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ROWS)
+def test_commands_of_the_page_on_reliability_select_tests(command):
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *shlex.split(command)]
+    found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-500:]
+    assert "::" in found.stdout
+
+
+def test_the_page_on_reliability_has_commands():
+    assert len(ROWS) > 60

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from tests.support.cli_runs import make_adata
-from tests.support.verb_faults import VERBS, Bench, disk_limit, large_adata, memory_limit
+from tests.support.verb_faults import VERBS, Bench, disk_limit, files_limit, large_adata, memory_limit
 
 pytestmark = [pytest.mark.faults, pytest.mark.integration]
 
 KILLS, SIGNALS = 25, 6  # of each command, and of each of two signals
 MEGABYTES = (1, 4, 10, 25, 60)
 BYTES = (1, 4_000, 14_000, 30_000)
+FILES = (3, 5, 8)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     torch.set_num_threads(1)
-    return Bench(tmp_path_factory.mktemp("large") / "bench", large_adata())
+    return Bench(tmp_path_factory.mktemp("large") / "bench", large_adata(), block=500)
 
 
 def killed(bench, verb, share):
@@ -93,5 +94,12 @@ def test_full_disks(bench, verb, n_bytes):
 @pytest.mark.slow
 @pytest.mark.parametrize("megabytes", MEGABYTES)
 @pytest.mark.parametrize("verb", VERBS)
-def test_memory_limits(large, verb, megabytes):
-    limited(large, verb, memory_limit(megabytes))
+def test_memory_limits(bench, large, verb, megabytes):
+    limited(bench if VERBS[verb].takes_long else large, verb, memory_limit(megabytes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", FILES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_few_open_files(bench, verb, more):
+    limited(bench, verb, files_limit(more))

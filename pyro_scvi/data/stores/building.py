@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,6 +59,7 @@ from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.files import lies_in, sync_folder
 from pyro_scvi.utils.disk.locks import only_writer
+from pyro_scvi.utils.disk.temporary import remove
 from pyro_scvi.utils.disk.unreadable import errors_named
 from pyro_scvi.utils.progress_bars import progress_bar
 
@@ -169,7 +169,7 @@ def build(
                     _require_built_by(plan, target)
                 else:
                     _build(inputs, obs, shared, plan, target, progress)
-    shutil.rmtree(work_of(target), ignore_errors=True)
+    remove(work_of(target))
     return target
 
 
@@ -238,7 +238,7 @@ def _removed_if_empty(work: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not any(work.glob("part-*.npz")):
-            shutil.rmtree(work, ignore_errors=True)
+            remove(work)
         raise
 
 
@@ -306,7 +306,7 @@ def _reread(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:
 
 def _assemble(parts: Sequence[_Part], n_cells: int, genes: pd.Index, plan: dict[str, Any], folder: Path) -> None:
     """Concatenate the parts into the arrays of a store, and write its schema."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir()
     indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]), dtype=np.int64)])
     n_nonzero, dtype = int(indptr[-1]), np.result_type(*(part.dtype for part in parts))

@@ -22,6 +22,7 @@ from pyro_scvi.data.stores.zarr_folders import check_zarr_folder
 from pyro_scvi.errors import DataError, ModelError, SchemaError
 from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk.unreadable import errors_named
+from pyro_scvi.utils.disk.zarr_groups import zarr_group
 
 _log = logging.getLogger(__name__)
 
@@ -132,11 +133,11 @@ def _require_anndata(group: Any, path: Path) -> None:
 @contextmanager
 def _group(path: Path) -> Iterator[Any]:
     if path.is_dir():
-        import zarr  # anndata before 0.12 does not need it
-
         check_zarr_folder(path)
         try:
-            group = zarr.open_group(str(path), mode="r")
+            group = zarr_group(path, "r")
+        except MemoryError:
+            raise
         except Exception as error:  # what zarr raises for a folder that it did not write
             raise DataError(f"{path}: cannot read it as zarr: {error}") from error
         yield group

@@ -1,8 +1,10 @@
 """Temporary folders beside what they are for, under names by which those of killed processes are found."""
 
 import glob
+import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from pyro_scvi.utils.disk.publishing import signals_deferred
@@ -19,6 +21,20 @@ def remove(folder: Path) -> None:
     """Delete a folder; a signal waits until all of it is gone."""
     with signals_deferred():
         shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():  # too many files are open: it opens two for each level
+            _remove_one_by_one(folder)
+
+
+def _remove_one_by_one(folder: Path) -> None:
+    """Delete a folder with one open file at a time."""
+    with suppress(OSError):
+        for parent, folders, files in os.walk(folder, topdown=False):
+            for name in files:
+                os.unlink(os.path.join(parent, name))
+            for name in folders:
+                path = os.path.join(parent, name)
+                os.unlink(path) if os.path.islink(path) else os.rmdir(path)
+        folder.rmdir()
 
 
 def leftovers(path: Path, within: Path) -> list[Path]:

@@ -1,0 +1,54 @@
+"""Zarr folders, opened where there is room for the threads that read and write them."""
+
+import mmap
+import os
+import resource
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+_STACK = 8 * 2**20  # bytes of a thread's stack on Linux, unless the system has another limit
+
+
+def zarr_group(path: Path, mode: Literal["r", "r+", "w"], **options: Any) -> Any:
+    """The root group of a zarr folder.
+
+    Raises
+    ------
+    MemoryError
+        If there is too little memory for the threads of zarr.
+    OSError
+        If too many files are open.
+    """
+    import zarr
+
+    _require_room(os.getpid())  # a forked process has no threads yet
+    return zarr.open_group(str(path), mode=mode, **options)
+
+
+@cache
+def _require_room(_: int) -> None:
+    """Refuse to start threads that may not all begin: Python waits forever for one with a stack and nothing else."""
+    threads = 1 + min(32, (os.cpu_count() or 1) + 4)  # an event loop, and the pool of ThreadPoolExecutor
+    try:
+        mmap.mmap(-1, threads * _stack(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError as error:
+        needed = f"zarr needs {threads * _stack() / 1e6:.0f} MB for {threads} threads"
+        raise MemoryError(f"there is not enough memory: {needed}; raise the limit, or take .h5ad files") from error
+    _require_files(4)  # of an event loop
+
+
+def _require_files(count: int) -> None:
+    """Refuse to start an event loop without files to open: asyncio would leave a traceback behind."""
+    opened: list[int] = []
+    try:
+        while len(opened) < count:
+            opened += os.pipe()
+    finally:
+        for file in opened:
+            os.close(file)
+
+
+def _stack() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return _STACK if soft == resource.RLIM_INFINITY else soft
