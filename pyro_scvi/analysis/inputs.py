@@ -83,13 +83,15 @@ def minibatches(fit: Fit, cells: Cells, *, new_batches: bool = False) -> Minibat
     if fitted.gene_names != given.gene_names:
         same = len(set(fitted.gene_names) & set(given.gene_names))
         raise SchemaError(
-            f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
-            "fit, or in another order; make them with Cells.from_anndata(adata, schema=fit.schema)"
+            f"the genes of the cells are not those of the fit, in its order: the cells have {len(given.gene_names)} "
+            f"genes, the fit has {len(fitted.gene_names)}, and {same} are in both; make the cells with "
+            "Cells.from_anndata(adata, schema=fit.schema)"
         )
     if fitted.encoding != given.encoding:
         raise SchemaError(
-            f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; make "
-            "them with Cells.from_anndata(adata, schema=fit.schema)"
+            "the covariates of the cells are not those of the fit, on its scales: the cells have "
+            f"{given.column_names}, the fit has {fitted.column_names}; make the cells with "
+            "Cells.from_anndata(adata, schema=fit.schema)"
         )
     return Minibatches(cells, fit.device, fit.dtype, new_batches=new_batches)
 
