@@ -64,7 +64,7 @@ class ModelError(PyroScviError, ValueError):
     >>> ps.SCVI(20, 2, prior=ps.priors.StandardNormal(3))
     Traceback (most recent call last):
         ...
-    pyro_scvi.errors.ModelError: the prior must have event shape (2,), got (3,); is to_event(1) missing?
+    pyro_scvi.errors.ModelError: the prior must have event shape (2,), got (3,); make it for 2 latents
     """
 
 

@@ -10,13 +10,13 @@ from torch import BoolTensor, Tensor
 from pyro_scvi.discovery import like
 from pyro_scvi.distributions.supports import require_coordinates
 from pyro_scvi.errors import ModelError
-from pyro_scvi.likelihoods.base import Likelihood
+from pyro_scvi.likelihoods.base import Likelihood, require_log_mean
 from pyro_scvi.likelihoods.library_size import LatentLibrary, Library
 from pyro_scvi.likelihoods.negative_binomial import ZINB
 from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.nn.decoders import DecoderPart, MLPDecoder, require_decoder, require_heads
 from pyro_scvi.nn.normalization import BatchNorm, Norm
-from pyro_scvi.priors.base import law_of, require_columns, takes_gamma
+from pyro_scvi.priors.base import law_of, require_columns, require_prior, takes_gamma
 from pyro_scvi.priors.normal import StandardNormal
 from pyro_scvi.priors.weights import RandomWeights, WeightPrior
 from pyro_scvi.program import Program, cells_plate, check_inputs, register
@@ -130,8 +130,8 @@ class SCVI(Program):
         self.library = LatentLibrary() if library is None else library
         require_kind(self.likelihood, Likelihood, "likelihood", "ps.likelihoods.NB()")
         require_kind(self.library, Library, "library", "ps.libraries.NoLibrary()")
-        if isinstance(prior, type) or not callable(self.prior):
-            raise ModelError(f"prior must be an object such as ps.priors.StudentT({n_latent}), got {brief(prior)}")
+        require_log_mean(self.likelihood)
+        require_prior(self.prior, n_latent)
         self._take_columns(decoder_columns)
         decoder = self._decoder_part(decoder, MLPDecoder(n_hidden, n_layers, dropout, norm, initial_sd, head_sd))
         with seeded(seed):
@@ -273,9 +273,8 @@ class SCVI(Program):
         """Refuse a prior whose distribution is of another shape, or that no coordinates reach."""
         law: Any = self.example_law(seed)
         if (shape := tuple(law.event_shape)) != (self.n_latent,):
-            raise ModelError(
-                f"the prior must have event shape ({self.n_latent},), got {shape}; is to_event(1) missing?"
-            )
+            hint = f"make it for {self.n_latent} latents" if shape else "is to_event(1) missing?"
+            raise ModelError(f"the prior must have event shape ({self.n_latent},), got {shape}; {hint}")
         require_coordinates(law, "the prior of z")
         if takes_gamma(self.prior) and tuple(law.batch_shape) not in ((), (1,), (1, 1), (2, 1)):
             raise ModelError(

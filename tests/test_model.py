@@ -256,10 +256,20 @@ def test_conditioned_weights_are_those_the_decoder_computes_with():
 
 
 def test_prior_of_the_wrong_event_shape():
-    with pytest.raises(ModelError, match=r"event shape \(3,\), got \(2,\)"):
+    with pytest.raises(ModelError, match=r"event shape \(3,\), got \(2,\); make it for 3 latents"):
         ps.SCVI(7, 3, prior=ps.priors.StandardNormal(2))
     with pytest.raises(ModelError, match=r"is to_event\(1\) missing"):
         ps.SCVI(7, 3, prior=lambda: dist.Normal(torch.zeros(3), 1.0))
+
+
+def test_a_distribution_is_not_yet_a_prior():
+    with pytest.raises(ModelError, match=r"got the distribution Normal itself; pass lambda: Normal\(\.\.\.\)"):
+        ps.SCVI(7, 3, prior=dist.Normal(torch.zeros(3), 1.0))
+
+
+def test_an_unknown_argument_is_answered_with_the_known_ones():
+    with pytest.raises(TypeError, match=r"^SCVI\(\) got an unexpected .* 'gene_likelihood'; its .* prior, likelihood,"):
+        ps.SCVI(7, 3, gene_likelihood="nb")
 
 
 def test_weight_prior_that_names_no_parameter():

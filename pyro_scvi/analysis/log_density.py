@@ -203,5 +203,5 @@ def log_density(fit: Fit, cells: Cells, free_globals: bool = False) -> LogDensit
     if not isinstance(free_globals, bool):
         raise ModelError(f"free_globals must be True or False, got {brief(free_globals)}")
     if free_globals and not fit.guide.weights.supports:
-        raise ModelError("the model has no global latents to be free")
+        raise ModelError("free_globals=True needs global latents, and this model has none: leave it out")
     return LogDensity(fit, cells, free_globals)

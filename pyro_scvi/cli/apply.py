@@ -166,7 +166,8 @@ def _quantity(normalized: bool, no_dropout: bool, batch_as: list[str] | None) ->
         return name, partial(_normalized, batches=batch_as or None)
     if batch_as and not no_dropout:
         raise typer.BadParameter(
-            "in another batch nothing was observed; add --no-dropout for the mean there, or --normalized for shares",
+            "expression uses the counts of the cell, and nothing was observed in another batch; add --no-dropout for "
+            "the mean there, or --normalized for shares",
             param_hint="'--batch-as'",
         )
     quantity = imputation.mean_given_no_dropout if no_dropout else imputation.expression

@@ -52,7 +52,7 @@ class Likelihood(Component):
     @property
     def heads(self) -> tuple[str, ...]:
         """Names of the decoder's heads; the library size scales ``log_mean``."""
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no heads; give it some, as in heads = ("log_mean",)')
 
     def theta(self, eta: Theta, gamma: Tensor) -> Theta:
         """The distribution's parameters from the heads, each broadcastable to (..., cells, genes)."""
@@ -60,7 +60,10 @@ class Likelihood(Component):
 
     def marginal(self, *args: Any, **theta: Any) -> Distribution:
         """The distribution of x with w, y and h integrated out, batch shape (..., cells, genes)."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method marginal, which takes its heads {self.heads} and returns the "
+            "distribution of x"
+        )
 
     def rate(self, log_mean: Tensor, **theta: Tensor) -> dist.Gamma | None:
         """The distribution of w, or None if w = mu exactly."""
@@ -165,6 +168,21 @@ class Likelihood(Component):
                 f"{type(self).__name__} has no w, y and h, only a marginal distribution of x. If it is a Poisson "
                 "distribution with a fixed or Gamma rate, set explicit = True"
             )
+
+
+def require_log_mean(likelihood: Likelihood) -> None:
+    """Refuse a likelihood whose heads lack ``log_mean``, which the library size scales.
+
+    Raises
+    ------
+    ModelError
+        If they do.
+    """
+    if "log_mean" not in likelihood.heads:
+        raise ModelError(
+            f"{type(likelihood).__name__} has the heads {tuple(likelihood.heads)}; one of them must be 'log_mean', the "
+            "logarithm of the mean, because the library size is added to it"
+        )
 
 
 def updated_rate(prior: dist.Gamma, x: Tensor, h: Tensor | float) -> dist.Gamma:

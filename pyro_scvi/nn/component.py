@@ -43,7 +43,12 @@ class Component(nn.Module):
         """Remember the arguments before the constructor runs."""
         self = super().__new__(cls)
         # By object.__setattr__, because that of nn.Module works only after its __init__.
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        signature = inspect.signature(cls.__init__)
+        try:
+            bound = signature.bind_partial(self, *args, **kwargs)
+        except TypeError as error:
+            known = ", ".join(list(signature.parameters)[1:]) or "none"
+            raise TypeError(f"{cls.__name__}() {error}; its arguments: {known}") from None
         object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))  # without self
         named_anew(self)
         return self

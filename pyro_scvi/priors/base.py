@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError
@@ -70,6 +71,24 @@ def require_columns(columns: Any, what: str, n_covariates: int | None = None) ->
         raise ModelError(
             f"{what} are columns {start} to {stop - 1} of gamma, of which the model has {n_covariates}: make "
             "it with n_covariates=cells.n_covariates"
+        )
+
+
+def require_prior(prior: Any, n_latent: int) -> None:
+    """Refuse what cannot be called for a distribution of z.
+
+    Raises
+    ------
+    ModelError
+        If it is a class, not callable, or a distribution itself: to call that would draw from it.
+    """
+    if isinstance(prior, type) or not callable(prior):
+        raise ModelError(f"prior must be an object such as ps.priors.StudentT({n_latent}), got {brief(prior)}")
+    if isinstance(prior, TorchDistributionMixin):
+        name = type(prior).__name__
+        raise ModelError(
+            f"prior must be a function or object that returns a distribution, got the distribution {name} itself; "
+            f"pass lambda: {name}(...)"
         )
 
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
@@ -308,7 +309,7 @@ class RandomWeights(nn.Module):
         super().__init__()
         require_kind(priors, dict, "weight_priors", '{"decoder.heads.*": ps.weights.NormalWeights()}')
         for pattern, prior in priors.items():
-            if isinstance(prior, type) or not callable(prior):
+            if isinstance(prior, type | TorchDistributionMixin) or not callable(prior):
                 raise ModelError(
                     f"the prior of {pattern!r} must be an object such as ps.weights.NormalWeights(), or a function of "
                     f"a name and a tensor like the parameter, got {brief(prior)}"

@@ -11,7 +11,7 @@ from pyro_scvi.data.scales import warn_of_size_units
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import SchemaError
 
-_AS = "make them with Cells.from_anndata(adata, schema=fit.schema)"
+_AS = "make the cells with Cells.from_anndata(adata, schema=fit.schema)"
 
 
 def require_same_columns(fitted: Schema, given: Schema) -> None:
@@ -30,12 +30,13 @@ def require_same_columns(fitted: Schema, given: Schema) -> None:
     if fitted.gene_names != given.gene_names:
         same = len(set(fitted.gene_names) & set(given.gene_names))
         raise SchemaError(
-            f"the cells have {len(given.gene_names)} genes, {same} of them among the {len(fitted.gene_names)} of the "
-            f"fit, or in another order; {_AS}"
+            f"the genes of the cells are not those of the fit, in its order: the cells have {len(given.gene_names)} "
+            f"genes, the fit has {len(fitted.gene_names)}, and {same} are in both; {_AS}"
         )
     if fitted.encoding != given.encoding:
         raise SchemaError(
-            f"the fit has covariates {fitted.column_names}, the cells have {given.column_names}, or other scales; {_AS}"
+            "the covariates of the cells are not those of the fit, on its scales: the cells have "
+            f"{given.column_names}, the fit has {fitted.column_names}; {_AS}"
         )
     if fitted.size_factor is not None:
         warn_of_size_units(fitted.size_factor, given.size_unit, fitted.size_unit)

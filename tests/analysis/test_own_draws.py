@@ -102,7 +102,7 @@ def test_free_globals_are_the_joint_density():
     weights = density(grid).detach().softmax(0)
     a, b = moments(cells)
     assert float(weights @ at.exp()) == pytest.approx(a / b, rel=1e-3)
-    with pytest.raises(ModelError, match="no global latents to be free"):
+    with pytest.raises(ModelError, match="free_globals=True needs global latents"):
         ps.log_density(fit_of(toy()), cells, free_globals=True)
 
 

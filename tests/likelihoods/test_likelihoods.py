@@ -282,3 +282,21 @@ def test_user_written_likelihood_with_technical_zeros_inherits_the_explicit_prog
     p = poutine.trace(poutine.replay(likelihood.generate, trace=q)).get_trace(x, theta)
     gap = log_densities(p, "wyhx") - log_densities_of_all(q)
     torch.testing.assert_close(gap, likelihood.marginal(**theta).log_prob(x), rtol=0, atol=1e-10)
+
+
+def test_an_unfinished_likelihood_says_what_it_lacks():
+    class NoHeads(Likelihood):
+        pass
+
+    class OtherHeads(Likelihood):
+        heads = ("rate",)
+
+    class NoMarginal(Likelihood):
+        heads = ("log_mean",)
+
+    with pytest.raises(NotImplementedError, match=r'NoHeads has no heads; .* heads = \("log_mean",\)'):
+        ps.SCVI(7, 2, likelihood=NoHeads())
+    with pytest.raises(ModelError, match=r"OtherHeads has the heads \('rate',\); one of them must be 'log_mean'"):
+        ps.SCVI(7, 2, likelihood=OtherHeads())
+    with pytest.raises(NotImplementedError, match="NoMarginal has no method marginal"):
+        ps.SCVI(7, 2, likelihood=NoMarginal()).sites(marginal=True)

@@ -213,7 +213,7 @@ def test_what_is_no_prior_of_weights_is_refused():
     def made(prior, pattern="decoder.heads.log_mean.bias"):
         return ps.SCVI(GENES, 2, weight_priors={pattern: prior}).sites()
 
-    for wrong in (ps.weights.NormalWeights, 3.0, "normal"):
+    for wrong in (ps.weights.NormalWeights, 3.0, "normal", dist.Normal(0.0, 1.0)):
         with pytest.raises(ModelError, match=r"the prior of 'decoder.heads.log_mean.bias' must be an object"):
             made(wrong)
     with pytest.raises(ModelError, match=r"must return a tensor of shape \(6,\)"):

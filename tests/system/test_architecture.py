@@ -59,7 +59,7 @@ def test_the_first_line_of_a_file_says_what_it_holds(top):
 
 def check_first_line(path):
     first = path.read_text().partition("\n")[0]
-    assert re.match('r?""".{15,}', first), path
+    assert re.match('r?""".{15,}', first), f"{path} must begin with a docstring of one line that says what it holds"
 
 
 def test_public_names():

@@ -24,6 +24,7 @@ class Cautions:
         self.batch = batch_of(cells, "batches") if pooled and cells.n_batches > 1 else None
         self.single: list[str] = []
         self.confounded: list[str] = []
+        self.overlapping = False  # whether some batch has both groups of a confounded comparison
         self.one_batch: list[str] = []
         self.unequal: list[str] = []
 
@@ -42,6 +43,7 @@ class Cautions:
         share = counterparts(batch[a.rows], batch[b.rows])
         if share < LEAST_SHARE:
             self.confounded.append(f"{a.name} against {b.name}: {share:.0%}")
+            self.overlapping |= share > 0
         self.one_batch += [str(group.name) for group in (a, b) if len(np.unique(batch[group.rows])) < 2]
 
     def warn(self) -> None:
@@ -52,10 +54,14 @@ class Cautions:
                 "gene is tested. Join the group with another one, or leave it out."
             )
         if self.confounded:
+            remedy = (
+                "estimand=GroupMeans(within_batches=True) compares inside the batches that have both."
+                if self.overlapping
+                else "No batch has both groups, so these counts cannot tell the two apart."
+            )
             warn(
                 f"groups and batches are confounded; share of cells with a counterpart of the other group in their "
-                f"batch: {_some(self.confounded)}. A batch effect then looks like a difference between groups. "
-                "estimand=GroupMeans(within_batches=True) compares inside the batches that have both."
+                f"batch: {_some(self.confounded)}. A batch effect then looks like a difference between groups. {remedy}"
             )
         if self.one_batch:
             warn(

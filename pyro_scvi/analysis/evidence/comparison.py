@@ -130,8 +130,8 @@ def _given(listed: dict[str, list[Fit]], cells: Cells) -> str | None:
     if len(set(depends.values())) > 1:
         first, second = ([key for key in depends if depends[key] is one] for one in (True, False))
         raise ModelError(
-            f"the evidence of {first} would be log p(x | {name}) of cells with a label, that of {second} log p(x), and "
-            f"the two cannot be compared: pass cells.without({name!r})"
+            f"for cells with a label the evidence of {first} is log p(x | {name}), and that of {second} is log p(x). "
+            f"These cannot be compared: pass cells.without({name!r})"
         )
     return name if all(depends.values()) else None
 

@@ -302,7 +302,8 @@ class FittedSpace(Space):
             raise ModelError(f"{self!r} belongs to another fit: make it again by {self.space!r}.fitted(fit, reference)")
         if not set(self.batches) <= set(fit.schema.batches) or bool(self.batches) != bool(fit.schema.batches):
             raise DataError(
-                f"{self!r} is of the batches {quoted(self.batches)}; the fit has {quoted(fit.schema.batches)}"
+                f"{self!r} was made with the batches {quoted(self.batches)}; the fit has {quoted(fit.schema.batches)}. "
+                "Take the space of this fit"
             )
         parts = _decoded(self.space, fit, cells, self.batches, batch_size, seed)
         return torch.cat([self._projected(part).to(fit.dtype) for part in parts]).numpy()
@@ -310,7 +311,10 @@ class FittedSpace(Space):
     def _projected(self, features: Tensor) -> Tensor:
         """Coordinates (cells, components) of features (cells, features)."""
         if features.shape[1] != len(self.mean):
-            raise DataError(f"{self!r} is not of this fit, whose decoder gives {features.shape[1]}")
+            raise DataError(
+                f"{self!r} has {len(self.mean)} features, and the decoder of this fit gives {features.shape[1]}: it "
+                "belongs to another fit"
+            )
         axes = torch.from_numpy(self.factor * self.axes).T
         return (features.double() - torch.from_numpy(self.mean)) @ axes
 

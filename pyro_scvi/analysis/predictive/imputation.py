@@ -180,7 +180,10 @@ def impute(
     sampler = sampler_for(default if sampler is None else sampler, cells, at_medians)
     require_at_least(1, samples=samples, batch_size=batch_size)
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
-        raise ModelError("in another batch nothing was observed: pass quantity=imputation.mean_given_no_dropout")
+        raise ModelError(
+            "E[w | x] uses the counts of the cell, and nothing was observed in another batch: pass "
+            "quantity=imputation.mean_given_no_dropout"
+        )
     # Decoding in another batch only changes gamma; z stays as inferred in the cell's own batch (batch correction).
     swapped = [cells.with_batch(name).gamma for name in batches]
     lead = (len(quantiles),) if len(quantiles) else ()

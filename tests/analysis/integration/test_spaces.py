@@ -248,7 +248,7 @@ def annotated(fit, adata):
 def test_broken_axes_of_a_file_place_no_cell(fit, cells, annotated, change):
     record = annotated.uns["pyro_scvi"]["X_pyro_scvi_expression_pca"]["pca"] | change
     broken = AnnData(uns={"pyro_scvi": {"X_pyro_scvi_expression_pca": {"pca": record}}})
-    with pytest.raises(DataError, match=r"as ps.annotate|of the batches|not of this fit"):
+    with pytest.raises(DataError, match=r"as ps.annotate|with the batches|belongs to another fit"):
         ps.embed(fit, cells, space=ps.spaces.from_record(broken))
 
 
