@@ -37,14 +37,20 @@ def go_on(fit, cells):
 
 TURNED = slice(None, None, -1)
 OTHERS = {
-    "genes in another order": (lambda: read(TURNED), "20 genes, 20 of them among the 20 of the fit, or in another"),
+    "genes in another order": (
+        lambda: read(TURNED),
+        "not those of the fit, in its order: the cells have 20 genes, the fit has 20, and 20 are in both",
+    ),
     "other genes": (
         lambda: ps.Cells.from_counts(COUNTS, obs=OBS, batch="donor", covariates=["age"]),
         "20 genes, 0 of them",
     ),
     "fewer genes": (lambda: read(slice(0, 19)), "19 genes, 19 of them"),
     "other batches": (lambda: read(obs=OBS.replace({"donor": {"x": "z"}})), "donor=x.*donor=y.*donor=z"),
-    "another scale": (lambda: read(obs=OBS.assign(age=OBS.age * 12)), "or other scales"),
+    "another scale": (
+        lambda: read(obs=OBS.assign(age=OBS.age * 12)),
+        "covariates of the cells are not those of the fit, on its scales",
+    ),
     "covariates for batches": (
         lambda: read(
             obs=OBS.assign(size=OBS.age[::-1].to_numpy(), b=1.0 * (OBS.index % 3)), covariates=["age", "size", "b"]
