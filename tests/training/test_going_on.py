@@ -43,9 +43,9 @@ OTHERS = {
     ),
     "other genes": (
         lambda: ps.Cells.from_counts(COUNTS, obs=OBS, batch="donor", covariates=["age"]),
-        "20 genes, 0 of them",
+        "20 genes, the fit has 20, and 0 are in both",
     ),
-    "fewer genes": (lambda: read(slice(0, 19)), "19 genes, 19 of them"),
+    "fewer genes": (lambda: read(slice(0, 19)), "19 genes, the fit has 20, and 19 are in both"),
     "other batches": (lambda: read(obs=OBS.replace({"donor": {"x": "z"}})), "donor=x.*donor=y.*donor=z"),
     "another scale": (
         lambda: read(obs=OBS.assign(age=OBS.age * 12)),
