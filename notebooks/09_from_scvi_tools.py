@@ -95,6 +95,7 @@ if scvi is not None:
 # | dispersion | per gene | per cell and gene |
 # | library size | the cell's total, taken as known | latent |
 # | hidden layers | one of 128, dropout 0.1 | two of 128, no dropout |
+# | prior of the decoder's weights | none | normal, `head_sd=1.0` |
 # | length of training | 400 epochs, KL warm-up over all of them | up to 60, best held-out epoch kept |
 #
 # ## Embedding
