@@ -13,7 +13,7 @@ from pyro_scvi.utils.random_state import seeded
 
 LIGHT = 8.0  # power of the distance by which a density falls off, from which on tails are light: Student-t's of df 7
 NEAR, FAR = 10.0, 40.0  # interquartile ranges from the median, between which that is measured
-DRAWS = 500  # of a law, from which its median and quartiles are taken
+DRAWS = 200  # of a law, from which its median and quartiles are taken
 
 
 def heavy_tailed(coordinates: Coordinates, found: list[TracedSite]) -> Tensor:
