@@ -75,7 +75,7 @@ pd.DataFrame(
 ).T.round(2)
 
 # %% [markdown]
-# The encoder's own draws fail for most cells: 400 of them are worth about twenty. The corrected ones pass. (`Importance`
+# The encoder's own draws fail for most cells: 400 are worth about twenty. The corrected ones pass. (`Importance`
 # resamples from a thousand proposals, and all chains of HMC count, so both can have more than 400.) $\hat R$ compares
 # the chains of a cell with one another and should be below 1.05. Where it is not, run longer chains
 # (`ps.HMC(warmup=500, least=1000)`). HMC assumes nothing about the shape of the posterior, so it is the reference from

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -34,6 +35,8 @@ def result_array(fit: Fit, shape: tuple[int, ...], out: Any) -> Any:
             f"out is filled by position, and a {type(out).__name__} has names: pass an array as out, as in np.empty("
             f"{shape}, np.float32), and name its rows cells.cell_names and its columns fit.schema.gene_names afterwards"
         )
+    if isinstance(out, h5py.Dataset) and not out:
+        raise ModelError("out is a dataset of a file that is closed: open it for as long as the call takes")
     if not _is_array(out) or tuple(out.shape) != shape:
         given = f"one of shape {tuple(out.shape)}" if _is_array(out) else type(out).__name__
         raise ModelError(f"out must be an array of shape {shape}, got {given}")
@@ -70,6 +73,14 @@ def _of_tensor(out: torch.Tensor) -> np.ndarray:
 def _writable(out: Any) -> Any:
     if isinstance(out, np.ma.MaskedArray):
         raise ModelError("out must be an array without a mask, which would hide results: pass out.data")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ModelError('out cannot be written to: open a mapped file with mode="r+", or pass a copy')
+    if _is_read_only(out):
+        raise ModelError('out cannot be written to: open its file with mode="r+", or pass a copy')
     return out
+
+
+def _is_read_only(out: Any) -> bool:
+    if isinstance(out, np.ndarray):
+        return not out.flags.writeable
+    if isinstance(out, h5py.Dataset):
+        return out.file.mode == "r"
+    return bool(getattr(out, "read_only", False))  # of zarr

@@ -377,13 +377,13 @@ def _check_names(table: Table) -> None:
 
 
 def _warn_of_mixed_units(table: Table, schema: Schema) -> None:
-    """Warn of covariates in another unit in some of the files or, where these are not known, batches."""
-    parts, what = table.files, "file"
-    if parts is None and schema.batch in table.obs:
+    """Warn of covariates in another unit in some of the files or batches."""
+    ways = {} if table.files is None else {"file": table.files}
+    if schema.batch in table.obs:
         labels, codes = categories(table.obs, str(schema.batch))
-        parts, what = np.array(labels, dtype=object)[codes], "batch"
-    if parts is not None:
-        for name in schema.covariates:
+        ways["batch"] = np.array(labels, dtype=object)[codes]
+    for name in schema.covariates:
+        for what, parts in ways.items():
             warn_of_mixed_units(name, numbers(table.obs, name), parts, what)
 
 

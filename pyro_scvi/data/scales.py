@@ -112,7 +112,7 @@ def warn_of_mixed_units(name: str, values: np.ndarray, parts: np.ndarray, what: 
         more = f" ({len(off)} such in all)" if len(off) > 1 else ""
         warn(
             f"covariate column {name!r} is {shown[0]}{more}, and {shown[1]}. Is it in another unit there, such as "
-            "percent for a share? Convert it first, so that all cells have it in one unit."
+            "percent for a share? Then convert it, so that all cells have one unit. A real difference may stay."
         )
 
 

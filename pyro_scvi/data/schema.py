@@ -30,6 +30,7 @@ from pyro_scvi.utils.checks import brief, items_of, warn
 
 _log = logging.getLogger(__name__)
 
+SAME_SCALE = 1e-6  # of a standard deviation: float32 and another order of adding up change less
 LATER = ("raw", "categories", "levels", "labels", "label_names", "ordered", "size_factor", "size_unit")
 """Fields that saves leave out where they are empty, as those written before there were any do."""
 
@@ -205,17 +206,22 @@ class Schema:
 
     @property
     def encoding(self) -> tuple[Any, ...]:
-        """What two schemas share if they encode annotations in the same way."""
+        """What two schemas share if they encode the same columns of annotations, but for the scales of numbers."""
         return (
+            self.batch,
             self.batches,
             self.categories,
             self.levels,
             self.covariates,
-            self.means,
-            self.sds,
+            self.labels,
             self.label_names,
             self.size_factor,
         )
+
+    def has_scales_of(self, other: "Schema") -> bool:
+        """Whether means and standard deviations are those of another, up to the order in which cells were added."""
+        ours, theirs = (np.array([each.means, each.sds]) for each in (self, other))
+        return bool((np.abs(ours - theirs) <= SAME_SCALE * theirs[1]).all())
 
     def words(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Columns of ``obs`` that hold words: what these are, the column's name, and the words."""

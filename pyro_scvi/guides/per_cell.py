@@ -1,5 +1,7 @@
 """Per-cell guide: variational parameters for every training cell, without an encoder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,12 +49,19 @@ class PerCell(Guide):
     """
 
     amortized = False
+    cell_names: Any = None
+    """Names of the cells of the fit that this guide is of, in the order of its rows. None: not known."""
 
     def __init__(self, model: SCVI, n_cells: int, *, seed: int = 0, global_guide: GlobalGuide | None = None) -> None:
         super().__init__(model, global_guide=global_guide, seed=seed)
         with seeded(seed):
             self.loc = nn.Parameter(0.1 * torch.randn(n_cells, self.coordinates.size))
         self.log_scale = nn.Parameter(torch.full((n_cells, self.coordinates.size), -1.0))
+
+    @property
+    def n_cells(self) -> int:
+        """Number of training cells."""
+        return len(self.loc)
 
     def encode(self, x: Tensor, gamma: Tensor, index: Tensor | None) -> Code:
         """The rows of the free parameters; l is centred on the cell's total."""

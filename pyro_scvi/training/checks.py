@@ -16,15 +16,16 @@ from torch import Tensor
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.discovery import Kind
 from pyro_scvi.distributions.supports import is_learned, support_of
-from pyro_scvi.errors import ModelError
+from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerated
+from pyro_scvi.guides.per_cell import PerCell
 from pyro_scvi.guides.supported import is_expected, require_met, require_same_sites, require_scaled
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.schedules import KLWeight
-from pyro_scvi.utils.checks import brief, require_kind
+from pyro_scvi.utils.checks import brief, require_kind, warn
 
 
 class TemperedLatents(Messenger):
@@ -133,6 +134,42 @@ def check_kinds(model: Any, cells: Any, guide: Any) -> None:
         )
     if guide is not None:
         require_kind(guide, Guide, "guide", "ps.guides.DiagonalNormal(model)")
+
+
+def check_cells_of(guide: Guide, cells: Cells) -> None:
+    """Refuse other cells than those whose rows a guide without an encoder has.
+
+    Raises
+    ------
+    ModelError
+        If there are more or fewer.
+    SchemaError
+        If they are others, or in another order.
+
+    Warns
+    -----
+    UserWarning
+        If they go on with a guide that was loaded, which does not know the names of its cells.
+    """
+    if not isinstance(guide, PerCell):
+        return
+    if guide.n_cells != cells.n_cells:
+        made, given = guide.n_cells, cells.n_cells
+        raise ModelError(f"PerCell was made for {made} cells, got {given}: make it with n_cells={given}")
+    if guide.cell_names is None:
+        if guide.model.trained:
+            warn("this PerCell guide knows its cells by row only: they must be those of its fit, in the same order")
+    elif list(guide.cell_names) != list(cells.cell_names):
+        raise SchemaError(
+            "PerCell has parameters for each cell of its fit, by row, and these cells are others, or in another order: "
+            "pass those cells in their order, or leave guide= out, or make a guide with an encoder"
+        )
+
+
+def note_cells(guide: Guide, cells: Cells) -> None:
+    """Let a guide without an encoder know whose rows it has."""
+    if isinstance(guide, PerCell):
+        guide.cell_names = cells.cell_names
 
 
 def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:

@@ -22,7 +22,7 @@ from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
 from pyro_scvi.training.checkpoint import Checkpoints, identity
-from pyro_scvi.training.checks import check_elbo, check_kinds
+from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
@@ -214,6 +214,7 @@ def fit(
 def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOptions) -> Fit:
     """Check the options, put cells, model and guide on the device, and train."""
     options = options.checked(model, cells)
+    check_cells_of(guide, cells)
     options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     options.ranks.require_own_gpus(options.device)
     train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
@@ -310,6 +311,7 @@ def _made(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> Fit:
     if received and len(state.rows) < settings["epochs"] and not state.best.waited_out:
         notes["interrupted"] = f"{received} after epoch {len(state.rows)} of {settings['epochs']}"
     trainer.model.trained_on = cells.schema
+    note_cells(trainer.guide, cells)
     return Fit(trainer.model.eval(), trainer.guide.eval(), state.history, cells.schema, settings | notes)
 
 
@@ -319,6 +321,7 @@ def _tell(trainer: Trainer, cells: Cells, settings: dict[str, Any]) -> None:
     for callback in trainer.options.callbacks:
         model, guide = copied(trainer.model, trainer.guide)
         model.trained_on = cells.schema
+        note_cells(guide, cells)
         so_far = Fit(model.eval(), guide.eval(), trainer.state.history, cells.schema, dict(settings))
         with seeded(trainer.options.seed), pyro.get_param_store().scope():
             callback(len(rows), dict(rows[-1]), so_far)

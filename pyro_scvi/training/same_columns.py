@@ -10,7 +10,9 @@ from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.data.scales import warn_of_size_units
 from pyro_scvi.data.schema import Schema
 from pyro_scvi.errors import SchemaError
+from pyro_scvi.utils.checks import warn
 
+_FAR = 10.0  # standard deviations; half of the cells of a data set do not lie as far from another's mean
 _AS = "make the cells with Cells.from_anndata(adata, schema=fit.schema)"
 
 
@@ -35,11 +37,21 @@ def require_same_columns(fitted: Schema, given: Schema) -> None:
         )
     if fitted.encoding != given.encoding:
         raise SchemaError(
-            "the covariates of the cells are not those of the fit, on its scales: the cells have "
-            f"{given.column_names}, the fit has {fitted.column_names}; {_AS}"
+            "the covariates of the cells are not those of the fit, in its order: the cells have "
+            f"{quoted(given.column_names)}, the fit has {quoted(fitted.column_names)}; {_AS}"
+        )
+    if not given.has_scales_of(fitted):
+        raise SchemaError(
+            f"covariates {quoted(fitted.covariates)} have other scales than in the fit: there they have means of "
+            f"{_few_digits(fitted.means)} and standard deviations of {_few_digits(fitted.sds)}, here of "
+            f"{_few_digits(given.means)} and {_few_digits(given.sds)}; {_AS}"
         )
     if fitted.size_factor is not None:
         warn_of_size_units(fitted.size_factor, given.size_unit, fitted.size_unit)
+
+
+def _few_digits(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
 
 
 def in_order_of_columns(fitted: Schema | None, gamma: Any) -> Any:
@@ -49,6 +61,11 @@ def in_order_of_columns(fitted: Schema | None, gamma: Any) -> Any:
     ------
     SchemaError
         If the names are others, or there is no schema that knows the order.
+
+    Warns
+    -----
+    UserWarning
+        If a continuous covariate lies so far from its mean that it may be as in ``obs``.
     """
     gamma = gamma.to_pandas() if isinstance(gamma, xr.DataArray) and gamma.ndim == 2 else gamma
     names = names_in(gamma.columns) if isinstance(gamma, pd.DataFrame) else None
@@ -64,4 +81,10 @@ def in_order_of_columns(fitted: Schema | None, gamma: Any) -> Any:
             f"gamma has the columns {quoted(names)}, the fit has {quoted(fitted.column_names)}: name them as there, or "
             "pass gamma.to_numpy() with the columns in that order."
         )
+    for name in fitted.covariates:
+        if (middle := abs(float(gamma[name].median()))) > _FAR:
+            warn(
+                f"gamma column {name!r} lies {middle:.3g} standard deviations from the mean. Is it as in obs? In "
+                "gamma it is (value - mean) / sd, with mean and sd of the fit's cells, as in cells.covariates."
+            )
     return gamma.iloc[:, names.get_indexer(pd.Index(fitted.column_names))]

@@ -34,7 +34,10 @@ def _parts(given: Any) -> list[np.ndarray]:
     if sparse.issparse(given):
         held = [getattr(given, name, None) for name in _PARTS]
         return [part for part in held if isinstance(part, np.ndarray)]
-    return [np.asarray(given)] if hasattr(given, "__array_interface__") else []
+    # What has chunks, as arrays of dask and zarr have, is computed or read anew.
+    in_memory = hasattr(given, "__array__") and getattr(given, "chunks", None) is None
+    in_memory = in_memory or isinstance(given, memoryview)
+    return [np.asarray(given)] if in_memory else []
 
 
 def _parts_of_tensor(tensor: torch.Tensor) -> list[np.ndarray]:

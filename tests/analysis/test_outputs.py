@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+import zarr
 from scipy import sparse
 
 import pyro_scvi as ps
@@ -27,6 +28,22 @@ VERBS = {
 def fit():
     model = ps.SCVI(20, 2, CELLS.n_covariates, n_hidden=8, n_layers=1)
     return ps.fit(model, CELLS, epochs=1, progress=False, device="cpu")
+
+
+def hdf5(folder, mode):
+    with h5py.File(folder / "out.h5", "w") as file:
+        file.create_dataset("out", SHAPE, np.float32)
+    return h5py.File(folder / "out.h5", mode)["out"]
+
+
+def zarred(folder, mode):
+    zarr.create_array(folder / "out.zarr", shape=SHAPE, dtype="f4")
+    return zarr.open_array(folder / "out.zarr", mode=mode)
+
+
+def closed(dataset):
+    dataset.file.close()
+    return dataset
 
 
 def mapped(folder, mode="w+"):
@@ -71,6 +88,9 @@ REFUSED = {
     "another shape": (lambda folder: np.empty((20, 19)), r"got one of shape \(20, 19\)"),
     "masked": (lambda folder: np.ma.masked_all(SHAPE, np.float32), "without a mask.*out.data"),
     "mapped for reading": (lambda folder: mapped(folder, "r"), "cannot be written to.*mode"),
+    "HDF5 for reading": (lambda folder: hdf5(folder, "r"), "cannot be written to.*mode"),
+    "zarr for reading": (lambda folder: zarred(folder, "r"), "cannot be written to.*mode"),
+    "a closed file": (lambda folder: closed(hdf5(folder, "r")), "of a file that is closed"),
     "repeated": (lambda folder: np.broadcast_to(np.float32(0), SHAPE), "cannot be written to"),
 }
 

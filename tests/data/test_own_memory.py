@@ -76,6 +76,25 @@ def made(form):
     return adata
 
 
+class Duck:
+    """An array of another package."""
+
+    def __init__(self, values):
+        self.values = values
+        self.shape, self.dtype = values.shape, values.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+@pytest.mark.parametrize("wrap", [Duck, memoryview])
+def test_arrays_of_other_packages_are_copied(wrap):
+    values = COUNTS.astype(np.float32)
+    cells = ps.Cells.from_counts(wrap(values))
+    values[:] = 7
+    np.testing.assert_array_equal(cells[:][0], COUNTS)
+
+
 PLACES = {
     "X": ({}, lambda adata: adata.X),
     "layer": ({"layer": "counts"}, lambda adata: adata.layers["counts"]),

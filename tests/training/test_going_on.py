@@ -11,7 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 import pyro_scvi as ps
-from pyro_scvi.errors import SchemaError
+from pyro_scvi.errors import ModelError, SchemaError
 from tests.support.simulate import simulated_counts
 
 COUNTS = simulated_counts(40)
@@ -46,10 +46,17 @@ OTHERS = {
         "20 genes, the fit has 20, and 0 are in both",
     ),
     "fewer genes": (lambda: read(slice(0, 19)), "19 genes, the fit has 20, and 19 are in both"),
-    "other batches": (lambda: read(obs=OBS.replace({"donor": {"x": "z"}})), "donor=y.*donor=z.*the fit has.*donor=x.*donor=y"),
+    "other batches": (
+        lambda: read(obs=OBS.replace({"donor": {"x": "z"}})),
+        "donor=y.*donor=z.*fit has.*donor=x.*donor=y",
+    ),
     "another scale": (
         lambda: read(obs=OBS.assign(age=OBS.age * 12)),
-        "covariates of the cells are not those of the fit, on its scales",
+        r"'age' have other scales than in the fit: .* means of 40 .* here of 480",
+    ),
+    "another column with the same batches": (
+        lambda: read(obs=OBS.rename(columns={"donor": "plate"}), batch="plate", covariates=["age"]),
+        "plate=x.*the fit has.*donor=x",
     ),
     "covariates for batches": (
         lambda: read(
@@ -94,6 +101,40 @@ def test_cells_read_with_the_schema_are_those_of_the_fit():
 
 def test_cells_that_were_read_anew_in_the_same_way_are_taken():
     assert len(go_on(fitted(read()), read()).history) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cells_in_another_order_have_the_scales_of_the_fit(seed):
+    fit, rows = fitted(read()), np.random.default_rng(seed).permutation(40)
+    again = ps.Cells.from_counts(
+        COUNTS[rows],
+        gene_names=NAMES,
+        obs=OBS.iloc[rows].astype({"age": np.float32}).reset_index(drop=True),
+        batch="donor",
+        covariates=["age"],
+    )
+    assert ps.embed(fit, again).shape == (40, 2)
+
+
+def with_rows(cells, n_cells):
+    model = ps.SCVI(20, 2, cells.n_covariates, n_hidden=8, n_layers=1)
+    return ps.fit(model, cells, ps.guides.PerCell(model, n_cells), **OPTIONS)
+
+
+def test_a_guide_that_knows_its_cells_by_row_goes_on_with_these_alone(tmp_path):
+    cells = read()
+    fit = with_rows(cells, 40)
+    assert len(go_on(fit, cells).history) == 1
+    assert len(go_on(copy.deepcopy(fit), cells).history) == 1
+    for others in (cells.take(range(39, -1, -1)), read(obs=OBS.set_axis([f"c{i}" for i in range(40)]))):
+        with pytest.raises(SchemaError, match="PerCell has parameters for each cell of its fit"):
+            go_on(fit, others)
+    for n_cells in (39, 41):
+        with pytest.raises(ModelError, match=f"PerCell was made for {n_cells} cells, got 40"):
+            with_rows(cells, n_cells)
+    fit.save(tmp_path / "fit")
+    with pytest.warns(UserWarning, match="knows its cells by row only"):
+        go_on(ps.load(tmp_path / "fit"), cells)
 
 
 def test_a_mapped_fit_has_the_schema_of_its_query():

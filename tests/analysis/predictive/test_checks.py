@@ -71,6 +71,8 @@ def test_named_covariates_of_prior_draws_are_matched_by_name(batched_cells):
     for wrong in (frame.rename(columns={names[0]: "other"}), frame[[names[0], *names]].iloc[:, : len(names)]):
         with pytest.raises(SchemaError, match="gamma has the columns .*the fit has"):
             ps.prior_predictive(fit.model, 60, gamma=wrong)
+    with pytest.warns(UserWarning, match=f"gamma column {batched_cells.schema.covariates[0]!r} lies .* as in obs"):
+        ps.prior_predictive(fit.model, 60, gamma=frame.assign(**{batched_cells.schema.covariates[0]: 40.0}))
     with pytest.raises(SchemaError, match=r"the model is of no fit.*gamma\.to_numpy\(\)"):
         ps.prior_predictive(model, 60, gamma=frame)
     assert ps.prior_predictive(model, 60, gamma=frame.to_numpy()).shape == (60, 20)
