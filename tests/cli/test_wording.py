@@ -55,7 +55,7 @@ NOT_BY_A_COMMAND = {  # beginnings of single messages
     "from_anndata takes an AnnData": "commands pass one",
     "from_anndata takes an AnnCollection": "no command reads one",
     "from_anndata reads an AnnCollection": "no command reads one",
-    "make them with Cells.from_anndata(adata": "commands read a query by the schema of the fit",
+    "make the cells with Cells.from_anndata(adata": "commands read a query by the schema of the fit",
     "backed=True takes a backed AnnData or": "commands pass one",
     "an AnnCollection has no raw": "no command reads one",
     "allow_new_batches is for a query": "commands pass the schema",
