@@ -16,6 +16,7 @@ from scipy import sparse
 import pyro_scvi as ps
 from pyro_scvi.cli.files import read_h5ad
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.data.stores.layout import FILES, files_of
 from pyro_scvi.errors import DataError, PyroScviError, StoreError
 from tests.support import hostile_files
 from tests.support.faults import file_size_limit
@@ -309,6 +310,25 @@ def test_stores_with_right_checksums(whole, tmp_path, attack):
     attack(path)
     with pytest.raises(PyroScviError):
         Cells.from_store(path, **COLUMNS)[:]
+
+
+@pytest.mark.parametrize(
+    ("names", "cells"),
+    [
+        (list("abcde"), [2**62] * 4 + [60]),  # adds up to 60 in int64
+        (["a", "b"], [-1, 61]),
+        (["a", "b"], [30, 31]),
+        (["a"], [30, 30]),
+        ([["a"], ["b"]], [[30], [30]]),
+        (["a", "b"], [30.0, 30.0]),
+        ("a", 60),
+    ],
+)
+def test_lists_of_the_files_of_a_store(names, cells):
+    annotations = anndata.AnnData(obs=pd.DataFrame(index=[str(i) for i in range(60)]))
+    annotations.uns[FILES] = {"names": np.array(names), "cells": np.array(cells)}
+    with pytest.raises(StoreError, match="list of files does not add up to its 60 cells"):
+        files_of(annotations)
 
 
 @pytest.mark.parametrize("name", ["schema.json", "data.npy"])
