@@ -18,7 +18,7 @@ from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.files import sync
 from pyro_scvi.utils.disk.locks import only_writer
 from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
-from pyro_scvi.utils.disk.zarr_groups import zarr_group
+from pyro_scvi.utils.disk.zarr_groups import writes_ended, zarr_group
 
 Mode = Literal["r", "r+", "w"]
 _TABLES = 2**16  # bytes that HDF5 may add to its tables beside the arrays
@@ -75,7 +75,9 @@ class _Zarr(Format):
 
     @contextmanager
     def opened(self, path: Path, mode: Mode) -> Iterator[Any]:
-        yield zarr_group(path, mode, zarr_format=2)
+        group = zarr_group(path, mode, zarr_format=2)
+        with writes_ended():
+            yield group
 
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         chunks = (rows, *shape[1:])

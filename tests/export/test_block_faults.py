@@ -1,8 +1,10 @@
 """Results written block by block to disks that are full, break or lie: what is marked as done is there."""
 
+import asyncio
 import os
 import shutil
 import signal
+import time
 import warnings
 
 import anndata as ad
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from zarr.storage import LocalStore
 
 import pyro_scvi as ps
 from pyro_scvi.errors import DataError
@@ -222,6 +225,22 @@ def test_names_that_are_none_of_a_folder(fit, cells, tmp_path, name, as_index):
     named = ps.Cells.from_counts(simulated_counts(N), obs=obs)
     with pytest.raises(DataError, match="cannot be made"):
         ps.shards.write(fit, named, tmp_path / "in" / "out.zarr", VERBS, **OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    # Other writes that zarr had begun may end after the error, and then leave the temporary folder.
-    assert all(path.name.endswith(".partial") for path in (tmp_path / "in").iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["in"]
+
+
+@pytest.mark.parametrize("waits", [".zgroup", ".zattrs", ".zarray"])
+@pytest.mark.parametrize("name", [".zattrs", ".zgroup"])
+def test_writes_that_zarr_has_begun_end_before_the_folder_is_deleted(fit, cells, tmp_path, monkeypatch, name, waits):
+    """One of several writes fails; the others go on in threads of zarr, and would make the folder anew."""
+    begun = LocalStore.set
+
+    async def late(store, key, value):
+        await asyncio.sleep(0.2 if key.endswith(waits) else 0)
+        await begun(store, key, value)
+
+    monkeypatch.setattr(LocalStore, "set", late)
+    named = ps.Cells.from_counts(simulated_counts(N), obs=pd.DataFrame(index=pd.Index(cells.cell_names, name=name)))
+    with pytest.raises(DataError, match="cannot be made"):
+        ps.shards.write(fit, named, tmp_path / "out.zarr", VERBS, **OPTIONS)
+    time.sleep(1)
+    assert not list(tmp_path.iterdir())

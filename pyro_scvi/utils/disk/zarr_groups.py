@@ -1,12 +1,16 @@
 """Zarr folders, opened where there is room for the threads that read and write them."""
 
+import asyncio
 import mmap
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+_LONGEST = 10  # seconds
 _STACK = 8 * 2**20  # bytes of a thread's stack on Linux, unless the system has another limit
 
 
@@ -24,6 +28,25 @@ def zarr_group(path: Path, mode: Literal["r", "r+", "w"], **options: Any) -> Any
 
     _require_room(os.getpid())  # a forked process has no threads yet
     return zarr.open_group(str(path), mode=mode, **options)
+
+
+@contextmanager
+def writes_ended() -> Iterator[None]:
+    """After an error, wait for the other writes that zarr has begun: they would make a deleted folder anew."""
+    try:
+        yield
+    except BaseException:
+        from zarr.core.sync import sync
+
+        with suppress(TimeoutError):  # one that waits for a thread that cannot start never ends
+            sync(_others(), timeout=_LONGEST)
+        raise
+
+
+async def _others() -> None:
+    """Wait for all other tasks of zarr's event loop, however they end."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 @cache
