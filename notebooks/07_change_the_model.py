@@ -86,7 +86,7 @@ class Trend(torch.nn.Module):
 # ## Priors on weights, and a hierarchy of dispersions
 #
 # `weight_priors` turns parameters into latent variables by name. The horseshoe holds most decoder weights near zero
-# and lets a few free. The hierarchy lets genes borrow strength, so that a gene with few molecules gets the dispersion
+# and lets a few free; the default, a normal whose mode `fit` finds, lets none go far. The hierarchy lets genes borrow strength, so that a gene with few molecules gets the dispersion
 # of an average gene:
 #
 # $$\log r_g \sim \mathrm{Normal}(m, s^2), \quad m \sim \mathrm{Normal}(0, 2^2), \quad s \sim \mathrm{HalfNormal}(2).$$
@@ -165,7 +165,7 @@ site = "decoder.heads.log_mean.weight"
 parts = medians(fits["NB, r per gene, horseshoe"])
 shrunk = parts[f"{site}.global"] * parts[f"{site}.local"] * parts[f"{site}.raw"]
 bins = np.linspace(-1, 1, 81)
-axes[1].hist(plain.numpy().ravel(), bins, color="#c9ced6", label="no prior")
+axes[1].hist(plain.numpy().ravel(), bins, color="#c9ced6", label="default: normal")
 axes[1].hist(shrunk.numpy().ravel(), bins, histtype="step", color="#31688e", label="horseshoe")
 axes[1].set(
     xlabel="weight of the decoder's head for log mu", ylabel="weights", yscale="log", xticks=[-1, -0.5, 0, 0.5, 1]
