@@ -86,8 +86,8 @@ class Trend(torch.nn.Module):
 # ## Priors on weights, and a hierarchy of dispersions
 #
 # `weight_priors` turns parameters into latent variables by name. The horseshoe holds most decoder weights near zero
-# and lets a few free; the default, a normal whose mode `fit` finds, lets none go far. The hierarchy lets genes borrow strength, so that a gene with few molecules gets the dispersion
-# of an average gene:
+# and lets a few free. The default, a normal whose mode `fit` finds, lets none go far. The hierarchy lets genes borrow
+# strength, so that a gene with few molecules gets the dispersion of an average gene:
 #
 # $$\log r_g \sim \mathrm{Normal}(m, s^2), \quad m \sim \mathrm{Normal}(0, 2^2), \quad s \sim \mathrm{HalfNormal}(2).$$
 #

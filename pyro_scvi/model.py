@@ -99,7 +99,7 @@ class SCVI(Program):
 
     decoder_columns: Tensor | None
     trained_on: Any = None
-    """Schema of the cells of the fit that this model is of: genes and covariates have its order. None: of no fit."""
+    """Schema of the fit that trained this model: its genes and covariates, in their order. None if no fit did."""
 
     def __init__(
         self,

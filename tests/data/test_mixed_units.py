@@ -79,6 +79,13 @@ def test_what_differs_between_parts_otherwise_is_not(way, change, tmp_path):
         way(parts, tmp_path)
 
 
+def test_batches_inside_the_files_are_looked_at_too(tmp_path):
+    mixed = np.where(np.arange(N) % 2, 100 * SHARE, SHARE)
+    parts = {name: part(mixed, name, batch=["p", "q"] * (N // 2)) for name in "ab"}
+    with pytest.warns(UserWarning, match="in batch '[pq]', and"):
+        from_store(parts, tmp_path, batch="batch")
+
+
 def test_a_part_of_a_query_in_another_unit_is_told(tmp_path):
     """Shares among percents lie less than two standard deviations from their mean."""
     schema = ps.Cells.from_anndata(part(100 * SHARE, "r"), covariates=["mito"]).schema

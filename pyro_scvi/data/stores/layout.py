@@ -107,13 +107,7 @@ def rebuild(folder: Path) -> str:
 
 
 def files_of(annotations: AnnData) -> np.ndarray | None:
-    """Name of the file that each cell is of, (cells,); None if the store does not say.
-
-    Raises
-    ------
-    StoreError
-        If numbers of cells are not those of files that make up all cells.
-    """
+    """Name of the file that each cell is of, (cells,); None if the store does not say, or not for all of its cells."""
     told = annotations.uns.get(FILES)
     if not isinstance(told, Mapping) or set(told) != {"names", "cells"}:
         return None
@@ -121,9 +115,7 @@ def files_of(annotations: AnnData) -> np.ndarray | None:
     listed = names.ndim == cells.ndim == 1 and len(names) == len(cells) and cells.dtype.kind in "iu"
     within = listed and bool(((cells >= 0) & (cells <= annotations.n_obs)).all())
     # Of Python's integers, whose sum does not wrap round: NumPy would write past the end of an array.
-    if not within or sum(cells.tolist()) != annotations.n_obs:
-        raise StoreError(f"the store's list of files does not add up to its {annotations.n_obs} cells; build it again")
-    return np.repeat(names, cells)
+    return np.repeat(names, cells) if within and sum(cells.tolist()) == annotations.n_obs else None
 
 
 def work_of(target: Path) -> Path:
