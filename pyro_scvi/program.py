@@ -84,12 +84,14 @@ class Program(Component):
         ModelError
             Naming one that it lacks.
         """
-        taken = inspect.signature(self.forward).parameters.values()
-        if any(one.kind is one.VAR_KEYWORD for one in taken):
-            return
         for name in names:
-            if name not in {one.name for one in taken}:
+            if not self.takes(name):
                 raise ModelError(f"{type(self).__name__}.forward does not take {name}=: begin it with {SIGNATURE}")
+
+    def takes(self, name: str) -> bool:
+        """Whether ``forward`` takes this argument."""
+        taken = inspect.signature(self.forward).parameters.values()
+        return any(one.kind is one.VAR_KEYWORD or one.name == name for one in taken)
 
     def _require_one_precision(self) -> None:
         """Refuse parts in different precisions, whose products torch does not take."""

@@ -12,6 +12,7 @@ from pyro_scvi.guides.coordinates import Coordinates, LocalSite, require_continu
 from pyro_scvi.guides.global_latents import GlobalGuide, global_latents
 from pyro_scvi.guides.looks.broadcasting import require_broadcasting
 from pyro_scvi.guides.looks.counts_as_data import require_counts_as_data
+from pyro_scvi.guides.looks.one_program import require_one_program
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.guides.supported import require_supported
 from pyro_scvi.guides.tails import heavy_tailed
@@ -100,8 +101,8 @@ class Guide(Component):
         """Refuse what the model has become if it samples other latents than this guide does, or anything beside x.
 
         Also if densities of draws in a stack, or of cells beside others, are not those of each alone, or depend on the
-        counts otherwise than by conditioning. Every verb asks anew: training may move a slope from 0, behind which
-        nothing was seen.
+        counts otherwise than by conditioning, or on how the program is run. Every verb asks anew: training may move a
+        slope from 0, behind which nothing was seen.
 
         Raises
         ------
@@ -113,6 +114,7 @@ class Guide(Component):
         known = (self.model, self.coordinates, self.weights.medians())
         require_broadcasting(*known)
         require_counts_as_data(*known)
+        require_one_program(*known)
 
     def require_prior(self) -> None:
         """Refuse a prior with which this guide cannot be fitted."""

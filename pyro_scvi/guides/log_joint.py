@@ -20,12 +20,13 @@ Joint = Callable[[SCVI, Tensor, Tensor, dict[str, Tensor]], LogJoint]  # log_joi
 
 
 def scored(
-    model: SCVI, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], coordinates: Coordinates
+    model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor], coordinates: Coordinates, **batch: Any
 ) -> pyro.poutine.Trace:
     """The marginalised program's trace with the latents in ``sites`` and its log densities.
 
     Sites have shape (samples, cells, 1) and their events. Discrete latents that are summed out take all their values,
-    along dimensions left of these. ``coordinates`` tell which sites the program had when they were made.
+    along dimensions left of these. ``coordinates`` tell which sites the program had when they were made; ``batch`` are
+    further arguments of the program.
 
     Raises
     ------
@@ -34,7 +35,7 @@ def scored(
     """
     given = pyro.poutine.condition(model, data=sites)
     with pyro.get_param_store().scope(), executing(register_parameters=False):
-        trace = pyro.poutine.trace(Enumerating(LEFT_OF_DRAWS)(given)).get_trace(x, gamma)
+        trace = pyro.poutine.trace(Enumerating(LEFT_OF_DRAWS)(given)).get_trace(x, gamma, **batch)
         require_same_sites(trace, {*sites, "x"}, coordinates.enumerated)
         coordinates.require_same(trace)
         trace.compute_log_prob()

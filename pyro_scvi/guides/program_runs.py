@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -81,6 +82,12 @@ def drawn_counts(model: SCVI, gamma: Tensor) -> tuple[Tensor, pyro.poutine.Trace
     with _InPrecision(gamma), pyro.poutine.trace() as run:
         x = model(None, gamma)
     require_same_sites(run.trace, {site.name for site in model.discovered() if site.kind.sampled}, ())
+    drawn: Any = run.trace.nodes["x"]["value"]
+    if not isinstance(x, Tensor) or not torch.equal(x, drawn):
+        raise ModelError(
+            f"{type(model).__name__}.forward returns something else than the counts that it draws as 'x': end it with "
+            "return self.observe(x, theta, marginal=marginal, mask=mask)"
+        )
     return x, run.trace
 
 

@@ -1,7 +1,5 @@
 """The check that a program reads counts by conditioning on them alone, and that each cell's density is its own."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +10,8 @@ from torch import Tensor
 from pyro_scvi.discovery import like
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates
-from pyro_scvi.guides.looks.look import Look
+from pyro_scvi.guides.looks.look import Look, held_library
 from pyro_scvi.guides.packaged import is_packaged
-from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.model import SCVI
 
 COUNTS = (1, 0, 3, 9, 30, 100, 1000)
@@ -79,7 +76,7 @@ def _require_conditioning(look: Look, sites: dict[str, Tensor]) -> None:
     look = replace(look, x=look.x[:LOOKED_AT], gamma=look.gamma[:LOOKED_AT])
     sites, x = {name: value[:LOOKED_AT] for name, value in sites.items()}, look.x
     # Other counts in each cell; and few in all of them, below what a condition on the largest asks for.
-    with _held_library(look.model):
+    with held_library(look.model):
         given, *others = (replace(look, x=one).scored(sites).nodes for one in (x, x.roll(1, 0), x.clamp(max=1)))
     _require_counts_observed(look.model, given["x"], x)
     for other in others:
@@ -102,25 +99,6 @@ def _require_counts_observed(model: SCVI, node: Any, x: Tensor) -> None:
             f"{type(model).__name__} observes a function of the counts as 'x', and results would compare its draws "
             "with the counts themselves: pass x as it is to observe(x, theta) or obs="
         )
-
-
-@contextmanager
-def _held_library(model: SCVI) -> Iterator[None]:
-    """Let a library that takes a cell's total, and has a distribution of it, give what it gave at first."""
-    if type(model.library).log_prob_of_total is Library.log_prob_of_total:
-        yield
-        return
-    held: list[Any] = []
-
-    def first(*of_call: Any) -> Any:
-        held.append(of_call[-1])
-        return held[0]
-
-    handle = model.library.register_forward_hook(first)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _log_p(node: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """A program, and cells for which its densities are looked at before any verb computes with them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.coordinates import Coordinates
 from pyro_scvi.guides.log_joint import cell_terms, scored
+from pyro_scvi.likelihoods.library_size import Library
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.random_state import seeded
@@ -24,9 +27,14 @@ class Look:
     global_latents: Mapping[str, Tensor]
     x: Tensor
     gamma: Tensor
+    mode: Callable[[SCVI], AbstractContextManager[None]] = evaluation_mode
 
-    def scored(self, sites: Mapping[str, Tensor], *, seed: int = 0) -> pyro.poutine.Trace:
+    def scored(
+        self, sites: Mapping[str, Tensor], *, seed: int = 0, drawn: bool = False, **batch: Any
+    ) -> pyro.poutine.Trace:
         """The program's trace at these latents of the cells; discrete ones are summed out.
+
+        With ``drawn``, the program has no counts and draws them. ``batch`` are further arguments of it.
 
         Raises
         ------
@@ -37,13 +45,13 @@ class Look:
         own = {name: value.clone() for name, value in given.items()}
         x, gamma = own.pop("x"), own.pop("gamma")
         with (
-            evaluation_mode(self.model),
+            self.mode(self.model),
             seeded(seed),
             torch.no_grad(),
             pyro.poutine.block(),
             pyro.validation_enabled(False),
         ):
-            trace = scored(self.model, x, gamma, own, self.coordinates)
+            trace = scored(self.model, None if drawn else x, gamma, own, self.coordinates, **batch)
         for name, value in {**own, "x": x, "gamma": gamma}.items():
             if not torch.equal(value, given[name]):
                 raise ModelError(
@@ -87,3 +95,22 @@ def gives(expected: Tensor, computed: Callable[[], Tensor]) -> bool:
     except (RuntimeError, IndexError, ValueError):  # of shapes that do not fit
         return False
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, equal_nan=True)
+
+
+@contextmanager
+def held_library(model: SCVI) -> Iterator[None]:
+    """Let a library that takes a cell's total, and has a distribution of it, give what it gave at first."""
+    if type(model.library).log_prob_of_total is Library.log_prob_of_total:
+        yield
+        return
+    held: list[Any] = []
+
+    def first(*of_call: Any) -> Any:
+        held.append(of_call[-1])
+        return held[0]
+
+    handle = model.library.register_forward_hook(first)
+    try:
+        yield
+    finally:
+        handle.remove()
