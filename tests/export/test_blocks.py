@@ -140,8 +140,8 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
     other = ps.fit(ps.SCVI(cells.n_genes, 3, n_hidden=16, seed=1), cells, epochs=1, progress=False, device="cpu")
     for fitted, of, verbs, options, named in (
         (other, cells, {"z": ps.embed}, {}, "fit"),
-        (fit, cells.take(np.arange(50)), {"z": ps.embed}, {}, "n_cells, cell names, totals"),
-        (fit, cells.take(np.arange(101)[::-1]), {"z": ps.embed}, {}, "cell names, totals"),
+        (fit, cells.take(np.arange(50)), {"z": ps.embed}, {}, "n_cells, cell names, counts, obs column .donor."),
+        (fit, cells.take(np.arange(101)[::-1]), {"z": ps.embed}, {}, "cell names, counts, obs column .donor."),
         (fit, cells, {"zz": ps.embed}, {}, "arrays, verb 'zz'"),
         (fit, cells, {"z": ps.embed}, {"seed": 5}, "seed"),
         (fit, cells, {"z": ps.embed}, {"block": 8}, "block"),
