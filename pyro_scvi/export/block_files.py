@@ -137,6 +137,8 @@ class _HDF5(Format):
         return array.chunks is None and not array.external and not array.is_virtual
 
     def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
+        if not group[place].nbytes:
+            return
         path, offset, dtype = _bytes_of(group[place], rows)
         content = np.ascontiguousarray(values, dtype).tobytes()
         file = os.open(path, os.O_WRONLY)
@@ -150,8 +152,10 @@ class _HDF5(Format):
 
     def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
         array = group[place]
-        path, offset, dtype = _bytes_of(array, rows)
         shape = (rows.stop - rows.start, *array.shape[1:])
+        if not array.nbytes:  # HDF5 gives no place to an array of no columns
+            return np.empty(shape, array.dtype)
+        path, offset, dtype = _bytes_of(array, rows)
         found = np.fromfile(path, dtype, int(np.prod(shape)), offset=offset)
         if found.size < np.prod(shape):
             raise OSError(errno.EIO, f"{path} ends before the rows {rows.start} to {rows.stop} of {place}")
