@@ -5,7 +5,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +98,15 @@ class _Zarr(Format):
     def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
         return np.asarray(group[place][rows])
 
-    def alone(self, path: Path) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Let others write as well; afterwards name what was left by one that was killed while it made the folder."""
+        yield
+        for folder in leftovers(path, path.parent):
+            warn(
+                f"{folder} was left by a run that was stopped, unless one has just begun elsewhere; it holds no "
+                "results: delete it"
+            )
 
     def reserve(self, path: Path) -> None:
         """Warn where there may be too little: how small its blocks become is known once they are compressed.
