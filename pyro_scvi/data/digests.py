@@ -22,7 +22,7 @@ def digest_of(content: Iterable[bytes]) -> str:
 
 def digest_of_names(names: Iterable[object]) -> str:
     """Digest of names in their order."""
-    return digest_of(["\n".join(map(str, names)).encode()])
+    return digest_of(_encoded(names))
 
 
 def digest_of_counts(counts: Counts) -> str:
@@ -71,8 +71,12 @@ def _entries(block: Matrix) -> sparse.csr_array:
 def _digest_of_column(column: pd.Series) -> str:
     positions, values = pd.factorize(column)  # in the order in which they occur first, -1 where one is missing
     words = np.asarray(values)
-    content = [words.dtype.str, words.tobytes()] if words.dtype.kind in "biufmM" else ["words", *map(str, words)]
+    typed = words.dtype.kind in "biufmM"
+    content = [words.dtype.str.encode(), words.tobytes()] if typed else [b"words", *_encoded(words)]
     if isinstance(column.dtype, pd.CategoricalDtype) and column.dtype.ordered:
-        content += ["ordered", *map(str, column.dtype.categories)]
-    parts = [part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass") + b"\0" for part in content]
-    return digest_of([positions.astype(np.int64).tobytes(), *parts])
+        content += [b"ordered", *_encoded(column.dtype.categories)]
+    return digest_of([positions.astype(np.int64).tobytes(), *content])
+
+
+def _encoded(words: Iterable[object]) -> list[bytes]:
+    return [str(word).encode("utf-8", "surrogatepass") + b"\0" for word in words]
