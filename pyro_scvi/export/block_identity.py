@@ -13,9 +13,9 @@ import pandas as pd
 from torch import Tensor, nn
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.digests import digest_of, digest_of_counts, digest_of_names, digests_of_columns
 from pyro_scvi.export.block_columns import Column
 from pyro_scvi.nn.component import lasting_repr
+from pyro_scvi.persistence.digests import digest_of, digest_of_counts, digest_of_names, digests_of_columns
 from pyro_scvi.persistence.serialization import describe, states_of
 from pyro_scvi.training.fitted import Fit
 

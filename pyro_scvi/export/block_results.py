@@ -14,12 +14,12 @@ import pandas as pd
 from anndata import AnnData
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.digests import digest_of_names
 from pyro_scvi.data.obs_columns import inferred, object_columns
 from pyro_scvi.errors import DataError
 from pyro_scvi.export.block_columns import Column, names_in
 from pyro_scvi.export.block_files import Format, reached, something_else, temporary_folder
 from pyro_scvi.export.block_identity import differences
+from pyro_scvi.persistence.digests import digest_of_names
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.utils.out_of_memory import is_out_of_memory
 

@@ -18,8 +18,8 @@ from pyro_scvi.errors import CheckpointError
 from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import FIT_FACTS, check_finite, history_of, with_new_names
 from pyro_scvi.schedules import CheckpointInterval
-from pyro_scvi.training.progress import Course
-from pyro_scvi.training.run_identity import with_digest
+from pyro_scvi.training.resuming.progress import Course
+from pyro_scvi.training.resuming.run_identity import with_digest
 from pyro_scvi.training.state import HISTORY, Snapshot, TrainingState, under
 
 _log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
-from pyro_scvi.training.run_identity import identity
+from pyro_scvi.training.resuming.run_identity import identity
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.out_of_memory import memory_errors_told

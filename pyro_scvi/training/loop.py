@@ -37,8 +37,8 @@ from pyro_scvi.training.distributed import LossAndGrads
 from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_parameters, suspects
 from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
-from pyro_scvi.training.progress import Course
 from pyro_scvi.training.replayed import replayed
+from pyro_scvi.training.resuming.progress import Course
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
 from pyro_scvi.utils.allocator import keep_freed_memory

@@ -8,7 +8,7 @@ from scipy import sparse
 
 import pyro_scvi as ps
 from pyro_scvi.data import counts as counting
-from pyro_scvi.data.digests import digest_of_counts, digests_of_columns
+from pyro_scvi.persistence.digests import digest_of_counts, digests_of_columns
 from tests.support.simulate import simulated_counts
 
 N = 40

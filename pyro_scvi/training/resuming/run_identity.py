@@ -7,8 +7,8 @@ import numpy as np
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Source
-from pyro_scvi.data.digests import digest_of, digest_of_counts
 from pyro_scvi.model import SCVI
+from pyro_scvi.persistence.digests import digest_of, digest_of_counts
 from pyro_scvi.persistence.serialization import describe
 
 _DIGEST = "digest of counts and covariates"
