@@ -21,7 +21,7 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
-from pyro_scvi.training.checkpoint import Checkpoints, identity
+from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
@@ -29,6 +29,7 @@ from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
+from pyro_scvi.training.resuming.run_identity import identity
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.out_of_memory import memory_errors_told
@@ -177,8 +178,9 @@ def fit(
     -----
     Fits in several threads take turns, because torch's generator and Pyro's handlers belong to the process; other
     threads should use neither meanwhile. Signals are handled in the main thread only; a handler of your own is called,
-    too. Only one run at a time may write a checkpoint. A run is identified by its options, its counts (on disk: their
-    sums) and how model and guide were constructed; components of your own are compared by class and repr only.
+    too. Only one run at a time may write a checkpoint. A run is identified by its options, its counts and
+    covariates, in whatever form they are stored, and how model and guide were constructed; components of your own are
+    compared by class and repr only.
 
     Examples
     --------
@@ -295,12 +297,14 @@ def _checkpoints(
     """The run's checkpoint; None if none was asked for or another process writes it."""
     if options.checkpoint is None or not options.ranks.first:
         return None
+    validation = options.validation
     return Checkpoints(
         archive.folder(options.checkpoint),
         options.checkpoint_every,
         options.resume,
         lambda history: facts_of(model, guide, history, cells.schema, settings),
         identity(model, cells, settings | options.for_checkpoint()),
+        {"cells": cells} | ({"validation": validation} if isinstance(validation, Cells) else {}),
     )
 
 
