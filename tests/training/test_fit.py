@@ -305,6 +305,18 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
         small_fit(cells, validation=batched_cells)
 
 
+def test_cells_to_watch_that_are_trained_on_are_told(cells):
+    train, held_out = cells.split(0.2, seed=0)
+    with pytest.warns(
+        UserWarning, match=rf"of validation= are among the training cells, {held_out.cell_names[0]!r} for one"
+    ):
+        small_fit(cells, validation=held_out, epochs=1)
+    small_fit(train, validation=held_out, epochs=1)  # no warning
+    first, second = (ps.Cells.from_counts(part.counts) for part in (train, held_out))
+    assert set(second.cell_names) < set(first.cell_names)  # numbers of rows
+    small_fit(first, validation=second, epochs=1)
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
