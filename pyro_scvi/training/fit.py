@@ -22,7 +22,7 @@ from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
 from pyro_scvi.training.checkpoint import Checkpoints
-from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells
+from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells, warn_if_trained_on
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
@@ -172,7 +172,8 @@ def fit(
     UserWarning
         If the learning rate was halved because the loss was not finite (``settings["halvings"]``), or if SIGINT or
         SIGTERM ended the run early (``settings["interrupted"]``); the Fit is then that of the epochs that had ended.
-        If a batch, category or label of the cells' schema has no training cell.
+        If a batch, category or label of the cells' schema has no training cell, or if cells of ``validation`` are among
+        the training cells.
 
     Notes
     -----
@@ -220,6 +221,8 @@ def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOption
     options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     options.ranks.require_own_gpus(options.device)
     train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
+    if isinstance(options.validation, Cells):
+        warn_if_trained_on(options.validation, cells)
     if not model.trained:  # a model that was may know them
         cells.warn_of_untrained(train_rows)
     options = options.for_cells(len(train_rows))
