@@ -43,7 +43,7 @@ class Kind(Enum):
     )
     PER_GENE = (
         "a latent of every cell and gene",
-        "integrate it out in the marginal law of x; only w, y and h, which the explicit program has, may be such",
+        "integrate it out in the distribution of x; only w, y and h of the explicit program may be such",
     )
     GLOBAL = (
         "a latent outside the plate 'cells'",
@@ -55,12 +55,12 @@ class Kind(Enum):
         "'cells'",
     )
     POINT = (
-        "a latent with a point mass (Delta) for a law",
+        "a latent whose distribution is a point mass (Delta)",
         "write pyro.deterministic, or make it a parameter",
     )
     OBSERVED = (
         "an observation",
-        "x must be the only one: take the others into the law of x",
+        "x must be the only one: make the others part of the distribution of x",
     )
     COMPUTED = (
         "a value that is computed from other sites and observed as a Delta, as poutine.reparam does",
@@ -69,7 +69,7 @@ class Kind(Enum):
     )
     FACTOR = (
         "a pyro.factor, which the training loss counts and neither draws nor evidence can",
-        "make it a part of the law of z or of x",
+        "make it a part of the distribution of z or of x",
     )
     SUBSAMPLED = (
         "a plate of which a random part is taken",

@@ -101,7 +101,7 @@ def pairs() -> list[Finding]:
             from_table.append(float(table(*sides)))
             shared.append(exact[-1])
     worst, worst_table = (float(np.abs(np.subtract(*both)).max()) for both in ((found, exact), (from_table, shared)))
-    text, integral = "{} pairs of laws, worst error", "an integral over w"
+    text, integral = "{} pairs of distributions, worst error", "an integral over w"
     return [
         Finding("P(w_a < w_b)", integral, text.format(len(exact)), worst, 1e-5, "any pair is wrong by 1e-5"),
         Finding("the same, shared r", integral, text.format(len(shared)), worst_table, 3e-5, "any is wrong by 3e-5"),

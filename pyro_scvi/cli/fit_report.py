@@ -91,9 +91,10 @@ def predictions(evaluated: EvaluatedFit, folder: Path) -> list[str]:
     checks = check_predictions(evaluated.fit, evaluated.judged, samples=SAMPLES, interval=BAND, seed=evaluated.seed)
     of_genes, of_cells = pd.DataFrame(checks.genes["zero_fraction"]), pd.DataFrame(checks.cells["total"])
     sentence = (
-        f"{evaluated.judged.n_cells:,} held-out cells beside {SAMPLES} data sets like them that the fit simulates. "
-        f"Outside the {BAND:.0%} band of these lie the zero fractions of {_outside(of_genes)} genes and the totals of "
-        f"{_outside(of_cells)} cells; of a model that is right, about {1 - BAND:.0%} do."
+        f"The pictures show the {evaluated.judged.n_cells:,} held-out cells beside {SAMPLES} data sets of the fit. "
+        f"If the model is right, about {1 - BAND:.0%} of the genes and cells lie outside the {BAND:.0%} band of the "
+        f"simulated sets. Here it is {_outside(of_genes)} genes by their zero fraction, and {_outside(of_cells)} cells "
+        "by their total."
     )
     ax = plots.predictive(of_genes, new_axes(6.0, 4.0), name="zero fraction")
     first = save(ax, folder / "predictive_genes.png", "Zero fraction of every gene", width=450)

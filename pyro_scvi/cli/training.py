@@ -24,7 +24,7 @@ from pyro_scvi.cli.fit_options import (
     PriorName,
     Resume,
 )
-from pyro_scvi.cli.messages import errors_in_one_line
+from pyro_scvi.cli.messages import errors_in_one_line, warnings_as_notes
 from pyro_scvi.cli.options import (
     AllowNonInteger,
     Device,
@@ -123,7 +123,7 @@ def fit(
     counts = CountOptions(layer, raw, batch, covariates or (), allow_non_integer)
     training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "device": device, "progress": progress}
     training |= {"compiled": compiled, "checkpoint": checkpoint, "resume": resume}
-    with errors_in_one_line(), distributed.joined() as ranks:
+    with errors_in_one_line(), warnings_as_notes(), distributed.joined() as ranks:
         training["ranks"] = ranks
         if not ranks.first:
             _train_beside(file, counts, model, training)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pyro_scvi.cli.messages import note, notes_of, reporting
 from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.utils.disk.files import lies_in
-from pyro_scvi.utils.disk.locks import only_writer
+from pyro_scvi.utils.disk.locks import lock_name, only_writer
 from pyro_scvi.utils.disk.publishing import NotRolledBack, publish, rescue
 from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
 
@@ -216,7 +216,7 @@ def _holds_others(out: Path, kept: Iterable[str]) -> bool:
     """Whether a folder holds more than ``kept`` results and the temporary folders of runs."""
     if not out.is_dir():
         return False
-    ours = {*kept, *(folder.name for folder in leftovers(out, out)), f".{Path(os.path.realpath(out)).name}.lock"}
+    ours = {*kept, *(folder.name for folder in leftovers(out, out)), lock_name(Path(os.path.realpath(out)))}
     return any(item.name not in ours for item in out.iterdir())
 
 

@@ -233,8 +233,8 @@ def _how_to_round(counts: Matrix) -> str:
             return ""
         largest = max(largest, float(off.max(initial=0)))
     return (
-        f" All values are within {largest:.1g} of integers, as counts are that were won back from normalised values: "
-        "np.rint(matrix) rounds them, as in adata.X = np.rint(adata.X)."
+        f" All values are within {largest:.1g} of integers. They look like counts that were computed back from "
+        "normalised values: np.rint(matrix) rounds them, as in adata.X = np.rint(adata.X)."
     )
 
 

@@ -199,13 +199,6 @@ def expressed_genes(counts: Counts) -> np.ndarray:
     return seen
 
 
-def gene_totals(counts: Counts) -> np.ndarray:
-    """Total count per gene, (genes,), float64; a source is read once, in blocks."""
-    if not isinstance(counts, Source):
-        return np.asarray(counts.sum(axis=0, dtype=np.float64))
-    return np.sum([block.sum(0, dtype=np.float64) for _, block in row_blocks(counts, np.arange(counts.shape[0]))], 0)
-
-
 def cells_by_gene(counts: Matrix) -> np.ndarray:
     """Number of cells with a count of each gene, (genes,)."""
     if isinstance(counts, np.ndarray):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import h5py
 import numpy as np
 from anndata.abc import CSCDataset, CSRDataset
 
@@ -92,6 +93,16 @@ class Backed(Source):
     def __getitem__(self, rows: np.ndarray) -> Matrix:
         with errors_named(self.name):
             return in_file_order(lambda wanted: canonical(self.matrix[wanted], self.name), rows, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes, to which an open HDF5 file cannot go."""
+        held = getattr(self.matrix, "group", self.matrix)
+        if isinstance(held, h5py.HLObject):
+            raise DataError(
+                f"{self.name} was left in an open HDF5 file, which cannot be copied or sent to another process. Read "
+                "the file there; or take a store, which can: ps.stores.build(file, path), then Cells.from_store(path)."
+            )
+        return self.__dict__
 
 
 class Chunked(Source):

@@ -127,6 +127,8 @@ def _require_anndata(adata: Any) -> None:
     if _is_collection(adata):
         raise DataError("from_anndata reads an AnnCollection where it is: pass backed=True.")
     _require_no_part(adata)
+    if isinstance(adata, str | Path):
+        raise DataError("from_anndata takes an AnnData, got the name of a file: pass anndata.read_h5ad(file).")
     raise DataError(f"from_anndata takes an AnnData, got {type(adata).__name__}; from_counts takes matrices.")
 
 

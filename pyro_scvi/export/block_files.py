@@ -5,7 +5,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +98,15 @@ class _Zarr(Format):
     def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
         return np.asarray(group[place][rows])
 
-    def alone(self, path: Path) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Let others write as well; afterwards name what was left by one that was killed while it made the folder."""
+        yield
+        for folder in leftovers(path, path.parent):
+            warn(
+                f"{folder} was left by a run that was stopped, unless one has just begun elsewhere; it holds no "
+                "results: delete it"
+            )
 
     def reserve(self, path: Path) -> None:
         """Warn where there may be too little: how small its blocks become is known once they are compressed.
@@ -137,6 +144,8 @@ class _HDF5(Format):
         return array.chunks is None and not array.external and not array.is_virtual
 
     def put(self, group: Any, place: str, rows: slice, values: np.ndarray) -> None:
+        if not group[place].nbytes:
+            return
         path, offset, dtype = _bytes_of(group[place], rows)
         content = np.ascontiguousarray(values, dtype).tobytes()
         file = os.open(path, os.O_WRONLY)
@@ -150,8 +159,10 @@ class _HDF5(Format):
 
     def get(self, group: Any, place: str, rows: slice) -> np.ndarray:
         array = group[place]
-        path, offset, dtype = _bytes_of(array, rows)
         shape = (rows.stop - rows.start, *array.shape[1:])
+        if not array.nbytes:  # HDF5 gives no place to an array of no columns
+            return np.empty(shape, array.dtype)
+        path, offset, dtype = _bytes_of(array, rows)
         found = np.fromfile(path, dtype, int(np.prod(shape)), offset=offset)
         if found.size < np.prod(shape):
             raise OSError(errno.EIO, f"{path} ends before the rows {rows.start} to {rows.stop} of {place}")

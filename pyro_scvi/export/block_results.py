@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from pyro_scvi.data.obs_columns import inferred, object_columns
 from pyro_scvi.errors import DataError
 from pyro_scvi.export.block_columns import Column, names_in
 from pyro_scvi.export.block_files import Format, reached, something_else, temporary_folder
+from pyro_scvi.export.block_identity import differences
+from pyro_scvi.persistence.digests import digest_of_names
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
@@ -120,7 +121,7 @@ def opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[Results]:
         with reached(kind, path, "r") as group:
             text = group["uns"][RUN][()]
             recorded = json.loads(text.decode() if isinstance(text, bytes) else str(text))
-            differing = [name for name in run if recorded.get(name) != run[name]]
+            differing = list(differences(recorded, run))
             if not differing:
                 _require_as_made(kind, path, group, run)
     except DataError:
@@ -167,16 +168,3 @@ def _errors_told(told: Callable[[str], str]) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise DataError(told(_line(error))) from error
-
-
-def digest_of_names(names: Iterable[Any]) -> str:
-    """Digest of names in their order."""
-    return digest_of(["\n".join(map(str, names)).encode()])[:16]
-
-
-def digest_of(content: Iterable[bytes]) -> str:
-    """SHA-256 of parts, one after the other."""
-    digest = hashlib.sha256()
-    for part in content:
-        digest.update(part)
-    return digest.hexdigest()

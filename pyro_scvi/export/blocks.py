@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,10 @@ import numpy as np
 from pyro_scvi.analysis.inputs import require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.export.block_columns import Column, Verb, columns_of, require_alike, split
+from pyro_scvi.export.block_columns import Verb, columns_of, require_alike, split
 from pyro_scvi.export.block_files import format_of
-from pyro_scvi.export.block_results import create, digest_of, digest_of_names, opened
-from pyro_scvi.nn.component import lasting_repr
-from pyro_scvi.persistence.serialization import states_of
+from pyro_scvi.export.block_identity import identity_of
+from pyro_scvi.export.block_results import create, opened
 from pyro_scvi.utils.checks import brief, require_at_least, require_seed, switches_checked
 from pyro_scvi.utils.progress_bars import each
 
@@ -83,9 +81,9 @@ def write(
     ------
     DataError
         If ``path`` is locked, has no room for the results or may not be written. If it holds something else, or results
-        of another fit, other cells or covariates (such as those of ``cells.with_batch``), verbs, seed or blocks.
-        Functions are compared by module and name, and by the arguments that ``functools.partial`` binds. If a column of
-        ``obs`` holds values of several types.
+        of another fit, other cells, counts, genes, annotations or covariates (such as those of ``cells.with_batch``),
+        verbs, seed or blocks; says what differs. Functions are compared by module and name, and by the arguments that
+        ``functools.partial`` binds. If a column of ``obs`` holds values of several types.
     ModelError
         If an argument has the wrong type. If a verb does not return one row per cell, or returns different columns for
         different blocks. If names are empty, begin with ``.`` or ``__``, contain ``/`` or a backslash, or occur twice.
@@ -98,6 +96,12 @@ def write(
     full, loses only its current block. An .h5ad file gets the space of all results before the first is computed; its
     structure does not change afterwards. Finished blocks are not checked again: a chunk of a .zarr folder that was
     later deleted or truncated is not noticed.
+
+    A file knows its run by digests of all counts, the names of cells and genes, the covariates and each column of
+    ``obs``, because results stay the same file's when its counts or names are put right. The digests are of the
+    content: a run goes on from a file in memory to one left in place or a store of the same cells. Every call reads
+    the counts once for this, before its first block: for 20,000 cells x 2,000 genes with a tenth filled 0.1 s, and
+    0.5 s if they are dense.
 
     Examples
     --------
@@ -122,8 +126,8 @@ def write(
     if of > 1 and not kind.shared:
         raise ModelError(f"an .h5ad file has one writer; with {of} shards let path end in .zarr, got {path}")
     columns = columns_of(fit, cells, verbs, seed)
-    run = {"fit": _digest(fit), "n_cells": cells.n_cells, "block": block, "seed": seed, "layout": kind.layout}
-    run |= _described(cells, columns) | {f"verb {name!r}": _identity(verb) for name, verb in verbs.items()}
+    run = {"n_cells": cells.n_cells, "block": block, "seed": seed, "layout": kind.layout}
+    run |= identity_of(fit, cells, verbs, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     with kind.alone(path):
         if not os.path.lexists(path):
@@ -139,29 +143,6 @@ def write(
                         results.put(column, rows)
                 results.mark(k)
             return len(results.missing())
-
-
-def _described(cells: Cells, columns: dict[str, list[Column]]) -> dict[str, Any]:
-    return {
-        "cell names": digest_of_names(cells.cell_names),
-        "totals": digest_of([cells.totals.tobytes()])[:16],
-        "covariates": digest_of(cells.gamma.blocks())[:16],
-        "arrays": [column.shape for some in columns.values() for column in some],
-    }
-
-
-def _identity(verb: Verb) -> str:
-    """Identity of a verb: the function's module and name, and the arguments that a partial binds."""
-    if isinstance(verb, partial):
-        named = [f"{name}={lasting_repr(value)}" for name, value in sorted(verb.keywords.items())]
-        return f"{_identity(verb.func)}({', '.join([*map(lasting_repr, verb.args), *named])})"
-    known = verb if hasattr(verb, "__qualname__") else type(verb)
-    return f"{known.__module__}.{known.__qualname__}"
-
-
-def _digest(fit: Fit) -> str:
-    states = states_of(fit.model, fit.guide)
-    return digest_of(name.encode() + tensor.detach().cpu().numpy().tobytes() for name, tensor in states.items())[:16]
 
 
 def _checked(shard: Any) -> tuple[int, int]:

@@ -65,7 +65,7 @@ figcaption { margin-top: .4rem; color: var(--soft); font-size: .9rem; max-width:
   .facts .number { padding: 0 }
   .facts .number + * { grid-column: 1 / -1 }
   figure { overflow-x: auto }
-  img { width: max(100%, 34rem) }
+  img { width: max(100%, min(34rem, var(--own, 34rem))) }
   figcaption { position: sticky; left: 0; max-width: calc(100vw - 2rem) }
 }
 """
@@ -105,7 +105,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), *, numbers:
 def picture(png: bytes, alt: str, caption: str = "", *, width: int | None = None) -> Html:
     """A PNG inside the page, with its description, at most ``width`` CSS pixels wide."""
     data = base64.b64encode(png).decode("ascii")
-    size = f' style="width: {width}px"' if width else ""
+    size = f' style="--own: {width}px; width: {width}px"' if width else ""
     below = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
     return Html(f'<figure{size}><img src="data:image/png;base64,{data}" alt="{_escape(alt)}">{below}</figure>')
 

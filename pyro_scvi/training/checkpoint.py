@@ -1,7 +1,6 @@
 """Checkpoints: the training state at the end of an epoch, written to disk and resumed from there."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -11,17 +10,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.counts import Source, gene_totals
 from pyro_scvi.errors import CheckpointError
-from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
-from pyro_scvi.persistence.serialization import FIT_FACTS, check_finite, describe, history_of, with_new_names
+from pyro_scvi.persistence.serialization import FIT_FACTS, check_finite, history_of, with_new_names
 from pyro_scvi.schedules import CheckpointInterval
+from pyro_scvi.training.resuming.progress import Course
+from pyro_scvi.training.resuming.run_identity import with_digest
 from pyro_scvi.training.state import HISTORY, Snapshot, TrainingState, under
 
 _log = logging.getLogger(__name__)
@@ -36,8 +34,8 @@ class Checkpoints:
     """The checkpoint of one run in the directory ``folder``; from ``begin`` to ``end`` no other run writes there.
 
     ``facts`` turns a history into everything about the fit except its weights. ``run`` holds the cells and options that
-    identify the run. ``epoch`` and ``written`` are the epoch and the time, by the monotonic clock, of the last
-    checkpoint that was written or read.
+    identify the run, and ``cells`` are the cells by their name there. ``epoch`` and ``written`` are the epoch and the
+    time, by the monotonic clock, of the last checkpoint that was written or read.
     """
 
     folder: Path
@@ -45,11 +43,12 @@ class Checkpoints:
     resume: bool
     facts: Callable[[pd.DataFrame], dict[str, Any]]
     run: dict[str, Any]
+    cells: dict[str, Cells]
     epoch: int = dataclasses.field(default=0, init=False)
     written: float = dataclasses.field(default=-math.inf, init=False)
     _held: ExitStack = dataclasses.field(default_factory=ExitStack, init=False)
 
-    def begin(self, state: TrainingState) -> None:
+    def begin(self, state: TrainingState, course: Course) -> None:
         """Resume from the checkpoint that is there, or write the first one.
 
         Raises
@@ -66,7 +65,7 @@ class Checkpoints:
                 _log.info("there is no checkpoint in %s: training starts from the beginning", self.folder)
             self._write(state)
         else:
-            self._go_on(state, config)
+            self._go_on(state, course, config)
         archive.remove_orphans(self.folder)
 
     def end(self) -> None:
@@ -84,7 +83,7 @@ class Checkpoints:
         archive.write(self.folder, archive.Content("checkpoint", facts, state.good.tensors), keep_previous=True)
         self.epoch, self.written = len(state.rows), time.monotonic()
 
-    def _go_on(self, state: TrainingState, config: str) -> None:
+    def _go_on(self, state: TrainingState, course: Course, config: str) -> None:
         content, start = self._read(config), state.good
         if not self.resume:
             raise CheckpointError(
@@ -93,11 +92,15 @@ class Checkpoints:
             )
         ours = self.facts(state.history) | {"run": self.run}
         then = {key: with_new_names(content.facts[key]) for key in _IDENTITY}
+        if isinstance(then["run"], dict):
+            then["run"] |= {name: with_digest(then["run"].get(name), cells) for name, cells in self.cells.items()}
         self._require_same(then, {key: ours[key] for key in _IDENTITY})
         check_finite(content.tensors)  # training would go on with NaN, to the first step that notices
         try:
-            rows: Any = history_of(content.facts["history"])[list(HISTORY)].to_dict("records")
-            state.restore(Snapshot(content.facts["progress"], rows, content.tensors))
+            history = history_of(content.facts["history"])
+            rows: Any = history[list(HISTORY)].to_dict("records")
+            state.restore(read := Snapshot(content.facts["progress"], rows, content.tensors))
+            course.require(history.index.tolist(), read)
         except Exception as error:  # what pandas and torch raise for a state that this version does not write
             state.restore(start)
             raise CheckpointError(f"{self.folder / config} is inconsistent: {error}") from error
@@ -136,35 +139,6 @@ def _epochs(content: archive.Content) -> int:
         return len(content.facts["history"]["epoch"])
     except (KeyError, TypeError) as error:
         raise CheckpointError("it has no history of epochs") from error
-
-
-def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a run, as JSON takes it: its cells and its options."""
-    elbo, validation = options["elbo"], options["validation"]
-    plain = {name: value for name, value in vars(elbo).items() if isinstance(value, bool | int | float | str)}
-    told = {
-        "elbo": {"class": type(elbo).__name__, **plain},
-        "cells": _cells_digest(cells),
-        "validation": _cells_digest(validation) if isinstance(validation, Cells) else describe(validation, model),
-    }
-    return {name: describe(value, model) for name, value in options.items() if name not in told} | told
-
-
-def _cells_digest(cells: Cells) -> dict[str, Any]:
-    """Number of cells, and a digest of counts and covariates; counts on disk enter by their sums per cell and gene."""
-    digest = hashlib.sha256()
-    for part in _digested_arrays(cells):
-        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    for block in cells.gamma.blocks():
-        digest.update(block)
-    return {"n_cells": cells.n_cells, "digest of counts and covariates": digest.hexdigest()[:16]}
-
-
-def _digested_arrays(cells: Cells) -> tuple[np.ndarray, ...]:
-    counts = cells.counts
-    if isinstance(counts, Source):
-        return cells.totals, gene_totals(counts)
-    return (counts,) if isinstance(counts, np.ndarray) else (counts.data, counts.indices, counts.indptr)
 
 
 def _differences(then: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:

@@ -27,6 +27,8 @@ from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.schedules import KLWeight
 from pyro_scvi.utils.checks import brief, require_kind, warn
 
+COMPARED = 50  # cells to watch, when they are looked for among those to train on
+
 
 class TemperedLatents(Messenger):
     """Scale the latents of the cells by ``weight`` in guide and model, and keep how much that changes the loss.
@@ -163,6 +165,28 @@ def check_cells_of(guide: Guide, cells: Cells) -> None:
         raise SchemaError(
             "PerCell has parameters for each cell of its fit, by row, and these cells are others, or in another order: "
             "pass those cells in their order, or leave guide= out, or make a guide with an encoder"
+        )
+
+
+def warn_if_trained_on(validation: Cells, cells: Cells) -> None:
+    """Say so if cells to watch are among those to train on: have the name and the counts of one of them.
+
+    Warns
+    -----
+    UserWarning
+        If more than half of the first cells with a name that both have are the same. Counts are compared, too, because
+        names of cells may be the numbers of rows.
+    """
+    rows = dict(zip(cells.cell_names, range(cells.n_cells), strict=True))
+    pairs = [(i, rows[name]) for i, name in enumerate(validation.cell_names) if name in rows][:COMPARED]
+    if not pairs:
+        return
+    watched, trained = map(list, zip(*pairs, strict=True))
+    same = (validation[watched][0] == cells[trained][0]).all(1)
+    if same.float().mean() > 0.5:
+        warn(
+            f"cells of validation= are among the training cells, {validation.cell_names[watched[0]]!r} for one: their "
+            "loss is not a held-out loss. Take them out of the training cells, as in train, held_out = cells.split(0.1)"
         )
 
 

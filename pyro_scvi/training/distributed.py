@@ -22,6 +22,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import Bound
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.normalization import running_statistics
+from pyro_scvi.training.signals import signals_end_at_once
 from pyro_scvi.utils.random_state import seed_of
 
 __all__ = ["ProcessGroup", "Processes", "SingleProcess", "joined"]
@@ -462,11 +463,13 @@ def _join(timeout: float | None) -> None:
     cuda, waiting = torch.cuda.is_available(), None if timeout is None else timedelta(seconds=timeout)
     local_rank = _number("LOCAL_RANK", 0, math.inf)
     _number("MASTER_PORT", 1, LAST_PORT)
+    _number("RANK", 0, _number("WORLD_SIZE", 1, math.inf) - 1)
     # Only fit knows where the ranks train: it refuses those that share a GPU, in all of them, so that none waits.
     if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waiting)
+        with signals_end_at_once():  # it waits for the other ranks, half an hour unless told otherwise
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waiting)
     except (RuntimeError, ValueError, KeyError) as error:
         raise FitError(
             f"the ranks could not join ({_reason(error)}). Is the port used by another run? On one machine, start them "

@@ -21,14 +21,15 @@ from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
-from pyro_scvi.training.checkpoint import Checkpoints, identity
-from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells
+from pyro_scvi.training.checkpoint import Checkpoints
+from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells, warn_if_trained_on
 from pyro_scvi.training.copying import copied
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
+from pyro_scvi.training.resuming.run_identity import identity
 from pyro_scvi.training.signals import noted_interrupts
 from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.out_of_memory import memory_errors_told
@@ -171,14 +172,16 @@ def fit(
     UserWarning
         If the learning rate was halved because the loss was not finite (``settings["halvings"]``), or if SIGINT or
         SIGTERM ended the run early (``settings["interrupted"]``); the Fit is then that of the epochs that had ended.
-        If a batch, category or label of the cells' schema has no training cell.
+        If a batch, category or label of the cells' schema has no training cell, or if cells of ``validation`` are among
+        the training cells.
 
     Notes
     -----
     Fits in several threads take turns, because torch's generator and Pyro's handlers belong to the process; other
     threads should use neither meanwhile. Signals are handled in the main thread only; a handler of your own is called,
-    too. Only one run at a time may write a checkpoint. A run is identified by its options, its counts (on disk: their
-    sums) and how model and guide were constructed; components of your own are compared by class and repr only.
+    too. Only one run at a time may write a checkpoint. A run is identified by its options, its counts and
+    covariates, in whatever form they are stored, and how model and guide were constructed; components of your own are
+    compared by class and repr only.
 
     Examples
     --------
@@ -218,6 +221,8 @@ def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOption
     options.ranks.require_alike(lambda: options.for_ranks(model, guide, cells))
     options.ranks.require_own_gpus(options.device)
     train_rows, held_out = _held_out(cells, options.validation if guide.amortized else 0, options.seed)
+    if isinstance(options.validation, Cells):
+        warn_if_trained_on(options.validation, cells)
     if not model.trained:  # a model that was may know them
         cells.warn_of_untrained(train_rows)
     options = options.for_cells(len(train_rows))
@@ -295,12 +300,14 @@ def _checkpoints(
     """The run's checkpoint; None if none was asked for or another process writes it."""
     if options.checkpoint is None or not options.ranks.first:
         return None
+    validation = options.validation
     return Checkpoints(
         archive.folder(options.checkpoint),
         options.checkpoint_every,
         options.resume,
         lambda history: facts_of(model, guide, history, cells.schema, settings),
         identity(model, cells, settings | options.for_checkpoint()),
+        {"cells": cells} | ({"validation": validation} if isinstance(validation, Cells) else {}),
     )
 
 

@@ -38,6 +38,7 @@ from pyro_scvi.training.divergence import HALVINGS, Diverged, nonfinite_paramete
 from pyro_scvi.training.landmarks import evenly_spaced, note_landmarks
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.replayed import replayed
+from pyro_scvi.training.resuming.progress import Course
 from pyro_scvi.training.signals import Interrupted, Interrupts
 from pyro_scvi.training.state import Snapshot, TrainingState
 from pyro_scvi.utils.allocator import keep_freed_memory
@@ -159,13 +160,18 @@ class Trainer:
         if state.halvings:
             self._require_improvement()
 
+    @cached_property
+    def _course(self) -> Course:
+        epochs = self.options.epochs
+        return Course(epochs, len(self.data.sizes), self.options.kl_weight.at(epochs - 1, epochs))
+
     def _begin(self) -> None:
         """Resume from the checkpoint if there is one; the first rank reads it for all."""
         state = self.state
 
         def begun() -> Snapshot | None:
             if self.checkpoints:
-                self.checkpoints.begin(state)
+                self.checkpoints.begin(state, self._course)
             return state.good if state.rows else None
 
         snapshot = self.options.ranks.from_first(begun)
@@ -174,7 +180,6 @@ class Trainer:
 
     def _epochs(self, bar: Any) -> None:
         state, epochs, kl_weight = self.state, self.options.epochs, self.options.kl_weight
-        lasting = kl_weight.at(epochs - 1, epochs)
         while len(state.rows) < epochs and not state.best.waited_out:
             try:
                 row = self._row(self._tempered(kl_weight.at(len(state.rows), epochs)))
@@ -183,7 +188,7 @@ class Trainer:
                 continue
             note_landmarks(self.guide, self.data.train, self.options.ranks)
             # Epochs are compared under the last KL weight: 0 leaves the prior of z out of the comparison, too.
-            state.advance(row, row["held_out_loss"] - (1 - lasting) * row["kl"])
+            state.advance(row, self._course.loss(row))
             if self.checkpoints:
                 self.checkpoints.note(state)
             self.after_epoch(self)

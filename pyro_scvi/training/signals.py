@@ -74,6 +74,24 @@ def sigterm_raises() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """Let signals end the process inside the block, where code in another language waits and Python sees none.
+
+    A handler of the user's own is left alone, and so are signals that the process ignores.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOPPING if in_main_thread}
+    ours = {number: handler for number, handler in before.items() if handler in (signal.default_int_handler, _exit)}
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
 def _exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # the exit code that a shell gives to a process that a signal has ended
 

@@ -136,3 +136,10 @@ def test_a_working_directory_that_goes_meanwhile_is_named(tmp_path, monkeypatch,
     with pytest.raises(messages.typer.Exit), messages.errors_in_one_line():
         Path("x").absolute()
     assert "the working directory is gone" in capsys.readouterr().err
+
+
+def test_variables_of_several_processes_without_torchrun_end_as_a_note(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = succeed("fit", source / "in.h5ad", "--out", tmp_path / "fit", "--epochs", 1, "--no-progress")
+    assert "note: WORLD_SIZE is 2, but neither torchrun" in said.stderr
+    assert "UserWarning" not in said.stderr

@@ -95,7 +95,7 @@ def test_demo_page_is_self_contained_and_tells_the_numbers(demo):
         f"pyro-scvi {ps.__version__}",
         "StandardNormal(n_latent=10)",
         "28 cells of CD19+ B against 28 of Dendritic.",
-        "6 held-out cells beside 39 data sets like them",
+        "the 6 held-out cells beside 39 data sets of the fit",
     ):
         assert expected in page.text
 
@@ -122,7 +122,7 @@ def test_demo_tells_what_the_library_says_of_genes_and_zeros(demo):
     assert f"technical zeros{technical.mean():.1%}of the zeros" in page.text
     observed = ps.check_predictions(loaded, test, seed=5).genes["zero_fraction"]
     outside = ((observed.observed < observed.low) | (observed.observed > observed.high)).sum()
-    assert f"the zero fractions of {outside} of 20 (" in page.text
+    assert f"Here it is {outside} of 20 (" in page.text
 
 
 def test_demo_adds_umap_where_it_is_made(without_umap, demo, tmp_path):
@@ -318,6 +318,12 @@ def test_report_escapes_text_but_not_its_own_markup():
     assert page.text.count(risky) == 10
     assert page.tags.count("table") == 1
     assert text.count("class=number") == 3
+
+
+def test_a_phone_does_not_enlarge_a_picture_beyond_its_own_width():
+    text = html_page.page("Fit", [("", [html_page.picture(b"x", "diagram", width=280)])])
+    assert "--own: 280px" in text
+    assert "width: max(100%, min(34rem, var(--own, 34rem)))" in text
 
 
 def test_report_page_without_content():

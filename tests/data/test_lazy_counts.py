@@ -1,5 +1,8 @@
 """Lazy counts: every function gives the same for the same cells wherever their counts lie, or refuses them."""
 
+import copy
+import pickle
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -280,3 +283,15 @@ def test_a_place_of_another_shape_is_refused(everywhere, fit):
         ps.impute(fit, everywhere["memory"], quantiles=[0.5], out=np.empty((N, GENES)))
     with pytest.raises(ModelError, match="out must be"):
         ps.technical_zero_probability(fit, everywhere["memory"], out=np.empty(3))
+
+
+@pytest.mark.parametrize("send", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("form", [sparse.csr_matrix, np.asarray])
+def test_an_open_file_cannot_go_to_another_process_and_a_store_can(tmp_path, form, send):
+    make_adata(form).write_h5ad(tmp_path / "in.h5ad")
+    backed = Cells.from_anndata(anndata.read_h5ad(tmp_path / "in.h5ad", backed="r"), backed=True)
+    for cells in (backed, backed.take([3, 1])):
+        with pytest.raises(DataError, match="open HDF5 file, which cannot be copied or sent .*take a store"):
+            send(cells)
+    stored = Cells.from_store(ps.stores.build(tmp_path / "in.h5ad", tmp_path / "store", progress=False))
+    assert (send(stored) if send is copy.deepcopy else pickle.loads(send(stored))).n_cells == N

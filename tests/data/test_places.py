@@ -262,6 +262,8 @@ def test_the_one_to_take_of_several_is_named(tmp_path):
         build(tmp_path / "cells.h5mu", tmp_path / "store", progress=False)
     with pytest.raises(DataError, match="got SimpleNamespace; from_counts takes matrices"):
         Cells.from_anndata(SimpleNamespace(mod=3))
+    with pytest.raises(DataError, match=r"got the name of a file: pass anndata.read_h5ad\(file\)"):
+        Cells.from_anndata(tmp_path / "cells.h5ad")
 
 
 TYPES = ["Gene Expression"] * 4 + ["Antibody Capture", "CRISPR Guide Capture"]

@@ -4,6 +4,8 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 
@@ -19,6 +21,7 @@ import pyro_scvi as ps
 from pyro_scvi.errors import DataError
 from pyro_scvi.export import block_files
 from tests.support.faults import DISK_ERRORS, disk_error, failing, file_size_limit
+from tests.support.paths import ROOT
 from tests.support.simulate import simulated_counts
 
 pytestmark = pytest.mark.faults
@@ -244,3 +247,32 @@ def test_writes_that_zarr_has_begun_end_before_the_folder_is_deleted(fit, cells,
         ps.shards.write(fit, named, tmp_path / "out.zarr", VERBS, **OPTIONS)
     time.sleep(1)
     assert not list(tmp_path.iterdir())
+
+
+KILLED_WHILE_MADE = """
+import os, signal, sys
+import pyro_scvi as ps
+from pyro_scvi.export import block_results
+from tests.support.simulate import simulated_counts
+
+fill = block_results._fill
+block_results._fill = lambda *arguments: (fill(*arguments), os.kill(os.getpid(), signal.SIGKILL))
+cells = ps.Cells.from_counts(simulated_counts(96))
+ps.shards.write(ps.load(sys.argv[1] + "/fit"), cells, sys.argv[1] + "/" + sys.argv[2], {"z": ps.embed}, progress=False)
+"""
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5ad"])
+def test_what_a_killed_process_left_before_the_first_block_is_named_or_deleted(fit, cells, tmp_path, name):
+    fit.save(tmp_path / "fit")
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_MADE, tmp_path, name], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(f".{name}.*.partial")
+    assert not (tmp_path / name).exists()
+    plain = ps.Cells.from_counts(simulated_counts(N))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert ps.shards.write(fit, plain, tmp_path / name, {"z": ps.embed}, progress=False) == 0
+    told = [str(one.message) for one in caught if str(left) in str(one.message)]
+    assert left.exists() == bool(told) == name.endswith("zarr")  # others may be making a folder, but no file
+    assert np.isfinite(read(tmp_path / name).obsm["z"]).all()

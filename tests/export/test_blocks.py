@@ -140,8 +140,8 @@ def test_results_of_another_run_are_left_alone(fit, cells, tmp_path):
     other = ps.fit(ps.SCVI(cells.n_genes, 3, n_hidden=16, seed=1), cells, epochs=1, progress=False, device="cpu")
     for fitted, of, verbs, options, named in (
         (other, cells, {"z": ps.embed}, {}, "fit"),
-        (fit, cells.take(np.arange(50)), {"z": ps.embed}, {}, "n_cells, cell names, totals"),
-        (fit, cells.take(np.arange(101)[::-1]), {"z": ps.embed}, {}, "cell names, totals"),
+        (fit, cells.take(np.arange(50)), {"z": ps.embed}, {}, "n_cells, cell names, counts, obs column .donor."),
+        (fit, cells.take(np.arange(101)[::-1]), {"z": ps.embed}, {}, "cell names, counts, obs column .donor."),
         (fit, cells, {"zz": ps.embed}, {}, "arrays, verb 'zz'"),
         (fit, cells, {"z": ps.embed}, {"seed": 5}, "seed"),
         (fit, cells, {"z": ps.embed}, {"block": 8}, "block"),
@@ -385,3 +385,26 @@ def test_errors_of_the_command_line_are_one_line(files):
     wrong = run("infer", files / "fit", files / "store", "--out", files / "o.zarr", "--shard", "0/2")
     assert wrong.exit_code == 2
     assert "I/N" in wrong.output
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5ad"])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_results_without_columns_are_results(fit, cells, tmp_path, name, shape):
+    verbs = {"none": lambda fit, cells, seed: np.ones((len(cells), *shape)), "z": ps.embed}
+    verbs |= {"table": lambda fit, cells, seed: pd.DataFrame(index=range(len(cells)))}
+    for _ in range(2):
+        assert ps.shards.write(fit, cells, tmp_path / name, verbs, **OPTIONS) == 0
+    found = (ad.read_zarr if name.endswith("zarr") else ad.read_h5ad)(tmp_path / name)
+    assert found.obsm["none"].shape == (101, *shape)
+    assert list(found.obs) == ["donor"]
+    np.testing.assert_allclose(found.obsm["z"], ps.embed(fit, cells), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5ad"])
+@pytest.mark.parametrize("kind", ["<U3", object, "S3"])
+def test_words_are_no_results(fit, cells, tmp_path, name, kind):
+    for shape in ((), (0,), (2,)):
+        verbs = {"words": lambda fit, cells, seed, shape=shape: np.full((len(cells), *shape), "abc", kind)}
+        with pytest.raises(ModelError, match="'words' must give real numbers, a row for each of 1 cells, got"):
+            ps.shards.write(fit, cells, tmp_path / name, verbs, **OPTIONS)
+    assert not list(tmp_path.iterdir())

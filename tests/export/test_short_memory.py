@@ -2,6 +2,10 @@
 
 import errno
 import mmap
+import os
+import resource
+import subprocess
+import sys
 
 import pytest
 import zarr
@@ -33,7 +37,9 @@ def test_blocks_of_a_folder_need_room_for_threads(short_of_memory, tmp_path):
     model = ps.SCVI(cells.n_genes, 2, n_hidden=4)
     fit = ps.fit(model, cells, epochs=1, progress=False, device="cpu")
     verbs = {"X_pyro_scvi": ps.embed}
-    with pytest.raises(MemoryError, match="zarr needs .* MB for .* threads; raise the limit, or take .h5ad files"):
+    with pytest.raises(
+        MemoryError, match="zarr needs .* MB for .* threads; raise the limit of memory, .*or take .h5ad files"
+    ):
         ps.shards.write(fit, cells, tmp_path / "out.zarr", verbs, progress=False)
     assert list(tmp_path.iterdir()) == []
     assert ps.shards.write(fit, cells, tmp_path / "out.h5ad", verbs, progress=False) == 0
@@ -76,3 +82,23 @@ def test_an_event_loop_needs_open_files(monkeypatch, tmp_path):
         with pytest.raises(OSError, match="Too many open files"):
             zarr_groups.zarr_group(tmp_path, "r")
     zarr_groups._require_room.cache_clear()
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.5])
+def test_stacks_that_are_mapped_one_by_one_have_room(factor, tmp_path):
+    """Together they are larger than the memory of the machine, which they never fill."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    program = (
+        "import sys; from pathlib import Path; from pyro_scvi.utils.disk.zarr_groups import zarr_group\n"
+        "group = zarr_group(Path(sys.argv[1]), 'w', zarr_format=2)\n"
+        "group.create_array('x', shape=(60,), chunks=(2,), dtype='f4')[:] = 1\n"
+        "print(group['x'][:].sum())"
+    )
+
+    def large_stacks():
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        resource.setrlimit(resource.RLIMIT_STACK, (int(factor * memory) // 2**20 * 2**20, hard))
+
+    command = [sys.executable, "-c", program, tmp_path / "o.zarr"]
+    ended = subprocess.run(command, preexec_fn=large_stacks, capture_output=True, text=True, check=False, timeout=200)
+    assert ended.stdout == "60.0\n", ended.stderr

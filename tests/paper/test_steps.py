@@ -75,23 +75,19 @@ def test_equal_steps_are_computed_once():
 
 def test_the_key_knows_function_source_settings_and_data(tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_SCVI_DATA", str(tmp_path))
-    files.digest.cache_clear()
     (tmp_path / "a.csv").write_text("1")
     step = Step(double, {"number": 1}, ("a.csv",))
     keys = {step.key, Step(halve, {"number": 1}, ("a.csv",)).key, Step(double, {"number": 2}, ("a.csv",)).key}
     keys.add(Step(double, {"number": 1}).key)
     (tmp_path / "a.csv").write_text("2")
-    files.digest.cache_clear()
     keys.add(step.key)
     monkeypatch.setattr("inspect.getsource", lambda function: "changed")
     keys.add(step.key)
-    files.digest.cache_clear()
     assert len(keys) == 6
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_SCVI_DATA", str(tmp_path))
-    files.digest.cache_clear()
     with pytest.raises(files.DataError, match="absent.h5ad is not in"):
         results().compute([Step(double, {"number": 1}, ("absent.h5ad",))])
     assert CALLS == []

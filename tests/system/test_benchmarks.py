@@ -24,13 +24,14 @@ pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, 
 
 import benchmarks
 from benchmarks import cli
+from benchmarks.choice import beside_peer, defaults
 from benchmarks.harness import processes, report, results, simulation, worker
 from benchmarks.harness.elbo import held_out_elbo
 from benchmarks.harness.exchanged import Laws, Scene, drawn_from
 from benchmarks.harness.interleaving import Interleaved, Outcome
 from benchmarks.harness.simulation import batch_labels, zinb_counts
 from benchmarks.harness.stopwatch import Sample, Stopwatch
-from benchmarks.quality import calls, defaults, learning_curves
+from benchmarks.quality import calls, learning_curves
 from benchmarks.quality.held_out_scores import our_outputs
 from benchmarks.rows import atlas, devices, large_data, time_to_quality
 from benchmarks.systems import callers, device_agreement, device_steps, matrix_products, ours_large, pyro_svi
@@ -442,6 +443,30 @@ def test_variants_are_paired_over_shared_seeds_and_cells():
     assert (row.seeds, row.nats, row.se) == (1, 2.0, pytest.approx(1 / math.sqrt(3)))
 
 
+def test_the_default_and_its_peer_are_asked_the_same_and_paired(tiny_cortex, monkeypatch, capsys):
+    asked = []
+
+    def system(evidence):
+        def score(question, seed, samples, epochs):
+            asked.append((question.train.totals.sum(), question.held_out.totals.sum(), seed, samples, epochs))
+            places = {"z": np.random.default_rng(seed).normal(size=(question.train.n_cells, 2))}
+            return beside_peer.found(question, np.array(evidence), np.array([0.1, 0.9]), places, 2.0)
+
+        return score
+
+    monkeypatch.setattr(beside_peer, "SYSTEMS", {"ours": system([5.0, 8.0]), beside_peer.PEER: system([3.0, 3.0])})
+    options = [*tiny_cortex, "--systems", "ours", beside_peer.PEER, "--seeds", "0", "1"]
+    beside_peer.main(options)
+    assert len(asked) == 4
+    assert asked[0] == asked[1]
+    assert asked[2] == asked[3]
+    beside_peer.main(options)
+    assert len(asked) == 4  # nothing was left to fit
+    pairs, means = capsys.readouterr().out.split("\n\n")[-2:]
+    assert "| cortex | ours | 2 | 3.5 | 1.5 |" in pairs
+    assert "| cortex | ours | 6.5 (0.0) | 0.500 (0.000) | 2.0 (0.0) |" in means
+
+
 @pytest.mark.parametrize("variant", defaults.VARIANTS)
 def test_a_variant_is_a_model_with_a_guide_of_its_own(variant):
     cells = ps.Cells.from_counts(np.ones((20, 6)))
@@ -452,7 +477,7 @@ def test_a_variant_is_a_model_with_a_guide_of_its_own(variant):
 # --- folders ---
 
 ROOT = Path(benchmarks.__file__).parent
-FOLDERS = ["harness", "systems", "quality", "rows"]  # each imports only from those before it and from itself
+FOLDERS = ["harness", "systems", "quality", "choice", "rows"]  # each imports only from those before it and from itself
 COMMANDS = re.findall(r"python -m (benchmarks\.\S+)", benchmarks.__doc__)
 
 

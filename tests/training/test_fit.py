@@ -305,6 +305,18 @@ def test_cells_that_are_not_the_models_are_refused(cells, batched_cells):
         small_fit(cells, validation=batched_cells)
 
 
+def test_cells_to_watch_that_are_trained_on_are_told(cells):
+    train, held_out = cells.split(0.2, seed=0)
+    with pytest.warns(
+        UserWarning, match=rf"of validation= are among the training cells, {held_out.cell_names[0]!r} for one"
+    ):
+        small_fit(cells, validation=held_out, epochs=1)
+    small_fit(train, validation=held_out, epochs=1)  # no warning
+    first, second = (ps.Cells.from_counts(part.counts) for part in (train, held_out))
+    assert set(second.cell_names) < set(first.cell_names)  # numbers of rows
+    small_fit(first, validation=second, epochs=1)
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
@@ -469,8 +481,8 @@ def test_epsilon_is_in_nats_per_cell():
 
 @pytest.mark.filterwarnings("ignore:k-hat")
 def test_the_held_out_loss_shown_is_not_the_least_of_noisy_looks(cells):
-    watched = cells.take(range(8))
-    fit = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), cells, epochs=20, validation=watched, progress=False)
+    watched, train = cells.take(range(8)), cells.take(range(8, cells.n_cells))
+    fit = ps.fit(ps.SCVI(cells.n_genes, 2, n_hidden=8), train, epochs=20, validation=watched, progress=False)
     shown = fit.settings["held_out_loss"]
     assert f"{shown:.2f} nats per cell" in repr(fit)
     bound = ps.evidence(fit, watched, samples=2, steps=0, rounds=0, progress=False).amortized_bound

@@ -12,6 +12,7 @@ import torch
 
 import pyro_scvi as ps
 from pyro_scvi.errors import FitError
+from pyro_scvi.training.signals import sigterm_raises
 from tests.support.simulate import simulated_counts
 
 pytestmark = [pytest.mark.faults, pytest.mark.integration]
@@ -193,12 +194,56 @@ def test_a_broken_environment(monkeypatch, name):
 
 
 @pytest.mark.parametrize("text", ["one", "-1", "0.5", "", "\u0661"])
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_PORT", "RANK", "WORLD_SIZE"])
 def test_numbers_of_the_environment_that_are_none(monkeypatch, name, text):
     as_rank(monkeypatch, 0, free_port(), 1)
     monkeypatch.setenv(name, text)
     with pytest.raises(FitError, match=f"{name} is {text!r}, and must be an integer"), ps.distributed.joined():
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "ends"), [("RANK", 2, "from 0 to 1"), ("WORLD_SIZE", 0, "of 1 or more")], ids=str
+)
+def test_ranks_that_cannot_be(monkeypatch, name, number, ends):
+    """Of a third rank of two torch waits for half an hour."""
+    as_rank(monkeypatch, 0, free_port())
+    monkeypatch.setenv(name, str(number))
+    with pytest.raises(FitError, match=f"{name} is '{number}', and must be an integer {ends}"), ps.distributed.joined():
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_rank_that_waits_for_another(monkeypatch, number):
+    """While torch waits, Python's own handlers are not called."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        as_rank(monkeypatch, 0, free_port())
+        join = torch.distributed.init_process_group
+        monkeypatch.setattr(
+            torch.distributed, "init_process_group", lambda *a, **k: (os.write(writing, b"."), join(*a, **k))
+        )
+        with sigterm_raises(), ps.distributed.joined():
+            os._exit(0)
+    os.read(reading, 1)
+    time.sleep(0.5)
+    os.kill(child, number)
+    end = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.05)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.WIFSIGNALED(ended[1])
+    assert os.WTERMSIG(ended[1]) == number
+
+
+def test_handlers_are_those_of_before_once_the_ranks_have_joined(monkeypatch):
+    as_rank(monkeypatch, 0, free_port(), 1)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ps.distributed.joined():
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "9" * 5000])

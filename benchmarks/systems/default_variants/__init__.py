@@ -43,7 +43,7 @@ def _deviating(cells: ps.Cells, seed: int, head: OwnHead, scale: float = 1.0, **
 
 
 def default(cells: ps.Cells, seed: int) -> Configured:
-    """Two layers in both, no dropout, r per cell and gene: the default until then."""
+    """Two layers in both, no dropout, r per cell and gene: the earlier default."""
     return _made(cells, seed, layers=2, dropout=0.0)
 
 
@@ -108,7 +108,7 @@ def from_zero(cells: ps.Cells, seed: int) -> Configured:
 
 
 def slow(cells: ps.Cells, seed: int) -> Configured:
-    """Log r = log r_g + a tenth of a head from zero, which so learns slowly."""
+    """Log r = log r_g + a tenth of a head from zero, so that it learns slowly."""
     return _deviating(cells, seed, OwnHead(), 0.1)
 
 

@@ -41,7 +41,7 @@ class Comparison(Protocol):
 
 @dataclass(frozen=True)
 class TheRest:
-    """Compare a group with all other cells, those without a label among them.
+    """Compare a group with all other cells, also those without a label.
 
     Examples
     --------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pyro_scvi.analysis.evidence.densities import is_density
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import WHY_NOT_CELLS
 from pyro_scvi.analysis.evidence.totals import is_conditional
@@ -15,6 +16,7 @@ from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.importance import KHAT_LIMIT
+from pyro_scvi.model import SCVI
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.utils.checks import switches_checked
 
@@ -64,10 +66,10 @@ def compare(
     Raises
     ------
     ModelError
-        If no fit is given, if the evidence of only some is conditional on the total, if a prior has no density, if the
-        cells have labels and only some of the models depend on them, or for log likelihoods or leave-one-out results in
-        place of fits: leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries may be left out:
-        ``ps.leave_one_out``.
+        If no fit is given, if the evidence of only some is conditional on the total or a density, if a prior is
+        improper, if the cells have labels and only some of the models depend on them, or for log likelihoods or
+        leave-one-out results in place of fits: leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries
+        may be left out: ``ps.leave_one_out``.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -152,14 +154,23 @@ def _listed(fits: Mapping[str, Any]) -> dict[str, list[Fit]]:
 
 
 def _require_one_kind(listed: dict[str, list[Fit]]) -> None:
-    conditional = {name: any(is_conditional(fit.model) for fit in of) for name, of in listed.items()}
-    kinds = {is_conditional(fit.model) for of in listed.values() for fit in of}
-    if len(kinds) > 1:
+    if of_one_kind := _those_alone(listed, is_density):
         raise ModelError(
-            f"{[name for name, told in conditional.items() if told]} have an ObservedLibrary: their evidence is "
+            f"{of_one_kind} give x a continuous distribution: their evidence is a density, which cannot be compared "
+            "with probabilities of counts. Take a distribution of counts, or compare them with each other only"
+        )
+    if of_one_kind := _those_alone(listed, is_conditional):
+        raise ModelError(
+            f"{of_one_kind} have an ObservedLibrary: their evidence is "
             "that of the counts given the total, which cannot be compared with the evidence of whole cells. Take "
             "LatentLibrary, or compare them with each other only"
         )
+
+
+def _those_alone(listed: dict[str, list[Fit]], is_so: Callable[[SCVI], bool]) -> list[str]:
+    """The names of the models of which something is so, if it is not so of all."""
+    told = {name: [is_so(fit.model) for fit in of] for name, of in listed.items()}
+    return [] if all(map(all, told.values())) else [name for name, of in told.items() if any(of)]
 
 
 def _row(fits: list[Fit], tables: list[pd.DataFrame], values: pd.Series, gap: pd.Series) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.evidence.annealed import annealed_weights
+from pyro_scvi.analysis.evidence.densities import DENSITY, warn_if_density
 from pyro_scvi.analysis.evidence.totals import CONDITIONAL, total_term, warn_if_conditional
 from pyro_scvi.analysis.global_averages import at_draws, seeds_of
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
@@ -61,7 +62,8 @@ def evidence(
     compare models: on real cells its k-hat (Vehtari, Simpson, Gelman, Yao and Gabry 2024) is above 0.7 nearly
     everywhere. With an observed library size and Poisson counts, it is log p(total) under the LogNormal distribution of
     the size, and the counts given the total. With one and other counts it is conditional on the total
-    (``attrs["conditional_on_total"]``). Global latents (weights, dispersions with a prior) are held at the guide's
+    (``attrs["conditional_on_total"]``). If x has a continuous distribution, it is a log density
+    (``attrs["density"]``). Global latents (weights, dispersions with a prior) are held at the guide's
     medians, unless ``global_draws`` averages over them.
 
     Parameters
@@ -108,8 +110,9 @@ def evidence(
     Warns
     -----
     UserWarning
-        If k-hat is above 0.7 for more than a tenth of the cells, if the evidence is conditional on the total, or if
-        annealing, by which one of 200 cells and at most two are checked, finds more mass than the proposals.
+        If k-hat is above 0.7 for more than a tenth of the cells, if the evidence is conditional on the total or a
+        density, or if annealing, by which one of 200 cells and at most two are checked, finds more mass than the
+        proposals.
 
     Examples
     --------
@@ -137,7 +140,7 @@ def evidence(
     table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
     _check_some(fit, cells, table, seed)
-    table.attrs[CONDITIONAL] = warn_if_conditional(fit.model)
+    table.attrs |= {CONDITIONAL: warn_if_conditional(fit.model), DENSITY: warn_if_density(fit.model)}
     return table
 
 
@@ -152,7 +155,7 @@ def _averaged(tables: list[pd.DataFrame]) -> pd.DataFrame:
     joined = {name: np.stack([table[name] for table in tables]) for name in ("ess", "khat", "amortized_bound")}
     columns = (log_mean, se, joined["ess"].mean(0), joined["khat"].max(0), joined["amortized_bound"].mean(0))
     table = pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=tables[0].index)
-    table.attrs[CONDITIONAL] = tables[0].attrs[CONDITIONAL]
+    table.attrs |= {name: tables[0].attrs[name] for name in (CONDITIONAL, DENSITY)}
     return table
 
 

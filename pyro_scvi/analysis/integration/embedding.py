@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def embed(fit: Fit, cells: Cells, *, space: Space = Latent(), batch_size: int = 1024, seed: int = 0) -> np.ndarray:
-    r"""Posterior mean of z under the guide, E_q[z | x], or what ``space`` makes of it.
+    r"""Embed cells: the guide's posterior mean E_q[z | x], or their coordinates in ``space``.
 
     .. math:: \hat z_n = \int z\, q(z | x_n)\, dz
 

@@ -195,7 +195,7 @@ class Expression(Decoded):
 
 @dataclass(frozen=True)
 class Hidden(Decoded):
-    r"""Principal components of the decoder's last hidden layer at E[z | x], its batches averaged.
+    r"""Principal components of the decoder's last hidden layer, averaged over batches.
 
     .. math:: f_n = \frac{1}{B} \sum_b h(\hat z_n, b)
 

@@ -36,6 +36,7 @@ from pyro_scvi.data.stores.inputs import (
     named_files,
     opened,
     origin,
+    same_plan,
 )
 from pyro_scvi.data.stores.layout import (
     ANNOTATIONS,
@@ -85,7 +86,8 @@ def build(
 
     Every file is read once from beginning to end, and its counts are validated as in ``Cells.from_anndata``. Until the
     store is complete, its parts lie beside it in ``PATH.partial`` and need the same space again. After an interruption
-    the same call continues with the parts that are complete. If the store exists already, the call does nothing.
+    the same call continues with the parts that are complete. If the store exists already, the call does nothing. A file
+    that was written since then, even with the same size and time, is refused.
 
     Parameters
     ----------
@@ -123,7 +125,7 @@ def build(
         If a layer, ``raw`` or a gene does not exist.
     StoreError
         If ``path`` is in one of the files, or holds something else or a broken store, parts of another build lie beside
-        it, or another process is building it.
+        it, or another process is building it. If a file is written while it is read.
 
     Warns
     -----
@@ -194,16 +196,26 @@ def _build(
     with _removed_if_empty(work):
         _write_annotations(work / ANNOTATIONS, obs, genes, inputs)  # before hours of reading: it may be refused
         parts = _parts(inputs, obs.index, genes, plan["allow_non_integer"], work, progress)
+    _require_unchanged(inputs, plan, work)
     _assemble(parts, len(obs), genes, plan, work / COMPLETE)
     (work / COMPLETE).rename(target)
     sync_folder(target.parent)
+
+
+def _require_unchanged(inputs: Sequence[Input], plan: dict[str, Any], work: Path) -> None:
+    for each in inputs:
+        if origin(each.path) != plan["files"][each.name]:
+            raise StoreError(
+                f"{each.path} was written while it was read: its parts may be of two states; delete {work} to build "
+                "from the start"
+            )
 
 
 def _require_built_by(plan: dict[str, Any], target: Path) -> None:
     if not (target / SCHEMA).is_file():
         raise StoreError(f"{target} is there already and is not a store; choose another path")
     schema = StoreSchema.read(target)
-    if schema.plan != plan:
+    if not same_plan(schema.plan, plan):
         raise StoreError(
             f"{target} is there already and was not built from these files with these options, or the files' size or "
             "time of change is another now; choose another path"
@@ -224,7 +236,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise StoreError(f"{work / PLAN} cannot be read ({error}); delete {work} to build from the start") from error
-    if earlier != plan:
+    if not same_plan(earlier, plan):
         raise StoreError(
             f"{work} holds parts of a build from other files or with other options; repeat that call, or delete the "
             "folder to build from the start"

@@ -14,7 +14,7 @@ import numpy as np
 from anndata import AnnData
 
 from pyro_scvi.errors import StoreError
-from pyro_scvi.utils.disk.files import regular_bytes
+from pyro_scvi.utils.disk.files import regular_bytes, short_name
 
 FORMAT = 1
 SCHEMA, ANNOTATIONS = "schema.json", "annotations.h5ad"
@@ -120,7 +120,7 @@ def files_of(annotations: AnnData) -> np.ndarray | None:
 
 def work_of(target: Path) -> Path:
     """Folder of a store's parts until the store is complete."""
-    return target.with_name(target.name + ".partial")
+    return target.with_name(short_name(target) + ".partial")
 
 
 def durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -39,10 +39,16 @@ def path(name: str) -> Path:
     return file
 
 
-@cache
 def digest(name: str) -> str:
-    """SHA-256 of a file of the data folder."""
-    return hashlib.sha256(path(name).read_bytes()).hexdigest()
+    """SHA-256 of a file of the data folder, as it is now."""
+    file = path(name)
+    state = file.stat()
+    return _digest(file.absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@cache
+def _digest(file: Path, *_: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def read(name: str, at_most: int | None = None) -> anndata.AnnData:

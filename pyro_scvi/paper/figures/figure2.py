@@ -390,37 +390,39 @@ CAPTION = (
 )
 TEXT = (
     "B against dendritic cells. Every system gives each gene a score: the absolute log Bayes factor of w_a < w_b, or "
-    "-log p. The scores are judged by microarrays of sorted cells (B against myeloid dendritic, GSE29618): area under "
-    "the ROC curve of the 800 genes that the arrays call most significant (of the matched genes on pbmc_3kA; on "
-    "pbmc4k_top2000, where fewer match, those of the arrays' own 800 that it has), rank correlation with their "
-    "p-values, and weight and correlation of the reproducible part of the irreproducible discovery rate (IDR) of "
-    "scores and raw p-values (the authors': adjusted ones), from the authors' start and with their tolerance. The "
-    "paper's figure shows that correlation, rho; its values are not in its text. A random order of the genes can reach "
-    "a large rho as well, so that rho says little without the weight: both stand beside rows of chance, and beside a "
-    "second set of arrays (GSE22886): how far arrays agree with arrays.",
-    f"Each draw takes {CELLS_OF_A_GROUP} cells of both groups at random with replacement, as the authors did; a cell "
-    "counts once, and the groups are small, so that a draw holds fewer different cells (below). All systems see the "
-    "same cells. scVI and scvi-tools are fitted once per seed to all cells of the file without labels and compare each "
-    "draw's cells; the tests see these cells alone. Values are means over draws, of seeds where there are several; the "
-    "spread is over draws alone, and fits differ by more, as the notes by fit say. Draws are seeded 0 to 19. "
-    "CPU s is that of a fit, or of the test of one draw.",
-    "P(w_a < w_b), depth-laden, is the paper's: w the Gamma rate, with the integral over it done exactly. Dendritic "
-    "cells have three to four times more molecules; depth-corrected compares w over the cell's depth. Means only, "
-    "P(mu_a < mu_b) of means over depth, is what the authors' later code computes: hardly any pair of cells "
-    f"contradicts it, so that many genes tie at the largest value that {PAIRS:,} pairs give, and IDR means little.",
-    "The authors dropped genes whose Bayes factor or p-value was not finite, the most significant ones among them. "
-    "Here Bayes factors are clipped to what the pairs resolve, p-values to the smallest double, and a gene to which a "
-    "test gives no p-value counts as p = 1. MAST is given log2(x + 1) of raw counts and DESeq2 its own size factors, "
-    "as the authors did; Wilcoxon and Welch compare logs of counts over the cell's total.",
+    "-log p. The scores are judged by microarrays of sorted cells (B against myeloid dendritic, GSE29618) in three "
+    "ways. The first is the area under the ROC curve of the 800 genes that the arrays call most significant. On "
+    "pbmc_3kA these are of the matched genes. On pbmc4k_top2000 fewer genes match, and those of the arrays' own 800 "
+    "that it has are taken. The second is the rank correlation with the p-values of the arrays. The third is the "
+    "irreproducible discovery rate (IDR) of scores and raw p-values, from the authors' start and with their "
+    "tolerance: weight and correlation of its reproducible part. (The authors took adjusted p-values.) The paper's "
+    "figure shows that correlation, rho, but its text has no values. A random order of the genes can reach a large "
+    "rho as well, so rho says little without the weight. Both stand beside rows of chance, and beside a second set of "
+    "arrays (GSE22886), which shows how far arrays agree with arrays.",
+    f"Each draw takes {CELLS_OF_A_GROUP} cells of both groups at random with replacement, as the authors did. A cell "
+    "counts once and the groups are small, so a draw holds fewer different cells (below). All systems see the same "
+    "cells. scVI and scvi-tools are fitted once per seed to all cells of the file, without labels. Then they compare "
+    "each draw's cells. The tests see only these cells. Values are means over draws, and over seeds where there are "
+    "several. The spread is over draws alone. Fits differ by more, as the notes by fit show. Draws are seeded 0 to "
+    "19. CPU s is that of a fit, or of the test of one draw.",
+    "P(w_a < w_b), depth-laden, is the paper's. w is the Gamma rate, and the integral over it is exact. Dendritic "
+    "cells have three to four times more molecules. So the depth-corrected rows compare w divided by the cell's "
+    "depth. Means only, P(mu_a < mu_b) of means over depth, is what the authors' later code computes. Hardly any "
+    f"pair of cells contradicts it. So many genes tie at the largest value that {PAIRS:,} pairs can give, and IDR "
+    "means little.",
+    "The authors dropped genes whose Bayes factor or p-value was not finite, and with them the most significant ones. "
+    "Here Bayes factors are clipped to what the pairs resolve, and p-values to the smallest double. A gene without a "
+    "p-value counts as p = 1. As in the authors' code, MAST gets log2(x + 1) of raw counts, and DESeq2 its own size "
+    "factors. Wilcoxon and Welch compare logs of counts over the cell's total.",
     "For comparison, the authors' later results on 12,039 cells (Lopez et al. 2018; mixture weight, rho, AUC): DESeq2 "
     ".120, .450, .649; MAST .178, .472, .690; edgeR .212, .543, .751; scVI .229, .374, .730; without library size "
     ".124, .365, .618. Those cells are not public with their labels and all genes. pbmc4k_top2000 is a reconstruction "
-    "of a part of them, whose gene names are inferred: 263 have a reference. In pbmc_3kA the labels of one of two "
-    "batches are transferred; there scVI and scvi-tools take the batch as covariate.",
+    "of a part of them. Its gene names are inferred, and 263 have a reference. In pbmc_3kA the labels of one of two "
+    "batches are transferred. There scVI and scvi-tools take the batch as covariate.",
     "The 2017 preset and scvi-tools are trained for fewer epochs than their 150 and 400, so that a fit looks at "
-    f"{VISITS:,} cells at most; one seed each, two of the default. scvi-tools has its own networks and learning rate, "
-    "and a KL warm-up of half its epochs, at most 20; of its mode change the absolute log Bayes factor is taken, "
-    "though a negative one says that a gene does not differ.",
+    f"{VISITS:,} cells at most. There is one seed of each, and two of the default. scvi-tools has its own networks "
+    "and learning rate, and a KL warm-up of half its epochs, at most 20. Its mode change gives a log Bayes factor, "
+    "which is negative if a gene does not differ. Its absolute value is taken all the same.",
 )
 
 CLAIM = (

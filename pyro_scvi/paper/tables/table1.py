@@ -42,7 +42,7 @@ SEEN_ONCE_IN = 10  # expected cells with a count, of a simulated gene in the sma
 
 OURS = "scVI, default"
 FA, ZIFA, WAVE, PEER, FLOOR = "factor analysis", "ZIFA", "ZINB-WaVE", "scvi-tools", "independent genes (floor)"
-TRUTH = "the law that simulated (ceiling)"
+TRUTH = "the model that simulated (ceiling)"
 COLOURS = {FA: "#d1603d", ZIFA: "#e0a458", PEER: "#31688e", FLOOR: "#8a919c", TRUTH: "#1a1a1a"}
 QUANTITIES = {
     "log_p": "log p(x), probability of counts, nats per cell",
@@ -61,7 +61,8 @@ PAPER = {  # by system and quantity: what the paper has at 4,000 and 10,000 cell
     ("scVI, 2017 preset", "refitted"): {4_000: -1159.9, 10_000: -1147.8, 100_000: -1128.73},
 }
 NO_MARGINAL = (
-    "not defined: ZINB-WaVE has no law for new cells, since its penalty leaves the intercept of a cell's log mean free"
+    "not defined: ZINB-WaVE has no distribution of new cells, since its penalty leaves the intercept of a cell's log "
+    "mean free"
 )
 
 
@@ -382,8 +383,9 @@ def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
     file = folder / "table1_lead.png"
     figure.savefig(file, dpi=120)
     caption = (
-        "Lead of the default model in held-out log p(x) as a probability of counts against the number of cells, paired "
-        "over test cells; bars are 2 standard errors; linear between -1 and 1. Simulated are cells of a fitted model."
+        "Lead of the default model in held-out log p(x), the probability of the counts, by the number of cells. It is "
+        "paired over test cells. Bars are 2 standard errors. The axis is linear between -1 and 1. Simulated cells "
+        "are those of a fitted model."
     )
     return [Picture(file, "lead in log p(x) against the number of cells", caption)]
 
@@ -391,27 +393,28 @@ def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
 TEXT = (
     "The paper compares unlike quantities: for factor analysis a density of log1p counts with its Jacobian, for ZIFA "
     "an expected complete-data log likelihood, for ZINB-WaVE the likelihood given latents refitted to the test cells, "
-    "for scVI a bound or a conditional likelihood. Here each has its own name. Comparable is log p(x) as a "
-    "probability of counts, latents integrated out by the same importance sampler with the same draws, refinement and "
-    "second attempts for every system; factor analysis and ZIFA give each count its unit bin; scvi-tools' library, "
-    "which it takes from the very cell, is integrated out under the law of the training cells' totals.",
-    "Cells are split as the authors did, 75 / 25 for the cortex and 90 / 10 for the brain, whose training sets are the "
-    "first n cells of one random order with the same test cells at every n; genes without a count in the smallest "
-    "training set are dropped everywhere. brain10k has other genes than the paper's 720, so that its levels do not "
-    "compare with the paper's; its 10,000 cells leave 9,000 to train on.",
-    "Every model of ours sets a tenth of its n training cells aside to choose the epoch, as fit() does by default, and "
-    "is trained on the evidence bound itself: the 2018 preset's KL weight of 0 is for clustering, and the authors' "
-    "warm-up, min(1, epoch / 400), never reaches 1 in the epochs they train. On the brain it has the authors' 120 "
-    "epochs and learning rate 0.001. Fits of the presets see at most 450,000 cells. scvi-tools is trained on all n for "
-    "its 400 epochs, with its own networks and learning rate and a KL warm-up of 20 epochs. Factor analysis, ZIFA and "
-    "ZINB-WaVE start from seed 0. The encoder is refitted to the test cells by 100 passes of Adam at 0.001 with "
-    "epsilon 0.1 on the bound.",
-    "This table has the most systems; time is saved by 80 test cells, 400 draws, three seeds of the default, two of "
-    "scvi-tools and one of each preset. A lead is that of the mean over seeds, paired over cells. Where a gene hardly "
-    "varies in training, factor analysis has next to no noise for it, and one other count in a test cell costs "
-    "thousands of nats: the median lead stands beside the mean.",
-    "In the column of refitted latents ZINB-WaVE's are point estimates; ours is averaged over q. Which of bound and "
-    "conditional the paper printed for scVI is not recorded; its number stands beside the "
+    "for scVI a bound or a conditional likelihood. Here each has its own name. Comparable is log p(x), the "
+    "probability of the counts. Latents are integrated out by the same importance sampler for every system, with the "
+    "same draws, refinement and second attempts. Factor analysis and ZIFA have densities: each count gets the "
+    "probability of its unit bin. scvi-tools takes the library size from the cell itself. Here it is integrated out "
+    "under the distribution of the training cells' totals.",
+    "Cells are split as the authors did, 75 / 25 for the cortex and 90 / 10 for the brain. A training set of the "
+    "brain is the first n cells of one random order. The test cells are the same at every n. Genes without a count in "
+    "the smallest training set are dropped everywhere. brain10k has other genes than the paper's 720, so its levels "
+    "do not compare with the paper's. Its 10,000 cells leave 9,000 to train on.",
+    "Every model of ours sets a tenth of its n training cells aside to choose the epoch, as fit() does by default. It "
+    "is trained on the evidence bound itself. So the KL weight of 0 of the 2018 preset is left out, since it is for "
+    "clustering. The authors' warm-up, min(1, epoch / 400), is left out, too: it never reaches 1 in the epochs that "
+    "they train. On the brain it has the authors' 120 epochs and learning rate 0.001. Fits of the presets see at most "
+    "450,000 cells. scvi-tools is trained on all n for its 400 epochs, with its own networks and learning rate and a "
+    "KL warm-up of 20 epochs. Factor analysis, ZIFA and ZINB-WaVE start from seed 0. The encoder is refitted to the "
+    "test cells by 100 passes of Adam at 0.001 with epsilon 0.1 on the bound.",
+    "This table has the most systems. To save time there are 80 test cells, 400 draws, three seeds of the default, "
+    "two of scvi-tools and one of each preset. A lead is the difference of means over seeds, paired over cells. If a "
+    "gene hardly varies in training, factor analysis has almost no noise for it. One other count in a test cell then "
+    "costs thousands of nats. So the median lead is given beside the mean.",
+    "In the column of refitted latents, those of ZINB-WaVE are point estimates, and ours are averaged over q. The "
+    "paper does not say whether its number for scVI is the bound or the conditional. Here it stands beside the "
     "conditional after the refit.",
 )
 

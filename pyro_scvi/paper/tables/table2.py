@@ -295,32 +295,33 @@ def pictures(results: Results, budget: Budget, folder: Path) -> list[Picture]:
 
 ALT = "Median and mean absolute error of the imputed counts by system, in four panels of data set and corruption."
 CAPTION = (
-    "Absolute error of the entries that were set to zero: median and mean over entries, mean over seeds, with one "
-    "standard deviation over seeds (or standard error over entries where there is one seed). Without a model: the "
-    "constants and the gene's own values."
+    "Absolute error of the entries that were set to zero: median and mean over entries, averaged over seeds. Bars are "
+    "one standard deviation over seeds, or the standard error over entries if there is one seed. The systems without "
+    "a model are constants and the gene's own values."
 )
 
 TEXT = (
     "A tenth of the non-zero counts are candidates. Under ZIFA corruption each is set to zero with probability "
-    "exp(-lambda log(1 + x)^2), lambda from a ZIFA fitted to the uncorrupted log counts; under uniform corruption all "
-    "of them are, as in the authors' later code, whose draw was a single number for all candidates. Every system is "
-    "refitted to the corrupted counts; errors are over the zeroed entries. The paper printed the median.",
-    "The median under ZIFA corruption can be had without a model: it zeroes counts of 1 mostly, so that the constant 1 "
-    "has a median error of 0. It also is ZIFA's own law of losses, with the lambda that ZIFA fits. Hence the rows "
-    "without a model, the mean error, and the uniform corruption.",
-    "mu is the mean given no dropout at the cell's latents, the authors' choice, which does not know the entry's own "
-    "zero; E[w | x] is the posterior mean of the rate given all counts, this zero among them. Both are averages over "
+    "exp(-lambda log(1 + x)^2), with lambda from a ZIFA fitted to the uncorrupted log counts. Under uniform "
+    "corruption all candidates are set to zero, as in the authors' later code, which drew a single number for all of "
+    "them. Every system is refitted to the corrupted counts. Errors are over the zeroed entries. The paper printed "
+    "the median.",
+    "A small median under ZIFA corruption needs no model. This corruption zeroes mostly counts of 1, so the constant "
+    "1 has a median error of 0. It is also ZIFA's own model of losses, with the lambda that ZIFA fits. This is why "
+    "there are rows without a model, the mean error, and the uniform corruption.",
+    "mu is the mean without dropout at the cell's latents. The authors chose it. It does not use the entry's own "
+    "zero. E[w | x] is the posterior mean of the rate given all counts, with this zero. Both are averages over "
     f"{DRAWS} draws of q.",
-    "Which zeros are artificial is asked in three ways: pi = P(h = 1 | z), the authors'; rho = P(h = 1 | x = 0, z), "
-    "what the model believes of a zero; and P(x = 0 | z). Cross-entropy is over all candidates, with rho asked as if "
-    f"the entry were zero and probabilities clipped to [{corruption.CLIP:g}, 1 - {corruption.CLIP:g}]; the authors "
-    "left out terms that were not finite, which for ZIFA removed every candidate that was not zeroed. A system that "
-    "knew only the share zeroed has the row of that name. The area under the curve is over all zeros of the corrupted "
-    "counts, for pi, rho and P(x > 0 | z).",
-    "brain10k has the paper's cells but other genes (the first in genome order that are expressed, not the most "
-    "variable), with a third of the paper's non-zero entries: its numbers stand beside the paper's but do not compare. "
-    "cortex_558 is the better test: the authors' later numbers on these genes, under uniform corruption with another "
-    "mask, are median errors of 2.30 (ZINB-WaVE), 2.33 (scVI), 3.17 (ZIFA) and 9.67 (MAGIC).",
+    "Three probabilities tell which zeros are artificial: pi = P(h = 1 | z), which the authors used; rho = P(h = 1 | "
+    "x = 0, z), the model's belief about a zero; and P(x = 0 | z). Cross-entropy is over all candidates. rho is "
+    f"computed as if the entry were zero, and probabilities are clipped to [{corruption.CLIP:g}, 1 - "
+    f"{corruption.CLIP:g}]. The authors left out terms that were not finite. For ZIFA this removed every candidate "
+    "that was not zeroed. One row is for a system that knows only the share of zeroed entries. The area under the "
+    "curve is over all zeros of the corrupted counts, for pi, rho and P(x > 0 | z).",
+    "brain10k has the paper's cells but other genes: the first in genome order that are expressed, not the most "
+    "variable. It has a third of the paper's non-zero entries. So its numbers do not compare with the paper's, which "
+    "stand beside them. cortex_558 is the better test. On these genes, under uniform corruption with another mask, "
+    "the authors' later median errors are 2.30 (ZINB-WaVE), 2.33 (scVI), 3.17 (ZIFA) and 9.67 (MAGIC).",
     "Seeds are of mask and fit together: "
     + ", ".join(f"{setting.seeds} on {setting.name}" for setting in SETTINGS)
     + "; 1 of ZINB-WaVE and scvi-tools. Where there is one, errors are standard errors over entries, as if these were "

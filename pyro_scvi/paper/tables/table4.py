@@ -309,33 +309,35 @@ ALT = "Silhouette of known types against the share of quality metrics that an em
 CAPTION = (
     "Silhouette of the known types against the R^2 of a linear regression of quality on the embedding: up and left is "
     "better. Means over seeds with one standard deviation. Hollow marks are without gamma or batch, and a line leads "
-    "from there to the same model with gamma. Grey lines: what the types alone, and types with batch, explain of "
-    "quality (on pbmc_3kA the types' line is of the cells whose types are scored, the points are of all); an embedding "
-    "to the left of the first has lost quality that goes with type."
+    "from there to the same model with gamma. Grey lines show how much of quality is explained by the types alone, "
+    "and by types with batch. (On pbmc_3kA the line of the types is of the cells whose types are scored, and the "
+    "points are of all cells.) An embedding to the left of the first line has lost quality that goes with type."
 )
 
 TEXT = (
-    "Embeddings of 10 dimensions of blood cells: how well they separate known types (silhouette, Euclidean), and how "
-    "much they still know of the quality of a cell's library: R^2 of a linear regression of the quality metrics on the "
-    "embedding, metrics weighted by their variances, which the paper calls correlation. The rows of types and batch "
-    "alone say what an embedding explains that holds nothing else.",
-    "pbmc_8k4k_hvg is a RECONSTRUCTION of the paper's cells: counts of 134 genes were aligned with the authors' "
-    "annotations by the order of the cells and their totals, and a cell can be off by a neighbour. The paper had "
-    "12,039 cells and 10,310 genes. Quality is the authors' seven components of nine metrics of sequencing, gamma the "
-    "same, as in the paper; their types are scored.",
+    "Two things are measured of embeddings of blood cells in 10 dimensions. The first is how well they separate known "
+    "types (silhouette, Euclidean). The second is how much they contain of the quality of a cell's library. It is "
+    "the R^2 of a linear regression of the quality metrics on the embedding, with metrics weighted by their "
+    "variances. The paper calls it correlation. The rows of types and batch alone show the R^2 of an embedding that "
+    "contains nothing else.",
+    "pbmc_8k4k_hvg is a RECONSTRUCTION of the paper's cells. Counts of 134 genes were aligned with the authors' "
+    "annotations by the order of the cells and their totals. A cell can have the annotations of its neighbour. The "
+    "paper had 12,039 cells and 10,310 genes. Quality is the authors' seven components of nine metrics of sequencing, "
+    "gamma the same, as in the paper; their types are scored.",
     f"pbmc_3kA is a substitute with other cells: the {pbmc.MOST_VARIABLE:,} genes most variable in log counts, two "
     "batches. Quality and gamma are the z-scored log number of transcripts, log number of genes, and shares of "
-    "mitochondrial and ribosomal transcripts; these are made of the very counts, and the first two are the cell's "
-    "depth. Types are scored on the cells of pbmc3k alone, since those of donor A are transferred by a classifier.",
-    "PCA is of log(1 + x). Normalised as SCONE chose for the paper: cells scaled to their mean depth, which is the "
-    "number of transcripts recorded with them, since the genes at hand are a part of theirs; then least squares on "
-    "components of the quality metrics. With all components out, R^2 is 0 by construction, for the components of "
-    "residuals are uncorrelated with what they were regressed on: the paper's .169 may come of fewer (SCONE's rows "
-    "with 1 and 3 have .24 and .11 in the authors' notebooks), so that a row with 2 stands beside.",
+    "mitochondrial and ribosomal transcripts. These are computed from the counts themselves, and the first two "
+    "measure the cell's depth. Types are scored on the cells of pbmc3k alone, since types of donor A were "
+    "transferred by a classifier.",
+    "PCA is of log(1 + x). The normalisation is the one that SCONE chose for the paper. Cells are scaled to their "
+    "mean depth. Depth is the number of transcripts recorded with a cell, since the genes here are only a part. Then "
+    "components of the quality metrics are removed by least squares. If all components are removed, R^2 is 0 by "
+    "construction, because residuals are uncorrelated with what they were regressed on. The paper's .169 may come "
+    "from fewer components: with 1 and 3 the authors' notebooks have .24 and .11. So a row with 2 is added.",
     "scVI's gamma enters every layer of the decoder and not the encoder. The batch is in gamma only where the row says "
     "so. The embedding is the posterior mean of z of all cells, to which the model was fitted without their types.",
-    "k-means has as many clusters as there are types; accuracy is by majority of the 15 nearest cells; batch entropy "
-    "is that among the 50 nearest cells, relative to the whole.",
+    "k-means has as many clusters as there are types. Accuracy is by majority of the 15 nearest cells. Batch entropy "
+    "is the entropy among the 50 nearest cells, relative to that of all cells.",
     "Seeds are of fits: "
     + ", ".join(f"{setting.seeds} on {setting.name}" for setting in SETTINGS)
     + f"; 1 of scvi-tools, which has its own networks and learning rate, and a KL warm-up of half its epochs, at most "

@@ -187,21 +187,21 @@ CAPTION = (
     "the cells are in it."
 )
 TEXT = (
-    "CPU seconds of one fit with 10 latents on one thread, and the peak of resident memory of its process, which holds "
-    "the interpreter, its libraries and the simulation of the cells as well. A short fit before it, which is not "
-    "counted, brings in what is imported at first use. The cells are drawn from the default model, fitted to brain10k "
-    f"for {GENERATOR_EPOCHS} epochs; genes that would be seen in fewer than {simulated.SEEN_IN} of the fewest cells "
-    "are left out.",
-    "Every system is run with its defaults: factor analysis, ZIFA and ZINB-WaVE until their own stop rule, MAGIC fit "
-    "and imputation. scVI trains for as many epochs as fit() takes by default (60 up to 2,500 cells, then in inverse "
-    "proportion to the root of their number, at least 8), the 2017 preset for as many; scvi-tools for its 400, beyond "
-    "20,000 cells in inverse proportion. The slope is that of a line through the logarithms: 1 is proportional to n.",
+    "CPU seconds of one fit with 10 latents on one thread, and the peak of resident memory of its process. This "
+    "includes the interpreter, its libraries and the simulation of the cells. A short fit goes before and is not "
+    "counted: it imports what is imported at first use. The cells are drawn from the default model, fitted to "
+    f"brain10k for {GENERATOR_EPOCHS} epochs; genes that would be seen in fewer than {simulated.SEEN_IN} of the "
+    "fewest cells are left out.",
+    "Every system is run with its defaults. Factor analysis, ZIFA and ZINB-WaVE run until their own stop rule. For "
+    "MAGIC, fit and imputation are counted. scVI trains for as many epochs as fit() takes by default: 60 up to 2,500 "
+    "cells, then in inverse proportion to the root of their number, at least 8. The 2017 preset trains for as many. "
+    "scvi-tools trains for its 400 epochs, beyond 20,000 cells in inverse proportion. The slope is that of a line "
+    "through the logarithms: 1 means proportional to n.",
     "The paper gives no table of times. It says that ZIFA and ZINB-WaVE took more than 20 minutes on 10,000 cells and "
     "ran out of 32 GB at 100,000, and that scVI fitted 1.3 million cells in less than two hours on a GPU. The "
     "implementations here are not theirs: ZIFA's EM is in closed form, ZINB-WaVE is maximised with analytic "
-    "gradients. Nothing is extrapolated to 1.3 million cells; the speed in cells per second stands beside, and what "
-    "ours takes for an epoch of 1.3 million simulated cells on disk is measured by "
-    "python -m benchmarks.rows.stores.",
+    "gradients. Nothing is extrapolated to 1.3 million cells. The table has the speed in cells per second, too. "
+    "python -m benchmarks.rows.stores measures an epoch of ours on 1.3 million simulated cells on disk.",
 )
 
 CLAIM = "scVI trains on 100,000 cells and more, where ZIFA and ZINB-WaVE could not be run (NA in Table 1)."

@@ -1,6 +1,7 @@
 """Reading files that somebody else may have put there."""
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +22,17 @@ def regular_bytes(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "no regular file", str(path))
     with open(descriptor, "rb") as file:
         return file.read()
+
+
+_LONGEST = 200  # bytes; systems allow 255, and endings come to a name
+
+
+def short_name(path: Path) -> str:
+    """The last part of a path, for the names of files that are made beside it: a long one is cut, with a digest."""
+    name = path.name
+    if len(os.fsencode(name)) <= _LONGEST:
+        return name
+    return f"{name[:32]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
 
 
 def sync_folder(folder: Path) -> None:

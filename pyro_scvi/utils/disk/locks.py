@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyro_scvi.utils.disk.files import short_name
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -36,11 +38,16 @@ def only_writer(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def lock_name(path: Path) -> str:
+    """Name of the lock of a path, whose links were resolved."""
+    return f".{short_name(path)}.lock"
+
+
 def _lock_file(path: Path) -> Path:
     """Beside the path, or inside a folder whose parent cannot be written; the same one by whatever links one comes."""
     path = Path(os.path.realpath(path))
     inside = path.is_dir() and not os.access(path.parent, os.W_OK)
-    return (path if inside else path.parent) / f".{path.name}.lock"
+    return (path if inside else path.parent) / lock_name(path)
 
 
 def _locked(file: Path, path: Path) -> int:

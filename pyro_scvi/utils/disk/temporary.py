@@ -7,6 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from pyro_scvi.utils.disk.files import short_name
 from pyro_scvi.utils.disk.publishing import signals_deferred
 
 _SUFFIX = ".partial"
@@ -14,7 +15,7 @@ _SUFFIX = ".partial"
 
 def new_temporary(path: Path, within: Path) -> Path:
     """Make a hidden folder in ``within`` for something that will be called ``path``."""
-    return Path(tempfile.mkdtemp(dir=within, prefix=f".{path.name}.", suffix=_SUFFIX))
+    return Path(tempfile.mkdtemp(dir=within, prefix=f".{short_name(path)}.", suffix=_SUFFIX))
 
 
 def remove(folder: Path) -> None:
@@ -39,4 +40,4 @@ def _remove_one_by_one(folder: Path) -> None:
 
 def leftovers(path: Path, within: Path) -> list[Path]:
     """Folders that :func:`new_temporary` has made; those of processes that died, if no other one is writing."""
-    return sorted(within.glob(f".{glob.escape(path.name)}.????????{_SUFFIX}"))
+    return sorted(within.glob(f".{glob.escape(short_name(path))}.????????{_SUFFIX}"))

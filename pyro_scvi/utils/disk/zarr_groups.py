@@ -5,7 +5,7 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -50,14 +50,19 @@ async def _others() -> None:
 
 
 @cache
-def _require_room(_: int) -> None:
+def _require_room(process: int) -> None:
     """Refuse to start threads that may not all begin: Python waits forever for one with a stack and nothing else."""
     threads = 1 + min(32, (os.cpu_count() or 1) + 4)  # an event loop, and the pool of ThreadPoolExecutor
     try:
-        mmap.mmap(-1, threads * _stack(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
-    except OSError as error:
+        with ExitStack() as held:  # one by one, as threads begin: a system may refuse all of it in one piece
+            for _ in range(threads):
+                held.enter_context(mmap.mmap(-1, _stack(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except (OSError, OverflowError) as error:
         needed = f"zarr needs {threads * _stack() / 1e6:.0f} MB for {threads} threads"
-        raise MemoryError(f"there is not enough memory: {needed}; raise the limit, or take .h5ad files") from error
+        raise MemoryError(
+            f"there is not enough memory: {needed}; raise the limit of memory, lower that of stacks (ulimit -s), or "
+            "take .h5ad files"
+        ) from error
     _require_files(4)  # of an event loop
 
 

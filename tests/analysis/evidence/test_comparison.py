@@ -1,7 +1,9 @@
 """Comparison of models: paired differences, their errors, and what cannot be compared."""
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
+import torch
 
 import pyro_scvi as ps
 from pyro_scvi.errors import ModelError
@@ -61,3 +63,24 @@ def test_leave_one_out_in_place_of_fits_is_refused_with_the_reason(table_and_par
         ps.compare({"poisson": fits["poisson"], "loo": entries}, test)
     with pytest.raises(ModelError, match="no fit for 'empty'"):
         ps.compare({"poisson": fits["poisson"], "empty": []}, test)
+
+
+class Rounded(ps.likelihoods.Likelihood):
+    """A density that scores counts without complaint."""
+
+    heads = ("log_mean",)
+
+    def marginal(self, log_mean):
+        return dist.Normal(log_mean.exp(), torch.ones_like(log_mean))
+
+
+def test_a_density_of_counts_is_told_and_not_compared_with_their_probability(table_and_parts):
+    _, fits, test = table_and_parts
+    few, model = test.take(range(3)), ps.SCVI(15, 2, likelihood=Rounded(), n_hidden=8, n_layers=1)
+    density = ps.fit(model, test, epochs=1, validation=0, progress=False)
+    with pytest.warns(UserWarning, match="log density of x, which is no log probability of counts"):
+        table = ps.evidence(density, few, samples=50)
+    assert table.attrs["density"]
+    assert not ps.evidence(fits["poisson"], few, samples=50).attrs["density"]
+    with pytest.raises(ModelError, match=r"\['normal'\] give x a continuous distribution: their evidence is a density"):
+        ps.compare({"normal": density, "poisson": fits["poisson"]}, few)

@@ -406,6 +406,72 @@ def test_a_file_changed_since_is_said(file, store):
         quietly(file, store)
 
 
+@contextmanager
+def times_kept(folder):
+    """Write into files, and give them back their times, as tar and rsync do."""
+    states = {file: file.stat() for file in (folder.rglob("*") if folder.is_dir() else [folder])}
+    yield
+    for file, state in states.items():
+        assert file.stat().st_size == state.st_size
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def count_changed(file):
+    """Change one byte of the counts, in a file or a folder."""
+    if file.is_dir():
+        (chunk,) = [each for each in (file / "X").rglob("*") if each.is_file() and each.name in ("0.0", "c/0/0")]
+        chunk.write_bytes(chunk.read_bytes()[:-1] + b"\1")
+        return
+    with h5py.File(file, "r+") as content:
+        content["X/data" if isinstance(content["X"], h5py.Group) else "X"][0] += 1
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_a_count_that_was_put_right_is_seen_though_size_and_time_are_the_same(tmp_path, kind):
+    file = tmp_path / f"in.{kind}"
+    getattr(make_adata(form=np.asarray), f"write_{kind}")(file)
+    quietly(file, tmp_path / "store")
+    with times_kept(file):
+        count_changed(file)
+    with pytest.raises(StoreError, match="size or time of change is another now"):
+        quietly(file, tmp_path / "store")
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_parts_of_a_file_that_was_put_right_since_are_not_mixed_in(tmp_path, file):
+    with times_kept(file):
+        count_changed(file)
+    with pytest.raises(StoreError, match="parts of a build from other files"):
+        quietly(file, tmp_path / "store")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_file_that_is_written_while_it_is_read_gives_no_store(tmp_path, file, monkeypatch):
+    write, asked = building._written, []
+
+    def writing(block, path):
+        asked.append(1)
+        if len(asked) == 2:
+            os.utime(file)
+        return write(block, path)
+
+    monkeypatch.setattr(building, "_written", writing)
+    with pytest.raises(StoreError, match=f"{file} was written while it was read.*delete .*store.partial"):
+        quietly(file, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_stores_of_earlier_versions_are_built_already(file, store):
+    schema = json.loads((store / "schema.json").read_text())
+    assert schema["plan"]["files"]["cells"].pop("states")
+    (store / "schema.json").write_text(json.dumps(schema))
+    assert quietly(file, store) == store
+    os.utime(file)
+    with pytest.raises(StoreError, match="size or time of change is another now"):
+        quietly(file, store)
+
+
 def test_a_refused_build_does_not_block_the_next(tmp_path):
     adata = make_adata()
     adata.X = adata.X / 2

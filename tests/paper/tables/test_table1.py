@@ -89,7 +89,7 @@ def test_every_score_has_its_own_row(rows):
 
 def test_what_is_missing_says_why(rows):
     assert "not installed" in rows["cortex", table1.PEER, table1.QUANTITIES["log_p"]].note
-    assert "no law for new cells" in rows["cortex", table1.WAVE, table1.QUANTITIES["log_p"]].note
+    assert "no distribution of new cells" in rows["cortex", table1.WAVE, table1.QUANTITIES["log_p"]].note
     assert "not installed" in rows["cortex", f"scVI, default minus {table1.PEER}", table1.LEAD].note
     unfitted = rows["simulated, n = 100,000", table1.ZIFA, table1.QUANTITIES["log_p"]]
     assert math.isnan(unfitted.value)

@@ -1,6 +1,6 @@
 """The default model, chosen by held-out evidence on seven data sets: variants of it, paired over held-out cells.
 
-    python -m benchmarks.quality.defaults --seeds 0 1 2 --out defaults.jsonl
+    python -m benchmarks.choice.defaults --seeds 0 1 2 --out defaults.jsonl
 
 Labels decide nothing: scores of embeddings are reported. A line of the file is one fit; fits that are in the file
 already are not made again, and the tables are those of all fits in it. ``--table`` prints them alone.
@@ -28,7 +28,7 @@ from benchmarks.systems.our_models import as_cells
 from pyro_scvi.inference.evaluation import bound_terms, evaluating
 from pyro_scvi.paper.metrics.embedding_scores import batch_entropy, of_types
 
-MODULE = "benchmarks.quality.defaults"
+MODULE = "benchmarks.choice.defaults"
 MOST_GENES, MOST_TRAINED, HELD_OUT = 2000, 2500, 300
 LEAST_TRAINED = 0.8  # of all cells, where there are few
 STEPS, ROUNDS = 50, 0  # of the evidence's proposals: its bias, a tenth of a nat, is that of every variant
@@ -129,8 +129,12 @@ def bound(fit: ps.Fit, cells: ps.Cells) -> float:
 
 
 def scores(asked: Question, fit: ps.Fit, space: str) -> dict[str, float]:
-    """How an embedding separates the known types and mixes the batches."""
-    place = ps.embed(fit, asked.train, space=SPACES[space])
+    """How an embedding of the training cells separates the known types and mixes the batches."""
+    return scores_at(asked, ps.embed(fit, asked.train, space=SPACES[space]))
+
+
+def scores_at(asked: Question, place: np.ndarray) -> dict[str, float]:
+    """The same for places (cells, axes) of the training cells by any system."""
     found = {} if asked.types is None else of_types(place, asked.types)
     return found | ({} if asked.batches is None else {"entropy": batch_entropy(place, asked.batches)})
 

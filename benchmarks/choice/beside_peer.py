@@ -1,0 +1,130 @@
+"""The default model beside scvi-tools' SCVI on seven data sets: held-out evidence, neighbours, clusters, mixing.
+
+    python -m benchmarks.choice.beside_peer --seeds 0 1 2 --out peer.jsonl
+
+Needs the extra ``peer``. Both see the same cells and no covariate. This package's fit is that of the defaults, with a
+tenth of the cells set aside; scvi-tools has its defaults and 400 epochs on all of them. The latents of both are
+integrated out by one sampler with the same number of draws. Fits of one data set and seed follow each other in one run.
+Labels are scored and decide nothing. A line of the file is one fit; fits that are in the file are not made again.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import pyro_scvi as ps
+from benchmarks.choice import defaults
+from benchmarks.choice.defaults import Question
+from benchmarks.harness.commands import parser_of
+from benchmarks.harness.paths import DATA
+from benchmarks.systems.our_models import default
+from benchmarks.systems.peers import scvi_tools
+
+MODULE = "benchmarks.choice.beside_peer"
+PEER = "scvi-tools"
+PEER_EPOCHS = 400  # what scvi-tools chooses for up to 20,000 cells
+SPACES = {"z": ps.spaces.Latent(), "expression": ps.spaces.Expression()}
+
+
+def ours(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
+    """The default: its evidence, and scores in z and in the space of expression that the docs recommend."""
+    started = time.process_time()
+    model, options = default(asked.train, seed)
+    fit = ps.fit(model, asked.train, **options, epochs=epochs, device="cpu", progress=False)
+    seconds = time.process_time() - started
+    table = ps.evidence(fit, asked.held_out, samples=samples, progress=False)
+    places = {name: ps.embed(fit, asked.train, space=space) for name, space in SPACES.items()}
+    return found(asked, table.log_evidence.to_numpy(), table.khat.to_numpy(), places, seconds)
+
+
+def theirs(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
+    """scvi-tools: its evidence with the library integrated out, and scores in its z."""
+    train, held_out = (cells[:][0].numpy() for cells in (asked.train, asked.held_out))
+    started = time.process_time()
+    fitted = scvi_tools(train, held_out, epochs or PEER_EPOCHS, seed)
+    seconds = time.process_time() - started
+    integrated = fitted.evidence(samples=samples)
+    places = {"z": fitted.model.get_latent_representation()}
+    return found(asked, integrated.log_evidence, integrated.khat, places, seconds)
+
+
+SYSTEMS: dict[str, Callable[[Question, int, int, int | None], dict[str, Any]]] = {"pyro-scvi": ours, PEER: theirs}
+
+
+def found(
+    asked: Question, evidence: np.ndarray, khat: np.ndarray, places: dict[str, np.ndarray], seconds: float
+) -> dict[str, Any]:
+    """What is kept of a fit: evidence and k-hat (cells,), scores of each of its places (training cells, axes)."""
+    scores = {name: defaults.scores_at(asked, place) for name, place in places.items()}
+    kept = {"evidence": evidence.round(3).tolist(), "khat_share": float((khat > 0.7).mean())}
+    return kept | {"fit_seconds": round(seconds, 2)} | scores
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Means over seeds and, in brackets, their standard deviations, by data set and system; evidence in nats."""
+    flat = pd.json_normalize([line | {"evidence": float(np.mean(line["evidence"]))} for line in lines])
+    groups = flat.groupby(["data", "variant"], sort=False)
+    mean, spread = groups.mean(numeric_only=True), groups.std(numeric_only=True)
+    columns = [name for name in mean if name != "seed"]
+    texts = {name: [_with_spread(*pair) for pair in zip(mean[name], spread[name], strict=True)] for name in columns}
+    return pd.DataFrame(texts, index=mean.index).reset_index()
+
+
+def _with_spread(mean: float, spread: float) -> str:
+    digits = 1 if abs(mean) >= 1.5 else 3
+    return "" if np.isnan(mean) else f"{mean:.{digits}f} ({spread:.{digits}f})"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = parser_of(MODULE, __doc__)
+    names = [*defaults.FILES, defaults.EMBEDDED]
+    parser.add_argument("--folder", type=Path, default=DATA, help="folder with the real data")
+    parser.add_argument("--data", nargs="+", choices=names, default=names)
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cells", type=int, default=defaults.HELD_OUT, help="held-out cells, at most")
+    parser.add_argument("--trained", type=int, default=defaults.MOST_TRAINED, help="cells to train on, at most")
+    parser.add_argument("--samples", type=int, default=1000, help="draws of the evidence sampler")
+    parser.add_argument("--epochs", type=int, help="of every fit; by default each system's own choice")
+    parser.add_argument("--table", action="store_true", help="print the tables of the file and make no fit")
+    parser.add_argument("--out", type=Path, help="file of fits, one JSON line each: read if there, and completed")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the fits that are missing, print the tables."""
+    options = parse(arguments)
+    warnings.filterwarnings("ignore", "k-hat is above")  # its share is kept
+    lines = defaults.read(options.out)
+    if not options.table:
+        complete(lines, options)
+    pairs = defaults.paired(lines, against=PEER)
+    sys.stdout.write(defaults.markdown(pairs[pairs.variant != PEER]) + "\n" + defaults.markdown(summary(lines)))
+
+
+def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Make the fits that are asked for and not among ``lines``, which grow; the file grows with them."""
+    made = {(line["data"], line["variant"], line["seed"]) for line in lines}
+    for seed in options.seeds:
+        for name in options.data:
+            asked = defaults.question(name, options.folder, options.cells, options.trained)
+            for system in [system for system in options.systems if (name, system, seed) not in made]:
+                of_fit = SYSTEMS[system](asked, seed, options.samples, options.epochs)
+                lines.append({"data": name, "variant": system, "seed": seed} | of_fit)
+                sys.stderr.write(f"{name}, {system}, seed {seed}\n")
+                if options.out:
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(lines[-1]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
