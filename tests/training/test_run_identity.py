@@ -47,6 +47,7 @@ def test_counts_on_disk_of_equal_sums_are_refused(adata, tmp_path, monkeypatch):
             run(others, checkpoint=tmp_path / "run", resume=True)
 
 
+@pytest.mark.filterwarnings("ignore:cells of validation= are among the training cells")
 def test_validation_cells_of_equal_sums_are_refused(adata, tmp_path, monkeypatch):
     cells = ps.Cells.from_anndata(adata)
     first, other = (

@@ -4,10 +4,12 @@ import hashlib
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.counts import Source
 from pyro_scvi.model import SCVI
+from pyro_scvi.persistence.contents import content_of, content_of_parts
 from pyro_scvi.persistence.digests import digest_of, digest_of_counts
 from pyro_scvi.persistence.serialization import describe
 
@@ -17,12 +19,19 @@ _DIGEST = "digest of counts and covariates"
 def identity(model: SCVI, cells: Cells, options: dict[str, Any]) -> dict[str, Any]:
     """What identifies a run, as JSON takes it: its cells and its options."""
     elbo, validation = options["elbo"], options["validation"]
-    plain = {name: value for name, value in vars(elbo).items() if isinstance(value, bool | int | float | str)}
+    own = content_of_parts(model)
+    facts = {name: value for name, value in vars(elbo).items() if not isinstance(value, nn.Module)}
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else content_of(value)
+        for name, value in facts.items()
+        if value is not None
+    }
     told = {
         "elbo": {"class": type(elbo).__name__, **plain},
         "cells": _of_cells(cells),
         "validation": _of_cells(validation) if isinstance(validation, Cells) else describe(validation, model),
     }
+    told |= {"arguments of components of your own": digest_of([own.encode()])} if own else {}
     return {name: describe(value, model) for name, value in options.items() if name not in told} | told
 
 
