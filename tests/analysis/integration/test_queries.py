@@ -296,12 +296,13 @@ class Keeps(Observing):
 
 def test_a_program_may_keep_what_it_draws():
     cells = reference_of()
-    fit = ps.fit(Keeps(N_GENES, 2, cells.n_covariates, n_hidden=8), cells, epochs=1, progress=False)
-    one = {name: value[:1] for name, value in fit.guide.weights.draws(3).items()}
-    for reference in (fit, fit.with_globals(one)):
-        mapped = ps.map_query(reference, query_of(reference), epochs=1, progress=False)
-        assert mapped.schema.batches == ("a", "b", "c")
+    model = Keeps(N_GENES, 2, cells.n_covariates, n_hidden=8)
+    fit = ps.fit(model, cells, epochs=5, batch_size=20, validation=0, progress=False)
+    mapped = ps.map_query(fit, query_of(fit), epochs=1, progress=False)
+    assert mapped.schema.batches == ("a", "b", "c")
     assert set(dict(mapped.model.named_parameters())) == set(dict(fit.model.named_parameters()))
+    at_draws = fit.with_globals({name: value.numpy() for name, value in fit.guide.weights.draws(1).items()})
+    assert ps.map_query(at_draws, query_of(at_draws), epochs=1, progress=False).schema.n_batches == 3
 
 
 class ByNumber(Effect):
