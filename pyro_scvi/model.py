@@ -168,10 +168,11 @@ class SCVI(Program):
         marginal
             Whether w, y and h are integrated out (Sec. 2).
         mask
-            Which entries (cells, genes) count in the likelihood.
+            Which entries (cells, genes) count in the likelihood. A program of your own may leave out more; verbs that
+            condition on all counts, such as ``impute``, then refuse.
         index, n_cells
             Rows of this minibatch among all cells, and the number of all cells. Terms of a cell are then scaled by
-            n_cells / len(index).
+            n_cells / len(index). A program of your own passes both to ``cells_plate`` and to nothing else.
 
         Raises
         ------

@@ -148,6 +148,21 @@ def require_coordinates(law: Any, what: str) -> None:
         ) from error
 
 
+def spread_of_scales(law: Any) -> float:
+    """Standard deviation of the logarithms of a law's scales over cells (cells, 1); 0 where they take few values.
+
+    Few values are those of a discrete latent, and each of them is a component of its own where that is summed out.
+    """
+    try:
+        scale = law.scale if hasattr(law, "scale") else law.stddev
+    except (NotImplementedError, AttributeError):
+        return 0.0
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    if scale.unique().numel() <= scale.numel() // 2 or not (scale > 0).all() or not scale.isfinite().all():
+        return 0.0
+    return float(scale.log().flatten(1).std(0).max() if scale.dim() > 1 else scale.log().std())
+
+
 def share_at_bounds(law: Any, draws: int) -> float:
     """The share of a law's draws so near to a bound that numbers of their precision do not tell them from it.
 

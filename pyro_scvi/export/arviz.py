@@ -23,6 +23,7 @@ from pyro_scvi.analysis.posterior_samples import (
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import cell_terms, entry_terms, global_terms, latent_terms, scored
+from pyro_scvi.guides.program_runs import entries_kept, masked_entries
 from pyro_scvi.guides.supported import EXPLICIT, own_dims
 from pyro_scvi.inference.evaluation import (
     USUAL,
@@ -207,6 +208,9 @@ def _densities(fit: Fit, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], ent
     for part in _split(sites, draws_at_once(x)):
         trace = scored(fit.model, x, gamma, {**fixed, **part}, fit.guide.coordinates)
         terms.append(latent_terms(trace, *sites) | {"x": cell_terms(trace, *sites)[1]})
+        of_x: Any = trace.nodes["x"]
+        if entries and not entries_kept(of_x["fn"], of_x["mask"]).all():
+            raise masked_entries(fit.model)
         of_entries += [entry_terms(trace, *sites)] if entries else []
     log_p = {name: torch.cat([term[name] for term in terms]) for name in terms[0]}
     groups = {"log_prior": {name: log_p[name] for name in sites}}
@@ -241,7 +245,7 @@ def _new_counts(fit: Fit, gamma: Tensor, sites: dict[str, Tensor], n_cells: int)
     """Counts (samples x cells, genes) of new cells, rows for all ``n_cells`` in turn."""
     size, counts = draws_at_once(gamma.new_empty(USUAL, fit.model.n_genes)), list[Tensor]()
     for rows, part in zip(gamma.split(size * n_cells), _split(sites, size * n_cells), strict=True):
-        law: Any = law_given(fit.guide, None, rows, part)
+        law: Any = law_given(fit.guide, None, rows, part, scores_x=False)
         with narrowed(torch.arange(len(rows)) % n_cells), per_cell():
             counts.append(law.expand((1, *law.batch_shape)).sample()[0])
     return torch.cat(counts)

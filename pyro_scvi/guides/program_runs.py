@@ -4,11 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_scvi.distributions.supports import WRAPPERS
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.supported import require_expected, require_met, require_same_sites, theta_of
 from pyro_scvi.model import SCVI
@@ -17,10 +19,38 @@ from pyro_scvi.utils.execution import executing
 
 
 class Observed(NamedTuple):
-    """The distribution of x that a program observed, and what it told of it, theta among it if by ``observe``."""
+    """What a program observed x from, and what it told of that, theta among it if by ``observe``.
+
+    ``mask`` is False at the entries of x that it left out of its density; None or True if it left out none.
+    """
 
     law: Distribution
     told: Mapping[str, Any]
+    mask: Tensor | bool | None
+
+    @property
+    def kept(self) -> Tensor:
+        """Whether each entry of x is in the density, of a shape that broadcasts to that of x."""
+        return entries_kept(self.law, self.mask)
+
+
+def entries_kept(law: Any, mask: Tensor | bool | None) -> Tensor:
+    """Whether entries of x are in a density that is masked from outside, and by its distribution itself."""
+    kept = torch.as_tensor(True if mask is None else mask)
+    while isinstance(law, WRAPPERS):
+        kept = kept & torch.as_tensor(law._mask) if isinstance(law, dist.MaskedDistribution) else kept
+        law = law.base_dist
+    return kept
+
+
+def masked_entries(model: SCVI) -> ModelError:
+    """The error for what would take counts for observed that the program leaves out of its density."""
+    return ModelError(
+        f"{type(model).__name__} leaves entries of x out of its density, by observe(mask=) or a masked distribution, "
+        "and this would take their counts for observed, as do w, y and h given x, impute, differential_expression, "
+        "leave_one_out, check_predictions and log likelihoods by entry. Latents, evidence, normalized_expression and "
+        "predictive draws work as it is"
+    )
 
 
 def observed_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Observed:
@@ -37,7 +67,7 @@ def observed_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, T
     reached = _Reached(sites)
     with pyro.poutine.block(), reached, pyro.poutine.condition(data=sites):
         _run(model, x, gamma)
-    return Observed(reached.law, reached.told)
+    return Observed(reached.law, reached.told, reached.mask)
 
 
 def theta_at(model: SCVI, x: Tensor | None, gamma: Tensor, sites: dict[str, Tensor]) -> Theta:
@@ -125,6 +155,7 @@ class _Reached(Messenger):
 
     law: Any
     told: Mapping[str, Any]
+    mask: Tensor | bool | None
 
     def __init__(self, given: Collection[str]) -> None:
         super().__init__()
@@ -133,7 +164,7 @@ class _Reached(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == "x":
             require_met(self.left)
-            self.law, self.told = msg["fn"], msg["infer"] or {}
+            self.law, self.told, self.mask = msg["fn"], msg["infer"] or {}, msg["mask"]
             raise _Enough
         require_expected(msg, self.given)
         self.left.discard(msg["name"])

@@ -39,7 +39,7 @@ def require_finite_results(model: SCVI, guide: Guide, schema: Schema) -> None:
 
 def _results(model: SCVI, guide: Guide, x: Tensor, gamma: Tensor) -> dict[str, Tensor]:
     loc, scale = guide.start(x, gamma)
-    theta = theta_given(guide, x, gamma, guide.coordinates.sites(loc[None]))
+    theta = theta_given(guide, x, gamma, guide.coordinates.sites(loc[None]), scores_x=False)
     density = log_joint(model, x, gamma, guide.weights.medians())(loc[None])
     places = {"the place of a cell": loc, "the scale of a cell": scale}
     return places | {f"{name} of a cell": value for name, value in theta.items()} | {"the density of a cell": density}

@@ -11,6 +11,7 @@ import pandas as pd
 from pyro_scvi.analysis.evidence.densities import is_density
 from pyro_scvi.analysis.evidence.evidence import evidence
 from pyro_scvi.analysis.evidence.leave_one_out import WHY_NOT_CELLS
+from pyro_scvi.analysis.evidence.left_out import entries_of_density
 from pyro_scvi.analysis.evidence.totals import is_conditional
 from pyro_scvi.analysis.label_effects import dependence
 from pyro_scvi.data.cells import Cells
@@ -66,7 +67,8 @@ def compare(
     Raises
     ------
     ModelError
-        If no fit is given, if the evidence of only some is conditional on the total or a density, if a prior is
+        If no fit is given, if the evidence of only some is conditional on the total or a density, if their densities
+        are of different entries of x, if a prior is
         improper, if the cells have labels and only some of the models depend on them, or for log likelihoods or
         leave-one-out results in place of fits: leave-one-cell-out from log p(x_n | z_n) is invalid here. Single entries
         may be left out: ``ps.leave_one_out``.
@@ -83,6 +85,7 @@ def compare(
     listed = _listed(fits)
     _require_one_kind(listed)
     given = _given(listed, cells)
+    _require_same_entries(listed, cells)
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
     tables = {name: [_evidence(fit, cells, global_draws, options) for fit in of] for name, of in listed.items()}
     means = {name: np.mean([t.log_evidence for t in of], 0) for name, of in tables.items()}
@@ -164,6 +167,17 @@ def _require_one_kind(listed: dict[str, list[Fit]]) -> None:
             f"{of_one_kind} have an ObservedLibrary: their evidence is "
             "that of the counts given the total, which cannot be compared with the evidence of whole cells. Take "
             "LatentLibrary, or compare them with each other only"
+        )
+
+
+def _require_same_entries(listed: dict[str, list[Fit]], cells: Cells) -> None:
+    kept = {name: [entries_of_density(fit, cells) for fit in of] for name, of in listed.items()}
+    first = next(iter(kept.values()))[0]
+    if not all(np.array_equal(each, first) for of in kept.values() for each in of):
+        shares = ", ".join(f"{np.mean(of):.0%} of {name!r}" for name, of in kept.items())
+        raise ModelError(
+            f"the models leave different entries of x out of their densities, by observe(mask=) ({shares} are kept), "
+            "so their evidence is of different counts. Leave the same entries out in all of them"
         )
 
 

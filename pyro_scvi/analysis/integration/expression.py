@@ -129,7 +129,7 @@ def _shares(fit: Fit, x: Tensor, settings: list[Tensor], sites: dict[str, Tensor
     """Shares (draws, cells, genes asked for), the mean over settings of gamma."""
 
     def decoded(gamma: Tensor) -> Tensor:
-        return shares(theta_given(fit.guide, x, gamma, sites)["log_mean"]).index_select(-1, places)
+        return shares(theta_given(fit.guide, x, gamma, sites, scores_x=False)["log_mean"]).index_select(-1, places)
 
     return reduce(torch.add, map(decoded, settings)) / len(settings)
 

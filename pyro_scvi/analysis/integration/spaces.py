@@ -182,7 +182,7 @@ class Expression(Decoded):
 
     def features(self, guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor]) -> Tensor:
         """Shares of the mean counts, (draws, cells, genes)."""
-        return shares(theta_given(guide, x, gamma, sites)["log_mean"])
+        return shares(theta_given(guide, x, gamma, sites, scores_x=False)["log_mean"])
 
     def scaled(self, mean: Tensor) -> Tensor:
         """Square roots of shares."""
@@ -228,7 +228,7 @@ class Hidden(Decoded):
         layers: Any = guide.model.decoder.layers
         hook = layers.register_forward_hook(lambda module, given, made: passed.append(made))
         try:
-            law_given(guide, x, gamma, sites)
+            law_given(guide, x, gamma, sites, scores_x=False)
         finally:
             hook.remove()
         if len(passed) != 1:
