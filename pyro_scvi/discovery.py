@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 from pyro_scvi.distributions.supports import is_discrete, is_point, support_of, unwrapped
 from pyro_scvi.distributions.zero_inflated import ZeroInflated
 from pyro_scvi.errors import ModelError
+from pyro_scvi.failed_runs import explained
 from pyro_scvi.nn.component import evaluation_mode
 from pyro_scvi.utils.execution import executing
 from pyro_scvi.utils.random_state import seeded
@@ -137,6 +138,11 @@ def discovered(program: nn.Module, *args: Any, seed: int = 0, at: float = 0.0, *
 
     The run is in evaluation mode, under a seed of its own, hidden from the caller's handlers, with a parameter store of
     its own. Global latents are not drawn, but given the value of their support that ``at`` is taken to.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be run, for a reason that :mod:`pyro_scvi.failed_runs` knows.
     """
     with (
         evaluation_mode(program),
@@ -149,12 +155,17 @@ def discovered(program: nn.Module, *args: Any, seed: int = 0, at: float = 0.0, *
         _Recorder() as recorder,
         _InitToFeasible(like(program), at),
     ):
-        program(*args, **kwargs)
+        try:
+            program(*args, **kwargs)
+        except (AttributeError, RuntimeError, ValueError) as error:
+            if (named := explained(program, error, recorder.messages)) is None:
+                raise
+            raise named from error
     return list(_classified(recorder.messages))
 
 
 def require_distinct(found: list[TracedSite]) -> None:
-    """Refuse a program with two sites of one name, which Pyro cannot trace.
+    """Refuse a program with two sites, or a site and a plate, of one name, which Pyro cannot trace.
 
     Raises
     ------
@@ -164,6 +175,10 @@ def require_distinct(found: list[TracedSite]) -> None:
     for name, times in Counter(site.name for site in found if site.kind is not Kind.PARAMETER).items():
         if times > 1:
             raise ModelError(f"the program samples two sites called {name!r}: give each a name of its own")
+    plates = {plate for site in found for plate in site.plates.values()}
+    for site in found:
+        if site.name in plates and site.kind is not Kind.REPEATED and site.kind is not Kind.SUBSAMPLED:
+            raise ModelError(f"the program's site {site.name!r} has the name of a plate: rename the site")
 
 
 def sites_of(program: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
-from pyro_scvi.guides.supported import EXPLICIT
+from pyro_scvi.guides.supported import EXPLICIT, own_dims
 from pyro_scvi.inference.evaluation import evaluating, theta_given, watched, with_enumerated
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
@@ -130,11 +130,6 @@ def sample_posterior(
 
 def _of_globals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     return {name: (("sample", *own_dims(name, value.ndim - 1)), value) for name, value in drawn.items()}
-
-
-def own_dims(name: str, n: int) -> tuple[str, ...]:
-    """Names for ``n`` dimensions of a site that have none, as ArviZ makes them."""
-    return tuple(f"{name}_dim_{i}" for i in range(n))
 
 
 def draw_sites(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws, sites: Sequence[str]) -> dict[str, Tensor]:

@@ -48,7 +48,9 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
         p_\alpha(\theta | x) \propto p(\theta)^\alpha\, \frac{q(\theta)}{p(\theta)} \quad or \quad
         p(\theta)\, \Big(\frac{q(\theta)}{p(\theta)}\Big)^\alpha
 
-    If the guide is wrong about them, so are these rows.
+    If the guide is wrong about them, so are these rows. Of draws that ``with_globals`` gave, no density is known, and
+    there are no such rows. Numbers of an array that are the same in all draws and cells have none either, as the upper
+    triangle of a Cholesky factor.
 
     Parameters
     ----------
@@ -77,12 +79,14 @@ def prior_sensitivity(tree: xr.DataTree, *, priors: Sequence[str] | None = None,
         Without arviz-stats, which the extra ``arviz`` installs.
     ModelError
         If ``tree`` is no DataTree, has no latent of the cells, or lacks ``log_prior`` or the ``lp`` of
-        ``sample_stats``, or no cell has enough draws that differ.
+        ``sample_stats``, or no cell has enough draws that differ, or all ``priors`` are of global latents whose
+        density is not known.
 
     Warns
     -----
     UserWarning
-        If k-hat shows that the draws of more than a tenth of the cells do not follow the posterior.
+        If k-hat shows that the draws of more than a tenth of the cells do not follow the posterior, or global latents
+        are left out because their density is not known.
 
     References
     ----------
@@ -152,7 +156,7 @@ def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> list[_Part]:
         parts = []
         if scaled.keys() - shared:
             parts.append(_part(posterior, _of(log_prior, log_prior.keys() - shared), scaled, stats["lp"]))
-        if scaled.keys() & shared:
+        if scaled.keys() & shared and _has_density(stats["log_q_global"], alone=not parts):
             densities = {name: _as_cell(value) for name, value in _of(log_prior, shared).items()}
             of_globals = posterior[[name for name in posterior.data_vars if name in shared]].map(_as_cell)
             parts.append(_part(of_globals, densities, scaled, _as_cell(stats["log_q_global"])))
@@ -162,6 +166,20 @@ def _parts(tree: xr.DataTree, priors: Sequence[str] | None) -> list[_Part]:
             "priors= names: pass what to_datatree returns"
         ) from error
     return parts
+
+
+def _has_density(log_q: xr.DataArray, *, alone: bool) -> bool:
+    """Whether the density of the global latents is known; says so if not, which is no error unless they are alone."""
+    if bool(log_q.notnull().any()):
+        return True
+    unknown = (
+        "the density of the global latents' draws is not known, as with_globals gives draws without one: take the tree "
+        "of a fit whose guide has it"
+    )
+    if alone:
+        raise ModelError(unknown)
+    warn(f"{unknown}. There are no rows of {ALL_CELLS!r}")
+    return False
 
 
 def _of(log_prior: dict[str, xr.DataArray], names: Collection[str]) -> dict[str, xr.DataArray]:
@@ -201,7 +219,9 @@ def _by_number(latent: xr.DataArray) -> xr.DataArray:
     labels = [f"{latent.name}[{', '.join(map(str, place))}]" for place in places]
     flat = latent.transpose(*DRAWS, "cell", *own).values.reshape(*(latent.sizes[d] for d in (*DRAWS, "cell")), -1)
     known = {dim: latent[dim].values for dim in (*DRAWS, "cell")} | {"variable": labels}
-    return xr.DataArray(flat, known, (*DRAWS, "cell", "variable"))
+    numbers = xr.DataArray(flat, known, (*DRAWS, "cell", "variable"))
+    varying = (numbers != numbers[0, 0, 0]).any([*DRAWS, "cell"])
+    return numbers[..., varying.values] if varying.any() else numbers  # all the same: too few draws, which is said
 
 
 def _total(terms: Sequence[xr.DataArray]) -> xr.DataArray:

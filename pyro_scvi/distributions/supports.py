@@ -199,6 +199,14 @@ def same_set(one: Any, other: Any) -> bool:
     return all(isinstance(a, int | float) and isinstance(b, int | float) and a == b for a, b in pairs)
 
 
+def varying_entries(support: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Which numbers of values of a shape differ between values: not the upper triangle of a Cholesky factor."""
+    bijection, of = bijection_to(support), torch.Generator().manual_seed(0)
+    size = bijection.inverse_shape(torch.Size(shape))
+    one, other = (bijection(_placed(torch.randn(size, generator=of), support)) for _ in range(2))
+    return ~torch.isclose(one, other).cpu()
+
+
 def _same_values(one: Any, other: Any, u: torch.Tensor) -> bool:
     first, second = (in_float64(biject_to(support)(_placed(u, support))).cpu() for support in (one, other))
     return torch.allclose(first, second)

@@ -18,14 +18,13 @@ from pyro_scvi.analysis.posterior_samples import (
     draw_sites,
     latent_sites,
     n_event,
-    own_dims,
     weighed_global_draws,
 )
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.log_joint import cell_terms, entry_terms, global_terms, latent_terms, scored
 from pyro_scvi.guides.program_runs import entries_kept, masked_entries
-from pyro_scvi.guides.supported import EXPLICIT
+from pyro_scvi.guides.supported import EXPLICIT, own_dims
 from pyro_scvi.inference.evaluation import (
     USUAL,
     drawn_from_prior,

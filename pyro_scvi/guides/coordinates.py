@@ -20,6 +20,7 @@ from pyro_scvi.distributions.supports import (
     same_coordinates,
     same_set,
     support_of,
+    varying_entries,
 )
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.enumeration import n_values
@@ -52,6 +53,11 @@ class LocalSite:
     def inverse_shape(self) -> torch.Size:
         """Shape of an event in unconstrained coordinates."""
         return torch.Size(self.bijection.inverse_shape(self.event_shape))
+
+    @cached_property
+    def varying(self) -> Tensor:
+        """Which numbers of an event, flattened, differ between its values."""
+        return varying_entries(self.support, self.event_shape).reshape(-1)
 
     @property
     def size(self) -> int:

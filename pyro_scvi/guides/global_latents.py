@@ -125,8 +125,8 @@ class GlobalNormal(GlobalLatents):
     def medians(self) -> dict[str, Tensor]:
         """The median of every global latent under q."""
         pairs = zip(self.supports.items(), self.loc, strict=True)
-        # A view, for a program may keep what it samples as an attribute, where a parameter would become its own.
-        return {name: bijection_to(support)(loc.view_as(loc)) for (name, support), loc in pairs}
+        # Clones, for a program may keep what it samples as an attribute, and copies of a fit are made with it.
+        return {name: bijection_to(support)(loc.detach().clone()) for (name, support), loc in pairs}
 
 
 class GlobalAutoguide(GlobalLatents):

@@ -37,6 +37,11 @@ EXPLICIT = ("w", "y", "h")
 """Sites of the explicit program beside its latents and x."""
 
 
+def own_dims(name: str, n: int) -> tuple[str, ...]:
+    """Names for ``n`` dimensions of a site that have none, as ArviZ makes them."""
+    return tuple(f"{name}_dim_{i}" for i in range(n))
+
+
 class Latent(NamedTuple):
     """What a guide takes a latent for; the shape of an event is None where it may be any."""
 
@@ -198,7 +203,13 @@ def _require_densities(found: list[TracedSite]) -> None:
         if site.kind is Kind.DETERMINISTIC or isinstance(unwrapped(site.law), dist.ImproperUniform):
             continue
         try:
-            site.law.log_prob(site.value)
+            site.law.log_prob(site.value.clone())  # some laws know their own draws by identity
+        except KeyError as error:
+            raise ModelError(
+                f"the distribution of the program's site {site.name!r} ({type(unwrapped(site.law)).__name__}) has a "
+                f"density at its own draws alone ({error}): take a transform that has an inverse, as "
+                "dist.transforms.affine_coupling or dist.transforms.spline"
+            ) from error
         except NotImplementedError as error:
             raise ModelError(
                 f"the distribution of the program's site {site.name!r} ({type(unwrapped(site.law)).__name__}) has "
@@ -209,7 +220,13 @@ def _require_densities(found: list[TracedSite]) -> None:
 
 def _require_names(found: list[TracedSite]) -> None:
     """Refuse latents under a name that the results have for something else."""
+    dims = {dim: site.name for site in found if site.kind.latent for dim in own_dims(site.name, site.value.dim())}
     for site in found:
+        if site.kind.latent and site.name in dims:
+            raise ModelError(
+                f"the program's site {site.name!r} has the name that results give a dimension of {dims[site.name]!r}: "
+                "rename it"
+            )
         if site.kind.latent and site.name in RESERVED:
             raise ModelError(
                 f"the program's site {site.name!r} has a name that results use for something else: rename it"

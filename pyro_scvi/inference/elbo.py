@@ -58,14 +58,21 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Negative bound, nats, a scalar."""
         guided = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-        summed = Enumerating(LEFT_OF_CELLS)(pyro.poutine.replay(model, trace=guided))
+        depth = _depth(guided)
+        summed = Enumerating(LEFT_OF_CELLS + DEPTH - depth)(pyro.poutine.replay(model, trace=guided))
         modelled = pyro.poutine.trace(summed).get_trace(*args, **kwargs)
         if execution().check_programs and is_validation_enabled():
-            _check(guided, modelled)
+            _check(guided, modelled, depth)
         return _negative_bound(guided, modelled)
 
 
-def _check(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) -> None:
+def _depth(guided: pyro.poutine.Trace) -> int:
+    """Dimensions of plates: of cells and genes, and those left of them, in which global latents may be."""
+    frames = (frame for _, site in _sites(guided) for frame in site["cond_indep_stack"] if frame.vectorized)
+    return max([DEPTH, *(-frame.dim for frame in frames)])
+
+
+def _check(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace, depth: int) -> None:
     """Pyro's checks: that the same sites are sampled, in shapes that their plates say, from reparameterised laws.
 
     Raises
@@ -74,7 +81,7 @@ def _check(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) -> None:
         If the guide samples a site that the model does not have, and does not call it auxiliary.
     """
     enumerates = any(is_enumerated(site) for _, site in _sites(modelled))
-    check_model_guide_match(modelled, guided, DEPTH if enumerates else math.inf)
+    check_model_guide_match(modelled, guided, depth if enumerates else math.inf)
     for name, site in _sites(guided):
         if name not in modelled.nodes and not site["infer"].get("is_auxiliary"):
             raise ModelError(f"the guide samples {name!r}, which the model does not have; the bound would be wrong")
@@ -82,8 +89,8 @@ def _check(guided: pyro.poutine.Trace, modelled: pyro.poutine.Trace) -> None:
     modelled.compute_log_prob()
     guided.compute_score_parts()
     for name, site in (*_sites(modelled), *_sites(guided)):
-        depth: Any = DEPTH if enumerates and site["log_prob"].dim() > DEPTH else math.inf
-        check_site_shape(site, depth)
+        nested: Any = depth if enumerates and site["log_prob"].dim() > depth else math.inf
+        check_site_shape(site, nested)
         if name in guided.nodes and not site["is_observed"]:
             check_fully_reparametrized(guided.nodes[name])
 

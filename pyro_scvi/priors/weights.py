@@ -3,6 +3,7 @@
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -409,6 +410,11 @@ def _matching(model: nn.Module, pattern: str, taken: Container[str]) -> list[str
             "object for each model"
         )
     return names
+
+
+def is_taken_out(owner: Any, name: str | None) -> bool:
+    """Whether a parameter of a module became a latent variable, which the module has only while it is drawn."""
+    return isinstance(owner, nn.Module) and name in vars(owner).get(TAKEN, ())
 
 
 def _is_ordered(prior: WeightPrior) -> bool:

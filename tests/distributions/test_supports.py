@@ -7,7 +7,7 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 
 import pyro_scvi as ps
-from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of
+from pyro_scvi.distributions.supports import require_coordinates, same_coordinates, support_of, varying_entries
 from tests.system.test_combinations import PRIORS
 
 EACH = dist.Categorical(torch.ones(3, 2))
@@ -63,3 +63,14 @@ def test_supports_that_differ():
     for i, one in enumerate(different):
         for j, other in enumerate(different):
             assert same_coordinates(one, other, (3,)) == (i == j)
+
+
+def test_entries_that_all_values_share_are_known():
+    lower = torch.ones(3, 3).tril().bool()
+    lower[0, 0] = False  # it is 1
+    assert torch.equal(varying_entries(dist.LKJCholesky(3, 1.0).support, (3, 3)), lower)
+    assert torch.equal(varying_entries(constraints.corr_matrix, (3, 3)), ~torch.eye(3).bool())
+    bounds = constraints.interval(torch.zeros(2), torch.ones(2))
+    for support in (constraints.simplex, constraints.ordered_vector, constraints.real, bounds):
+        assert varying_entries(support, (2,)).all()
+    assert varying_entries(constraints.positive, ())

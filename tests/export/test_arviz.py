@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -17,6 +18,7 @@ from pyro_scvi.export.arviz import to_datatree
 from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.inference.samplers import Draws
 from tests.support.simulate import simulated_counts
+from tests.support.toys import Toy, cells_of, fit_of, toy
 
 LARGE = {"log_likelihood": True, "posterior_predictive": True, "prior_predictive": True}
 SAMPLERS = {
@@ -583,6 +585,37 @@ def test_globals_whose_guide_is_their_prior_depend_on_it_alone(azs, cells):
                 assert rows.prior.mean() > 2 * rows.prior_noise.mean()
             else:
                 assert rows.likelihood.mean() > 2 * rows.likelihood_noise.mean()
+
+
+class Correlated(Toy):
+    """A Cholesky factor of each cell, and one that all cells share."""
+
+    def forward(self, *args, **options):
+        self.shared = pyro.sample("S", dist.LKJCholesky(2, torch.full((), 2.0).double()))
+        return super().forward(*args, **options)
+
+    def more(self):
+        own = pyro.sample("L", dist.LKJCholesky(2, torch.full((), 2.0).double()))
+        return own[..., 1, 0] + self.shared[1, 0]
+
+
+def test_numbers_that_no_draw_changes_have_no_sensitivity(azs):
+    tree = to_datatree(fit_of(toy(Correlated)), cells_of(2), samples=400, sampler=ps.Importance())
+    table = prior_sensitivity(tree)
+    found = [variable for _, variable in table.index]
+    assert found == 2 * ["z[0]", "L[1, 0]", "L[1, 1]"] + ["S[1, 0]", "S[1, 1]"]
+    assert table.notna().all(axis=None)
+
+
+def test_globals_without_a_density_are_left_out_and_it_is_said(azs):
+    fit = fit_of(toy(Correlated))
+    draws = {name: value.numpy() for name, value in fit.guide.weights.draws(50).items()}
+    tree = to_datatree(fit.with_globals(draws), cells_of(2), samples=400, sampler=ps.Importance())
+    with pytest.warns(UserWarning, match="with_globals gives draws without one.*no rows of 'all cells'"):
+        table = prior_sensitivity(tree)
+    assert set(table.index.get_level_values("cell")) == {"cell_0", "cell_1"}
+    with pytest.raises(ModelError, match="with_globals gives draws without one"):
+        prior_sensitivity(tree, priors=["S"])
 
 
 def exact_sensitivity(x, sd, low, high, alphas):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
@@ -11,6 +12,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.elbo import MeanFieldELBO
 from pyro_scvi.training.checks import TemperedLatents
 from pyro_scvi.utils.execution import executing
+from tests.support.toys import Toy, cells_of, fit_of, toy
 
 GUIDES = [ps.guides.DiagonalNormal, ps.guides.FullRankNormal, ps.guides.InverseAutoregressiveFlow, ps.guides.Point]
 PRIORS = {
@@ -134,6 +136,36 @@ def test_other_types_for_matrix_products_are_refused(cells):
 def test_more_draws_than_one_are_refused():
     with pytest.raises(TypeError, match="num_particles"):
         MeanFieldELBO(num_particles=8)
+
+
+class Donors(Toy):
+    """What three donors add, and a cluster that is summed out."""
+
+    dim = -1
+
+    def forward(self, *args, **options):
+        with pyro.plate("donors", 3, dim=self.dim):
+            self.added = pyro.sample("m", dist.Normal(torch.zeros(()).double(), 1.0)).sum()
+        return super().forward(*args, **options)
+
+    def more(self):
+        half = torch.full((), 0.5).double()
+        return self.added + 2 * pyro.sample("c", dist.Bernoulli(half), infer={"enumerate": "parallel"})
+
+
+class DonorsLeftOfCells(Donors):
+    dim = -3
+
+
+def test_plates_left_of_the_cells_change_no_bound():
+    losses = []
+    for kind in (Donors, DonorsLeftOfCells):
+        fit = fit_of(toy(kind))
+        x, gamma = (tensor.double() for tensor in cells_of()[:])
+        torch.manual_seed(1)
+        with pyro.get_param_store().scope():
+            losses.append(MeanFieldELBO().loss(fit.model, fit.guide, x, gamma))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
 
 
 def test_a_site_that_only_the_guide_needs_is_counted_as_pyro_counts_it(cells):

@@ -187,6 +187,7 @@ def _widened(fit: Fit, cells: Cells, n_new: int) -> tuple[Fit, list[_Widened]]:
             f"q(z | x) of {type(fit.guide).__name__} depends on the batch, so new batches cannot be added without "
             "training the guide. Fit with a guide whose encoder does not read gamma, which is the default"
         )
+    _require_decoder_sees_batches(fit, cells)
     _require_batch_in_decoder_alone(fit, cells)
     model, guide = copied(fit.model, fit.guide)
     widened = [_with_columns(*place, n_known, n_new) for place in _places(model, n_known)]
@@ -196,15 +197,31 @@ def _widened(fit: Fit, cells: Cells, n_new: int) -> tuple[Fit, list[_Widened]]:
     return made, widened
 
 
+def _seen(model: SCVI) -> list[int]:
+    """The columns of gamma that the decoder reads; the batches are the first of gamma."""
+    return list(range(model.n_covariates)) if model.decoder_columns is None else model.decoder_columns.tolist()
+
+
+def _require_decoder_sees_batches(fit: Fit, cells: Cells) -> None:
+    """Refuse a decoder that does not read the batches, and say what of the program does."""
+    n_known, seen = fit.schema.n_batches, _seen(fit.model)
+    if any(seen[at : at + n_known] == list(range(n_known)) for at in range(len(seen))):
+        return
+    known = cells.with_batch(fit.schema.batches[0])
+    if sites := dependence(fit, known, slice(0, n_known)).sites:
+        raise ModelError(
+            f"the decoder does not see the batches, and {type(fit.model).__name__} uses them otherwise, in the "
+            f"distribution of {list(sites)}, which is unknown for new batches. Fit reference and query together"
+        )
+    raise ModelError(
+        "the decoder does not see the batches, so there is nothing to learn about new ones. Embed the query as it is"
+    )
+
+
 def _places(model: SCVI, n_known: int) -> list[tuple[nn.Module, str, int]]:
     """Modules of the decoder with a parameter on gamma, its name, and where the known batches are in it."""
-    seen = list(range(model.n_covariates)) if model.decoder_columns is None else model.decoder_columns.tolist()
-    at = seen.index(0) if 0 in seen else None
-    if at is None or seen[at : at + n_known] != list(range(n_known)):
-        raise ModelError(
-            "the decoder does not see the batches, so there is nothing to learn about new ones. "
-            "Embed the query as it is"
-        )
+    seen = _seen(model)
+    at = seen.index(0)
     decoder: Any = model.decoder
     if isinstance(decoder, Decoder):
         linear: Any = decoder.layers.linear

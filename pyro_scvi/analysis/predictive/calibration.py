@@ -191,7 +191,8 @@ def calibrate(
 
     If latents come from the prior and draws from the posterior, ranks are uniform on 0 to L for every quantity (Talts,
     Betancourt, Simpson, Vehtari and Gelman 2018). The quantities are every continuous latent of a cell, and the log
-    likelihood of x, which reveals errors that no single latent shows (Modrak et al. 2023). Global latents are held at
+    likelihood of x, which reveals errors that no single latent shows (Modrak et al. 2023). Numbers of an array that are
+    the same in all its values, as the upper triangle of a Cholesky factor, are left out. Global latents are held at
     the guide's medians; :func:`pyro_scvi.calibrate_globals` ranks them. With an observed library size, the total that
     the simulation drew is not the total of x, so even a correct sampler's ranks are not uniform.
 
@@ -223,8 +224,8 @@ def calibrate(
     Raises
     ------
     ModelError
-        If the prior has no density, covariates are missing, L + 1 is no multiple of 20, a number is below 1, or an
-        argument has the wrong type.
+        If the prior has no density, covariates are missing, L + 1 is no multiple of 20, a number is below 1, two
+        quantities would have one name, or an argument has the wrong type.
     SchemaError
         If the genes or covariates of the source's cells are not those of the fit.
 
@@ -245,14 +246,14 @@ def calibrate(
         raise ModelError(
             f"source must be calibration.Prior() or calibration.AggregatePosterior(cells), got {brief(source)}"
         )
-    parts = []
+    parts, quantities = [], _quantities(fit)
     streams = cell_streams(seed, map(str, range(n_cells)))  # truth and draws go on in one stream for each cell
     with evaluating(fit.model, fit.guide, seed), progress_bar(n_cells, "cell", progress) as bar, streams:
         truth, gamma = source.draw(fit, n_cells)
         for part in _ranks(fit, truth, gamma, sampler, draws, thin, batch_size):
             parts.append(part)
             bar.update(len(part))
-    ranks = pd.DataFrame(np.concatenate(parts), columns=_quantities(fit))
+    ranks = pd.DataFrame(np.concatenate(parts), columns=quantities)
     ranks.index.name = "simulated cell"
     return Calibration(ranks, summary_of(ranks, draws), draws)
 
@@ -320,7 +321,8 @@ def _values(
     """Every quantity that is ranked, (..., cells, quantities)."""
     known = fit.guide.coordinates.local.values()
     latents = [sites[site.name].reshape(*sites[site.name].shape[: _lead(site)], -1) for site in known]
-    return torch.cat([*latents, distribution(sites).log_prob(x).sum(-1, keepdim=True)], -1)
+    ranked = [value[..., site.varying.to(value.device)] for site, value in zip(known, latents, strict=True)]
+    return torch.cat([*ranked, distribution(sites).log_prob(x).sum(-1, keepdim=True)], -1)
 
 
 def _lead(site: LocalSite) -> int | None:
@@ -331,9 +333,26 @@ def _lead(site: LocalSite) -> int | None:
 def _quantities(fit: Fit) -> list[str]:
     names = []
     for site in fit.guide.coordinates.local.values():
-        n = site.event_shape.numel()
-        names += [f"{site.name}_{i}" for i in range(n)] if site.event_shape else [site.name]
-    return [*names, "log_likelihood"]
+        places = site.varying.nonzero().flatten().tolist()
+        names += [f"{site.name}_{i}" for i in places] if site.event_shape else [site.name]
+    return require_distinct([*names, "log_likelihood"])
+
+
+def require_distinct(quantities: list[str]) -> list[str]:
+    """Names of quantities, if each has one of its own.
+
+    Raises
+    ------
+    ModelError
+        Naming the first that two have.
+    """
+    twice = [name for i, name in enumerate(quantities) if name in quantities[:i]]
+    if twice:
+        raise ModelError(
+            f"two quantities of the table would be called {twice[0]!r}, the name of a site and of a number of an array "
+            "or the log likelihood: rename the site"
+        )
+    return quantities
 
 
 def summary_of(ranks: pd.DataFrame, draws: int) -> pd.DataFrame:

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from pyro_scvi.analysis.inputs import minibatches, require_inputs
-from pyro_scvi.analysis.predictive.calibration import Calibration, require_ranks, summary_of
+from pyro_scvi.analysis.predictive.calibration import (
+    Calibration,
+    require_distinct,
+    require_ranks,
+    summary_of,
+)
 from pyro_scvi.data.cells import Cells
+from pyro_scvi.distributions.supports import varying_entries
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.program_runs import drawn_counts
 from pyro_scvi.inference.evaluation import evaluating
@@ -70,13 +76,14 @@ def calibrate_globals(
     -------
     Calibration
         ``ranks`` (simulated data sets x quantities), one quantity for each number of each global latent, and
-        ``summary`` as :func:`pyro_scvi.calibrate` has it.
+        ``summary`` as :func:`pyro_scvi.calibrate` has it. Numbers of an array that are the same in all its values, as
+        the upper triangle of a Cholesky factor, are left out.
 
     Raises
     ------
     ModelError
         If the fit has no global latents, a prior has no density, L + 1 is no multiple of 20, a number is below 1,
-        ``refit`` is no function, or what it returns has other global latents.
+        two quantities would have one name, ``refit`` is no function, or what it returns has other global latents.
     SchemaError
         If the cells' genes or covariates are not those of the fit.
 
@@ -102,14 +109,18 @@ def calibrate_globals(
         raise ModelError("the model has no global latents; calibrate ranks those of the cells")
     if not callable(refit):
         raise ModelError(f"refit must be a function that fits cells, got {brief(refit)}")
+    varying = {
+        name: varying_entries(fit.guide.weights.supports[name], value.shape)
+        for name, value in fit.guide.weights.medians().items()
+    }
+    columns = require_distinct([label for name in names for label in _labels(name, varying[name])])
     rows = []
     with progress_bar(n_sets, "data set", progress) as bar:
         for of_data, of_draws in _seeds(seed, n_sets):
             truth, simulated = _simulated(fit, cells, of_data)
             posterior = _posterior(refit(simulated), names, draws, of_draws)
-            rows.append(np.concatenate([_ranks(posterior[name], truth[name]) for name in names]))
+            rows.append(np.concatenate([_ranks(posterior[name], truth[name], varying[name]) for name in names]))
             bar.update(1)
-    columns = [label for name in names for label in _labels(name, truth[name].shape)]
     ranks = pd.DataFrame(np.stack(rows), columns=columns)
     ranks.index.name = "simulated data set"
     return Calibration(ranks, summary_of(ranks, draws), draws)
@@ -142,11 +153,11 @@ def _posterior(fitted: Fit, names: list[str], draws: int, seed: int) -> dict[str
     return drawn
 
 
-def _ranks(posterior: Tensor, truth: Tensor) -> np.ndarray:
-    return (posterior < truth).sum(0).reshape(-1).cpu().numpy()
+def _ranks(posterior: Tensor, truth: Tensor, varying: Tensor) -> np.ndarray:
+    return (posterior < truth).sum(0).cpu()[varying].reshape(-1).numpy()
 
 
-def _labels(name: str, shape: torch.Size) -> list[str]:
-    if not shape:
+def _labels(name: str, varying: Tensor) -> list[str]:
+    if not varying.dim():
         return [name]
-    return [f"{name}_{'_'.join(map(str, place))}" for place in np.ndindex(*shape)]
+    return [f"{name}_{'_'.join(map(str, place))}" for place in varying.nonzero().tolist()]

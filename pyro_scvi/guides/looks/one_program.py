@@ -121,9 +121,8 @@ def _require_same(model: SCVI, expected: Densities, found: Densities, other: _Ot
 
 def _require_shared(look: Look, sites: Mapping[str, Tensor], densities: Densities) -> None:
     """Compare densities of latents outside the plate of the cells where other cells, and fewer, are run."""
-    local = {"x", *look.coordinates.local, *look.coordinates.enumerated}
     few = [1, 2, 4]
     part = replace(look, x=look.x[few], gamma=look.gamma[few])
     of_few = _densities(part, {name: value[few] for name, value in sites.items()})
-    shared = {name: value for name, value in of_few.items() if name not in local}
+    shared = {name: value for name, value in of_few.items() if name in look.global_latents}
     _require_same(look.model, densities, shared, _CELLS)

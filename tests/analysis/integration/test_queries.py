@@ -4,6 +4,8 @@ from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from anndata import AnnData
@@ -11,7 +13,7 @@ from scipy.spatial.distance import cdist
 
 import pyro_scvi as ps
 from pyro_scvi.errors import DataError, ModelError, SchemaError
-from tests.support.programs import Effect
+from tests.support.programs import Effect, Observing
 
 N, N_GENES = 120, 20
 DONORS = np.array(["a", "b", "c"])
@@ -280,6 +282,29 @@ def test_a_program_of_ones_own_is_mapped_through_its_decoder():
     np.testing.assert_array_equal(ps.embed(mapped, again), ps.embed(fit, cells))
 
 
+class Keeps(Observing):
+    """Keeps what it draws as attributes: the parameter itself, and a part of it."""
+
+    def outside(self):
+        self.kept = pyro.sample("m", dist.Normal(torch.zeros(N_GENES), 0.5).to_event(1))
+        self.first = self.kept[:1]
+
+    def decode(self, z, log_library, gamma):
+        theta = super().decode(z, log_library, gamma)
+        return theta | {"log_mean": theta["log_mean"] + self.kept}
+
+
+def test_a_program_may_keep_what_it_draws():
+    cells = reference_of()
+    model = Keeps(N_GENES, 2, cells.n_covariates, n_hidden=8)
+    fit = ps.fit(model, cells, epochs=5, batch_size=20, validation=0, progress=False)
+    mapped = ps.map_query(fit, query_of(fit), epochs=1, progress=False)
+    assert mapped.schema.batches == ("a", "b", "c")
+    assert set(dict(mapped.model.named_parameters())) == set(dict(fit.model.named_parameters()))
+    at_draws = fit.with_globals({name: value.numpy() for name, value in fit.guide.weights.draws(1).items()})
+    assert ps.map_query(at_draws, query_of(at_draws), epochs=1, progress=False).schema.n_batches == 3
+
+
 class ByNumber(Effect):
     """Reads the age, the last column, by its number."""
 
@@ -308,7 +333,13 @@ def test_what_would_not_know_a_new_batch_is_refused(fit):
         r"\['l'\] of this model not only": lambda: fit_of(
             cells, library=ps.libraries.LatentLibrary([4.0, 5.0], [0.2, 0.3])
         ),
-        "does not see the batches": lambda: fit_of(cells, prior=ps.priors.Conditional(3, first)),
+        r"does not see the batches, and SCVI uses them otherwise, in the distribution of \['z'\]": lambda: fit_of(
+            cells, prior=ps.priors.Conditional(3, first)
+        ),
+        r"does not see the batches, and ByBatch uses them otherwise.*\['x'\]": lambda: ps.fit(
+            ByBatch(N_GENES, 2, 5, n_hidden=8, decoder_columns=[]), cells, epochs=1, progress=False
+        ),
+        "nothing to learn about new ones": lambda: fit_of(cells, decoder_columns=[]),
         "a prior from weight_priors": lambda: fit_of(cells, weight_priors=weights),
         "by their number": lambda: ps.fit(ByNumber(N_GENES, 2, 5, n_hidden=8), cells, epochs=1, progress=False),
         "not only through the decoder": lambda: ps.fit(

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -13,6 +15,7 @@ from pyro_scvi.guides.program_runs import theta_at
 from pyro_scvi.inference.evaluation import evaluating
 from pyro_scvi.inference.proposals import start
 from pyro_scvi.inference.samplers import Draws
+from tests.support.toys import Toy, fit_of, toy
 
 FAST_HMC = ps.HMC(warmup=60, steps=50, leapfrog=5, least=4)
 EXACT = {"hmc": (FAST_HMC, 5), "importance": (ps.Importance(steps=50, rounds=2, proposals=1000), 1)}
@@ -203,3 +206,25 @@ def test_the_repr_says_what_matters_in_a_few_lines():
 def test_numbers_of_draws_that_make_no_equal_bins_are_refused(draws, fit_and_cells):
     with pytest.raises(ModelError, match="draws"):
         ps.calibrate(fit_and_cells[0], 4, draws=draws, progress=False)
+
+
+class Correlated(Toy):
+    def more(self):
+        return pyro.sample("L", dist.LKJCholesky(2, torch.ones(()).double()))[..., 1, 0]
+
+
+class CalledAsNumber(Toy):
+    def more(self):
+        return pyro.sample("z_0", dist.Normal(torch.zeros(()).double(), 1.0))
+
+
+def test_numbers_that_no_draw_changes_are_not_ranked():
+    """The upper triangle and the corner of a Cholesky factor, whose rank would be 0 in every cell."""
+    found = calibrate(fit_of(toy(Correlated)), 100, sampler=ps.Importance(), draws=19, thin=1, progress=False)
+    assert list(found.ranks) == ["z_0", "L_2", "L_3", "log_likelihood"]
+    assert (found.summary.rank_p > 1e-4).all()
+
+
+def test_two_quantities_of_one_name_are_refused():
+    with pytest.raises(ModelError, match="two quantities of the table would be called 'z_0'"):
+        calibrate(fit_of(toy(CalledAsNumber)), 4, sampler=ps.Importance(), draws=19, progress=False)

@@ -90,3 +90,33 @@ def test_refusals(change, message):
     given = {"fit": fit_of(toy(Level)), "cells": cells_of(10), "refit": refit(), "n_sets": 1, "progress": False}
     with pytest.raises(ModelError, match=message):
         ps.calibrate_globals(**{**given, **change})
+
+
+class Correlated(Toy):
+    """A correlation that all cells share, as a Cholesky factor."""
+
+    def forward(self, *args, **options):
+        self.factor = pyro.sample("L", dist.LKJCholesky(2, torch.ones(()).double()))
+        return super().forward(*args, **options)
+
+    def more(self):
+        return self.factor[1, 0]
+
+
+class Twice(Level):
+    """A number of an array, and a site of its name."""
+
+    def forward(self, *args, **options):
+        pyro.sample("rate_1", dist.Normal(0.0, 1.0))
+        return super().forward(*args, **options)
+
+
+def test_numbers_that_no_draw_changes_are_not_ranked():
+    fit = fit_of(toy(Correlated))
+    found = ps.calibrate_globals(fit, cells_of(4), lambda cells: fit, 3, draws=19, progress=False)
+    assert list(found.ranks) == ["L_1_0", "L_1_1"]
+
+
+def test_two_quantities_of_one_name_are_refused_before_any_fit():
+    with pytest.raises(ModelError, match="two quantities of the table would be called 'rate_1'"):
+        ps.calibrate_globals(fit_of(toy(Twice)), cells_of(4), lambda cells: 1 / 0, 3, draws=19)
