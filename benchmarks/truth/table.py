@@ -32,7 +32,7 @@ def rows_of(n_cells: int) -> list[Check]:
         lambda: posteriors.left_out(line),
         lambda: posteriors.technical_zeros(line),
         lambda: separated.modes(n_cells // 4),
-        lambda: diagnostics.calibration(line, 2 * n_cells),
+        lambda: diagnostics.calibration(line, 6 * n_cells),
         lambda: diagnostics.sensitivity(line),
         lambda: diagnostics.checks(simulated, n_cells),
     ]

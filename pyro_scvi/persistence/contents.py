@@ -145,11 +145,8 @@ class _Contents:
         if isinstance(value, nn.Module):
             return f"{lasting_repr(value)} {self.of(value.state_dict())}"
         fields = [*getattr(value, "__dict__", ()), *_slots(type(value))]
-        if fields or dataclasses.is_dataclass(value):
+        if fields or hasattr(value, "__dict__") or type(value) is object:
             return f"{kind} {self.of({name: getattr(value, name) for name in fields if hasattr(value, name)})}"
-        made: Any = type(value).__new__
-        if made is object.__new__:
-            return kind  # an object of Python without attributes
         raise ModelError(
             f"a value of type {kind} has no content that a later call could be compared by: bind numbers, words, "
             "arrays, tables or objects with attributes"

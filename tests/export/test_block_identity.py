@@ -3,6 +3,7 @@
 from functools import partial
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -173,3 +174,24 @@ def test_a_fit_of_the_same_weights_and_another_prior_is_another(adata, tmp_path)
     ps.shards.write(fits[0], cells, tmp_path / "o.zarr", {"z": ps.embed}, **OPTIONS)
     with pytest.raises(DataError, match="another run: fit differ"):
         ps.shards.write(fits[1], cells, tmp_path / "o.zarr", {"z": ps.embed}, **OPTIONS)
+
+
+def test_counts_that_change_in_place_meanwhile_are_told(adata, fit, tmp_path):
+    many = np.tile(adata.X, (200, 1))  # beyond what HDF5 keeps of a file
+    names = pd.DataFrame(index=[f"c{i}" for i in range(len(many))])
+    ad.AnnData(many, obs=names, var=adata.var).write_h5ad(tmp_path / "in.h5ad")
+    cells = ps.Cells.from_anndata(ad.read_h5ad(tmp_path / "in.h5ad", backed="r"), backed=True)
+    with h5py.File(tmp_path / "in.h5ad") as file:
+        offset = file["X"].id.get_offset()
+    asked = []
+
+    def embed(fit, part, seed):
+        asked.append(1)
+        if len(asked) == 3:  # the first call tells the columns
+            with open(tmp_path / "in.h5ad", "r+b") as file:
+                file.seek(offset)
+                file.write(np.ascontiguousarray(many[:, ::-1]).tobytes())
+        return ps.embed(fit, part, seed=seed)
+
+    with pytest.raises(DataError, match=r"counts were changed while results were computed.*out.zarr may hold"):
+        ps.shards.write(fit, cells, tmp_path / "out.zarr", {"X_e": embed}, block=len(many) // 4, progress=False)

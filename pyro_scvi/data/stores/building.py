@@ -35,8 +35,6 @@ from pyro_scvi.data.stores.inputs import (
     joined_obs,
     named_files,
     opened,
-    origin,
-    same_plan,
 )
 from pyro_scvi.data.stores.layout import (
     ANNOTATIONS,
@@ -55,6 +53,7 @@ from pyro_scvi.data.stores.layout import (
     fingerprint,
     work_of,
 )
+from pyro_scvi.data.stores.origins import origin, same_file, same_plan, with_contents
 from pyro_scvi.errors import StoreError
 from pyro_scvi.utils.checks import switches_checked
 from pyro_scvi.utils.disk import hdf5
@@ -87,7 +86,7 @@ def build(
     Every file is read once from beginning to end, and its counts are validated as in ``Cells.from_anndata``. Until the
     store is complete, its parts lie beside it in ``PATH.partial`` and need the same space again. After an interruption
     the same call continues with the parts that are complete. If the store exists already, the call does nothing. A file
-    that was written since then, even with the same size and time, is refused.
+    whose bytes are others since then, even with the same size and time, is refused.
 
     Parameters
     ----------
@@ -192,7 +191,7 @@ def _build(
 ) -> None:
     """Write the parts that are missing, and make the store of them."""
     work = work_of(target)
-    _begin(work, plan)
+    plan = _begin(work, plan)
     with _removed_if_empty(work):
         _write_annotations(work / ANNOTATIONS, obs, genes, inputs)  # before hours of reading: it may be refused
         parts = _parts(inputs, obs.index, genes, plan["allow_non_integer"], work, progress)
@@ -204,7 +203,7 @@ def _build(
 
 def _require_unchanged(inputs: Sequence[Input], plan: dict[str, Any], work: Path) -> None:
     for each in inputs:
-        if origin(each.path) != plan["files"][each.name]:
+        if not same_file(plan["files"][each.name], origin(each.path)):
             raise StoreError(
                 f"{each.path} was written while it was read: its parts may be of two states; delete {work} to build "
                 "from the start"
@@ -217,23 +216,24 @@ def _require_built_by(plan: dict[str, Any], target: Path) -> None:
     schema = StoreSchema.read(target)
     if not same_plan(schema.plan, plan):
         raise StoreError(
-            f"{target} is there already and was not built from these files with these options, or the files' size or "
-            "time of change is another now; choose another path"
+            f"{target} is there already and was not built from these files with these options, or the files' "
+            "content is another now; choose another path"
         )
     schema.check(target, verify=False)
     _log.info("%s was built already", target)
 
 
-def _begin(work: Path, plan: dict[str, Any]) -> None:
-    """Make the folder of the parts, or check that the parts in it are of the same build."""
+def _begin(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Make the folder of the parts, or check that those in it are of the same build; the plan as it is noted there."""
     try:
         earlier = json.loads((work / PLAN).read_bytes())
     except FileNotFoundError:
         if work.is_dir() and any(item.name != f"{PLAN}.new" for item in work.iterdir()):
             raise StoreError(f"{work} holds files that are not parts of a store; move it away") from None
         work.mkdir(parents=True, exist_ok=True)
-        durably(work / PLAN, lambda file: file.write(json.dumps(plan).encode()))
-        return
+        noted = with_contents(plan)
+        durably(work / PLAN, lambda file: file.write(json.dumps(noted).encode()))
+        return noted
     except (OSError, ValueError) as error:
         raise StoreError(f"{work / PLAN} cannot be read ({error}); delete {work} to build from the start") from error
     if not same_plan(earlier, plan):
@@ -241,6 +241,7 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
             f"{work} holds parts of a build from other files or with other options; repeat that call, or delete the "
             "folder to build from the start"
         )
+    return dict(earlier)
 
 
 @contextmanager

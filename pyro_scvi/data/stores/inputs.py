@@ -1,6 +1,5 @@
 """Inputs of a store: counts, genes and annotations of one or several files."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,32 +221,3 @@ def joined_obs(inputs: Sequence[Input], label: str | None, index_unique: str | N
             "index_unique='-' to append the name of the file to them."
         )
     return joined
-
-
-def origin(path: Path) -> dict[str, Any]:
-    """Path, size and times by which a file is recognised as unchanged; of a folder those of all its files.
-
-    The time of the last change can be set, as tar and rsync do. ``states`` takes in the time that only the system sets.
-    """
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    states = [file.stat() for file in files]
-    told = zip(files, states, strict=True)
-    known = [f"{file}\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\0" for file, state in told]
-    return {
-        "path": str(path),
-        "bytes": sum(state.st_size for state in states),
-        "modified": max((state.st_mtime_ns for state in states), default=0),
-        "states": hashlib.sha256("".join(known).encode("utf-8", "surrogateescape")).hexdigest()[:16],
-    }
-
-
-def same_plan(earlier: Any, plan: dict[str, Any]) -> bool:
-    """Whether a store was begun with a plan; earlier versions noted no ``states`` of files."""
-    if isinstance(earlier, dict) and isinstance(files := earlier.get("files"), dict):
-        known = {name: file.keys() if isinstance(file, dict) else () for name, file in files.items()}
-        ours = {
-            name: {key: value for key, value in file.items() if key != "states" or key in known.get(name, ())}
-            for name, file in plan["files"].items()
-        }
-        plan = plan | {"files": ours}
-    return bool(earlier == plan)
