@@ -16,7 +16,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.training.same_columns import require_same_columns
-from pyro_scvi.utils.cell_streams import cell_streams
+from pyro_scvi.utils.cell_streams import cell_streams, own_names
 from pyro_scvi.utils.checks import brief, items_of
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def batches_in_streams(
     SchemaError
         As :func:`minibatches`.
     """
-    done = 0
+    done, names = 0, own_names(cells.cell_names)
     for x, gamma in minibatches(fit, cells, new_batches=new_batches).in_order(batch_size):
         rows = slice(done, done := done + len(x))
-        with cell_streams(seed, cells.cell_names[rows]):
+        with cell_streams(seed, names[rows]):
             yield x, gamma
 
 

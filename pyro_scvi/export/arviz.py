@@ -37,7 +37,7 @@ from pyro_scvi.inference.evaluation import (
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.samplers import Amortized, Draws, Sampler
 from pyro_scvi.priors.base import require_proper
-from pyro_scvi.utils.cell_streams import cell_streams, narrowed, per_cell
+from pyro_scvi.utils.cell_streams import cell_streams, narrowed, own_names, per_cell
 from pyro_scvi.utils.checks import require_at_least, switches_checked
 from pyro_scvi.version import __version__
 
@@ -156,13 +156,14 @@ def to_datatree(
     extent = _Extent(tuple(sites), samples, log_likelihood, posterior_predictive, prior_predictive)
     gathered, start = _Gathered(cells.n_cells), 0
     # Draws other than the sampler's have a seed of their own, so that the sampler's do not depend on them.
+    names = own_names(cells.cell_names)
     of_others = int(np.random.SeedSequence(seed).spawn(1)[0].generate_state(1)[0])
     with evaluating(fit.model, fit.guide, seed, theta=bool(set(sites) & set(EXPLICIT))):
         for x, gamma in batches_in_streams(fit, cells, batch_size, seed):
             draws = sampler.draw(fit.guide, x, gamma, samples)
             rows = slice(start, start := start + len(x))
             groups = _of_draws(fit, x, gamma, draws, extent)
-            with cell_streams(of_others, cells.cell_names[rows]):
+            with cell_streams(of_others, names[rows]):
                 groups |= _replicated(fit, x, gamma, draws, extent)
             for group, values in groups.items():
                 gathered.fill(rows, group, {name: _by_chain(v, draws.chains) for name, v in values.items()}, DRAWN)

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -77,6 +78,14 @@ def _number(text: str) -> int:
 _current: ContextVar[Streams | None] = ContextVar("pyro_scvi_cell_streams", default=None)
 _drawing: ContextVar[Streams | None] = ContextVar("pyro_scvi_drawing_streams", default=None)
 """Streams of the block; and the same inside :func:`per_cell`, else None."""
+
+
+def own_names(names: pd.Index[Any]) -> pd.Index[Any]:
+    """Names of cells, and behind each how many of its name came before: such cells have streams of their own."""
+    if not names.duplicated().any():
+        return names
+    before = names.to_series().groupby(names, sort=False).cumcount()
+    return pd.Index([f"{name}\0{n}" if n else name for name, n in zip(names, before, strict=True)])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pyro_scvi.data.minibatches import Minibatches
 from pyro_scvi.inference.samplers import Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.types import Theta
-from pyro_scvi.utils.cell_streams import cell_streams
+from pyro_scvi.utils.cell_streams import cell_streams, own_names
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
@@ -56,10 +56,10 @@ def posterior_moments(
     n_parts, n_genes = int(part.max()) + 1, batches.cells.n_genes
     depth = np.full(len(part), np.nan)
     first, second = np.zeros((n_parts, n_genes)), np.zeros((n_parts, n_genes))
-    totals = batches.cells.totals
+    totals, names = batches.cells.totals, own_names(batches.cells.cell_names)
     for k, rows in _blocks(part, n_parts):
         x, gamma = batches.rows(torch.as_tensor(rows, device=fit.device))
-        with cell_streams(seed, batches.cells.cell_names[rows]):
+        with cell_streams(seed, names[rows]):
             theta = decoded(fit, x, gamma, sampler.draw(fit.guide, x, gamma, samples))
         # The library that the guide infers may be off by a factor that differs between groups: totals cannot be.
         size = fit.model.library.depth(x.new_tensor(totals[rows], dtype=x.dtype)[:, None], gamma)

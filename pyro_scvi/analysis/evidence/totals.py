@@ -22,7 +22,8 @@ def is_conditional(model: SCVI) -> bool:
     of the counts given z is known, and so is their distribution given both. For others it has no closed form, and for
     programs of one's own nobody knows whether the means still sum to the total.
     """
-    own = type(model).forward is not SCVI.forward or type(model).decode is not SCVI.decode
+    own = any(getattr(type(model), name) is not getattr(SCVI, name) for name in ("forward", "decode", "observe"))
+    own = own or type(model.library) is not ObservedLibrary
     return isinstance(model.library, ObservedLibrary) and (own or type(model.likelihood) is not Poisson)
 
 

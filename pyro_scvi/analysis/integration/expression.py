@@ -27,11 +27,14 @@ from pyro_scvi.data.obs_columns import quoted
 from pyro_scvi.errors import SchemaError
 from pyro_scvi.inference.evaluation import evaluating, theta_given
 from pyro_scvi.inference.given import sampler_for
-from pyro_scvi.inference.samplers import Amortized, Sampler
+from pyro_scvi.inference.samplers import Amortized, Refined, Sampler
+from pyro_scvi.priors.base import has_density
 from pyro_scvi.utils.checks import require_at_least, require_positive
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
+
+DRAWS, DRAWS_OF_QUANTILES = 25, 400
 
 
 def normalized_expression(
@@ -41,9 +44,9 @@ def normalized_expression(
     genes: Sequence[str] | None = None,
     batches: Sequence[str] | None = None,
     per: float = 1e4,
-    samples: int = 25,
+    samples: int | None = None,
     quantiles: Sequence[float] | None = None,
-    sampler: Sampler = Amortized(),
+    sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
     out: Any = None,
@@ -69,7 +72,10 @@ def normalized_expression(
         an unknown batch, all that are known.
     per
         What the shares of a cell sum to; 1e4 as in scanpy's ``normalize_total(target_sum=1e4)``.
-    samples, sampler, seed, batch_size
+    samples, sampler
+        Draws of z in every cell, and how they are drawn. None: 25 by ``ps.Amortized()`` for means, 400 by
+        ``ps.Refined()`` for quantiles, because intervals from the guide itself are too narrow.
+    seed, batch_size
         As in ``sample_posterior``.
     quantiles
         Instead of the mean, these quantiles over the draws of z.
@@ -99,19 +105,23 @@ def normalized_expression(
     True
     """
     require_inputs(fit, cells)
-    sampler = sampler_for(sampler, cells, fit.guide)
+    levels = [] if quantiles is None else listed_quantiles(quantiles)
+    refines = bool(levels) and has_density(fit.model)  # under Flat there is no posterior to refine towards
+    default = Refined() if refines else Amortized()
+    sampler = sampler_for(default if sampler is None else sampler, cells, fit.guide)
+    samples = (DRAWS_OF_QUANTILES if levels else DRAWS) if samples is None else samples
     require_at_least(1, samples=samples, batch_size=batch_size)
     require_positive(per, "per")
     batches = None if batches is None else listed_batches(batches)
     names, places = _positions(fit, genes)
-    levels = [] if quantiles is None else listed_quantiles(quantiles)
     lead = (len(levels),) if levels else ()
     found, done = result_array(fit, (*lead, cells.n_cells, len(names)), out), 0
-    with evaluating(fit.model, fit.guide, seed, theta=True), means_alone(fit.model):
+    with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in batches_in_streams(fit, cells, batch_size, seed, new_batches=True):
             rows = slice(done, done := done + len(x))
             sites = draw_latents(fit, x, gamma, sampler, samples)
-            drawn = per * _shares(fit, x, in_batches(fit.schema, gamma, batches), sites, places)
+            with means_alone(fit.model):  # no sooner: samplers ask for densities
+                drawn = per * _shares(fit, x, in_batches(fit.schema, gamma, batches), sites, places)
             found[..., rows, :] = _summary(drawn, levels).cpu().numpy()
     return _table(found, cells, names, levels) if out is None else out
 

@@ -14,12 +14,12 @@ from pyro_scvi.analysis.inputs import batches_in_streams, listed_batches, listed
 from pyro_scvi.analysis.new_batches import in_known_batches
 from pyro_scvi.analysis.outputs import result_array
 from pyro_scvi.analysis.posterior_samples import decoded
-from pyro_scvi.analysis.predictive.rate_quantiles import AtDraws, rate_quantiles
+from pyro_scvi.analysis.predictive.rate_quantiles import AtDraws, rate_is_mean, rate_quantiles
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating, theta_given, with_enumerated
 from pyro_scvi.inference.given import sampler_for
-from pyro_scvi.inference.samplers import Amortized, Draws, Refined, Sampler
+from pyro_scvi.inference.samplers import Amortized, Draws, Importance, Refined, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.priors.base import has_density
 from pyro_scvi.types import Theta
@@ -27,6 +27,9 @@ from pyro_scvi.utils.checks import brief, require_at_least
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
+
+DRAWS, DRAWS_OF_MEANS = 25, 400
+"""Draws of the latents, by default; and where the quantiles of w are those of the draws."""
 
 __all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
 
@@ -112,7 +115,7 @@ def impute(
     quantity: Quantity = expression,
     quantiles: Sequence[float] = (),
     batches: Sequence[str] = (),
-    samples: int = 25,
+    samples: int | None = None,
     global_draws: int | None = None,
     sampler: Sampler | None = None,
     seed: int = 0,
@@ -138,13 +141,17 @@ def impute(
     batches
         Batches to correct for: z is inferred in the cell's own batch, decoded in each of these, and the results are
         averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
-    samples, seed, batch_size
+    samples
+        Draws of the latents of every cell. None: 25, and 400 for quantiles where w is the mean itself, as for Poisson
+        counts: its distribution is then that of the draws alone.
+    seed, batch_size
         As in ``sample_posterior``.
     global_draws
         None: global latents are at the guide's medians. A number: the samples are shared among so many of their draws.
     sampler
-        As there. None: ``ps.Amortized()`` for means, ``ps.Refined()`` for quantiles, because intervals from the guide
-        itself are too narrow; it draws them where the prior has no density.
+        As there. None: ``ps.Amortized()`` for means, ``ps.Refined()`` for quantiles, or ``ps.Importance()`` where w is
+        the mean itself, because intervals from the guide itself are too narrow; it draws them where the prior has no
+        density.
     out
         Array to write the result into, row by row; it is returned. A dataset of h5py or zarr, a NumPy array,
         memory-mapped or not, or a tensor, of the result's shape and float32 or float64. Memory then does not grow with
@@ -175,9 +182,12 @@ def impute(
     _check_quantity(quantity)
     quantiles, batches = listed_quantiles(quantiles), listed_batches(batches)
     refines = len(quantiles) and has_density(fit.model)  # under Flat there is no posterior to refine towards
-    default = Refined() if refines else Amortized()
+    of_draws = bool(len(quantiles)) and rate_is_mean(fit.model)
+    default = (Importance() if of_draws else Refined()) if refines else Amortized()
     at_medians = fit.guide if global_draws is None else None
     sampler = sampler_for(default if sampler is None else sampler, cells, at_medians)
+    if samples is None:
+        samples = DRAWS_OF_MEANS if of_draws else DRAWS
     require_at_least(1, samples=samples, batch_size=batch_size)
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError(

@@ -13,6 +13,7 @@ from pyro_scvi.distributions.gamma_mixture import gamma_mixture_quantiles
 from pyro_scvi.inference.evaluation import theta_given
 from pyro_scvi.inference.samplers import Draws
 from pyro_scvi.likelihoods.base import updated_rate
+from pyro_scvi.model import SCVI
 from pyro_scvi.types import Theta
 
 if TYPE_CHECKING:
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
 AtDraws = Sequence[tuple["Fit", Draws]]  # fits at draws of the global latents, each with draws of all latents of cells
 Part = tuple[Tensor, Tensor, Tensor]  # shape, rate and weight (draws, entries) of Gamma distributions
+
+
+def rate_is_mean(model: SCVI) -> bool:
+    """Whether w is the mean mu itself, so that nothing but the latents makes it uncertain."""
+    if not model.likelihood.explicit:
+        return False
+    like = next(model.parameters())
+    eta = {head: like.new_zeros(1, 1, model.n_genes) for head in model.likelihood.heads}
+    with torch.no_grad():
+        theta = model.likelihood.theta(eta, like.new_zeros(1, model.n_covariates))
+        return model.likelihood.rate(**theta) is None
 
 
 def rate_quantiles(drawn: AtDraws, x: Tensor, gamma: Tensor, quantiles: Sequence[float]) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -206,3 +207,25 @@ def test_modes_that_the_proposals_miss_are_found_by_annealing(monkeypatch):
     monkeypatch.setattr(module, "MOST_CHECKED", 16)
     with pytest.warns(UserWarning, match="annealing finds"):
         ps.evidence(fit, cells, samples=400, progress=False)
+
+
+class Shifted(ps.libraries.ObservedLibrary):
+    """An observed total that the means do not sum to."""
+
+    def log_mean(self, eta, log_library):
+        return super().log_mean(eta, log_library) + 1.0
+
+
+class Scaled(ps.SCVI):
+    def observe(self, x, theta, **options):
+        return super().observe(x, theta | {"log_mean": theta["log_mean"] + 1.0}, **options)
+
+
+@pytest.mark.filterwarnings("ignore:k-hat")
+@pytest.mark.parametrize(("kind", "library"), [(ps.SCVI, Shifted), (Scaled, ps.libraries.ObservedLibrary)])
+def test_poisson_counts_of_other_means_than_the_total_are_conditional_on_it(cells, kind, library):
+    model = kind(cells.n_genes, 2, likelihood=ps.likelihoods.Poisson(), library=library(), n_hidden=8, n_layers=1)
+    guide = ps.guides.DiagonalNormal(model)
+    fit = ps.Fit(model.eval(), guide.eval(), pd.DataFrame(), cells.schema)
+    with pytest.warns(UserWarning, match="evidence of the counts given their total"):
+        assert ps.evidence(fit, cells.take(range(3)), samples=20).attrs["conditional_on_total"]
