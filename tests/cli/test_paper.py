@@ -10,7 +10,6 @@ import pyro_scvi as ps
 from pyro_scvi.cli import paper as paper_command
 from pyro_scvi.paper import report
 from pyro_scvi.paper.budget import QUICK
-from pyro_scvi.paper.data import files
 from pyro_scvi.paper.experiment import Experiment
 from pyro_scvi.paper.experiments import EXPERIMENTS
 from pyro_scvi.paper.rows import Row
@@ -116,7 +115,6 @@ def test_a_result_that_was_changed_is_not_replaced(known, tmp_path):
 
 def test_missing_data_are_one_line(known, tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_SCVI_DATA", str(tmp_path / "nowhere"))
-    files.digest.cache_clear()
     known(experiment("first", 2, needs=("brain10k.h5ad",)))
     said = one_line(quick("first", tmp_path / "out"))
     expected = f"brain10k.h5ad is not in {tmp_path / 'nowhere'}; set PYRO_SCVI_DATA to the folder that holds it"

@@ -33,6 +33,7 @@ NO_COMMAND_CALLS = {  # folders and modules, and why their messages reach no com
     "analysis/predictive/calibration": "no command calibrates",
     "analysis/prior_sensitivity": "no command weighs priors",
     "discovery": "programs are written in Python",
+    "failed_runs": "programs are written in Python",
     "export/arviz": "no command writes trees",
     "export/html_page": "HTML",
     "export/scanpy": "the command embed writes results itself",
@@ -89,6 +90,7 @@ NOT_BY_A_COMMAND = {  # beginnings of single messages
     "{} calls its decoder": "commands make the model",
     "EveryOther() needs estimand": "de refuses --pairs beside --every-other",
     "not by ps.fit": "commands fit",
+    "{} was left in an open HDF5 file": "commands send no cells to other processes",
 }
 
 

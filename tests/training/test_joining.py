@@ -219,6 +219,8 @@ def test_a_signal_ends_a_rank_that_waits_for_another(monkeypatch, number):
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        # A process that was started by nohup ignores SIGHUP, and one in the background SIGINT.
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         as_rank(monkeypatch, 0, free_port())
         join = torch.distributed.init_process_group
         monkeypatch.setattr(

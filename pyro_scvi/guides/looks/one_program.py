@@ -69,7 +69,7 @@ def require_one_program(model: SCVI, coordinates: Coordinates, global_latents: d
     densities = _densities(look, sites)
     if model.takes("index") and model.takes("n_cells"):  # fit asks for both
         _require_same(model, densities, _as_minibatch(look, sites), _INDEX)
-    _require_same(model, densities, _densities(replace(look, mode=_in_training), sites), _TRAINING)
+    _require_same(model, densities, _while_training(look, sites), _TRAINING)
     with held_library(model):
         _require_same(model, _densities(look, sites), _without_counts(look, sites), _COUNTS)
     _require_shared(look, sites, densities)
@@ -88,6 +88,21 @@ def _as_minibatch(look: Look, sites: Mapping[str, Tensor]) -> Densities:
         return _densities(look, sites, index=rows, n_cells=AMONG)
     except (IndexError, RuntimeError):
         return dict.fromkeys(sites, torch.full((), torch.nan))
+
+
+def _while_training(look: Look, sites: Mapping[str, Tensor]) -> Densities:
+    """The same in training mode. Empty for a program that notes something then, as batch norm does; it is undone."""
+    held = {module: dict(module._buffers) for module in look.model.modules()}
+    before = {id(one): one.clone() for buffers in held.values() for one in buffers.values() if one is not None}
+    found, noted = _densities(replace(look, mode=_in_training), sites), False
+    for module, buffers in held.items():
+        for name, one in buffers.items():
+            now = module._buffers.get(name)
+            if one is not None and (now is not one or not torch.equal(one, before[id(one)])):
+                noted = True
+                module._buffers[name] = one
+                one.copy_(before[id(one)])
+    return {} if noted else found
 
 
 def _without_counts(look: Look, sites: Mapping[str, Tensor]) -> Densities:
