@@ -43,7 +43,7 @@ fit = ps.fit(ps.SCVI(cells.n_genes), train, progress=False)
 # | sampler | what it does | cost | diagnostic |
 # |---|---|---|---|
 # | `Amortized()` | draws from the encoder's $q(z \mid x)$ | one pass | $\hat k$ of weights $p(x, z) / q(z \mid x)$ |
-# | `Refined()` | fits $q$ to this cell by Newton steps, full covariance, resamples by weight | some Newton steps | $\hat k$ |
+# | `Refined()` | fits $q$ to this cell, with full covariance, and resamples | some Newton steps | $\hat k$ |
 # | `Importance()` | adapts that proposal, resamples by weight | several hundred | $\hat k$, effective draws |
 # | `HMC()` | Markov chains, all cells at once | thousands | $\hat R$, effective draws, divergences |
 #
