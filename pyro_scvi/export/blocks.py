@@ -71,7 +71,7 @@ def write(
     block
         Cells at a time.
     seed
-        Of everything random.
+        Seed of all random numbers.
     progress
         Whether to show a progress bar.
 
