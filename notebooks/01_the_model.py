@@ -48,7 +48,8 @@ SHORT = os.environ.get("PYRO_SCVI_NOTEBOOKS") == "short"  # for tests: less of e
 # ## The program
 #
 # `ps.SCVI` is a Pyro program. The default adds a latent library size, which came a year after the paper;
-# `NoLibrary()` leaves it out. Two latents, so that they can be drawn; weights are random, nothing has been fitted.
+# `NoLibrary()` leaves it out. There are two latents here, so that they can be plotted. The weights are random:
+# nothing has been fitted.
 
 # %%
 n_cells, n_genes = 400, 60
@@ -57,7 +58,7 @@ model = ps.SCVI(n_genes, **size).eval()
 print(inspect.getsource(ps.SCVI.forward).split('"""')[-1])
 
 # %% [markdown]
-# Read from the bottom: `marginal` integrates $w$, $y$ and $h$ out, `generate` has them as sites. The plate diagram
+# Read from the bottom: `marginal` integrates $w$, $y$ and $h$ out, and `generate` samples them. The plate diagram
 # below is made from the program itself, so a changed model has another diagram. (`pyro.render_model(model,
 # model_args=(x,), model_kwargs={"marginal": False})` gives Graphviz's.)
 

@@ -9,8 +9,8 @@
 #
 # *Question: which cells are alike, and how well does the model explain cells that it has not seen?*
 #
-# From a table of counts to an embedding in the AnnData and a number that can be compared between models, in about ten
-# lines of code. The cells are 700 peripheral blood cells (10x Genomics) that ship with scanpy: nothing is downloaded.
+# About ten lines of code lead from a table of counts to an embedding in the AnnData, and to a number by which models
+# are compared. The cells are 700 peripheral blood cells (10x Genomics) that ship with scanpy: nothing is downloaded.
 
 # %%
 import json
@@ -123,9 +123,10 @@ axes[1].hist(table.log_evidence - table.amortized_bound, bins=20, color="#31688e
 _ = axes[1].set(xlabel="evidence minus the guide's bound, nats", ylabel="held-out cells")
 
 # %% [markdown]
-# The right panel shows how much the bound of each cell is too low. This is why models are not compared by their loss.
-# Is the evidence good? Only a comparison can say. Take a model without latents, $x_{ng} \sim \mathrm{Poisson}(L_n
-# p_g)$, with the overall share $p_g$ of each gene. It even knows the total $L_n$ of each held-out cell:
+# The right panel shows by how much the bound of each cell is too low. This is why models are not compared by their
+# loss. Is the evidence good? Only a comparison can say. Take a model without latents, $x_{ng} \sim
+# \mathrm{Poisson}(L_n p_g)$, with the overall share $p_g$ of each gene. It even knows the total $L_n$ of each
+# held-out cell:
 
 # %%
 share = train.counts.sum(0) / train.counts.sum()
@@ -170,5 +171,4 @@ print("same embedding:", np.array_equal(ps.embed(loaded, test), ps.embed(fit, te
 # model by the evidence of cells that it has not seen, and look at $\hat k$ first.
 #
 # **What not to conclude.** Nearest neighbours that agree with labels do not make a model right, nor does a pretty
-# UMAP; and an evidence is only larger or smaller than another on the *same* cells and genes. Notebook 3 makes that
-# comparison for five priors.
+# UMAP. Evidence can be compared only on the *same* cells and genes. Notebook 3 makes that comparison for five priors.

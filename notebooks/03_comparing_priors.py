@@ -55,7 +55,7 @@ priors = {
 # %% [markdown]
 # ## Fit every prior twice
 #
-# The second fit differs in its seed only. Ignore differences between two priors that are smaller than those between two
+# The second fit has another seed. Ignore differences between two priors that are smaller than those between two
 # seeds.
 
 # %%
@@ -95,9 +95,9 @@ _ = ps.plots.comparison(table)
 # ## Must it be one of them?
 #
 # A mixture of the fitted models can predict new cells better than each. *Stacking* (Yao, Vehtari, Simpson and Gelman
-# 2018) finds its weights: a prior gets weight for cells that it predicts best, and one that another does without gets
-# none, however close their means. *Pseudo-BMA+* asks which single prior is best, and how sure these cells make us of
-# it. Errors are over cells, by the bootstrap.
+# 2018) finds its weights. A prior gets weight for the cells that it predicts best. A prior that adds nothing to the
+# others gets none, even if its mean is close to theirs. *Pseudo-BMA+* asks which single prior is best, and how sure
+# these cells make us of it. Errors are over cells, by the bootstrap.
 
 # %%
 weights = ps.stacking_weights(table)
@@ -182,9 +182,10 @@ for ax, (name, of) in zip(axes, fits.items(), strict=True):
 _ = axes[0].legend(frameon=False, markerscale=3, loc="lower left", fontsize="small")
 
 # %% [markdown]
-# Cell types are islands. A fixed prior has to cover the water between them and pays for it in the last column above;
-# a learned one moves towards the islands. Whether that also helps on *unseen* cells is what the comparison says, not
-# this picture: the VampPrior lies closest to its own codes and gains nothing. (The flow's codes leave the frame.)
+# Cell types are separate groups in $z$. A fixed prior also covers the space between them; the last column above shows
+# the cost. A learned prior moves towards the groups. Whether that also helps on *unseen* cells is what the comparison
+# says, not this picture: the VampPrior lies closest to its own codes and gains nothing. (The flow's codes leave the
+# frame.)
 #
 # ## Would the answer for a cell change? Prior sensitivity
 #
@@ -217,9 +218,10 @@ pd.DataFrame({name: sensitivity(fits[name][0]) for name in asked}).T.round(3)
 # ## A prior that knows the cell
 #
 # Something is often known about a cell beside its counts: here its phase of the cell cycle, as scored from marker
-# genes. It can tell the decoder, which then has other means for each phase, or the prior: `Conditional` has a mean of
-# $z$ for each phase, $z_n \sim \mathrm{Normal}(m_{c(n)}, I)$, and leaves the decoder one for all. Both give $p(x_n \mid
-# c_n)$ and can be compared. The third model has both ways closed: `decoder_columns=[]`.
+# genes. The phase can be an input of the decoder, which then has other means for each phase. Or it can be an input of
+# the prior: `Conditional` has a mean of $z$ for each phase, $z_n \sim \mathrm{Normal}(m_{c(n)}, I)$, and the decoder
+# is the same for all. Both give $p(x_n \mid c_n)$ and can be compared. The third model does not use the phase at all:
+# `decoder_columns=[]`.
 
 # %%
 by_phase = ps.Cells.from_anndata(adata, batch="phase")
@@ -243,7 +245,8 @@ told = ps.compare(knowing, phase_test.take(range(3)) if SHORT else phase_test, p
 told[["log_evidence", "difference", "difference_se", "khat_bad"]].join(ps.stacking_weights(told)).round(2)
 
 # %% [markdown]
-# The learned means, as distances: a prior that found nothing has them all near 0, in units of the prior's own width.
+# The table has the distances between the learned means, in units of the prior's width. All are near 0 if the prior
+# found nothing.
 
 # %%
 means = knowing["phase in the prior"].model.prior.loc.detach()

@@ -54,10 +54,10 @@ columns = ["lfc", "lfc_low", "lfc_high", "z", "q_value", "mean_a", "mean_b", "de
 table.sort_values("z", ascending=False)[columns].head(8).round(3)
 
 # %% [markdown]
-# How to read a row: `lfc` is $\log_2$ of group a (B cells) over group b, with its 95 % interval; `z` is the difference
-# of the means divided by its standard error. `q_value` is the false discovery rate if this gene and all surer ones are
-# called. `mean_a` and `mean_b` are molecules in a cell of median depth. Genes with very few molecules are not tested.
-# Both figures show them as crosses.
+# How to read a row: `lfc` is $\log_2$ of group a (B cells) over group b, with its 95 % interval; `z` is the
+# difference of the means divided by its standard error. `q_value` is the false discovery rate if this gene and all
+# with smaller p-values are called. `mean_a` and `mean_b` are molecules in a cell of median depth. Genes with very few
+# molecules are not tested. Both figures show them as crosses.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(7.4, 8.2), layout="constrained")
@@ -81,8 +81,8 @@ for group in rest.index.unique("group"):
 pd.DataFrame(rows).set_index("group")
 
 # %% [markdown]
-# A type that has close relatives among the groups has few markers of its own. And a comparison with every other group
-# is no surer than the comparison with the smallest group, which has eight cells here.
+# A type that has close relatives among the groups has few markers of its own. A comparison with every other group has
+# at most the power of the one with the smallest group, which has eight cells here.
 #
 # ## A null: random halves
 #

@@ -43,7 +43,7 @@ fit = ps.fit(ps.SCVI(cells.n_genes), train, progress=False)
 # | sampler | what it does | cost | diagnostic |
 # |---|---|---|---|
 # | `Amortized()` | draws from the encoder's $q(z \mid x)$ | one pass | $\hat k$ of weights $p(x, z) / q(z \mid x)$ |
-# | `Refined()` | raises $q$ for this cell by gradient steps, full covariance at the mode | 100 passes | $\hat k$ |
+# | `Refined()` | fits $q$ to this cell, with full covariance, and resamples | some Newton steps | $\hat k$ |
 # | `Importance()` | adapts that proposal, resamples by weight | several hundred | $\hat k$, effective draws |
 # | `HMC()` | Markov chains, all cells at once | thousands | $\hat R$, effective draws, divergences |
 #
@@ -113,9 +113,8 @@ pd.DataFrame(compared, index=["sd over sd of HMC", "distance of means, sd"]).T.r
 
 # %% [markdown]
 # Means of so many draws differ by some hundredths of a standard deviation even where both come from the same
-# distribution (last row). `Refined` has the right centre too. It is wider, because it is a Student-t with the heavy
-# tails that a proposal needs. The encoder is off by several times that, and more draws would not change it. Is it an
-# accident of this fit?
+# distribution (last row). `Refined` has the right centre and width, too. The mean of the encoder is off by several
+# times that, and more draws would not change it. Is it an accident of this fit?
 
 # %% tags=["headline"]
 seeds = [] if SHORT else [1, 2, 3]

@@ -86,8 +86,8 @@ class Trend(torch.nn.Module):
 # ## Priors on weights, and a hierarchy of dispersions
 #
 # `weight_priors` turns parameters into latent variables by name. The horseshoe holds most decoder weights near zero
-# and lets a few free. The default, a normal whose mode `fit` finds, lets none go far. The hierarchy lets genes borrow
-# strength, so that a gene with few molecules gets the dispersion of an average gene:
+# and lets a few free. By default the weights of the heads have a normal prior, which keeps all of them small. The
+# hierarchy lets genes borrow strength, so that a gene with few molecules gets the dispersion of an average gene:
 #
 # $$\log r_g \sim \mathrm{Normal}(m, s^2), \quad m \sim \mathrm{Normal}(0, 2^2), \quad s \sim \mathrm{HalfNormal}(2).$$
 #
@@ -186,11 +186,11 @@ table[["log_evidence", "difference", "difference_se", "khat_bad", "parameters"]]
 _ = ps.plots.comparison(table)
 
 # %% [markdown]
-# Notebook 3 has the yardstick, `refit_sd`: a refit moves a mean by a few tenths of a nat under four of its priors, and
-# by more than one nat under the VampPrior. Poisson counts, which have no overdispersion, are far off, and geometric
-# ones, which have $r = 1$ for every gene, farther. A smooth trend with two parameters comes within a few nats of a
-# dispersion for every cell and gene, so how it is shared matters less.
-# (`parameters` are those that are learned as points, without the guide's: weights with a prior are not among them.)
+# Notebook 3 has the yardstick, `refit_sd`: a refit moves a mean by a few tenths of a nat under four of its priors,
+# and by more than one nat under the VampPrior. Poisson counts, which have no overdispersion, are far off, and
+# geometric ones, which have $r = 1$ for every gene, farther. A smooth trend with two parameters comes within a few
+# nats of a dispersion for every cell and gene, so it matters less how genes share a dispersion. (`parameters` are
+# those that are learned as points, without the guide's: weights with a prior are not among them.)
 #
 # ## A latent of your own: a second one for every cell
 #
@@ -314,16 +314,16 @@ table = ps.compare(own, test.take(range(3)) if SHORT else test)
 table[["log_evidence", "difference", "difference_se", "khat_bad", "parameters"]].round(2)
 
 # %% [markdown]
-# Not here: both are within two standard errors of the model without them, and within what a refit moves. $z$ could
-# already say what $e$ says, and a decoder can bend one normal into the shape of eight. But the new latents answer the
-# questions that they were made for. $e$ is highest in dendritic and B cells, which present antigens by HLA class II,
-# though its prior, and not the counts alone, decides how much of that it takes from $z$. The clusters that are used
-# hold myeloid cells (3), T and NK cells (5), B and CD34+ cells (7, and some B cells 2). And $\tau$ is near 1: types lie
-# as far apart as the cells of one type do. Its interval comes from a guide that treats $\tau$ and $m$ as independent,
-# so the posterior may be wider.
+# Not here: neither model is better than the one without the latent. $z$ could already say what $e$ says, and a
+# decoder can bend one normal into the shape of eight. But the new latents answer the questions that they were made
+# for. $e$ is highest in dendritic and B cells, which present antigens by HLA class II, though its prior, and not the
+# counts alone, decides how much of that it takes from $z$. The clusters that are used hold myeloid cells (3), T and
+# NK cells (5), B and CD34+ cells (7, and some B cells 2). And $\tau$ is near 1: types lie as far apart as the cells
+# of one type do. Its interval comes from a guide that treats $\tau$ and $m$ as independent, so the posterior may be
+# wider.
 #
-# The third model is not in the table. Its evidence is that of a cell whose type is known, at the medians of $\tau$ and
-# $m$, and a cell whose type is known is easier to tell.
+# The third model is not in the table. Its evidence is that of a cell whose type is known, at the medians of $\tau$
+# and $m$, and a cell whose type is known is easier to predict.
 #
 # ## SVI by hand
 #

@@ -55,9 +55,9 @@ pd.Series({name: experiment.title for name, experiment in EXPERIMENTS.items()}, 
 # | log p(x), probability of counts | everything latent integrated out, a probability | nobody |
 # | log density with the Jacobian of log1p | density of log counts, carried over to $x$ | factor analysis |
 # | expected complete-data log likelihood | $\mathbb{E}_{z \mid x} \log p(x, z)$; no entropy, so no likelihood | ZIFA |
-# | log p(x given z), z refitted | best latents for this very cell, without their price | ZINB-WaVE, perhaps scVI |
+# | log p(x given z), z refitted | the best latents for this cell; their prior is left out | ZINB-WaVE, perhaps scVI |
 # | log p(x given z), z from the encoder | the same, at the encoder's draws | perhaps scVI |
-# | evidence bound (ELBO) | below log p(x), by the looseness of the encoder | perhaps scVI |
+# | evidence bound (ELBO) | below log p(x), by the error of the encoder | perhaps scVI |
 #
 # Only the first compares systems. For the continuous ones the probability of a count is that of its unit bin,
 # $P(\log(x + \tfrac12) \le v < \log(x + \tfrac32))$ with $v$ on the scale of log1p. On the blood cells of the other
@@ -178,8 +178,8 @@ else:
 #   Welch's $t$ ranks better than every model.
 # * **Time and memory**: one thread, CPU seconds; a system that did not finish within the limit says so.
 #
-# **What to take along.** Ask of every "log likelihood" whether $z$ is integrated out, whether it is of counts or of a
-# density, and whose cells were used. Every row has its command.
+# **What to take along.** Ask of every "log likelihood" whether $z$ is integrated out, whether it is a probability of
+# counts or a density, and which cells were used. Every row has its command.
 #
-# **What not to conclude.** Systems with another quantity are not worse for that: they are also measured here by what
-# they were not made for. And a lead on these data sets need not be a lead on yours.
+# **What not to conclude.** A system that reports another quantity is not worse for that. Here it is also measured by
+# what it was not made for. And a lead on these data sets need not be a lead on yours.

@@ -32,7 +32,7 @@
 # | replicas | `model.posterior_predictive_sample(...)` | `ps.posterior_predictive`, `ps.check_predictions` |
 # | keep | `model.save(folder)` | `fit.save(folder)` |
 #
-# `docs/from_scvi_tools.md` goes through all that either does, and notebook 12 shows integration and mapping.
+# `docs/from_scvi_tools.md` compares all functions, and notebook 12 shows integration and mapping.
 #
 # scvi-tools is optional (`pip install .[peer]`). Without it this notebook runs all the same and shows our column.
 

@@ -179,8 +179,8 @@ shutil.rmtree(folder)
 # ## Without a store
 #
 # A backed AnnData or an `AnnCollection` can be left where it is, with `Cells.from_anndata(adata, backed=True)`. It
-# needs no second copy, but random cells are read about ten times as slowly. That is fine for one pass, but not for
-# sixty epochs.
+# needs no second copy, but random cells are read ten to twenty times as slowly. That is fine for one pass, but not
+# for sixty epochs.
 #
 # ## On the command line, and on several processes
 #
@@ -206,6 +206,6 @@ shutil.rmtree(folder)
 # **What to take along.** `ps.stores.build` once, `Cells.from_store` after that, `out=` for results as large as the
 # counts. The rest of the library does not know the difference.
 #
-# **What not to conclude.** More cells do not need as many epochs: a million cells at sixty epochs is half a million
+# **What not to conclude.** With more cells fewer epochs are enough: a million cells at sixty epochs is half a million
 # steps, and the held-out loss says when to stop. And the donors mixed well because the simulation gave them the same
 # kinds of cells. Where donors really differ, a batch covariate may remove that difference.

@@ -178,7 +178,7 @@ print(f"log p(x | donor) of donors minus log p(x) of default: {gain.mean():.2f} 
 
 # %% [markdown]
 # The model with the best mean need not be best for every cell. Stacking finds the mixture of the models that predicts
-# new cells best. `pseudo_bma` gives the probability of each model to be the single best.
+# new cells best. `pseudo_bma` is the probability that a model is the single best one.
 
 # %%
 ps.stacking_weights(table).round(2)

@@ -232,7 +232,7 @@ class SCVI(Program):
         return network
 
     def shown(self) -> dict[str, Any]:
-        """All arguments that say something, also defaults."""
+        """Arguments to show, also defaults; not those of the default decoder if another one was given."""
         dropped = () if self.arguments.get("decoder") is None else OF_MLP
         return {name: value for name, value in super().shown().items() if name not in dropped}
 
@@ -258,7 +258,7 @@ class SCVI(Program):
         self.register_buffer("decoder_columns", kept, persistent=False)
 
     def example_law(self, seed: int = 0) -> Distribution:
-        """p(z) of two cells whose gamma is zero, with global latents drawn: of which kind and shape it is."""
+        """p(z) of two cells whose gamma is zero, with global latents drawn, to find its kind and shape."""
         gamma = like(self).new_zeros(2, self.n_covariates)
         # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
         with (

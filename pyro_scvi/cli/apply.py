@@ -51,7 +51,7 @@ def embed(
     space: Annotated[Any, choice(SPACES, "What is added")] = None,
     beside: Annotated[
         Path | None,
-        typer.Option(metavar="REF.h5ad", help="With --space expression, take the axes of this file, which has them."),
+        typer.Option(metavar="REF.h5ad", help="With --space expression, use the principal axes stored in this file."),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",

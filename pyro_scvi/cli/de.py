@@ -56,17 +56,17 @@ def de(
         str | None, typer.Option(metavar="B", help="The group to compare it with.", show_default="all other cells")
     ] = None,
     replicates: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of obs with donors: errors are between these.")
+        str | None, typer.Option(metavar="COLUMN", help="Column of obs with donors; errors are those between them.")
     ] = None,
     every_other: Annotated[
-        bool, typer.Option("--every-other", help="Against each other group in turn; the least comparison counts.")
+        bool, typer.Option("--every-other", help="Compare with each other group; the weakest comparison counts.")
     ] = False,
     within_batch: Annotated[bool, typer.Option("--within-batch", help="Compare cells of the same batch only.")] = False,
     min_detected: Annotated[
-        float | None, typer.Option(min=0, help="Least share of a group's cells.", show_default="0.02")
+        float | None, typer.Option(min=0, help="Lowest share of a group's cells with the gene.", show_default="0.02")
     ] = None,
     min_molecules: Annotated[
-        float | None, typer.Option(min=0, help="Least molecules of a gene tested.", show_default="10")
+        float | None, typer.Option(min=0, help="Fewest molecules of a gene that is tested.", show_default="10")
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Compare random pairs of cells, as the paper does.")] = False,
     depth_laden: Annotated[

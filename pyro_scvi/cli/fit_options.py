@@ -24,13 +24,13 @@ Covariates = Annotated[
 ]
 Labels = Annotated[
     str | None,
-    typer.Option(metavar="COLUMN", help="Column of obs to colour the picture by, its two largest groups compared."),
+    typer.Option(metavar="COLUMN", help="Column of obs that colours the picture; its two largest groups are compared."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Cells per step.")]
 LatentSize = Annotated[int, typer.Option(min=1, help="Size of z.")]
 PriorName = Annotated[Any, choice(PRIORS, "p(z)")]
 LikelihoodName = Annotated[Any, choice(LIKELIHOODS, "p(x | z)")]
-DispersionName = Annotated[Any, choice(DISPERSIONS, "Where the inverse dispersion of zinb and nb lives")]
+DispersionName = Annotated[Any, choice(DISPERSIONS, "What has an inverse dispersion of its own in zinb and nb")]
 LibraryName = Annotated[Any, choice(LIBRARIES, "Library size")]
 GuideName = Annotated[Any, choice(GUIDES, "q(z | x)")]
 Compiled = Annotated[

@@ -111,7 +111,7 @@ OutFile = Annotated[Path, typer.Option(metavar="OUT.h5ad", help="The copy to wri
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="X")]
 Raw = Annotated[bool, typer.Option("--raw", help="Read the counts and genes of adata.raw.")]
 AllowNonInteger = Annotated[
-    bool, typer.Option("--allow-non-integer", help="Accept values that are no integers, such as corrected counts.")
+    bool, typer.Option("--allow-non-integer", help="Accept values that are not integers, such as corrected counts.")
 ]
 QueryLayer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="the fit's")]
 Fill = Annotated[bool, typer.Option("--fill-missing-genes", help="Count genes that FILE lacks as 0 in every cell.")]
@@ -119,7 +119,7 @@ NewBatches = Annotated[
     bool, typer.Option("--allow-new-batches", help="Accept cells of batches that the fit does not know.")
 ]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes through the cells.", show_default="by their number")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 Sampling = Annotated[Any, choice(SAMPLERS, "How the latents of a cell are drawn")]
 Device = Annotated[str, typer.Option(callback=_usable_device, help="auto, cpu, cuda, cuda:1, mps.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")]

@@ -119,7 +119,7 @@ class Cells:
         fill_missing_genes
             Count genes of the schema that ``adata`` lacks as 0, with a warning, instead of raising.
         allow_non_integer
-            Accept values that are no integers, such as corrected counts.
+            Accept values that are not integers, such as corrected counts.
         allow_new_batches
             Accept cells of batches that the schema does not know: gamma then holds the mean over the known ones.
             ``embed``, ``annotate``, ``normalized_expression``, ``impute`` and ``transfer_labels`` take such cells,

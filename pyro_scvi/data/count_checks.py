@@ -46,7 +46,7 @@ def check_counts(
     source, hint
         Name of the matrix in messages, and where raw counts might be instead.
     allow_non_integer
-        Accept finite non-negative values that are no integers.
+        Accept finite non-negative values that are not integers.
     limit
         Of the type that the counts came in.
 

@@ -268,6 +268,16 @@ def positive(obs: pd.DataFrame, name: str) -> np.ndarray:
     return values
 
 
+def native(obs: pd.DataFrame) -> pd.DataFrame:
+    """A copy whose numbers have the byte order of this machine, as pandas needs them."""
+    types = {name: kind.newbyteorder("=") for name, kind in obs.dtypes.items() if _is_foreign(kind)}
+    return obs.astype(types) if types else obs.copy()
+
+
+def _is_foreign(kind: Any) -> bool:
+    return isinstance(kind, np.dtype) and not kind.isnative
+
+
 def object_columns(obs: pd.DataFrame) -> list[Any]:
     """Names of the columns of Python objects; ``select_dtypes(object)`` of pandas 3 adds those of type str."""
     return [name for name, kind in obs.dtypes.items() if pd.api.types.is_object_dtype(kind)]

@@ -24,7 +24,7 @@ from pyro_scvi.data.covariates import Covariates
 from pyro_scvi.data.lazy_counts import Backed, Chunked, Collection, genes_of
 from pyro_scvi.data.links import check_links
 from pyro_scvi.data.names import in_order_of, labelled, names_in, texts, warn_of_swapped_names
-from pyro_scvi.data.obs_columns import categories, numbers, quoted
+from pyro_scvi.data.obs_columns import categories, native, numbers, quoted
 from pyro_scvi.data.places import Place, hint_of, parts_of_mudata
 from pyro_scvi.data.scales import warn_of_mixed_units
 from pyro_scvi.data.schema import Schema
@@ -159,8 +159,7 @@ def _matrix(adata: AnnData, place: Place) -> Any:
 
 def _obs(adata: Any) -> pd.DataFrame:
     """Annotations of the cells, a copy."""
-    obs = _table_of(adata.obs)
-    return obs.copy() if obs is adata.obs else obs
+    return native(_table_of(adata.obs))
 
 
 def _table_of(annotations: Any) -> pd.DataFrame:
@@ -229,7 +228,7 @@ def table_of_store(path: str | Path, verify: bool) -> Table:
     store = CountStore(path, verify=verify)
     annotations = store.annotations()
     source, files = f"the store {path}", files_of(annotations)
-    return Table(store, annotations.var_names, annotations.obs, source, "", _place_of(store), files=files)
+    return Table(store, annotations.var_names, native(annotations.obs), source, "", _place_of(store), files=files)
 
 
 def _place_of(store: CountStore) -> Place:
@@ -273,7 +272,7 @@ def _obs_of(
         turned = " Are cells and genes swapped in the counts?" if len(obs) == n_genes else ""
         raise DataError(f"obs has {len(obs)} rows, counts have {n_cells} cells.{turned}")
     known = numbers if cells is None else cells
-    ordered = in_order_of(known, obs, "obs").copy()
+    ordered = in_order_of(known, native(obs), "obs")
     ordered.index = ordered.index if cells is None else cells
     return ordered
 

@@ -151,7 +151,7 @@ def warn_of_size_units(name: str, found: tuple[float, ...], unit: tuple[float, .
     if abs(theirs - ours) > max(np.log(OTHER_UNIT), OFF * spread):
         warn(
             f"size factors in column {name!r} are in another unit than those of the training cells: a cell of size "
-            f"factor 1 has {np.exp(theirs):.3g} counts here, and {np.exp(ours):.3g} there, as with totals for totals "
-            "over their median, or over another median. Make them as those of the training cells were made; "
+            f"factor 1 has {np.exp(theirs):.3g} counts here, and {np.exp(ours):.3g} there. This happens if one data "
+            "set has totals and the other totals divided by their median. Compute them as for the training cells; "
             f"obs[{name!r}] * {np.exp(theirs - ours):.3g} has their unit."
         )

@@ -59,13 +59,13 @@ def split(name: str, result: Any, n_cells: int, n_genes: int) -> list[Column]:
     return columns
 
 
-def columns_of(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[Column]]:
-    """The arrays that each verb fills, inferred from its result for the first cell.
+def require_verbs(verbs: Any) -> None:
+    """Refuse what are no functions by name.
 
     Raises
     ------
     ModelError
-        If verbs are no functions, or names are empty, reserved, taken or given twice.
+        If verbs are no functions, or names are empty or reserved.
     """
     if not isinstance(verbs, Mapping) or not verbs or not all(callable(verb) for verb in verbs.values()):
         raise ModelError(f"verbs must be functions by name, as in {{'X_pyro_scvi': ps.embed}}, got {brief(verbs)}")
@@ -75,6 +75,16 @@ def columns_of(fit: Fit, cells: Cells, verbs: Any, seed: int) -> dict[str, list[
                 f"names of verbs become names of arrays, such as 'X_pyro_scvi', and must not begin with '.' or '__'; "
                 f"got {brief(name)}"
             )
+
+
+def columns_of(fit: Fit, cells: Cells, verbs: Mapping[str, Verb], seed: int) -> dict[str, list[Column]]:
+    """The arrays that each verb fills, inferred from its result for the first cell.
+
+    Raises
+    ------
+    ModelError
+        If names are taken or given twice.
+    """
     first = cells.take(np.arange(1))
     by_verb = {name: split(name, verb(fit, first, seed=seed), 1, cells.n_genes) for name, verb in verbs.items()}
     places = [column.place for some in by_verb.values() for column in some]

@@ -39,6 +39,10 @@ class Format(ABC):
         """The root group."""
 
     @abstractmethod
+    def in_memory(self) -> AbstractContextManager[Any]:
+        """A root group that is on no disk."""
+
+    @abstractmethod
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         """An array for blocks of so many rows, empty: NaN or False."""
 
@@ -78,6 +82,11 @@ class _Zarr(Format):
         group = zarr_group(path, mode, zarr_format=2)
         with writes_ended():
             yield group
+
+    @contextmanager
+    def in_memory(self) -> Iterator[Any]:
+        with writes_ended():
+            yield zarr_group({}, "w", zarr_format=2)
 
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         chunks = (rows, *shape[1:])
@@ -136,6 +145,9 @@ class _HDF5(Format):
 
     def opened(self, path: Path, mode: Mode) -> AbstractContextManager[Any]:
         return hdf5.written(path, "w") if mode == "w" else h5py.File(path, mode)
+
+    def in_memory(self) -> AbstractContextManager[Any]:
+        return h5py.File("memory", "w", driver="core", backing_store=False)
 
     def make(self, group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> Any:
         return group.create_dataset(name, shape, dtype, fillvalue=_empty(dtype))

@@ -13,13 +13,11 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_scvi.data.cells import Cells
-from pyro_scvi.data.obs_columns import inferred, object_columns
 from pyro_scvi.errors import DataError
 from pyro_scvi.export.block_columns import Column, names_in
 from pyro_scvi.export.block_files import Format, reached, something_else, temporary_folder
-from pyro_scvi.export.block_identity import differences
-from pyro_scvi.persistence.digests import digest_of_names
+from pyro_scvi.export.block_identity import VERSION, differences
+from pyro_scvi.persistence.digests import digest_of_names, digests_of_columns
 from pyro_scvi.utils.disk.publishing import signals_deferred
 from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
@@ -28,9 +26,11 @@ _DONE_PLACE = f"uns/{DONE}"
 _OF_LIBRARIES = (OSError, RuntimeError, ValueError)  # zarr and HDF5 have no error of their own
 
 
-def create(kind: Format, path: Path, cells: Cells, columns: list[Column], run: dict[str, Any]) -> None:
+def create(
+    kind: Format, path: Path, obs: pd.DataFrame, genes: pd.Index, columns: list[Column], run: dict[str, Any]
+) -> None:
     """Make the file with empty arrays under a temporary name; move it into place unless another process was faster."""
-    adata = AnnData(obs=_writable(cells.obs), var=pd.DataFrame(index=cells.gene_names), uns={RUN: json.dumps(run)})
+    adata = AnnData(obs=obs, var=pd.DataFrame(index=genes), uns={RUN: json.dumps(run)})
     # zarr writes in threads of its own, which would go on after an interrupt, into a folder that is deleted
     with signals_deferred(), temporary_folder(path) as folder:
         new = folder / path.name
@@ -59,23 +59,6 @@ def _fill(kind: Format, path: Path, adata: AnnData, columns: list[Column], block
 def _line(error: Any) -> str:
     """An error as one line of limited length."""
     return " ".join(str(error).split())[:300]
-
-
-def _writable(obs: pd.DataFrame) -> pd.DataFrame:
-    """A copy in which strings with missing values have a type that anndata can write.
-
-    Raises
-    ------
-    DataError
-        If a column holds values of several types.
-    """
-    obs = obs.copy()
-    for name in object_columns(obs):
-        if pd.api.types.infer_dtype(obs[name], skipna=True) not in ("string", "boolean", "empty"):
-            raise DataError(f"the column {name!r} of obs holds values of several kinds; make them strings, or drop it")
-        if obs[name].isna().any():
-            obs[name] = inferred(obs[name])
-    return obs
 
 
 class Results:
@@ -128,6 +111,11 @@ def opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[Results]:
         raise
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise DataError(something_else(path, error)) from error
+    if differing and VERSION in differing:
+        raise DataError(
+            f"{path} was begun by pyro_scvi {recorded.get(VERSION, 'of an earlier version')}, and this is "
+            f"{run[VERSION]}: results of two versions do not belong in one file; choose another path, or delete it"
+        )
     if differing:
         raise DataError(
             f"{path} holds results of another run: {', '.join(differing)} differ; pass what that run had, or "
@@ -140,8 +128,8 @@ def opened(kind: Format, path: Path, run: dict[str, Any]) -> Iterator[Results]:
 
 def _require_as_made(kind: Format, path: Path, group: Any, run: dict[str, Any]) -> None:
     """Refuse a file of this run whose cells or arrays somebody changed: rows would come beside other cells' names."""
-    obs, n_cells, block = group["obs"], run["n_cells"], run["block"]
-    changed = [] if digest_of_names(ad.io.read_elem(obs[obs.attrs["_index"]])) == run["cell names"] else ["obs_names"]
+    n_cells, block = run["n_cells"], run["block"]
+    changed = [*_changed_names(group, run)] or [*_changed_annotations(group["obs"], run["obs"])]
     arrays = [(place, (n_cells, *rest), min(block, n_cells)) for place, _, *rest in run["arrays"]]
     for place, shape, rows in [*arrays, (_DONE_PLACE, (-(-n_cells // block),), 1)]:
         if tuple(group[place].shape) != shape or not kind.as_made(group[place], rows):
@@ -151,6 +139,21 @@ def _require_as_made(kind: Format, path: Path, group: Any, run: dict[str, Any]) 
             f"{path} was changed after its run began: {', '.join(changed)} are not as they were, so it cannot be "
             "continued; choose another path"
         )
+
+
+def _changed_names(group: Any, run: dict[str, Any]) -> Iterator[str]:
+    for table, recorded in (("obs", "cell names"), ("var", "gene names")):
+        names = ad.io.read_elem(group[table][group[table].attrs["_index"]])
+        if digest_of_names(names) != run[recorded]:
+            yield f"{table}_names"
+
+
+def _changed_annotations(obs: Any, digests: dict[str, str]) -> Iterator[str]:
+    """Columns of the cells that are gone or hold other values; those that somebody added are no matter."""
+    for name, digest in digests.items():
+        held = pd.DataFrame({name: ad.io.read_elem(obs[name])}) if name in obs else pd.DataFrame()
+        if digests_of_columns(held) != {name: digest}:
+            yield f"the column {name!r} of obs"
 
 
 def _reserve(kind: Format, path: Path) -> None:

@@ -97,7 +97,7 @@ def annotate(
     fill_missing_genes
         Whether to count genes that ``adata`` lacks as zero, with a warning, instead of raising.
     allow_non_integer
-        Whether to accept values that are no integers, for a fit made from such values.
+        Whether to accept values that are not integers, for a fit made from such values.
     allow_new_batches
         Whether to accept cells of batches that the fit does not know; ``technical_zeros`` refuses them.
 

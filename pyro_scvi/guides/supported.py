@@ -322,7 +322,7 @@ def _require_x(found: list[TracedSite], n_genes: int) -> None:
                 f"the distribution of the program's site 'x' ({type(unwrapped(site.law)).__name__}) is of events of "
                 f"shape {tuple(site.law.event_shape)}, and results need a density of each entry, batch shape (cells, "
                 "genes): leave to_event out. Instead of a Multinomial given the total, take likelihood="
-                "ps.likelihoods.Poisson() and library=ps.libraries.ObservedLibrary(), which are that and the total"
+                "ps.likelihoods.Poisson() and library=ps.libraries.ObservedLibrary(): the same counts, and their total"
             )
         if site.name == "x" and tuple(site.law.batch_shape) != (2, n_genes):
             raise ModelError(

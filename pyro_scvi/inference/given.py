@@ -64,7 +64,7 @@ class Given:
         return f"Given({list(self.sites)})"
 
     def for_cells(self, cells: Cells) -> Given:
-        """These draws for some cells, whose rows are found again by their counts, as verbs take them in any order."""
+        """These draws for some cells; rows are found by their counts, because analyses take cells in any order."""
         bound = Given.__new__(Given)
         bound.sites, bound.chains, bound.names = self._of(cells), self.chains, self.names
         bound.shared = self.shared
@@ -106,12 +106,12 @@ class Given:
         return Draws(sites, dict, self.chains if samples == n_draws else 1)
 
     def differs_by(self, guide: Guide) -> list[str]:
-        """The guide's global latents that these draws have draws of, not all the same."""
+        """Names of the guide's global latents of which these draws hold more than one value."""
         held = [name for name in guide.weights.supports if name in self.shared]
         return [name for name in held if bool((self.shared[name] != self.shared[name][:1]).any())]
 
     def _beside(self, guide: Guide, n_draws: int) -> Tensor:
-        """Which draws were made beside the value of the guide's global latents: all, if they are at no one draw."""
+        """Which draws were made with the value of the guide's global latents: all, if they are at no one draw."""
         names, weights = self.differs_by(guide), guide.weights
         if not names or not isinstance(weights, GlobalDraws) or weights.n_draws > 1:
             return torch.arange(n_draws)
@@ -121,7 +121,8 @@ class Given:
                 same &= (self.shared[name].to(value) == value).reshape(n_draws, -1).all(1).cpu()
         if not bool(same.any()):
             raise ModelError(
-                f"no draw was made beside these values of {names}: call fit.with_globals with the same draws"
+                f"none of the draws was made together with these values of {names}: call fit.with_globals with the "
+                "same draws"
             )
         return same.nonzero().squeeze(1)
 
@@ -153,11 +154,11 @@ def sampler_for(sampler: Any, cells: Cells, at_medians: Guide | None = None) -> 
 
 
 def _require_one_value(sampler: Any, guide: Guide) -> None:
-    """Refuse draws that were made beside several values of global latents, where the guide's medians would be taken."""
+    """Refuse draws made together with several values of global latents, where the guide's medians would be taken."""
     beside = sampler.differs_by(guide) if isinstance(sampler, Given) else []
     if beside and not (isinstance(guide.weights, GlobalDraws) and guide.weights.n_draws == 1):
         raise ModelError(
-            f"these draws were made beside draws of {beside}, and their medians would be used for all draws. Call "
+            f"these draws were made together with draws of {beside}, whose medians would be used for all. Call "
             "fit.with_globals(draws) and pass global_draws= to functions that have it, or give them a single draw"
         )
 

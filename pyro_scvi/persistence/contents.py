@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component, lasting_repr
 from pyro_scvi.persistence.digests import digest_of, digests_of_columns
+from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, Enum, torch.dtype, torch.device, torch.Size)
 OF_ANNDATA = ("X", "layers", "obs", "var", "obsm", "varm", "uns")
+
+_BIND = "Bind numbers, words, arrays, tables or objects with attributes"
 
 Known = Callable[[Any], str | None]
 
@@ -37,7 +41,13 @@ def content_of(value: Any, known: Known = lambda value: None) -> str:
     ModelError
         For an object that has no content that could be compared.
     """
-    return _Contents(known).of(value)
+    try:
+        return _Contents(known).of(value)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ModelError(f"a value inside of {what} cannot be told: {brief(str(error))}. {_BIND}") from error
 
 
 def content_of_parts(*wholes: nn.Module) -> str:
@@ -102,12 +112,11 @@ class _Contents:
             rows.sum_duplicates()
             return f"sparse {rows.shape} {self._all(rows.data, rows.indices, rows.indptr)}"
         if isinstance(value, pd.DataFrame):
-            columns = [digests_of_columns(value.iloc[:, [i]]) for i in range(value.shape[1])]
+            columns = [self._of_column(value.columns[i], value.iloc[:, i]) for i in range(value.shape[1])]
             return f"table {self.of(value.index)} {columns}"
         if isinstance(value, pd.Series | pd.Index | pd.Categorical):
-            column = pd.Series(value).reset_index(drop=True).to_frame("values")
             index = self.of(value.index) if isinstance(value, pd.Series) else ""
-            return f"column {getattr(value, 'name', None)!r} {digests_of_columns(column)} {index}"
+            return f"column {getattr(value, 'name', None)!r} {self._of_column('values', pd.Series(value))} {index}"
         if isinstance(value, np.ma.MaskedArray):
             return f"masked {self._all(np.asarray(value.data), np.ma.getmaskarray(value))}"
         if isinstance(value, np.ndarray):
@@ -117,6 +126,12 @@ class _Contents:
         if isinstance(value, AnnData):
             return f"AnnData {self._all(*(getattr(value, name) for name in OF_ANNDATA))}"
         return ""
+
+    def _of_column(self, name: Any, column: pd.Series) -> str:
+        """Objects of any kind one by one, among them lists; all else by its digest."""
+        if pd.api.types.is_object_dtype(column) and pd.api.types.infer_dtype(column) not in ("string", "boolean"):
+            return f"{name!r} {self._all(*column.tolist())}"
+        return str(digests_of_columns(column.reset_index(drop=True).to_frame(name)))
 
     def _of_tensor(self, value: Tensor) -> str:
         dense = value.detach().cpu()
@@ -147,10 +162,7 @@ class _Contents:
         fields = [*getattr(value, "__dict__", ()), *_slots(type(value))]
         if fields or hasattr(value, "__dict__") or type(value) is object:
             return f"{kind} {self.of({name: getattr(value, name) for name in fields if hasattr(value, name)})}"
-        raise ModelError(
-            f"a value of type {kind} has no content that a later call could be compared by: bind numbers, words, "
-            "arrays, tables or objects with attributes"
-        )
+        raise ModelError(f"a value of type {kind} has no content that a later call could be compared by. {_BIND}")
 
     def _all(self, *values: Any) -> str:
         return ", ".join(map(self.of, values))

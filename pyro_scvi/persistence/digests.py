@@ -69,6 +69,8 @@ def _entries(block: Matrix) -> sparse.csr_array:
 
 
 def _digest_of_column(column: pd.Series) -> str:
+    if isinstance(column.dtype, np.dtype) and not column.dtype.isnative:
+        column = column.astype(column.dtype.newbyteorder("="))
     positions, values = pd.factorize(column)  # in the order in which they occur first, -1 where one is missing
     words = np.asarray(values)
     typed = words.dtype.kind in "biufmM"

@@ -157,7 +157,7 @@ class ByLabel(ConditionalPrior):
         return self._joint(z, self.logits).log_softmax(-1)
 
     def label_score(self, z: Tensor, label: Tensor) -> Tensor:
-        """Label_weight times log P(label | z) (...), 0 without a label; pi takes no gradient: labels are no sample."""
+        """Label_weight times log P(label | z) (...), 0 without a label; it does not train the labels' shares."""
         log_p = self._joint(z, self.logits.detach()).log_softmax(-1)
         return self.label_weight * (label * log_p).sum(-1)
 

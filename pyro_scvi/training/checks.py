@@ -197,7 +197,7 @@ def note_cells(guide: Guide, cells: Cells) -> None:
 
 
 def check_run(epochs: Any, batch_size: Any, patience: Any, eps: Any) -> None:
-    """Refuse lengths of a run that are no integers or below 1 (patience may be None), and an epsilon below 0.
+    """Refuse lengths of a run that are not integers or below 1 (patience may be None), and an epsilon below 0.
 
     Raises
     ------

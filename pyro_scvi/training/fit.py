@@ -180,8 +180,8 @@ def fit(
     Fits in several threads take turns, because torch's generator and Pyro's handlers belong to the process; other
     threads should use neither meanwhile. Signals are handled in the main thread only; a handler of your own is called,
     too. Only one run at a time may write a checkpoint. A run is identified by its options, its counts and
-    covariates, in whatever form they are stored, and how model and guide were constructed; components of your own are
-    compared by class and repr only.
+    covariates, in whatever form they are stored, and how model and guide were constructed. Components of your own are
+    compared by class, repr and the arguments of their constructors; code that changed is not noticed.
 
     Examples
     --------

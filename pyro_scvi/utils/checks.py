@@ -20,7 +20,7 @@ _SWITCH = (bool, "bool")  # annotations, which some modules keep as text
 
 
 def require_at_least(least: int, /, **named: int) -> None:
-    """Refuse arguments that are no integers, or are below ``least``.
+    """Refuse arguments that are not integers, or are below ``least``.
 
     Raises
     ------

@@ -116,7 +116,7 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_medians_beside_joint_draws_are_refused(joint, verb):
     fit, cells, _, sites = joint
-    with pytest.raises(ModelError, match=r"made beside draws of \['decoder.heads.*and their medians would be used"):
+    with pytest.raises(ModelError, match=r"made together with draws of \['decoder.heads.*whose medians would be used"):
         VERBS[verb](fit, cells, ps.Given(sites))
     alone = ps.Given({"z": sites["z"]})  # of latents alone: conditional on the medians, as is said
     VERBS[verb](fit, cells, alone)
@@ -125,7 +125,7 @@ def test_medians_beside_joint_draws_are_refused(joint, verb):
 def test_draws_beside_other_weights_are_refused(joint):
     fit, cells, _, sites = joint
     other = fit.with_globals({name: value + 1 for name, value in sites_of_weights(sites).items()})
-    with pytest.raises(ModelError, match="no draw was made beside these values"):
+    with pytest.raises(ModelError, match="none of the draws was made together with these values"):
         ps.impute(other, cells, samples=4, global_draws=4, sampler=ps.Given(sites))
     one = fit.with_globals({name: value[7:8] for name, value in sites_of_weights(sites).items()})
     drawn = ps.sample_posterior(one, cells, samples=1, sampler=ps.Given(sites), progress=False)

@@ -55,7 +55,7 @@ def differential_expression(
         Another value of ``groupby``; None: what ``against`` says.
     against
         What a group is compared with if ``group_b`` is None: :class:`TheRest`, all other cells, or :class:`EveryOther`
-        group, of which the least comparison is kept.
+        group, of which the weakest comparison is kept.
     estimand
         :class:`GroupMeans` or :class:`RandomPairs`, with their options.
     seed
@@ -68,7 +68,7 @@ def differential_expression(
         ``p_value``, ``q_value``; ``lfc_shrunk``, ``lfc_shrunk_sd`` and ``lfsr``, posterior mean and sd of the fold
         change and the local false sign rate; ``mean_a``, ``mean_b``, molecules per cell of median depth;
         ``detected_a``, ``detected_b``, share of cells above zero; ``tested``. Genes that are not tested have NaN.
-        Against every other group also ``against``, the group of the least comparison.
+        Against every other group also ``against``, the group of the weakest comparison.
         ``.attrs`` of a single comparison names ``group_a`` and ``group_b``.
 
         Of RandomPairs: ``p_a_lt_b``, its Monte Carlo standard error ``se``, ``log_bayes_factor`` (natural log odds of

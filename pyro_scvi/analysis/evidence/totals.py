@@ -48,7 +48,7 @@ def warn_if_conditional(model: SCVI) -> bool:
     if conditional:
         warn(
             "with an ObservedLibrary this is the evidence of the counts given their total (only ps.SCVI with "
-            "Poisson counts gives the whole). Compare it with models of the same kind only, or fit with "
-            "LatentLibrary"
+            "Poisson counts includes the probability of the total). Compare it with models of the same kind only, "
+            "or fit with LatentLibrary"
         )
     return conditional

@@ -80,7 +80,7 @@ class Latent(Space):
     """
 
     def fitted(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> Latent:
-        """Itself: it takes nothing from the cells."""
+        """The space itself, which learns nothing from the cells."""
         return self
 
     def place(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
@@ -215,7 +215,7 @@ class Hidden(Decoded):
     components: int = 10
 
     def require(self, fit: Fit) -> None:
-        """Refuse decoders without hidden layers, and of one's own, whose layers are not known."""
+        """Refuse decoders without hidden layers, and decoders of your own, whose layers are not known."""
         if not isinstance(fit.model.decoder, Decoder):
             raise ModelError(
                 f"the decoder {type(fit.model.decoder).__name__} has no hidden layer that this space can read: "
@@ -285,7 +285,7 @@ class FittedSpace(Space):
         return f"FittedSpace({self.space!r}, {self.mean.shape[0]} features)"
 
     def fitted(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> FittedSpace:
-        """Itself: its axes stay those of the cells that it was fitted to."""
+        """The space itself, whose axes stay those of the cells that it was fitted to."""
         return self
 
     def place(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:

@@ -349,8 +349,8 @@ def require_distinct(quantities: list[str]) -> list[str]:
     twice = [name for i, name in enumerate(quantities) if name in quantities[:i]]
     if twice:
         raise ModelError(
-            f"two quantities of the table would be called {twice[0]!r}, the name of a site and of a number of an array "
-            "or the log likelihood: rename the site"
+            f"two quantities of the table would be called {twice[0]!r}: a site has the name of a number in an array, "
+            "or of the log likelihood. Rename the site"
         )
     return quantities
 

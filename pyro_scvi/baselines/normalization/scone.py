@@ -61,7 +61,7 @@ class Normalisation:
 
     @property
     def name(self) -> str:
-        """As in tables, such as "total, 8 QC"."""
+        """Its name in tables, such as "total, 8 QC"."""
         quality = "all" if self.quality is None else self.quality
         return f"{self.scaling.name}, {quality} QC" + ", batch" * self.batch + ", bio" * self.bio
 

@@ -52,7 +52,7 @@ class CommonDispersion:
     """
 
     def values(self, genes: int) -> int:
-        """One."""
+        """How many values of zeta there are: one."""
         return 1
 
     def variance(self, zeta: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class GenewiseDispersion:
     """
 
     def values(self, genes: int) -> int:
-        """As many as genes."""
+        """How many values of zeta there are: one per gene."""
         return genes
 
     def variance(self, zeta: Tensor) -> Tensor:

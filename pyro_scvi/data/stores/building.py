@@ -105,7 +105,7 @@ def build(
     index_unique
         Separator with which the name of the file is appended to cell names, as by ``anndata.concat``.
     allow_non_integer
-        Accept values that are no integers.
+        Accept values that are not integers.
     progress
         Whether to show a progress bar.
 

@@ -14,8 +14,8 @@ _LONGEST = 10  # seconds
 _STACK = 8 * 2**20  # bytes of a thread's stack on Linux, unless the system has another limit
 
 
-def zarr_group(path: Path, mode: Literal["r", "r+", "w"], **options: Any) -> Any:
-    """The root group of a zarr folder.
+def zarr_group(place: Path | dict[str, Any], mode: Literal["r", "r+", "w"], **options: Any) -> Any:
+    """The root group of a zarr folder, or of a mapping in memory.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def zarr_group(path: Path, mode: Literal["r", "r+", "w"], **options: Any) -> Any
     import zarr
 
     _require_room(os.getpid())  # a forked process has no threads yet
-    return zarr.open_group(str(path), mode=mode, **options)
+    return zarr.open_group(place if isinstance(place, dict) else str(place), mode=mode, **options)
 
 
 @contextmanager
