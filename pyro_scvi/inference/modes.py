@@ -106,7 +106,7 @@ def further_modes(
 
 
 class Climbs(NamedTuple):
-    """Ends (climbs, cells, size), the densities there, and by how much the next step may raise these, (climbs, cells)."""
+    """Ends (climbs, cells, size), densities there (climbs, cells), and by how much the next step may raise these."""
 
     ends: Tensor
     heights: Tensor

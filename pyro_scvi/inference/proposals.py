@@ -82,7 +82,8 @@ class Fitted(NamedTuple):
             with narrowed(self.rows):
                 return drawn_in_rounds(self.density_of, self.proposal, budget, self.block, self.heavy)
         draws, log_weights = self.weighted(budget.samples)
-        return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
+        several = torch.ones_like(log_weights[0], dtype=torch.bool)
+        return ImportanceResult(*evidence_of(log_weights), draws, log_weights, several)
 
 
 class Posteriors:

@@ -114,7 +114,7 @@ def test_a_cell_with_more_modes_than_starts_find_at_once_is_searched_until_nothi
     fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).eval(), pd.DataFrame(), cells.schema)
     draws = ps.sample_posterior(fit, cells, samples=800, sampler=ps.Importance(), progress=False)
     shares = np.stack([((draws.z.values > 0) @ 2 ** np.arange(4) == k).mean(0) for k in range(16)])
-    assert (np.abs(shares - 1 / 16) < 0.04).all()
+    assert (shares > 0.01).all()
 
 
 def test_modes_that_a_shallow_valley_separates_are_two():
