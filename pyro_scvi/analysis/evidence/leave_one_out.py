@@ -58,8 +58,8 @@ def leave_one_out(
     A single entry changes a cell's posterior little, so the weights 1 / p(x_ng | z, l) are mostly well behaved. k-hat
     shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024). Draws of a
     sampler that weighs draws of a proposal, as ``ps.Importance()`` and ``ps.Refined()`` do, enter with these weights:
-    the proposal reaches farther than the posterior, as what is left without an entry does. Where draws of the prior show
-    more mass without an entry than these, the entry's numbers are from 1,000 of the prior. Discrete latents
+    the proposal reaches farther than the posterior, as what is left without an entry does. Where the prior's draws show
+    more mass without an entry than these, its numbers are from 1,000 draws of the prior. Discrete latents
     that the program sums out are summed out here too: p(x_ng | z, l) is then p(x_ng | z, l, x_n,-g).
 
     Parameters
