@@ -16,6 +16,7 @@ FIRST_STEP, GROWN, SHRUNK = 0.15, 1.3, 0.4  # of a climb, in standard deviations
 DEFICIT = 10.0  # nats below the highest end, and half a nat for each latent, at which an end still counts
 AHEAD = 50.0  # nats; no climb is expected to rise by more than this after its end
 VALLEY = 1.0  # nats by which the density falls between two modes; a heavy-tailed proposal spans shallower ones
+TIE = 0.01  # nats within which ends are equally high: the first is taken, so that rounding does not choose among them
 KNOWN = 0.3  # standard deviations of the candidates around a mode, within which a climb would only find it again
 INSIDE = 7  # points between two ends at which the density is looked at
 PEAK = torch.tensor(1e15)  # nats, beyond all differences
@@ -191,7 +192,8 @@ def _separated(density: LogJoint, climbs: Climbs, modes: int, block: int) -> Mod
     start_is_low = ~alive[0]
     places, present = list[Tensor](), list[Tensor]()
     while len(places) < modes and (not present or present[-1].any()):
-        taken = heights.where(alive, -torch.inf).argmax(0, keepdim=True)
+        left = heights.where(alive, -torch.inf)
+        taken = (left >= left.amax(0) - TIE).byte().argmax(0, keepdim=True)
         places.append(_at(ends, taken)[0])
         present.append(alive.any(0) | (not present))  # the first in any case: where nothing has mass, k-hat tells
         if len(places) < modes:
