@@ -15,7 +15,9 @@ from pyro_scvi.utils.precision import in_float64, put_back
 
 FIRST_DRAWS, PRIOR_DRAWS = 100, 1000  # of the prior for a cell: to look for missed mass, and to say what is left
 ERRORS, MARGIN = 3.0, 0.1  # by which the prior's evidence must be higher: standard errors, and nats
-LEAST_ESS = 10.0  # of the prior's draws; fewer say nothing
+LEAST_ESS = 0.1  # effective share of the prior's draws without the entry; with less they say too little
+WITH_ENTRY = 0.03  # effective share with the entry; with less k-hat is infinite
+KHAT = 2  # row of the results
 
 
 class Entries(NamedTuple):
@@ -61,7 +63,8 @@ def with_missed_mass(
     """The results ``found`` (4, entries) from ``drawn``, exchanged where the prior shows more mass without the entry.
 
     If one count alone tells on which side a latent lies, the posterior has one mode with it and two without. Draws of
-    the first miss the other side, and their k-hat does not show it. Where draws are not ``weighted``, but follow the
+    the first miss the other side, and their k-hat does not show it. K-hat is infinite where the prior's draws show such
+    mass, but hardly make the count itself. Where draws are not ``weighted``, but follow the
     posterior, mass is relative to the evidence with the entry. ``prior`` makes so many draws of it.
     """
     if not bool(_missed(drawn, prior(FIRST_DRAWS), weighted=weighted).any()):
@@ -69,7 +72,10 @@ def with_missed_mass(
     more = prior(PRIOR_DRAWS)
     missed = _missed(drawn, more, weighted=weighted).to(found.device)
     some = Entries(*(put_back(of, found)[:, missed] for of in more))
-    return found.masked_scatter(missed, left_out(*some, uniform[missed]))
+    told = left_out(*some, uniform[missed])
+    _, _, ess, _ = evidence_of(in_float64(some.log_weights))
+    told[KHAT, ess < WITH_ENTRY * PRIOR_DRAWS] = torch.inf  # too few draws make such a count: not to be trusted
+    return found.masked_scatter(missed, told)
 
 
 def _missed(drawn: Entries, prior: Entries, *, weighted: bool) -> Tensor:
@@ -77,4 +83,4 @@ def _missed(drawn: Entries, prior: Entries, *, weighted: bool) -> Tensor:
     if not weighted:
         whole, whole_se, whole_ess, _ = evidence_of(in_float64(prior.log_weights))
         theirs, se, ess = theirs - whole, torch.hypot(se, whole_se), torch.minimum(ess, whole_ess)
-    return (theirs - ours > ERRORS * torch.hypot(se, our_se) + MARGIN) & (ess > LEAST_ESS)
+    return (theirs - ours > ERRORS * torch.hypot(se, our_se) + MARGIN) & (ess > LEAST_ESS * len(prior.log_p))

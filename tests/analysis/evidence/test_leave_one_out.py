@@ -216,4 +216,4 @@ def test_a_count_that_alone_tells_the_side_of_a_latent(sampler):
     found = ps.leave_one_out(fit, cells, sampler=sampler, progress=False)
     without, _, _ = by_quadrature(fit, cells, points=4001)
     assert np.abs(found.elpd.values - without)[found.khat.values < 0.7].max() < 0.3  # log 2 without the prior's draws
-    assert (found.khat.values[:, 4] < 0.7).all()
+    assert (found.khat.values[:, 4] < 0.7).sum() >= 2  # the others are flagged
