@@ -108,7 +108,7 @@ class ImportanceResult(NamedTuple):
 
     ``log_evidence`` in nats per cell, ``se`` its standard error (delta method), ``ess`` the effective number of
     draws, ``khat`` the Pareto tail index of the weights: above 0.7 the estimate is unreliable. ``draws``
-    (samples, cells, latents), ``log_weights`` (samples, cells).
+    (samples, cells, latents), ``log_weights`` (samples, cells). ``several``: whether the proposal has several modes.
     """
 
     log_evidence: Tensor
@@ -117,6 +117,7 @@ class ImportanceResult(NamedTuple):
     khat: Tensor
     draws: Tensor
     log_weights: Tensor
+    several: Tensor
 
     def of(self, cells: Tensor) -> "ImportanceResult":
         """The result for some of the cells."""
@@ -148,7 +149,8 @@ def adaptive_importance(
             log_joint, loc, scale, steps=steps, rounds=rounds, samples=max(samples // 2, 2), block=block
         )
         draws, log_weights = weighted_draws(log_joint, proposal, samples, block)
-    return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
+    several = torch.zeros_like(log_weights[0], dtype=torch.bool)
+    return ImportanceResult(*evidence_of(log_weights), draws, log_weights, several)
 
 
 def persistent_importance(run: Run, rows: Tensor, budget: SamplingBudget, *, attempts: int = 3) -> ImportanceResult:

@@ -9,13 +9,15 @@ from pyro_scvi.types import LogJoint
 
 NEIGHBOURS = 6  # a candidate is a peak if none of so many nearest ones has a higher density
 FEW, MANY = 6, 24  # starts that every cell climbs from, and cells with few genes or where the first find several modes
-AT_FIRST, MODES = 3, 8  # modes that are looked for by few starts, and by many
+AT_FIRST, MODES = 3, 16  # modes that are looked for by few starts, and by many
 SEVERAL = 2  # modes found by few starts, from which on many are taken: who has two may have four
 STEPS = 16  # of a climb
 FIRST_STEP, GROWN, SHRUNK = 0.15, 1.3, 0.4  # of a climb, in standard deviations of the candidates; factors of the next
 DEFICIT = 10.0  # nats below the highest end, and half a nat for each latent, at which an end still counts
 AHEAD = 50.0  # nats; no climb is expected to rise by more than this after its end
-VALLEY = 2.5  # nats by which the density falls between two modes; a heavy-tailed proposal spans shallower ones
+VALLEY = 1.0  # nats by which the density falls between two modes; a heavy-tailed proposal spans shallower ones
+TIE = 0.01  # nats within which ends are equally high: the first is taken, so that rounding does not choose among them
+KNOWN = 0.3  # standard deviations of the candidates around a mode, within which a climb would only find it again
 INSIDE = 7  # points between two ends at which the density is looked at
 PEAK = torch.tensor(1e15)  # nats, beyond all differences
 PAIRS_AT_ONCE = 2**24  # distances between candidates
@@ -49,9 +51,28 @@ class Modes(NamedTuple):
         both = self.present.T[:, None] & self.present.T[:, :, None] & other
         return gaps.where(both, torch.inf).amin(-1).T
 
+    def of(self, rows: Tensor) -> "Modes":
+        """Those of some of the cells."""
+        return Modes(self.places[:, rows], self.present[:, rows], self.start_is_low[rows])
+
+    def mirrored(self, centre: Tensor) -> Tensor:
+        """Points (n, cells, size): each mode with one coordinate changed, for each coordinate.
+
+        It is reflected at the ``centre`` (cells, size), or is that of the other mode where it is farthest away. Where
+        the counts do not tell the signs of several latents, these are modes, too.
+        """
+        coordinate = self.places.transpose(0, 1)  # (cells, modes, size)
+        gaps = (coordinate[:, :, None] - coordinate[:, None]).abs()
+        farthest = gaps.where(self.present.T[:, None, :, None], -1.0).argmax(2)
+        other = coordinate.gather(1, farthest).transpose(0, 1)
+        changed = torch.eye(self.places.shape[-1], dtype=torch.bool, device=self.places.device)[:, None, None]
+        points = [torch.where(changed, new, self.places) for new in (other, 2 * centre - self.places)]
+        return torch.stack(points).flatten(0, 2)
+
     def with_more(self, rows: Tensor, more: "Modes") -> "Modes":
         """The modes of all cells, with those of ``rows`` exchanged."""
-        places, present = self.places[:1].repeat(MODES, 1, 1), torch.zeros_like(self.present[:1]).repeat(MODES, 1)
+        n = max(len(self.places), len(more.places))
+        places, present = self.places[:1].repeat(n, 1, 1), torch.zeros_like(self.present[:1]).repeat(n, 1)
         places[: len(self.places)], present[: len(self.places)] = self.places, self.present
         present[:, rows] = False
         places[: len(more.places), rows], present[: len(more.places), rows] = more.places, more.present
@@ -66,11 +87,38 @@ def separate_modes(
     ``values`` (n, cells) are the densities there; one climb always starts at the highest of them. ``unit`` (cells,
     size) is how far candidates lie apart. At most ``block`` points of a cell are evaluated at once, but 6 in any case.
     """
-    values = values.nan_to_num(-torch.inf)
-    first = _at(candidates, _promising(candidates, values, unit, starts))
-    climbs = [climbed(density, part, unit) for part in first.split(max(block, FEW))]
-    ends, heights, ahead = (torch.cat(of) for of in zip(*climbs, strict=True))
-    return _separated(density, ends, heights, ahead, modes, block)
+    return _separated(density, _climbs(density, candidates, values, unit, starts, block), modes, block)
+
+
+def further_modes(
+    density: LogJoint, found: Modes, candidates: Tensor, values: Tensor, unit: Tensor, *, block: int
+) -> Modes:
+    """The modes ``found``, and those that as many climbs from more candidates, away from these, lead to."""
+    by_cell = (found.places / unit).transpose(0, 1)
+    gaps = torch.cdist((candidates / unit).transpose(0, 1), by_cell)
+    near = (gaps.where(found.present.T[:, None], torch.inf).amin(-1) < KNOWN).T
+    climbs = _climbs(density, candidates, values.masked_fill(near, -torch.inf), unit, MANY, block)
+    with torch.no_grad():
+        heights = torch.cat([density(part) for part in found.places.split(max(block, FEW))])
+    heights = heights.nan_to_num(-torch.inf).masked_fill(~found.present, -torch.inf)
+    known = Climbs(found.places, heights, torch.zeros_like(heights))
+    every = Climbs(*(torch.cat(of) for of in zip(known, climbs, strict=True)))
+    return _separated(density, every, MODES, block)._replace(start_is_low=found.start_is_low)
+
+
+class Climbs(NamedTuple):
+    """Ends (climbs, cells, size), densities there (climbs, cells), and by how much the next step may raise these."""
+
+    ends: Tensor
+    heights: Tensor
+    ahead: Tensor
+
+
+def _climbs(density: LogJoint, candidates: Tensor, values: Tensor, unit: Tensor, starts: int, block: int) -> Climbs:
+    """Climbs from the most promising of the candidates."""
+    first = _at(candidates, _promising(candidates, values.nan_to_num(-torch.inf), unit, starts))
+    parts = [climbed(density, part, unit) for part in first.split(max(block, FEW))]
+    return Climbs(*(torch.cat(of) for of in zip(*parts, strict=True)))
 
 
 def _at(points: Tensor, index: Tensor) -> Tensor:
@@ -116,8 +164,8 @@ def _remoteness(points: Tensor, values: Tensor) -> Tensor:
     return remote.nan_to_num(0.0, torch.inf).scatter(1, height.argmax(1, keepdim=True), torch.inf).T
 
 
-def climbed(density: LogJoint, u: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ends (starts, cells, size) of climbs from u, the densities there, and by how much the next step may raise them.
+def climbed(density: LogJoint, u: Tensor, unit: Tensor) -> Climbs:
+    """Climbs from u (starts, cells, size).
 
     Each coordinate has a step of its own, first in ``unit``, that grows while the slope keeps its sign and shrinks when
     it changes (Riedmiller and Braun 1993): posteriors may be far narrower than what is known beforehand.
@@ -133,17 +181,19 @@ def climbed(density: LogJoint, u: Tensor, unit: Tensor) -> tuple[Tensor, Tensor,
         u = u.detach() + size * before.sign()
     with torch.no_grad():
         ahead = (before * size).abs().sum(-1).clamp(max=AHEAD)
-        return u, density(u).nan_to_num(-torch.inf), ahead
+        return Climbs(u, density(u).nan_to_num(-torch.inf), ahead)
 
 
 @torch.no_grad()
-def _separated(density: LogJoint, ends: Tensor, heights: Tensor, ahead: Tensor, modes: int, block: int) -> Modes:
+def _separated(density: LogJoint, climbs: Climbs, modes: int, block: int) -> Modes:
     """The highest end, then again and again the highest that a valley separates from all ends taken before."""
+    ends, heights, ahead = climbs
     alive = heights + ahead > heights.amax(0) - DEFICIT - 0.5 * ends.shape[-1]
     start_is_low = ~alive[0]
     places, present = list[Tensor](), list[Tensor]()
     while len(places) < modes and (not present or present[-1].any()):
-        taken = heights.where(alive, -torch.inf).argmax(0, keepdim=True)
+        left = heights.where(alive, -torch.inf)
+        taken = (left >= left.amax(0) - TIE).byte().argmax(0, keepdim=True)
         places.append(_at(ends, taken)[0])
         present.append(alive.any(0) | (not present))  # the first in any case: where nothing has mass, k-hat tells
         if len(places) < modes:

@@ -25,7 +25,7 @@ from pyro_scvi.inference.importance import (
     refine,
     weighted_draws,
 )
-from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, SEVERAL, Modes, separate_modes
+from pyro_scvi.inference.modes import AT_FIRST, FEW, MANY, MODES, SEVERAL, Modes, further_modes, separate_modes
 from pyro_scvi.inference.refinement import DensityOf, fitted_normal
 from pyro_scvi.inference.rounds import drawn_in_rounds
 from pyro_scvi.inference.tailed import reaching
@@ -40,6 +40,7 @@ APART = 30.0  # parts of the way to the next mode, one of which a mode is refine
 EVEN = 0.2  # of the first shares of a mixture, spread evenly: Laplace's masses of modes are rough
 LEAST_ROUNDS = 2  # of the adaptation of a mixture
 ENTRIES = 256  # of counts that climbs of one cell start with: many starts cost little where there are few genes
+SEARCHES = 4  # more, at most, where a cell has several modes; one that finds no other mode is the last
 NO_MASS = -1e4  # nats; of a mode where the density is no number
 
 
@@ -81,7 +82,8 @@ class Fitted(NamedTuple):
             with narrowed(self.rows):
                 return drawn_in_rounds(self.density_of, self.proposal, budget, self.block, self.heavy)
         draws, log_weights = self.weighted(budget.samples)
-        return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
+        several = torch.ones_like(log_weights[0], dtype=torch.bool)
+        return ImportanceResult(*evidence_of(log_weights), draws, log_weights, several)
 
 
 class Posteriors:
@@ -174,15 +176,29 @@ class Posteriors:
         starts = min(max(ENTRIES // self.x.shape[1], FEW), MANY)
         modes = MODES if starts == MANY else AT_FIRST
         found = separate_modes(density, points, values, unit, starts=starts, modes=modes, block=self.block)
-        if starts == MANY:
-            return self._started(found, points, values)
-        many = (found.present.sum(0) >= SEVERAL).nonzero().squeeze(-1)
-        if len(many):
-            more = self.of(many)._density(log_joint)
-            of_many = points[:, many], values[:, many], unit[many]
-            again = separate_modes(more, *of_many, starts=MANY, modes=MODES, block=self.block)
-            found = found.with_more(many, again)
+        rows = (found.present.sum(0) >= SEVERAL).nonzero().squeeze(-1)
+        if len(rows) and starts < MANY:
+            of_rows = points[:, rows], values[:, rows], unit[rows]
+            more = self.of(rows)._density(log_joint)
+            found = found.with_more(rows, separate_modes(more, *of_rows, starts=MANY, modes=MODES, block=self.block))
+        for _ in range(SEARCHES):
+            rows = rows[found.present[:, rows].sum(0) >= SEVERAL]
+            if not len(rows):
+                break
+            before = found.present[:, rows].sum(0)
+            found = found.with_more(rows, self.of(rows)._further(rows, found.of(rows), unit[rows]))
+            rows = rows[found.present[:, rows].sum(0) > before]
         return self._started(found, points, values)
+
+    @torch.no_grad()
+    def _further(self, rows: Tensor, found: Modes, unit: Tensor) -> Modes:
+        """More modes of these cells, which are ``rows`` of all: from new draws of the prior, and mirrored modes."""
+        with narrowed(rows):
+            drawn = self._drawn_from_prior()
+        centre = drawn[0].mean(0) if drawn else found.places.mean(0)
+        points, density = torch.cat([found.mirrored(centre), *drawn]), self._density(log_joint)
+        values = torch.cat([density(part) for part in points.split(self.block)])
+        return further_modes(density, found, points, values, unit, block=self.block)
 
     @staticmethod
     def _started(found: Modes, points: Tensor, values: Tensor) -> Modes:

@@ -84,7 +84,8 @@ class _Counted:
     def found(self) -> ImportanceResult:
         """The result, when no cell lacks any."""
         draws, log_weights = (of.flatten(0, 1)[: self.samples] for of in (self.draws, self.log_weights))
-        return ImportanceResult(*evidence_of(log_weights), draws, log_weights)
+        several = torch.zeros_like(log_weights[0], dtype=torch.bool)
+        return ImportanceResult(*evidence_of(log_weights), draws, log_weights, several)
 
 
 def drawn_in_rounds(

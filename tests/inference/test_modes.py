@@ -2,9 +2,12 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import pyro_scvi as ps
 from pyro_scvi.inference.hmc import rank_normalised_rhat, sample_chains
 from pyro_scvi.inference.importance import (
     Mixture,
@@ -14,10 +17,11 @@ from pyro_scvi.inference.importance import (
     laplace_scale_tril,
     weighted_draws,
 )
-from pyro_scvi.inference.modes import FEW, MANY, MODES, separate_modes
+from pyro_scvi.inference.modes import FEW, MANY, MODES, further_modes, separate_modes
 
 CELLS = 5
 WIDTH = 0.2
+NONE = ps.libraries.NoLibrary()
 
 
 def bumps(centres, weights):
@@ -30,6 +34,17 @@ def bumps(centres, weights):
         return (log_weights - squares / (2 * WIDTH**2)).logsumexp(-1) + constant
 
     return density
+
+
+@torch.no_grad()
+def fold(model, slopes):
+    """Set a decoder of two hidden units for each latent to log mu = 1 + A |z|, as |z| = relu(z) + relu(-z)."""
+    eye, head = torch.eye(model.n_latent), model.decoder.heads["log_mean"]
+    for name, value in model.decoder.named_parameters():
+        if not name.startswith("heads"):
+            value.copy_(torch.cat([eye, -eye]) if value.dim() > 1 else torch.zeros_like(value))
+    head.weight.copy_(torch.cat([slopes, slopes], 1))
+    head.bias.fill_(2.0)
 
 
 def found_by_climbs(density, size, starts=FEW, modes=MODES):
@@ -69,6 +84,46 @@ def test_climbs_find_modes_wherever_they_are():
     between = torch.cdist(centres.transpose(0, 1), centres.transpose(0, 1)) + 10 * torch.eye(4)
     separate = 1.2 * between.amin((1, 2)) > 0.8
     assert (gaps.amin(0) < 0.45)[:, separate].all(0).double().mean() > 0.87  # .74 without starts that are far apart
+
+
+def test_a_mode_that_no_climb_has_reached_is_found_from_the_others():
+    """Eight narrow modes, of which climbs from the octants without one know seven."""
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)
+    density = bumps(corners, [1 / 8] * 8)
+    near = corners[:7, None] + 0.1 * torch.randn(7, CELLS, 3, dtype=torch.float64)
+    options = {"starts": MANY, "modes": MODES, "block": 50}
+    unit = torch.ones(CELLS, 3, dtype=torch.float64)
+    found = separate_modes(density, near, density(near), unit, **options)
+    assert (found.present.sum(0) == 7).all()
+    points = found.mirrored(torch.full_like(unit, 0.1))
+    assert points.shape[1:] == (CELLS, 3)
+    more = further_modes(density, found, points, density(points), unit, block=50)
+    assert (more.present.sum(0) == 8).all()
+    gaps = (more.places[:8, :, None] - corners).norm(dim=-1)  # (modes, cells, corners)
+    assert (gaps.amin(0) < WIDTH).all()
+
+
+def test_a_cell_with_more_modes_than_starts_find_at_once_is_searched_until_nothing_is_new():
+    """The signs of four latents are not told by the counts: sixteen modes."""
+    torch.manual_seed(0)
+    model = ps.SCVI(60, 4, n_hidden=8, n_layers=1, norm=None, likelihood=ps.likelihoods.Poisson(), library=NONE)
+    slopes = 0.5 * torch.randn(60, 4)
+    fold(model, slopes)
+    rates = (2 + torch.rand(6, 4).add(0.7) @ slopes.T).exp()
+    cells = ps.Cells.from_counts(torch.poisson(rates).int().numpy())
+    fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).eval(), pd.DataFrame(), cells.schema)
+    draws = ps.sample_posterior(fit, cells, samples=800, sampler=ps.Importance(), progress=False)
+    shares = np.stack([((draws.z.values > 0) @ 2 ** np.arange(4) == k).mean(0) for k in range(16)])
+    assert (shares > 0.01).all()
+
+
+def test_modes_that_a_shallow_valley_separates_are_two():
+    """A fall of two nats: one Student-t at the higher mode would miss the mass beyond."""
+    density = bumps([[-0.46], [0.46]], [0.75, 0.25])
+    line = torch.linspace(-0.46, 0.46, 201, dtype=torch.float64)[:, None, None].expand(-1, CELLS, 1)
+    fall = torch.minimum(density(line)[0], density(line)[-1]) - density(line).amin(0)
+    assert ((fall > 1.2) & (fall < 2.2)).all()
+    assert (found_by_climbs(density, 1, starts=MANY).present.sum(0) == 2).all()
 
 
 def test_one_mode_is_one_however_narrow_or_skewed():

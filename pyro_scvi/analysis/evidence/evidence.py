@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
 CELLS_FOR_A_CHECK, MOST_CHECKED = 200, 2  # one of so many cells is annealed, and at most two of a call
+SEVERAL_FOR_A_CHECK = 20  # and one of so many with several modes, at least one and at most two
 CHAINS, TEMPERATURES = 64, 60  # of that: a few per cent of the time
 COLUMNS = ("log_evidence", "se", "ess", "khat", "amortized_bound")
 
@@ -111,8 +112,8 @@ def evidence(
     -----
     UserWarning
         If k-hat is above 0.7 for more than a tenth of the cells, if the evidence is conditional on the total or a
-        density, or if annealing, by which one of 200 cells and at most two are checked, finds more mass than the
-        proposals.
+        density, or if annealing finds more mass than the proposals. It checks one of 200 cells, and one of 20 for which
+        several modes are found; at most two of each, of the latter at least one.
 
     Examples
     --------
@@ -137,9 +138,10 @@ def evidence(
     with evaluating(fit.model, fit.guide, seed):
         batches = over_cells(batches_in_streams(fit, cells, batch_size, seed), cells.n_cells, progress)
         values = torch.cat([_of_batch(fit.guide, x, gamma, budget, joint) for x, gamma in batches])
-    table = pd.DataFrame(values.numpy(), columns=list(COLUMNS), index=pd.Index(cells.cell_names, name="cell"))
+    *columns, several = values.numpy().T
+    table = pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=pd.Index(cells.cell_names, name="cell"))
     _warn_of(table)
-    _check_some(fit, cells, table, seed)
+    _check_some(fit, cells, table, several > 0, seed)
     table.attrs |= {CONDITIONAL: warn_if_conditional(fit.model), DENSITY: warn_if_density(fit.model)}
     return table
 
@@ -163,7 +165,7 @@ def _of_batch(guide: Guide, x: Tensor, gamma: Tensor, budget: SamplingBudget, jo
     result = weighted(guide, x, gamma, budget, joint=joint)
     charge = total_term(guide.model, x, gamma)
     log_evidence, bound = result.log_evidence + in_float64(charge), _amortized_bound(guide, x, gamma) + charge
-    columns = (log_evidence, result.se, result.ess, result.khat, bound)
+    columns = (log_evidence, result.se, result.ess, result.khat, bound, result.several)
     return torch.stack([in_float64(column).cpu() for column in columns], -1)
 
 
@@ -173,15 +175,26 @@ def _amortized_bound(guide: Guide, x: Tensor, gamma: Tensor) -> Tensor:
     return bound_terms(guide, x, gamma, 100)[0].mean(0)
 
 
-def _check_some(fit: Fit, cells: Cells, table: pd.DataFrame, seed: int) -> None:
-    """Anneal few of many cells, and warn if that finds mass which the proposals have missed."""
-    n = min(MOST_CHECKED, cells.n_cells // CELLS_FOR_A_CHECK)
-    if not n:
+def _checked_rows(several: np.ndarray) -> list[int]:
+    """Rows of the cells to anneal: some of all, and some of those with several modes (cells,)."""
+    evenly = _evenly(np.arange(len(several)), len(several) // CELLS_FOR_A_CHECK)
+    found = several.nonzero()[0]
+    return np.union1d(evenly, _evenly(found, -(-len(found) // SEVERAL_FOR_A_CHECK))).tolist()
+
+
+def _evenly(rows: np.ndarray, n: int) -> np.ndarray:
+    few = min(n, MOST_CHECKED)
+    return rows[np.arange(few) * len(rows) // max(few, 1)]
+
+
+def _check_some(fit: Fit, cells: Cells, table: pd.DataFrame, several: np.ndarray, seed: int) -> None:
+    """Anneal few of the cells, and warn if that finds mass which the proposals have missed."""
+    rows = _checked_rows(several)
+    if not rows:
         return
-    rows = torch.arange(n) * cells.n_cells // n
-    few, some = cells.take(rows.tolist()), table.iloc[rows.tolist()]
+    few, some = cells.take(rows), table.iloc[rows]
     with evaluating(fit.model, fit.guide, seed):
-        for x, gamma in batches_in_streams(fit, few, n, seed):
+        for x, gamma in batches_in_streams(fit, few, len(rows), seed):
             value, se, ess, _ = evidence_of(annealed_weights(fit.guide, x, gamma, CHAINS, TEMPERATURES, 1))
             excess = (value + in_float64(total_term(fit.model, x, gamma))).cpu().numpy() - some.log_evidence
             # Annealing in few steps is too low, if anything: only where it is higher does it say something.

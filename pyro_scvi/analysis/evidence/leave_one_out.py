@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,15 +10,16 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_scvi.analysis.evidence.missed_mass import Entries, from_prior, left_out, with_missed_mass
 from pyro_scvi.analysis.inputs import batches_in_streams, require_inputs
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import entries_given_others, evaluating
 from pyro_scvi.inference.given import sampler_for
 from pyro_scvi.inference.importance import KHAT_LIMIT
-from pyro_scvi.inference.pareto_khat import pareto_smoothed
 from pyro_scvi.inference.samplers import Importance, Sampler, weighted_by
 from pyro_scvi.likelihoods.library_size import ObservedLibrary
+from pyro_scvi.priors.base import has_density
 from pyro_scvi.utils.cell_streams import per_cell
 from pyro_scvi.utils.checks import require_at_least, switches_checked, warn
 from pyro_scvi.utils.precision import put_back
@@ -56,7 +58,8 @@ def leave_one_out(
     A single entry changes a cell's posterior little, so the weights 1 / p(x_ng | z, l) are mostly well behaved. k-hat
     shows for which entries they are not (Vehtari, Gelman and Gabry 2017, Sec. 2; Vehtari et al. 2024). Draws of a
     sampler that weighs draws of a proposal, as ``ps.Importance()`` and ``ps.Refined()`` do, enter with these weights:
-    the proposal reaches farther than the posterior, as what is left without an entry does. Discrete latents
+    the proposal reaches farther than the posterior, as what is left without an entry does. Where the prior's draws show
+    more mass without an entry than these, its numbers are from 1,000 draws of the prior. Discrete latents
     that the program sums out are summed out here too: p(x_ng | z, l) is then p(x_ng | z, l, x_n,-g).
 
     Parameters
@@ -123,14 +126,18 @@ def leave_one_out(
                 uniform = torch.rand(1, *x.shape, dtype=log_p.dtype, device=log_p.device)
             rows = slice(done, done := done + len(x))
             weights = _of_entries(drawn.log_weights, log_p)
-            found = left_out(weights, log_p.flatten(1), below.flatten(1), uniform.flatten())
+            of_entries = Entries(weights, log_p.flatten(1), below.flatten(1))
+            found = left_out(*of_entries, uniform.flatten())
+            if has_density(fit.model):
+                prior, weighted = partial(from_prior, fit.guide, x, gamma), drawn.log_weights is not None
+                found = with_missed_mass(found, of_entries, prior, uniform.flatten(), weighted=weighted)
             results[:, rows] = found.unflatten(1, x.shape).cpu()
     elpd, se, khat, pit = results.numpy()
     dims, coordinates = ("cell", "gene"), {"cell": list(cells.cell_names), "gene": list(cells.gene_names)}
     of_cells = {f"sampler_{name}": torch.cat([part[name] for part in judged]).cpu().numpy() for name in judged[0]}
     _warn_of(of_cells)
-    of_entries = {"elpd": (dims, elpd), "se": (dims, se), "khat": (dims, khat), "pit": (dims, pit)}
-    return xr.Dataset(of_entries | {name: (dims[:1], value) for name, value in of_cells.items()}, coords=coordinates)
+    columns = {"elpd": (dims, elpd), "se": (dims, se), "khat": (dims, khat), "pit": (dims, pit)}
+    return xr.Dataset(columns | {name: (dims[:1], value) for name, value in of_cells.items()}, coords=coordinates)
 
 
 def _warn_of(of_cells: dict[str, np.ndarray]) -> None:
@@ -148,21 +155,3 @@ def _of_entries(log_weights: Tensor | None, log_p: Tensor) -> Tensor:
     if log_weights is None:
         return torch.zeros_like(log_p).flatten(1)
     return put_back(log_weights, log_p)[..., None].expand(log_p.shape).flatten(1)
-
-
-def left_out(log_weights: Tensor, log_p: Tensor, below: Tensor, uniform: Tensor) -> Tensor:
-    """Elpd, its standard error, k-hat and PIT (4, entries).
-
-    From log p(x | z) and x' < x at weighted draws, each (draws, entries), and random parts of PIT (entries,).
-    """
-    # A draw under which the entry is impossible has no weight, and nothing is known of it without the entry.
-    without = (log_weights - log_p).masked_fill(log_p == -torch.inf, -torch.inf)
-    smoothed, khat = pareto_smoothed(without)
-    spread = log_p.amax(0) - log_p.amin(0)
-    elpd = (smoothed + log_p).masked_fill(log_p == -torch.inf, -torch.inf).logsumexp(0)
-    weights, samples = smoothed.exp(), len(log_p)
-    se = ((weights * ((log_p - elpd).exp() - 1)).square().sum(0) * samples / max(samples - 1, 1)).sqrt()
-    smaller = (weights * below).sum(0).clamp(max=1)
-    # Counts are discrete: the random part makes PIT values uniform (Czado et al. 2009, Sec. 2).
-    pit = smaller + uniform * torch.minimum(elpd.exp(), 1 - smaller)
-    return torch.stack([elpd, se, torch.where(spread < 1e-6, 0.0, khat), pit])

@@ -19,17 +19,19 @@ from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.evaluation import evaluating, theta_given, with_enumerated
 from pyro_scvi.inference.given import sampler_for
+from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.inference.samplers import Amortized, Draws, Importance, Refined, Sampler
 from pyro_scvi.likelihoods.base import Likelihood
 from pyro_scvi.priors.base import has_density
 from pyro_scvi.types import Theta
-from pyro_scvi.utils.checks import brief, require_at_least
+from pyro_scvi.utils.checks import brief, require_at_least, warn
 
 if TYPE_CHECKING:
     from pyro_scvi.training.fitted import Fit
 
-DRAWS, DRAWS_OF_MEANS = 25, 400
-"""Draws of the latents, by default; and where the quantiles of w are those of the draws."""
+DRAWS, DRAWS_OF_QUANTILES, DRAWS_OF_MEANS = 25, 100, 400
+"""Draws of the latents, by default; for quantiles; and where the quantiles of w are those of the draws."""
+LIMITS = {"khat": KHAT_LIMIT, "rhat": 1.05}
 
 __all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
 
@@ -142,8 +144,8 @@ def impute(
         Batches to correct for: z is inferred in the cell's own batch, decoded in each of these, and the results are
         averaged. Counts in another batch were not observed, so ``quantity`` must then be ``mean_given_no_dropout``.
     samples
-        Draws of the latents of every cell. None: 25, and 400 for quantiles where w is the mean itself, as for Poisson
-        counts: its distribution is then that of the draws alone.
+        Draws of the latents of every cell. None: 25, 100 for quantiles, and 400 for quantiles where w is the mean
+        itself, as for Poisson counts: its distribution is then that of the draws alone.
     seed, batch_size
         As in ``sample_posterior``.
     global_draws
@@ -170,6 +172,12 @@ def impute(
     SchemaError
         If the cells' genes or covariates are not those of the fit, or there is no such batch.
 
+    Warns
+    -----
+    UserWarning
+        If the draws for quantiles do not follow the posterior of more than a tenth of the cells (k-hat above 0.7, or
+        R-hat above 1.05); draws of ``ps.Amortized()`` are not checked.
+
     Examples
     --------
     >>> ps.impute(fit, test).shape
@@ -187,7 +195,7 @@ def impute(
     at_medians = fit.guide if global_draws is None else None
     sampler = sampler_for(default if sampler is None else sampler, cells, at_medians)
     if samples is None:
-        samples = DRAWS_OF_MEANS if of_draws else DRAWS
+        samples = DRAWS_OF_MEANS if of_draws else DRAWS_OF_QUANTILES if len(quantiles) else DRAWS
     require_at_least(1, samples=samples, batch_size=batch_size)
     if batches and (len(quantiles) or quantity is not mean_given_no_dropout):
         raise ModelError(
@@ -200,18 +208,22 @@ def impute(
     imputed, done = result_array(fit, (*lead, cells.n_cells, cells.n_genes), out), 0
     fits = at_draws(fit, global_draws, seed)
     parts = list(zip(fits, shares(samples, len(fits)), strict=True))
+    judged = list[dict[str, Tensor]]()
     with evaluating(fit.model, fit.guide, seed, theta=True):
         for x, gamma in batches_in_streams(fit, cells, batch_size, seed, new_batches=not lead):
             rows, means = slice(done, done := done + len(x)), []
             for own in in_known_batches(fit.schema, gamma):
                 drawn = [(one, _with_discrete(one, x, own, sampler.draw(one.guide, x, own, n))) for one, n in parts]
                 if lead:
+                    if not isinstance(sampler, Amortized):  # whose diagnosis costs more than the draws
+                        judged += [draws.diagnose() for _, draws in drawn]
                     imputed[:, rows] = rate_quantiles(drawn, x, own, quantiles).cpu().numpy()
                 else:
                     constants = [torch.from_numpy(other[rows]).to(gamma) for other in swapped] or [own]
                     means += [_mean(drawn, x, constant, quantity) for constant in constants]
             if means:
                 imputed[rows] = torch.stack(means).mean(0).cpu().numpy()
+    _warn_of(judged)
     return imputed if out is None else out
 
 
@@ -281,6 +293,18 @@ def _check_quantity(quantity: Any) -> None:
         raise ModelError(
             f"quantity must be imputation.expression or another function of its kind, got {brief(quantity)}"
         )
+
+
+def _warn_of(judged: list[dict[str, Tensor]]) -> None:
+    """Warn of quantiles whose draws do not follow the posterior, by the sampler's diagnostics of batches of cells."""
+    for name, limit in LIMITS.items():
+        values = [part[name] for part in judged if name in part]
+        bad = ~(torch.cat(values) <= limit) if values else torch.zeros(1)
+        if bad.double().mean() > 0.1:
+            warn(
+                f"{name} is above {limit} for {int(bad.sum())} of {len(bad)} cells: their draws do not follow the "
+                "posterior, so their quantiles may be too close together. Take sampler=ps.Importance() or ps.HMC()"
+            )
 
 
 def _with_discrete(fit: Fit, x: Tensor, gamma: Tensor, draws: Draws) -> Draws:

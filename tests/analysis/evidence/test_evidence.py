@@ -229,3 +229,13 @@ def test_poisson_counts_of_other_means_than_the_total_are_conditional_on_it(cell
     fit = ps.Fit(model.eval(), guide.eval(), pd.DataFrame(), cells.schema)
     with pytest.warns(UserWarning, match="evidence of the counts given their total"):
         assert ps.evidence(fit, cells.take(range(3)), samples=20).attrs["conditional_on_total"]
+
+
+def test_few_cells_with_several_modes_are_annealed():
+    module = importlib.import_module("pyro_scvi.analysis.evidence.evidence")
+    several = np.zeros(30, bool)
+    assert module._checked_rows(several) == []
+    several[[4, 9]] = True
+    assert module._checked_rows(several) == [4]
+    assert len(module._checked_rows(np.ones(100, bool))) == 2
+    assert module._checked_rows(np.zeros(400, bool)) == [0, 200]

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import kstest
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.evidence.leave_one_out import left_out
+from pyro_scvi.analysis.evidence.missed_mass import left_out
 from pyro_scvi.errors import ModelError
 from tests.support import toys
 
@@ -191,3 +192,28 @@ def test_an_observed_library_is_refused():
     fit = ps.fit(model, cells, epochs=1, validation=0, progress=False)
     with pytest.raises(ModelError, match="contains the entry that would be left out"):
         ps.leave_one_out(fit, cells)
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts", "ignore:sampler_", "ignore:k-hat")
+@pytest.mark.parametrize("sampler", [ps.Importance(), ps.Refined()])
+def test_a_count_that_alone_tells_the_side_of_a_latent(sampler):
+    """Genes of |z|, and one of z: without it the posterior has two modes, with it one."""
+    torch.manual_seed(0)
+    options = {"library": ps.libraries.NoLibrary(), "likelihood": ps.likelihoods.Poisson(), "norm": None}
+    model = ps.SCVI(5, 1, n_hidden=2, n_layers=1, **options).double()
+    of_abs = torch.tensor([1.2, 1.0, 0.8, -0.9, 0.0]).double()
+    with torch.no_grad():
+        for name, value in model.decoder.named_parameters():
+            if not name.startswith("heads"):
+                value.copy_(torch.tensor([[1.0], [-1.0]]) if value.dim() > 1 else torch.zeros_like(value))
+        of_z = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.5]).double()
+        model.decoder.heads["log_mean"].weight.copy_(torch.stack([of_abs + of_z, of_abs - of_z], 1))
+        model.decoder.heads["log_mean"].bias.fill_(1.5)
+    z = torch.tensor([1.3, -1.3, 1.5, -1.1]).double()
+    rates = (1.5 + z.abs()[:, None] * of_abs + z[:, None] * of_z).exp()
+    cells = ps.Cells.from_counts(torch.poisson(rates).int().numpy())
+    fit = ps.Fit(model.eval(), ps.guides.DiagonalNormal(model).double().eval(), pd.DataFrame(), cells.schema)
+    found = ps.leave_one_out(fit, cells, sampler=sampler, progress=False)
+    without, _, _ = by_quadrature(fit, cells, points=4001)
+    assert np.abs(found.elpd.values - without)[found.khat.values < 0.7].max() < 0.3  # log 2 without the prior's draws
+    assert (found.khat.values[:, 4] < 0.7).sum() >= 2  # the others are flagged

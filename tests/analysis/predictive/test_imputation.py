@@ -265,3 +265,19 @@ def test_a_guide_of_points_imputes(few):
     fit = ps.fit(model, few, ps.guides.Point(model, n_hidden=8), epochs=2, validation=0, progress=False)
     one, many = (ps.impute(fit, few, samples=samples) for samples in (1, 5))
     np.testing.assert_allclose(one, many, rtol=1e-5)
+
+
+class FarOff(ps.Refined):
+    """Draws that do not follow the posterior, and say so."""
+
+    def draw(self, guide, x, gamma, samples):
+        draws = super().draw(guide, x, gamma, samples)
+        khat = torch.full_like(x[:, 0], 0.2)
+        khat[:3] = 0.9
+        return draws._replace(diagnose=lambda: {"khat": khat})
+
+
+def test_quantiles_warn_of_cells_whose_draws_do_not_follow_the_posterior(few):
+    fit = fitted(few, epochs=1)
+    with pytest.warns(UserWarning, match=f"khat is above 0.7 for 3 of {few.n_cells} cells"):
+        ps.impute(fit, few, quantiles=[0.5], samples=10, sampler=FarOff())
