@@ -167,4 +167,4 @@ def test_differential_expression_says_what_can_be_done_with_draws_of_everything(
     with pytest.raises(ModelError, match="or by most_pairs= of RandomPairs"):
         ps.differential_expression(at, cells, estimand=pairs, **groups)
     few = RandomPairs(global_draws=2, most_pairs=4, sampler=given)
-    assert len(ps.differential_expression(at, cells, estimand=few, seed=5, **groups)) == N_GENES
+    assert len(ps.differential_expression(at, cells, estimand=few, seed=18, **groups)) == N_GENES
