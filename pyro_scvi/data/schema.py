@@ -72,7 +72,7 @@ class Schema:
     label_names
         (labels,): in the order of the one-hot columns.
     ordered
-        Those of the columns of categories and labels whose categories have an order: numbers, dates and ordered Categoricals.
+        Those of the columns of categories and labels whose words have an order: numbers, dates, ordered Categoricals.
     size_factor
         Column of ``obs`` with a size factor of each cell; None without one.
     size_unit

@@ -305,7 +305,8 @@ class RandomWeights(nn.Module):
     model
         The module that owns the parameters.
     priors
-        Name pattern (as in ``fnmatch``) -> prior; the first that matches counts. For example ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
+        Name pattern (as in ``fnmatch``) -> prior; the first that matches counts. For example,
+        ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
     """
 
     def __init__(self, model: nn.Module, priors: dict[str, WeightPrior]) -> None:

@@ -172,7 +172,7 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
 
 def _warn_of_absent_levels(cells: Cells, name: str) -> None:
     """Warn of levels without cells, which are no rows of a walk."""
-    column = cells.obs[name] if name in cells.obs else None
+    column = cells.obs.get(name)
     known = next((words for _, each, words in cells.schema.words() if each == name), ())
     if column is None or not isinstance(column.dtype, pd.CategoricalDtype):
         return
