@@ -318,3 +318,8 @@ def test_cells_with_the_same_counts_are_told_by_their_covariates():
     draws = {"z": np.arange(8.0).reshape(2, 4, 1), "l": np.ones((2, 4))}
     drawn = ps.sample_posterior(fit, cells, samples=2, sampler=ps.Given(draws), progress=False)
     np.testing.assert_array_equal(drawn.z[..., 0], [[0, 1, 0, 1], [4, 5, 4, 5]])  # equal cells have equal posteriors
+
+
+def test_no_draws_to_compare_over_are_refused_for_every_model():
+    with pytest.raises(ModelError, match="global_draws must be"):
+        ps.compare({"no global latents": fit_of(toy())}, cells_of(2), global_draws=0, progress=False)
