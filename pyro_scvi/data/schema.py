@@ -72,7 +72,7 @@ class Schema:
     label_names
         (labels,): in the order of the one-hot columns.
     ordered
-        Those of the columns of categories whose categories have an order: numbers, dates and ordered Categoricals.
+        Those of the columns of categories and labels whose words have an order: numbers, dates, ordered Categoricals.
     size_factor
         Column of ``obs`` with a size factor of each cell; None without one.
     size_unit
@@ -158,7 +158,7 @@ class Schema:
             levels=tuple(tuple(categories(obs, name, "category")[0]) for name in further),
             labels=labels,
             label_names=label_names,
-            ordered=tuple(name for name in (batch, *further) if name is not None and has_order(obs, name)),
+            ordered=tuple(name for name in (batch, *further, labels) if name is not None and has_order(obs, name)),
             size_factor=size_factor,
         )
 

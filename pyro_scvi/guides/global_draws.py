@@ -49,13 +49,14 @@ class GlobalDraws(GlobalLatents):
             raise ModelError(f"the model's global latents are {list(found)}, got draws of {list(draws)}")
         self.n_draws = len(next(iter(draws.values())))
         for place, (name, site) in enumerate(found.items()):
+            require_finite(name, draws[name])
             value = draws[name].to(site.value)
             if value.shape != (self.n_draws, *site.value.shape) or not self.n_draws:
                 raise ModelError(
                     f"draws of {name!r} must have shape (samples, {', '.join(map(str, site.value.shape))}), as many "
                     f"samples as the others, got {tuple(value.shape)}"
                 )
-            if not bool(self.supports[name].check(value).all()) or not bool(value.isfinite().all()):
+            if not bool(self.supports[name].check(value).all()):
                 raise ModelError(f"draws of {name!r} lie outside its support {self.supports[name]}")
             self.register_buffer(f"draws_{place}", value)
 
@@ -128,6 +129,17 @@ def parsed_draws(draws: Any, what: str) -> tuple[dict[str, Tensor], int, Any]:
                 f"{value.item()}: write [{value.item()}] for one draw"
             )
     return tensors, 1, None
+
+
+def require_finite(name: str, draws: Tensor) -> None:
+    """Refuse draws of a site that are complex, infinite or NaN."""
+    if draws.is_complex():
+        raise ModelError(f"draws of {name!r} must be real numbers, got {draws.dtype}: pass their real part")
+    if not bool(draws.isfinite().all()):
+        wrong = int((~draws.isfinite()).sum())
+        raise ModelError(
+            f"draws of {name!r} must be finite, got {wrong} values that are infinite or NaN: leave such draws out"
+        )
 
 
 def _on_cpu(draws: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -79,6 +79,10 @@ class GlobalLatents(nn.Module):
         """The median of every global latent under q; no parameters, which a program that keeps one would own."""
         raise NotImplementedError
 
+    def start_at(self, name: str, value: Tensor) -> bool:
+        """Start the median of a global latent at a value; whether that was possible."""
+        return False
+
     def latents(self) -> dict[str, Latent]:
         """What the model must sample them as."""
         return {name: Latent(Kind.GLOBAL, support, self.events[name]) for name, support in self.supports.items()}
@@ -115,6 +119,18 @@ class GlobalNormal(GlobalLatents):
             drawn[name] = law.sample((samples,))
             log_q = log_q.to(loc) + law.log_prob(drawn[name]).reshape(samples, -1).sum(-1)
         return drawn, log_q
+
+    @torch.no_grad()
+    def start_at(self, name: str, value: Tensor) -> bool:
+        """Start the median of a global latent at a value; whether that was possible."""
+        if name not in self.supports:
+            return False
+        start: Tensor = bijection_to(self.supports[name]).inv(value)
+        loc = self.loc[list(self.supports).index(name)]
+        if not bool(start.isfinite().all()):
+            return False
+        loc.copy_(start)
+        return True
 
     def _law(self, name: str, loc: Tensor, log_scale: Tensor) -> Distribution:
         """Normals of the coordinates of one latent, with the events that it has in the program."""

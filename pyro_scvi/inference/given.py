@@ -12,7 +12,7 @@ from pyro_scvi.data.names import positions_of
 from pyro_scvi.errors import ModelError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.coordinates import LocalSite
-from pyro_scvi.guides.global_draws import GlobalDraws, parsed_draws
+from pyro_scvi.guides.global_draws import GlobalDraws, parsed_draws, require_finite
 from pyro_scvi.inference.samplers import Draws, Sampler, require_sampler
 from pyro_scvi.utils.cell_streams import per_cell
 
@@ -40,8 +40,8 @@ class Given:
     Raises
     ------
     ModelError
-        If it is neither. When it draws, if a latent is missing, of another shape or outside its support, or there are
-        fewer draws than asked for.
+        If it is neither. When it draws, if a latent is missing, of another shape, not finite or outside its support,
+        if latents have different numbers of draws, or there are fewer draws than asked for.
     DataError
         When it draws, if a cell has no draws, or cells cannot be told apart by their names.
 
@@ -96,10 +96,15 @@ class Given:
         local = guide.coordinates.local
         if missing := [name for name in local if name not in self.sites]:
             raise ModelError(f"ps.Given needs draws of {list(local)}; {missing} are missing, or not of these cells")
-        made = self._beside(guide, len(self.sites[next(iter(local))]))
+        made = self._beside(guide, self._number(guide))
         n_draws = len(made)
         if samples > n_draws:
-            raise ModelError(f"there are {n_draws} draws of each cell, and {samples} are asked for: pass samples=")
+            beside = " made together with one draw of the global latents" if self.differs_by(guide) else ""
+            raise ModelError(
+                f"there are {n_draws} draws of each cell{beside}, and {samples} are asked for: give more draws, or ask "
+                "for fewer, by samples= where the function has it, or by most_pairs= of RandomPairs, which takes "
+                "another draw each time that a cell is in a pair"
+            )
         with per_cell():  # from the stream that cells share, which is the same in each batch
             order = made if samples == n_draws else made[torch.randperm(n_draws)[:samples].sort().values]
         sites = {name: _shaped(site, self.sites[name][order][:, rows]).to(x) for name, site in local.items()}
@@ -109,6 +114,16 @@ class Given:
         """Names of the guide's global latents of which these draws hold more than one value."""
         held = [name for name in guide.weights.supports if name in self.shared]
         return [name for name in held if bool((self.shared[name] != self.shared[name][:1]).any())]
+
+    def _number(self, guide: Guide) -> int:
+        """How many draws there are; refuses different numbers of them, whose first would be taken for pairs."""
+        numbers = {name: len(self.sites[name]) for name in guide.coordinates.local}
+        numbers |= {name: len(self.shared[name]) for name in self.differs_by(guide)}
+        if len(set(numbers.values())) > 1:
+            raise ModelError(
+                f"draws of all latents must be of the same number, because they were made together, got {numbers}"
+            )
+        return next(iter(numbers.values()))
 
     def _beside(self, guide: Guide, n_draws: int) -> Tensor:
         """Which draws were made with the value of the guide's global latents: all, if they are at no one draw."""
@@ -159,7 +174,8 @@ def _require_one_value(sampler: Any, guide: Guide) -> None:
     if beside and not (isinstance(guide.weights, GlobalDraws) and guide.weights.n_draws == 1):
         raise ModelError(
             f"these draws were made together with draws of {beside}, whose medians would be used for all. Call "
-            "fit.with_globals(draws) and pass global_draws= to functions that have it, or give them a single draw"
+            "fit.with_globals(draws) and pass global_draws= to impute, posterior_predictive or RandomPairs, which have "
+            "it. For other functions, such as GroupMeans, give with_globals and ps.Given a single draw"
         )
 
 
@@ -173,6 +189,7 @@ def _shaped(site: LocalSite, value: Tensor) -> Tensor:
     if tuple(value.shape[2:]) not in (event, (1, *event)):
         raise ModelError(f"draws of {site.name!r} must be (samples, cells) and an event {event}, got {value.shape[2:]}")
     shaped = value.reshape(*value.shape[:2], 1, *event)
+    require_finite(site.name, value)
     if not bool(site.support.check(shaped).all()):
         raise ModelError(f"draws of {site.name!r} lie outside its support {site.support}")
     return shaped

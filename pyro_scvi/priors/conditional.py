@@ -1,5 +1,7 @@
 """Priors of z given columns of gamma: a mean for each category, and a component for each label."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -142,10 +144,13 @@ class ByLabel(ConditionalPrior):
         label = gamma[..., self.columns]
         known = label.sum(-1, keepdim=True) > 0
         logits = torch.where(known, label.log(), self.logits.log_softmax(-1))  # (cells, 1, labels)
-        parts = self.components().expand((*logits.shape[:-1], self.n_columns))
+        normals = self.components()
+        parts = normals.expand((*logits.shape[:-1], self.n_columns))
         which = dist.Categorical(logits=logits)
         if self.training and self.label_weight:
-            return _Labelled(which, parts).with_labels(self, label)
+            # With the values of now: parameters that have a prior of their own are gone once the program has run.
+            score = partial(self.label_score, label, normals, self.logits.detach())
+            return _Labelled(which, parts).with_score(score)
         return dist.MixtureSameFamily(which, parts)
 
     def components(self) -> Distribution:
@@ -154,34 +159,34 @@ class ByLabel(ConditionalPrior):
 
     def log_prob_of_labels(self, z: Tensor) -> Tensor:
         """Log P(label | z) (..., labels) of cells without a label, at z (..., latents)."""
-        return self._joint(z, self.logits).log_softmax(-1)
+        return _joint(self.components(), self.logits, z).log_softmax(-1)
 
-    def label_score(self, z: Tensor, label: Tensor) -> Tensor:
+    def label_score(self, label: Tensor, normals: Distribution, logits: Tensor, z: Tensor) -> Tensor:
         """Label_weight times log P(label | z) (...), 0 without a label; it does not train the labels' shares."""
-        log_p = self._joint(z, self.logits.detach()).log_softmax(-1)
+        log_p = _joint(normals, logits, z).log_softmax(-1)
         return self.label_weight * (label * log_p).sum(-1)
 
-    def _joint(self, z: Tensor, logits: Tensor) -> Tensor:
-        return self.components().log_prob(z[..., None, :]) + logits.log_softmax(-1)
+
+def _joint(normals: Distribution, logits: Tensor, z: Tensor) -> Tensor:
+    return normals.log_prob(z[..., None, :]) + logits.log_softmax(-1)
 
 
 class _Labelled(dist.MixtureSameFamily):  # type: ignore[misc]
     """The law of z in training: its log density counts labels more than once, so it integrates to one no more."""
 
-    prior: ByLabel
-    label: Tensor
+    score: Callable[[Tensor], Tensor]
 
-    def with_labels(self, prior: ByLabel, label: Tensor) -> "_Labelled":
-        """Itself, which now knows the labels (cells, 1, labels)."""
-        self.prior, self.label = prior, label
+    def with_score(self, score: Callable[[Tensor], Tensor]) -> "_Labelled":
+        """Itself, which now knows the score of the labels, a function of z."""
+        self.score = score
         return self
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, and the score of the labels."""
         density: Tensor = super().log_prob(value)
-        return density + self.prior.label_score(value, self.label)
+        return density + self.score(value)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "_Labelled":
         """The same for more cells; torch's own would forget the labels."""
         expanded: _Labelled = super().expand(batch_shape, _instance)
-        return expanded.with_labels(self.prior, self.label)
+        return expanded.with_score(self.score)

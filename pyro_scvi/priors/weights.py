@@ -228,6 +228,8 @@ class RandomWalkWeights(Component):
 
     Site: the parameter's own name, with its shape. The rows of ``prior.loc`` of ``ps.priors.Conditional`` are the
     categories of a column of ``obs`` in the order of its pandas Categorical. ``ps.fit`` refuses words without an order.
+    All steps count the same, whatever the names: of days 1, 2, 3 and 10 the last step is as small as the others.
+    Levels without cells are left out, with a warning.
 
     Parameters
     ----------
@@ -303,7 +305,8 @@ class RandomWeights(nn.Module):
     model
         The module that owns the parameters.
     priors
-        Name pattern (as in ``fnmatch``) -> prior, for example ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
+        Name pattern (as in ``fnmatch``) -> prior; the first that matches counts. For example,
+        ``{"decoder.heads.log_mean.weight": NormalWeights()}``.
     """
 
     def __init__(self, model: nn.Module, priors: dict[str, WeightPrior]) -> None:
@@ -396,11 +399,17 @@ def _taken_out(model: nn.Module, name: str) -> Tensor:
 
 def _matching(model: nn.Module, pattern: str, taken: Container[str]) -> list[str]:
     """Names of the parameters that match a pattern, without those taken by another pattern."""
-    known = [name for name, _ in model.named_parameters() if name not in taken]
+    every = [name for name, _ in model.named_parameters()]
+    known = [name for name in every if name not in taken]
     names = [name for name in known if fnmatchcase(name, pattern)]
     if shared := [name for name in names if name.startswith(SHARED)]:
         raise ModelError(
             f"{shared} cannot have a prior, because the guide uses them too: let {pattern!r} not match them"
+        )
+    if not names and (before := [name for name in every if fnmatchcase(name, pattern)]):
+        raise ModelError(
+            f"{before} have a prior by an earlier pattern of weight_priors, so {pattern!r} has none left: put "
+            f"{pattern!r} before that pattern"
         )
     if not names:
         raise ModelError(f"no parameter that may have a prior is called {pattern!r}; the model has {known}")

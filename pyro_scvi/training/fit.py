@@ -20,6 +20,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.model import SCVI
 from pyro_scvi.persistence import archive
 from pyro_scvi.persistence.serialization import facts_of
+from pyro_scvi.priors.weights import is_taken_out
 from pyro_scvi.schedules import CheckpointInterval, ConstantKL, KLWeight, LearningRate, OneCycle
 from pyro_scvi.training.checkpoint import Checkpoints
 from pyro_scvi.training.checks import check_cells_of, check_elbo, check_kinds, note_cells, warn_if_trained_on
@@ -31,10 +32,11 @@ from pyro_scvi.training.loop import Trainer, TrainingData
 from pyro_scvi.training.options import TrainingOptions
 from pyro_scvi.training.resuming.run_identity import identity
 from pyro_scvi.training.signals import noted_interrupts
-from pyro_scvi.utils.checks import switches_checked
+from pyro_scvi.utils.checks import switches_checked, warn
 from pyro_scvi.utils.out_of_memory import memory_errors_told
 from pyro_scvi.utils.random_state import seeded
 
+BIAS = "decoder.heads.log_mean.bias"
 WATCHED = 2048  # held-out cells at most that are evaluated after every epoch
 _LESS_MEMORY = "lower batch_size=, make a model of fewer or narrower layers, or pass fewer cells or genes"
 
@@ -119,7 +121,8 @@ def fit(
         Any Pyro ELBO; None: the fastest, with the value of TraceMeanField_ELBO.
     data_start
         Start the genes' means and the library size's distribution at those of the data, unless the model is of a fit.
-        A bias that is frozen by ``requires_grad_(False)`` stays as it is.
+        A bias that is frozen by ``requires_grad_(False)`` stays as it is. Of a bias with a prior, the guide's median
+        starts there.
     checkpoint, checkpoint_every
         Directory for the state of training at the end of an epoch, and how often it is written. An earlier checkpoint
         stays readable until the next is complete. :func:`load` returns the fit up to the checkpoint.
@@ -172,8 +175,9 @@ def fit(
     UserWarning
         If the learning rate was halved because the loss was not finite (``settings["halvings"]``), or if SIGINT or
         SIGTERM ended the run early (``settings["interrupted"]``); the Fit is then that of the epochs that had ended.
-        If a batch, category or label of the cells' schema has no training cell, or if cells of ``validation`` are among
-        the training cells.
+        If a bias with a prior cannot start at the data's means, because of ``global_guide=`` or a prior such as the
+        horseshoe. If a batch, category or label of the cells' schema has no training cell, or if cells of
+        ``validation`` are among the training cells. If a random walk is over levels some of which have no cells.
 
     Notes
     -----
@@ -229,7 +233,7 @@ def _trained_on(cells: Cells, model: SCVI, guide: Guide, options: TrainingOption
     check_elbo(guide, options.elbo, options.kl_weight, options.epochs)
     data = _on_device(cells, train_rows, held_out, options)
     if options.data_start and not model.trained:
-        start_from_data(model, data.train, options.ranks)
+        start_from_data(model, data.train, options.ranks, guide)
     model.to(options.device, options.dtype)
     guide.to(options.device, options.dtype)
     return _trained(model, guide, cells, data, options)
@@ -258,17 +262,28 @@ def _on_device(
     return TrainingData(train, watched, len(train_rows), ranks.batch_sizes(**made_of), ranks.own_batch_sizes(**made_of))
 
 
-def start_from_data(model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess()) -> None:
-    """Set the genes' biases to their log mean counts, and the library size to the mean and sd of the log totals."""
+def start_from_data(
+    model: SCVI, cells: Minibatches, ranks: Processes = SingleProcess(), guide: Guide | None = None
+) -> None:
+    """Set the genes' biases to their log mean counts, and the library size to the mean and sd of the log totals.
+
+    The guide's median of the biases is set where these are latent.
+    """
     totals, gamma = ranks.gather(cells.totals()), cells.covariates().gathered(ranks.gather)
     means = torch.as_tensor(ranks.gather(cells.gene_totals()[None]).sum(0) / len(totals)).float()
     model.library.start_from(torch.as_tensor(totals).float(), gamma)
     heads = getattr(model.decoder, "heads", None)  # a decoder of one's own may have others
     head = heads["log_mean"] if isinstance(heads, torch.nn.ModuleDict) and "log_mean" in heads else None
+    start = (means + 1 / len(totals)).log()  # one more count each: a gene may have none
     bias = None if head is None else head._parameters.get("bias")  # None if it is latent
     if bias is not None and bias.requires_grad:  # one that is frozen has the values that its owner gave it
         with torch.no_grad():
-            bias.copy_((means + 1 / len(totals)).log())  # one more count each: a gene may have none
+            bias.copy_(start)
+    if guide is not None and is_taken_out(head, "bias") and not guide.weights.start_at(BIAS, start):
+        warn(
+            f"{BIAS!r} is latent and its guide does not start at the data's means, because of the guide of global "
+            "latents or of the prior: training may need more epochs"
+        )
 
 
 def _trained(model: SCVI, guide: Guide, cells: Cells, data: TrainingData, options: TrainingOptions) -> Fit:

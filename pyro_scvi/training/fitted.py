@@ -95,17 +95,19 @@ class Fit:
         ----------
         draws
             Of every global latent: a dict of arrays (samples, ...), or an xarray Dataset with dimensions (sample, ...)
-            or (chain, draw, ...), whose other variables are left aside.
+            or (chain, draw, ...). Draws of the cells' latents beside them are left aside, as those that
+            ``ps.log_density(..., free_globals=True).constrain(u)`` returns, and so are other variables of a Dataset.
 
         Raises
         ------
         ModelError
-            Naming a latent that is missing, of another shape or outside its support.
+            Naming a latent that is missing, unknown, of another shape or outside its support.
         """
         given, _, _ = parsed_draws(draws, "draws")
-        if hasattr(draws, "data_vars"):
-            given = {name: value for name, value in given.items() if name in self.guide.weights.supports}
-        return replace(self, guide=at_globals(self.guide, given))
+        shared, of_cells = self.guide.weights.supports, self.guide.coordinates.latents()
+        aside = given.keys() if hasattr(draws, "data_vars") else of_cells.keys()
+        kept = {name: value for name, value in given.items() if name in shared or name not in aside}
+        return replace(self, guide=at_globals(self.guide, kept))
 
     def save(self, path: str | Path) -> None:
         """Write weights (safetensors) and configuration (JSON) into the directory ``path``; see :func:`load`.

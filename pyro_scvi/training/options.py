@@ -9,11 +9,13 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from pyro.infer import ELBO
 
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.minibatches import require_precision, resolve_device
+from pyro_scvi.data.obs_columns import label_of, quoted
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
@@ -25,7 +27,7 @@ from pyro_scvi.training.checks import check_run
 from pyro_scvi.training.distributed import Processes, SingleProcess
 from pyro_scvi.training.landmarks import evenly_spaced
 from pyro_scvi.training.same_columns import require_same_columns
-from pyro_scvi.utils.checks import brief
+from pyro_scvi.utils.checks import brief, warn
 
 COMPARED = 64
 """Cells whose counts ranks compare gene by gene."""
@@ -162,8 +164,23 @@ def _check_cells(model: SCVI, cells: Cells, held_out: Any) -> None:
                     f"a prior uses the categories of {name!r} as steps in time, and they are words without an "
                     f"order: make obs[{name!r}] numbers, or an ordered Categorical, and read the cells again"
                 )
+            if place == columns:
+                _warn_of_absent_levels(cells, name)
     if isinstance(held_out, Cells) and held_out.schema != cells.schema:
         raise SchemaError("the validation cells have other genes or covariates; make them with schema=cells.schema")
+
+
+def _warn_of_absent_levels(cells: Cells, name: str) -> None:
+    """Warn of levels without cells, which are no rows of a walk."""
+    column = cells.obs.get(name)
+    known = next((words for _, each, words in cells.schema.words() if each == name), ())
+    if column is None or not isinstance(column.dtype, pd.CategoricalDtype):
+        return
+    if absent := [label for level in column.cat.categories if (label := label_of(level)) not in known]:
+        warn(
+            f"the levels {quoted(absent)} of {name!r} have no cells, and a prior takes the levels as steps in time: "
+            "the step over them counts as one step, from the level before to the level after"
+        )
 
 
 def _check_validation(validation: Any) -> None:

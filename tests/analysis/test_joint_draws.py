@@ -130,5 +130,41 @@ def test_draws_beside_other_weights_are_refused(joint):
     one = fit.with_globals({name: value[7:8] for name, value in sites_of_weights(sites).items()})
     drawn = ps.sample_posterior(one, cells, samples=1, sampler=ps.Given(sites), progress=False)
     np.testing.assert_array_equal(drawn.z[0], sites["z"][7, :, 0])
-    with pytest.raises(ModelError, match="there are 1 draws of each cell, and 2 are asked for"):
+    with pytest.raises(
+        ModelError, match="there are 1 draws of each cell made together with one .*, and 2 are asked for"
+    ):
         ps.impute(one, cells, samples=2, sampler=ps.Given(sites))
+
+
+def test_draws_of_everything_go_back_in_as_they_are(joint):
+    fit, _, _, sites = joint
+    at = fit.with_globals(sites)
+    torch.testing.assert_close(
+        at.guide.weights.medians(), fit.with_globals(sites_of_weights(sites)).guide.weights.medians()
+    )
+    with pytest.raises(ModelError, match=r"got draws of \[.*'other'\]"):
+        fit.with_globals(sites | {"other": sites["z"]})
+
+
+def test_fewer_draws_of_weights_than_of_latents_are_refused(joint):
+    fit, cells, _, sites = joint
+    few = {name: value[:20] for name, value in sites_of_weights(sites).items()}
+    sampler = ps.Given(sites | few)
+    with pytest.raises(ModelError, match=r"draws of all latents must be of the same number.*'z': 60, .*weight': 20"):
+        ps.impute(fit.with_globals(few), cells, samples=20, global_draws=20, sampler=sampler)
+
+
+def test_differential_expression_says_what_can_be_done_with_draws_of_everything(joint):
+    fit, cells, _, sites = joint
+    groups = {"groupby": np.repeat(["a", "b"], 3), "group_a": "a", "group_b": "b"}
+    at, given = fit.with_globals(sites), ps.Given(sites)
+    with pytest.raises(ModelError, match="such as GroupMeans, give with_globals and ps.Given a single draw"):
+        ps.differential_expression(at, cells, estimand=GroupMeans(sampler=given), **groups)
+    one = {name: value[:1] for name, value in sites.items()}
+    means = GroupMeans(samples=1, sampler=ps.Given(one), min_molecules=1)
+    assert len(ps.differential_expression(fit.with_globals(one), cells, estimand=means, **groups)) == N_GENES
+    pairs = RandomPairs(global_draws=20, sampler=given)
+    with pytest.raises(ModelError, match="or by most_pairs= of RandomPairs"):
+        ps.differential_expression(at, cells, estimand=pairs, **groups)
+    few = RandomPairs(global_draws=2, most_pairs=4, sampler=given)
+    assert len(ps.differential_expression(at, cells, estimand=few, seed=18, **groups)) == N_GENES

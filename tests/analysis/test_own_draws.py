@@ -229,6 +229,8 @@ def test_globals_at_draws_are_what_every_verb_uses(tmp_path):
     ("draws", "match"),
     [
         ({"rate": torch.tensor([-1.0])}, "outside its support"),
+        ({"rate": torch.tensor([1.0, torch.inf])}, "draws of 'rate' must be finite, got 1 values"),
+        ({"rate": torch.ones(3) + 1j}, "draws of 'rate' must be real numbers"),
         ({"rate": torch.ones(3, 2)}, r"draws of 'rate' must have shape \(samples, \)"),
         ({"other": torch.ones(3)}, r"global latents are \['rate'\], got draws of \['other'\]"),
         (torch.ones(3), "a dict of sites, or an xarray Dataset"),
@@ -273,6 +275,16 @@ def test_given_draws_that_do_not_fit_are_refused():
     refused(r"draws must have shape .* with 2 cells", {"z": z}, cells=cells.take([0, 1]))
     refused(r"\['z'\] are missing", {"y": z})
     refused("must be .samples, cells. and an event", {"z": np.zeros((3, 4, 2))})
+    for wrong in (np.nan, np.inf):
+        refused(
+            "draws of 'z' must be finite, got 1 values", {"z": np.where(np.arange(12).reshape(3, 4, 1) == 5, wrong, z)}
+        )
+    refused("draws of 'z' must be real numbers, got torch.complex128", {"z": z + 1j})
+    with_sizes = fit_of(toy(library=ps.libraries.LatentLibrary(1.0, 0.5)))
+    for n_z, n_l in ((3, 2), (2, 3)):
+        draws = {"z": z[:n_z], "l": np.ones((n_l, 4, 1))}
+        with pytest.raises(ModelError, match=rf"of the same number, .*'z': {n_z}, 'l': {n_l}"):
+            ps.impute(with_sizes, cells, samples=2, sampler=ps.Given(draws))
     named = xr.Dataset({"z": (("sample", "cell", "latent"), z)}, {"cell": ["a", "b", "c", "d"]})
     others = ps.Cells.from_counts(cells.counts, cell_names=["e", "f", "g", "h"])
     with pytest.raises(DataError, match="the draws has no row for 4 of the 4 cells, such as 'e'"):
@@ -306,3 +318,8 @@ def test_cells_with_the_same_counts_are_told_by_their_covariates():
     draws = {"z": np.arange(8.0).reshape(2, 4, 1), "l": np.ones((2, 4))}
     drawn = ps.sample_posterior(fit, cells, samples=2, sampler=ps.Given(draws), progress=False)
     np.testing.assert_array_equal(drawn.z[..., 0], [[0, 1, 0, 1], [4, 5, 4, 5]])  # equal cells have equal posteriors
+
+
+def test_no_draws_to_compare_over_are_refused_for_every_model():
+    with pytest.raises(ModelError, match="global_draws must be"):
+        ps.compare({"no global latents": fit_of(toy())}, cells_of(2), global_draws=0, progress=False)

@@ -354,3 +354,13 @@ def test_the_order_of_categories_is_known():
     assert ordered(pd.Categorical(days, ["day 2", "day 10"], ordered=True)) == ("assay",)
     assert ordered([2, 10] * 12) == ("assay",)
     assert ordered(pd.Categorical([2, 10] * 12, [10, 2])) == ()
+
+
+def test_the_order_of_labels_is_known():
+    def ordered(column):
+        return Cells.from_anndata(labelled(type=column), **ALL).schema.ordered
+
+    days = ["day 2", "day 10", None] * 8
+    assert ordered(days) == ()
+    assert ordered(pd.Categorical(days, ["day 2", "day 10"], ordered=True)) == ("type",)
+    assert ordered([2.0, 10.0, np.nan] * 8) == ("type",)

@@ -273,3 +273,41 @@ def test_the_first_of_two_patterns_has_a_parameter():
     weight_priors = LOC | {"prior.*": ps.weights.RandomWalkWeights()}
     model = ps.SCVI(GENES, 2, 3, prior=prior, weight_priors=weight_priors)
     assert model.weights.prior_of == {"prior.loc": 0, "prior.log_scale": 1}
+
+
+def test_a_bias_with_a_prior_starts_at_the_data_s_means():
+    _, cells = simulated([0.0, 1.0], 10)
+    name, still = "decoder.heads.log_mean.bias", ps.schedules.Constant(0.0)
+    options = {"epochs": 1, "validation": 0, "learning_rate": still, "progress": False}
+
+    def fitted_with(prior, **guided):
+        model = ps.SCVI(GENES, 2, 2, n_hidden=8, weight_priors={name: prior})
+        return ps.fit(model, cells, ps.guides.DiagonalNormal(model, **guided), **options)
+
+    found = fitted_with(ps.weights.NormalWeights(3.0)).guide.weights.medians()[name]
+    plain = ps.fit(ps.SCVI(GENES, 2, 2, n_hidden=8), cells, **options)
+    torch.testing.assert_close(found, plain.model.decoder.heads["log_mean"].bias.detach())
+    with pytest.warns(UserWarning, match="is latent and its guide does not start at the data's means"):
+        fitted_with(ps.weights.NormalWeights(3.0), global_guide=pyro.infer.autoguide.AutoNormal)
+    with pytest.warns(UserWarning, match="is latent and its guide does not start at the data's means"):
+        fitted_with(ps.weights.HorseshoeWeights())
+
+
+def test_walks_over_labels_and_over_levels_without_cells():
+    _, cells = simulated([0.0, 1.0, 2.0], 10)
+    days = np.array(["d1", "d10", "d3"])[cells.obs["group"]].astype(object)
+    days[::2] = None
+    in_order = pd.Categorical(days, ["d1", "d2", "d3", "d10"], ordered=True)
+    read = ps.Cells.from_counts(cells.counts, obs=pd.DataFrame({"day": in_order}), labels="day")
+    assert read.schema.label_names == ("d1", "d3", "d10")
+    walk = {"prior.loc": ps.weights.RandomWalkWeights()}
+    model = ps.SCVI(GENES, 2, 3, prior=ps.priors.ByLabel(2, read.columns["day"]), weight_priors=walk)
+    with pytest.warns(UserWarning, match="the levels 'd2' of 'day' have no cells"):
+        fit = ps.fit(model, read, epochs=1, progress=False)
+    assert fit.guide.weights.medians()["prior.loc"].shape == (3, 2)
+
+
+def test_a_pattern_after_one_that_took_its_parameters():
+    own = {"decoder.*": ps.weights.NormalWeights(), "decoder.heads.log_mean.weight": ps.weights.LaplaceWeights()}
+    with pytest.raises(ModelError, match=r"log_mean.weight'\] have a prior by an earlier pattern of weight_priors"):
+        ps.SCVI(GENES, 2, decoder=ps.networks.LinearDecoder(), weight_priors=own)

@@ -19,7 +19,7 @@ from pyro_scvi.errors import ModelError
 from pyro_scvi.inference.importance import KHAT_LIMIT
 from pyro_scvi.model import SCVI
 from pyro_scvi.training.fitted import Fit
-from pyro_scvi.utils.checks import switches_checked
+from pyro_scvi.utils.checks import require_at_least, switches_checked
 
 
 @switches_checked
@@ -83,6 +83,8 @@ def compare(
     (['normal', 'student-t'], 0.0)
     """
     listed = _listed(fits)
+    if global_draws is not None:
+        require_at_least(1, global_draws=global_draws)
     _require_one_kind(listed)
     given = _given(listed, cells)
     _require_same_entries(listed, cells)

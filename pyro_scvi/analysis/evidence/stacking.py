@@ -34,7 +34,8 @@ def stacking_weights(table: pd.DataFrame, *, draws: int = 200, seed: int = 0) ->
     Parameters
     ----------
     table
-        What ``ps.compare(fits, cells, pointwise=True)`` returned, of cells that no fit has seen.
+        What ``ps.compare(fits, cells, pointwise=True)`` returned, of cells that no fit has seen. Of a model with
+        several refits, log p(x) of a cell is the mean over these.
     draws
         Weightings of the cells in the Bayesian bootstrap.
     seed

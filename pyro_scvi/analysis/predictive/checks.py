@@ -134,6 +134,9 @@ def posterior_predictive(
 
     .. math:: z^s, l^s \sim p(z, l | x_n), \qquad \tilde x^s_n \sim p(x | z^s, l^s)
 
+    Global latents, such as weights with a prior, are at the guide's medians: their uncertainty is in the replicas only
+    where ``global_draws=`` asks for it.
+
     The array has that size in int32, or in float32 if the draws are not whole numbers. So take few samples of many
     cells, or part of the cells at a time.
 
