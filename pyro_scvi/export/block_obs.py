@@ -49,7 +49,7 @@ def _typed(name: Any, column: pd.Series) -> pd.Series:
         return column.convert_dtypes() if values == "integer" and column.hasnans else pd.to_numeric(column)
     if values not in _WRITTEN:
         raise DataError(_unwritable(name, column, f"holds {_OBJECTS.get(values, 'values of several kinds')}"))
-    return inferred(column) if column.hasnans else column
+    return inferred(column) if column.hasnans or values == "boolean" else column
 
 
 def _try(kind: Format, obs: pd.DataFrame) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_scvi.errors import ModelError
 from pyro_scvi.nn.component import Component, lasting_repr
-from pyro_scvi.persistence.digests import digest_of, digests_of_columns
+from pyro_scvi.persistence.digests import digest_of, digests_of_columns, has_padding
 from pyro_scvi.utils.checks import brief
 from pyro_scvi.utils.out_of_memory import is_out_of_memory
 
@@ -84,7 +84,8 @@ class _Contents:
 
     def _plain(self, value: Any) -> str:
         if isinstance(value, np.generic):
-            return self.of(value.item())
+            item = value.item()  # a number of 80 bits is its own item
+            return repr(value) if isinstance(item, np.generic) else self.of(item)
         if isinstance(value, PurePath):
             return repr(str(value))
         if isinstance(value, PLAIN):
@@ -120,7 +121,7 @@ class _Contents:
         if isinstance(value, np.ma.MaskedArray):
             return f"masked {self._all(np.asarray(value.data), np.ma.getmaskarray(value))}"
         if isinstance(value, np.ndarray):
-            words = value.dtype.kind == "O" or value.dtype.hasobject
+            words = value.dtype.hasobject or has_padding(value.dtype)
             content = self._all(*value.ravel().tolist()).encode() if words else value.tobytes()
             return f"array {value.dtype} {value.shape} {digest_of([content])}"
         if isinstance(value, AnnData):

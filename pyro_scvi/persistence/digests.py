@@ -58,6 +58,11 @@ def digests_of_columns(obs: pd.DataFrame) -> dict[str, str]:
     return {str(name): _digest_of_column(column) for name, column in obs.items()}
 
 
+def has_padding(kind: np.dtype) -> bool:
+    """Whether some bytes of a value are none of its content, as in numbers of 80 bits and in records."""
+    return kind.char in "gG" or kind.names is not None
+
+
 def _entries(block: Matrix) -> sparse.csr_array:
     """The counts of a block that are not zero, by cells and then by genes; the block is not changed."""
     if isinstance(block, np.ndarray):
@@ -73,8 +78,12 @@ def _digest_of_column(column: pd.Series) -> str:
         column = column.astype(column.dtype.newbyteorder("="))
     positions, values = pd.factorize(column)  # in the order in which they occur first, -1 where one is missing
     words = np.asarray(values)
-    typed = words.dtype.kind in "biufmM"
-    content = [words.dtype.str.encode(), words.tobytes()] if typed else [b"words", *_encoded(words)]
+    if words.dtype.kind not in "biufmM":
+        content = [b"words", *_encoded(words)]
+    elif has_padding(words.dtype):
+        content = [words.dtype.str.encode(), *_encoded(words)]
+    else:
+        content = [words.dtype.str.encode(), words.tobytes()]
     if isinstance(column.dtype, pd.CategoricalDtype) and column.dtype.ordered:
         content += [b"ordered", *_encoded(column.dtype.categories)]
     return digest_of([positions.astype(np.int64).tobytes(), *content])

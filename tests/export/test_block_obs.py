@@ -44,6 +44,8 @@ KEPT = {
     "objects that are strings": objects("a", None),
     "objects that are integers": objects(3, None),
     "objects that are floats": objects(1.5, None, 2),
+    "objects that are booleans": objects(True, False),
+    "objects that are booleans or nothing": objects(True, None, False),
     "nothing": objects(None),
     "complex": np.arange(N) * 1j,
     "ordered": pd.Categorical(["x", "y"] * (N // 2), ["y", "x", "z"], ordered=True),

@@ -114,3 +114,16 @@ def test_constants_of_a_component_of_ones_own_are_told_apart():
     assert content_of_parts(first) == content_of_parts(same)
     assert content_of_parts(first) != content_of_parts(other)
     assert content_of_parts(ps.SCVI(5)) == ""
+
+
+def test_bytes_between_values_are_no_content():
+    records = np.zeros(2, np.dtype("i1, f8", align=True))
+    same, other = records.copy(), records.copy()
+    same.view(np.uint8).reshape(2, -1)[:, 1:8] = 3
+    other["f1"] = 1
+    assert content_of(records) == content_of(same) != content_of(other)
+
+
+def test_numbers_of_any_precision_have_a_content():
+    third = np.longdouble(1) / 3
+    assert content_of(third) == content_of(+third) != content_of(third * 2)
