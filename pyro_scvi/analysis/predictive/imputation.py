@@ -303,7 +303,7 @@ def _warn_of(judged: list[dict[str, Tensor]]) -> None:
         if bad.double().mean() > 0.1:
             warn(
                 f"{name} is above {limit} for {int(bad.sum())} of {len(bad)} cells: their draws do not follow the "
-                "posterior, so their quantiles may be too close together. Take sampler=ps.Importance() or ps.HMC()"
+                "posterior, so their quantiles may be too close together. In Python, take ps.Importance() or ps.HMC()"
             )
 
 
