@@ -33,7 +33,7 @@ def picture(names: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11.0, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.55, 1))
     adata = names["adata"]
-    ps.plots.embedding(ps.plots.project(adata.obsm["X_pyro_scvi"]), adata.obs["bulk_labels"], ax=left)
+    ps.plots.embedding(ps.plots.project(adata.obsm["X_pyro_scvi_expression_pca"]), adata.obs["bulk_labels"], ax=left)
     left.set_title("700 blood cells", fontsize=11)
     ps.plots.volcano(names["genes"], ax=right, names=10)
     right.set_title("genes: B cells (a) over dendritic cells (b)", fontsize=11)

@@ -66,11 +66,14 @@ _ = ps.plots.loss(fit)
 #
 # ## Embed and look
 #
-# The embedding of a cell is the posterior mean $\mathbb{E}_q[z \mid x]$. One line puts it where scanpy looks.
+# The embedding of a cell is the posterior mean $\mathbb{E}_q[z \mid x]$. Distances between values of $z$ have no unit:
+# the decoder may stretch some directions and ignore others. So neighbours, UMAP and clusters take principal components
+# of what the decoder makes of $z$, the expression of the cell. One line puts each where scanpy looks.
 
 # %%
 adata.obsm["X_pyro_scvi"] = ps.embed(fit, cells)
-sc.pp.neighbors(adata, use_rep="X_pyro_scvi", random_state=0)
+adata.obsm["X_pyro_scvi_expression_pca"] = ps.embed(fit, cells, space=ps.spaces.Expression())
+sc.pp.neighbors(adata, use_rep="X_pyro_scvi_expression_pca", random_state=0)
 sc.tl.umap(adata, random_state=0)
 
 figure, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
@@ -78,9 +81,9 @@ _ = ps.plots.embedding(ps.plots.Projection(adata.obsm["X_umap"], "UMAP"), adata.
 
 # %% [markdown]
 # The labels come from sorted cells, and the fit never saw them. Do not read areas, gaps and distances of a UMAP: they
-# mean little. Here is a number that does not depend on it: which share of a cell's 15 nearest neighbours in the ten
-# latents has the cell's own label? The second line is the same for principal components of log-normalised counts,
-# without a model.
+# mean little. Here is a number that does not depend on it: which share of a cell's 15 nearest neighbours has the cell's
+# own label? The first line is of the expression of the model, the second of $z$. The third is of principal components
+# of log-normalised counts, without a model.
 
 # %%
 normalised = adata.copy()
@@ -97,12 +100,13 @@ def agreement(space):
     return f"{own.mean():.3f} ± {own.std() / np.sqrt(len(own)):.3f}"
 
 
+print("decoded expression:  ", agreement(adata.obsm["X_pyro_scvi_expression_pca"]))
 print("latents:             ", agreement(adata.obsm["X_pyro_scvi"]))
 print("principal components:", agreement(normalised.obsm["X_pca"]))
 
 # %% [markdown]
-# Both are equal within their errors: the model finds no better neighbours. But only the model gives a probability of
-# the counts, and what follows from it.
+# All three are equal within their errors: the model finds no better neighbours. But only the model gives a probability
+# of the counts, and what follows from it.
 #
 # ## How good is the model? Held-out evidence
 #

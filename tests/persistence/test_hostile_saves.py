@@ -24,7 +24,7 @@ from tests.support.simulate import simulated_counts
 
 pytestmark = pytest.mark.faults
 
-SECONDS, MEGABYTES = 5, 200  # of a processor and of memory, that any one save may cost
+SECONDS, MEGABYTES = 15, 200  # of a processor, 3 where it has nothing else to do, and of memory, for any one save
 EVERY = 3  # one of so many pairs of a place and a value is tried: each place and each value come up all the same
 NO_SIZES = ("seed", "initial_sd", "head_sd")  # which may be as large as they like
 VALUES = (0, -1, 20_000, 10**9, 2**63, 10**30, 1.5, float("nan"), "3", None, True, [3], {"tensor": [[1.0]]})

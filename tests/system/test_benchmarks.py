@@ -24,7 +24,7 @@ pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, 
 
 import benchmarks
 from benchmarks import cli
-from benchmarks.choice import beside_peer, defaults
+from benchmarks.choice import beside_peer, defaults, figure
 from benchmarks.harness import processes, report, results, simulation, worker
 from benchmarks.harness.elbo import held_out_elbo
 from benchmarks.harness.exchanged import Laws, Scene, drawn_from
@@ -465,6 +465,27 @@ def test_the_default_and_its_peer_are_asked_the_same_and_paired(tiny_cortex, mon
     pairs, means = capsys.readouterr().out.split("\n\n")[-2:]
     assert "| cortex | ours | 2 | 3.5 | 1.5 |" in pairs
     assert "| cortex | ours | 6.5 (0.0) | 0.500 (0.000) | 2.0 (0.0) |" in means
+
+
+def test_points_of_the_figure_are_paired_and_the_peer_is_placed_from_the_default(tmp_path):
+    def line(variant, evidence, space, accuracy, seed=0):
+        return {"data": "d", "variant": variant, "seed": seed, "evidence": evidence, space: {"accuracy": accuracy}}
+
+    fits = [
+        line(figure.EARLIER, [1.0, 3.0], "expression", 0.5),
+        line(figure.NOW, [3.0, 7.0], "expression", 0.8),
+        line(figure.NOW, [0.0, 0.0], "expression", 0.6, seed=1),  # no pair: not in the evidence
+    ]
+    peer = [line("pyro-scvi", [5.0, 5.0], "z", 0.1), line(beside_peer.PEER, [4.0, 4.0], "z", 0.4)]
+    table = figure.points(fits, peer).set_index("variant")
+    assert table.nats.to_dict() == {figure.EARLIER: 0, figure.NOW: 3.0, beside_peer.PEER: 2.0}
+    assert table.accuracy.to_dict() == {figure.EARLIER: 0.5, figure.NOW: pytest.approx(0.7), beside_peer.PEER: 0.4}
+    assert table.accuracy_sd[figure.NOW] == pytest.approx(0.2 / math.sqrt(2))
+    for name, lines in (("fits", fits), ("peer", peer)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out.png"
+    figure.main(["--fits", str(tmp_path / "fits"), "--peer", str(tmp_path / "peer"), "--out", str(out)])
+    assert out.stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("variant", defaults.VARIANTS)
