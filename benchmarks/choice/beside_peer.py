@@ -2,10 +2,12 @@
 
     python -m benchmarks.choice.beside_peer --seeds 0 1 2 --out peer.jsonl
 
-Needs the extra ``peer``. Both see the same cells and no covariate. This package's fit is that of the defaults, with a
-tenth of the cells set aside; scvi-tools has its defaults and 400 epochs on all of them. The latents of both are
-integrated out by one sampler with the same number of draws. Fits of one data set and seed follow each other in one run.
-Labels are scored and decide nothing. A line of the file is one fit; fits that are in the file are not made again.
+Needs the extra ``peer``. Both see the same cells. Where these have batches, this package is given them and scvi-tools
+is not: the two are then not asked the same. This package's fit is that of the defaults, with a tenth of the cells set
+aside; scvi-tools has 400 epochs on all of them, 20 of these for the warm-up of its KL weight, and otherwise its
+defaults. The latents of both are integrated out by one sampler with the same number of draws. Fits of one data set
+and seed follow each other in one run. Labels are scored and decide nothing. A line of the file is one fit; fits that
+are in the file are not made again.
 """
 
 import argparse
