@@ -22,6 +22,9 @@ PAGES = [ROOT / "CONTRIBUTING.md"] + sorted(
 )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*its guide does not start at the data's means:UserWarning"
+)  # all weights are drawn
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Every block in its order, in one namespace and a folder of its own, warnings being errors.

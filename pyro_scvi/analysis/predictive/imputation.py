@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DRAWS, DRAWS_OF_QUANTILES, DRAWS_OF_MEANS = 25, 100, 400
 """Draws of the latents, by default; for quantiles; and where the quantiles of w are those of the draws."""
 LIMITS = {"khat": KHAT_LIMIT, "rhat": 1.05}
+NAMES = {"khat": "k-hat", "rhat": "R-hat"}
 
 __all__ = ["expression", "impute", "mean_given_no_dropout", "technical_zero_probability"]
 
@@ -182,7 +183,7 @@ def impute(
     --------
     >>> ps.impute(fit, test).shape
     (12, 20)
-    >>> low, high = ps.impute(fit, test, quantiles=(0.05, 0.95))
+    >>> low, high = ps.impute(fit, test, quantiles=(0.05, 0.95), sampler=ps.Importance())
     >>> bool((low <= high).all())
     True
     """
@@ -302,8 +303,8 @@ def _warn_of(judged: list[dict[str, Tensor]]) -> None:
         bad = ~(torch.cat(values) <= limit) if values else torch.zeros(1)
         if bad.double().mean() > 0.1:
             warn(
-                f"{name} is above {limit} for {int(bad.sum())} of {len(bad)} cells: their draws do not follow the "
-                "posterior, so their quantiles may be too close together. In Python, take ps.Importance() or ps.HMC()"
+                f"{NAMES[name]} is above {limit} for {int(bad.sum())} of {len(bad)} cells: their draws do not follow "
+                "the posterior, so quantiles may be too close together. In Python, take ps.Importance() or ps.HMC()"
             )
 
 
