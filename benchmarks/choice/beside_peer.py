@@ -11,12 +11,10 @@ are in the file are not made again.
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,6 @@ import pandas as pd
 import pyro_scvi as ps
 from benchmarks.choice import defaults
 from benchmarks.choice.defaults import Question
-from benchmarks.harness.commands import parser_of
-from benchmarks.harness.paths import DATA
 from benchmarks.systems.our_models import default
 from benchmarks.systems.peers import scvi_tools
 
@@ -87,18 +83,10 @@ def _with_spread(mean: float, spread: float) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = parser_of(MODULE, __doc__)
-    names = [*defaults.FILES, defaults.EMBEDDED]
-    parser.add_argument("--folder", type=Path, default=DATA, help="folder with the real data")
-    parser.add_argument("--data", nargs="+", choices=names, default=names)
+    parser = defaults.parser_with(MODULE, __doc__)
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cells", type=int, default=defaults.HELD_OUT, help="held-out cells, at most")
-    parser.add_argument("--trained", type=int, default=defaults.MOST_TRAINED, help="cells to train on, at most")
     parser.add_argument("--samples", type=int, default=1000, help="draws of the evidence sampler")
-    parser.add_argument("--epochs", type=int, help="of every fit; by default each system's own choice")
-    parser.add_argument("--table", action="store_true", help="print the tables of the file and make no fit")
-    parser.add_argument("--out", type=Path, help="file of fits, one JSON line each: read if there, and completed")
     return parser.parse_args(arguments)
 
 
@@ -121,11 +109,7 @@ def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
             asked = defaults.question(name, options.folder, options.cells, options.trained)
             for system in [system for system in options.systems if (name, system, seed) not in made]:
                 of_fit = SYSTEMS[system](asked, seed, options.samples, options.epochs)
-                lines.append({"data": name, "variant": system, "seed": seed} | of_fit)
-                sys.stderr.write(f"{name}, {system}, seed {seed}\n")
-                if options.out:
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(lines[-1]) + "\n")
+                defaults.keep(lines, {"data": name, "variant": system, "seed": seed} | of_fit, options.out)
 
 
 if __name__ == "__main__":

@@ -203,20 +203,36 @@ def _cell(value: Any) -> str:
     return "" if np.isnan(value) else f"{value:.1f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = parser_of(MODULE, __doc__)
+def parser_with(module: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every command that completes a file of fits."""
+    parser = parser_of(module, text)
     parser.add_argument("--folder", type=Path, default=DATA, help="folder with the real data")
     parser.add_argument("--data", nargs="+", choices=[*FILES, EMBEDDED], default=[*FILES, EMBEDDED])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--cells", type=int, default=HELD_OUT, help="held-out cells whose evidence is estimated")
     parser.add_argument("--trained", type=int, default=MOST_TRAINED, help="cells to train on, at most")
-    parser.add_argument("--samples", type=int, default=200, help="draws of the evidence sampler")
-    parser.add_argument("--epochs", type=int, help="of every fit; by default those that fit chooses")
-    parser.add_argument("--no-scores", dest="scores", action="store_false", help="no scores of embeddings")
+    parser.add_argument("--epochs", type=int, help="of every fit; by default those that it chooses itself")
     parser.add_argument("--table", action="store_true", help="print the tables of the file and make no fit")
     parser.add_argument("--out", type=Path, help="file of fits, one JSON line each: read if there, and completed")
+    return parser
+
+
+def keep(lines: list[dict[str, Any]], line: dict[str, Any], out: Path | None) -> None:
+    """Add what was measured of a fit to ``lines`` and to their file, and say so."""
+    lines.append(line)
+    of_fit = [f"{name} {line[name]}" for name in ("data", "variant", "seed") if name in line]
+    sys.stderr.write(", ".join(of_fit) + "\n")
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = parser_with(MODULE, __doc__)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--cells", type=int, default=HELD_OUT, help="held-out cells whose evidence is estimated")
+    parser.add_argument("--samples", type=int, default=200, help="draws of the evidence sampler")
+    parser.add_argument("--no-scores", dest="scores", action="store_false", help="no scores of embeddings")
     return parser.parse_args(arguments)
 
 
@@ -238,11 +254,7 @@ def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
             for variant in options.variants:
                 if any((line["data"], line["variant"], line["seed"]) == (name, variant, seed) for line in lines):
                     continue
-                lines.append(line_of(asked, name, variant, seed, options))
-                sys.stderr.write(f"{name}, {variant}, seed {seed}\n")
-                if options.out:
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(lines[-1]) + "\n")
+                keep(lines, line_of(asked, name, variant, seed, options), options.out)
 
 
 if __name__ == "__main__":

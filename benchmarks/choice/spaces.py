@@ -13,12 +13,10 @@ made again.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anndata
@@ -30,8 +28,6 @@ from torch import Tensor
 
 import pyro_scvi as ps
 from benchmarks.choice import defaults
-from benchmarks.harness.commands import parser_of
-from benchmarks.harness.paths import DATA
 from benchmarks.systems.our_models import as_cells, default
 from pyro_scvi.analysis.integration.spaces import fingerprint
 from pyro_scvi.guides.base import Guide
@@ -204,16 +200,7 @@ def differences(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = parser_of(MODULE, __doc__)
-    names = [*defaults.FILES, defaults.EMBEDDED]
-    parser.add_argument("--folder", type=Path, default=DATA, help="folder with the real data")
-    parser.add_argument("--data", nargs="+", choices=names, default=names)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--trained", type=int, default=defaults.MOST_TRAINED, help="cells, at most")
-    parser.add_argument("--epochs", type=int, help="of every fit; by default those that fit chooses")
-    parser.add_argument("--table", action="store_true", help="print the table of the file and make no fit")
-    parser.add_argument("--out", type=Path, help="file of fits, one JSON line each: read if there, and completed")
-    return parser.parse_args(arguments)
+    return defaults.parser_with(MODULE, __doc__).parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,11 +218,7 @@ def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
     made = {(line["data"], line["seed"]) for line in lines}
     for name in options.data:
         for seed in [seed for seed in options.seeds if (name, seed) not in made]:
-            lines.append(line_of(name, seed, options))
-            sys.stderr.write(f"{name}, seed {seed}\n")
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+            defaults.keep(lines, line_of(name, seed, options), options.out)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pyro_scvi.inference.pareto_khat import pareto_smoothed
 from pyro_scvi.utils.precision import in_float64, put_back
 
 FIRST_DRAWS, PRIOR_DRAWS = 100, 1000  # of the prior for a cell: to look for missed mass, and to say what is left
-ERRORS, MARGIN = 3.0, 0.1  # by which the prior's evidence must be higher: standard errors, and nats
-LEAST_ESS = 0.1  # effective share of the prior's draws without the entry; with less they say too little
+MARGIN = 0.1  # nats by which the prior's evidence must be higher
+AT_FIRST, IN_THE_END = (1.0, 0.03), (3.0, 0.1)  # standard errors beside that; effective share of the prior's draws
 WITH_ENTRY = 0.03  # effective share with the entry; with less k-hat is infinite
 KHAT = 2  # row of the results
 
@@ -64,13 +64,15 @@ def with_missed_mass(
 
     If one count alone tells on which side a latent lies, the posterior has one mode with it and two without. Draws of
     the first miss the other side, and their k-hat does not show it. K-hat is infinite where the prior's draws show such
-    mass, but hardly make the count itself. Where draws are not ``weighted``, but follow the
-    posterior, mass is relative to the evidence with the entry. ``prior`` makes so many draws of it.
+    mass, but hardly make the count itself. Where draws are not ``weighted``, but follow the posterior, mass is relative
+    to the evidence with the entry. ``prior`` makes so many draws of it.
     """
-    if not bool(_missed(drawn, prior(FIRST_DRAWS), weighted=weighted).any()):
+    seen = _missed(drawn, prior(FIRST_DRAWS), *AT_FIRST, weighted=weighted)
+    if not bool(seen.any()):
         return found
     more = prior(PRIOR_DRAWS)
-    missed = _missed(drawn, more, weighted=weighted).to(found.device)
+    # Of both looks: the second is made where any cell of the batch needs it, and must not change other cells.
+    missed = (seen & _missed(drawn, more, *IN_THE_END, weighted=weighted)).to(found.device)
     some = Entries(*(put_back(of, found)[:, missed] for of in more))
     told = left_out(*some, uniform[missed])
     _, _, ess, _ = evidence_of(in_float64(some.log_weights))
@@ -78,9 +80,10 @@ def with_missed_mass(
     return found.masked_scatter(missed, told)
 
 
-def _missed(drawn: Entries, prior: Entries, *, weighted: bool) -> Tensor:
+def _missed(drawn: Entries, prior: Entries, errors: float, least: float, *, weighted: bool) -> Tensor:
+    """Of which entries the prior's draws show mass that the others miss, beyond errors and with enough draws."""
     (ours, our_se, _, _), (theirs, se, ess, _) = (evidence_of(in_float64(one.without())) for one in (drawn, prior))
     if not weighted:
         whole, whole_se, whole_ess, _ = evidence_of(in_float64(prior.log_weights))
         theirs, se, ess = theirs - whole, torch.hypot(se, whole_se), torch.minimum(ess, whole_ess)
-    return (theirs - ours > ERRORS * torch.hypot(se, our_se) + MARGIN) & (ess > LEAST_ESS * len(prior.log_p))
+    return (theirs - ours > errors * torch.hypot(se, our_se) + MARGIN) & (ess > least * len(prior.log_p))

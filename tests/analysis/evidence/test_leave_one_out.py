@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import kstest
 
 import pyro_scvi as ps
-from pyro_scvi.analysis.evidence.missed_mass import left_out
+from pyro_scvi.analysis.evidence.missed_mass import Entries, left_out, with_missed_mass
 from pyro_scvi.errors import ModelError
 from tests.support import toys
 
@@ -158,6 +158,21 @@ def test_few_genes_and_heavy_or_skewed_latents_have_the_errors_that_are_stated(k
             error = abs(found.elpd.values - expected)[vouched]
             assert error.max() < 0.3
             assert (error < 5 * found.se.values[vouched] + 0.01).all()
+
+
+def test_a_second_look_for_one_entry_changes_no_other():
+    """The entries of a batch are looked at again together, and an answer must not depend on the batch."""
+
+    def alike(log_weights, draws):
+        return Entries(torch.tensor(log_weights).double().expand(draws, 2), *torch.zeros(2, draws, 2).double())
+
+    def prior(draws):
+        return alike([5.0, 0.0] if draws < 1000 else [5.0, 5.0], draws)
+
+    found = torch.full((4, 2), 0.25).double()
+    after = with_missed_mass(found, alike([0.0, 0.0], 50), prior, torch.zeros(2).double(), weighted=True)
+    assert torch.equal(after[:, 1], found[:, 1])
+    assert not torch.equal(after[:, 0], found[:, 0])
 
 
 def test_leaving_cells_out_is_refused_with_the_reason(toy):
