@@ -279,5 +279,5 @@ class FarOff(ps.Refined):
 
 def test_quantiles_warn_of_cells_whose_draws_do_not_follow_the_posterior(few):
     fit = fitted(few, epochs=1)
-    with pytest.warns(UserWarning, match=f"khat is above 0.7 for 3 of {few.n_cells} cells"):
+    with pytest.warns(UserWarning, match=f"k-hat is above 0.7 for 3 of {few.n_cells} cells"):
         ps.impute(fit, few, quantiles=[0.5], samples=10, sampler=FarOff())
