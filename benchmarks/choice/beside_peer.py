@@ -2,12 +2,12 @@
 
     python -m benchmarks.choice.beside_peer --seeds 0 1 2 --out peer.jsonl
 
-Needs the extra ``peer``. Both see the same cells. Where these have batches, this package is given them and scvi-tools
-is not: the two are then not asked the same. This package's fit is that of the defaults, with a tenth of the cells set
-aside; scvi-tools has 400 epochs on all of them, 20 of these for the warm-up of its KL weight, and otherwise its
-defaults. The latents of both are integrated out by one sampler with the same number of draws. Fits of one data set
-and seed follow each other in one run. Labels are scored and decide nothing. A line of the file is one fit; fits that
-are in the file are not made again.
+Needs the extra ``peer``. Both see the same cells. For the evidence neither is told the batches. Where there are
+batches, each is fitted once more with them, and scored for neighbours, clusters and mixing alone. This package's fit is
+that of the defaults, with a tenth of the cells set aside; scvi-tools has 400 epochs on all of them, 20 of these for the
+warm-up of its KL weight, and otherwise its defaults. The latents of both are integrated out by one sampler with the
+same number of draws. Fits of one data set and seed follow each other in one run. Labels are scored and decide nothing.
+A line of the file is one fit; fits that are in the file are not made again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,50 +26,82 @@ from benchmarks.choice import defaults
 from benchmarks.choice.defaults import Question
 from benchmarks.systems.our_models import default
 from benchmarks.systems.peers import scvi_tools
+from pyro_scvi.baselines.scvi_tools import trained
 
 MODULE = "benchmarks.choice.beside_peer"
-PEER = "scvi-tools"
+OURS, PEER = "pyro-scvi", "scvi-tools"
+LATENTS = 10  # the default of both
 PEER_EPOCHS = 400  # what scvi-tools chooses for up to 20,000 cells
 SPACES = {"z": ps.spaces.Latent(), "expression": ps.spaces.Expression()}
 
 
 def ours(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
-    """The default: its evidence, and scores in z and in the space of expression that the docs recommend."""
-    started = time.process_time()
-    model, options = default(asked.train, seed)
-    fit = ps.fit(model, asked.train, **options, epochs=epochs, device="cpu", progress=False)
-    seconds = time.process_time() - started
+    """The default without batches: its evidence, and scores of its places."""
+    fit, seconds = _fitted(asked, seed, epochs)
     table = ps.evidence(fit, asked.held_out, samples=samples, progress=False)
-    places = {name: ps.embed(fit, asked.train, space=space) for name, space in SPACES.items()}
-    return found(asked, table.log_evidence.to_numpy(), table.khat.to_numpy(), places, seconds)
+    found = evidence_of(table.log_evidence.to_numpy(), table.khat.to_numpy())
+    return found | scores_of(asked, _places(asked, fit), seconds)
 
 
 def theirs(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
-    """scvi-tools: its evidence with the library integrated out, and scores in its z."""
+    """scvi-tools without batches: its evidence with the library integrated out, and scores in its z."""
     train, held_out = (cells[:][0].numpy() for cells in (asked.train, asked.held_out))
     started = time.process_time()
     fitted = scvi_tools(train, held_out, epochs or PEER_EPOCHS, seed)
     seconds = time.process_time() - started
     integrated = fitted.evidence(samples=samples)
     places = {"z": fitted.model.get_latent_representation()}
-    return found(asked, integrated.log_evidence, integrated.khat, places, seconds)
+    return evidence_of(integrated.log_evidence, integrated.khat) | scores_of(asked, places, seconds)
 
 
-SYSTEMS: dict[str, Callable[[Question, int, int, int | None], dict[str, Any]]] = {"pyro-scvi": ours, PEER: theirs}
+def ours_told(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
+    """The default, which is told the batches: scores of its places."""
+    fit, seconds = _fitted(asked, seed, epochs)
+    return scores_of(asked, _places(asked, fit), seconds)
 
 
-def found(
-    asked: Question, evidence: np.ndarray, khat: np.ndarray, places: dict[str, np.ndarray], seconds: float
-) -> dict[str, Any]:
-    """What is kept of a fit: evidence and k-hat (cells,), scores of each of its places (training cells, axes)."""
+def theirs_told(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
+    """scvi-tools, which is told the batches: scores in its z."""
+    started = time.process_time()
+    model = trained(asked.train[:][0].numpy(), epochs or PEER_EPOCHS, seed, LATENTS, asked.batches)
+    seconds = time.process_time() - started
+    return scores_of(asked, {"z": model.get_latent_representation()}, seconds)
+
+
+SYSTEMS: dict[str, Callable[[Question, int, int, int | None], dict[str, Any]]] = {OURS: ours, PEER: theirs}
+TOLD: dict[str, Callable[[Question, int, int, int | None], dict[str, Any]]] = {
+    f"{OURS}, batches told": ours_told,
+    f"{PEER}, batches told": theirs_told,
+}
+
+
+def _fitted(asked: Question, seed: int, epochs: int | None) -> tuple[ps.Fit, float]:
+    started = time.process_time()
+    model, options = default(asked.train, seed)
+    fit = ps.fit(model, asked.train, **options, epochs=epochs, device="cpu", progress=False)
+    return fit, time.process_time() - started
+
+
+def _places(asked: Question, fit: ps.Fit) -> dict[str, np.ndarray]:
+    """In z, and in the space of expression that the docs recommend."""
+    return {name: ps.embed(fit, asked.train, space=space) for name, space in SPACES.items()}
+
+
+def evidence_of(evidence: np.ndarray, khat: np.ndarray) -> dict[str, Any]:
+    """What is kept of the evidence and k-hat (cells,) of a fit."""
+    return {"evidence": evidence.round(3).tolist(), "khat_share": float((khat > 0.7).mean())}
+
+
+def scores_of(asked: Question, places: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
+    """What is kept of the places (training cells, axes) of a fit, and of its time."""
     scores = {name: defaults.scores_at(asked, place) for name, place in places.items()}
-    kept = {"evidence": evidence.round(3).tolist(), "khat_share": float((khat > 0.7).mean())}
-    return kept | {"fit_seconds": round(seconds, 2)} | scores
+    return {"fit_seconds": round(seconds, 2)} | scores
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Means over seeds and, in brackets, their standard deviations, by data set and system; evidence in nats."""
-    flat = pd.json_normalize([line | {"evidence": float(np.mean(line["evidence"]))} for line in lines])
+    means = [float(np.mean(line["evidence"])) if "evidence" in line else np.nan for line in lines]
+    flat = pd.json_normalize([line | {"evidence": mean} for line, mean in zip(lines, means, strict=True)])
     groups = flat.groupby(["data", "variant"], sort=False)
     mean, spread = groups.mean(numeric_only=True), groups.std(numeric_only=True)
     columns = [name for name in mean if name != "seed"]
@@ -84,7 +117,7 @@ def _with_spread(mean: float, spread: float) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = defaults.parser_with(MODULE, __doc__)
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, *TOLD], default=[*SYSTEMS, *TOLD])
     parser.add_argument("--cells", type=int, default=defaults.HELD_OUT, help="held-out cells, at most")
     parser.add_argument("--samples", type=int, default=1000, help="draws of the evidence sampler")
     return parser.parse_args(arguments)
@@ -97,18 +130,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = defaults.read(options.out)
     if not options.table:
         complete(lines, options)
-    pairs = defaults.paired(lines, against=PEER)
+    pairs = defaults.paired([line for line in lines if "evidence" in line], against=PEER)
     sys.stdout.write(defaults.markdown(pairs[pairs.variant != PEER]) + "\n" + defaults.markdown(summary(lines)))
 
 
 def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Make the fits that are asked for and not among ``lines``, which grow; the file grows with them."""
     made = {(line["data"], line["variant"], line["seed"]) for line in lines}
-    for seed in options.seeds:
-        for name in options.data:
-            asked = defaults.question(name, options.folder, options.cells, options.trained)
-            for system in [system for system in options.systems if (name, system, seed) not in made]:
-                of_fit = SYSTEMS[system](asked, seed, options.samples, options.epochs)
+    for seed, name in product(options.seeds, options.data):
+        for systems, told in ((SYSTEMS, False), (TOLD, True)):
+            asked = defaults.question(name, options.folder, options.cells, options.trained, told=told)
+            if told and asked.batches is None:
+                continue
+            for system in [one for one in options.systems if one in systems and (name, one, seed) not in made]:
+                of_fit = systems[system](asked, seed, options.samples, options.epochs)
                 defaults.keep(lines, {"data": name, "variant": system, "seed": seed} | of_fit, options.out)
 
 

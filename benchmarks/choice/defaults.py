@@ -34,7 +34,7 @@ LEAST_TRAINED = 0.8  # of all cells, where there are few
 STEPS, ROUNDS = 50, 0  # of the evidence's proposals: its bias, a tenth of a nat, is that of every variant
 DRAWS, BOUND_OF = 20, 300  # draws and cells for the bound of training cells
 WATCHED = 0.1  # the share that fit sets aside, which is not trained on
-SPACES = {"z": ps.spaces.Latent(), "expression": ps.spaces.Expression()}
+SPACES = {"z": ps.spaces.Latent(), "expression": ps.spaces.Expression(10)}
 REPORTED = "train_bound", "bound", "best_epoch", "last_minus_best", "fit_seconds"
 SCORES = "silhouette", "ari", "accuracy", "entropy"
 FILES = {
@@ -59,16 +59,21 @@ class Question(NamedTuple):
     batches: np.ndarray | None
 
 
-def question(name: str, folder: Path, n_held_out: int, n_trained: int) -> Question:
-    """Read a data set and split it, by a fixed seed."""
+def question(name: str, folder: Path, n_held_out: int, n_trained: int, *, told: bool = True) -> Question:
+    """Read a data set and split it, by a fixed seed; ``told`` says whether gamma has the batches, if there are any."""
     data = counts(name, folder)
     order = np.random.default_rng(0).permutation(data.n_obs)
     n_trained = min(n_trained, round(LEAST_TRAINED * data.n_obs))
     rows, held_out = np.sort(order[:n_trained]), order[n_trained : n_trained + n_held_out]
-    cells, label = as_cells(data), LABELS.get(name, "labels")
+    cells = as_cells(data if told or "batch" not in data.obs else _without_batch(data))
+    label = LABELS.get(name, "labels")
     types, batches = (np.asarray(data.obs[key], str)[rows] if key in data.obs else None for key in (label, "batch"))
     several = batches is not None and len(set(batches)) > 1
     return Question(cells.take(rows), cells.take(held_out), types, batches if several else None)
+
+
+def _without_batch(data: anndata.AnnData) -> anndata.AnnData:
+    return anndata.AnnData(data.X, data.obs.drop(columns="batch"), data.var)
 
 
 def counts(name: str, folder: Path) -> anndata.AnnData:

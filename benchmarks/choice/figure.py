@@ -44,7 +44,8 @@ def points(lines: Sequence[dict[str, Any]], peer_lines: Sequence[dict[str, Any]]
     """
     nats = defaults.paired(lines).set_index(["data", "variant"])[["nats", "se"]]
     rows = [_row(data, variant, *nats.loc[(data, variant)], lines, "expression") for data, variant in nats.index]
-    gaps = defaults.paired(peer_lines, against="pyro-scvi").set_index(["data", "variant"])
+    scored = [line for line in peer_lines if "evidence" in line]
+    gaps = defaults.paired(scored, against=beside_peer.OURS).set_index(["data", "variant"])
     for data, variant in gaps.index:
         if variant == beside_peer.PEER and (data, NOW) in nats.index:
             x = nats.nats[data, NOW] + gaps.nats[data, variant]

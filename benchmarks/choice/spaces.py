@@ -115,8 +115,8 @@ def logarithms(fit: ps.Fit, cells: ps.Cells, rows: np.ndarray) -> np.ndarray:
 METRICS: dict[str, Distances] = {
     "z": in_space(ps.spaces.Latent()),
     "z, standardised": standardised,
-    AGAINST: in_space(ps.spaces.Expression()),
-    "expression, 30 components": in_space(ps.spaces.Expression(30)),
+    AGAINST: in_space(ps.spaces.Expression(10)),
+    "expression, 30 components": in_space(ps.spaces.Expression()),
     "expression, all components (Hellinger)": hellinger,
     "Jensen-Shannon": jensen_shannon,
     "Fisher, negative binomial": negative_binomial,

@@ -48,10 +48,10 @@ def embed(
     fill_missing_genes: Fill = False,
     allow_non_integer: AllowNonInteger = False,
     allow_new_batches: NewBatches = False,
-    space: Annotated[Any, choice(SPACES, "What is added")] = None,
+    space: Annotated[Any, choice(SPACES, "Where cells are placed")] = None,
     beside: Annotated[
         Path | None,
-        typer.Option(metavar="REF.h5ad", help="With --space expression, use the principal axes stored in this file."),
+        typer.Option(metavar="REF.h5ad", help="A reference that embed wrote: its principal axes are used."),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -59,14 +59,14 @@ def embed(
 ) -> None:
     """Embed the cells of FILE.h5ad by a saved fit.
 
-    OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"]. With --space expression, principal components of
-    the decoded expression are in obsm["X_pyro_scvi_expression_pca"], too: for neighbours, UMAP and clusters. Their axes
-    are those of these cells, or of REF.h5ad, so that a query lies beside its reference.
+    OUT.h5ad is a copy of FILE with E[z | x] in obsm["X_pyro_scvi"], and with principal components of the decoded
+    expression in obsm["X_pyro_scvi_expression_pca"]: take these for neighbours, UMAP and clusters. Their axes are those
+    of these cells, or of REF.h5ad, so that a query lies beside its reference. With --space latent, E[z | x] alone.
 
     Genes are matched by name, in any order; genes that the fit does not know are kept but play no part.
     """
-    if beside is not None and space is not spaces.Expression:
-        raise typer.BadParameter("axes are those of expression: add --space expression", param_hint="'--beside'")
+    if beside is not None and space is spaces.Latent:
+        raise typer.BadParameter("axes are those of expression: leave --space latent out", param_hint="'--beside'")
     reading = QueryOptions(layer, raw, fill_missing_genes, allow_non_integer, allow_new_batches)
     with new_file(out, force, file, *([] if beside is None else [beside]), fit=fit_folder) as made:
         fit = load_fit(fit_folder, device)
@@ -74,8 +74,9 @@ def embed(
         cells = reading.cells_of(fit, adata)
         say(f"embedding {cells.n_cells:,} cells")
         add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
-        if space is spaces.Expression:
-            _add_components(adata, fit, cells, space() if beside is None else _axes_of(beside), seed)
+        if space is not spaces.Latent:
+            axes = spaces.Expression() if beside is None else _axes_of(beside)
+            _add_components(adata, fit, cells, axes, seed)
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
         write_h5ad(adata, made.path)
 
@@ -85,7 +86,7 @@ def _axes_of(file: Path) -> spaces.FittedSpace:
     try:
         return spaces.from_record(reference)
     except DataError as error:
-        raise DataError(f"{file}: {error}, or a file that embed --space expression wrote") from error
+        raise DataError(f"{file}: {error}, or a file that embed wrote") from error
 
 
 def _add_components(adata: AnnData, fit: Fit, cells: Cells, space: spaces.Space, seed: int) -> None:

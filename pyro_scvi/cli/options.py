@@ -67,8 +67,8 @@ GUIDES: dict[str, Callable[..., Guide]] = {
     "point": guides.Point,
 }
 SPACES: dict[str, Callable[[], spaces.Space]] = {
-    "latent": spaces.Latent,
     "expression": spaces.Expression,
+    "latent": spaces.Latent,
 }
 SAMPLERS: dict[str, Callable[[], samplers.Sampler]] = {
     "amortized": samplers.Amortized,

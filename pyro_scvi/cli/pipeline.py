@@ -28,7 +28,6 @@ from pyro_scvi.training.fitted import Fit
 from pyro_scvi.version import __version__
 
 HELD_OUT = 0.1  # of the cells: the fit never sees them
-COMPONENTS = 10  # of the decoded expression
 JUDGED_CELLS = 200  # at most so many held-out cells: each takes hundreds of passes through the decoder
 
 BuildModel = Callable[[Cells], tuple[SCVI, Guide | None]]
@@ -60,7 +59,7 @@ def evaluate(
     """Embed all cells, and choose the held-out cells that the fit is judged on."""
     seed, progress = job.seed, bool(job.training.get("progress", True))
     latent = embed(fitted, cells, seed=seed)
-    space = Expression(min(COMPONENTS, cells.n_cells - 1, cells.n_genes - 1)).fitted(fitted, cells, seed=seed)
+    space = Expression().fitted(fitted, cells, seed=seed)
     components = embed(fitted, cells, space=space, seed=seed)
     few = test_cells.n_cells <= JUDGED_CELLS
     judged = test_cells if few else test_cells.take(split_at_random(test_cells.n_cells, JUDGED_CELLS, seed)[1])

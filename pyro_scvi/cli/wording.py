@@ -39,7 +39,7 @@ _SENTENCES = (
     (r"as ps\.annotate writes them", "as embed writes them"),
     (r"components=\S+ must", "the components must"),
     (r"Pass fewer, or a space that was fitted to more cells: .*?\.fitted\(fit, reference\)",
-     "Leave out --space expression, or place them --beside a reference"),
+     "Add --space latent, or place them --beside a reference"),
 )  # fmt: skip
 
 _CODE = re.compile(r"[\w.]+\((?:[^()]|\([^()]*\))*\)")  # a call in Python, as of what mends a file

@@ -117,7 +117,7 @@ def annotate(
     >>> annotated = adata.copy()
     >>> ps.annotate(annotated, fit)
     >>> annotated.obsm["X_pyro_scvi"].shape, annotated.obsm["X_pyro_scvi_expression_pca"].shape
-    ((60, 2), (60, 10))
+    ((60, 2), (60, 19))
     >>> sorted(annotated.uns["pyro_scvi"]["X_pyro_scvi"])[:3]
     ['guide', 'layer', 'model']
     """

@@ -83,9 +83,9 @@ def test_embed_adds_components_of_expression_and_lays_a_query_beside_a_reference
     fit, reference = ps.load(folder / "fit"), make_adata()
     reference.write_h5ad(tmp_path / "ref.h5ad")
     placed, alone, beside = (tmp_path / f"{name}.h5ad" for name in ("placed", "alone", "beside"))
-    succeed("embed", folder, tmp_path / "ref.h5ad", "--out", placed, "--space", "expression")
-    succeed("embed", folder, query, "--out", alone, "--space", "expression")
-    succeed("embed", folder, query, "--out", beside, "--space", "expression", "--beside", placed)
+    succeed("embed", folder, tmp_path / "ref.h5ad", "--out", placed)
+    succeed("embed", folder, query, "--out", alone)
+    succeed("embed", folder, query, "--out", beside, "--beside", placed)
     known = ps.Cells.from_anndata(reference, schema=fit.schema)
     space = ps.spaces.Expression().fitted(fit, known)
     key = "X_pyro_scvi_expression_pca"
@@ -97,12 +97,18 @@ def test_embed_adds_components_of_expression_and_lays_a_query_beside_a_reference
     )
     np.testing.assert_array_equal(found.obsm["X_pyro_scvi"], ps.embed(fit, cells))
     assert ps.spaces.from_record(found).batches == ("a", "b")
-    refused = run("embed", folder, query, "--out", tmp_path / "no.h5ad", "--space", "expression", "--beside", query)
+    refused = run("embed", folder, query, "--out", tmp_path / "no.h5ad", "--beside", query)
     assert "query.h5ad" in one_line(refused)
     assert "no axes" in refused.stderr
-    latent = run("embed", folder, query, "--out", tmp_path / "no.h5ad", "--beside", placed)
+    latent = run("embed", folder, query, "--out", tmp_path / "no.h5ad", "--space", "latent", "--beside", placed)
     assert latent.exit_code == 2
-    assert "--space expression" in latent.output
+    assert "leave --space latent out" in latent.output
+
+
+def test_embed_by_latents_alone_adds_no_components(folder, query, tmp_path):
+    succeed("embed", folder, query, "--out", tmp_path / "z.h5ad", "--space", "latent")
+    assert "X_pyro_scvi" in (found := set(check_kept(tmp_path / "z.h5ad", query).obsm))
+    assert "X_pyro_scvi_expression_pca" not in found
 
 
 def test_gene_order_does_not_matter(folder, tmp_path):

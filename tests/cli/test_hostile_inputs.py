@@ -359,7 +359,7 @@ def test_a_reference_is_an_input_and_stays(fit_folder, tmp_path, out):
     (tmp_path / "link.h5ad").symlink_to(tmp_path / "reference.h5ad")
     make_adata().write_h5ad(tmp_path / "in.h5ad")
     before = (tmp_path / "reference.h5ad").read_bytes()
-    command = ("embed", fit_folder, tmp_path / "in.h5ad", "--space", "expression", "--force", "--out", tmp_path / out)
+    command = ("embed", fit_folder, tmp_path / "in.h5ad", "--force", "--out", tmp_path / out)
     assert "is the input" in one_line(run(*command, "--beside", tmp_path / "reference.h5ad"))
     assert (tmp_path / "reference.h5ad").read_bytes() == before
 

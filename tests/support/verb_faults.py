@@ -128,13 +128,17 @@ VERBS = {
     ),
     "demo": Verb(("demo", "--out", "@demo", "--epochs", "2", "--force", *_SHORT), "demo", _losses, ends_early=True),
     "paper": Verb(("paper", "timing", "--quick", "--no-progress", "--out", "@paper"), "paper", _rows, ("paper",)),
-    "embed": Verb(("embed", "@fit", "@in.h5ad", "--out", "@o.h5ad", "--device", "cpu"), "o.h5ad", _embedding),
+    "embed": Verb(
+        ("embed", "@fit", "@in.h5ad", "--space", "latent", "--out", "@o.h5ad", "--device", "cpu"),
+        "o.h5ad",
+        _embedding,
+    ),
     "impute": Verb(("impute", "@fit", "@in.h5ad", "--out", "@i.h5ad", "--device", "cpu"), "i.h5ad", _layer),
     "shares": Verb(
         ("impute", "@fit", "@in.h5ad", "--normalized", "--out", "@n.h5ad", "--device", "cpu"), "n.h5ad", _shares
     ),
     "components": Verb(
-        ("embed", "@fit", "@in.h5ad", "--space", "expression", "--out", "@c.h5ad", "--device", "cpu"),
+        ("embed", "@fit", "@in.h5ad", "--out", "@c.h5ad", "--device", "cpu"),
         "c.h5ad",
         _components,
     ),

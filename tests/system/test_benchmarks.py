@@ -450,7 +450,8 @@ def test_the_default_and_its_peer_are_asked_the_same_and_paired(tiny_cortex, mon
         def score(question, seed, samples, epochs):
             asked.append((question.train.totals.sum(), question.held_out.totals.sum(), seed, samples, epochs))
             places = {"z": np.random.default_rng(seed).normal(size=(question.train.n_cells, 2))}
-            return beside_peer.found(question, np.array(evidence), np.array([0.1, 0.9]), places, 2.0)
+            found = beside_peer.evidence_of(np.array(evidence), np.array([0.1, 0.9]))
+            return found | beside_peer.scores_of(question, places, 2.0)
 
         return score
 
@@ -465,6 +466,35 @@ def test_the_default_and_its_peer_are_asked_the_same_and_paired(tiny_cortex, mon
     pairs, means = capsys.readouterr().out.split("\n\n")[-2:]
     assert "| cortex | ours | 2 | 3.5 | 1.5 |" in pairs
     assert "| cortex | ours | 6.5 (0.0) | 0.500 (0.000) | 2.0 (0.0) |" in means
+
+
+def test_neither_is_told_the_batches_for_the_evidence_and_both_are_for_the_mixing(tiny_cortex, monkeypatch, capsys):
+    file = Path(tiny_cortex[1]) / defaults.FILES["cortex"]
+    adata = anndata.read_h5ad(file)
+    adata.obs["batch"] = np.tile(["x", "y"], 30)
+    adata.write_h5ad(file)
+    asked = []
+
+    def system(kept):
+        def score(question, seed, samples, epochs):
+            assert len(set(question.batches)) == 2  # places are scored by them in any case
+            asked.append(question.train.columns.keys() | question.held_out.columns.keys())
+            return kept
+
+        return score
+
+    scored = {"z": {"entropy": 0.5}, "fit_seconds": 1.0}
+    of_evidence = {"evidence": [5.0, 8.0], "khat_share": 0.0} | scored
+    monkeypatch.setattr(
+        beside_peer, "SYSTEMS", dict.fromkeys((beside_peer.OURS, beside_peer.PEER), system(of_evidence))
+    )
+    monkeypatch.setattr(beside_peer, "TOLD", dict.fromkeys(("ours, told", "theirs, told"), system(scored)))
+    options = [*tiny_cortex, "--systems", *beside_peer.SYSTEMS, *beside_peer.TOLD]
+    beside_peer.main(options)
+    assert asked == [set(), set(), {"batch"}, {"batch"}]
+    pairs, means = capsys.readouterr().out.split("\n\n")[-2:]
+    assert "told" not in pairs
+    assert "| cortex | ours, told |  |" in means
 
 
 def test_points_of_the_figure_are_paired_and_the_peer_is_placed_from_the_default(tmp_path):

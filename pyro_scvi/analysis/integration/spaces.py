@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ LARGEST = 1e12
 """Numbers of a space that is read from a file are smaller: with others coordinates would not be finite in float32."""
 
 LENGTH_ERROR = 1e-3  # of an axis of length 1 that was rounded to float32 on the way, many times over
+
+MOST_COMPONENTS = 30
+"""Components of expression where the caller does not say how many; docs/default.md compares 10, 30 and all of them."""
 
 DECODED_AT_ONCE = 4_000_000  # cells x genes
 
@@ -97,10 +100,11 @@ class Decoded(Space):
     The axes are those of the cells given to :meth:`fitted`, or to ``ps.embed``. No label is read.
     """
 
-    components: int
+    components: int | None
 
     def __post_init__(self) -> None:
-        require_at_least(1, components=self.components)
+        if self.components is not None:
+            require_at_least(1, components=self.components)
 
     @abstractmethod
     def require(self, fit: Fit) -> None:
@@ -128,19 +132,25 @@ class Decoded(Space):
         ModelError
             If the cells or features are too few for so many components, or the decoder does not give this.
         """
-        n_features = fit.model.n_genes
-        some = cells.take(_evenly_spaced(cells.n_cells, max(2 * self.components, MOST_FEATURES // n_features)))
+        wanted = self.components or MOST_COMPONENTS
+        some = cells.take(_evenly_spaced(cells.n_cells, max(2 * wanted, MOST_FEATURES // fit.model.n_genes)))
         batches = tuple(fit.schema.batches)
         found = torch.cat(list(_decoded(self, fit, some, batches, batch_size, seed))).double().numpy()
-        if self.components >= min(found.shape):
-            raise ModelError(
-                f"components={self.components} must be smaller than the numbers of cells and features, "
-                f"{found.shape[0]} and {found.shape[1]}. Pass fewer, or a space that was fitted to more cells: "
-                f"{self!r}.fitted(fit, reference)"
-            )
+        chosen = self._chosen(*found.shape)
         mean = found.mean(0)
-        axes = _principal_axes(found - mean, self.components)
-        return FittedSpace(self, mean, axes, self.size(cells), batches, fingerprint(fit))
+        axes = _principal_axes(found - mean, chosen.components)
+        return FittedSpace(chosen, mean, axes, self.size(cells), batches, fingerprint(fit))
+
+    def _chosen(self, n_cells: int, n_features: int) -> Self:
+        """The space with a number of components, which is below those of cells and features."""
+        most = min(n_cells, n_features) - 1
+        components = max(1, min(MOST_COMPONENTS, most)) if self.components is None else self.components
+        if components > most:
+            raise ModelError(
+                f"components={components} must be smaller than the numbers of cells and features, {n_cells} and "
+                f"{n_features}. Pass fewer, or a space that was fitted to more cells: {self!r}.fitted(fit, reference)"
+            )
+        return replace(self, components=components)
 
     def place(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
         """Coordinates (cells, components) by the principal axes of these cells."""
@@ -164,7 +174,7 @@ class Expression(Decoded):
     Parameters
     ----------
     components
-        Principal components.
+        Number of principal components; None: 30, or as many as fewer cells or genes have.
 
     Examples
     --------
@@ -175,7 +185,7 @@ class Expression(Decoded):
     (12, 3)
     """
 
-    components: int = 10
+    components: int | None = None
 
     def require(self, fit: Fit) -> None:
         """Every program that says what its theta is has shares."""
@@ -204,7 +214,7 @@ class Hidden(Decoded):
     Parameters
     ----------
     components
-        Principal components.
+        Number of principal components.
 
     Examples
     --------
@@ -349,7 +359,7 @@ def from_record(adata: Any) -> FittedSpace:
     >>> ps.annotate(reference, fit)
     >>> ps.annotate(query, fit, space=ps.spaces.from_record(reference))
     >>> query.obsm["X_pyro_scvi_expression_pca"].shape
-    (20, 10)
+    (20, 19)
     """
     known = getattr(adata, "uns", {}).get("pyro_scvi", {})
     placed = known.get("X_pyro_scvi_expression_pca") if isinstance(known, Mapping) else None

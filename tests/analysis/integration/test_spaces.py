@@ -193,9 +193,25 @@ def test_what_is_no_space_of_this_fit_is_refused(fit, cells):
             call()
 
 
+def test_without_a_number_there_are_30_components_or_as_many_as_cells_and_genes_allow(fit, cells, monkeypatch):
+    from pyro_scvi.analysis.integration import spaces
+
+    monkeypatch.setattr(spaces, "MOST_COMPONENTS", 6)
+    fitted = {n: ps.spaces.Expression().fitted(fit, cells.take(range(n))) for n in (2, 5, N)}
+    assert [space.space.components for space in fitted.values()] == [1, 4, 6]
+    assert [ps.embed(fit, cells, space=space).shape for space in fitted.values()] == [(N, 1), (N, 4), (N, 6)]
+    expected = ps.embed(fit, cells, space=ps.spaces.Expression(6))
+    np.testing.assert_array_equal(ps.embed(fit, cells, space=ps.spaces.Expression()), expected)
+    monkeypatch.undo()
+    assert ps.spaces.Expression().fitted(fit, cells).space == ps.spaces.Expression(cells.n_genes - 1)
+    assert spaces.MOST_COMPONENTS == 30
+
+
 def test_annotating_few_cells_says_what_to_pass(fit, adata):
+    with pytest.raises(ModelError, match=r"numbers of cells and features, 1 and 20.*fitted to more cells.*space=None"):
+        ps.annotate(adata[:1].copy(), fit)
     with pytest.raises(ModelError, match=r"fitted to more cells.*space=None"):
-        ps.annotate(adata[:5].copy(), fit)
+        ps.annotate(adata[:5].copy(), fit, space=ps.spaces.Expression(10))
     few = adata[:5].copy()
     ps.annotate(few, fit, space=None)
     with pytest.raises(DataError, match="no axes"):
