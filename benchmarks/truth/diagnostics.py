@@ -70,7 +70,7 @@ def checks(fit: ps.Fit, n_cells: int) -> list[Finding]:
     outside = np.mean([1 - _share(check.genes["variance_given_mean"]) for check in other])
     text = f"{outside:.0%} of the genes outside their band of variance given the mean"
     bar = "30 % or fewer are outside"
-    return [*rows, Finding("a dispersion wrong by 2.7", "the fit's cells", text, 1 - outside, 0.7, bar)]
+    return [*rows, Finding("a dispersion wrong by a factor of 2.7", "the fit's cells", text, 1 - outside, 0.7, bar)]
 
 
 def _checked(fit: ps.Fit, model: ps.SCVI, n_cells: int, sets: int, sampler: Sampler) -> list[ps.criticism.Checks]:

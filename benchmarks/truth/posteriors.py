@@ -88,11 +88,11 @@ def technical_zeros(fit: ps.Fit) -> list[Finding]:
     excess = float((many.h[many.x == 0] - p).sum() / np.sqrt((p * (1 - p)).sum()))
     text, frequency = (
         f"{truth.size} entries, worst error",
-        f"of {len(p):,} zeros, {excess:.1f} errors more were technical",
+        f"of {len(p):,} zeros, technical ones minus expected ones: {excess:.1f} standard errors",
     )
     return [
         Finding("technical zeros", "sums over a grid", text, off, 0.03, "any is wrong by .03"),
-        Finding("the same", "h that made the counts", frequency, abs(excess), 4, "4 errors or more"),
+        Finding("the same", "h that made the counts", frequency, abs(excess), 4, "4 standard errors or more"),
     ]
 
 

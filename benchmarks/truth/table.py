@@ -64,5 +64,6 @@ def printed(table: pd.DataFrame) -> str:
     lines = ["| check | reference | result | error | fails if | holds |", "|---|---|---|---|---|---|"]
     for row in table.itertuples():
         held = "yes" if row.holds else "**no**"
-        lines.append(f"| {row.check} | {row.reference} | {row.result} | {row.error:.2g} | {row.fails_if} | {held} |")
+        cells = row.check, row.reference, row.result, f"{row.error:.2g}", row.fails_if, held
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

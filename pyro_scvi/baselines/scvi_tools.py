@@ -215,7 +215,7 @@ def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, batch: Any = N
         import anndata
         import scvi
     except ImportError as error:
-        raise ImportError("The peer is not installed: pip install 'pyro-scvi[peer]' brings scvi-tools.") from error
+        raise ImportError("scvi-tools is not installed: pip install 'pyro-scvi[peer]' brings it") from error
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     scvi.settings.verbosity = logging.ERROR

@@ -357,7 +357,7 @@ class Cells:
             for what, name, lost in self._only_in(test, train):
                 warn(
                     f"all cells of {what} {quoted(lost)} (column {name!r}) are held out, so the model cannot learn it. "
-                    "Join or leave out what has few cells, or take another seed."
+                    "Join small groups of cells, leave them out, or take another seed."
                 )
         return train, test
 
@@ -372,7 +372,7 @@ class Cells:
         for what, name, lost in self._only_in(None, train):
             warn(
                 f"{what} {quoted(lost)} (column {name!r}) has no training cell: all are held out, or not among these "
-                "cells. The model cannot learn it. Join what has few cells, or read only the cells to train on."
+                "cells. The model cannot learn it. Join small groups of cells, or read only the cells to train on."
             )
 
     def _only_in(self, rows: np.ndarray | None, others: np.ndarray) -> list[tuple[str, str, list[str]]]:

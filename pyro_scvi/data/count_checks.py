@@ -136,9 +136,8 @@ class Check:
         """Warn about counts that are implausibly large, or that are not what they were, once for all blocks."""
         if self.doubtful is not None:
             warn(
-                f"{self.source} came in {self.limit.effect} above {self.limit.value:g}: {self.doubtful}, and the "
-                "true count may have been another one. Take the counts from a place where they are float32 or "
-                "32-bit integers."
+                f"{self.source} came in {self.limit.effect} above {self.limit.value:g}: {self.doubtful}. The true "
+                "count may be another one. Read the counts from where they are stored as float32 or as 32-bit integers."
             )
         if self.form is not None:
             self.form.warn(self.source)

@@ -176,7 +176,7 @@ class GlobalAutoguide(GlobalLatents):
         found = found_globals(model)
         super().__init__(found)
         if not found:
-            raise ModelError("the model has no global latents for a guide to be over: leave global_guide= out")
+            raise ModelError("global_guide= is for models with global latents, and this one has none: leave it out")
         own = _own_names(list(found))
         self.called = {alias: name for name, alias in own.items()}
         program = _GlobalProgram({own[name]: site for name, site in found.items()}, self.plates)

@@ -173,7 +173,7 @@ def _require_one_value(sampler: Any, guide: Guide) -> None:
     beside = sampler.differs_by(guide) if isinstance(sampler, Given) else []
     if beside and not (isinstance(guide.weights, GlobalDraws) and guide.weights.n_draws == 1):
         raise ModelError(
-            f"these draws were made together with draws of {beside}, whose medians would be used for all. Call "
+            f"these draws were made together with draws of {beside}, but their medians would be used here. Call "
             "fit.with_globals(draws) and pass global_draws= to impute, posterior_predictive or RandomPairs, which have "
             "it. For other functions, such as GroupMeans, give with_globals and ps.Given a single draw"
         )

@@ -47,7 +47,8 @@ def content_of(value: Any, known: Known = lambda value: None) -> str:
         if is_out_of_memory(error):
             raise
         what = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise ModelError(f"a value inside of {what} cannot be told: {brief(str(error))}. {_BIND}") from error
+        reason = brief(str(error))
+        raise ModelError(f"a value inside of {what} cannot be recognised by a later call: {reason}. {_BIND}") from error
 
 
 def content_of_parts(*wholes: nn.Module) -> str:

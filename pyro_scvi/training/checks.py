@@ -130,9 +130,9 @@ def check_kinds(model: Any, cells: Any, guide: Any) -> None:
     require_kind(cells, Cells, "cells", "ps.Cells.from_anndata(adata)")
     if guide is not None and callable(guide) and not isinstance(guide, Guide | type):
         raise ModelError(
-            f"guide must be a ps.guides.Guide, got {brief(guide)}: of a function, fit knows neither parameters nor "
-            "densities of draws; write a subclass with encode, law and start, as CONTRIBUTING shows, or train the "
-            "function by pyro.infer.SVI"
+            f"guide must be a ps.guides.Guide, got {brief(guide)}: fit cannot find the parameters of a function, "
+            "nor the density of its draws. Write a subclass with encode, law and start, as CONTRIBUTING shows, or "
+            "train the function by pyro.infer.SVI"
         )
     if guide is not None:
         require_kind(guide, Guide, "guide", "ps.guides.DiagonalNormal(model)")
@@ -260,8 +260,8 @@ def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> No
         return
     if guide.auxiliary and isinstance(elbo, TraceMeanField_ELBO):
         raise ModelError(
-            f"{type(elbo).__name__} leaves the change of volume of latents that are functions of one draw out of the "
-            "bound: leave elbo out, or pass Trace_ELBO()"
+            f"{type(elbo).__name__} leaves the log Jacobian of some latents out of the bound, because this guide draws "
+            "several latents at once: leave elbo out, or pass Trace_ELBO()"
         )
     names = list(guide.coordinates.enumerated)
     if not names:

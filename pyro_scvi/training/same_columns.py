@@ -32,12 +32,12 @@ def require_same_columns(fitted: Schema, given: Schema) -> None:
     if fitted.gene_names != given.gene_names:
         same = len(set(fitted.gene_names) & set(given.gene_names))
         raise SchemaError(
-            f"the genes of the cells are not those of the fit, in its order: the cells have {len(given.gene_names)} "
-            f"genes, the fit has {len(fitted.gene_names)}, and {same} are in both; {_AS}"
+            "the genes of the cells differ from those of the fit, or are in another order: the cells have "
+            f"{len(given.gene_names)} genes, the fit has {len(fitted.gene_names)}, and {same} are in both; {_AS}"
         )
     if fitted.encoding != given.encoding:
         raise SchemaError(
-            "the covariates of the cells are not those of the fit, in its order: the cells have "
+            "the covariates of the cells differ from those of the fit, or are in another order: the cells have "
             f"{quoted(given.column_names)}, the fit has {quoted(fitted.column_names)}; {_AS}"
         )
     if not given.has_scales_of(fitted):

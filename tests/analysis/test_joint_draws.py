@@ -116,7 +116,7 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_medians_beside_joint_draws_are_refused(joint, verb):
     fit, cells, _, sites = joint
-    with pytest.raises(ModelError, match=r"made together with draws of \['decoder.heads.*whose medians would be used"):
+    with pytest.raises(ModelError, match=r"made together with draws of \['decoder.heads.*their medians would be used"):
         VERBS[verb](fit, cells, ps.Given(sites))
     alone = ps.Given({"z": sites["z"]})  # of latents alone: conditional on the medians, as is said
     VERBS[verb](fit, cells, alone)

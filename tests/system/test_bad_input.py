@@ -382,7 +382,7 @@ def reordered(order, folder):
         np.testing.assert_array_equal(found[name], expected[name], name)
     succeed("embed", saved(folder), write(adata, folder), "--out", folder / "out.h5ad")
     np.testing.assert_allclose(anndata.read_h5ad(folder / "out.h5ad").obsm["X_pyro_scvi"], expected["embed"], atol=1e-6)
-    with pytest.raises(SchemaError, match="not those of the fit, in its order.* and 8 are in both"):
+    with pytest.raises(SchemaError, match="differ from those of the fit, or are in another order.* and 8 are in both"):
         ps.embed(fit, ps.Cells.from_anndata(adata, batch="batch", covariates=["age"]))
 
 

@@ -569,6 +569,11 @@ def test_a_row_that_does_not_hold_is_said_and_ends_the_command_with_an_error(err
     assert f"| a check | known | a result | {error:.2g} | it is .02 | {held} |" in capsys.readouterr().out
 
 
+def test_a_bar_in_a_cell_does_not_cut_the_row():
+    table = pd.DataFrame([Finding("log p(x | z)", "known", "a result", 0.01, 0.02, "it is .02")]).assign(holds=True)
+    assert r"| log p(x \| z) | known |" in truth.printed(table)
+
+
 @pytest.mark.filterwarnings("ignore:.*genes have no counts")  # in two cells
 def test_sums_over_a_grid_have_the_masses_of_a_symmetric_posterior():
     toy = separated.mirrored(separated.CENTRES["4 modes"], 2)

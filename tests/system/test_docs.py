@@ -93,6 +93,23 @@ def test_the_readme_links_to_what_is_there():
     assert not [link for link in links if not (DOCS.parent / link).exists()]
 
 
+def readers_pages():
+    """All pages without what is generated."""
+    pages = [*ROOT.glob("*.md"), *(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)]
+    return [page for page in pages if page.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", readers_pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tables_and_boxes_of_a_page_end_where_they_should(page):
+    """A bar within a cell cuts the row; a box whose end is not a line of its own holds the rest of the page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"^:::", text, re.MULTILINE)) == text.count(":::")
+    assert text.count(":::") % 2 == 0
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", row)): row for row in table.splitlines()}
+        assert len(cells) == 1, cells
+
+
 def test_the_reference_lists_every_public_name():
     listed = set(re.findall(r"^   (\w\S*)$", (DOCS / "api.md").read_text(), re.MULTILINE))
     rooms = {name.split(".")[0] for name in listed if "." in name}

@@ -438,7 +438,7 @@ def test_other_names_are_refused_and_not_taken_by_position(shuffled, normal):
     with pytest.raises(SchemaError, match="gene"):
         read(shuffled, normal)
     cells = ps.Cells.from_anndata(ADATA[:, ::-1].copy(), batch="donor", covariates=["age"])
-    with pytest.raises(SchemaError, match="in its order"):
+    with pytest.raises(SchemaError, match="or are in another order"):
         ps.embed(normal, cells)
 
 

@@ -152,6 +152,6 @@ def _require_question(against: Any, estimand: Any) -> None:
     require_kind(against, TheRest | EveryOther, "against", "ps.differential.TheRest()")
     if isinstance(against, EveryOther) and not estimand.has_direction:
         raise ModelError(
-            "EveryOther() needs estimand=GroupMeans(): a comparison of pairs has no sign that holds against "
-            "several groups. With RandomPairs, compare with one group after the other"
+            "EveryOther() needs estimand=GroupMeans(): it takes a difference with one sign for each gene, which random "
+            "pairs do not give. With RandomPairs, compare with one group after the other"
         )

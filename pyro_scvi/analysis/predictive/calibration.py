@@ -349,8 +349,8 @@ def require_distinct(quantities: list[str]) -> list[str]:
     twice = [name for i, name in enumerate(quantities) if name in quantities[:i]]
     if twice:
         raise ModelError(
-            f"two quantities of the table would be called {twice[0]!r}: a site has the name of a number in an array, "
-            "or of the log likelihood. Rename the site"
+            f"two quantities of the table would be called {twice[0]!r}: a site has the name of an element of another "
+            "site, or of the log likelihood. Rename the site"
         )
     return quantities
 
