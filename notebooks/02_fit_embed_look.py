@@ -108,8 +108,8 @@ print("principal components:", agreement(normalised.obsm["X_pca"]))
 # All three are equal within their errors: the model finds no better neighbours. But only the model gives a probability
 # of the counts, and what follows from it.
 #
-# Which model is the default, and where neighbours are sought, was chosen without labels. A table and a figure of eight
-# models on seven data sets are in [The default](../docs/default.md#eight-variants-on-seven-data-sets), beside scvi-tools.
+# Which model is the default, and where neighbours are sought, was chosen without labels. See the table and the figure of
+# [eight models on seven data sets](../docs/default.md#eight-variants-on-seven-data-sets), beside scvi-tools.
 #
 # ## How good is the model? Held-out evidence
 #
