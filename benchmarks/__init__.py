@@ -10,6 +10,7 @@ before it. The commands, each with ``--help``:
     python -m benchmarks.choice.beside_peer       the default model beside scvi-tools on seven data sets
     python -m benchmarks.choice.defaults          variants of the default model, by held-out evidence
     python -m benchmarks.choice.figure            the figure of docs/default.md, from files of such fits
+    python -m benchmarks.choice.integration       batches removed by it and by scvi-tools, scored by mixing and types
     python -m benchmarks.choice.spaces            where neighbours are sought, by molecules that the fit has not seen
     python -m benchmarks.rows.atlas               an atlas of simulated cells from end to end
     python -m benchmarks.rows.memory              peak memory of every public function of a fit

@@ -2,12 +2,11 @@
 
     python -m benchmarks.choice.beside_peer --seeds 0 1 2 --out peer.jsonl
 
-Needs the extra ``peer``. Both see the same cells. For the evidence neither is told the batches. Where there are
-batches, each is fitted once more with them, and scored for neighbours, clusters and mixing alone. This package's fit is
-that of the defaults, with a tenth of the cells set aside; scvi-tools has 400 epochs on all of them, 20 of these for the
-warm-up of its KL weight, and otherwise its defaults. The latents of both are integrated out by one sampler with the
-same number of draws. Fits of one data set and seed follow each other in one run. Labels are scored and decide nothing.
-A line of the file is one fit; fits that are in the file are not made again.
+Needs the extra ``peer``. Both see the same cells, and neither is told their batches: ``benchmarks.choice.integration``
+tells both. This package's fit is that of the defaults, with a tenth of the cells set aside; scvi-tools has 400 epochs
+on all of them, 20 of these for the warm-up of its KL weight, and otherwise its defaults. The latents of both are
+integrated out by one sampler with the same number of draws. Fits of one data set and seed follow each other in one run.
+Labels are scored and decide nothing. A line of the file is one fit; fits that are in the file are not made again.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from benchmarks.choice import defaults
 from benchmarks.choice.defaults import Question
 from benchmarks.systems.our_models import default
 from benchmarks.systems.peers import scvi_tools
-from pyro_scvi.baselines.scvi_tools import trained
 
 MODULE = "benchmarks.choice.beside_peer"
 OURS, PEER = "pyro-scvi", "scvi-tools"
@@ -54,25 +52,7 @@ def theirs(asked: Question, seed: int, samples: int, epochs: int | None) -> dict
     return evidence_of(integrated.log_evidence, integrated.khat) | scores_of(asked, places, seconds)
 
 
-def ours_told(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
-    """The default, which is told the batches: scores of its places."""
-    fit, seconds = _fitted(asked, seed, epochs)
-    return scores_of(asked, _places(asked, fit), seconds)
-
-
-def theirs_told(asked: Question, seed: int, samples: int, epochs: int | None) -> dict[str, Any]:
-    """scvi-tools, which is told the batches: scores in its z."""
-    started = time.process_time()
-    model = trained(asked.train[:][0].numpy(), epochs or PEER_EPOCHS, seed, LATENTS, asked.batches)
-    seconds = time.process_time() - started
-    return scores_of(asked, {"z": model.get_latent_representation()}, seconds)
-
-
 SYSTEMS: dict[str, Callable[[Question, int, int, int | None], dict[str, Any]]] = {OURS: ours, PEER: theirs}
-TOLD: dict[str, Callable[[Question, int, int, int | None], dict[str, Any]]] = {
-    f"{OURS}, batches told": ours_told,
-    f"{PEER}, batches told": theirs_told,
-}
 
 
 def _fitted(asked: Question, seed: int, epochs: int | None) -> tuple[ps.Fit, float]:
@@ -117,7 +97,7 @@ def _with_spread(mean: float, spread: float) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = defaults.parser_with(MODULE, __doc__)
-    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, *TOLD], default=[*SYSTEMS, *TOLD])
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--cells", type=int, default=defaults.HELD_OUT, help="held-out cells, at most")
     parser.add_argument("--samples", type=int, default=1000, help="draws of the evidence sampler")
     return parser.parse_args(arguments)
@@ -138,13 +118,10 @@ def complete(lines: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Make the fits that are asked for and not among ``lines``, which grow; the file grows with them."""
     made = {(line["data"], line["variant"], line["seed"]) for line in lines}
     for seed, name in product(options.seeds, options.data):
-        for systems, told in ((SYSTEMS, False), (TOLD, True)):
-            asked = defaults.question(name, options.folder, options.cells, options.trained, told=told)
-            if told and asked.batches is None:
-                continue
-            for system in [one for one in options.systems if one in systems and (name, one, seed) not in made]:
-                of_fit = systems[system](asked, seed, options.samples, options.epochs)
-                defaults.keep(lines, {"data": name, "variant": system, "seed": seed} | of_fit, options.out)
+        asked = defaults.question(name, options.folder, options.cells, options.trained, told=False)
+        for system in [one for one in options.systems if (name, one, seed) not in made]:
+            of_fit = SYSTEMS[system](asked, seed, options.samples, options.epochs)
+            defaults.keep(lines, {"data": name, "variant": system, "seed": seed} | of_fit, options.out)
 
 
 if __name__ == "__main__":

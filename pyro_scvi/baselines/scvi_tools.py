@@ -209,8 +209,8 @@ def log_zinb(x: Tensor, log_odds: Tensor, r: Tensor, gate: Tensor, constant: Ten
     return torch.where(x > 0, log_nb, torch.logaddexp(gate, log_nb)) - F.softplus(gate)
 
 
-def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, batch: Any = None) -> Any:
-    """An SCVI fitted to all raw counts (cells, genes) on the CPU, with ``batch`` (cells,) as its batch."""
+def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, batch: Any = None, **settings: Any) -> Any:
+    """An SCVI fitted to all raw counts (cells, genes) on the CPU, with ``batch`` (cells,) and further ``settings``."""
     try:
         import anndata
         import scvi
@@ -225,7 +225,7 @@ def trained(x: np.ndarray, epochs: int, seed: int, n_latent: int, batch: Any = N
         if batch is not None:
             data.obs["batch"] = np.asarray(batch, dtype=str)
         scvi.model.SCVI.setup_anndata(data, batch_key=None if batch is None else "batch")
-        model = scvi.model.SCVI(data, n_latent=n_latent)
+        model = scvi.model.SCVI(data, n_latent=n_latent, **settings)
         model.train(
             max_epochs=epochs,
             train_size=1.0,

@@ -24,7 +24,7 @@ pytest.importorskip("benchmarks", reason="the benchmarks are in the repository, 
 
 import benchmarks
 from benchmarks import cli
-from benchmarks.choice import beside_peer, defaults, figure
+from benchmarks.choice import beside_peer, defaults, figure, integration
 from benchmarks.harness import processes, report, results, simulation, worker
 from benchmarks.harness.elbo import held_out_elbo
 from benchmarks.harness.exchanged import Laws, Scene, drawn_from
@@ -468,33 +468,47 @@ def test_the_default_and_its_peer_are_asked_the_same_and_paired(tiny_cortex, mon
     assert "| cortex | ours | 6.5 (0.0) | 0.500 (0.000) | 2.0 (0.0) |" in means
 
 
-def test_neither_is_told_the_batches_for_the_evidence_and_both_are_for_the_mixing(tiny_cortex, monkeypatch, capsys):
+@pytest.fixture
+def tiny_batches(tiny_cortex):
+    """The same with two batches."""
     file = Path(tiny_cortex[1]) / defaults.FILES["cortex"]
     adata = anndata.read_h5ad(file)
     adata.obs["batch"] = np.tile(["x", "y"], 30)
     adata.write_h5ad(file)
+    return tiny_cortex
+
+
+def test_for_the_evidence_neither_system_is_told_the_batches(tiny_batches, monkeypatch):
     asked = []
 
-    def system(kept):
-        def score(question, seed, samples, epochs):
-            assert len(set(question.batches)) == 2  # places are scored by them in any case
-            asked.append(question.train.columns.keys() | question.held_out.columns.keys())
-            return kept
+    def score(question, seed, samples, epochs):
+        assert len(set(question.batches)) == 2  # places are scored by them nevertheless
+        asked.append([*question.train.columns, *question.held_out.columns])
+        return {"evidence": [5.0, 8.0], "khat_share": 0.0}
 
-        return score
+    monkeypatch.setattr(beside_peer, "SYSTEMS", dict.fromkeys((beside_peer.OURS, beside_peer.PEER), score))
+    beside_peer.main(tiny_batches)
+    assert asked == [[], []]
 
-    scored = {"z": {"entropy": 0.5}, "fit_seconds": 1.0}
-    of_evidence = {"evidence": [5.0, 8.0], "khat_share": 0.0} | scored
-    monkeypatch.setattr(
-        beside_peer, "SYSTEMS", dict.fromkeys((beside_peer.OURS, beside_peer.PEER), system(of_evidence))
-    )
-    monkeypatch.setattr(beside_peer, "TOLD", dict.fromkeys(("ours, told", "theirs, told"), system(scored)))
-    options = [*tiny_cortex, "--systems", *beside_peer.SYSTEMS, *beside_peer.TOLD]
-    beside_peer.main(options)
-    assert asked == [set(), set(), {"batch"}, {"batch"}]
-    pairs, means = capsys.readouterr().out.split("\n\n")[-2:]
-    assert "told" not in pairs
-    assert "| cortex | ours, told |  |" in means
+
+def test_for_integration_both_systems_are_told_the_batches(tiny_batches, monkeypatch, capsys):
+    asked = []
+
+    def placed(question, seed, epochs):
+        asked.append(([*question.train.columns], question.batches.tolist()))
+        return {"z": np.random.default_rng(seed).normal(size=(question.train.n_cells, 2))}
+
+    monkeypatch.setattr(integration, "SYSTEMS", {"ours": placed, "theirs": placed})
+    folder, out = tiny_batches[1], tiny_batches[-1]
+    options = ["--folder", folder, "--out", out, "--data", "cortex", "--seeds", "0", "1", "--systems", "ours", "theirs"]
+    integration.main(options)
+    integration.main(options)  # nothing is left to fit
+    assert len(asked) == 4
+    assert asked[0] == asked[1] == (["batch"], asked[0][1])
+    assert set(asked[0][1]) == {"x", "y"}
+    kept = defaults.read(Path(tiny_batches[-1]))
+    assert 0 < kept[0]["z"]["entropy"] <= 1
+    assert "| cortex | theirs |" in capsys.readouterr().out
 
 
 def test_points_of_the_figure_are_paired_and_the_peer_is_placed_from_the_default(tmp_path):
