@@ -108,6 +108,9 @@ print("principal components:", agreement(normalised.obsm["X_pca"]))
 # All three are equal within their errors: the model finds no better neighbours. But only the model gives a probability
 # of the counts, and what follows from it.
 #
+# The default model, and where neighbours are sought, were chosen without labels. See the table and the figure of
+# [eight models on seven data sets](../docs/default.md#eight-variants-on-seven-data-sets), beside scvi-tools.
+#
 # ## How good is the model? Held-out evidence
 #
 # A poor guide lowers the bound. So two bounds compare guides as much as models. `ps.evidence` estimates

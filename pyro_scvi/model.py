@@ -1,11 +1,13 @@
 """scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import pyro
 import torch
-from torch import BoolTensor, Tensor
+from torch import BoolTensor, Tensor, nn
 
 from pyro_scvi.discovery import like
 from pyro_scvi.distributions.supports import require_coordinates
@@ -186,6 +188,21 @@ class SCVI(Program):
             theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
             return self.observe(x, theta, marginal=marginal, mask=mask)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a value, unless a program of one's own takes a name that the model uses for something else.
+
+        Raises
+        ------
+        ModelError
+            Naming it.
+        """
+        if "weights" in self.__dict__.get("_modules", ()) and _is_taken(name, value):  # all parts are there
+            raise ModelError(
+                f"{type(self).__name__} gives {name!r} another meaning, and the model uses this name itself: take "
+                f"another one, such as self.own_{name}"
+            )
+        super().__setattr__(name, value)
+
     @property
     def trained(self) -> bool:
         """Whether this model is that of a fit."""
@@ -282,3 +299,27 @@ class SCVI(Program):
                 "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
                 f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
             )
+
+
+def _is_taken(name: str, value: Any) -> bool:
+    """Whether ``value`` is not what a model has under this name: a method, its random weights, or a part of it."""
+    if name in _KINDS:
+        return not isinstance(value, _KINDS[name])
+    known = inspect.getattr_static(SCVI, name, None)
+    own = name not in dir(nn.Module) and (callable(known) or isinstance(known, property))
+    return own or (name == "trained_on" and not hasattr(value, "gene_names") and value is not None)
+
+
+_KINDS: dict[str, Any] = {
+    "weights": RandomWeights,
+    "prior": Callable,
+    "likelihood": Likelihood,
+    "library": Library,
+    "decoder": nn.Module,
+    "n_genes": Integral,
+    "n_latent": Integral,
+    "n_covariates": Integral,
+    "arguments": dict,
+    "expected_genes": Integral | None,
+}
+"""What a model has under these names."""

@@ -174,3 +174,25 @@ def test_a_program_of_no_model_can_be_looked_at():
 
     (site,) = discovered(Small())
     assert (site.name, site.kind, tuple(site.batch_shape)) == ("e", Kind.LOCAL, (3, 1))
+
+
+@pytest.mark.parametrize("name", ["weights", "prior", "observe", "sites", "trained", "trained_on", "n_latent", "takes"])
+@pytest.mark.parametrize("value", ["2020", torch.nn.Parameter(torch.ones(3))], ids=["text", "parameter"])
+def test_a_program_that_gives_a_name_of_the_model_another_meaning_is_refused(name, value):
+    class Own(ps.SCVI):
+        def __init__(self):
+            super().__init__(GENES, 2)
+            setattr(self, name, value)
+
+    with pytest.raises(ModelError, match=f"Own gives '{name}' another meaning.*self.own_{name}"):
+        Own()
+
+
+def test_a_program_may_exchange_parts_and_have_names_of_its_own():
+    class Own(ps.SCVI):
+        def __init__(self):
+            super().__init__(GENES, 2)
+            self.prior = ps.priors.StudentT(2)
+            self.own_weights = torch.nn.Parameter(torch.ones(3))
+
+    assert Own().prior_of(torch.zeros(2, 0)).event_shape == (2,)
