@@ -91,7 +91,8 @@ def predictions(evaluated: EvaluatedFit, folder: Path) -> list[str]:
     checks = check_predictions(evaluated.fit, evaluated.judged, samples=SAMPLES, interval=BAND, seed=evaluated.seed)
     of_genes, of_cells = pd.DataFrame(checks.genes["zero_fraction"]), pd.DataFrame(checks.cells["total"])
     sentence = (
-        f"The pictures show the {evaluated.judged.n_cells:,} held-out cells beside {SAMPLES} data sets of the fit. "
+        f"The pictures show the {evaluated.judged.n_cells:,} held-out cells beside their replicas, {SAMPLES} data sets "
+        "simulated from the fit. "
         f"If the model is right, about {1 - BAND:.0%} of the genes and cells lie outside the {BAND:.0%} band of the "
         f"simulated sets. Here it is {_outside(of_genes)} genes by their zero fraction, and {_outside(of_cells)} cells "
         "by their total."
@@ -110,7 +111,7 @@ def zeros(evaluated: EvaluatedFit) -> list[str]:
     rows = [
         ("zeros", f"{is_zero.mean():.1%}", f"of the counts of {evaluated.judged.n_cells:,} held-out cells"),
         *_technical(evaluated, is_zero),
-        ("imputed there", f"{imputed.mean():.2f}", "mean of E[w | x] over the zeros, counts"),
+        ("imputed there", f"{imputed.mean():.2f}", "counts: mean over the zeros of the expected expression, E[w | x]"),
     ]
     return [html_page.table(rows, numbers=[1])]
 
@@ -159,7 +160,7 @@ def _silhouette(evaluated: EvaluatedFit) -> list[Row]:
     names = evaluated.labels.iloc[chosen].astype(str)
     if not 1 < names.nunique() < len(names):
         return []
-    text = f"of {evaluated.labels.name} in the embedding: a description, no target of the fit"
+    text = f"of {evaluated.labels.name} in z, not in the picture above: a description, no target of the fit"
     return [("silhouette", f"{silhouette_score(evaluated.latent[chosen], names):.3f}", text)]
 
 
@@ -173,6 +174,6 @@ def _technical(evaluated: EvaluatedFit, is_zero: np.ndarray) -> list[Row]:
         return []
     probability = technical_zero_probability(evaluated.fit, evaluated.judged, seed=evaluated.seed)[is_zero]
     return [
-        ("technical zeros", f"{(probability > 0.5).mean():.1%}", "of the zeros, with P(h = 1 | x) > 0.5"),
-        ("technical, expected", f"{probability.mean():.1%}", "of the zeros: mean of P(h = 1 | x)"),
+        ("technical zeros", f"{(probability > 0.5).mean():.1%}", "of the zeros: those with P(technical | x) > 0.5"),
+        ("technical, expected", f"{probability.mean():.1%}", "of the zeros: mean of P(technical | x)"),
     ]

@@ -71,7 +71,8 @@ class OfMeans:
         """What the columns mean."""
         return (
             "log2 change: mean a over mean b with its 95% interval; p value: of a t test of these means, over all "
-            "cells unless replicates are named; mean a and b: molecules per cell of median depth."
+            "cells unless replicates are named; mean a and b: molecules per cell of median depth. First are the genes "
+            "with the largest difference of means, in standard errors."
         )
 
 

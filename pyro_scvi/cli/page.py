@@ -45,7 +45,7 @@ def results(job: Job, evaluated: EvaluatedFit, folder: Path) -> list[html_page.S
     if (pair := job.pair) is not None and (labels := evaluated.labels) is not None:
         parts["Genes that differ"] = lambda: fit_report.differing_genes(evaluated, labels, pair, folder)
     parts |= {
-        "Data against replicas": lambda: fit_report.predictions(evaluated, folder),
+        "Data beside simulated data": lambda: fit_report.predictions(evaluated, folder),
         "Zeros": lambda: fit_report.zeros(evaluated),
         "Model and training": lambda: [fit_report.training(evaluated, folder)],
     }

@@ -90,12 +90,12 @@ def test_demo_page_is_self_contained_and_tells_the_numbers(demo):
         f"{loaded.settings['held_out_loss']:.1f}",
         "over n = 6 cells",
         "k-hat above 0.7",
-        "of bulk_labels in the embedding: a description, no target of the fit",
+        "of bulk_labels in z, not in the picture above: a description, no target of the fit",
         "--epochs 3 --seed 5 --no-progress",
         f"pyro-scvi {ps.__version__}",
         "StandardNormal(n_latent=10)",
         "28 cells of CD19+ B against 28 of Dendritic.",
-        "the 6 held-out cells beside 39 data sets of the fit",
+        "the 6 held-out cells beside their replicas, 39 data sets simulated from the fit",
     ):
         assert expected in page.text
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -94,6 +94,7 @@ class Latent(Space):
             return torch.cat(means).squeeze(-2).cpu().numpy()
 
 
+@dataclass(frozen=True)
 class Decoded(Space):
     """Principal components of what the decoder makes of E[z | x], its batches averaged.
 
@@ -136,13 +137,12 @@ class Decoded(Space):
         some = cells.take(_evenly_spaced(cells.n_cells, max(2 * wanted, MOST_FEATURES // fit.model.n_genes)))
         batches = tuple(fit.schema.batches)
         found = torch.cat(list(_decoded(self, fit, some, batches, batch_size, seed))).double().numpy()
-        chosen = self._chosen(*found.shape)
-        mean = found.mean(0)
-        axes = _principal_axes(found - mean, chosen.components)
+        components, mean = self._number(*found.shape), found.mean(0)
+        axes, chosen = _principal_axes(found - mean, components), replace(self, components=components)
         return FittedSpace(chosen, mean, axes, self.size(cells), batches, fingerprint(fit))
 
-    def _chosen(self, n_cells: int, n_features: int) -> Self:
-        """The space with a number of components, which is below those of cells and features."""
+    def _number(self, n_cells: int, n_features: int) -> int:
+        """The number of components, which is below those of cells and features."""
         most = min(n_cells, n_features) - 1
         components = max(1, min(MOST_COMPONENTS, most)) if self.components is None else self.components
         if components > most:
@@ -150,7 +150,7 @@ class Decoded(Space):
                 f"components={components} must be smaller than the numbers of cells and features, {n_cells} and "
                 f"{n_features}. Pass fewer, or a space that was fitted to more cells: {self!r}.fitted(fit, reference)"
             )
-        return replace(self, components=components)
+        return components
 
     def place(self, fit: Fit, cells: Cells, *, batch_size: int = 1024, seed: int = 0) -> np.ndarray:
         """Coordinates (cells, components) by the principal axes of these cells."""
