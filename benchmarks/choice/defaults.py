@@ -174,7 +174,7 @@ def paired(lines: Sequence[dict[str, Any]], against: str = "default") -> pd.Data
         difference = np.mean([ours[:n] - theirs[:n] for ours, theirs in pairs], axis=0)
         error = difference.std(ddof=1) / np.sqrt(n)
         rows.append({"data": data, "variant": variant, "seeds": len(shared), "nats": difference.mean(), "se": error})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["data", "variant", "seeds", "nats", "se"])
 
 
 def differences(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:

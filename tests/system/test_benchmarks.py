@@ -441,6 +441,7 @@ def test_variants_are_paired_over_shared_seeds_and_cells():
     ]
     row = defaults.paired(lines).set_index("variant").loc["other"]
     assert (row.seeds, row.nats, row.se) == (1, 2.0, pytest.approx(1 / math.sqrt(3)))
+    assert defaults.paired([line for line in lines if line["variant"] == "other"]).variant.empty
 
 
 def test_the_default_and_its_peer_are_asked_the_same_and_paired(tiny_cortex, monkeypatch, capsys):
