@@ -14,7 +14,7 @@ from pyro_scvi.persistence.archive import CONFIG
 from pyro_scvi.utils.disk.files import lies_in
 from pyro_scvi.utils.disk.locks import lock_name, only_writer
 from pyro_scvi.utils.disk.publishing import NotRolledBack, publish, rescue
-from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
+from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, one_file_spare, remove
 
 FIT, PAGE = "fit", "index.html"
 STEPS, WRITTEN = "steps", "written.json"
@@ -143,7 +143,8 @@ def _temporary(out: Path) -> Iterator[Path]:
         for folder in earlier:
             note(f"{folder} was left by a run that was stopped{_finished_in(folder)}; move or delete it")
         try:
-            yield new_temporary(out, within)
+            with one_file_spare():
+                yield new_temporary(out, within)
         except NotRolledBack:
             raise
         except BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 from pyro_scvi.errors import DataError
 from pyro_scvi.utils.checks import warn
 from pyro_scvi.utils.disk.hdf5_links import Link, NameNotText, links_out_of
+from pyro_scvi.utils.disk.hdf5_nesting import NestingError, require_an_end
 from pyro_scvi.utils.disk.unreadable import errors_named
 
 
@@ -21,12 +22,12 @@ def require_regular_file(path: Path) -> None:
 
 
 def check_links(file: Path) -> None:
-    """Refuse an HDF5 file whose parts are in other folders.
+    """Refuse an HDF5 file whose parts are in other folders, or in themselves.
 
     Raises
     ------
     DataError
-        If there is such a link, or a name that is not text; names it.
+        If there is such a link, a name that is not text, or groups that cannot be read to an end; names it.
 
     Warns
     -----
@@ -42,10 +43,19 @@ def check_links(file: Path) -> None:
         if not link.beside:
             raise DataError(f"{what}, which is not read; copy its values into {link.file.name}, or that file beside it")
         warn(what)
+    with errors_named(str(file)):
+        _require_an_end(file)
 
 
 def _links(file: Path) -> list[Link]:
     try:
         return links_out_of(file)
     except NameNotText as error:
+        raise DataError(f"{error}; write the file anew, as anndata does") from error
+
+
+def _require_an_end(file: Path) -> None:
+    try:
+        require_an_end(file)
+    except NestingError as error:
         raise DataError(f"{error}; write the file anew, as anndata does") from error

@@ -17,7 +17,7 @@ from pyro_scvi.utils.checks import brief, warn
 from pyro_scvi.utils.disk import hdf5
 from pyro_scvi.utils.disk.files import sync
 from pyro_scvi.utils.disk.locks import only_writer
-from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, remove
+from pyro_scvi.utils.disk.temporary import leftovers, new_temporary, one_file_spare, remove
 from pyro_scvi.utils.disk.zarr_groups import writes_ended, zarr_group
 
 Mode = Literal["r", "r+", "w"]
@@ -243,11 +243,10 @@ def _only_writer(path: Path) -> Iterator[None]:
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """A hidden folder on the disk of a path, deleted afterwards."""
-    folder = new_temporary(path, path.parent)
-    try:
+    with ExitStack() as afterwards, one_file_spare():
+        folder = new_temporary(path, path.parent)
+        afterwards.callback(remove, folder)
         yield folder
-    finally:
-        remove(folder)
 
 
 @contextmanager

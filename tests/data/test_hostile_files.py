@@ -226,7 +226,9 @@ def test_links_from_python(whole, tmp_path):
 ZARR = ("X/zarr.json", "X/data/zarr.json", "X/indptr/c/0", "obs/zarr.json", "obs/age/c/0", "zarr.json")
 
 
-@pytest.mark.filterwarnings("ignore:zarr v3 autosharding", "ignore:Consolidated metadata")
+@pytest.mark.filterwarnings(
+    "ignore:zarr v3 autosharding", "ignore:Consolidated metadata", "ignore:The codec .vlen-utf8"
+)
 @pytest.mark.parametrize("name", ZARR)
 def test_damaged_zarr_folders(whole, tmp_path, name):
     path = tmp_path / "in.zarr"

@@ -45,7 +45,7 @@ def stopped(bench, verb, share, number):
         ended = bench.run(verb, after=lasts * share, number=number)
         # SIGTERM ends Python before and after the command, and training before its first epoch as SIGINT does.
         assert ended.code in (0, 1, 130, 128 + number, -number), ended
-        assert bench.left(verb) == []
+        assert bench.left(verb) == [], ended
         assert bench.is_whole_or_absent(verb)
         assert bench.is_whole_after_the_same_command(verb)
 
@@ -57,7 +57,7 @@ def limited(bench, verb, limit):
         ended = bench.run(verb, limit=limit)
         assert "Traceback" not in ended.said, ended.said
         assert (ended.code, len(ended.errors)) in ((0, 0), (1, 1)), ended
-        assert bench.left(verb) == []
+        assert bench.left(verb) == [], ended
         assert bench.is_whole_or_absent(verb)
         assert bench.is_whole_after_the_same_command(verb)
 

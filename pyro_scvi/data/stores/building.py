@@ -298,8 +298,17 @@ def _written(block: Matrix, path: Path) -> sparse.csr_array:
     rows.sort_indices()
     rows = sparse.csr_array((rows.data.astype(smallest_type(rows)), rows.indices, rows.indptr), shape=rows.shape)
     narrow = rows.indices.astype(_index_type(rows.shape[1]))
-    durably(path, lambda file: np.savez(file, indptr=rows.indptr, indices=narrow, data=rows.data))
+    arrays = {"indptr": rows.indptr, "indices": narrow, "data": rows.data}
+    durably(path, lambda file: _save_arrays(file, arrays))
     return rows
+
+
+def _save_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file and close it also after an error; ``np.savez`` of NumPy 2.0 leaves that to the destructor."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
 
 
 def _reread(path: Path, n_cells: int, n_genes: int) -> sparse.csr_array | None:

@@ -4,7 +4,8 @@ import glob
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyro_scvi.utils.disk.files import short_name
@@ -16,6 +17,19 @@ _SUFFIX = ".partial"
 def new_temporary(path: Path, within: Path) -> Path:
     """Make a hidden folder in ``within`` for something that will be called ``path``."""
     return Path(tempfile.mkdtemp(dir=within, prefix=f".{short_name(path)}.", suffix=_SUFFIX))
+
+
+@contextmanager
+def one_file_spare() -> Iterator[None]:
+    """Hold a file open during the block: after it one can be opened, as deleting a folder needs, whatever else is open.
+
+    Raises
+    ------
+    OSError
+        If too many files are open already.
+    """
+    with open(os.devnull, "rb"):
+        yield
 
 
 def remove(folder: Path) -> None:
