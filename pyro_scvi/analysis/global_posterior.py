@@ -91,13 +91,14 @@ def sample_globals(
 
     Examples
     --------
-    >>> spread = {"decoder.heads.log_mean.bias": ps.weights.NormalWeights(0.3)}
-    >>> model = ps.SCVI(20, 2, n_hidden=4, weight_priors=spread)
-    >>> guide = ps.guides.DiagonalNormal(model, global_guide=pyro.infer.autoguide.AutoMultivariateNormal)
-    >>> made = ps.fit(model, train, guide, elbo=ps.elbos.ImportanceWeighted(10), epochs=100, progress=False)
-    >>> draws = ps.sample_globals(made, train, samples=200, cell_samples=10)
+    >>> donors = ps.Cells.from_anndata(adata, batch="donor")
+    >>> prior = ps.priors.Conditional(2, donors.columns["donor"])
+    >>> model = ps.SCVI(20, 2, 2, prior=prior, weight_priors={"prior.loc": ps.weights.NormalWeights()})
+    >>> options = {"epochs": 50, "batch_size": 16, "progress": False}
+    >>> made = ps.fit(model, donors, elbo=ps.elbos.ImportanceWeighted(10), **options)
+    >>> draws = ps.sample_globals(made, donors, samples=200, cell_samples=20)
     >>> dict(draws.sizes), sorted(draws.attrs)
-    ({'sample': 200, 'decoder.heads.log_mean.bias_dim_0': 20}, ['ess', 'khat'])
+    ({'sample': 200, 'prior.loc_dim_0': 2, 'prior.loc_dim_1': 2}, ['ess', 'khat'])
     >>> made.with_globals(draws).guide.weights.n_draws
     200
     """
