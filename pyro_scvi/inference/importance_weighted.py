@@ -114,9 +114,11 @@ class ImportanceWeighted(ByLoss, ELBO):  # type: ignore[misc]
             for site in _sites(guided):
                 check_fully_reparametrized(site)
         drawn = {name: guided.nodes[name]["value"] for name in (*guide.weights.supports, *guide.coordinates.local)}
-        register(model)
         # Without index and n_cells: densities are those of each cell once, and the bound is scaled by the caller.
-        return scored(model, x, gamma, drawn, guide.coordinates, mask=kwargs["mask"]), guided
+        modelled = scored(model, x, gamma, drawn, guide.coordinates, mask=kwargs["mask"])
+        for part in (model, guide):  # afterwards: scoring takes off what SVI needs to know of a parameter
+            register(part)
+        return modelled, guided
 
 
 class _Repeated(Messenger):
