@@ -99,7 +99,15 @@ class ImportanceWeighted(ByLoss, ELBO):  # type: ignore[misc]
         nodes: Any = modelled.nodes
         for name in shared:
             loss = loss - nodes[name]["log_prob"].sum()
-        log_weights = torch.stack(cell_terms(modelled, *local)).sum(0) - log_q  # (draws, cells)
+        log_p = torch.stack(cell_terms(modelled, *local)).sum(0)
+        lost = ~log_p.isfinite()
+        if bool(lost.any()):
+            sites = {name: nodes[name]["value"] for name in (*shared, *local)}
+            others = sites | {name: _replaced(sites[name], lost, log_p) for name in local}
+            with pyro.poutine.block():  # the same run of the program, for those who count runs
+                modelled = scored(model, x, check_inputs(model, x, gamma), others, guide.coordinates, mask=mask)
+            log_p = torch.stack(cell_terms(modelled, *local)).sum(0).masked_fill(lost, -math.inf)
+        log_weights = log_p - log_q  # (draws, cells)
         of_cells = log_weights.logsumexp(0) - math.log(self.draws)
         return loss - of_cells.sum() * ((n_cells or len(x)) / len(x))
 
@@ -135,6 +143,16 @@ class _Repeated(Messenger):
         law = msg["fn"]
         if _of_cells(msg) and len(law.batch_shape) < 3:
             msg["fn"] = law.expand((self.draws, *law.batch_shape))
+
+
+def _replaced(value: Tensor, lost: Tensor, log_p: Tensor) -> Tensor:
+    """Draws (draws, cells, 1) and an event, those that are ``lost`` (draws, cells) at the cell's most probable draw.
+
+    Draws so far out that the density overflows have a weight of 0, and a slope that is infinite: 0 times it is NaN.
+    """
+    best = log_p.detach().masked_fill(lost, -math.inf).argmax(0)
+    likely = value.detach()[best, torch.arange(len(best), device=best.device)]
+    return torch.where(lost.reshape(*lost.shape, *[1] * (value.dim() - 2)), likely, value)
 
 
 def require_density(guide: Guide) -> None:

@@ -175,6 +175,28 @@ def test_gradients_are_those_of_finite_differences(guide):
         assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # by Pyro's own checks
+@pytest.mark.parametrize("guide", ["diagonal", "full rank"])
+def test_draws_at_which_the_density_overflows_have_no_weight_and_no_gradient(guide):
+    """exp(e) is infinite for most draws of e, and finite for one of thousands."""
+    model, guide = made(Effect, guide=GUIDES[guide])
+    with torch.no_grad():
+        guide.heads[0].bias[1] = 7.0  # a standard deviation of 1,000; the largest number is exp(709)
+    loss, gradients = loss_of(ps.elbos.ImportanceWeighted(300), model, guide)
+    assert np.isfinite(loss)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_fit_goes_on_where_single_draws_overflow():
+    model, guide = made(Effect)
+    with torch.no_grad():
+        guide.heads[0].bias[1] = 5.3  # a standard deviation of 200, so that exp(e) is infinite for some draws in 2,000
+    options = {"epochs": 1, "validation": 0, "dtype": torch.float64, "progress": False}
+    fit = ps.fit(model, cells_of(6), guide, elbo=ps.elbos.ImportanceWeighted(3000), **options)
+    assert np.isfinite(fit.history.train_loss).all()
+
+
 @pytest.mark.parametrize("kind", [*KINDS.values(), Shared])
 @pytest.mark.parametrize("guide", GUIDES)
 def test_fit_takes_it_with_every_guide_and_program(guide, kind):
