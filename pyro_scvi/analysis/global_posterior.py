@@ -51,8 +51,8 @@ def sample_globals(
     summed out.
 
     The draws go into ``fit.with_globals(draws)``; every verb then follows them. For this to be worth while, fit with
-    ``elbo=ps.elbos.ImportanceWeighted()`` and a joint ``global_guide``. Each theta decodes ``cell_samples`` values of z
-    of all cells, so that the time grows with samples x cell_samples x cells.
+    a joint ``global_guide``, and go on from there with ``elbo=ps.elbos.ImportanceWeighted()``. Each theta decodes
+    ``cell_samples`` values of z of all cells, so that the time grows with samples x cell_samples x cells.
 
     Parameters
     ----------
