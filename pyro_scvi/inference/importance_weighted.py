@@ -27,7 +27,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class ImportanceWeighted(ByLoss, ELBO):  # type: ignore[misc]
+class ImportanceWeighted(ByLoss, ELBO):
     r"""The evidence bound with the latents of each cell averaged over several draws: a tighter bound.
 
     .. math:: E_{q(\theta)} \Big[ \sum_n \log \frac1K \sum_{k=1}^K \frac{p(x_n, z_{nk} | \theta)}{q(z_{nk} | x_n)}
@@ -106,8 +106,8 @@ class ImportanceWeighted(ByLoss, ELBO):  # type: ignore[misc]
         log_p = torch.stack(cell_terms(modelled, *local)).sum(0)
         lost = ~log_p.isfinite()
         if bool(lost.any()):
-            sites = {name: nodes[name]["value"] for name in (*shared, *local)}
-            others = sites | {name: _replaced(sites[name], lost, log_p) for name in local}
+            others = {name: nodes[name]["value"] for name in (*shared, *local)}
+            others |= {name: _replaced(others[name], lost, log_p) for name in local}
             with pyro.poutine.block():  # the same run of the program, for those who count runs
                 modelled = scored(model, x, check_inputs(model, x, gamma), others, guide.coordinates, mask=mask)
             log_p = torch.stack(cell_terms(modelled, *local)).sum(0).masked_fill(lost, -math.inf)
