@@ -39,7 +39,7 @@ def sample_globals(
     batch_size: int = 64,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Draw the global latents from their posterior given all cells, by weighing the guide's draws.
+    r"""Draw the global latents from their posterior given all cells, by weighing draws.
 
     .. math:: w_s \propto \frac{p(\theta_s)}{q(\theta_s)} \prod_n \hat p(x_n | \theta_s), \qquad
         \hat p(x_n | \theta) = \frac1K \sum_{k=1}^K \frac{p(x_n, z_{nk} | \theta)}{q(z_{nk} | x_n)}, \qquad

@@ -28,7 +28,9 @@ def __dir__() -> list[str]:
 
 
 class ImportanceWeighted(ByLoss, ELBO):
-    r"""The evidence bound with the latents of each cell averaged over several draws: a tighter bound.
+    r"""The evidence bound with the latents of each cell averaged over several draws.
+
+    It is tighter than that of one draw.
 
     .. math:: E_{q(\theta)} \Big[ \sum_n \log \frac1K \sum_{k=1}^K \frac{p(x_n, z_{nk} | \theta)}{q(z_{nk} | x_n)}
         + \log p(\theta) - \log q(\theta) \Big], \qquad z_{nk} \sim q(z | x_n)
