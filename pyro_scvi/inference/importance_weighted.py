@@ -127,7 +127,8 @@ class ImportanceWeighted(ByLoss, ELBO):
             guided.compute_score_parts()
             for site in _sites(guided):
                 check_fully_reparametrized(site)
-        drawn = {name: guided.nodes[name]["value"] for name in (*guide.weights.supports, *guide.coordinates.local)}
+        nodes: Any = guided.nodes
+        drawn = {name: nodes[name]["value"] for name in (*guide.weights.supports, *guide.coordinates.local)}
         # Without index and n_cells: densities are those of each cell once, and the bound is scaled by the caller.
         modelled = scored(model, x, gamma, drawn, guide.coordinates, mask=kwargs["mask"])
         for part in (model, guide):  # afterwards: scoring takes off what SVI needs to know of a parameter
