@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_scvi.analysis.evidence.evidence import evidence
     from pyro_scvi.analysis.evidence.leave_one_out import leave_one_out
     from pyro_scvi.analysis.evidence.stacking import stacking_weights
+    from pyro_scvi.analysis.global_posterior import sample_globals
     from pyro_scvi.analysis.integration import spaces
     from pyro_scvi.analysis.integration.embedding import embed
     from pyro_scvi.analysis.integration.expression import normalized_expression
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pyro_scvi.export import blocks as shards
     from pyro_scvi.export.arviz import to_datatree
     from pyro_scvi.export.scanpy import add_rank_genes_groups, annotate
+    from pyro_scvi.inference import importance_weighted as elbos
     from pyro_scvi.inference.given import Given
     from pyro_scvi.inference.samplers import HMC, Amortized, Importance, Refined
     from pyro_scvi.likelihoods import library_size as libraries
@@ -87,6 +89,7 @@ __all__ = [
     "differential_abundance",
     "differential_expression",
     "distributed",
+    "elbos",
     "embed",
     "errors",
     "evidence",
@@ -110,6 +113,7 @@ __all__ = [
     "prior_predictive",
     "prior_sensitivity",
     "priors",
+    "sample_globals",
     "sample_posterior",
     "schedules",
     "shards",

@@ -125,10 +125,11 @@ def sample_posterior(
             part |= {name: (reduce is None, value) for name, value in (reduce(drawn) if reduce else drawn).items()}
             parts.append({name: (lead, value.cpu().numpy()) for name, (lead, value) in part.items()})
         shared = global_draws(fit, sites, samples, seed)
-    return _dataset(parts, cells, fit.model.n_latent).assign(_of_globals(shared))
+    return _dataset(parts, cells, fit.model.n_latent).assign(of_globals(shared))
 
 
-def _of_globals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+def of_globals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Draws (samples, ...) of global latents as variables of a Dataset."""
     return {name: (("sample", *own_dims(name, value.ndim - 1)), value) for name, value in drawn.items()}
 
 

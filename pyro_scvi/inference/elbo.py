@@ -23,7 +23,27 @@ DEPTH = 2
 """Plates inside each other: cells and genes."""
 
 
-class MeanFieldELBO(TraceMeanField_ELBO):
+class ByLoss:
+    """What Pyro asks of a bound, by its differentiable loss."""
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Negative bound, nats, a scalar."""
+        raise NotImplementedError
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Negative bound, nats."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Negative bound, nats; adds its gradients to those of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        if execution().check_programs:
+            warn_if_nan(loss.detach(), "loss")
+        return loss.item()
+
+
+class MeanFieldELBO(ByLoss, TraceMeanField_ELBO):
     r"""One draw of the evidence bound, with the KL divergence of each latent in closed form where there is one.
 
     .. math:: \log p(x | z) - KL(q(z | x) \| p(z)), \qquad z \sim q(z | x)
@@ -42,18 +62,6 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     def __init__(self) -> None:
         super().__init__()  # without Pyro's options, such as more than one draw
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Negative bound, nats."""
-        return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Negative bound, nats; adds its gradients to those of the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        if execution().check_programs:
-            warn_if_nan(loss.detach(), "loss")
-        return loss.item()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Negative bound, nats, a scalar."""

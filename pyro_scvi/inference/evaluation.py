@@ -315,9 +315,20 @@ def bound_terms(guide: Guide, x: Tensor, gamma: Tensor, samples: int = 1) -> tup
     return weigh(guide, x, gamma, sites, log_q)
 
 
-def weigh(guide: Guide, x: Tensor, gamma: Tensor, sites: dict[str, Tensor], log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log p(x, latents) - log q of given draws (samples, cells, ...), and the part log q - log p of the latents."""
-    fixed, size, terms = guide.weights.medians(), draws_at_once(x), []
+def weigh(
+    guide: Guide,
+    x: Tensor,
+    gamma: Tensor,
+    sites: dict[str, Tensor],
+    log_q: Tensor,
+    global_latents: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log p(x, latents) - log q of given draws (samples, cells, ...), and the part log q - log p of the latents.
+
+    ``global_latents`` are their values; None: their medians.
+    """
+    fixed = guide.weights.medians() if global_latents is None else global_latents
+    size, terms = draws_at_once(x), []
     for start in range(0, len(log_q), size):
         part = {name: value[start : start + size] for name, value in sites.items()}
         trace = scored(guide.model, x, gamma, {**fixed, **part}, guide.coordinates)

@@ -22,6 +22,7 @@ from pyro_scvi.guides.enumeration import LEFT_OF_CELLS, Enumerating, is_enumerat
 from pyro_scvi.guides.per_cell import PerCell
 from pyro_scvi.guides.supported import is_expected, require_met, require_same_sites, require_scaled
 from pyro_scvi.inference.elbo import MeanFieldELBO
+from pyro_scvi.inference.importance_weighted import ImportanceWeighted, require_density
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.closures import require_owned
 from pyro_scvi.schedules import KLWeight
@@ -258,6 +259,14 @@ def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> No
     """
     if isinstance(elbo, MeanFieldELBO):
         return
+    tempers = any(kl_weight.at(epoch, epochs) != 1 for epoch in range(epochs))
+    if isinstance(elbo, ImportanceWeighted):
+        require_density(guide)
+        if tempers:
+            raise ModelError(
+                "ImportanceWeighted has no KL divergence that could be weighed: leave kl_weight= out, or elbo="
+            )
+        return
     if guide.auxiliary and isinstance(elbo, TraceMeanField_ELBO):
         raise ModelError(
             f"{type(elbo).__name__} leaves the log Jacobian of some latents out of the bound, because this guide draws "
@@ -268,7 +277,7 @@ def check_elbo(guide: Guide, elbo: ELBO, kl_weight: KLWeight, epochs: int) -> No
         return
     if not isinstance(elbo, TraceEnum_ELBO):
         raise ModelError(f"{type(elbo).__name__} does not sum out {names}: leave elbo out, or pass TraceEnum_ELBO()")
-    if any(kl_weight.at(epoch, epochs) != 1 for epoch in range(epochs)):
+    if tempers:
         raise ModelError(
             f"TraceEnum_ELBO cannot weigh the KL divergence beside {names}, which it sums out: leave elbo out"
         )

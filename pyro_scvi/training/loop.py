@@ -20,7 +20,7 @@ from pyro_scvi.guides.base import Guide
 from pyro_scvi.guides.packaged import is_packaged
 from pyro_scvi.guides.supported import conditional
 from pyro_scvi.inference.compiled import NotCompiled, Recorded
-from pyro_scvi.inference.elbo import Bound, MeanFieldELBO
+from pyro_scvi.inference.elbo import Bound, ByLoss
 from pyro_scvi.inference.evaluation import bound_terms, undisturbed
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.networks import Decoder
@@ -338,7 +338,7 @@ class Trainer:
     @contextmanager
     def _execution(self, checked: bool) -> Iterator[None]:
         """Matrix products in the type asked for; parameters registered only for Pyro's own ELBOs, which need that."""
-        own = isinstance(self.options.elbo, MeanFieldELBO) and not checked
+        own = isinstance(self.options.elbo, ByLoss) and not checked
         with executing(matrix_products=self.options.autocast, register_parameters=not own, check_programs=checked):
             yield
 

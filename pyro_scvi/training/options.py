@@ -126,7 +126,7 @@ class TrainingOptions:
         return self.of_run() | {
             "learning_rate": lasting_repr(self.learning_rate),
             "kl_weight": lasting_repr(self.kl_weight),
-            "elbo": type(self.elbo).__name__,
+            "elbo": lasting_repr(self.elbo),
             "cells": _brief(cells),
             "validation": _brief(self.validation),
             "model": lasting_repr(model),
