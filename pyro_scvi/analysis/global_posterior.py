@@ -47,8 +47,8 @@ def sample_globals(
 
     The weights (samples,) are Pareto-smoothed (Vehtari et al. 2024), and draws are taken in proportion to them. The
     draws z of a cell are the same for all theta, so that most of their error is in all weights alike. The results can
-    be no better than the guide allows: ``khat`` and ``ess`` say how far it is from the posterior. Neither sees a part of
-    the posterior that the guide never draws from, such as a second mode. Discrete latents are summed out.
+    be no better than the guide allows: ``khat`` and ``ess`` say how far it is from the posterior. Neither sees a part
+    of the posterior that the guide never draws from, such as a second mode. Discrete latents are summed out.
 
     The draws go into ``fit.with_globals(draws)``; every verb then follows them. For this to be worth while, fit with
     a joint ``global_guide``, and go on from there with ``elbo=ps.elbos.ImportanceWeighted()``. Each theta decodes
