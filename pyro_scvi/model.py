@@ -1,7 +1,8 @@
 """scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -141,6 +142,8 @@ class SCVI(Program):
         self.require_genes()
         # After all parts exist: it takes parameters out of them.
         self.weights = RandomWeights(self, weight_priors or {})
+        with _undone(seed):
+            self.weights.require_sampled()
         self._require_prior(seed)
         for name in ("prior", "likelihood", "library", "decoder", "weights"):
             require_owned(getattr(self, name), name, self)
@@ -277,14 +280,7 @@ class SCVI(Program):
     def example_law(self, seed: int = 0) -> Distribution:
         """p(z) of two cells whose gamma is zero, with global latents drawn, to find its kind and shape."""
         gamma = like(self).new_zeros(2, self.n_covariates)
-        # A prior of the user's own may draw, register parameters or add sites: nothing of that may be left behind.
-        with (
-            seeded(seed),
-            pyro.get_param_store().scope(),
-            pyro.poutine.block(),
-            pyro.validation_enabled(False),
-            self.weights.drawn_into(self),
-        ):
+        with _undone(seed), self.weights.drawn_into(self):
             return self.prior_of(gamma)
 
     def _require_prior(self, seed: int) -> None:
@@ -299,6 +295,13 @@ class SCVI(Program):
                 "a prior that is given gamma (cells, 1, covariates) must have batch shape (cells, 1), got "
                 f"{tuple(law.batch_shape)} for two cells: index from the right, as in gamma[..., :1]"
             )
+
+
+@contextmanager
+def _undone(seed: int) -> Iterator[None]:
+    """A prior of the user's own may draw, register parameters or add sites: nothing of that is left behind."""
+    with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block(), pyro.validation_enabled(False):
+        yield
 
 
 def _is_taken(name: str, value: Any) -> bool:

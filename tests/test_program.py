@@ -176,6 +176,11 @@ def test_a_program_of_no_model_can_be_looked_at():
     assert (site.name, site.kind, tuple(site.batch_shape)) == ("e", Kind.LOCAL, (3, 1))
 
 
+def test_a_weight_prior_that_samples_nothing_is_refused():
+    with pytest.raises(ModelError, match=r"prior of 'decoder\.heads\.log_mean\.bias' samples nothing"):
+        ps.SCVI(GENES, 2, weight_priors={"decoder.heads.log_mean.bias": lambda name, like: torch.zeros_like(like)})
+
+
 @pytest.mark.parametrize("name", ["weights", "prior", "observe", "sites", "trained", "trained_on", "n_latent", "takes"])
 @pytest.mark.parametrize("value", ["2020", torch.nn.Parameter(torch.ones(3))], ids=["text", "parameter"])
 def test_a_program_that_gives_a_name_of_the_model_another_meaning_is_refused(name, value):

@@ -357,6 +357,23 @@ class RandomWeights(nn.Module):
             )
         return value
 
+    def require_sampled(self) -> None:
+        """Refuse priors that sample nothing.
+
+        Raises
+        ------
+        ModelError
+            If there is one; names its parameter.
+        """
+        for name, index in self.prior_of.items():
+            with pyro.poutine.block(), pyro.poutine.trace() as run:
+                self._drawn(name, self.makers[index])
+            if not any(node["type"] == "sample" for node in run.trace.nodes.values()):
+                raise ModelError(
+                    f"the prior of {name!r} samples nothing, so that the parameter would be a constant: sample it, as "
+                    f"pyro.sample(name, ...), or leave the prior out and freeze the parameter by requires_grad_(False)"
+                )
+
     def ordered_columns(self, model: nn.Module) -> list[slice]:
         """The columns of gamma whose categories are rows of parameters that have a prior over ordered rows."""
         owners = (_owner(model, name)[0] for name, index in self.prior_of.items() if _is_ordered(self.makers[index]))
