@@ -36,7 +36,7 @@ DRAWS, BOUND_OF = 20, 300  # draws and cells for the bound of training cells
 WATCHED = 0.1  # the share that fit sets aside, which is not trained on
 SPACES = {"z": ps.spaces.Latent(), "expression": ps.spaces.Expression(10)}
 REPORTED = "train_bound", "bound", "best_epoch", "last_minus_best", "fit_seconds"
-SCORES = "silhouette", "ari", "accuracy", "entropy"
+SCORES = "silhouette", "ari", "nmi", "accuracy", "entropy"
 FILES = {
     "cortex": "cortex_558.h5ad",
     "brain10k": "brain10k.h5ad",

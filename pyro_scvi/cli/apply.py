@@ -33,7 +33,7 @@ from pyro_scvi.cli.options import (
 from pyro_scvi.cli.workspace import new_file
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.errors import DataError
-from pyro_scvi.export.scanpy import COMPONENTS, PROVENANCE, in_genes_of
+from pyro_scvi.export.scanpy import COMPONENTS, EMBEDDING, PROVENANCE, in_genes_of
 from pyro_scvi.inference.samplers import Amortized
 from pyro_scvi.training.fitted import Fit
 from pyro_scvi.version import __version__
@@ -73,12 +73,23 @@ def embed(
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
         say(f"embedding {cells.n_cells:,} cells")
-        add(adata.obsm, "X_pyro_scvi", embedding.embed(fit, cells, seed=seed))
+        _drop_components(adata)
+        add(adata.obsm, EMBEDDING, embedding.embed(fit, cells, seed=seed))
         if space is not spaces.Latent:
             axes = spaces.Expression() if beside is None else _axes_of(beside)
             _add_components(adata, fit, cells, axes, seed)
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
         write_h5ad(adata, made.path)
+
+
+def _drop_components(adata: AnnData) -> None:
+    """Take components of an earlier embedding out of the copy, and what is recorded of both, since z is replaced."""
+    if adata.obsm.pop(COMPONENTS, None) is not None:
+        told = f"{COMPONENTS!r} was there already; it is left out of the copy or replaced"
+        warnings.warn(told, UserWarning, stacklevel=2)
+    known = adata.uns.get(PROVENANCE)
+    if isinstance(known, Mapping):
+        adata.uns[PROVENANCE] = {name: of for name, of in known.items() if name not in (EMBEDDING, COMPONENTS)}
 
 
 def _axes_of(file: Path) -> spaces.FittedSpace:

@@ -52,7 +52,9 @@ def infer(
     device: Device = "auto",
     progress: Progress = True,
 ) -> None:
-    """Write the embedding of all cells, and on request more, into an AnnData on disk; counts are not copied.
+    """Write E[z | x] of all cells, and on request more, into an AnnData on disk; counts are not copied.
+
+    Components of expression, for neighbours, are written by ps.shards.write in Python.
 
     Cells are read block by block, so that memory does not grow with them. Several jobs, or the ranks of torchrun, may
     write into one OUT.zarr. The same command goes on with the blocks that are missing.

@@ -102,8 +102,8 @@ def fit(
 ) -> None:
     """Fit a model to the raw counts of FILE.h5ad; open DIR/index.html afterwards.
 
-    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"] and, where umap-learn is installed,
-    its UMAP in obsm["X_umap"].
+    DIR/annotated.h5ad is a copy of FILE with the embedding in obsm["X_pyro_scvi"], components of expression in
+    obsm["X_pyro_scvi_expression_pca"] and, where umap-learn is installed, their UMAP in obsm["X_umap"].
 
     Several processes train together if torchrun starts them, each on its share of the cells; the first writes:
     torchrun --standalone --nproc-per-node 2 -m pyro_scvi fit FILE.h5ad --out DIR

@@ -38,7 +38,7 @@ _SENTENCES = (
      "reference"),
     (r"as ps\.annotate writes them", "as embed writes them"),
     (r"components=\S+ must", "the components must"),
-    (r"Pass fewer, or a space that was fitted to more cells: .*?\.fitted\(fit, reference\)",
+    (r"(Pass fewer, or|pass) a space that was fitted to more cells: .*?\.fitted\(fit, reference\)",
      "Add --space latent, or place them --beside a reference"),
 )  # fmt: skip
 

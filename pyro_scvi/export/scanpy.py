@@ -14,7 +14,7 @@ from anndata import AnnData
 from pyro_scvi.analysis.differential.summary import half_step
 from pyro_scvi.analysis.inputs import require_fit
 from pyro_scvi.analysis.integration.embedding import embed
-from pyro_scvi.analysis.integration.spaces import Expression, FittedSpace, require_space
+from pyro_scvi.analysis.integration.spaces import Expression, FittedSpace, Latent, require_space
 from pyro_scvi.analysis.predictive.imputation import impute, technical_zero_probability
 from pyro_scvi.data.cells import Cells
 from pyro_scvi.data.obs_columns import label_of, quoted
@@ -131,6 +131,8 @@ def annotate(
     wanted |= {TECHNICAL: technical_zero_probability} if technical_zeros else {}
     if space is not None:
         require_space(space)
+    if isinstance(space, Latent):
+        raise ModelError("ps.spaces.Latent has no components: pass space=None, which writes E[z | x] alone")
     taken = [f"obsm[{name!r}]" for name in (EMBEDDING, COMPONENTS) if name in adata.obsm] + [f"uns[{PROVENANCE!r}]"] * (
         PROVENANCE in adata.uns
     )

@@ -105,10 +105,16 @@ def test_embed_adds_components_of_expression_and_lays_a_query_beside_a_reference
     assert "leave --space latent out" in latent.output
 
 
-def test_embed_by_latents_alone_adds_no_components(folder, query, tmp_path):
-    succeed("embed", folder, query, "--out", tmp_path / "z.h5ad", "--space", "latent")
-    assert "X_pyro_scvi" in (found := set(check_kept(tmp_path / "z.h5ad", query).obsm))
-    assert "X_pyro_scvi_expression_pca" not in found
+def test_embed_by_latents_alone_leaves_no_components_of_another_embedding(folder, query, tmp_path):
+    succeed("embed", folder, query, "--out", tmp_path / "both.h5ad")
+    for given in (query, tmp_path / "both.h5ad"):
+        found = run("embed", folder, given, "--out", tmp_path / "z.h5ad", "--space", "latent", "--force")
+        assert found.exit_code == 0, found.stderr
+        copy = check_kept(tmp_path / "z.h5ad", query)
+        assert "X_pyro_scvi" in copy.obsm
+        assert "X_pyro_scvi_expression_pca" not in copy.obsm
+        assert "X_pyro_scvi_expression_pca" not in copy.uns.get("pyro_scvi", {})
+    assert "'X_pyro_scvi_expression_pca' was there already" in found.stderr
 
 
 def test_gene_order_does_not_matter(folder, tmp_path):

@@ -144,7 +144,12 @@ class Decoded(Space):
     def _number(self, n_cells: int, n_features: int) -> int:
         """The number of components, which is below those of cells and features."""
         most = min(n_cells, n_features) - 1
-        components = max(1, min(MOST_COMPONENTS, most)) if self.components is None else self.components
+        if most < 1:
+            raise ModelError(
+                f"principal components need 2 cells and 2 features, got {n_cells} and {n_features}: pass a space that "
+                f"was fitted to more cells: {self!r}.fitted(fit, reference)"
+            )
+        components = min(MOST_COMPONENTS, most) if self.components is None else self.components
         if components > most:
             raise ModelError(
                 f"components={components} must be smaller than the numbers of cells and features, {n_cells} and "
@@ -214,7 +219,7 @@ class Hidden(Decoded):
     Parameters
     ----------
     components
-        Number of principal components.
+        Number of principal components; None: 30, or as many as fewer cells or units have.
 
     Examples
     --------
@@ -222,7 +227,7 @@ class Hidden(Decoded):
     (12, 3)
     """
 
-    components: int = 10
+    components: int | None = 10
 
     def require(self, fit: Fit) -> None:
         """Refuse decoders without hidden layers, and decoders of your own, whose layers are not known."""
@@ -471,7 +476,7 @@ def _evenly_spaced(n: int, most: int) -> np.ndarray:
 
 def _principal_axes(centred: np.ndarray, n: int) -> np.ndarray:
     """The ``n`` directions of largest variance (n, features), each with its largest entry positive."""
-    if min(centred.shape) <= DENSE:
+    if min(centred.shape) <= DENSE or not centred.any():  # no leading vectors where all cells are alike
         axes = np.linalg.svd(centred, full_matrices=False)[2][:n]
     else:
         from scipy.sparse.linalg import svds  # 20 ms, which no training needs

@@ -207,8 +207,23 @@ def test_without_a_number_there_are_30_components_or_as_many_as_cells_and_genes_
     assert spaces.MOST_COMPONENTS == 30
 
 
+def test_a_latent_space_has_no_components_to_annotate(fit, adata):
+    with pytest.raises(ModelError, match=r"Latent has no components: pass space=None"):
+        ps.annotate(adata.copy(), fit, space=ps.spaces.Latent())
+
+
+def test_cells_that_are_all_alike_have_axes(fit, cells, monkeypatch):
+    from pyro_scvi.analysis.integration import spaces
+
+    monkeypatch.setattr(spaces, "DENSE", 5)
+    placed = ps.embed(fit, cells.take(np.zeros(30, int)), space=ps.spaces.Expression(3))
+    np.testing.assert_allclose(placed, 0, atol=1e-3)
+
+
 def test_annotating_few_cells_says_what_to_pass(fit, adata):
-    with pytest.raises(ModelError, match=r"numbers of cells and features, 1 and 20.*fitted to more cells.*space=None"):
+    with pytest.raises(
+        ModelError, match=r"need 2 cells and 2 features, got 1 and 20.*fitted to more cells.*space=None"
+    ):
         ps.annotate(adata[:1].copy(), fit)
     with pytest.raises(ModelError, match=r"fitted to more cells.*space=None"):
         ps.annotate(adata[:5].copy(), fit, space=ps.spaces.Expression(10))
