@@ -19,6 +19,7 @@ from pyro_scvi.data.obs_columns import label_of, quoted
 from pyro_scvi.errors import ModelError, SchemaError
 from pyro_scvi.guides.base import Guide
 from pyro_scvi.inference.elbo import MeanFieldELBO
+from pyro_scvi.inference.importance_weighted import ImportanceWeighted
 from pyro_scvi.likelihoods.library_size import SizeFactor
 from pyro_scvi.model import SCVI
 from pyro_scvi.nn.component import lasting_repr
@@ -126,7 +127,7 @@ class TrainingOptions:
         return self.of_run() | {
             "learning_rate": lasting_repr(self.learning_rate),
             "kl_weight": lasting_repr(self.kl_weight),
-            "elbo": lasting_repr(self.elbo),
+            "elbo": _told(self.elbo),
             "cells": _brief(cells),
             "validation": _brief(self.validation),
             "model": lasting_repr(model),
@@ -265,6 +266,11 @@ def _digest(parts: Iterable[Any]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:8]
+
+
+def _told(elbo: Any) -> str:
+    """The kind of a bound, and its draws, if it has a number of these."""
+    return repr(elbo) if isinstance(elbo, ImportanceWeighted) else type(elbo).__name__
 
 
 def _shown(dtype: Any) -> str:

@@ -128,6 +128,12 @@ def fit():
 
 
 @cache
+def random_weights():
+    priors = {"decoder.heads.log_mean.bias": ps.weights.NormalWeights()}
+    return ps.fit(model(weight_priors=priors), cells(), epochs=1, progress=False, device="cpu")
+
+
+@cache
 def tree():
     return ps.to_datatree(fit(), cells().take(range(4)), samples=100, sampler=ps.Refined(steps=2))
 
@@ -351,6 +357,8 @@ CASES |= {
     "networks.BatchNorm": lambda: model(norm=ps.networks.BatchNorm()),
     "networks.LayerNorm": lambda: model(norm=ps.networks.LayerNorm()),
     "fit, bfloat16": scheduled(autocast=torch.bfloat16),
+    "elbos.ImportanceWeighted": scheduled(elbo=ps.elbos.ImportanceWeighted(3)),
+    "sample_globals": lambda: ps.sample_globals(random_weights(), few(), samples=30, cell_samples=3, seed=1),
     "schedules.OneCycle": scheduled(learning_rate=ps.schedules.OneCycle(0.01)),
     "schedules.Constant": scheduled(learning_rate=ps.schedules.Constant(0.01)),
     "schedules.CheckpointInterval": lambda: ps.schedules.CheckpointInterval(epochs=2),

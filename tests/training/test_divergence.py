@@ -32,7 +32,7 @@ def broken(monkeypatch, *steps):
             next(guide.parameters()).grad[0] = math.nan
         return loss
 
-    monkeypatch.setattr("pyro_scvi.training.loop.MeanFieldELBO.loss_and_grads", counted)
+    monkeypatch.setattr(MeanFieldELBO, "loss_and_grads", counted)
 
 
 class Undefined(dist.Poisson):
