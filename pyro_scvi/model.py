@@ -1,10 +1,9 @@
 """scVI's generative model: Section 1 of Lopez, Regier, Cole, Jordan and Yosef (2017) as a Pyro program."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -100,6 +99,16 @@ class SCVI(Program):
     ['z', 'e', 'l', 'x']
     """
 
+    kinds: ClassVar = {
+        "n_genes": Integral,
+        "n_latent": Integral,
+        "n_covariates": Integral,
+        "prior": Callable,
+        "likelihood": Likelihood,
+        "library": Library,
+        "decoder": nn.Module,
+        "weights": RandomWeights,
+    }
     decoder_columns: Tensor | None
     trained_on: Any = None
     """Schema of the fit that trained this model: its genes and covariates, in their order. None if no fit did."""
@@ -190,21 +199,6 @@ class SCVI(Program):
             z = pyro.sample("z", self.prior_of(gamma))  # (cells, 1, latents)
             theta = self.decode(z, self.library(x, gamma), gamma)  # (cells, genes) each
             return self.observe(x, theta, marginal=marginal, mask=mask)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a value, unless a program of one's own takes a name that the model uses for something else.
-
-        Raises
-        ------
-        ModelError
-            Naming it.
-        """
-        if "weights" in self.__dict__.get("_modules", ()) and _is_taken(name, value):  # all parts are there
-            raise ModelError(
-                f"{type(self).__name__} gives {name!r} another meaning, and the model uses this name itself: take "
-                f"another one, such as self.own_{name}"
-            )
-        super().__setattr__(name, value)
 
     @property
     def trained(self) -> bool:
@@ -302,27 +296,3 @@ def _undone(seed: int) -> Iterator[None]:
     """A prior of the user's own may draw, register parameters or add sites: nothing of that is left behind."""
     with seeded(seed), pyro.get_param_store().scope(), pyro.poutine.block(), pyro.validation_enabled(False):
         yield
-
-
-def _is_taken(name: str, value: Any) -> bool:
-    """Whether ``value`` is not what a model has under this name: a method, its random weights, or a part of it."""
-    if name in _KINDS:
-        return not isinstance(value, _KINDS[name])
-    known = inspect.getattr_static(SCVI, name, None)
-    own = name not in dir(nn.Module) and (callable(known) or isinstance(known, property))
-    return own or (name == "trained_on" and not hasattr(value, "gene_names") and value is not None)
-
-
-_KINDS: dict[str, Any] = {
-    "weights": RandomWeights,
-    "prior": Callable,
-    "likelihood": Likelihood,
-    "library": Library,
-    "decoder": nn.Module,
-    "n_genes": Integral,
-    "n_latent": Integral,
-    "n_covariates": Integral,
-    "arguments": dict,
-    "expected_genes": Integral | None,
-}
-"""What a model has under these names."""

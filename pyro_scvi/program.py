@@ -1,11 +1,11 @@
 """What model and guide share: the plate over cells, checked arguments, and the list of a program's sites."""
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_scvi.discovery import Site, TracedSite, discovered, like, require_distinct, sites_of
 from pyro_scvi.errors import ModelError
@@ -18,11 +18,41 @@ SIGNATURE = "def forward(self, x, gamma=None, *, marginal=True, mask=True, index
 
 
 class Program(Component):
-    """A model of cells that lists its own sites."""
+    """A model of cells that lists its own sites.
 
+    ``kinds`` are those of what a program has under a name, which one of your own must not give another meaning.
+    """
+
+    kinds: ClassVar[dict[str, Any]]
     n_genes: int
     n_covariates: int
     likelihood: Any
+    trained_on: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a value, unless it takes a name that the program uses for something else.
+
+        Raises
+        ------
+        ModelError
+            Naming it.
+        """
+        whole = self.kinds.keys() <= self.__dict__.keys() | self.__dict__.get("_modules", {}).keys()
+        if whole and self._is_taken(name, value):
+            raise ModelError(
+                f"{type(self).__name__} gives {name!r} another meaning, and the model uses this name itself: take "
+                f"another one, such as self.own_{name}"
+            )
+        super().__setattr__(name, value)
+
+    def _is_taken(self, name: str, value: Any) -> bool:
+        """Whether ``value`` is not what a program has under this name: a part of it, its schema, or a method."""
+        if name in self.kinds:
+            return not isinstance(value, self.kinds[name])
+        if name == "trained_on":
+            return value is not None and not hasattr(value, "gene_names")
+        own = next((vars(kind)[name] for kind in type(self).__mro__ if name in vars(kind)), None)
+        return name not in dir(nn.Module) and (callable(own) or isinstance(own, property))
 
     def require_genes(self) -> None:
         """Refuse parts that were made for another number of genes.

@@ -87,7 +87,8 @@ def sample_globals(
     Warns
     -----
     UserWarning
-        If k-hat is above 0.7: the guide is too far from the posterior for its draws to be weighed.
+        If k-hat is above 0.7: the guide is too far from the posterior for its draws to be weighed. If there are fewer
+        cells than the fit was trained on.
 
     Examples
     --------
@@ -106,6 +107,7 @@ def sample_globals(
     require_at_least(1, samples=samples, cell_samples=cell_samples, batch_size=batch_size)
     require_proper(fit.model, "there is no posterior")
     _require_weighable(fit)
+    _warn_of_few(fit, cells)
     with evaluating(fit.model, fit.guide, seed):
         drawn, log_q = weighed_global_draws(fit, samples, seed)
         log_weights = -in_float64(log_q)
@@ -167,6 +169,15 @@ def _require_weighable(fit: Fit) -> None:
         raise ModelError(
             f"{type(guide).__name__} cannot encode cells, and z is drawn from the guide: fit with one that has an "
             "encoder, as DiagonalNormal"
+        )
+
+
+def _warn_of_few(fit: Fit, cells: Cells) -> None:
+    trained = fit.settings.get("n_cells", 0)  # saves of earlier versions do not tell
+    if cells.n_cells < trained:
+        warn(
+            f"the fit was trained on {trained:,} cells, and the draws will be those of the posterior given "
+            f"{cells.n_cells:,} cells: pass all cells of the fit"
         )
 
 

@@ -73,23 +73,28 @@ def embed(
         adata = read_h5ad(file)
         cells = reading.cells_of(fit, adata)
         say(f"embedding {cells.n_cells:,} cells")
-        _drop_components(adata)
         add(adata.obsm, EMBEDDING, embedding.embed(fit, cells, seed=seed))
-        if space is not spaces.Latent:
-            axes = spaces.Expression() if beside is None else _axes_of(beside)
-            _add_components(adata, fit, cells, axes, seed)
+        _forget_record(adata)
+        if space is spaces.Latent:
+            _drop_components(adata)
+        else:
+            _add_components(adata, fit, cells, spaces.Expression() if beside is None else _axes_of(beside), seed)
         record(adata, "pyro_scvi_embed", fit_folder, seed=seed)
         write_h5ad(adata, made.path)
 
 
-def _drop_components(adata: AnnData) -> None:
-    """Take components of an earlier embedding out of the copy, and what is recorded of both, since z is replaced."""
-    if adata.obsm.pop(COMPONENTS, None) is not None:
-        told = f"{COMPONENTS!r} was there already; it is left out of the copy or replaced"
-        warnings.warn(told, UserWarning, stacklevel=2)
+def _forget_record(adata: AnnData) -> None:
+    """Take what is recorded of an earlier embedding out of the copy."""
     known = adata.uns.get(PROVENANCE)
     if isinstance(known, Mapping):
         adata.uns[PROVENANCE] = {name: of for name, of in known.items() if name not in (EMBEDDING, COMPONENTS)}
+
+
+def _drop_components(adata: AnnData) -> None:
+    """Take components of an earlier embedding out of the copy, because z is replaced."""
+    if adata.obsm.pop(COMPONENTS, None) is not None:
+        told = f"{COMPONENTS!r} was there already; it is left out of the copy, because it belongs to another z"
+        warnings.warn(told, UserWarning, stacklevel=2)
 
 
 def _axes_of(file: Path) -> spaces.FittedSpace:

@@ -144,6 +144,16 @@ def test_a_guide_far_from_the_posterior_is_told():
 
 
 @pytest.mark.fast
+@TOO_FAR
+def test_fewer_cells_than_those_of_the_fit_are_told():
+    fit, cells = fit_with(Level, scale=0.1), cells_of(12)
+    known = ps.Fit(fit.model, fit.guide, fit.history, fit.schema, {**fit.settings, "n_cells": 12})
+    ps.sample_globals(known, cells, **FEW)
+    with pytest.warns(UserWarning, match="trained on 12 cells.* given 11 cells: pass all cells of the fit"):
+        ps.sample_globals(known, cells.take(range(11)), **FEW)
+
+
+@pytest.mark.fast
 def test_what_has_no_weights_is_refused():
     cells, level = cells_of(6), fit_with(Level)
     with pytest.raises(ModelError, match="for models with global latents, and this one has none"):

@@ -114,7 +114,8 @@ def test_embed_by_latents_alone_leaves_no_components_of_another_embedding(folder
         assert "X_pyro_scvi" in copy.obsm
         assert "X_pyro_scvi_expression_pca" not in copy.obsm
         assert "X_pyro_scvi_expression_pca" not in copy.uns.get("pyro_scvi", {})
-    assert "'X_pyro_scvi_expression_pca' was there already" in found.stderr
+    assert "'X_pyro_scvi_expression_pca' was there already; it is left out of the copy" in found.stderr
+    assert "X_pyro_scvi" not in copy.uns.get("pyro_scvi", {})
 
 
 def test_gene_order_does_not_matter(folder, tmp_path):

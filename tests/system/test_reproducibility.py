@@ -358,7 +358,7 @@ CASES |= {
     "networks.LayerNorm": lambda: model(norm=ps.networks.LayerNorm()),
     "fit, bfloat16": scheduled(autocast=torch.bfloat16),
     "elbos.ImportanceWeighted": scheduled(elbo=ps.elbos.ImportanceWeighted(3)),
-    "sample_globals": lambda: ps.sample_globals(random_weights(), few(), samples=30, cell_samples=3, seed=1),
+    "sample_globals": lambda: ps.sample_globals(random_weights(), cells(), samples=30, cell_samples=3, seed=1),
     "schedules.OneCycle": scheduled(learning_rate=ps.schedules.OneCycle(0.01)),
     "schedules.Constant": scheduled(learning_rate=ps.schedules.Constant(0.01)),
     "schedules.CheckpointInterval": lambda: ps.schedules.CheckpointInterval(epochs=2),
