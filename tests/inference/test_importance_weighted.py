@@ -1,5 +1,7 @@
 """The importance-weighted bound against sums by SciPy, Pyro's own bounds, and exact evidence on a grid."""
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -14,6 +16,7 @@ from scipy.special import logsumexp
 
 import pyro_scvi as ps
 from pyro_scvi.errors import CheckpointError, ModelError
+from pyro_scvi.training.options import TrainingOptions
 from tests.support.toys import (
     N_GENES,
     SHIFTS,
@@ -279,3 +282,16 @@ def test_a_weight_of_the_divergence_is_refused():
 
 def test_the_repr_tells_the_draws():
     assert repr(ps.elbos.ImportanceWeighted(7)) == "ImportanceWeighted(draws=7)"
+
+
+def test_ranks_with_other_draws_are_told_which():
+    options = {name: option.default for name, option in inspect.signature(ps.fit).parameters.items()}
+    model, cells = toy(), cells_of()
+
+    def told(elbo):
+        asked = TrainingOptions.among(options | {"elbo": elbo, "device": torch.device("cpu")})
+        return asked.for_ranks(model, ps.guides.DiagonalNormal(model), cells)["elbo"]
+
+    assert told(ps.elbos.ImportanceWeighted(3)) == "ImportanceWeighted(draws=3)"
+    assert told(ps.elbos.ImportanceWeighted(4)) == "ImportanceWeighted(draws=4)"
+    assert told(Trace_ELBO()) == told(Trace_ELBO()) == "Trace_ELBO"
